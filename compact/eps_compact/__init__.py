@@ -1,0 +1,29 @@
+"""Compact trained ε-ResNets: dead blocks out, gates gone, and the proof that nothing changed.
+
+Public names are loaded on first use, so that importing the package (and `--help`) is instant.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from eps_compact.artifact import CompactArtifact, load
+    from eps_compact.certificate import ProofError
+    from eps_compact.rewrite import compact
+
+_HOMES = {
+    "CompactArtifact": "artifact",
+    "ProofError": "certificate",
+    "compact": "rewrite",
+    "load": "artifact",
+}
+
+__all__ = ["CompactArtifact", "ProofError", "compact", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,0 +1,111 @@
+"""`compact.pt`: the plain network, its tensors, and the certificate that it is what was trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, fx
+
+from eps_train import graph, sealed
+from eps_train.checkpoint import current_versions
+from eps_train.data import DataIdentity
+from eps_train.errors import ConfigError, FileFormatError
+from eps_train.network import NetworkSpec
+
+FORMAT = "eps-resnet-compact"
+VERSION = 1
+
+
+@dataclass(kw_only=True, slots=True)
+class CompactArtifact:
+    """What `eps-compact` leaves behind.
+
+    Attributes:
+        network: the network without its dead blocks (`removed`); no gates (`gated` is empty).
+        state: exactly the tensors of :meth:`build`.
+        data: what it was trained on: classes, mean and std, preprocessing, split, sha256.
+        certificate: plain data, as `certificate.Certificate.to_dict` makes it: evidence for every
+            removed block, the proofs of equality, what the live blocks do, sizes and costs.
+        checkpoint: `path` of the checkpoint relative to this file's folder, and its `digest`.
+        versions: of eps-resnet, torch and Python.
+        digest: of the file it was read from or written to; "" before that.
+    """
+
+    network: NetworkSpec
+    state: dict[str, Tensor]
+    data: DataIdentity
+    certificate: dict[str, Any]
+    checkpoint: dict[str, str]
+    versions: dict[str, str] = field(default_factory=current_versions)
+    digest: str = ""
+
+    def build(self) -> fx.GraphModule:
+        """The network, in evaluation mode, on the CPU, sharing nothing with this object.
+
+        It maps normalised float32 images `[N, C, H, W]` to float32 logits `[N, classes]`.
+        Raises FileFormatError when the tensors are not those of the network.
+        """
+        if self.network.gated:
+            raise FileFormatError("a compact network has no gates")
+        model = graph.drop_taps(self.network.build(self.state)).eval()
+        surplus = sorted(self.state.keys() - model.state_dict().keys())
+        if surplus:
+            raise FileFormatError(f"tensors that the network does not have, first {surplus[0]}")
+        return model
+
+    def save(self, path: Path) -> str:
+        """Write the artifact atomically; returns its digest."""
+        self.digest = sealed.write(
+            path,
+            {
+                "format": FORMAT,
+                "version": VERSION,
+                "network": self.network.to_dict(),
+                "state": {name: tensor.detach().cpu() for name, tensor in self.state.items()},
+                "data": self.data.to_dict(),
+                "certificate": self.certificate,
+                "checkpoint": dict(self.checkpoint),
+                "versions": dict(self.versions),
+            },
+        )
+        return self.digest
+
+    @classmethod
+    def load(cls, path: Path) -> CompactArtifact:
+        """Read and verify an artifact, its tensors included.
+
+        Raises FileFormatError that names the file: missing, damaged, foreign, too new, or holding
+        other tensors than its network needs.
+        """
+        payload, digest = sealed.read(path, format=FORMAT, version=VERSION)
+        try:
+            artifact = cls(
+                network=NetworkSpec.from_dict(payload["network"]),
+                state=dict(payload["state"]),
+                data=DataIdentity.from_dict(payload["data"]),
+                certificate=_mapping(payload["certificate"]),
+                checkpoint=_mapping(payload["checkpoint"]),
+                versions=_mapping(payload["versions"]),
+                digest=digest,
+            )
+        except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
+            raise FileFormatError(f"{path}: not a usable compact network ({error!r})") from error
+        try:
+            artifact.build()
+        except (FileFormatError, graph.GraphError) as error:
+            raise FileFormatError(f"{path}: {error}; run eps-compact again") from error
+        return artifact
+
+
+def load(path: Path) -> fx.GraphModule:
+    """The network of a `compact.pt`, in evaluation mode: see `CompactArtifact.build`."""
+    return CompactArtifact.load(Path(path)).build()
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"expected a mapping, not {type(value).__name__}")
+    return dict(value)

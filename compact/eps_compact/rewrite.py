@@ -1,0 +1,34 @@
+"""From a gated network to the plain one that it computes in evaluation mode."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+
+from torch import fx, nn
+
+from eps_train import graph
+
+
+def compact(model: nn.Module, dead: Iterable[str] | None = None) -> fx.GraphModule:
+    """Return a plain network without gates and taps that computes what `model` does.
+
+    Dead blocks are taken out (a first block of a stage leaves its shortcut behind), live gates
+    become plain additions. The result is in evaluation mode and shares nothing with `model`: it is
+    a copy, so training one does not alter the other, and `model` keeps its mode and its gates.
+
+    Args:
+        model: any network that torch.fx can trace and whose residual additions are `EpsilonGate`s;
+            without gates it comes back as it is, as a graph.
+        dead: names of gated blocks to take out besides those whose gates are latched.
+
+    Raises:
+        GraphError: `model` cannot be traced, or has no gated block of that name.
+    """
+    plain = copy.deepcopy(model).eval()
+    plain.zero_grad(set_to_none=True)  # the gradients of the last step are no part of a network
+    # Traced once, in evaluation mode: what user code reads from `self.training` is frozen as it ships.
+    traced = graph.trace(plain)
+    latched = {name for name, gate in graph.gates(traced).items() if bool(gate.dead)}
+    traced = graph.remove_blocks(traced, latched.union(dead or ()))
+    return graph.drop_taps(graph.drop_gates(traced)).eval()

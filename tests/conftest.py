@@ -1,0 +1,43 @@
+"""What every test shares. A test that needs a device or a tool is skipped where that is missing."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from collections.abc import Callable
+
+import pytest
+from hypothesis import settings
+
+# The clock of a shared machine says nothing about a property.
+settings.register_profile("eps", deadline=None)
+settings.load_profile("eps")
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _has_trt_rtx() -> bool:
+    return importlib.util.find_spec("tensorrt_rtx") is not None
+
+
+def _has_image_builder() -> bool:
+    return any(shutil.which(tool) for tool in ("docker", "podman", "buildah"))
+
+
+NEEDS: dict[str, tuple[Callable[[], bool], str]] = {
+    "gpu": (_has_cuda, "needs a CUDA device"),
+    "trt_rtx": (_has_trt_rtx, "needs the package tensorrt_rtx"),
+    "image": (_has_image_builder, "needs docker, podman or buildah"),
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for marker, (available, reason) in NEEDS.items():
+        marked = [item for item in items if item.get_closest_marker(marker)]
+        if marked and not available():
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason=reason))

@@ -1,0 +1,241 @@
+"""`eps-train`: train an ε-ResNet, or its plain baseline, or both."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from eps_train import config, console
+from eps_train.config import TrainingConfig
+from eps_train.errors import ConfigError
+
+if TYPE_CHECKING:
+    from eps_train.checkpoint import Checkpoint
+    from eps_train.data import Data
+
+
+@click.command(context_settings={"show_default": True})
+@click.option("--recipe", default="digits", help="Named configuration to start from.")
+@click.option("--dataset", help="Data set.  [default: the recipe's]")
+@click.option(
+    "--data-root",
+    type=click.Path(path_type=Path),
+    help="Folder with the data set's files; digits needs none.",
+)
+@click.option("--model", help="cifar:DEPTH or cifar:DEPTHxWIDTH.  [default: the recipe's]")
+@click.option(
+    "--epsilon",
+    type=click.FloatRange(min=0),
+    help="Threshold of the gates; 0 trains the plain network.  [default: the recipe's]",
+)
+@click.option("--epochs", type=click.IntRange(min=1), help="Length.  [default: the recipe's]")
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Seed of the run.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path(),
+    help="Folder for ckpt.pt, last.pt and metrics.jsonl.",
+)
+@click.option("--resume", is_flag=True, help="Go on from last.pt where a run was stopped.")
+@click.option("--force", is_flag=True, help="Start anew over an earlier run's files.")
+@click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
+@click.option("--with-baseline", is_flag=True, help="Then train the plain twin: baseline.pt.")
+@click.option("--dry-run", is_flag=True, help="Show what would be trained, and stop.")
+@click.option("--list-recipes", is_flag=True, help="List the recipes, and stop.")
+@click.option("--show-recipe", is_flag=True, help="Print the configuration as JSON, and stop.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON on stdout.")
+def cli(
+    recipe: str,
+    dataset: str | None,
+    data_root: Path | None,
+    model: str | None,
+    epsilon: float | None,
+    epochs: int | None,
+    seed: int,
+    output: Path,
+    resume: bool,
+    force: bool,
+    device: str,
+    with_baseline: bool,
+    dry_run: bool,
+    list_recipes: bool,
+    show_recipe: bool,
+    as_json: bool,
+) -> None:
+    """Train an ε-ResNet: blocks whose response stays below epsilon die and are taken out.
+
+    Without arguments it trains depth 56 on scikit-learn's digits into this folder.
+    """
+    if list_recipes:
+        for name, make in config.RECIPES.items():
+            click.echo(f"{name:20} {(make.__doc__ or '').splitlines()[0]}")
+        return
+    if resume and force:
+        raise click.UsageError("--resume and --force contradict each other")
+    given = {"dataset": dataset, "model": model, "epsilon": epsilon, "epochs": epochs, "seed": seed}
+    chosen = replace(
+        config.recipe(recipe), **{name: value for name, value in given.items() if value is not None}
+    )
+    if with_baseline and chosen.plain:
+        raise click.UsageError("--with-baseline needs an epsilon above 0: at 0 both are the same")
+    if show_recipe:
+        click.echo(json.dumps(chosen.to_dict(), indent=2))
+        return
+    runs = {"": chosen} | ({"baseline": chosen.baseline()} if with_baseline else {})
+    files = [file for run in runs for file in _files(output, run).values()]
+    if not resume and not dry_run:
+        console.refuse_existing(files, force)
+    if resume and not output.is_dir():
+        raise ConfigError(f"--output {output}: no such folder to resume in")
+
+    from eps_train import data
+
+    images = data.load(chosen.dataset, data_root)
+    if dry_run:
+        _show_plan(chosen, images)
+        return
+    if force:
+        for file in files:
+            file.unlink(missing_ok=True)
+    summaries = [_train(runs[run], images, _files(output, run), device, resume) for run in runs]
+    _show_summary(summaries)
+    if as_json:
+        console.emit_json({"runs": summaries})
+
+
+def main() -> NoReturn:
+    console.run(cli)
+
+
+def _files(output: Path, run: str) -> dict[str, Path]:
+    prefix = f"{run}-" if run else ""
+    return {
+        "best": output / (f"{run}.pt" if run else "ckpt.pt"),
+        "last": output / f"{prefix}last.pt",
+        "metrics": output / f"{prefix}metrics.jsonl",
+    }
+
+
+def _train(
+    chosen: TrainingConfig, images: Data, files: dict[str, Path], device: str, resume: bool
+) -> dict[str, Any]:
+    from eps_train.loop import EpochReport, Trainer
+    from eps_train.progress import LEGEND, EpochPrinter, MetricsLog
+
+    log = console.log()
+    trainer = Trainer(
+        chosen,
+        images,
+        best_path=files["best"],
+        last_path=files["last"],
+        device=_device(device),
+    )
+    if resume and files["last"].exists():
+        trainer.resume()
+    elif resume:
+        log.print(f"{files['last']}: not there yet; starting from the first epoch")
+    metrics = MetricsLog(files["metrics"], epochs_done=trainer.epoch)
+    if not chosen.plain:
+        log.print(f"block map: {LEGEND}")
+    title = "plain network" if chosen.plain else "ε-ResNet"
+    with EpochPrinter(
+        log, title, epochs=chosen.epochs, epochs_done=trainer.epoch
+    ) as printer:
+
+        def report(epoch: EpochReport) -> None:
+            metrics.append(epoch)
+            printer.show(epoch)
+
+        best = trainer.run(report)
+    return _summary(best, files["best"], trainer.seconds)
+
+
+def _device(name: str) -> Any:
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"--device {name}: not a device; write auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"--device {name}: not supported; write auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices here; use --device cpu"
+        )
+    return device
+
+
+def _summary(best: Checkpoint, path: Path, seconds: float) -> dict[str, Any]:
+    from eps_train.cost import cost
+
+    shape = best.data.input_shape
+    whole = cost(best.build_gated(), shape)
+    kept = cost(replace(best.network, removed=best.dead).build(best.state), shape)
+    return {
+        "path": str(path),
+        "model": "plain" if not best.gates else "ε-ResNet",
+        "blocks": {"total": len(best.network.all_blocks()), "dead": len(best.dead)},
+        "parameters": {"total": whole.parameters, "kept": kept.parameters},
+        "flops": {"total": whole.flops, "kept": kept.flops},
+        "epoch": best.metrics["epoch"],
+        "validation": best.metrics["validation"],
+        "test": best.metrics["test"],
+        "seconds": seconds,
+    }
+
+
+def _show_summary(summaries: list[dict[str, Any]]) -> None:
+    rows = [
+        (
+            summary["model"],
+            f"{summary['blocks']['total'] - summary['blocks']['dead']}/{summary['blocks']['total']}",
+            f"{summary['parameters']['kept']:,} ({_share(summary['parameters']):.0%})",
+            f"{_share(summary['flops']):.0%}",
+            f"{summary['validation']['accuracy']:.2%}",
+            f"{summary['test']['accuracy']:.2%} of {summary['test']['samples']}",
+            f"{summary['seconds']:.0f} s",
+            summary["path"],
+        )
+        for summary in summaries
+    ]
+    columns = ("network", "blocks", "parameters", "FLOPs", "validation", "test", "time", "written")
+    console.log().print(console.table("Trained", columns, rows))
+
+
+def _share(cost: dict[str, int]) -> float:
+    return cost["kept"] / cost["total"]
+
+
+def _show_plan(chosen: TrainingConfig, images: Data) -> None:
+    import torch
+
+    from eps_train.cost import cost
+    from eps_train.loop import network_spec
+
+    spec = network_spec(chosen, images)
+    with torch.device("meta"):
+        network = spec.build()
+    total = cost(network, images.identity.input_shape)
+    sizes = images.identity.sizes
+    rows = [
+        ("data", f"{chosen.dataset}, input {'x'.join(map(str, images.identity.input_shape))}"),
+        ("images", ", ".join(f"{count:,} {part}" for part, count in sizes.items())),
+        ("model", f"{chosen.model}, {len(spec.all_blocks())} blocks"),
+        ("parameters", f"{total.parameters:,}"),
+        ("FLOPs an image", f"{total.flops:,}"),
+        ("epochs", f"{chosen.epochs} of {max(1, sizes['train'] // chosen.batch_size)} steps"),
+        ("rate", f"{_steps(chosen.rates)}; last descent {_steps(chosen.descent)} of the run"),
+        ("epsilon", "none: plain network" if chosen.plain else f"{chosen.epsilon:g}"),
+    ]
+    console.log().print(console.table(f"Recipe {chosen.recipe} (dry run)", ("", ""), rows))
+
+
+def _steps(steps: Any) -> str:
+    return ", ".join(f"{value:g} from {start:g}" for start, value in steps)

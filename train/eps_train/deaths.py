@@ -1,0 +1,167 @@
+"""Which blocks are dead: latched once, with the evidence, and never judged again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from eps_train.checkpoint import Death, GateRecord
+from eps_train.evaluate import logits
+from eps_train.gate import EpsilonGate, response
+
+
+@dataclass(slots=True)
+class _Streak:
+    """Epochs in a row in which a gate never opened, and what was seen of its branch in them."""
+
+    epochs: int = 0
+    steps: int = 0
+    peak: float = 0.0
+
+
+class Registry:
+    """The gates' history over a run: last records, streaks of closed epochs, and deaths."""
+
+    def __init__(self, blocks: tuple[str, ...], *, closed_epochs: int) -> None:
+        self.closed_epochs = closed_epochs
+        self.records = {
+            block: GateRecord(block=block, epsilon=0.0, steps=0, closed_steps=0, peak=0.0)
+            for block in blocks
+        }
+        self._streaks = {block: _Streak() for block in blocks}
+
+    @property
+    def dead(self) -> tuple[str, ...]:
+        return tuple(b for b, record in self.records.items() if record.death is not None)
+
+    def record_epoch(self, gates: dict[str, EpsilonGate], epsilon: float) -> float:
+        """Read the live gates' counters, once an epoch; reset them.
+
+        Returns the count of discarded blocks averaged over the epoch's steps, dead ones included.
+        """
+        live = {block: gates[block] for block in gates if block not in self.dead}
+        discarded = float(len(self.dead))
+        for block, (steps, closed, peak) in _read_counters(live).items():
+            self.records[block] = GateRecord(
+                block=block, epsilon=epsilon, steps=steps, closed_steps=closed, peak=peak
+            )
+            streak = self._streaks[block]
+            if steps and closed == steps:
+                self._streaks[block] = _Streak(
+                    streak.epochs + 1, streak.steps + steps, max(streak.peak, peak)
+                )
+            else:
+                self._streaks[block] = _Streak()
+            discarded += closed / max(steps, 1)
+            live[block].reset_record()
+        return discarded
+
+    def latch(
+        self,
+        gates: dict[str, EpsilonGate],
+        model: nn.Module,
+        normalize: nn.Module,
+        heldout: Tensor,
+        *,
+        epoch: int,
+    ) -> tuple[str, ...]:
+        """Latch every gate that was closed long enough and that held-out images confirm.
+
+        The images (uint8 `[N, C, H, W]`) pass through the network in evaluation mode as training
+        had it: with the candidates shut. Returns the blocks that died now, in network order.
+        """
+        candidates = [
+            block
+            for block in gates
+            if self.records[block].death is None
+            and self._streaks[block].epochs >= self.closed_epochs
+        ]
+        if not candidates:
+            return ()
+        watched = {block: gates[block] for block in candidates}
+        for gate in watched.values():
+            gate.latch()
+        with watch_peaks(watched) as peaks:
+            logits(model, normalize, heldout)
+        died = []
+        for block, gate in watched.items():
+            record, streak, peak = self.records[block], self._streaks[block], max(peaks[block])
+            if peak < record.epsilon:
+                death = Death(
+                    epoch=epoch + 1,
+                    epsilon=record.epsilon,
+                    steps=streak.steps,
+                    peak=streak.peak,
+                    heldout_peak=peak,
+                    samples=len(heldout),
+                )
+                self.records[block] = replace(record, death=death)
+                died.append(block)
+            else:
+                gate.dead.fill_(False)
+                self._streaks[block] = _Streak()
+        return tuple(died)
+
+    def state(self) -> dict[str, Any]:
+        return {block: asdict(streak) for block, streak in self._streaks.items()}
+
+    def restore(self, records: list[GateRecord], state: dict[str, Any]) -> None:
+        self.records = {record.block: record for record in records}
+        self._streaks = {block: _Streak(**fields) for block, fields in state.items()}
+
+
+@contextmanager
+def watch_peaks(gates: dict[str, EpsilonGate]) -> Iterator[dict[str, list[float]]]:
+    """Collect `max |F_i|` of every call of the given gates, by block."""
+    peaks: dict[str, list[float]] = {block: [] for block in gates}
+
+    def watch(block: str) -> Any:
+        def hook(gate: nn.Module, operands: tuple[Tensor, Tensor]) -> None:
+            peaks[block].append(response(operands[1].detach()).item())
+
+        return hook
+
+    handles = [gate.register_forward_pre_hook(watch(block)) for block, gate in gates.items()]
+    try:
+        yield peaks
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def nonfinite_block(gates: dict[str, EpsilonGate]) -> tuple[str, int] | None:
+    """The first block, at the earliest step of this epoch, whose response was not finite.
+
+    Returns its name and the 1-based step, or None. Within a step the network's order decides:
+    everything behind the first bad block is bad too.
+    """
+    bad = []
+    for order, (block, gate) in enumerate(gates.items()):
+        finite, steps = int(gate.finite_steps), int(gate.steps)
+        if finite < steps:
+            bad.append((finite + 1, order, block))
+    if not bad:
+        return None
+    step, _, block = min(bad)
+    return block, step
+
+
+def _read_counters(gates: dict[str, EpsilonGate]) -> dict[str, tuple[int, int, float]]:
+    """`steps`, `closed_steps` and `peak` of all gates in one transfer from the device."""
+    if not gates:
+        return {}
+    table = torch.stack(
+        [
+            torch.stack([gate.steps, gate.closed_steps, gate.peak.double()])
+            for gate in gates.values()
+        ]
+    ).tolist()
+    return {
+        block: (int(steps), int(closed), peak)
+        for block, (steps, closed, peak) in zip(gates, table, strict=True)
+    }

@@ -1,0 +1,27 @@
+"""Errors that a user can repair. Libraries raise them; only a command line prints them and exits."""
+
+from __future__ import annotations
+
+
+class EpsError(Exception):
+    """Something in the user's input or surroundings; the message is one line: what, where, remedy."""
+
+
+class ConfigError(EpsError):
+    """Options that contradict each other or cannot be met."""
+
+
+class DataError(EpsError):
+    """A data set that is missing, damaged, or too small for what was asked."""
+
+
+class FileFormatError(EpsError):
+    """A file that is missing, damaged, foreign, or from a newer version of this package."""
+
+
+class GraphError(EpsError):
+    """A network that cannot be traced, or a block name that it does not have."""
+
+
+class TrainingError(EpsError):
+    """A run that must not go on: non-finite numbers, or a network that collapsed."""

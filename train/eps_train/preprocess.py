@@ -1,0 +1,108 @@
+"""From an image file to the network's input, as data: one function for every stage.
+
+Training's evaluation, calibration, `eps-predict` and the server all call :meth:`Preprocessing.apply`,
+with the values recorded in the checkpoint and in the bundle's manifest. This module needs numpy and
+Pillow only: the serving image has no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from eps_train.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+COLORS = ("grey", "rgb")
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Preprocessing:
+    """How a picture of any size becomes uint8 `[C, height, width]`.
+
+    The picture is turned upright as its EXIF orientation says, converted to `color`, scaled with
+    its aspect ratio kept until it just covers `resize` (height, width in pixels), and cropped at
+    the centre to `crop`. Normalisation is not part of it: the exported network does that itself.
+    """
+
+    resize: tuple[int, int]
+    crop: tuple[int, int]
+    color: str
+    interpolation: str = "bilinear"
+    exif_rotation: bool = True
+
+    def __post_init__(self) -> None:
+        if self.color not in COLORS:
+            raise ConfigError(f"color {self.color!r} is not one of {', '.join(COLORS)}")
+        if self.interpolation not in INTERPOLATIONS:
+            raise ConfigError(
+                f"interpolation {self.interpolation!r} is not one of {', '.join(INTERPOLATIONS)}"
+            )
+        if any(not 1 <= c <= r for c, r in zip(self.crop, self.resize, strict=True)):
+            raise ConfigError(f"crop {self.crop} must lie within resize {self.resize}")
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Shape `[C, H, W]` of what :meth:`apply` returns."""
+        return (1 if self.color == "grey" else 3, *self.crop)
+
+    def to_dict(self) -> dict[str, Any]:
+        fields = asdict(self)
+        return {**fields, "resize": list(self.resize), "crop": list(self.crop)}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Preprocessing:
+        """Inverse of :meth:`to_dict`. Raises ConfigError for missing or unknown fields."""
+        try:
+            return cls(**{**fields, "resize": _pair(fields["resize"]), "crop": _pair(fields["crop"])})
+        except (TypeError, KeyError, ValueError) as error:
+            raise ConfigError(f"not a preprocessing description: {error}") from None
+
+    def apply(self, image: Image.Image) -> npt.NDArray[np.uint8]:
+        """Return `image` as uint8 `[C, H, W]`."""
+        from PIL import Image, ImageOps
+
+        if self.exif_rotation:
+            image = ImageOps.exif_transpose(image)
+        image = image.convert("L" if self.color == "grey" else "RGB")
+        height, width = self.resize
+        scale = max(height / image.height, width / image.width)
+        covering = (
+            max(width, round(image.width * scale)),
+            max(height, round(image.height * scale)),
+        )
+        if covering != image.size:
+            image = image.resize(covering, Image.Resampling[self.interpolation.upper()])
+        top, left = (image.height - self.crop[0]) // 2, (image.width - self.crop[1]) // 2
+        image = image.crop((left, top, left + self.crop[1], top + self.crop[0]))
+        pixels = np.asarray(image, dtype=np.uint8)
+        return np.ascontiguousarray(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))
+
+    def read(self, path: Path) -> npt.NDArray[np.uint8]:
+        """Read an image file and :meth:`apply`. Raises DataError that names the file."""
+        from PIL import Image, UnidentifiedImageError
+
+        try:
+            with Image.open(path) as image:
+                return self.apply(image)
+        except FileNotFoundError:
+            raise DataError(f"{path}: no such file") from None
+        except IsADirectoryError:
+            raise DataError(f"{path}: is a folder, not an image") from None
+        except UnidentifiedImageError:
+            raise DataError(f"{path}: not an image that Pillow can read") from None
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise DataError(f"{path}: cannot be decoded: {error}") from None
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    height, width = value
+    return int(height), int(width)
