@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from eps_train import graph, sealed
 from eps_train.checkpoint import current_versions
 from eps_train.data import DataIdentity
-from eps_train.errors import ConfigError, FileFormatError
+from eps_train.errors import ConfigError, FileFormatError, GraphError
 from eps_train.network import NetworkSpec
 
 FORMAT = "eps-resnet-compact"
@@ -95,7 +95,7 @@ class CompactArtifact:
             raise FileFormatError(f"{path}: not a usable compact network ({error!r})") from error
         try:
             artifact.build()
-        except (FileFormatError, graph.GraphError) as error:
+        except (FileFormatError, GraphError) as error:
             raise FileFormatError(f"{path}: {error}; run eps-compact again") from error
         return artifact
 

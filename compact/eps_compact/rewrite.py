@@ -27,7 +27,7 @@ def compact(model: nn.Module, dead: Iterable[str] | None = None) -> fx.GraphModu
     """
     plain = copy.deepcopy(model).eval()
     plain.zero_grad(set_to_none=True)  # the gradients of the last step are no part of a network
-    # Traced once, in evaluation mode: what user code reads from `self.training` is frozen as it ships.
+    # Traced once, in evaluation mode: what reads `self.training` is frozen as it ships.
     traced = graph.trace(plain)
     latched = {name for name, gate in graph.gates(traced).items() if bool(gate.dead)}
     traced = graph.remove_blocks(traced, latched.union(dead or ()))

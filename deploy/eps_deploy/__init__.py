@@ -1,1 +1,22 @@
-"""Placeholder."""
+"""Deploy compact networks: ONNX, inference engines, proof of parity, honest latency, one bundle.
+
+Public names are loaded on first use, so that importing the package (and `--help`) is instant.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from eps_deploy.bundle import Bundle, load_bundle
+
+_HOMES = {"Bundle": "bundle", "load_bundle": "bundle"}
+
+__all__ = ["Bundle", "load_bundle"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

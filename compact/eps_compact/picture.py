@@ -1,0 +1,173 @@
+"""The block map as a picture: which blocks are left, and how far each was from the other side."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from eps_compact.blocks import Block, State, stages
+from eps_train.errors import ConfigError
+from eps_train.sealed import replace_file
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+FORMATS = ("png", "svg", "pdf")
+# Dark, middle and light, so that they differ in greyscale and for colour-blind readers too.
+COLORS: dict[State, str] = {"alive": "#0b3c6f", "flickering": "#e8922a", "dead": "#d0d0d0"}
+LABELS: dict[State, str] = {
+    "alive": "alive",
+    "flickering": "alive, but closed on steps of the last epoch",
+    "dead": "dead: removed (response when it died)",
+}
+EDGE = "#6f6f6f"
+RANGE = (0.03, 3.0)  # the least span of the logarithmic axis, in units of epsilon
+OUTLINED = 150  # more bars than this are too narrow to be outlined
+
+
+def draw(blocks: Sequence[Block], title: str, format: str = "png") -> bytes:
+    """Draw the map, one bar a block, and return the picture's bytes.
+
+    A bar reaches from 1 to the block's largest response on held-out images in units of epsilon, on
+    a logarithmic scale: upwards an open gate, downwards a closed one. The strip below shows every
+    block's state; alone when there was no epsilon.
+
+    Args:
+        blocks: one or more, in the order of computation.
+        title: above the picture.
+        format: one of `FORMATS`.
+    """
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    measured = any(block.ratio is not None for block in blocks)
+    # A figure of its own, not pyplot's: no display is looked for and nothing global is changed.
+    with rc_context({"svg.hashsalt": "eps-compact", "font.size": 10}):
+        figure = Figure(figsize=(11, 3.8 if measured else 1.6), layout="constrained")
+        FigureCanvasAgg(figure)
+        places = _places(blocks)
+        if measured:
+            upper, lower = figure.subplots(
+                2, 1, sharex=True, gridspec_kw={"height_ratios": (8, 1), "hspace": 0.02}
+            )
+            _bars(upper, blocks, places)
+            upper.set_title(title, loc="left", fontsize=11)
+        else:
+            lower = figure.subplots()
+            lower.set_title(title, loc="left", fontsize=11)
+        _strip(lower, blocks, places)
+        _legend(figure, blocks)
+        content = io.BytesIO()
+        # No creation date: the same blocks give the same bytes.
+        date = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(format)
+        figure.savefig(content, format=format, dpi=160, metadata=date)
+    return content.getvalue()
+
+
+def save(path: Path, blocks: Sequence[Block], title: str) -> None:
+    """Draw the map into `path`; its ending picks the format.
+
+    Raises ConfigError when the ending is not one of `FORMATS`.
+    """
+    format = path.suffix.lower().removeprefix(".")
+    if format not in FORMATS:
+        raise ConfigError(f"{path}: not a picture's name; end it in .{', .'.join(FORMATS)}")
+    replace_file(path, draw(blocks, title, format))
+
+
+def _places(blocks: Sequence[Block]) -> list[float]:
+    """Where each block's bar goes, in bar widths, with a gap between stages."""
+    gap = max(1.0, len(blocks) / 60)
+    return [
+        index + gap * stage
+        for stage, (start, members) in enumerate(_ranges(blocks))
+        for index in range(start, start + len(members))
+    ]
+
+
+def _ranges(blocks: Sequence[Block]) -> list[tuple[int, list[Block]]]:
+    """Each stage's first index and its blocks."""
+    found, start = [], 0
+    for _, members in stages(blocks):
+        found.append((start, members))
+        start += len(members)
+    return found
+
+
+def _bars(axes: Axes, blocks: Sequence[Block], places: Sequence[float]) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    ratios = [block.ratio for block in blocks if block.ratio]
+    low, high = min([RANGE[0], *ratios]), max([RANGE[1], *ratios])
+    low = max(low, 1e-4)  # a branch that answers exactly 0 gets a bar to the edge
+    for state in COLORS:
+        bars = [
+            (place, max(block.ratio, low / 2) - 1)
+            for block, place in zip(blocks, places, strict=True)
+            if block.state == state and block.ratio is not None
+        ]
+        axes.bar(*_columns(bars), bottom=1.0, **_style(state, len(blocks)))
+    axes.set_yscale("log")
+    axes.set_ylim(low / 1.3, high * 1.3)
+    axes.yaxis.set_major_locator(LogLocator(numticks=8))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} ε"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_ylabel("largest |F|, held-out images")
+    axes.axhline(1.0, color="black", linewidth=1)
+    axes.grid(axis="y", color="#e9e9e9", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(axis="x", length=0)
+    axes.spines[["top", "right", "bottom"]].set_visible(False)
+
+
+def _strip(axes: Axes, blocks: Sequence[Block], places: Sequence[float]) -> None:
+    """The states as a row of cells, and under it the stages."""
+    for state in COLORS:
+        cells = [
+            (place, 1.0)
+            for block, place in zip(blocks, places, strict=True)
+            if block.state == state
+        ]
+        axes.bar(*_columns(cells), **_style(state, len(blocks)))
+    ticks, names = [], []
+    for start, members in _ranges(blocks):
+        ticks.append((places[start] + places[start + len(members) - 1]) / 2)
+        left = sum(block.state != "dead" for block in members)
+        names.append(f"{members[0].stage}: {left} of {len(members)} left")
+    axes.set_xticks(ticks, names)
+    axes.set_yticks([])
+    axes.set_ylim(0, 1.05)
+    axes.set_xlim(places[0] - 1, places[-1] + 1)
+    axes.tick_params(axis="x", length=0)
+    axes.spines[:].set_visible(False)
+
+
+def _columns(pairs: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    return [first for first, _ in pairs], [second for _, second in pairs]
+
+
+def _style(state: State, count: int) -> dict[str, Any]:
+    if count > OUTLINED:
+        return {"width": 1.0, "color": COLORS[state]}
+    return {"width": 0.84, "color": COLORS[state], "edgecolor": EDGE, "linewidth": 0.6}
+
+
+def _legend(figure: Figure, blocks: Sequence[Block]) -> None:
+    from matplotlib.patches import Patch
+
+    present = {block.state for block in blocks}
+    figure.legend(
+        handles=[
+            Patch(facecolor=COLORS[state], edgecolor=EDGE, linewidth=0.6, label=LABELS[state])
+            for state in COLORS
+            if state in present
+        ],
+        loc="outside lower left",
+        ncols=len(COLORS),
+        frameon=False,
+        fontsize=9,
+    )

@@ -1,0 +1,153 @@
+"""The bundle: a folder with everything that serves a network, and a manifest that vouches for it.
+
+`manifest.json` holds the SHA-256 of every other file, and its own: `digest` is the SHA-256 of the
+manifest's bytes with the digest's 64 digits replaced by zeros. :func:`load_bundle` checks all of it.
+No torch here: servers have none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, NoReturn
+
+from eps_train.errors import ConfigError, FileFormatError
+from eps_train.preprocess import Preprocessing
+
+FORMAT = "eps-resnet-bundle"
+SCHEMA = 1
+MANIFEST = "manifest.json"
+NO_DIGEST = "0" * 64
+_AGAIN = "restore it from a good copy or run eps-deploy again"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bundle:
+    """A verified bundle.
+
+    Attributes:
+        root: its folder.
+        manifest: `manifest.json` as plain data (docs/formats.md).
+        preprocessing: from a picture to the network's input.
+        labels: names of the classes, by index.
+        input_shape: shape `[C, H, W]` of one image.
+        model: name of the file that the engine loads.
+    """
+
+    root: Path
+    manifest: Mapping[str, Any]
+    preprocessing: Preprocessing
+    labels: tuple[str, ...]
+    input_shape: tuple[int, int, int]
+    model: str
+
+    def read(self, name: str) -> bytes:
+        """The bytes of one of the bundle's files, verified again. Raises FileFormatError."""
+        listed = self.manifest["files"].get(name)
+        if listed is None:
+            raise FileFormatError(f"{self.root}: the bundle has no file {name}")
+        return _verified(self.root, name, listed)
+
+
+def load_bundle(path: Path | str) -> Bundle:
+    """Read a bundle and verify every file that its manifest lists.
+
+    Raises FileFormatError, in one line that names the file, when anything is missing, truncated,
+    changed, foreign, or written by a newer eps-resnet.
+    """
+    root = Path(path)
+    manifest = _read_manifest(root)
+    try:
+        channels, height, width = manifest["input"]["shape"][1:]
+        bundle = Bundle(
+            root=root,
+            manifest=manifest,
+            preprocessing=Preprocessing.from_dict(manifest["preprocessing"]),
+            labels=tuple(str(label) for label in manifest["labels"]),
+            input_shape=(int(channels), int(height), int(width)),
+            model=str(manifest["engine"]["file"]),
+        )
+        files = dict(manifest["files"])
+    except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
+        raise FileFormatError(f"{root / MANIFEST}: not a usable manifest ({error!r})") from error
+    if bundle.model not in files:
+        raise FileFormatError(f"{root / MANIFEST}: it does not list its own model {bundle.model}")
+    for name, listed in files.items():
+        _verified(root, name, listed)
+    return bundle
+
+
+def is_bundle(folder: Path) -> bool:
+    """Whether `folder` holds a manifest of ours, of any version and in whatever state its files are."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(manifest, dict) and manifest.get("format") == FORMAT
+
+
+def encode_manifest(fields: Mapping[str, Any]) -> bytes:
+    """The manifest's bytes, sealed with their own digest."""
+    unsealed = {"format": FORMAT, "schema": SCHEMA, "digest": NO_DIGEST, **fields}
+    text = json.dumps(unsealed, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    blank = text.encode()
+    digest = hashlib.sha256(blank).hexdigest()
+    return blank.replace(NO_DIGEST.encode(), digest.encode(), 1)
+
+
+def _read_manifest(root: Path) -> dict[str, Any]:
+    path = root / MANIFEST
+    if not root.is_dir():
+        problem = "is a file, not a bundle's folder" if root.exists() else "no such folder"
+        raise FileFormatError(f"{root}: {problem}; name the folder that eps-deploy wrote")
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise FileFormatError(f"{root}: not a bundle of eps-deploy (no {MANIFEST} in it)") from None
+    try:
+        manifest = json.loads(content, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError):
+        raise FileFormatError(f"{path}: damaged or not JSON; {_AGAIN}") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise FileFormatError(f"{path}: not a manifest of eps-deploy")
+    schema = manifest.get("schema")
+    if isinstance(schema, int) and schema > SCHEMA:
+        raise FileFormatError(
+            f"{path}: schema {schema} is newer than this eps-resnet reads (up to {SCHEMA});"
+            " upgrade eps-resnet"
+        )
+    digest = str(manifest.get("digest")).encode()
+    blank = content.replace(digest, NO_DIGEST.encode(), 1)
+    if schema != SCHEMA or hashlib.sha256(blank).hexdigest().encode() != digest:
+        raise FileFormatError(f"{path}: damaged or edited (its digest does not match); {_AGAIN}")
+    return manifest
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(name)
+
+
+def _verified(root: Path, name: str, listed: Any) -> bytes:
+    """The content of a listed file. A manifest can be forged: its names must stay in the bundle."""
+    pure = PurePosixPath(name)
+    path = root / pure
+    outside = pure.is_absolute() or ".." in pure.parts or "\\" in name or ":" in name
+    if outside or not path.resolve().is_relative_to(root.resolve()):
+        raise FileFormatError(f"{root / MANIFEST}: lists {name}, which lies outside the bundle")
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise FileFormatError(f"{path}: missing from the bundle; {_AGAIN}") from None
+    except OSError as error:
+        raise FileFormatError(f"{path}: cannot be read: {error.strerror}") from None
+    wanted = listed if isinstance(listed, dict) else {}
+    if len(content) != wanted.get("bytes"):
+        raise FileFormatError(
+            f"{path}: {len(content)} bytes where the manifest says {wanted.get('bytes')}; {_AGAIN}"
+        )
+    if hashlib.sha256(content).hexdigest() != wanted.get("sha256"):
+        raise FileFormatError(f"{path}: changed: its SHA-256 is not the manifest's; {_AGAIN}")
+    return content

@@ -1,0 +1,242 @@
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from eps_train import sealed
+from eps_train.checkpoint import FORMAT, Checkpoint
+from eps_train.cli import main
+from eps_train.config import RECIPES, TrainingConfig
+from tests.commands import Result, files_in, run
+
+TINY = ("--model", "cifar:8x4", "--epochs", "2")
+
+
+def eps_train(cwd: Path, *args: object) -> Result:
+    return run("eps-train", main, *args, cwd=cwd)
+
+
+def damaged(content: bytes, how: str) -> bytes:
+    """`content` with one bit flipped, cut short, or replaced."""
+    if how == "flipped":
+        altered = bytearray(content)
+        altered[len(content) // 2] ^= 4
+        return bytes(altered)
+    return {"truncated": content[: len(content) // 2], "empty": b"", "foreign": b"PK" * 100}[how]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    result = eps_train(folder, *TINY, "--with-baseline", "--json")
+    assert result.code == 0, result.stderr
+    (folder / "summary.json").write_text(result.stdout.splitlines()[-1])
+    return folder
+
+
+@pytest.fixture
+def folder(trained: Path, tmp_path: Path) -> Path:
+    """A copy of a finished run's folder that a test may spoil."""
+    for name, content in files_in(trained).items():
+        (tmp_path / name).write_bytes(content)
+    return tmp_path
+
+
+def test_trains_the_network_and_its_baseline_into_one_folder(trained: Path) -> None:
+    written = {path.name for path in trained.iterdir()} - {"summary.json"}
+    assert written == {
+        "ckpt.pt",
+        "last.pt",
+        "metrics.jsonl",
+        "baseline.pt",
+        "baseline-last.pt",
+        "baseline-metrics.jsonl",
+    }
+    assert Checkpoint.load(trained / "ckpt.pt").network.gated
+    assert not Checkpoint.load(trained / "baseline.pt").network.gated
+
+
+def test_json_summary_agrees_with_the_checkpoints(trained: Path) -> None:
+    runs = json.loads((trained / "summary.json").read_text())["runs"]
+    assert [summary["path"] for summary in runs] == ["ckpt.pt", "baseline.pt"]
+    for summary in runs:
+        metrics = Checkpoint.load(trained / summary["path"]).metrics
+        assert summary["test"] == metrics["test"]
+        assert summary["test"]["samples"] == 359
+        assert summary["blocks"] == {"total": 3, "dead": 0}
+
+
+def test_metrics_hold_one_line_an_epoch(trained: Path) -> None:
+    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2]
+    assert lines[0]["gates"].keys() == {"stages.0.0", "stages.1.0", "stages.2.0"}
+    assert all(0 <= line["validation"]["accuracy"] <= 1 for line in lines)
+
+
+def test_existing_output_is_refused_and_kept(folder: Path) -> None:
+    before = files_in(folder)
+    result = eps_train(folder, *TINY)
+    assert result.code == 1
+    assert result.error == (
+        "eps-train: error: ckpt.pt: exists already; choose another place or add --force"
+    )
+    assert files_in(folder) == before
+
+
+def test_force_trains_anew(folder: Path) -> None:
+    before = (folder / "ckpt.pt").read_bytes()
+    result = eps_train(folder, *TINY, "--seed", 7, "--force")
+    assert result.code == 0, result.stderr
+    assert (folder / "ckpt.pt").read_bytes() != before
+    assert (folder / "baseline.pt").exists(), "not an output of this run"
+
+
+def test_resume_of_a_finished_run_changes_no_checkpoint(folder: Path) -> None:
+    before = files_in(folder)
+    result = eps_train(folder, *TINY, "--with-baseline", "--resume")
+    assert result.code == 0, result.stderr
+    assert files_in(folder) == before
+
+
+def test_resume_drops_the_metrics_of_epochs_it_repeats(folder: Path) -> None:
+    """As after a kill between the metrics line and the save, with the line cut short."""
+    metrics = folder / "metrics.jsonl"
+    whole = metrics.read_text()
+    metrics.write_text(whole + '{"epoch": 3, "rate": 0.1}\n{"epoch": 4, "ra')
+    result = eps_train(folder, *TINY, "--resume")
+    assert result.code == 0, result.stderr
+    assert metrics.read_text() == whole
+
+
+def test_resume_with_nothing_there_starts_anew_and_says_so(tmp_path: Path) -> None:
+    result = eps_train(tmp_path, *TINY, "--epochs", 1, "--resume")
+    assert result.code == 0
+    assert "last.pt: not there yet; starting from the first epoch" in result.stderr
+
+
+def test_resume_in_a_missing_folder_is_refused(tmp_path: Path) -> None:
+    result = eps_train(tmp_path, *TINY, "--resume", "--output", "nowhere")
+    assert result.code == 1
+    assert result.error == "eps-train: error: --output nowhere: no such folder to resume in"
+    assert not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.parametrize("how", ["truncated", "flipped", "empty", "foreign"])
+def test_resume_from_a_damaged_checkpoint_is_refused(folder: Path, how: str) -> None:
+    last = folder / "last.pt"
+    last.write_bytes(damaged(last.read_bytes(), how))
+    before = files_in(folder)
+    result = eps_train(folder, *TINY, "--resume")
+    assert result.code == 1
+    assert result.error.startswith("eps-train: error: last.pt: damaged, truncated, or not an eps")
+    assert files_in(folder) == before
+
+
+def test_resume_refuses_every_one_of_fifty_flipped_bits(folder: Path) -> None:
+    last = folder / "last.pt"
+    whole = last.read_bytes()
+    chance = random.Random(1)
+    for _ in range(50):
+        altered = bytearray(whole)
+        altered[chance.randrange(len(whole))] ^= 1 << chance.randrange(8)
+        last.write_bytes(altered)
+        result = eps_train(folder, *TINY, "--resume")
+        assert result.code == 1
+        assert "last.pt: damaged, truncated" in result.error
+
+
+def test_resume_refuses_a_newer_format(folder: Path) -> None:
+    payload, _ = sealed.read(folder / "last.pt", format=FORMAT, version=1)
+    sealed.write(folder / "last.pt", {**payload, "version": 99})
+    result = eps_train(folder, *TINY, "--resume")
+    assert result.code == 1
+    assert "last.pt: format version 99 is newer" in result.error
+    assert "upgrade eps-resnet" in result.error
+
+
+def test_resume_refuses_the_best_checkpoint_in_place_of_the_last(folder: Path) -> None:
+    (folder / "last.pt").write_bytes((folder / "ckpt.pt").read_bytes())
+    result = eps_train(folder, *TINY, "--resume")
+    assert result.code == 1
+    assert "last.pt: holds no state to resume from" in result.error
+
+
+def test_resume_with_other_options_is_refused(folder: Path) -> None:
+    result = eps_train(folder, "--model", "cifar:8x4", "--epochs", 3, "--resume")
+    assert result.code == 1
+    assert "last.pt: belongs to a run with epochs 2, not 3" in result.error
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--recipe", "cifat"), "--recipe cifat: unknown; the recipes are: digits"),
+        (("--dataset", "digit"), "--dataset digit: unknown; the data sets are: digits"),
+        (("--model", "resnet"), "--model resnet: not a model; write cifar:DEPTH"),
+        (("--model", "cifar:57"), "depth must be 6n + 2"),
+        (("--model", "cifar:56x0"), "at least 1"),
+        (("--device", "cuda:63"), "--device cuda:63: torch sees"),
+        (("--device", "tpu"), "--device tpu: not a device"),
+        (("--epsilon", "nan"), "--epsilon nan: must be finite"),
+        (("--epsilon", "inf"), "--epsilon inf: must be finite"),
+        (("--output", "file.txt/run"), "file.txt/run"),
+    ],
+)
+def test_what_the_user_can_repair_is_one_line_and_exit_1(
+    tmp_path: Path, args: tuple[str, ...], message: str
+) -> None:
+    (tmp_path / "file.txt").write_text("not a folder")
+    before = files_in(tmp_path)
+    result = eps_train(tmp_path, *args)
+    assert result.code == 1
+    assert message in result.error
+    assert "Traceback" not in result.stderr
+    assert files_in(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("--epochs", "0"),
+        ("--epochs", "many"),
+        ("--epsilon", "-1"),
+        ("--seed", "-1"),
+        ("--speed",),
+        ("--resume", "--force"),
+        ("--epsilon", "0", "--with-baseline"),
+    ],
+)
+def test_impossible_flags_are_usage_errors(tmp_path: Path, args: tuple[str, ...]) -> None:
+    result = eps_train(tmp_path, *args)
+    assert result.code == 2
+    assert "Error" in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_dry_run_shows_the_plan_and_writes_nothing(tmp_path: Path) -> None:
+    result = eps_train(tmp_path, "--model", "cifar:110", "--dry-run")
+    assert result.code == 0
+    assert "54 blocks" in result.stderr
+    assert "1,727,674" in result.stderr  # 1,727,962 with three input channels; 2 * 16 * 9 fewer
+    assert not list(tmp_path.iterdir())
+
+
+def test_list_recipes_names_them_all(tmp_path: Path) -> None:
+    result = eps_train(tmp_path, "--list-recipes")
+    assert result.code == 0
+    assert [line.split()[0] for line in result.stdout.splitlines()] == list(RECIPES)
+
+
+def test_show_recipe_prints_the_resolved_configuration(tmp_path: Path) -> None:
+    result = eps_train(tmp_path, "--show-recipe", "--epochs", 9, "--epsilon", 1.5, "--seed", 3)
+    shown = TrainingConfig.from_dict(json.loads(result.stdout))
+    assert (shown.recipe, shown.epochs, shown.epsilon, shown.seed) == ("digits", 9, 1.5, 3)
+
+
+def test_epsilon_zero_trains_the_plain_network(tmp_path: Path) -> None:
+    result = eps_train(tmp_path, *TINY, "--epsilon", 0, "--epochs", 1)
+    assert result.code == 0, result.stderr
+    assert Checkpoint.load(tmp_path / "ckpt.pt").network.gated == ()
