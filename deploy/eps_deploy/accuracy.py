@@ -43,11 +43,13 @@ class Drop:
 
     @property
     def conclusive(self) -> bool:
-        """Whether the test part has enough images: the whole interval lies on one side of the limit."""
+        """Whether there are enough images: the whole interval lies on one side of the limit."""
         return self.points.high <= self.limit or self.points.low > self.limit
 
 
-def correct(infer: Callable[[Images], Logits], images: Images, labels: npt.NDArray[np.int64]) -> Correct:
+def correct(
+    infer: Callable[[Images], Logits], images: Images, labels: npt.NDArray[np.int64]
+) -> Correct:
     """Which images (uint8 `[N, C, H, W]`) `infer` gives their label: bool `[N]`."""
     starts = range(0, len(images), _BATCH)
     predicted = [infer(images[start : start + _BATCH]).argmax(axis=1) for start in starts]

@@ -1,8 +1,8 @@
 """The bundle: a folder with everything that serves a network, and a manifest that vouches for it.
 
 `manifest.json` holds the SHA-256 of every other file, and its own: `digest` is the SHA-256 of the
-manifest's bytes with the digest's 64 digits replaced by zeros. :func:`load_bundle` checks all of it.
-No torch here: servers have none.
+manifest's bytes with the digest's 64 digits replaced by zeros. :func:`load_bundle` checks all of
+it. No torch here: servers have none.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def load_bundle(path: Path | str) -> Bundle:
 
 
 def is_bundle(folder: Path) -> bool:
-    """Whether `folder` holds a manifest of ours, of any version and in whatever state its files are."""
+    """Whether `folder` holds a manifest of ours, of any version and however damaged."""
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
     except (OSError, ValueError, RecursionError):

@@ -52,7 +52,9 @@ class BundleWriter:
 
     def __enter__(self) -> BundleWriter:
         self.output.parent.mkdir(parents=True, exist_ok=True)
-        name = tempfile.mkdtemp(dir=self.output.parent, prefix=f".{self.output.name}.", suffix=".part")
+        name = tempfile.mkdtemp(
+            dir=self.output.parent, prefix=f".{self.output.name}.", suffix=".part"
+        )
         self.folder = Path(name)
         self.folder.chmod(0o777 & ~_umask())  # mkdtemp makes folders private; ours are as any other
         return self

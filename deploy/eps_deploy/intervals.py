@@ -75,7 +75,7 @@ def ratio_of_medians(
 
     Both are lists of blocks, block i of one measured right beside block i of the other. Runs within
     a block share whatever the machine was doing then, so the percentile bootstrap resamples pairs
-    of blocks, not runs. Blocks of one side have equal lengths. The same seed gives the same interval.
+    of blocks, not runs. Blocks of one side have equal lengths. One seed, one interval.
     """
     assert len(numerator) == len(denominator) > 0
     top, bottom = np.stack(numerator), np.stack(denominator)

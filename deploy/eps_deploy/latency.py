@@ -26,6 +26,7 @@ _PERCENTILES = (50, 90, 95, 99)
 
 # Warm-up ends when two windows in a row have medians within 5 %, or a fifth of the budget is spent.
 _WINDOW = 5
+_MIN_WINDOWS = 4
 _FLAT = 0.05
 _WARM_UP_SHARE = 0.2
 _DISCARDED = 2  # first runs of a block: the other engine's caches and spinning threads are about
@@ -91,7 +92,7 @@ def measure(
         batch=len(images),
         baseline_ms=_percentiles(times[0]),
         compact_ms=_percentiles(times[1]),
-        speedup=ratio_of_medians(*times),
+        speedup=ratio_of_medians(times[0], times[1]),
         blocks=len(times[0]),
         runs=runs,
         warm=all(warm),
@@ -103,7 +104,7 @@ def plan(seconds: float, pair: float) -> tuple[int, int]:
 
     More blocks come first (the interval lives on them), then longer ones.
     """
-    total = int(max(seconds, 0.0) / pair)
+    total = int(max(seconds, 0.0) / max(pair, 1e-9))
     blocks = min(max(total // (_GOOD_RUNS + _DISCARDED), MIN_BLOCKS), MAX_BLOCKS)
     return blocks, min(max(total // blocks - _DISCARDED, 1), MAX_RUNS)
 
@@ -116,16 +117,17 @@ class _Timer:
         self.typical = 0.0  # seconds of a run, known after warm_up
 
     def warm_up(self, budget: float) -> bool:
-        """Run until two windows in a row take the same time; False if they never did in `budget`."""
+        """Run until two windows in a row take as long; False if they never did in `budget`."""
         deadline = self._clock() + budget
-        previous = float(np.median(self._window(_WINDOW)))
+        windows = 0
         while True:
-            self.typical = float(np.median(self._window(_WINDOW)))
-            if abs(self.typical - previous) <= _FLAT * previous:
+            previous, self.typical = self.typical, float(np.median(self._window(_WINDOW)))
+            windows += 1
+            flat = abs(self.typical - previous) <= _FLAT * previous
+            if flat and windows >= _MIN_WINDOWS:
                 return True
-            if self._clock() >= deadline:
-                return False
-            previous = self.typical
+            if self._clock() >= deadline and windows >= 2:
+                return flat
 
     def block(self, runs: int) -> Runs:
         self._window(min(_DISCARDED, runs))

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from eps_deploy.engines.base import Images, Logits
 
 BATCHES = (1, 2, 7, 32)
+_TINY = 1e-30  # all logits of the reference may be 0
 SAMPLES = 64  # a multiple of all batches but 7, whose last batch is then a ragged one of 1
 
 Infer = Callable[[Images], Logits]
@@ -21,7 +22,7 @@ class Parity:
     """How far one stage's logits are from the stage's before, over all batches.
 
     Attributes:
-        stage: which two are compared.
+        stage: which two are compared: `gated-compact`, `compact-onnx` or `baseline-onnx`.
         max_abs: largest difference of two logits; None if a logit was not finite.
         relative: `max_abs` over the largest magnitude among the reference's logits.
         limit: largest `relative` that passes; 0 demands equality.
@@ -53,9 +54,14 @@ def pick_samples(total: int, count: int = SAMPLES) -> npt.NDArray[np.int64]:
 
 
 def compare(
-    stage: str, reference: Infer, candidate: Infer, images: Images, indices: Sequence[int], limit: float
+    stage: str,
+    reference: Infer,
+    candidate: Infer,
+    images: Images,
+    indices: Sequence[int],
+    limit: float,
 ) -> Parity:
-    """Run `images` (uint8 `[N, C, H, W]`, with their `indices`) through both, at every batch size."""
+    """Run `images` (uint8 `[N, C, H, W]`, known by `indices`) through both, at every batch size."""
     worst, worst_at, worst_batch = -1.0, 0, BATCHES[0]
     scale, agreeing, seen = 0.0, 0, 0
     for batch in BATCHES:
@@ -69,11 +75,11 @@ def compare(
             scale = max(scale, float(np.abs(expected).max()))
             agreeing += int((expected.argmax(axis=1) == found.argmax(axis=1)).sum())
             seen += len(piece)
-    finite = np.isfinite(worst)
+    finite = bool(np.isfinite(worst))
     return Parity(
         stage=stage,
         max_abs=worst if finite else None,
-        relative=worst / max(scale, np.finfo(np.float32).tiny) if finite else None,
+        relative=worst / max(scale, _TINY) if finite else None,
         limit=limit,
         top1_agreement=agreeing / seen,
         worst_sample=int(indices[worst_at]),

@@ -27,7 +27,7 @@ class Check:
     """One promise and whether it was kept.
 
     Attributes:
-        name: what was checked.
+        name: `parity-STAGE`, `accuracy` or `speedup`.
         passed: whether it holds.
         value: what was measured; None when it was no finite number.
         limit: what `value` is held to.
@@ -51,11 +51,10 @@ def parity_check(parity: Parity) -> Check:
         text = "equal to the last bit" if parity.passed else f"differ by {parity.max_abs:.3g}"
     else:
         text = (
-            f"largest difference {parity.relative:.2g} of the largest logit,"
-            f" limit {parity.limit:g}"
+            f"largest difference {parity.relative:.2g} of the largest logit, limit {parity.limit:g}"
         )
     return Check(
-        name=f"parity: {parity.stage}",
+        name=f"parity-{parity.stage}",
         passed=parity.passed,
         value=parity.relative,
         limit=parity.limit,
@@ -87,16 +86,20 @@ def speedup_check(latency: Latency, limit: float) -> Check:
     """The speed-up at batch 1; its whole interval must reach the limit."""
     speedup = latency.speedup
     return Check(
-        name=f"speed-up at batch {latency.batch}",
+        name="speedup",
         passed=speedup.low >= limit,
         value=speedup.low,
         limit=limit,
         text=(
-            f"{speedup.value:.2f} times as fast (95 % interval {speedup.low:.2f} to"
-            f" {speedup.high:.2f}), limit {limit:g} for its lower end"
+            f"{speedup.value:.2f} times as fast at batch {latency.batch} (95 % interval"
+            f" {speedup.low:.2f} to {speedup.high:.2f}), limit {limit:g} for its lower end"
         ),
         conclusive=not speedup.low < limit <= speedup.high,
     )
+
+
+def check_entry(check: Check) -> dict[str, Any]:
+    return asdict(check)
 
 
 def parity_entry(parity: Parity) -> dict[str, Any]:

@@ -29,7 +29,9 @@ class Sources:
     baseline_path: Path | None
 
 
-def find_sources(model: Path, checkpoint: Path | None = None, baseline: Path | None = None) -> Sources:
+def find_sources(
+    model: Path, checkpoint: Path | None = None, baseline: Path | None = None
+) -> Sources:
     """Read `model` (a `compact.pt`) and what belongs to it.
 
     Args:
@@ -56,7 +58,9 @@ def find_sources(model: Path, checkpoint: Path | None = None, baseline: Path | N
     )
 
 
-def _load_checkpoint(path: Path, model: Path, compact: CompactArtifact, *, named: bool) -> Checkpoint:
+def _load_checkpoint(
+    path: Path, model: Path, compact: CompactArtifact, *, named: bool
+) -> Checkpoint:
     if not named and not path.exists():
         raise ConfigError(
             f"{path}: the checkpoint that {model} was made from is not there;"

@@ -114,7 +114,7 @@ def test_resumed_run_ends_in_the_same_weights(
     _, reports, finished = dying
     first = trainer(tmp_path)
     for _ in range(stop_after):
-        first.run_epoch()
+        first.save(first.run_epoch())
     again = trainer(tmp_path)
     again.resume()
     later: list[EpochReport] = []
@@ -142,7 +142,7 @@ def test_resuming_a_finished_run_changes_nothing(
 
 
 def test_resume_refuses_another_run(tmp_path: Path) -> None:
-    trainer(tmp_path, epochs=1).run_epoch()
+    trainer(tmp_path, epochs=1).run(lambda report: None)
     with pytest.raises(ConfigError, match=r"last\.pt: belongs to a run with epsilon 3\.0, not 2\.5"):
         trainer(tmp_path, epochs=1, epsilon=2.5).resume()
 
@@ -180,7 +180,7 @@ def test_only_weights_of_convolutions_and_linear_layers_decay(tmp_path: Path) ->
 
 def test_non_finite_response_stops_the_run_and_names_block_and_step(tmp_path: Path) -> None:
     broken = trainer(tmp_path)
-    broken.run_epoch()
+    broken.save(broken.run_epoch())
     kept = (tmp_path / "last.pt").read_bytes()
     calls = 0
 

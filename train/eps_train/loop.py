@@ -41,7 +41,7 @@ class EpochReport:
         died: blocks latched at the end of this epoch.
         gates: all gates' records after this epoch.
         best: whether `ckpt.pt` was written.
-        seconds: wall time, saving included.
+        seconds: wall time, saving not included.
         images: training images seen.
     """
 
@@ -107,11 +107,14 @@ class Trainer:
     def run(self, report: Callable[[EpochReport], None]) -> Checkpoint:
         """Train to the last epoch, then touch the test part once, with the best checkpoint."""
         while self.epoch < self.config.epochs:
-            report(self.run_epoch())
+            done = self.run_epoch()
+            # Reported first: an epoch that is saved and then lost to a kill would go unreported.
+            report(done)
+            self.save(done)
         return self._finish()
 
     def run_epoch(self) -> EpochReport:
-        """Train one epoch, bury the dead, validate what would ship, save."""
+        """Train one epoch, bury the dead, validate what would ship; :meth:`save` it after that."""
         started = time.perf_counter()
         epoch = self.epoch
         rate, epsilon = self.schedule.rate(epoch), self.epsilon(epoch)
@@ -125,8 +128,8 @@ class Trainer:
         best = bool(died) or self.best is None or _better(validation, self.best)
         if best:
             self.best = validation
-        self.seconds += time.perf_counter() - started
-        self._save(validation, best)
+        seconds = time.perf_counter() - started
+        self.seconds += seconds
         return EpochReport(
             epoch=self.epoch,
             rate=rate,
@@ -138,7 +141,7 @@ class Trainer:
             died=died,
             gates=tuple(self.registry.records.values()),
             best=best,
-            seconds=time.perf_counter() - started,
+            seconds=seconds,
             images=images,
         )
 
@@ -235,7 +238,8 @@ class Trainer:
 
     # -- saving and resuming ---------------------------------------------------------------------
 
-    def _save(self, validation: Score, best: bool) -> None:
+    def save(self, report: EpochReport) -> None:
+        """Write `last_path` after an epoch, and before it `best_path` if that epoch was the best."""
         checkpoint = Checkpoint(
             network=self.spec,
             state={**self.retired, **self.model.state_dict()},
@@ -244,13 +248,13 @@ class Trainer:
             config=self.config.to_dict(),
             metrics={
                 "epoch": self.epoch,
-                "validation": validation.to_dict(),
+                "validation": report.validation.to_dict(),
                 "test": None,
                 "seconds": self.seconds,
             },
             side_head=None if self.side_head is None else dict(self.side_head.state_dict()),
         )
-        if best:
+        if report.best:
             checkpoint.save(self.best_path)
         checkpoint.resume = {
             "epoch": self.epoch,

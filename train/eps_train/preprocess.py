@@ -72,7 +72,7 @@ class Preprocessing:
 
         if self.exif_rotation:
             image = ImageOps.exif_transpose(image)
-        image = image.convert("L" if self.color == "grey" else "RGB")
+        image = _eight_bits(image).convert("L" if self.color == "grey" else "RGB")
         height, width = self.resize
         scale = max(height / image.height, width / image.width)
         covering = (
@@ -101,6 +101,17 @@ class Preprocessing:
             raise DataError(f"{path}: not an image that Pillow can read") from None
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise DataError(f"{path}: cannot be decoded: {error}") from None
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """`image` in a mode that Pillow converts to grey or RGB as one expects."""
+    from PIL import Image
+
+    if image.mode.startswith("I;16"):  # Pillow would clip all but the darkest pixels to white
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode == "P" and "transparency" in image.info:  # Pillow warns when it drops that
+        return image.convert("RGBA")
+    return image
 
 
 def _pair(value: Any) -> tuple[int, int]:

@@ -38,7 +38,7 @@ class RateSchedule:
         return round(self.descent[0][0] * self.epochs) if self.descent else self.epochs
 
     def rate(self, epoch: int) -> float:
-        """Learning rate of the 0-based `epoch`."""
+        """Learning rate of the 0-based `epoch`, which lies behind every epoch observed so far."""
         if self.restarted_at is None:
             rate = value_at(self.rates, epoch)
         else:

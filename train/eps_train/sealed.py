@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,11 @@ def write(path: Path, payload: Payload) -> str:
 
     The bytes go to a temporary file in the same folder, are flushed to the disk, read back and
     compared, and only then renamed into place: whatever was at `path` stays whole until the new
-    file is known to be. Raises OSError as the file system does.
+    file is known to be.
+
+    Raises:
+        TypeError: the payload is one that :func:`read` would refuse.
+        OSError: as the file system does.
     """
     buffer = io.BytesIO()
     torch.save(payload, buffer)
@@ -40,23 +43,29 @@ def write(path: Path, payload: Payload) -> str:
     content[-2:] = _SEAL_LENGTH.to_bytes(2, "little")
     digest = hashlib.sha256(content).hexdigest()
     content += digest.encode("ascii")
+    try:
+        _load(bytes(content))
+    except Exception as error:  # a NumPy scalar, a Path, a class of ours: written, never read again
+        raise TypeError(f"{path}: the payload holds more than tensors and plain data") from error
     replace_file(path, bytes(content))
     return digest
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Put `content` at `path` in one step: temporary file, fsync, read back, rename."""
+    """Put `content` at `path` in one step: temporary file, fsync, read back, rename.
+
+    The temporary file's name is always the same, so that what a killed process leaves behind is
+    taken up by the next one.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    part = Path(name)
+    part = path.with_name(f".{path.name}.part")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with part.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         if part.read_bytes() != content:
             raise OSError(f"{path}: what was read back differs from what was written")
-        part.chmod(0o666 & ~_umask())  # mkstemp makes files private; ours are as any other
         part.replace(path)
         _sync_folder(path.parent)
     finally:
@@ -83,7 +92,7 @@ def read(path: Path, *, format: str, version: int) -> tuple[Payload, str]:
             " (its SHA-256 seal does not match); restore it from a good copy or make it again"
         )
     try:
-        payload = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        payload = _load(content)
     except Exception as error:  # the unpickler raises many types for what it refuses
         raise FileFormatError(
             f"{path}: refused: it holds more than tensors and plain data"
@@ -102,6 +111,10 @@ def read(path: Path, *, format: str, version: int) -> tuple[Payload, str]:
     return payload, seal.decode("ascii")
 
 
+def _load(content: bytes) -> Any:
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+
+
 def read_bytes(path: Path) -> bytes:
     """The bytes of a file that a user named; FileFormatError when it is not there to be read."""
     if path.is_dir():
@@ -116,12 +129,6 @@ def read_bytes(path: Path) -> bytes:
 
 def _article(format: str) -> str:
     return f"an {format} file" if format[0] in "aeiou" else f"a {format} file"
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _sync_folder(folder: Path) -> None:

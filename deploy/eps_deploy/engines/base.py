@@ -1,4 +1,4 @@
-"""What every inference engine offers, whatever runs underneath. No torch here: servers have none."""
+"""What every engine offers, whatever runs underneath. No torch here: servers have none."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ _ERRORS_ONLY = 3  # severity below which ONNX Runtime stays silent
 
 
 class OrtEngine:
-    """An exported network on ONNX Runtime's CPU provider; see :class:`~eps_deploy.engines.base.Engine`.
+    """An exported network on ONNX Runtime's CPU provider; an `Engine` (see `engines.base`).
 
     Args:
         model: the bytes of an ONNX file as `eps-deploy` exports it.
@@ -35,7 +35,9 @@ class OrtEngine:
         EngineError: not such a model, or ONNX Runtime did not give the provider that was asked for.
     """
 
-    def __init__(self, model: bytes, *, threads: int | None = None, name: str = "model.onnx") -> None:
+    def __init__(
+        self, model: bytes, *, threads: int | None = None, name: str = "model.onnx"
+    ) -> None:
         self.threads = default_threads() if threads is None else threads
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self.threads
@@ -61,11 +63,11 @@ class OrtEngine:
                 f"{self._name}: not a network exported by eps-deploy (its inputs and outputs"
                 f" are {found}, not {wanted})"
             )
-        sizes = [*inputs[0].shape[1:], outputs[0].shape[1]]
+        sizes: list[Any] = [*inputs[0].shape[1:], outputs[0].shape[1]]
         if not all(isinstance(size, int) for size in sizes):
             raise EngineError(f"{self._name}: image size and classes must be fixed, not {sizes}")
-        channels, height, width, self._classes = sizes
-        self._input_shape = (channels, height, width)
+        channels, height, width, classes = (int(size) for size in sizes)
+        self._input_shape, self._classes = (channels, height, width), classes
 
     @property
     def input_shape(self) -> tuple[int, int, int]:

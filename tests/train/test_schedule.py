@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import pytest
+
+from eps_train.schedule import RateSchedule, value_at
+
+RATES = ((0, 0.1), (4, 0.01))
+RESTART = ((0, 0.1), (3, 0.01), (5, 0.001))
+
+
+def schedule(**changes: object) -> RateSchedule:
+    fields = {"epochs": 20, "rates": RATES, "restart": RESTART, "descent": ((0.8, 0.001),)}
+    return RateSchedule(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+def test_a_step_function_holds_until_its_next_step() -> None:
+    assert [value_at(RATES, epoch) for epoch in range(6)] == [0.1] * 4 + [0.01] * 2
+
+
+def test_rate_follows_the_first_table_until_a_block_is_lost() -> None:
+    plan = schedule()
+    assert [plan.rate(epoch) for epoch in range(16)] == [0.1] * 4 + [0.01] * 12
+
+
+def test_rate_restarts_after_an_epoch_that_lost_a_block() -> None:
+    plan = schedule()
+    assert plan.observe(6, 1.0)
+    assert [plan.rate(epoch) for epoch in range(7, 14)] == [0.1] * 3 + [0.01] * 2 + [0.001] * 2
+
+
+def test_less_than_one_more_discarded_block_is_no_loss() -> None:
+    plan = schedule()
+    assert not plan.observe(2, 0.9)
+    assert plan.observe(3, 1.4)
+    assert not plan.observe(4, 2.3)
+    assert plan.observe(5, 2.4)
+
+
+def test_without_a_restart_table_the_rate_never_goes_back_up() -> None:
+    plan = schedule(restart=())
+    assert plan.observe(6, 5.0)
+    assert plan.rate(7) == 0.01
+
+
+def test_the_last_descent_is_kept_free_of_restarts() -> None:
+    plan = schedule()
+    assert plan.descent_epoch == 16
+    assert plan.observe(15, 3.0), "the loss itself is still noticed"
+    assert [plan.rate(epoch) for epoch in range(16, 20)] == [0.001] * 4
+
+
+@pytest.mark.parametrize("lost_in", range(20))
+def test_no_run_ends_on_a_high_rate(lost_in: int) -> None:
+    plan = schedule()
+    plan.observe(lost_in, 9.0)
+    assert plan.rate(19) == 0.001
+
+
+def test_restored_schedule_goes_on_alike() -> None:
+    plan, again = schedule(), schedule()
+    plan.observe(6, 2.5)
+    again.restore(plan.state())
+    assert [again.rate(epoch) for epoch in range(7, 20)] == [plan.rate(epoch) for epoch in range(7, 20)]
+    assert again.observe(8, 3.4) == plan.observe(8, 3.4)
