@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,7 @@ from eps_deploy.engines.base import Images, Logits
 
 BATCHES = (1, 2, 7, 32)
 _TINY = 1e-30  # all logits of the reference may be 0
-SAMPLES = 64  # a multiple of all batches but 7, whose last batch is then a ragged one of 1
+SAMPLES = 33  # the last batch is a ragged one at 2, 7 and 32
 
 Infer = Callable[[Images], Logits]
 
@@ -53,42 +53,37 @@ def pick_samples(total: int, count: int = SAMPLES) -> npt.NDArray[np.int64]:
     return np.linspace(0, total - 1, count).round().astype(np.int64)
 
 
+def passes(infer: Infer, images: Images) -> list[Logits]:
+    """The logits `[N, classes]` of all `images` (uint8 `[N, C, H, W]`), once a batch size."""
+    return [
+        np.concatenate([infer(images[at : at + batch]) for at in range(0, len(images), batch)])
+        for batch in BATCHES
+    ]
+
+
 def compare(
     stage: str,
-    reference: Infer,
-    candidate: Infer,
-    images: Images,
+    reference: Sequence[Logits],
+    candidate: Sequence[Logits],
     indices: Sequence[int],
     limit: float,
 ) -> Parity:
-    """Run `images` (uint8 `[N, C, H, W]`, known by `indices`) through both, at every batch size."""
-    worst, worst_at, worst_batch = -1.0, 0, BATCHES[0]
-    scale, agreeing, seen = 0.0, 0, 0
-    for batch in BATCHES:
-        for start, piece in _pieces(images, batch):
-            expected, found = reference(piece), candidate(piece)
-            difference = np.abs(expected.astype(np.float64) - found).max(axis=1)
-            difference[~np.isfinite(difference)] = np.inf
-            if difference.max() > worst:
-                worst, worst_batch = float(difference.max()), batch
-                worst_at = start + int(difference.argmax())
-            scale = max(scale, float(np.abs(expected).max()))
-            agreeing += int((expected.argmax(axis=1) == found.argmax(axis=1)).sum())
-            seen += len(piece)
-    finite = bool(np.isfinite(worst))
+    """Compare what :func:`passes` gave for two stages; `indices` are those of the images."""
+    expected, found = np.stack(reference), np.stack(candidate)  # [batch size, image, class]
+    difference = np.abs(expected.astype(np.float64) - found).max(axis=2)
+    difference[~np.isfinite(difference)] = np.inf
+    at_batch, at_image = np.unravel_index(difference.argmax(), difference.shape)
+    worst = float(difference[at_batch, at_image])
+    finite = np.isfinite(worst)
+    scale = max(float(np.abs(expected).max()), _TINY)
     return Parity(
         stage=stage,
         max_abs=worst if finite else None,
-        relative=worst / max(scale, _TINY) if finite else None,
+        relative=worst / scale if finite else None,
         limit=limit,
-        top1_agreement=agreeing / seen,
-        worst_sample=int(indices[worst_at]),
-        worst_batch=worst_batch,
-        samples=len(images),
+        top1_agreement=float((expected.argmax(axis=2) == found.argmax(axis=2)).mean()),
+        worst_sample=int(indices[int(at_image)]),
+        worst_batch=BATCHES[int(at_batch)],
+        samples=len(indices),
         batches=BATCHES,
     )
-
-
-def _pieces(images: Images, batch: int) -> Iterator[tuple[int, Images]]:
-    for start in range(0, len(images), batch):
-        yield start, images[start : start + batch]

@@ -180,13 +180,19 @@ def _parity(
 ) -> list[parity.Parity]:
     picked = parity.pick_samples(len(part.labels))
     images = part.images[picked]
+    compact = parity.passes(networks.compact.infer, images)
     chain = (
-        ("gated-compact", networks.gated.infer, networks.compact.infer, 0.0),
-        ("compact-onnx", networks.compact.infer, engine.infer, ONNX_LIMIT),
-        ("baseline-onnx", networks.baseline.infer, baseline.infer, ONNX_LIMIT),
+        ("gated-compact", parity.passes(networks.gated.infer, images), compact, 0.0),
+        ("compact-onnx", compact, parity.passes(engine.infer, images), ONNX_LIMIT),
+        (
+            "baseline-onnx",
+            parity.passes(networks.baseline.infer, images),
+            parity.passes(baseline.infer, images),
+            ONNX_LIMIT,
+        ),
     )
     return [
-        parity.compare(stage, reference, candidate, images, picked.tolist(), limit)
+        parity.compare(stage, reference, candidate, picked.tolist(), limit)
         for stage, reference, candidate, limit in chain
     ]
 

@@ -159,7 +159,7 @@ def _environment(report: dict[str, Any]) -> str:
     packages = (f"{name} {version}" for name, version in facts["packages"].items() if version)
     lines = (
         f"Engine: {engine['runtime']} {engine['version']}, {engine['provider']},"
-        f" {engine['threads']} threads",
+        f" {engine['threads']} thread{'s' if engine['threads'] > 1 else ''}",
         f"Processor: {facts['processor']}, {facts['cores']} cores",
         f"System: {facts['system']}, Python {facts['python']}",
         f"Packages: {', '.join(packages)}",

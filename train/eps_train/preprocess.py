@@ -1,6 +1,6 @@
 """From an image file to the network's input, as data: one function for every stage.
 
-Training's evaluation, calibration, `eps-predict` and the server all call :meth:`Preprocessing.apply`,
+Training's evaluation, calibration, `eps-predict` and the server call :meth:`Preprocessing.apply`,
 with the values recorded in the checkpoint and in the bundle's manifest. This module needs numpy and
 Pillow only: the serving image has no torch.
 """
@@ -62,7 +62,9 @@ class Preprocessing:
     def from_dict(cls, fields: Mapping[str, Any]) -> Preprocessing:
         """Inverse of :meth:`to_dict`. Raises ConfigError for missing or unknown fields."""
         try:
-            return cls(**{**fields, "resize": _pair(fields["resize"]), "crop": _pair(fields["crop"])})
+            return cls(
+                **{**fields, "resize": _pair(fields["resize"]), "crop": _pair(fields["crop"])}
+            )
         except (TypeError, KeyError, ValueError) as error:
             raise ConfigError(f"not a preprocessing description: {error}") from None
 

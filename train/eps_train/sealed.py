@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from eps_train.errors import FileFormatError
 
 _END_OF_ARCHIVE = b"PK\x05\x06"  # end of central directory record, 22 bytes when uncommented
 _SEAL_LENGTH = 64  # hexadecimal digits of a SHA-256
+_PLAIN = (str, int, float, bool, type(None))
 
 Payload = dict[str, Any]
 
@@ -36,6 +38,7 @@ def write(path: Path, payload: Payload) -> str:
         TypeError: the payload is one that :func:`read` would refuse.
         OSError: as the file system does.
     """
+    _require_plain(payload)
     buffer = io.BytesIO()
     torch.save(payload, buffer)
     content = bytearray(buffer.getvalue())
@@ -43,10 +46,6 @@ def write(path: Path, payload: Payload) -> str:
     content[-2:] = _SEAL_LENGTH.to_bytes(2, "little")
     digest = hashlib.sha256(content).hexdigest()
     content += digest.encode("ascii")
-    try:
-        _load(bytes(content))
-    except Exception as error:  # a NumPy scalar, a Path, a class of ours: written, never read again
-        raise TypeError(f"{path}: the payload holds more than tensors and plain data") from error
     replace_file(path, bytes(content))
     return digest
 
@@ -92,7 +91,7 @@ def read(path: Path, *, format: str, version: int) -> tuple[Payload, str]:
             " (its SHA-256 seal does not match); restore it from a good copy or make it again"
         )
     try:
-        payload = _load(content)
+        payload = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler raises many types for what it refuses
         raise FileFormatError(
             f"{path}: refused: it holds more than tensors and plain data"
@@ -111,8 +110,20 @@ def read(path: Path, *, format: str, version: int) -> tuple[Payload, str]:
     return payload, seal.decode("ascii")
 
 
-def _load(content: bytes) -> Any:
-    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+def _require_plain(value: object) -> None:
+    """Raise TypeError for what the reader would refuse: a NumPy scalar, a path, a class."""
+    if isinstance(value, torch.Tensor) or type(value) in _PLAIN:
+        return
+    if type(value) in (dict, OrderedDict):
+        assert isinstance(value, dict)
+        for item in (*value.keys(), *value.values()):
+            _require_plain(item)
+    elif type(value) in (list, tuple):
+        assert isinstance(value, (list, tuple))
+        for item in value:
+            _require_plain(item)
+    else:
+        raise TypeError(f"{type(value).__name__} is neither a tensor nor plain data: {value!r}")
 
 
 def read_bytes(path: Path) -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from types import TracebackType
 from typing import Any
 
@@ -19,6 +18,9 @@ from eps_deploy.engines.base import (
 )
 
 PROVIDER = "CPUExecutionProvider"
+# A second thread bought nothing on deep, narrow networks, and threads that wait
+# in a loop for one another cost far more than they bring on cores that others use too.
+THREADS = 1
 MAX_BATCH = 256  # the graph itself has no limit; this one bounds the memory of a request
 _ERRORS_ONLY = 3  # severity below which ONNX Runtime stays silent
 
@@ -28,17 +30,15 @@ class OrtEngine:
 
     Args:
         model: the bytes of an ONNX file as `eps-deploy` exports it.
-        threads: threads within one operator; None: :func:`default_threads`.
+        threads: threads within one operator.
         name: what error messages call the model.
 
     Raises:
         EngineError: not such a model, or ONNX Runtime did not give the provider that was asked for.
     """
 
-    def __init__(
-        self, model: bytes, *, threads: int | None = None, name: str = "model.onnx"
-    ) -> None:
-        self.threads = default_threads() if threads is None else threads
+    def __init__(self, model: bytes, *, threads: int = THREADS, name: str = "model.onnx") -> None:
+        self.threads = threads
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1  # a residual network is one chain: nothing to overlap
@@ -114,10 +114,3 @@ class OrtEngine:
         trace: TracebackType | None,
     ) -> None:
         self._session = None
-
-
-def default_threads() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
