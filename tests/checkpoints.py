@@ -1,4 +1,4 @@
-"""Small checkpoints made without training: random weights, lived-in batch norms, chosen dead blocks."""
+"""Small checkpoints made without training: random weights, chosen dead blocks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EPSILON = 2.5
 def make_checkpoint(
     *, dead: Sequence[str] = (), depth: int = 20, width: int = 4, gated: bool = True, seed: int = 0
 ) -> Checkpoint:
-    """A checkpoint on digits whose named blocks are recorded as dead; `gated=False`: a plain one."""
+    """A checkpoint on digits whose named blocks are recorded as dead; or a plain one."""
     digits = data.load("digits")
     torch.manual_seed(seed)
     spec = NetworkSpec.parse(f"cifar:{depth}x{width}", in_channels=1, classes=10)

@@ -30,7 +30,7 @@ class Bundle:
 
     Attributes:
         root: its folder.
-        manifest: `manifest.json` as plain data (docs/formats.md).
+        manifest: `manifest.json` as plain data.
         preprocessing: from a picture to the network's input.
         labels: names of the classes, by index.
         input_shape: shape `[C, H, W]` of one image.
@@ -71,10 +71,13 @@ def load_bundle(path: Path | str) -> Bundle:
             model=str(manifest["engine"]["file"]),
         )
         files = dict(manifest["files"])
+        classes = int(manifest["output"]["shape"][1])
     except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
         raise FileFormatError(f"{root / MANIFEST}: not a usable manifest ({error!r})") from error
     if bundle.model not in files:
         raise FileFormatError(f"{root / MANIFEST}: it does not list its own model {bundle.model}")
+    if bundle.preprocessing.shape != bundle.input_shape or len(bundle.labels) != classes:
+        raise FileFormatError(f"{root / MANIFEST}: preprocessing, labels and model do not agree")
     for name, listed in files.items():
         _verified(root, name, listed)
     return bundle

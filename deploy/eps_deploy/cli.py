@@ -89,7 +89,9 @@ def cli(
     from eps_deploy.pipeline import Options, deploy
 
     log = console.log()
-    report = deploy(Options(model=model, output=output, **limits), lambda line: log.print(line))
+    report = deploy(
+        Options(model=model, output=output, **limits), lambda line: log.print(line, markup=False)
+    )
     show_summary(report, output)
     if as_json:
         console.emit_json({**report, "bundle": str(output)})
@@ -109,8 +111,8 @@ def show_summary(report: dict[str, Any], output: Path) -> None:
         column.justify = "left"
     log = console.log()
     log.print(table)
-    log.print(f"Verdict: {verdict_line(report)}")
-    log.print(f"Bundle:  {output} (read {output / 'report.md'})")
+    log.print(f"Verdict: {verdict_line(report)}", markup=False)
+    log.print(f"Bundle:  {output} (read {output / 'report.md'})", markup=False)
 
 
 def main() -> NoReturn:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from eps_train import console
-from eps_train.errors import DataError
+from eps_train.errors import DataError, FileFormatError
 
 if TYPE_CHECKING:
     from eps_deploy.bundle import Bundle
@@ -43,6 +43,8 @@ def cli(bundle: Path, images: tuple[Path, ...], top: int, as_json: bool) -> int:
     loaded = load_bundle(bundle)
     predictions, errors = [], []
     with OrtEngine(loaded.read(loaded.model), name=str(bundle / loaded.model)) as engine:
+        if engine.classes != len(loaded.labels):
+            raise FileFormatError(f"{bundle}: the model and the labels do not agree")
         for answer in predict(loaded, engine, images, top):
             if "error" in answer:
                 errors.append(answer)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from eps_compact import CompactArtifact
 from eps_train.checkpoint import Checkpoint
-from eps_train.errors import ConfigError
+from eps_train.errors import ConfigError, FileFormatError
 
 BASELINE = "baseline.pt"
 
@@ -45,6 +45,8 @@ def find_sources(
             or other data.
     """
     compact = CompactArtifact.load(model)
+    if not compact.checkpoint.keys() >= {"path", "digest"}:
+        raise FileFormatError(f"{model}: does not say which checkpoint it was made from")
     checkpoint_path = checkpoint or model.parent / compact.checkpoint["path"]
     source = _load_checkpoint(checkpoint_path, model, compact, named=checkpoint is not None)
     if baseline is None:

@@ -66,7 +66,7 @@ def test_json_summary_agrees_with_the_checkpoints(trained: Path) -> None:
         metrics = Checkpoint.load(trained / summary["path"]).metrics
         assert summary["test"] == metrics["test"]
         assert summary["test"]["samples"] == 359
-        assert summary["blocks"] == {"total": 3, "dead": 0}
+        assert summary["blocks"] == {"total": 3, "kept": 3}
 
 
 def test_metrics_hold_one_line_an_epoch(trained: Path) -> None:
@@ -240,3 +240,23 @@ def test_epsilon_zero_trains_the_plain_network(tmp_path: Path) -> None:
     result = eps_train(tmp_path, *TINY, "--epsilon", 0, "--epochs", 1)
     assert result.code == 0, result.stderr
     assert Checkpoint.load(tmp_path / "ckpt.pt").network.gated == ()
+
+
+def test_ctrl_c_says_how_to_go_on_and_exits_130(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from eps_train.loop import Trainer
+
+    save = Trainer.save
+
+    def interrupted(self: Trainer, report: object) -> None:
+        save(self, report)  # type: ignore[arg-type]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "save", interrupted)
+    result = eps_train(tmp_path, *TINY)
+    assert result.code == 130
+    assert "last.pt holds 1 of 2 epochs; --resume goes on from there" in result.stderr
+    assert result.error == "eps-train: interrupted"
+    monkeypatch.undo()
+    assert eps_train(tmp_path, *TINY, "--resume").code == 0

@@ -52,10 +52,10 @@ def test_gate_is_the_four_relu_form(
     expected.backward(gradient)
 
     assert torch.equal(got[0], expected)
-    assert got[1] is not None
-    assert got[2] is not None
-    assert torch.equal(got[1], shortcut.grad)
-    assert torch.equal(got[2], branch.grad)
+    for ours, theirs in zip(got[1:], (shortcut.grad, branch.grad), strict=True):
+        assert ours is not None
+        assert theirs is not None
+        assert torch.equal(ours, theirs)
     assert int(gate.closed_steps) == closed
     assert got[0].dtype == dtype
 
@@ -128,7 +128,7 @@ def test_epsilon_zero_keeps_even_an_all_zero_branch_open() -> None:
 
 
 def test_decision_is_made_in_float32() -> None:
-    """In bfloat16, 2.51 would round up to 2.515625 and the gate would close on a response of that."""
+    """In bfloat16, 2.51 would round up to 2.515625, and a response of that would close the gate."""
     branch = torch.tensor([[2.515625, 0.0]], dtype=torch.bfloat16)
     shortcut = torch.zeros_like(branch)
     with torch.autocast("cpu", torch.bfloat16):

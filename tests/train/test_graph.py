@@ -16,7 +16,7 @@ from eps_train.gate import EpsilonGate
 from eps_train.networks import CifarResNet, Tap
 
 BLOCKS = tuple(f"stages.{stage}.{block}" for stage in range(3) for block in range(3))
-EPSILON = 2.0  # some gates of this network close at it, some do not
+EPSILON = 2.35  # some gates of this network close at it, some do not
 
 
 def network() -> CifarResNet:
@@ -114,7 +114,8 @@ def test_input_is_left_as_it_was_and_tensors_are_shared() -> None:
 def test_mode_is_kept(training: bool) -> None:
     left = graph.remove_blocks(network().train(training), ["stages.0.1"])
     assert left.training == training
-    assert all(module.training == training for module in left.modules())
+    leaves = [module for module in left.modules() if not list(module.children())]
+    assert all(module.training == training for module in leaves)
 
 
 def test_hooks_on_the_tap_survive_removal() -> None:
@@ -133,7 +134,7 @@ def test_unknown_names_are_listed_beside_the_known_ones() -> None:
     message = str(error.value)
     assert message.startswith("no gated block named layer, stages.9.9; the gated blocks are: ")
     assert all(block in message for block in BLOCKS)
-    with pytest.raises(GraphError, match="the gated blocks are: none$"):
+    with pytest.raises(GraphError, match=r"the gated blocks are: none$"):
         graph.remove_blocks(nn.Linear(2, 2), ["a"])
 
 

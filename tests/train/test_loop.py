@@ -39,7 +39,7 @@ def test_blocks_die_and_leave_the_running_network(
 def test_every_death_carries_its_evidence(
     dying: tuple[Path, list[EpochReport], Trainer],
 ) -> None:
-    folder, reports, _ = dying
+    folder, _, _ = dying
     steps = digits().identity.sizes["train"] // DYING.batch_size
     checkpoint = Checkpoint.load(folder / "ckpt.pt")
     deaths = [record.death for record in checkpoint.gates if record.death is not None]
@@ -143,7 +143,9 @@ def test_resuming_a_finished_run_changes_nothing(
 
 def test_resume_refuses_another_run(tmp_path: Path) -> None:
     trainer(tmp_path, epochs=1).run(lambda report: None)
-    with pytest.raises(ConfigError, match=r"last\.pt: belongs to a run with epsilon 3\.0, not 2\.5"):
+    with pytest.raises(
+        ConfigError, match=r"last\.pt: belongs to a run with epsilon 3\.0, not 2\.5"
+    ):
         trainer(tmp_path, epochs=1, epsilon=2.5).resume()
 
 

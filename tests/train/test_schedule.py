@@ -60,5 +60,7 @@ def test_restored_schedule_goes_on_alike() -> None:
     plan, again = schedule(), schedule()
     plan.observe(6, 2.5)
     again.restore(plan.state())
-    assert [again.rate(epoch) for epoch in range(7, 20)] == [plan.rate(epoch) for epoch in range(7, 20)]
+    assert [again.rate(epoch) for epoch in range(7, 20)] == [
+        plan.rate(epoch) for epoch in range(7, 20)
+    ]
     assert again.observe(8, 3.4) == plan.observe(8, 3.4)

@@ -34,9 +34,7 @@ class EpochOrder:
         return cls(order, shifts, mirrored)
 
     def to(self, device: torch.device) -> EpochOrder:
-        return EpochOrder(
-            self.order.to(device), self.shifts.to(device), self.mirrored.to(device)
-        )
+        return EpochOrder(self.order.to(device), self.shifts.to(device), self.mirrored.to(device))
 
 
 def shift_and_flip(images: Tensor, shifts: Tensor, mirrored: Tensor, pad: int) -> Tensor:

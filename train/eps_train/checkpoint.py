@@ -1,4 +1,4 @@
-"""`ckpt.pt`, `last.pt` and `baseline.pt`: a trained network, what its gates did, and on which data."""
+"""`ckpt.pt`, `last.pt` and `baseline.pt`: a trained network, its gates' record, its data."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ class Death:
         epsilon: threshold then.
         steps: training steps in a row on which the gate was closed.
         peak: largest `max |F_i|` over those steps.
-        heldout_peak: largest `max |F_i|` over the validation part, in evaluation mode, below epsilon.
+        heldout_peak: largest `max |F_i|` over the validation part, in evaluation mode; below
+            epsilon.
         samples: images in that pass.
     """
 

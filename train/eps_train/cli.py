@@ -76,7 +76,13 @@ def cli(
         return
     if resume and force:
         raise click.UsageError("--resume and --force contradict each other")
-    given = {"dataset": dataset, "model": model, "epsilon": epsilon, "epochs": epochs, "seed": seed}
+    given: dict[str, Any] = {
+        "dataset": dataset,
+        "model": model,
+        "epsilon": epsilon,
+        "epochs": epochs,
+        "seed": seed,
+    }
     chosen = replace(
         config.recipe(recipe), **{name: value for name, value in given.items() if value is not None}
     )
@@ -142,15 +148,19 @@ def _train(
     if not chosen.plain:
         log.print(f"block map: {LEGEND}")
     title = "plain network" if chosen.plain else "ε-ResNet"
-    with EpochPrinter(
-        log, title, epochs=chosen.epochs, epochs_done=trainer.epoch
-    ) as printer:
+    with EpochPrinter(log, title, epochs=chosen.epochs, epochs_done=trainer.epoch) as printer:
 
         def report(epoch: EpochReport) -> None:
             metrics.append(epoch)
             printer.show(epoch)
 
-        best = trainer.run(report)
+        try:
+            best = trainer.run(report)
+        except KeyboardInterrupt:
+            if trainer.epoch:
+                done = f"{trainer.epoch} of {chosen.epochs} epochs"
+                log.print(f"{files['last']} holds {done}; --resume goes on from there")
+            raise
     return _summary(best, files["best"], trainer.seconds)
 
 
@@ -162,12 +172,15 @@ def _device(name: str) -> Any:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ConfigError(f"--device {name}: not a device; write auto, cpu, cuda or cuda:N") from None
+        raise ConfigError(
+            f"--device {name}: not a device; write auto, cpu, cuda or cuda:N"
+        ) from None
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"--device {name}: not supported; write auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
-            f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices here; use --device cpu"
+            f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices here;"
+            " use --device cpu"
         )
     return device
 
@@ -176,12 +189,13 @@ def _summary(best: Checkpoint, path: Path, seconds: float) -> dict[str, Any]:
     from eps_train.cost import cost
 
     shape = best.data.input_shape
+    blocks = len(best.network.all_blocks())
     whole = cost(best.build_gated(), shape)
     kept = cost(replace(best.network, removed=best.dead).build(best.state), shape)
     return {
         "path": str(path),
         "model": "plain" if not best.gates else "ε-ResNet",
-        "blocks": {"total": len(best.network.all_blocks()), "dead": len(best.dead)},
+        "blocks": {"total": blocks, "kept": blocks - len(best.dead)},
         "parameters": {"total": whole.parameters, "kept": kept.parameters},
         "flops": {"total": whole.flops, "kept": kept.flops},
         "epoch": best.metrics["epoch"],
@@ -195,7 +209,7 @@ def _show_summary(summaries: list[dict[str, Any]]) -> None:
     rows = [
         (
             summary["model"],
-            f"{summary['blocks']['total'] - summary['blocks']['dead']}/{summary['blocks']['total']}",
+            f"{summary['blocks']['kept']}/{summary['blocks']['total']}",
             f"{summary['parameters']['kept']:,} ({_share(summary['parameters']):.0%})",
             f"{_share(summary['flops']):.0%}",
             f"{summary['validation']['accuracy']:.2%}",

@@ -28,7 +28,8 @@ class TrainingConfig:
         rates: learning rate from the 0-based epoch on.
         restart: the same, counted from an epoch that lost a block; empty: no restarts.
         descent: caps on the rate from a share of the run on; the first of them ends all restarts.
-        momentum, nesterov, weight_decay: of SGD; only weights of convolutions and linear layers decay.
+        momentum, nesterov, weight_decay: of SGD; only weights of convolutions and linear layers
+            decay.
         side_weight: weight of the side head's cross-entropy; 0 for none.
         shift, flip: augmentation, in pixels of random shift and with random mirroring.
     """
@@ -90,14 +91,11 @@ class TrainingConfig:
         if unknown:
             raise ConfigError(f"unknown configuration field {unknown[0]}")
         try:
-            return cls(
-                **{
-                    name: tuple((at, rate) for at, rate in value)
-                    if isinstance(value, list)
-                    else value
-                    for name, value in values.items()
-                }
-            )
+            arguments: dict[str, Any] = {
+                name: tuple((at, rate) for at, rate in value) if isinstance(value, list) else value
+                for name, value in values.items()
+            }
+            return cls(**arguments)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"not a training configuration: {error}") from None
 

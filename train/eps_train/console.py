@@ -1,6 +1,7 @@
 """What all commands share: how they end, how they speak, how they refuse.
 
-Exit codes: 0 done and all checks passed, 1 a clear error, 2 usage, 3 a check failed, 130 interrupted.
+Exit codes: 0 done and all checks passed, 1 a clear error, 2 usage, 3 a check failed, 130
+interrupted.
 Results go to stdout, everything else to stderr.
 """
 

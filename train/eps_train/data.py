@@ -131,7 +131,7 @@ def load_again(identity: DataIdentity, root: Path | None = None) -> Data:
 
 
 def _digits(root: Path | None) -> Data:
-    """scikit-learn's digits: 1797 real 8x8 grey scans in the package itself (UCI, Alpaydin 1998)."""
+    """scikit-learn's digits: 1797 real 8x8 grey scans, in the package itself (UCI, 1998)."""
     try:
         from sklearn.datasets import load_digits
     except ImportError:
@@ -167,8 +167,8 @@ def split(
             )
     generator = torch.Generator().manual_seed(SPLIT_SEED)
     parts: dict[str, list[Tensor]] = {"train": [], "validation": [], "test": []}
-    for label in range(len(classes)):
-        members = (whole.labels == label).nonzero().flatten()
+    for index in range(len(classes)):
+        members = whole.labels.eq(index).nonzero().flatten()
         members = members[torch.randperm(len(members), generator=generator)]
         test = max(1, round(len(members) / 5))
         validation = max(1, round((len(members) - test) / 10))

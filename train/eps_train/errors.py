@@ -1,10 +1,10 @@
-"""Errors that a user can repair. Libraries raise them; only a command line prints them and exits."""
+"""Errors that a user can repair. Libraries raise them; only the command line prints them."""
 
 from __future__ import annotations
 
 
 class EpsError(Exception):
-    """Something in the user's input or surroundings; the message is one line: what, where, remedy."""
+    """Something in the user's input or surroundings; one line: what, where, remedy."""
 
 
 class ConfigError(EpsError):

@@ -1,4 +1,4 @@
-"""The ε-gate: the residual addition that a block has to earn (Yu et al., CVPR 2018, arXiv:1804.01661)."""
+"""The ε-gate: a residual addition that a block has to earn (Yu et al., CVPR 2018, 1804.01661)."""
 
 from __future__ import annotations
 
@@ -57,10 +57,7 @@ class EpsilonGate(nn.Module):
 
     def forward(self, shortcut: Tensor, branch: Tensor) -> Tensor:
         """Return `shortcut + S(branch)`; both `[N, ...]`, same shape and dtype."""
-        if self.training:
-            shut = self.dead | self._judge(branch.detach())
-        else:
-            shut = self.dead
+        shut = self.dead | self._judge(branch.detach()) if self.training else self.dead
         # One pass: the 0/1 factor rides along in the addition, forward and backward.
         return torch.addcmul(shortcut, branch, shut.logical_not().to(branch.dtype))
 
@@ -93,7 +90,7 @@ def response(branch: Tensor) -> Tensor:
 
 
 def relu_gate(branch: Tensor, epsilon: float) -> Tensor:
-    """`S(branch)` as the paper builds it from four ReLUs; the reference that tests hold the gate to.
+    """`S(branch)` as the paper builds it from four ReLUs; the reference for the tests.
 
     `s = max_i(relu(F_i - eps) + relu(-F_i - eps))`, `w = relu(1 - L relu(1 - L s))`, `S(F) = w F`.
     It equals the threshold except for a response within (epsilon, epsilon + 1/L), where `w` ramps.

@@ -88,7 +88,9 @@ def remove_blocks(model: nn.Module, names: Iterable[str]) -> fx.GraphModule:
     unknown = sorted(wanted - present.keys())
     if unknown:
         known = ", ".join(present) or "none"
-        raise GraphError(f"no gated block named {', '.join(unknown)}; the gated blocks are: {known}")
+        raise GraphError(
+            f"no gated block named {', '.join(unknown)}; the gated blocks are: {known}"
+        )
     doomed = {id(present[name]) for name in wanted}
     return _rewrite(source, lambda m: id(m) in doomed, lambda graph, node: _operand(node, 0))
 

@@ -215,7 +215,11 @@ class Trainer:
         if bool(totals[0].isfinite()):
             return
         culprit = nonfinite_block(self.gates)
-        where = f"step {step}: the loss" if culprit is None else f"step {culprit[1]}: block {culprit[0]}"
+        where = (
+            f"step {step}: the loss"
+            if culprit is None
+            else f"step {culprit[1]}: block {culprit[0]}"
+        )
         kept = f"; {self.last_path} keeps the epoch before" if self.epoch else ""
         raise TrainingError(
             f"epoch {epoch + 1}, {where} is no longer finite; lower the learning rate{kept}"
@@ -239,7 +243,7 @@ class Trainer:
     # -- saving and resuming ---------------------------------------------------------------------
 
     def save(self, report: EpochReport) -> None:
-        """Write `last_path` after an epoch, and before it `best_path` if that epoch was the best."""
+        """Write `last_path` after an epoch, and `best_path` before it if the epoch was best."""
         checkpoint = Checkpoint(
             network=self.spec,
             state={**self.retired, **self.model.state_dict()},
@@ -293,9 +297,9 @@ class Trainer:
         self._forget_removed()
         for name, parameter in self._named_parameters():
             self.optimizer.state[parameter]["momentum_buffer"] = (
-                last.resume["momentum"][name].to(self.device).clone(
-                    memory_format=torch.preserve_format
-                )
+                last.resume["momentum"][name]
+                .to(self.device)
+                .clone(memory_format=torch.preserve_format)
             )
         self.schedule.restore(last.resume["schedule"])
         self.epoch = last.resume["epoch"]

@@ -1,4 +1,4 @@
-"""A saved network is data: which family, with which arguments, which gates, which blocks are gone."""
+"""A saved network is data: its family and arguments, its gates, the blocks that are gone."""
 
 from __future__ import annotations
 
@@ -93,7 +93,9 @@ class NetworkSpec:
                 with torch.device("meta"):  # no time spent on initial weights that are replaced
                     model = factory(**self.arguments)
         except (KeyError, TypeError, ValueError) as error:
-            raise FileFormatError(f"unknown network {self.family} {dict(self.arguments)}") from error
+            raise FileFormatError(
+                f"unknown network {self.family} {dict(self.arguments)}"
+            ) from error
         built = graph.remove_blocks(model, self.removed)
         built = graph.drop_gates(built, keep=self.gated)
         if state is not None:
@@ -103,7 +105,9 @@ class NetworkSpec:
                 raise FileFormatError(f"tensors are missing, the first is {missing[0]}")
             for name, tensor in needed.items():
                 if tensor.shape != state[name].shape or tensor.dtype != state[name].dtype:
-                    raise FileFormatError(f"tensor {name} has another shape or type than its network")
+                    raise FileFormatError(
+                        f"tensor {name} has another shape or type than its network"
+                    )
             # Copies: two networks built from one state must not share what training changes.
             built.load_state_dict({name: state[name].clone() for name in needed}, assign=True)
         return built

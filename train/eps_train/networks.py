@@ -28,7 +28,8 @@ class Downsample(nn.Module):
     """Parameter-free shortcut across a change of shape: 2x2 average pool, then zero channels.
 
     Odd sizes round up, as the strided convolution of the branch does; a border window averages the
-    pixels that exist. Half of the new channels go before the old ones, the rest after (paper's code).
+    pixels that exist. Half of the new channels go before the old ones, the rest after (as in the
+    authors' code).
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
@@ -79,7 +80,9 @@ class CifarResNet(nn.Module):
         n, rest = divmod(depth - 2, 6)
         if rest or n < 1:
             nearest = max(1, round((depth - 2) / 6)) * 6 + 2
-            raise ValueError(f"depth must be 6n + 2 (8, 14, ..., 110, ...), not {depth}; try {nearest}")
+            raise ValueError(
+                f"depth must be 6n + 2 (8, 14, ..., 110, ...), not {depth}; try {nearest}"
+            )
         if min(width, in_channels, classes) < 1:
             raise ValueError("width, in_channels and classes must be at least 1")
         self.stem = nn.Sequential(
@@ -110,13 +113,12 @@ class CifarResNet(nn.Module):
         initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        first, second, third = self.stages
-        x = first(self.stem(x))
-        for index, block in enumerate(second):  # type: ignore[arg-type]
+        x = self.stages[0](self.stem(x))
+        for index, block in enumerate(self.stages[1].children()):
             x = block(x)
             if index == self.side_after:
                 x = self.side_tap(x)
-        logits: Tensor = self.classifier(self.head(third(x)))
+        logits: Tensor = self.classifier(self.head(self.stages[2](x)))
         return logits
 
 
@@ -146,7 +148,10 @@ def initialise(model: nn.Module) -> None:
 
 
 class Normalize(nn.Module):
-    """uint8 images `[N, C, H, W]` to float32 `(pixel - mean) / std`, per channel, pixel units 0..255."""
+    """uint8 images `[N, C, H, W]` to float32 `(pixel - mean) / std`.
+
+    Mean and standard deviation are per channel, in pixel units 0..255.
+    """
 
     mean: Tensor
     std: Tensor

@@ -1,10 +1,10 @@
 """Sealed files: `torch.save` archives that carry the SHA-256 of their own bytes.
 
 `torch.load` verifies no record checksum, so a flipped bit loads wrong numbers in silence. A sealed
-file is an ordinary `torch.save` zip archive whose zip comment (APPNOTE.TXT 4.3.16, the last field of
-the archive) is the hexadecimal SHA-256 of every byte before it. `torch.load` and `unzip` ignore the
-comment; :func:`read` checks it before a single byte is unpickled. Payloads hold only tensors, dict,
-list, tuple, str, int, float, bool and None, and are always loaded with ``weights_only=True``.
+file is an ordinary `torch.save` zip archive whose zip comment (APPNOTE.TXT 4.3.16, the last field
+of the archive) is the hexadecimal SHA-256 of every byte before it. `torch.load` and `unzip` ignore
+the comment; :func:`read` checks it before a single byte is unpickled. Payloads hold only tensors,
+dict, list, tuple, str, int, float, bool and None, and are always loaded with ``weights_only=True``.
 """
 
 from __future__ import annotations

@@ -1,0 +1,134 @@
+"""Splits that are fixed for good, and data sets that say who they are."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from eps_train import data, sealed
+from eps_train.data import Data, DataIdentity, ImageSet
+from eps_train.errors import ConfigError, DataError
+from eps_train.preprocess import Preprocessing
+
+PREPROCESSING = Preprocessing(resize=(2, 2), crop=(2, 2), color="rgb")
+PARTS = ("train", "validation", "test")
+
+
+def numbered(*counts: int) -> ImageSet:
+    """Images that carry their own index in their first two pixels; `counts` of each class, mixed."""
+    labels = torch.cat([torch.full((count,), label) for label, count in enumerate(counts)])
+    labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(5))]
+    images = torch.zeros(len(labels), 3, 2, 2, dtype=torch.uint8)
+    index = torch.arange(len(labels))
+    images[:, 0, 0, 0], images[:, 0, 0, 1] = (index // 256).byte(), (index % 256).byte()
+    return ImageSet(images, labels)
+
+
+def split(whole: ImageSet, classes: int) -> Data:
+    return data.split(
+        whole, name="made", classes=tuple("abcdefgh"[:classes]), preprocessing=PREPROCESSING
+    )
+
+
+def indices(part: ImageSet) -> list[int]:
+    pixels = part.images[:, 0, 0].to(torch.int64)
+    return (pixels[:, 0] * 256 + pixels[:, 1]).tolist()
+
+
+def test_parts_are_disjoint_and_cover_everything() -> None:
+    whole = numbered(400, 37, 3)
+    made = split(whole, 3)
+    found = {part: indices(getattr(made, part)) for part in PARTS}
+    assert sorted(sum(found.values(), [])) == list(range(440))
+    for part, members in found.items():
+        assert members == sorted(members), "in the order of the source"
+        assert torch.equal(getattr(made, part).labels, whole.labels[members])
+    assert made.identity.sizes == {part: len(members) for part, members in found.items()}
+
+
+def test_every_class_is_split_alike() -> None:
+    made = split(numbered(400, 37, 3), 3)
+    counts = {part: getattr(made, part).labels.bincount().tolist() for part in PARTS}
+    # A fifth for the test part, a tenth of the rest for validation, at least one of each.
+    assert counts == {"test": [80, 7, 1], "validation": [32, 3, 1], "train": [288, 27, 1]}
+
+
+def test_mean_and_std_are_those_of_the_training_part() -> None:
+    whole = numbered(50, 50)
+    whole.images.random_(0, 256, generator=torch.Generator().manual_seed(0))
+    made = split(whole, 2)
+    pixels = made.train.images.numpy().astype(np.float64)
+    np.testing.assert_allclose(made.identity.mean, pixels.mean(axis=(0, 2, 3)))
+    np.testing.assert_allclose(made.identity.std, pixels.std(axis=(0, 2, 3), ddof=1))
+
+
+def test_a_constant_channel_is_not_divided_by_zero() -> None:
+    assert min(split(numbered(10, 10), 2).identity.std) >= 1
+
+
+def test_same_images_same_identity_and_any_change_another() -> None:
+    made = split(numbered(30, 30), 2)
+    assert split(numbered(30, 30), 2).identity == made.identity
+    pixel, label = numbered(30, 30), numbered(30, 30)
+    pixel.images[17, 2, 1, 1] ^= 1
+    label.labels[17] ^= 1
+    hashes = {made.identity.sha256, *(split(s, 2).identity.sha256 for s in (pixel, label))}
+    assert len(hashes) == 3
+
+
+def test_one_class_is_refused() -> None:
+    with pytest.raises(DataError, match="data set made: only one class"):
+        split(numbered(30), 1)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_tiny_classes_are_named(count: int) -> None:
+    with pytest.raises(DataError, match=f"class b has {count} images; at least 3 are needed"):
+        split(numbered(30, count), 2)
+
+
+def test_digits() -> None:
+    digits = data.load("digits")
+    identity = digits.identity
+    assert identity.sizes == {"train": 1294, "validation": 143, "test": 360}
+    assert identity.classes == tuple("0123456789")
+    assert identity.input_shape == (1, 8, 8)
+    assert digits.train.images.dtype == torch.uint8
+    assert digits.train.images.amax() == 255
+    # Checkpoints are compared with this: if it changes, none finds its data again.
+    assert identity.sha256 == "61b129d78477aa3632e96f55638411cdc2c9f94c6d0d6942a9270627e5f3cc10"
+
+
+def test_loaded_again_only_if_nothing_changed() -> None:
+    digits = data.load("digits")
+    again = data.load_again(digits.identity)
+    assert torch.equal(again.test.images, digits.test.images)
+    other = replace(digits.identity, sha256="0" * 64)
+    with pytest.raises(DataError, match=r"data set digits: not the images .*; point --data-root"):
+        data.load_again(other)
+
+
+def test_unknown_data_sets_are_listed_beside_the_known() -> None:
+    with pytest.raises(
+        ConfigError, match=r"--dataset mnist2: unknown; the data sets are: .*digits"
+    ):
+        data.load("mnist2")
+
+
+def test_identity_survives_a_file(tmp_path: Path) -> None:
+    identity = data.load("digits").identity
+    sealed.write(tmp_path / "a", {"format": "f", "version": 1, "data": identity.to_dict()})
+    payload, _ = sealed.read(tmp_path / "a", format="f", version=1)
+    assert DataIdentity.from_dict(payload["data"]) == identity
+
+
+def test_batches_hold_every_image_once_in_order() -> None:
+    whole = numbered(30, 5)
+    batches = list(whole.batches(8))
+    assert [len(labels) for _, labels in batches] == [8, 8, 8, 8, 3]
+    assert torch.equal(torch.cat([images for images, _ in batches]), whole.images)
+    assert torch.equal(torch.cat([labels for _, labels in batches]), whole.labels)
