@@ -58,17 +58,17 @@ class EpsilonGate(nn.Module):
     def forward(self, shortcut: Tensor, branch: Tensor) -> Tensor:
         """Return `shortcut + S(branch)`; both `[N, ...]`, same shape and dtype."""
         shut = self.dead | self._judge(branch.detach()) if self.training else self.dead
-        # One pass: the 0/1 factor rides along in the addition, forward and backward.
-        return torch.addcmul(shortcut, branch, shut.logical_not().to(branch.dtype))
+        # One pass: the factor, false or true, rides along in the addition, forward and backward.
+        return torch.addcmul(shortcut, branch, shut.logical_not())
 
-    @torch.no_grad()
     def _judge(self, branch: Tensor) -> Tensor:
+        """Decide on a detached branch and keep the record; a few scalar operations in all."""
         peak = response(branch)
         # At epsilon 0 even an all-zero branch (zero-initialised, say) must stay open.
         closed = (peak <= self.epsilon) & (self.epsilon > 0)
-        self.steps += 1
-        self.closed_steps += closed
-        self.finite_steps += peak.isfinite()
+        self.steps.add_(1)
+        self.closed_steps.add_(closed)
+        self.finite_steps.add_(peak < math.inf)
         torch.maximum(self.peak, peak, out=self.peak)
         return closed
 
