@@ -46,6 +46,7 @@ def main(seeds: str, epochs: int | None, model: str | None) -> None:
     recipe = digits()
     recipe = replace(recipe, epochs=epochs or recipe.epochs, model=model or recipe.model)
     images = data.load(recipe.dataset)
+    torch.set_num_threads(recipe.cpu_threads)
     results = [_one_seed(replace(recipe, seed=int(seed)), images) for seed in seeds.split(",")]
     print(json.dumps({"machine": _machine(), "seeds": results, "mean": _mean(results)}))
 

@@ -129,10 +129,14 @@ def _files(output: Path, run: str) -> dict[str, Path]:
 def _train(
     chosen: TrainingConfig, images: Data, files: dict[str, Path], device: str, resume: bool
 ) -> dict[str, Any]:
+    import torch
+
     from eps_train.loop import EpochReport, Trainer
     from eps_train.progress import LEGEND, EpochPrinter, MetricsLog
 
     log = console.log()
+    if chosen.cpu_threads:
+        torch.set_num_threads(chosen.cpu_threads)
     trainer = Trainer(
         chosen,
         images,
