@@ -21,7 +21,7 @@ checks = report["checks"]
 failed = [check["name"] for check in checks if check["passed"] is False]
 passed = sum(check["passed"] is True for check in checks)
 verdict = "passed" if report["passed"] else f"FAILED ({', '.join(failed) or 'see the report'})"
-print(f"Report   {sys.argv[1].removesuffix('.json')}.html (also .md and .json)")
+print(f"Report   {sys.argv[1].removesuffix('json')}md")
 print(f"Verdict  {verdict}: {passed} checks passed, {len(report['not_run'])} not run")
 PY
     fi

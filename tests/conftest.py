@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 from collections.abc import Callable
 
 import pytest
 from hypothesis import settings
+
+# Torch's threads spin while they wait for each other: with the cores busy elsewhere, the small
+# networks of these tests take many times longer on two threads than on one. Commands inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # The clock of a shared machine says nothing about a property.
 settings.register_profile("eps", deadline=None)

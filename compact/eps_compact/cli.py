@@ -84,6 +84,9 @@ def _refuse(checkpoint: Path, output: Path, picture: Path, force: bool) -> None:
     """Raise ConfigError for an output that cannot or must not be written, before any work."""
     if output == picture:
         raise ConfigError(f"-o {output}: .png is the block map's name; end it in .pt")
+    folder = next(parent for parent in output.absolute().parents if parent.exists())
+    if not folder.is_dir():
+        raise ConfigError(f"-o {output}: {folder} is a file, not a folder")
     for path in (output, picture):
         if path.is_dir():
             raise ConfigError(f"{path}: is a folder; name a file with -o")

@@ -86,8 +86,8 @@ def compact_checkpoint(
     sizes = ", ".join(map(str, certificate.BATCHES))
     report(f"proving that the logits stay equal at batches {sizes}")
     proofs = certificate.prove(gated, plain, normalize, heldout)
-    live_count = len(checkpoint.gates) - len(checkpoint.dead)
-    report(f"measuring {live_count} live blocks on {len(heldout):,} held-out images")
+    if live_count := len(checkpoint.gates) - len(checkpoint.dead):
+        report(f"measuring {live_count} live blocks on {len(heldout):,} held-out images")
     live = liveness(checkpoint, gated, normalize, heldout)
     blocks = block_map(checkpoint, live)
     shape = checkpoint.data.input_shape

@@ -24,7 +24,7 @@ LABELS: dict[State, str] = {
     "dead": "dead: removed (response when it died)",
 }
 EDGE = "#6f6f6f"
-RANGE = (0.03, 3.0)  # the least span of the logarithmic axis, in units of epsilon
+RANGE = (0.5, 2.0)  # the least span of the logarithmic axis, in units of epsilon
 OUTLINED = 150  # more bars than this are too narrow to be outlined
 
 
@@ -113,7 +113,8 @@ def _bars(axes: Axes, blocks: Sequence[Block], places: Sequence[float]) -> None:
         axes.bar(*_columns(bars), bottom=1.0, **_style(state, len(blocks)))
     axes.set_yscale("log")
     axes.set_ylim(low / 1.3, high * 1.3)
-    axes.yaxis.set_major_locator(LogLocator(numticks=8))
+    subs = (1.0, 2.0, 5.0) if high / low < 100 else (1.0,)
+    axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=12))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} ε"))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_ylabel("largest |F|, held-out images")

@@ -12,7 +12,7 @@ from eps_deploy.engines.base import Images, Logits
 from eps_deploy.intervals import Interval, paired_difference
 
 METHOD = "paired difference, 95 % score interval (Tango 1998)"
-_BATCH = 64
+_BATCH = 128
 
 Correct = npt.NDArray[np.bool_]
 

@@ -36,6 +36,11 @@ class BundleWriter:
         self._check_place()
 
     def _check_place(self) -> None:
+        for parent in self.output.parents:
+            if parent.exists():
+                if not parent.is_dir():
+                    raise ConfigError(f"{self._named}: {parent.name} is a file; choose another -o")
+                break
         refuse_existing([self._named], self._force)
         if not self.output.exists() and not self.output.is_symlink():
             return

@@ -67,7 +67,8 @@ def export_onnx(model: nn.Module, identity: DataIdentity, path: Path, *, source:
     except GraphError:
         raise
     except Exception as error:  # torch, onnxscript and onnx raise dozens of unrelated types
-        raise GraphError(f"{path.name}: the network cannot be exported to ONNX: {error}") from error
+        cause = str(error.__cause__ or error).strip().partition("\n")[0]
+        raise GraphError(f"{path.name}: the network cannot be exported to ONNX: {cause}") from error
     finally:
         model.train(was_training)
     path.write_bytes(proto.SerializeToString(deterministic=True))

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 Z_95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
-RESAMPLES = 2000
+RESAMPLES = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +80,7 @@ def ratio_of_medians(
     assert len(numerator) == len(denominator) > 0
     top, bottom = np.stack(numerator), np.stack(denominator)
     picks = np.random.default_rng(seed).integers(len(top), size=(RESAMPLES, len(top)))
-    ratios = [np.median(top[pick]) / np.median(bottom[pick]) for pick in picks]
+    medians = [np.median(side[picks].reshape(RESAMPLES, -1), axis=1) for side in (top, bottom)]
+    ratios = medians[0] / medians[1]
     low, high = np.percentile(ratios, [2.5, 97.5])
     return Interval(float(np.median(top) / np.median(bottom)), float(low), float(high))

@@ -24,9 +24,10 @@ _GOOD_RUNS = 20  # blocks are added before they get longer than this
 P99_RUNS = 200  # below this the 99th percentile is one or two runs
 _PERCENTILES = (50, 90, 95, 99)
 
-# Warm-up ends when two windows in a row have medians within 5 %, or a fifth of the budget is spent.
+# Warm-up ends when, after ten windows of runs, two in a row have medians within 5 %, or when a
+# fifth of the budget is spent.
 _WINDOW = 5
-_MIN_WINDOWS = 4
+_MIN_WINDOWS = 10
 _FLAT = 0.05
 _WARM_UP_SHARE = 0.2
 _DISCARDED = 2  # first runs of a block: the other engine's caches and spinning threads are about

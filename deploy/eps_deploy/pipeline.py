@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import nn
 
 from eps_deploy import contents, latency, parity, report
@@ -87,6 +88,7 @@ def deploy(options: Options, say: Say) -> dict[str, Any]:
     """
     writer = BundleWriter(options.output, force=options.force)
     sources = find_sources(options.model, options.checkpoint, options.baseline)
+    say(f"baseline: {sources.baseline_path or 'none trained; full depth, for latency only'}")
     test = load_again(sources.compact.data, options.data_root).test
     part = _TestPart(images=test.images.numpy(), labels=test.labels.numpy())
     networks = _build(sources)
@@ -142,7 +144,7 @@ def _measure(
     baseline: Engine,
     say: Say,
 ) -> dict[str, Any]:
-    with _timed(say, "compared the logits of every stage"):
+    with _timed(say, "compared the logits of every stage"), _one_torch_thread():
         stages = _parity(networks, part, engine, baseline)
     with _timed(say, f"measured the accuracy on {len(part.labels)} test images"):
         accuracies, drop = _accuracy(options, sources, networks, part, engine)
@@ -252,6 +254,17 @@ def _write_samples(folder: Path, sources: Sources, networks: _Networks, part: _T
     contents.write_examples(
         folder / "examples", part.images, part.labels, sources.compact.data.classes
     )
+
+
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """Small batches gain nothing from threads, and lose minutes to them on busy cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @contextmanager

@@ -120,7 +120,7 @@ def test_tensors_of_another_shape_or_type_are_named(wrong: Tensor) -> None:
 @pytest.mark.parametrize("with_state", [True, False])
 def test_unknown_networks_are_refused(change: dict[str, Any], with_state: bool) -> None:
     spec = replace(SPEC, **change)
-    with pytest.raises(FileFormatError, match="^unknown network"):
+    with pytest.raises(FileFormatError, match=r"^unknown network"):
         spec.build(SPEC.build().state_dict() if with_state else None)
 
 

@@ -1,0 +1,177 @@
+"""The proof finds every difference, and the certificate says what was proven."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx
+
+from eps_compact import ProofError, compact
+from eps_compact.certificate import check_evidence, prove
+from eps_compact.compaction import Compaction, compact_checkpoint
+from eps_train import data
+from eps_train.checkpoint import Checkpoint
+from eps_train.networks import Normalize
+from tests.checkpoints import EPSILON, make_checkpoint
+
+DEAD = ("stages.0.1", "stages.1.0", "stages.2.2")
+
+
+@pytest.fixture(scope="module")
+def heldout() -> Tensor:
+    return data.load("digits").validation.images
+
+
+@pytest.fixture(scope="module")
+def made() -> Checkpoint:
+    return make_checkpoint(dead=DEAD)
+
+
+@pytest.fixture(scope="module")
+def compaction(made: Checkpoint, heldout: Tensor) -> Compaction:
+    return compact_checkpoint(replace(made, digest="d" * 64), heldout, checkpoint_path="ckpt.pt")
+
+
+def normalize() -> Normalize:
+    identity = data.load("digits").identity
+    return Normalize(list(identity.mean), list(identity.std))
+
+
+def networks(made: Checkpoint) -> tuple[fx.GraphModule, fx.GraphModule]:
+    gated = made.build_gated()
+    return gated, compact(gated)
+
+
+def test_the_proof_covers_all_batches_and_both_kinds_of_input(
+    made: Checkpoint, heldout: Tensor
+) -> None:
+    gated, plain = networks(made)
+    proofs = prove(gated, plain, normalize(), heldout)
+    assert [(proof.inputs, proof.batch) for proof in proofs] == [
+        (inputs, size)
+        for size in (1, 2, 7, 32)
+        for inputs in ("held-out images", "random uint8 images")
+    ]
+    assert all(proof.equal and proof.max_abs == 0 for proof in proofs)
+    assert all(proof.images >= proof.batch for proof in proofs)
+    assert gated.training, "the mode is left as it was"
+
+
+def test_it_needs_one_image_only(made: Checkpoint, heldout: Tensor) -> None:
+    assert prove(*networks(made), normalize(), heldout[:1])
+
+
+def test_one_flipped_last_bit_is_found(made: Checkpoint, heldout: Tensor) -> None:
+    gated, plain = networks(made)
+    bias = plain.state_dict()["classifier.bias"]
+    bias[3] = torch.nextafter(torch.tensor(1e-6), torch.tensor(1.0))
+    with pytest.raises(ProofError, match=r"on held-out images at batch 1 \(by up to [0-9.e-]+\)"):
+        prove(gated, plain, normalize(), heldout)
+
+
+def test_the_largest_difference_is_named(made: Checkpoint, heldout: Tensor) -> None:
+    gated, plain = networks(made)
+    plain.state_dict()["classifier.bias"][7] += 0.5
+    with pytest.raises(ProofError, match=r"by up to 0\.5(0000\d+)?\)"):
+        prove(gated, plain, normalize(), heldout)
+
+
+def test_a_difference_on_random_images_alone_is_found(made: Checkpoint, heldout: Tensor) -> None:
+    gated, plain = networks(made)
+    # Black images hide a stem that sees twice as much; random ones do not.
+    black = torch.zeros_like(heldout)
+    plain.state_dict()["stem.0.weight"].mul_(2)
+    identity = Normalize([0.0], [1.0])
+    with pytest.raises(ProofError, match="on random uint8 images at batch 1"):
+        prove(gated, plain, identity, black)
+
+
+def test_nan_is_no_equality(made: Checkpoint, heldout: Tensor) -> None:
+    """A dead branch that is not finite shows through the shut gate: 0 times infinity."""
+    state = {name: tensor.clone() for name, tensor in made.state.items()}
+    state[f"{DEAD[0]}.conv2.weight"].fill_(float("inf"))
+    gated, plain = networks(replace(made, state=state))
+    with pytest.raises(ProofError, match="logits that are not finite"):
+        prove(gated, plain, normalize(), heldout)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"peak": EPSILON * 1.01},
+        {"heldout_peak": EPSILON * 1.01},
+        {"peak": float("nan")},
+        {"steps": 0},
+        {"samples": 0},
+    ],
+)
+def test_evidence_that_shows_no_death(made: Checkpoint, change: dict[str, Any]) -> None:
+    check_evidence(made)
+    gates = [
+        replace(record, death=replace(record.death, **change))
+        if record.block == DEAD[1] and record.death is not None
+        else record
+        for record in made.gates
+    ]
+    with pytest.raises(ProofError, match=r"^block stages\.1\.0: its record does not show it dead"):
+        check_evidence(replace(made, gates=gates))
+
+
+def test_certificate_holds_the_evidence(compaction: Compaction, made: Checkpoint) -> None:
+    found = compaction.artifact.certificate
+    assert [entry["block"] for entry in found["removed"]] == list(DEAD)
+    assert found["removed"][0] == {
+        "block": "stages.0.1",
+        "epoch": 9,
+        "epsilon": EPSILON,
+        "steps": 60,
+        "peak": 1.25,
+        "heldout_peak": 1.0,
+        "samples": made.data.sizes["validation"],
+    }
+    assert found["checkpoint"] == "d" * 64
+    assert found["data"] == {
+        "name": "digits",
+        "sha256": made.data.sha256,
+        "split_seed": made.data.split_seed,
+        "sizes": dict(made.data.sizes),
+    }
+    assert found["versions"] == made.versions
+
+
+def test_certificate_holds_the_proof_and_the_living(compaction: Compaction) -> None:
+    found = compaction.artifact.certificate
+    assert len(found["proof"]) == 8
+    assert all(entry["equal"] is True and entry["max_abs"] == 0 for entry in found["proof"])
+    assert [entry["block"] for entry in found["live"]] == [
+        f"stages.{stage}.{block}"
+        for stage in range(3)
+        for block in range(3)
+        if f"stages.{stage}.{block}" not in DEAD
+    ]
+    assert all(entry["ratio"] == entry["peak"] / EPSILON for entry in found["live"])
+
+
+def test_counts(compaction: Compaction) -> None:
+    """Depth 20, width 4, 8x8 grey digits: three removed blocks' parameters and FLOPs by hand."""
+    counts = compaction.counts
+    assert counts["blocks"] == {"before": 9, "after": 6}
+    # Two norms of weights and biases, two 3x3 convolutions, each block.
+    gone = (
+        (8 + 9 * 4 * 4 + 8 + 9 * 4 * 4)
+        + (8 + 9 * 4 * 8 + 16 + 9 * 8 * 8)
+        + (32 + 9 * 16 * 16 + 32 + 9 * 16 * 16)
+    )
+    assert counts["parameters"]["before"] - counts["parameters"]["after"] == gone
+    flops = 2 * 9 * (2 * 4 * 4 * 64 + (4 * 8 + 8 * 8) * 16 + 2 * 16 * 16 * 4)
+    assert counts["flops"]["before"] - counts["flops"]["after"] == flops
+    assert compaction.after.parameters == counts["parameters"]["after"]
+
+
+def test_what_was_proven_is_what_a_reader_builds(compaction: Compaction, made: Checkpoint) -> None:
+    images = torch.randn(7, 1, 8, 8)
+    gated = made.build_gated().eval()
+    assert torch.equal(compaction.artifact.build()(images), gated(images))

@@ -1,0 +1,92 @@
+"""One small network, compacted and deployed once for all tests here: exporting takes seconds."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from eps_compact import CompactArtifact, compact
+from eps_deploy.cli import main
+from eps_train.data import DataIdentity
+from eps_train.network import NetworkSpec
+from tests.checkpoints import make_checkpoint
+from tests.commands import Result, run
+
+DEPTH = 14
+DEAD = ("stages.0.1", "stages.1.0", "stages.2.1")
+
+
+def make_workshop(folder: Path, *, seed: int = 0) -> Path:
+    """`ckpt.pt`, `compact.pt` and `baseline.pt` of a depth-14 network with three dead blocks."""
+    checkpoint = make_checkpoint(depth=DEPTH, dead=DEAD, seed=seed)
+    digest = checkpoint.save(folder / "ckpt.pt")
+    network = checkpoint.network
+    CompactArtifact(
+        network=NetworkSpec(
+            family=network.family, arguments=network.arguments, removed=checkpoint.dead
+        ),
+        state=dict(compact(checkpoint.build_gated()).state_dict()),
+        data=checkpoint.data,
+        certificate={},
+        checkpoint={"path": "ckpt.pt", "digest": digest},
+    ).save(folder / "compact.pt")
+    make_checkpoint(depth=DEPTH, gated=False, seed=seed).save(folder / "baseline.pt")
+    return folder
+
+
+def deploy(folder: Path, *args: object) -> Result:
+    """`eps-deploy --engine ort` in `folder`, with little time for latency."""
+    return run("eps-deploy", main, "--engine", "ort", "--latency-budget", "0.4", *args, cwd=folder)
+
+
+@pytest.fixture(scope="session")
+def first_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    """The workshop with its bundle, read only, and what the command said."""
+    folder = make_workshop(tmp_path_factory.mktemp("deployed"))
+    # Half as fast is fast enough: what the clock says is no matter of a test.
+    return folder, deploy(folder, "--min-speedup", "0", "--max-accuracy-drop", "100", "--json")
+
+
+@pytest.fixture(scope="session")
+def deployed(first_run: tuple[Path, Result]) -> Path:
+    folder, result = first_run
+    assert result.code == 0, result.stderr
+    return folder
+
+
+@pytest.fixture
+def bundle(deployed: Path, tmp_path: Path) -> Path:
+    """A copy of the bundle that a test may damage."""
+    return Path(shutil.copytree(deployed / "bundle", tmp_path / "bundle"))
+
+
+@pytest.fixture
+def workshop(deployed: Path, tmp_path: Path) -> Path:
+    """A copy of the workshop without its bundle."""
+    folder = tmp_path / "workshop"
+    shutil.copytree(deployed, folder, ignore=shutil.ignore_patterns("bundle"))
+    return folder
+
+
+@pytest.fixture
+def quick_export(deployed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports become copies of what was exported from the same networks before."""
+
+    def copy(model: nn.Module, identity: DataIdentity, path: Path, *, source: str = "") -> None:
+        shutil.copy(deployed / "bundle" / path.name, path)
+
+    monkeypatch.setattr("eps_deploy.pipeline.export_onnx", copy)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> Any:
+    """Threads that wait for one another on shared cores make small networks far slower."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
