@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,16 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from eps_train import graph
+from eps_train import graph, guards
 from eps_train.augment import EpochOrder, shift_and_flip
 from eps_train.checkpoint import Checkpoint, GateRecord
 from eps_train.config import TrainingConfig
 from eps_train.data import Data, ImageSet
-from eps_train.deaths import Registry, nonfinite_block
-from eps_train.errors import ConfigError, TrainingError
+from eps_train.deaths import Registry
+from eps_train.errors import ConfigError
 from eps_train.evaluate import Score, score
 from eps_train.network import NetworkSpec
 from eps_train.networks import Normalize, SideHead
+from eps_train.optimizer import keep_only, make_sgd, momentum, restore_momentum
 from eps_train.schedule import RateSchedule
 
 CHECK_EVERY = 50  # steps between two looks at whether the loss is still finite (each one a sync)
@@ -92,7 +92,7 @@ class Trainer:
         self.train_set = data.train.to(device)
         self.validation = data.validation.to(device)
         self.gates = graph.gates(self.model)
-        self.optimizer = self._make_optimizer()
+        self.optimizer = make_sgd(self._named_parameters(), config)
         self.schedule = RateSchedule(
             epochs=config.epochs, rates=config.rates, restart=config.restart, descent=config.descent
         )
@@ -123,8 +123,10 @@ class Trainer:
         self.schedule.observe(epoch, discarded)
         died = self._bury(epoch)
         validation = score(self.model, self.normalize, self.validation)
-        self._refuse_collapse(died, validation)
         self.epoch = epoch + 1
+        if died:
+            records = self.registry.records.values()
+            guards.refuse_collapse(records, validation, self.data, epoch=self.epoch)
         best = bool(died) or self.best is None or _better(validation, self.best)
         if best:
             self.best = validation
@@ -177,7 +179,7 @@ class Trainer:
             )
             totals += self._train_step(ImageSet(images, batch.labels))
             if (step + 1) % CHECK_EVERY == 0 or step + 1 == steps:
-                self._refuse_nonfinite(totals, epoch, step + 1)
+                self._refuse_nonfinite(totals, step + 1)
         loss, correct = totals.tolist()
         return loss / steps, correct / (steps * size), steps * size
 
@@ -195,6 +197,11 @@ class Trainer:
         correct = (logits.detach().argmax(dim=1) == batch.labels).sum()
         return torch.stack([loss.detach().double(), correct.double()])
 
+    def _refuse_nonfinite(self, totals: Tensor, step: int) -> None:
+        if not bool(totals[0].isfinite()):
+            kept = f"; {self.last_path} keeps the epoch before" if self.epoch else ""
+            raise guards.nonfinite(self.gates, epoch=self.epoch + 1, step=step, kept=kept)
+
     def _bury(self, epoch: int) -> tuple[str, ...]:
         """Latch the blocks that died and take them out of the running network."""
         died = self.registry.latch(
@@ -206,39 +213,8 @@ class Trainer:
             after = self.model.state_dict().keys()
             self.retired |= {n: t.clone() for n, t in before.items() if n not in after}
             self.gates = graph.gates(self.model)
-            self._forget_removed()
+            keep_only(self.optimizer, self._named_parameters())
         return died
-
-    # -- refusals --------------------------------------------------------------------------------
-
-    def _refuse_nonfinite(self, totals: Tensor, epoch: int, step: int) -> None:
-        if bool(totals[0].isfinite()):
-            return
-        culprit = nonfinite_block(self.gates)
-        where = (
-            f"step {step}: the loss"
-            if culprit is None
-            else f"step {culprit[1]}: block {culprit[0]}"
-        )
-        kept = f"; {self.last_path} keeps the epoch before" if self.epoch else ""
-        raise TrainingError(
-            f"epoch {epoch + 1}, {where} is no longer finite; lower the learning rate{kept}"
-        )
-
-    def _refuse_collapse(self, died: tuple[str, ...], validation: Score) -> None:
-        """A stage that is gone before the network has learned anything will not come back."""
-        if not died or validation.accuracy >= _learned(self.data):
-            return
-        alive: dict[str, int] = defaultdict(int)
-        for record in self.registry.records.values():
-            alive[graph.stage_name(record.block)] += record.death is None
-        lost = [stage for stage, count in alive.items() if not count]
-        if lost:
-            raise TrainingError(
-                f"every block of {', '.join(lost)} died by epoch {self.epoch + 1}, at a validation"
-                f" accuracy of {validation.accuracy:.1%}: the threshold acts before the network has"
-                " learned; lower --epsilon or let it act later (epsilon_from)"
-            )
 
     # -- saving and resuming ---------------------------------------------------------------------
 
@@ -262,7 +238,7 @@ class Trainer:
             checkpoint.save(self.best_path)
         checkpoint.resume = {
             "epoch": self.epoch,
-            "momentum": self._momentum(),
+            "momentum": momentum(self.optimizer, self._named_parameters()),
             "schedule": self.schedule.state(),
             "streaks": self.registry.state(),
             "best": None if self.best is None else self.best.to_dict(),
@@ -280,7 +256,7 @@ class Trainer:
         last = Checkpoint.load(self.last_path)
         if last.resume is None:
             raise ConfigError(f"{self.last_path}: holds no state to resume from")
-        _refuse_other_run(self.last_path, last, self.config, self.data)
+        guards.refuse_other_run(self.last_path, last, self.config, self.data)
         self.registry.restore(last.gates, last.resume["streaks"])
         dead = self.registry.dead
         for block in dead:
@@ -294,13 +270,8 @@ class Trainer:
             assert last.side_head is not None
             self.side_head.load_state_dict(last.side_head)
         self.gates = graph.gates(self.model)
-        self._forget_removed()
-        for name, parameter in self._named_parameters():
-            self.optimizer.state[parameter]["momentum_buffer"] = (
-                last.resume["momentum"][name]
-                .to(self.device)
-                .clone(memory_format=torch.preserve_format)
-            )
+        keep_only(self.optimizer, self._named_parameters())
+        restore_momentum(self.optimizer, self._named_parameters(), last.resume["momentum"])
         self.schedule.restore(last.resume["schedule"])
         self.epoch = last.resume["epoch"]
         self.seconds = last.resume["seconds"]
@@ -337,38 +308,6 @@ class Trainer:
             named += [(f"side_head.{n}", p) for n, p in self.side_head.named_parameters()]
         return named
 
-    def _make_optimizer(self) -> torch.optim.SGD:
-        """SGD that decays the weights of convolutions and linear layers, nothing else."""
-        parameters = [p for _, p in self._named_parameters()]
-        return torch.optim.SGD(
-            [
-                {
-                    "params": [p for p in parameters if p.dim() > 1],
-                    "weight_decay": self.config.weight_decay,
-                },
-                {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
-            ],
-            lr=self.config.rates[0][1],
-            momentum=self.config.momentum,
-            nesterov=self.config.nesterov,
-            fused=True,
-        )
-
-    def _forget_removed(self) -> None:
-        """Take parameters that left the network out of the optimizer."""
-        kept = {id(parameter) for _, parameter in self._named_parameters()}
-        for group in self.optimizer.param_groups:
-            for parameter in group["params"]:
-                if id(parameter) not in kept:
-                    self.optimizer.state.pop(parameter, None)
-            group["params"] = [p for p in group["params"] if id(p) in kept]
-
-    def _momentum(self) -> dict[str, Tensor]:
-        return {
-            name: self.optimizer.state[parameter]["momentum_buffer"].cpu()
-            for name, parameter in self._named_parameters()
-        }
-
 
 def network_spec(config: TrainingConfig, data: Data) -> NetworkSpec:
     """The network that `config` asks for on `data`; without gates when epsilon is 0."""
@@ -384,22 +323,3 @@ def network_spec(config: TrainingConfig, data: Data) -> NetworkSpec:
 def _better(new: Score, old: Score) -> bool:
     """Higher accuracy; at equal accuracy (small validation parts tie often) the lower loss."""
     return (new.accuracy, -new.loss) > (old.accuracy, -old.loss)
-
-
-def _learned(data: Data) -> float:
-    """Validation accuracy that beats chance by far: half-way from the largest class to 1."""
-    labels = data.validation.labels
-    chance = labels.bincount().max().item() / len(labels)
-    return (1 + chance) / 2
-
-
-def _refuse_other_run(path: Path, last: Checkpoint, config: TrainingConfig, data: Data) -> None:
-    if last.data.sha256 != data.identity.sha256:
-        raise ConfigError(f"{path}: was trained on other data; resume with the same --dataset")
-    theirs, ours = last.config, config.to_dict()
-    for name in sorted(ours.keys() | theirs.keys()):
-        if ours.get(name) != theirs.get(name):
-            raise ConfigError(
-                f"{path}: belongs to a run with {name} {theirs.get(name)}, not {ours.get(name)};"
-                " resume with the same options, or start anew in another --output folder"
-            )

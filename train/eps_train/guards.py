@@ -1,0 +1,68 @@
+"""When a run must not go on: each check raises one line that says what happened and what helps."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+from eps_train import graph
+from eps_train.checkpoint import Checkpoint, GateRecord
+from eps_train.config import TrainingConfig
+from eps_train.data import Data
+from eps_train.deaths import nonfinite_block
+from eps_train.errors import ConfigError, TrainingError
+from eps_train.evaluate import Score
+from eps_train.gate import EpsilonGate
+
+
+def nonfinite(gates: dict[str, EpsilonGate], *, epoch: int, step: int, kept: str) -> TrainingError:
+    """The error for a loss that is no longer finite at a 1-based `step` of the 1-based `epoch`.
+
+    It names the first block that went wrong, which may have been some steps earlier; `kept` says
+    what the user still has.
+    """
+    culprit = nonfinite_block(gates)
+    where = (
+        f"step {step}: the loss" if culprit is None else f"step {culprit[1]}: block {culprit[0]}"
+    )
+    return TrainingError(
+        f"epoch {epoch}, {where} is no longer finite; lower the learning rate{kept}"
+    )
+
+
+def refuse_collapse(
+    records: Iterable[GateRecord], validation: Score, data: Data, *, epoch: int
+) -> None:
+    """A stage that is gone before the network has learned anything will not come back.
+
+    "Learned" is a validation accuracy half-way from the share of the largest class to 1.
+    Raises TrainingError.
+    """
+    labels = data.validation.labels
+    chance = labels.bincount().max().item() / len(labels)
+    if validation.accuracy >= (1 + chance) / 2:
+        return
+    alive: dict[str, int] = defaultdict(int)
+    for record in records:
+        alive[graph.stage_name(record.block)] += record.death is None
+    lost = [stage for stage, count in alive.items() if not count]
+    if lost:
+        raise TrainingError(
+            f"every block of {', '.join(lost)} died by epoch {epoch}, at a validation accuracy of"
+            f" {validation.accuracy:.1%}: the threshold acts before the network has learned;"
+            " lower --epsilon"
+        )
+
+
+def refuse_other_run(path: Path, last: Checkpoint, config: TrainingConfig, data: Data) -> None:
+    """Raise ConfigError unless `last`, read from `path`, belongs to this configuration and data."""
+    if last.data.sha256 != data.identity.sha256:
+        raise ConfigError(f"{path}: was trained on other data; resume with the same --dataset")
+    theirs, ours = last.config, config.to_dict()
+    for name in sorted(ours.keys() | theirs.keys()):
+        if ours.get(name) != theirs.get(name):
+            raise ConfigError(
+                f"{path}: belongs to a run with {name} {theirs.get(name)}, not {ours.get(name)};"
+                " resume with the same options, or start anew in another --output folder"
+            )

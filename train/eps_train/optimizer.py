@@ -1,0 +1,56 @@
+"""SGD over a network whose parameters may leave while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from eps_train.config import TrainingConfig
+
+Named = Iterable[tuple[str, nn.Parameter]]
+
+
+def make_sgd(named: Named, config: TrainingConfig) -> torch.optim.SGD:
+    """SGD that decays the weights of convolutions and linear layers and nothing else (paper)."""
+    parameters = [parameter for _, parameter in named]
+    return torch.optim.SGD(
+        [
+            {
+                "params": [p for p in parameters if p.dim() > 1],
+                "weight_decay": config.weight_decay,
+            },
+            {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
+        ],
+        lr=config.rates[0][1],
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        fused=True,
+    )
+
+
+def keep_only(optimizer: torch.optim.SGD, named: Named) -> None:
+    """Forget every parameter that is not among `named`, and its momentum."""
+    kept = {id(parameter) for _, parameter in named}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if id(parameter) not in kept:
+                optimizer.state.pop(parameter, None)
+        group["params"] = [p for p in group["params"] if id(p) in kept]
+
+
+def momentum(optimizer: torch.optim.SGD, named: Named) -> dict[str, Tensor]:
+    """Momentum by parameter name; empty before the first step."""
+    return {
+        name: optimizer.state[parameter]["momentum_buffer"].cpu()
+        for name, parameter in named
+        if parameter in optimizer.state
+    }
+
+
+def restore_momentum(optimizer: torch.optim.SGD, named: Named, saved: Mapping[str, Tensor]) -> None:
+    """Inverse of :func:`momentum`."""
+    for name, parameter in named:
+        buffer = torch.empty_like(parameter).copy_(saved[name])
+        optimizer.state[parameter]["momentum_buffer"] = buffer
