@@ -27,7 +27,7 @@ class CompactArtifact:
         network: the network without its dead blocks (`removed`); no gates (`gated` is empty).
         state: exactly the tensors of :meth:`build`.
         data: what it was trained on: classes, mean and std, preprocessing, split, sha256.
-        certificate: plain data, as `certificate.Certificate.to_dict` makes it: evidence for every
+        certificate: plain data, as `certificate.certificate` makes it: evidence for every
             removed block, the proofs of equality, what the live blocks do, sizes and costs.
         checkpoint: `path` of the checkpoint relative to this file's folder, and its `digest`.
         versions: of eps-resnet, torch and Python.

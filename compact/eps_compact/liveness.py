@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from eps_train import graph
 from eps_train.checkpoint import Checkpoint, GateRecord
+from eps_train.deaths import watch_branches
 from eps_train.errors import TrainingError
 from eps_train.evaluate import BATCH, logits
-from eps_train.gate import EpsilonGate
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,7 +78,7 @@ def responses(
     if not watched:
         return {}
     device = next(iter(model.parameters())).device
-    with _sample_peaks(watched) as peaks:
+    with watch_branches(watched, _sample_peaks) as peaks:
         for batch in images.split(BATCH):
             logits(model, normalize, batch.to(device))
     found = {block: torch.cat(pieces).cpu() for block, pieces in peaks.items()}
@@ -107,20 +105,6 @@ def _liveness(checkpoint: Checkpoint, record: GateRecord, response: Response) ->
     )
 
 
-@contextmanager
-def _sample_peaks(gates: dict[str, EpsilonGate]) -> Iterator[dict[str, list[Tensor]]]:
-    """Collect each sample's `max |F_i|`, by block, without waiting for the device."""
-    peaks: dict[str, list[Tensor]] = {block: [] for block in gates}
-
-    def watch(block: str) -> Any:
-        def hook(gate: nn.Module, operands: tuple[Tensor, Tensor]) -> None:
-            peaks[block].append(operands[1].detach().float().abs().flatten(1).amax(dim=1))
-
-        return hook
-
-    handles = [gate.register_forward_pre_hook(watch(block)) for block, gate in gates.items()]
-    try:
-        yield peaks
-    finally:
-        for handle in handles:
-            handle.remove()
+def _sample_peaks(branch: Tensor) -> Tensor:
+    """Each sample's `max |F_i|`, float32 `[N]`."""
+    return branch.float().abs().flatten(1).amax(dim=1)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from eps_train.deaths import Registry, nonfinite_block, watch_peaks
-from eps_train.gate import EpsilonGate
+from eps_train.deaths import Registry, nonfinite_block, watch_branches
+from eps_train.gate import EpsilonGate, response
 
 EPSILON = 2.0
 BLOCKS = ("a", "b")
@@ -132,7 +132,7 @@ def test_the_first_non_finite_block_of_the_earliest_step_is_named() -> None:
 def test_watched_peaks_are_those_of_every_call_and_watching_ends() -> None:
     model = TwoBlocks(1.0, -3.0).eval()
     gates: dict[str, Any] = gates_of(model)
-    with watch_peaks(gates) as peaks:
+    with watch_branches(gates, response) as peaks:
         model(torch.zeros(2, 1, 2, 2))
         model(torch.zeros(2, 1, 2, 2))
     model(torch.zeros(2, 1, 2, 2))

@@ -86,15 +86,19 @@ def refuse_existing(paths: Iterable[Path], force: bool) -> None:
 
 
 def log() -> Console:
-    """Where progress and tables go: stderr, with plain lines when that is no terminal."""
-    return Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
+    """Where progress and tables go: stderr; a file or pipe gets lines of up to 120 characters."""
+    terminal = sys.stderr.isatty()
+    return Console(
+        stderr=True, highlight=False, soft_wrap=not terminal, width=None if terminal else 120
+    )
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     """A summary table: first column names, the others right-aligned."""
     result = Table(title=title, title_justify="left")
     for index, column in enumerate(columns):
-        result.add_column(column, justify="right" if index else "left")
+        # Folded, never cut: a figure without its end is worse than an ugly table.
+        result.add_column(column, justify="right" if index else "left", overflow="fold")
     for row in rows:
         result.add_row(*row)
     return result

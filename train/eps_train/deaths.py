@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -86,11 +86,12 @@ class Registry:
         watched = {block: gates[block] for block in candidates}
         for gate in watched.values():
             gate.latch()
-        with watch_peaks(watched) as peaks:
+        with watch_branches(watched, response) as peaks:
             logits(model, normalize, heldout)
         died = []
         for block, gate in watched.items():
-            record, streak, peak = self.records[block], self._streaks[block], max(peaks[block])
+            record, streak = self.records[block], self._streaks[block]
+            peak = torch.stack(peaks[block]).max().item()
             if peak < record.epsilon:
                 death = Death(
                     epoch=epoch + 1,
@@ -116,19 +117,24 @@ class Registry:
 
 
 @contextmanager
-def watch_peaks(gates: dict[str, EpsilonGate]) -> Iterator[dict[str, list[float]]]:
-    """Collect `max |F_i|` of every call of the given gates, by block."""
-    peaks: dict[str, list[float]] = {block: [] for block in gates}
+def watch_branches(
+    gates: Mapping[str, EpsilonGate], measure: Callable[[Tensor], Tensor]
+) -> Iterator[dict[str, list[Tensor]]]:
+    """Collect `measure(branch)` of every call of the given gates, by block.
+
+    The measurements stay on the device, so that nothing waits for it.
+    """
+    found: dict[str, list[Tensor]] = {block: [] for block in gates}
 
     def watch(block: str) -> Any:
         def hook(gate: nn.Module, operands: tuple[Tensor, Tensor]) -> None:
-            peaks[block].append(response(operands[1].detach()).item())
+            found[block].append(measure(operands[1].detach()))
 
         return hook
 
     handles = [gate.register_forward_pre_hook(watch(block)) for block, gate in gates.items()]
     try:
-        yield peaks
+        yield found
     finally:
         for handle in handles:
             handle.remove()
