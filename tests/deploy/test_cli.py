@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -231,16 +232,9 @@ def test_other_data_than_it_was_trained_on_is_refused(
 ) -> None:
     from eps_train import data
 
-    digits = data.DATASETS["digits"]
-
-    def fewer(root: Path | None) -> data.Data:
-        whole = digits(root)
-        return data.split(
-            whole.train, name="digits", classes=whole.identity.classes,
-            preprocessing=whole.identity.preprocessing,
-        )  # fmt: skip
-
-    monkeypatch.setitem(data.DATASETS, "digits", fewer)
+    digits = data.load("digits")
+    other = replace(digits.identity, sha256="0" * 64)
+    monkeypatch.setattr(data, "load", lambda *_, **__: replace(digits, identity=other))
     result = deploy(workshop)
     assert result.code == 1
     assert "not the images that the checkpoint was trained on" in result.error

@@ -4,7 +4,9 @@ import json
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from eps_train import sealed
 from eps_train.checkpoint import FORMAT, Checkpoint
@@ -174,7 +176,7 @@ def test_resume_with_other_options_is_refused(folder: Path) -> None:
     ("args", "message"),
     [
         (("--recipe", "cifat"), "--recipe cifat: unknown; the recipes are: digits"),
-        (("--dataset", "digit"), "--dataset digit: unknown; the data sets are: digits"),
+        (("--dataset", "digit"), "--dataset digit: unknown; the data sets are: digits, mnist"),
         (("--model", "resnet"), "--model resnet: not a model; write cifar:DEPTH"),
         (("--model", "cifar:57"), "depth must be 6n + 2"),
         (("--model", "cifar:56x0"), "at least 1"),
@@ -260,3 +262,35 @@ def test_ctrl_c_says_how_to_go_on_and_exits_130(
     assert result.error == "eps-train: interrupted"
     monkeypatch.undo()
     assert eps_train(tmp_path, *TINY, "--resume").code == 0
+
+
+def pictures(folder: Path) -> None:
+    """Two classes, light and dark, in colour, of two sizes."""
+    chance = np.random.default_rng(0)
+    for name, low in (("dark", 0), ("light", 128)):
+        (folder / name).mkdir(parents=True)
+        for index in range(40):
+            size = (12, 16) if index % 2 else (16, 12)
+            pixels = chance.integers(low, low + 128, (*size, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{index}.png")
+
+
+def test_trains_on_a_folder_of_pictures(tmp_path: Path) -> None:
+    pictures(tmp_path / "my pictures")
+    common = ("--dataset", "folder:my pictures", "--model", "cifar:8x4", "--epochs", 3)
+    refused = eps_train(tmp_path, *common)
+    assert refused.code == 1
+    assert "--image-size" in refused.error
+    trained = eps_train(tmp_path, *common, "--image-size", "9x11", "--json")
+    assert trained.code == 0, trained.stderr
+    data = Checkpoint.load(tmp_path / "ckpt.pt").data
+    assert data.classes == ("dark", "light")
+    assert data.input_shape == (3, 9, 11)
+    assert data.sizes == {"train": 58, "validation": 6, "test": 16}
+
+
+@pytest.mark.parametrize("size", ["0", "7", "axb", "-32", "32x5"])
+def test_impossible_image_sizes_are_usage_errors(tmp_path: Path, size: str) -> None:
+    result = eps_train(tmp_path, "--dataset", "folder:.", "--image-size", size)
+    assert result.code == 2
+    assert "--image-size" in result.stderr

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from eps_train import data, sealed
-from eps_train.data import Data, DataIdentity, ImageSet
+from eps_train.data import Data, DataIdentity
 from eps_train.errors import ConfigError, DataError
+from eps_train.images import ImageSet, Source
 from eps_train.preprocess import Preprocessing
 
 PREPROCESSING = Preprocessing(resize=(2, 2), crop=(2, 2), color="rgb")
@@ -30,9 +31,12 @@ def numbered(*counts: int) -> ImageSet:
 
 
 def split(whole: ImageSet, classes: int) -> Data:
-    return data.split(
-        whole, name="made", classes=tuple("abcdefgh"[:classes]), preprocessing=PREPROCESSING
-    )
+    return data.split(source(whole, classes), name="made")
+
+
+def source(train: ImageSet, classes: int, **parts: ImageSet) -> Source:
+    names = tuple("abcdefgh"[:classes])
+    return Source(train=train, classes=names, preprocessing=PREPROCESSING, **parts)
 
 
 def indices(part: ImageSet) -> list[int]:
@@ -111,6 +115,23 @@ def test_loaded_again_only_if_nothing_changed() -> None:
     other = replace(digits.identity, sha256="0" * 64)
     with pytest.raises(DataError, match=r"data set digits: not the images .*; point --data-root"):
         data.load_again(other)
+
+
+def test_parts_that_the_source_keeps_apart_stay_as_they_are() -> None:
+    held, checked = numbered(3, 4), numbered(2, 1)
+    whole = numbered(40, 50)
+    made = data.split(source(whole, 2, test=held, validation=checked), name="made")
+    assert made.test is held
+    assert made.validation is checked
+    assert sorted(indices(made.train)) == list(range(90))
+    with_test = data.split(source(whole, 2, test=held), name="made")
+    assert with_test.validation.labels.bincount().tolist() == [4, 5]
+    assert sorted(indices(with_test.train) + indices(with_test.validation)) == list(range(90))
+
+
+def test_only_a_folder_can_be_brought_to_another_size() -> None:
+    with pytest.raises(ConfigError, match="--image-size: digits has its own size"):
+        data.load("digits", image_size=(16, 16))
 
 
 def test_unknown_data_sets_are_listed_beside_the_known() -> None:

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from eps_train.data import ImageSet
 from eps_train.evaluate import BATCH, logits, score
+from eps_train.images import ImageSet
 from eps_train.networks import Normalize
 
 

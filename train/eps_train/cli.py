@@ -18,14 +18,38 @@ if TYPE_CHECKING:
     from eps_train.data import Data
 
 
+def _image_size(
+    context: click.Context, parameter: click.Parameter, value: str | None
+) -> tuple[int, int] | None:
+    """Read ``SIZE`` or ``HEIGHTxWIDTH``."""
+    if value is None:
+        return None
+    height, _, width = value.partition("x")
+    sizes = (height, width or height)
+    if not all(size.isdecimal() and int(size) >= 8 for size in sizes):
+        raise click.BadParameter(f"{value}: write SIZE or HEIGHTxWIDTH, in pixels from 8 up")
+    return int(sizes[0]), int(sizes[1])
+
+
 @click.command(context_settings={"show_default": True})
 @click.option("--recipe", default="digits", help="Named configuration to start from.")
-@click.option("--dataset", help="Data set.  [default: the recipe's]")
+@click.option(
+    "--dataset",
+    help="digits, mnist, fashion-mnist, cifar10, cifar100, svhn, or folder:PATH with one folder"
+    " of images a class.  [default: the recipe's]",
+)
 @click.option(
     "--data-root",
     type=click.Path(path_type=Path),
-    help="Folder with the data set's files; digits needs none.",
+    help="Folder with the data set's files; digits needs none.  [default: this folder]",
 )
+@click.option(
+    "--image-size",
+    metavar="SIZE",
+    callback=_image_size,
+    help="Pixels, or HEIGHTxWIDTH, that a folder's images are brought to.",
+)
+@click.option("--download", is_flag=True, help="Fetch what is missing of cifar10, cifar100, svhn.")
 @click.option("--model", help="cifar:DEPTH or cifar:DEPTHxWIDTH.  [default: the recipe's]")
 @click.option(
     "--epsilon",
@@ -52,6 +76,8 @@ def cli(
     recipe: str,
     dataset: str | None,
     data_root: Path | None,
+    image_size: tuple[int, int] | None,
+    download: bool,
     model: str | None,
     epsilon: float | None,
     epochs: int | None,
@@ -68,7 +94,7 @@ def cli(
 ) -> None:
     """Train an ε-ResNet: blocks whose response stays below epsilon die and are taken out.
 
-    Without arguments it trains depth 56 on scikit-learn's digits into this folder.
+    Without arguments it trains depth 110 on scikit-learn's digits into this folder.
     """
     if list_recipes:
         for name, make in config.RECIPES.items():
@@ -100,7 +126,7 @@ def cli(
 
     from eps_train import data
 
-    images = data.load(chosen.dataset, data_root)
+    images = data.load(chosen.dataset, data_root, image_size=image_size, download=download)
     if dry_run:
         _show_plan(chosen, images)
         return

@@ -7,7 +7,7 @@ std) is recorded in its :class:`DataIdentity` and travels with the checkpoint.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,30 +16,15 @@ import torch
 from torch import Tensor
 
 from eps_train.errors import ConfigError, DataError
+from eps_train.images import ImageSet, Source
 from eps_train.preprocess import Preprocessing
 
 SPLIT_SEED = 0  # one split for all runs: seeds are compared on the same images
+TEST_SHARE = 5  # a fifth of the images, where the source has no test part of its own
+VALIDATION_SHARE = 10  # a tenth of the rest
 
-
-@dataclass(frozen=True, slots=True)
-class ImageSet:
-    """Images uint8 `[N, C, H, W]` with labels int64 `[N]`."""
-
-    images: Tensor
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: Tensor) -> ImageSet:
-        return ImageSet(self.images[index], self.labels[index])
-
-    def to(self, device: torch.device) -> ImageSet:
-        return ImageSet(self.images.to(device), self.labels.to(device))
-
-    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images and labels in order, `size` at a time; the last batch may be smaller."""
-        yield from zip(self.images.split(size), self.labels.split(size), strict=True)
+DATASETS = ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "svhn")
+FOLDER = "folder:"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,16 +88,27 @@ class Data:
     identity: DataIdentity
 
 
-def load(name: str, root: Path | None = None) -> Data:
-    """Load a data set by the name that `--dataset` takes.
+def load(
+    name: str,
+    root: Path | None = None,
+    *,
+    image_size: tuple[int, int] | None = None,
+    download: bool = False,
+) -> Data:
+    """Load a data set and split it.
+
+    Args:
+        name: as `--dataset` takes it: one of `DATASETS`, or ``folder:PATH``.
+        root: folder with the set's files, the current folder if None; for ``folder:PATH`` it takes
+            the place of PATH (on a machine where the images lie elsewhere).
+        image_size: height and width to bring a folder's images to; other sets have their own.
+        download: let torchvision fetch the files that are missing (CIFAR and SVHN).
 
     Raises:
-        ConfigError: no such data set.
+        ConfigError: no such data set, or options that it does not have.
         DataError: the files are missing, damaged or unusable.
     """
-    if name not in DATASETS:
-        raise ConfigError(f"--dataset {name}: unknown; the data sets are: {', '.join(DATASETS)}")
-    return DATASETS[name](root)
+    return split(_read(name, root, image_size, download), name=name)
 
 
 def load_again(identity: DataIdentity, root: Path | None = None) -> Data:
@@ -120,7 +116,8 @@ def load_again(identity: DataIdentity, root: Path | None = None) -> Data:
 
     Raises DataError when it is not.
     """
-    data = load(identity.name, root)
+    size = identity.preprocessing.crop if identity.name.startswith(FOLDER) else None
+    data = load(identity.name, root, image_size=size)
     if data.identity.sha256 != identity.sha256:
         raise DataError(
             f"data set {identity.name}: not the images that the checkpoint was trained on"
@@ -130,65 +127,75 @@ def load_again(identity: DataIdentity, root: Path | None = None) -> Data:
     return data
 
 
-def _digits(root: Path | None) -> Data:
-    """scikit-learn's digits: 1797 real 8x8 grey scans, in the package itself (UCI, 1998)."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise DataError(
-            "data set digits: scikit-learn is not installed; pip install 'eps-resnet[train]'"
-        ) from None
-    source = load_digits()
-    pixels = torch.from_numpy(source.images)  # 0..16
-    images = (pixels * (255 / 16)).round().to(torch.uint8)[:, None]
-    return split(
-        ImageSet(images, torch.from_numpy(source.target).to(torch.int64)),
-        name="digits",
-        classes=tuple(str(digit) for digit in range(10)),
-        preprocessing=Preprocessing(resize=(8, 8), crop=(8, 8), color="grey"),
-    )
+def _read(
+    name: str, root: Path | None, image_size: tuple[int, int] | None, download: bool
+) -> Source:
+    # Imported here: a run needs one reader, and some readers are slow to import.
+    if name.startswith(FOLDER):
+        from eps_train.readers import folder
+
+        return folder.read(root or Path(name.removeprefix(FOLDER)), image_size)
+    if name not in DATASETS:
+        raise ConfigError(
+            f"--dataset {name}: unknown; the data sets are: {', '.join(DATASETS)}, folder:PATH"
+        )
+    if image_size is not None:
+        raise ConfigError(f"--image-size: {name} has its own size; leave the option out")
+    if name == "digits":
+        from eps_train.readers import digits
+
+        return digits.read()
+    if name in ("mnist", "fashion-mnist"):
+        from eps_train.readers import idx
+
+        return idx.read(name, root or Path())
+    from eps_train.readers import archives
+
+    return archives.read(name, root or Path(), download=download)
 
 
-def split(
-    whole: ImageSet, *, name: str, classes: tuple[str, ...], preprocessing: Preprocessing
-) -> Data:
-    """Split by class: a fifth for the test part, a tenth of the rest for validation.
+def split(source: Source, *, name: str) -> Data:
+    """Split off, class by class, the parts that the source does not have.
 
-    Raises DataError when a class has too few images for all three parts.
+    A fifth becomes the test part, a tenth of the rest the validation part; seeded, and the same for
+    every run. Raises DataError when a class has too few images for all three parts.
     """
-    counts = whole.labels.bincount(minlength=len(classes))
+    classes = source.classes
     if len(classes) < 2:
         raise DataError(f"data set {name}: only one class; a classifier needs two or more")
-    for label, count in zip(classes, counts.tolist(), strict=True):
-        if count < 3:
-            raise DataError(
-                f"data set {name}: class {label} has {count} images; at least 3 are needed"
-                " for training, validation and test"
-            )
     generator = torch.Generator().manual_seed(SPLIT_SEED)
-    parts: dict[str, list[Tensor]] = {"train": [], "validation": [], "test": []}
-    for index in range(len(classes)):
-        members = whole.labels.eq(index).nonzero().flatten()
+    indices: dict[str, list[Tensor]] = {"train": [], "validation": [], "test": []}
+    for index, label in enumerate(classes):
+        members = source.train.labels.eq(index).nonzero().flatten()
         members = members[torch.randperm(len(members), generator=generator)]
-        test = max(1, round(len(members) / 5))
-        validation = max(1, round((len(members) - test) / 10))
-        for part, piece in zip(
-            ("test", "validation", "train"),
-            members.split([test, validation, len(members) - test - validation]),
-            strict=True,
-        ):
-            parts[part].append(piece)
+        test = 0 if source.test else max(1, round(len(members) / TEST_SHARE))
+        rest = len(members) - test
+        validation = 0 if source.validation else max(1, round(rest / VALIDATION_SHARE))
+        train = rest - validation
+        if train < 1:
+            raise DataError(
+                f"data set {name}: class {label} has {len(members)} images; at least"
+                f" {1 + bool(test) + bool(validation)} are needed to split them"
+            )
+        pieces = members.split([test, validation, train])
+        for part, piece in zip(("test", "validation", "train"), pieces, strict=True):
+            indices[part].append(piece)
     # Index order, so that every part mixes the classes as the source did.
-    sets = {part: whole[torch.cat(pieces).sort().values] for part, pieces in parts.items()}
-    pixels = sets["train"].images.to(torch.float64)
+    parts = {part: source.train[torch.cat(found).sort().values] for part, found in indices.items()}
+    sets = {
+        "train": parts["train"],
+        "validation": source.validation or parts["validation"],
+        "test": source.test or parts["test"],
+    }
+    mean, std = _statistics(sets["train"].images)
     return Data(
         **sets,
         identity=DataIdentity(
             name=name,
             classes=classes,
-            mean=tuple(pixels.mean(dim=(0, 2, 3)).tolist()),
-            std=tuple(pixels.std(dim=(0, 2, 3)).clamp_min(1.0).tolist()),
-            preprocessing=preprocessing,
+            mean=mean,
+            std=std,
+            preprocessing=source.preprocessing,
             split_seed=SPLIT_SEED,
             sizes={part: len(images) for part, images in sets.items()},
             sha256=_sha256(sets.values()),
@@ -196,13 +203,24 @@ def split(
     )
 
 
-def _sha256(parts: Any) -> str:
+def _statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of every channel of uint8 `[N, C, H, W]`, in pixel units."""
+    values = torch.arange(256, dtype=torch.float64)
+    means, deviations = [], []
+    for channel in images.unbind(dim=1):
+        # From the histogram: exact, and no float copy of the whole set.
+        counts = channel.flatten().bincount(minlength=256).to(torch.float64)
+        mean = (counts * values).sum() / counts.sum()
+        variance = (counts * (values - mean) ** 2).sum() / (counts.sum() - 1).clamp_min(1)
+        means.append(mean.item())
+        deviations.append(max(variance.sqrt().item(), 1.0))
+    return tuple(means), tuple(deviations)
+
+
+def _sha256(parts: Iterable[ImageSet]) -> str:
     digest = hashlib.sha256()
     for part in parts:
         digest.update(repr(tuple(part.images.shape)).encode())
-        digest.update(part.images.numpy().tobytes())
-        digest.update(part.labels.numpy().tobytes())
+        digest.update(part.images.contiguous().numpy().data)
+        digest.update(part.labels.contiguous().numpy().data)
     return digest.hexdigest()
-
-
-DATASETS: dict[str, Callable[[Path | None], Data]] = {"digits": _digits}

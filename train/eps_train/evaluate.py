@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from eps_train.data import ImageSet
+from eps_train.images import ImageSet
 
 BATCH = 256
 

@@ -58,7 +58,7 @@ def refuse_collapse(
 def refuse_other_run(path: Path, last: Checkpoint, config: TrainingConfig, data: Data) -> None:
     """Raise ConfigError unless `last`, read from `path`, belongs to this configuration and data."""
     if last.data.sha256 != data.identity.sha256:
-        raise ConfigError(f"{path}: was trained on other data; resume with the same --dataset")
+        raise ConfigError(f"{path}: was trained on other data; resume with the same data options")
     theirs, ours = last.config, config.to_dict()
     for name in sorted(ours.keys() | theirs.keys()):
         if ours.get(name) != theirs.get(name):

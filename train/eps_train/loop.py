@@ -16,10 +16,11 @@ from eps_train import graph, guards
 from eps_train.augment import EpochOrder, shift_and_flip
 from eps_train.checkpoint import Checkpoint, GateRecord
 from eps_train.config import TrainingConfig
-from eps_train.data import Data, ImageSet
+from eps_train.data import Data
 from eps_train.deaths import Registry
 from eps_train.errors import ConfigError
 from eps_train.evaluate import Score, score
+from eps_train.images import ImageSet
 from eps_train.network import NetworkSpec
 from eps_train.networks import Normalize, SideHead
 from eps_train.optimizer import keep_only, make_sgd, momentum, restore_momentum
