@@ -29,10 +29,11 @@ from eps_deploy.engines.ort import OrtEngine
 from eps_deploy.export import export_onnx
 from eps_train import data, graph
 from eps_train.checkpoint import Checkpoint
-from eps_train.config import TrainingConfig, digits
+from eps_train.config import TrainingConfig
 from eps_train.cost import cost
 from eps_train.data import Data
 from eps_train.loop import Trainer
+from eps_train.recipes import digits
 
 LATENCY_SECONDS = 20.0  # a batch size
 

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from eps_train import config, data
+from eps_train import data, recipes
 from eps_train.config import TrainingConfig
 from eps_train.data import Data
 from eps_train.loop import Trainer
 
 # Of its 9 blocks, the first dies at the end of epoch 4 and the last two at the end of epoch 6.
 DYING = replace(
-    config.digits(),
+    recipes.digits(),
     model="cifar:20x4",
     epochs=7,
     batch_size=32,

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ from PIL import Image
 from eps_train import sealed
 from eps_train.checkpoint import FORMAT, Checkpoint
 from eps_train.cli import main
-from eps_train.config import RECIPES, TrainingConfig
+from eps_train.config import TrainingConfig
+from eps_train.recipes import RECIPES
 from tests.commands import Result, files_in, run
 
 TINY = ("--model", "cifar:8x4", "--epochs", "2")
@@ -175,7 +177,7 @@ def test_resume_with_other_options_is_refused(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("--recipe", "cifat"), "--recipe cifat: unknown; the recipes are: digits"),
+        (("--recipe", "cifat"), "--recipe cifat: unknown; the recipes are: digits, cifar10-110"),
         (("--dataset", "digit"), "--dataset digit: unknown; the data sets are: digits, mnist"),
         (("--model", "resnet"), "--model resnet: not a model; write cifar:DEPTH"),
         (("--model", "cifar:57"), "depth must be 6n + 2"),
@@ -224,6 +226,14 @@ def test_dry_run_shows_the_plan_and_writes_nothing(tmp_path: Path) -> None:
     assert "54 blocks" in result.stderr
     assert "1,727,674" in result.stderr  # 1,727,962 with three input channels; 2 * 16 * 9 fewer
     assert not list(tmp_path.iterdir())
+
+
+def test_dry_run_needs_no_data_and_no_torchvision(tmp_path: Path) -> None:
+    result = eps_train(tmp_path, "--recipe", "cifar10-110", "--dry-run")
+    assert result.code == 0, result.stderr
+    assert "1,727,962" in result.stderr
+    assert "1000 of 351 steps of 128 images" in result.stderr
+    assert "torchvision" not in sys.modules
 
 
 def test_list_recipes_names_them_all(tmp_path: Path) -> None:

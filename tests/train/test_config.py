@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from eps_train.config import RECIPES, TrainingConfig, digits, recipe
+from eps_train.config import TrainingConfig
 from eps_train.errors import ConfigError
+from eps_train.recipes import RECIPES, digits, recipe
 
 
 @pytest.mark.parametrize("name", RECIPES)

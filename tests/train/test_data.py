@@ -154,3 +154,7 @@ def test_batches_hold_every_image_once_in_order() -> None:
     assert [len(labels) for _, labels in batches] == [8, 8, 8, 8, 3]
     assert torch.equal(torch.cat([images for images, _ in batches]), whole.images)
     assert torch.equal(torch.cat([labels for _, labels in batches]), whole.labels)
+
+
+def test_outline_of_digits_is_that_of_the_loaded_set() -> None:
+    assert data.outline("digits") == data.load("digits").identity.outline

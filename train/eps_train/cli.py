@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from eps_train import config, console
+from eps_train import console, recipes
 from eps_train.config import TrainingConfig
 from eps_train.errors import ConfigError
 
 if TYPE_CHECKING:
-    from eps_train.checkpoint import Checkpoint
     from eps_train.data import Data
 
 
@@ -97,8 +96,12 @@ def cli(
     Without arguments it trains depth 110 on scikit-learn's digits into this folder.
     """
     if list_recipes:
-        for name, make in config.RECIPES.items():
-            click.echo(f"{name:20} {(make.__doc__ or '').splitlines()[0]}")
+        for name, make in recipes.RECIPES.items():
+            listed = make()
+            click.echo(
+                f"{name:14} {listed.dataset}, {listed.model}, epsilon {listed.epsilon:g},"
+                f" {listed.epochs} epochs"
+            )
         return
     if resume and force:
         raise click.UsageError("--resume and --force contradict each other")
@@ -110,7 +113,8 @@ def cli(
         "seed": seed,
     }
     chosen = replace(
-        config.recipe(recipe), **{name: value for name, value in given.items() if value is not None}
+        recipes.recipe(recipe),
+        **{name: value for name, value in given.items() if value is not None},
     )
     if with_baseline and chosen.plain:
         raise click.UsageError("--with-baseline needs an epsilon above 0: at 0 both are the same")
@@ -124,17 +128,17 @@ def cli(
     if resume and not output.is_dir():
         raise ConfigError(f"--output {output}: no such folder to resume in")
 
-    from eps_train import data
+    from eps_train import data, summary
 
-    images = data.load(chosen.dataset, data_root, image_size=image_size, download=download)
     if dry_run:
-        _show_plan(chosen, images)
+        summary.show_plan(chosen, data.outline(chosen.dataset, data_root, image_size))
         return
+    images = data.load(chosen.dataset, data_root, image_size=image_size, download=download)
     if force:
         for file in files:
             file.unlink(missing_ok=True)
     summaries = [_train(runs[run], images, _files(output, run), device, resume) for run in runs]
-    _show_summary(summaries)
+    summary.show(summaries)
     if as_json:
         console.emit_json({"runs": summaries})
 
@@ -159,6 +163,7 @@ def _train(
 
     from eps_train.loop import EpochReport, Trainer
     from eps_train.progress import LEGEND, EpochPrinter, MetricsLog
+    from eps_train.summary import summarize
 
     log = console.log()
     if chosen.cpu_threads:
@@ -191,7 +196,7 @@ def _train(
                 done = f"{trainer.epoch} of {chosen.epochs} epochs"
                 log.print(f"{files['last']} holds {done}; --resume goes on from there")
             raise
-    return _summary(best, files["best"], trainer.seconds)
+    return summarize(best, files["best"], trainer.seconds)
 
 
 def _device(name: str) -> Any:
@@ -213,73 +218,3 @@ def _device(name: str) -> Any:
             " use --device cpu"
         )
     return device
-
-
-def _summary(best: Checkpoint, path: Path, seconds: float) -> dict[str, Any]:
-    from eps_train.cost import cost
-
-    shape = best.data.input_shape
-    blocks = len(best.network.all_blocks())
-    whole = cost(best.build_gated(), shape)
-    kept = cost(replace(best.network, removed=best.dead).build(best.state), shape)
-    return {
-        "path": str(path),
-        "model": "plain" if not best.gates else "ε-ResNet",
-        "blocks": {"total": blocks, "kept": blocks - len(best.dead)},
-        "parameters": {"total": whole.parameters, "kept": kept.parameters},
-        "flops": {"total": whole.flops, "kept": kept.flops},
-        "epoch": best.metrics["epoch"],
-        "validation": best.metrics["validation"],
-        "test": best.metrics["test"],
-        "seconds": seconds,
-    }
-
-
-def _show_summary(summaries: list[dict[str, Any]]) -> None:
-    rows = [
-        (
-            summary["model"],
-            f"{summary['blocks']['kept']}/{summary['blocks']['total']}",
-            f"{summary['parameters']['kept']:,} ({_share(summary['parameters']):.0%})",
-            f"{_share(summary['flops']):.0%}",
-            f"{summary['validation']['accuracy']:.2%}",
-            f"{summary['test']['accuracy']:.2%} of {summary['test']['samples']}",
-            f"{summary['seconds']:.0f} s",
-            summary["path"],
-        )
-        for summary in summaries
-    ]
-    columns = ("network", "blocks", "parameters", "FLOPs", "validation", "test", "time", "written")
-    console.log().print(console.table("Trained", columns, rows))
-
-
-def _share(cost: dict[str, int]) -> float:
-    return cost["kept"] / cost["total"]
-
-
-def _show_plan(chosen: TrainingConfig, images: Data) -> None:
-    import torch
-
-    from eps_train.cost import cost
-    from eps_train.loop import network_spec
-
-    spec = network_spec(chosen, images)
-    with torch.device("meta"):
-        network = spec.build()
-    total = cost(network, images.identity.input_shape)
-    sizes = images.identity.sizes
-    rows = [
-        ("data", f"{chosen.dataset}, input {'x'.join(map(str, images.identity.input_shape))}"),
-        ("images", ", ".join(f"{count:,} {part}" for part, count in sizes.items())),
-        ("model", f"{chosen.model}, {len(spec.all_blocks())} blocks"),
-        ("parameters", f"{total.parameters:,}"),
-        ("FLOPs an image", f"{total.flops:,}"),
-        ("epochs", f"{chosen.epochs} of {max(1, sizes['train'] // chosen.batch_size)} steps"),
-        ("rate", f"{_steps(chosen.rates)}; last descent {_steps(chosen.descent)} of the run"),
-        ("epsilon", "none: plain network" if chosen.plain else f"{chosen.epsilon:g}"),
-    ]
-    console.log().print(console.table(f"Recipe {chosen.recipe} (dry run)", ("", ""), rows))
-
-
-def _steps(steps: Any) -> str:
-    return ", ".join(f"{value:g} from {start:g}" for start, value in steps)

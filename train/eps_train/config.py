@@ -1,8 +1,8 @@
-"""A training run's complete configuration, and the named recipes that return one."""
+"""A training run's complete configuration."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -101,37 +101,3 @@ class TrainingConfig:
             return cls(**arguments)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"not a training configuration: {error}") from None
-
-
-def digits() -> TrainingConfig:
-    """Depth 110 on scikit-learn's digits: minutes on a CPU.
-
-    The decay is 25 times the paper's because a dead branch shrinks by about
-    `exp(-rate * decay * steps / (1 - momentum))`, and this run has 1,200 steps, not 390,000. No
-    restarts: 36 epochs at the high rate are enough here, and the rest is needed to settle.
-    """
-    return TrainingConfig(
-        recipe="digits",
-        dataset="digits",
-        model="cifar:110x16",
-        epochs=60,
-        batch_size=64,
-        epsilon=2.5,
-        rates=((0, 0.1),),
-        descent=((0.6, 0.01), (0.8, 0.001)),
-        weight_decay=5e-3,
-        shift=1,
-        # The tensors are too small for more: a second thread gains a fifth on an idle machine, and
-        # on a busy one the two wait for each other many times longer than they work.
-        cpu_threads=1,
-    )
-
-
-RECIPES: dict[str, Callable[[], TrainingConfig]] = {"digits": digits}
-
-
-def recipe(name: str) -> TrainingConfig:
-    """The named recipe's configuration. Raises ConfigError for an unknown name."""
-    if name not in RECIPES:
-        raise ConfigError(f"--recipe {name}: unknown; the recipes are: {', '.join(RECIPES)}")
-    return RECIPES[name]()

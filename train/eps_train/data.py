@@ -23,8 +23,29 @@ SPLIT_SEED = 0  # one split for all runs: seeds are compared on the same images
 TEST_SHARE = 5  # a fifth of the images, where the source has no test part of its own
 VALIDATION_SHARE = 10  # a tenth of the rest
 
-DATASETS = ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "svhn")
 FOLDER = "folder:"
+
+
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """What a network and a schedule need to know of a data set.
+
+    Shape `[C, H, W]` of an image, number of classes, and (about) how many images to train on.
+    """
+
+    shape: tuple[int, int, int]
+    classes: int
+    train: int
+
+
+DATASETS = {
+    "digits": Outline((1, 8, 8), 10, 1_295),
+    "mnist": Outline((1, 28, 28), 10, 54_001),
+    "fashion-mnist": Outline((1, 28, 28), 10, 54_000),
+    "cifar10": Outline((3, 32, 32), 10, 45_000),
+    "cifar100": Outline((3, 32, 32), 100, 45_000),
+    "svhn": Outline((3, 32, 32), 10, 543_949),
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,6 +75,10 @@ class DataIdentity:
     def input_shape(self) -> tuple[int, int, int]:
         """Shape `[C, H, W]` of one image."""
         return self.preprocessing.shape
+
+    @property
+    def outline(self) -> Outline:
+        return Outline(self.input_shape, len(self.classes), self.sizes["train"])
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -109,6 +134,15 @@ def load(
         DataError: the files are missing, damaged or unusable.
     """
     return split(_read(name, root, image_size, download), name=name)
+
+
+def outline(
+    name: str, root: Path | None = None, image_size: tuple[int, int] | None = None
+) -> Outline:
+    """Outline of a data set, without reading it unless it is a folder. Raises as `load` does."""
+    if name in DATASETS and image_size is None:
+        return DATASETS[name]
+    return load(name, root, image_size=image_size).identity.outline
 
 
 def load_again(identity: DataIdentity, root: Path | None = None) -> Data:

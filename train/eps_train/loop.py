@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from eps_train import graph, guards
 from eps_train.augment import EpochOrder, shift_and_flip
 from eps_train.checkpoint import Checkpoint, GateRecord
 from eps_train.config import TrainingConfig
-from eps_train.data import Data
+from eps_train.data import Data, Outline
 from eps_train.deaths import Registry
 from eps_train.errors import ConfigError
 from eps_train.evaluate import Score, score
@@ -79,7 +79,7 @@ class Trainer:
         self.config, self.data, self.device = config, data, device
         self.best_path, self.last_path = best_path, last_path
         identity = data.identity
-        self.spec = network_spec(config, data)
+        self.spec = network_spec(config, identity.outline)
         torch.manual_seed(config.seed)
         self.model: fx.GraphModule = self.spec.build()
         self.normalize = Normalize(list(identity.mean), list(identity.std)).to(device)
@@ -310,14 +310,11 @@ class Trainer:
         return named
 
 
-def network_spec(config: TrainingConfig, data: Data) -> NetworkSpec:
+def network_spec(config: TrainingConfig, data: Outline) -> NetworkSpec:
     """The network that `config` asks for on `data`; without gates when epsilon is 0."""
-    identity = data.identity
-    spec = NetworkSpec.parse(
-        config.model, in_channels=identity.input_shape[0], classes=len(identity.classes)
-    )
+    spec = NetworkSpec.parse(config.model, in_channels=data.shape[0], classes=data.classes)
     if config.plain:
-        return NetworkSpec(family=spec.family, arguments=spec.arguments)
+        return replace(spec, gated=())
     return spec
 
 

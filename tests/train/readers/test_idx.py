@@ -85,6 +85,7 @@ def test_damaged_plain_files_are_named(tmp_path: Path, content: bytes, message: 
 @pytest.mark.skipif(not FASHION.is_dir(), reason="needs the package dataset-fashion-mnist")
 def test_the_real_fashion_mnist() -> None:
     made = data.load("fashion-mnist", FASHION)
+    assert made.identity.outline == data.outline("fashion-mnist")
     assert made.identity.sizes == {"train": 54_000, "validation": 6_000, "test": 10_000}
     assert torch.equal(made.test.labels.bincount(), torch.full((10,), 1_000))
     assert made.identity.mean[0] == pytest.approx(72.9, abs=0.2)  # 0.286 of 255, as published

@@ -1,0 +1,88 @@
+"""Tables about a run: what would be trained, and what came out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eps_train import console
+from eps_train.checkpoint import Checkpoint
+from eps_train.config import TrainingConfig
+from eps_train.cost import cost
+from eps_train.data import Outline
+from eps_train.loop import network_spec
+from eps_train.schedule import Steps
+
+
+def summarize(best: Checkpoint, path: Path, seconds: float) -> dict[str, Any]:
+    """A finished run as plain data: what was trained, kept, reached, and where it is."""
+    shape = best.data.input_shape
+    blocks = len(best.network.all_blocks())
+    whole = cost(best.build_gated(), shape)
+    kept = cost(replace(best.network, removed=best.dead).build(best.state), shape)
+    return {
+        "path": str(path),
+        "model": "plain" if not best.gates else "ε-ResNet",
+        "blocks": {"total": blocks, "kept": blocks - len(best.dead)},
+        "parameters": {"total": whole.parameters, "kept": kept.parameters},
+        "flops": {"total": whole.flops, "kept": kept.flops},
+        "epoch": best.metrics["epoch"],
+        "validation": best.metrics["validation"],
+        "test": best.metrics["test"],
+        "seconds": seconds,
+    }
+
+
+def show(summaries: list[dict[str, Any]]) -> None:
+    """Print finished runs as one table."""
+    rows = [
+        (
+            summary["model"],
+            f"{summary['blocks']['kept']}/{summary['blocks']['total']}",
+            f"{summary['parameters']['kept']:,} ({_share(summary['parameters']):.0%})",
+            f"{_share(summary['flops']):.0%}",
+            f"{summary['validation']['accuracy']:.2%}",
+            f"{summary['test']['accuracy']:.2%} of {summary['test']['samples']}",
+            f"{summary['seconds']:.0f} s",
+            summary["path"],
+        )
+        for summary in summaries
+    ]
+    columns = ("network", "blocks", "parameters", "FLOPs", "validation", "test", "time", "written")
+    console.log().print(console.table("Trained", columns, rows))
+
+
+def _share(cost: dict[str, int]) -> float:
+    return cost["kept"] / cost["total"]
+
+
+def show_plan(chosen: TrainingConfig, data: Outline) -> None:
+    """Print what a run would train; the network is built without memory for its tensors."""
+    spec = network_spec(chosen, data)
+    with torch.device("meta"):
+        network = spec.build()
+    total = cost(network, data.shape)
+    steps = max(1, data.train // chosen.batch_size)
+    rows = [
+        ("data", f"{chosen.dataset}: {data.train:,} training images of {_size(data.shape)}"),
+        ("model", f"{chosen.model}, {len(spec.all_blocks())} blocks"),
+        ("parameters", f"{total.parameters:,}"),
+        ("FLOPs an image", f"{total.flops:,}"),
+        ("epochs", f"{chosen.epochs} of {steps} steps of {chosen.batch_size} images"),
+        ("rate", _steps(chosen.rates)),
+        ("after a loss", _steps(chosen.restart) if chosen.restart else "no restart"),
+        ("last descent", f"{_steps(chosen.descent)} of the run"),
+        ("epsilon", "none: plain network" if chosen.plain else f"{chosen.epsilon:g}"),
+    ]
+    console.log().print(console.table(f"Recipe {chosen.recipe} (dry run)", ("", ""), rows))
+
+
+def _size(shape: tuple[int, int, int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _steps(steps: Steps) -> str:
+    return ", ".join(f"{value:g} from {start:g}" for start, value in steps)
