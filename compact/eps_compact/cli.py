@@ -128,10 +128,13 @@ def _write(done: Compaction, output: Path, picture: Path) -> None:
     from eps_compact.picture import draw
     from eps_train.sealed import replace_file
 
-    # Drawn first: whatever fails in drawing leaves nothing behind.
-    image = draw(done.blocks, _title(done))
-    done.artifact.save(output)
-    replace_file(picture, image)
+    # The picture first, and not without its network: what fails here leaves nothing behind.
+    replace_file(picture, draw(done.blocks, _title(done)))
+    try:
+        done.artifact.save(output)
+    except BaseException:
+        picture.unlink(missing_ok=True)
+        raise
 
 
 def _title(done: Compaction) -> str:

@@ -27,8 +27,8 @@ def compact(model: nn.Module, dead: Iterable[str] | None = None) -> fx.GraphModu
     """
     plain = copy.deepcopy(model).eval()
     plain.zero_grad(set_to_none=True)  # the gradients of the last step are no part of a network
-    # Traced once, in evaluation mode: what reads `self.training` is frozen as it ships.
-    traced = graph.trace(plain)
+    # In evaluation mode alone: what reads `self.training` is frozen as it ships.
+    traced = graph.trace(plain, one_mode=True)
     latched = {name for name, gate in graph.gates(traced).items() if bool(gate.dead)}
     traced = graph.remove_blocks(traced, latched.union(dead or ()))
     return graph.drop_taps(graph.drop_gates(traced)).eval()

@@ -110,6 +110,8 @@ def _read_manifest(root: Path) -> dict[str, Any]:
         content = path.read_bytes()
     except FileNotFoundError:
         raise FileFormatError(f"{root}: not a bundle of eps-deploy (no {MANIFEST} in it)") from None
+    except OSError as error:
+        raise FileFormatError(f"{path}: cannot be read: {error.strerror}; {_AGAIN}") from None
     try:
         manifest = json.loads(content, parse_constant=_refuse_constant)
     except (ValueError, RecursionError):
@@ -137,8 +139,8 @@ def _verified(root: Path, name: str, listed: Any) -> bytes:
     """The content of a listed file. A manifest can be forged: its names must stay in the bundle."""
     pure = PurePosixPath(name)
     path = root / pure
-    outside = pure.is_absolute() or ".." in pure.parts or "\\" in name or ":" in name
-    if outside or not path.resolve().is_relative_to(root.resolve()):
+    outside = pure.is_absolute() or ".." in pure.parts or any(sign in name for sign in "\\:\0")
+    if outside or not _lies_in(path, root):
         raise FileFormatError(f"{root / MANIFEST}: lists {name}, which lies outside the bundle")
     try:
         content = path.read_bytes()
@@ -154,3 +156,11 @@ def _verified(root: Path, name: str, listed: Any) -> bytes:
     if hashlib.sha256(content).hexdigest() != wanted.get("sha256"):
         raise FileFormatError(f"{path}: changed: its SHA-256 is not the manifest's; {_AGAIN}")
     return content
+
+
+def _lies_in(path: Path, root: Path) -> bool:
+    """Whether `path` is below `root`, all links followed; links in a circle lead nowhere."""
+    try:
+        return path.resolve().is_relative_to(root.resolve())
+    except (OSError, RuntimeError):
+        return False

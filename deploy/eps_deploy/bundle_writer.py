@@ -1,4 +1,8 @@
-"""Writing a bundle: in a temporary folder beside its place, verified, then renamed into place."""
+"""Writing a bundle: in a temporary folder beside its place, verified, then renamed into place.
+
+The temporary folder's name is always the same, and a lock is held on it, so that what a killed run
+leaves behind is taken over by the next one, and two runs at once do not meet in it.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +10,20 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import Any
 
 from eps_deploy.bundle import MANIFEST, encode_manifest, is_bundle, load_bundle
 from eps_train.console import refuse_existing
-from eps_train.errors import ConfigError
+from eps_train.errors import ConfigError, naming
+
+fcntl: ModuleType | None
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 
 class BundleWriter:
@@ -31,6 +40,8 @@ class BundleWriter:
 
     def __init__(self, output: Path, *, force: bool) -> None:
         self.output = Path(os.path.abspath(output))
+        self.folder = self.output.with_name(f".{self.output.name}.eps-deploy.part")
+        self._old = self.output.with_name(f".{self.output.name}.eps-deploy.old")
         self._named = output
         self._force = force
         self._check_place()
@@ -57,12 +68,25 @@ class BundleWriter:
 
     def __enter__(self) -> BundleWriter:
         self.output.parent.mkdir(parents=True, exist_ok=True)
-        name = tempfile.mkdtemp(
-            dir=self.output.parent, prefix=f".{self.output.name}.", suffix=".part"
-        )
-        self.folder = Path(name)
-        self.folder.chmod(0o777 & ~_umask())  # mkdtemp makes folders private; ours are as any other
+        with naming(self._named):
+            self._lock = _make_and_lock(self.folder, self._named)
+        try:
+            with naming(self._named):
+                self._clear_up()
+            self._check_place()  # clearing up may have put an old bundle back
+        except BaseException:
+            self._leave()
+            raise
         return self
+
+    def _clear_up(self) -> None:
+        """Do away with what a killed run left; the bundle that it had moved aside comes back."""
+        for path in self.folder.iterdir():
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        if self._old.exists() and not self.output.exists():
+            self._old.rename(self.output)
+        elif self._old.exists():
+            shutil.rmtree(self._old)
 
     def commit(self, fields: Mapping[str, Any]) -> None:
         """Add the manifest of `fields` and of every file in `folder`, verify, move into place."""
@@ -75,18 +99,17 @@ class BundleWriter:
             _flush(self.folder / name)
         load_bundle(self.folder)
         self._check_place()  # it may have come into being meanwhile
-        old = self.folder.with_suffix(".old")
         replacing = self.output.exists()
         if replacing:
-            self.output.rename(old)
+            self.output.rename(self._old)
         try:
             self.folder.rename(self.output)
         except OSError:
             if replacing:
-                old.rename(self.output)
+                self._old.rename(self.output)
             raise
         if replacing:
-            shutil.rmtree(old)
+            shutil.rmtree(self._old)
 
     def __exit__(
         self,
@@ -94,7 +117,17 @@ class BundleWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._leave()
+        # A full disk does not say which file it was, and nobody knows the temporary ones.
+        if isinstance(error, OSError) and error.errno is not None and self._is_ours(error.filename):
+            error.filename = str(self._named)
+
+    def _leave(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)  # gone already after a commit
+        _unlock(self._lock)
+
+    def _is_ours(self, name: str | None) -> bool:
+        return name is None or Path(name).is_relative_to(self.folder)
 
 
 def _files(folder: Path) -> set[str]:
@@ -115,7 +148,34 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _make_and_lock(folder: Path, named: Path) -> int | None:
+    """Make `folder` if need be and lock it, until :func:`_unlock` or the end of the process.
+
+    None where folders cannot be locked (Windows, some network file systems).
+    Raises ConfigError when another process holds it.
+    """
+    if fcntl is None:
+        folder.mkdir(exist_ok=True)
+        return None
+    while True:
+        folder.mkdir(exist_ok=True)
+        # NOFOLLOW: a link would lead to a folder that is not ours to empty.
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise ConfigError(
+                f"{named}: another eps-deploy is writing it; wait for that one or choose another -o"
+            ) from None
+        except OSError:
+            os.close(handle)
+            return None
+        if folder.exists() and os.path.samestat(os.fstat(handle), folder.lstat()):
+            return handle
+        os.close(handle)  # the run that held it moved it into place meanwhile
+
+
+def _unlock(handle: int | None) -> None:
+    if handle is not None:
+        os.close(handle)

@@ -64,7 +64,7 @@ def export_onnx(model: nn.Module, identity: DataIdentity, path: Path, *, source:
         proto = _convert(Deployed(model, identity), identity.input_shape)
         _tidy(proto, source)
         _verify(proto, identity)
-    except GraphError:
+    except (GraphError, ModuleNotFoundError):
         raise
     except Exception as error:  # torch, onnxscript and onnx raise dozens of unrelated types
         cause = str(error.__cause__ or error).strip().partition("\n")[0]

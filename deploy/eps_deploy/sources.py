@@ -8,6 +8,7 @@ from pathlib import Path
 from eps_compact import CompactArtifact
 from eps_train.checkpoint import Checkpoint
 from eps_train.errors import ConfigError, FileFormatError
+from eps_train.network import NetworkSpec
 
 BASELINE = "baseline.pt"
 
@@ -51,7 +52,9 @@ def find_sources(
     source = _load_checkpoint(checkpoint_path, model, compact, named=checkpoint is not None)
     if baseline is None:
         beside = (model.parent / BASELINE, checkpoint_path.parent / BASELINE)
-        baseline = next((path for path in beside if path.exists()), None)
+        # A broken link is one that was meant to be there: it is named, not passed over.
+        found = (path for path in beside if path.exists() or path.is_symlink())
+        baseline = next(found, None)
     return Sources(
         compact=compact,
         checkpoint=source,
@@ -86,14 +89,14 @@ def _load_baseline(path: Path, compact: CompactArtifact) -> Checkpoint:
     theirs, ours = baseline.network, compact.network
     if (theirs.family, theirs.arguments) != (ours.family, ours.arguments) or theirs.removed:
         raise ConfigError(
-            f"{path}: a {_describe(theirs.arguments)} network, not the {_describe(ours.arguments)}"
-            f" one that was compacted; {remedy}"
+            f"{path}: the network {_describe(theirs)}, not {_describe(ours)}, which was compacted;"
+            f" {remedy}"
         )
     if baseline.data.sha256 != compact.data.sha256:
         raise ConfigError(f"{path}: trained on other images than the compact network; {remedy}")
     return baseline
 
 
-def _describe(arguments: object) -> str:
-    assert isinstance(arguments, dict)
-    return ", ".join(f"{key} {value}" for key, value in arguments.items())
+def _describe(network: NetworkSpec) -> str:
+    arguments = ", ".join(f"{key} {value}" for key, value in network.arguments.items())
+    return f"{network.family} ({arguments})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -302,12 +303,22 @@ def test_a_death_without_evidence_ends_with_3(folder: Path) -> None:
     assert_refused(folder, compact(folder, "ckpt.pt"), message, code=3)
 
 
-def test_a_full_disk_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*args: Any) -> None:
-        raise OSError(28, "No space left on device")
+@pytest.mark.parametrize(("full_from", "name"), [(1, "compact.png"), (3, "compact.pt")])
+def test_a_full_disk_leaves_nothing(
+    full_from: int, name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two files are written, each flushed and then its folder."""
+    fsync, calls = os.fsync, []
+
+    def full(handle: int) -> None:
+        calls.append(handle)
+        if len(calls) >= full_from:
+            raise OSError(28, "No space left on device")
+        fsync(handle)
 
     monkeypatch.setattr("os.fsync", full)
-    assert_refused(folder, compact(folder, "ckpt.pt"), "No space left on device")
+    message = f"{name}: No space left on device; free some space, or choose another place"
+    assert compact(folder, "ckpt.pt").error == f"eps-compact: error: {message}"
     assert sorted(files_in(folder)) == ["ckpt.pt"]
 
 

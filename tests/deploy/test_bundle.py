@@ -155,3 +155,20 @@ def test_forged_manifests_that_make_no_sense_are_refused(
 def test_what_is_not_listed_does_not_matter(bundle: Path) -> None:
     (bundle / ".directory").write_text("left by a file manager")
     load_bundle(bundle)
+
+
+def test_links_in_a_circle_are_refused(bundle: Path) -> None:
+    (bundle / "model.onnx").unlink()
+    (bundle / "model.onnx").symlink_to("model.onnx")
+    assert "model.onnx" in refusal(bundle)
+
+
+def test_a_folder_in_the_place_of_the_manifest_is_refused(bundle: Path) -> None:
+    (bundle / MANIFEST).unlink()
+    (bundle / MANIFEST).mkdir()
+    assert "manifest.json: cannot be read" in refusal(bundle)
+
+
+def test_a_name_that_no_file_can_have_is_refused(bundle: Path) -> None:
+    rewrite(bundle, lambda fields: fields["files"].update({"a\0b": {"bytes": 1, "sha256": ""}}))
+    assert "outside the bundle" in refusal(bundle)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -156,10 +159,89 @@ def test_somebody_else_s_bundle_made_meanwhile_stays(tmp_path: Path) -> None:
     def too_late() -> None:
         with BundleWriter(tmp_path / "bundle", force=False) as writer:
             (writer.folder / "model.onnx").write_bytes(b"ours")
-            write(tmp_path / "bundle", b"theirs")
+            write(tmp_path / "theirs", b"theirs")
+            (tmp_path / "theirs").rename(tmp_path / "bundle")
             writer.commit(FIELDS)
 
     with pytest.raises(ConfigError, match="exists already"):
         too_late()
     assert load_bundle(tmp_path / "bundle").read("model.onnx") == b"theirs"
     assert os.listdir(tmp_path) == ["bundle"]
+
+
+def test_a_full_disk_names_the_bundle(tmp_path: Path) -> None:
+    for name in (None, str(tmp_path / ".bundle.eps-deploy.part" / "model.onnx")):
+        with (
+            pytest.raises(OSError, match="No space left") as error,
+            BundleWriter(tmp_path / "bundle", force=False),
+        ):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
+        assert error.value.filename == str(tmp_path / "bundle")
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from eps_deploy.bundle_writer import BundleWriter
+from tests.deploy.test_bundle_writer import FIELDS
+with BundleWriter(Path(sys.argv[1]), force=True) as writer:
+    (writer.folder / "model.onnx").write_bytes(b"killed")
+    (writer.folder / "examples").mkdir()
+    if sys.argv[2] == "committing":
+        rename = Path.rename
+        def die(self, target):
+            if self == writer.folder:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return rename(self, target)
+        Path.rename = die
+        writer.commit(FIELDS)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def kill(output: Path, when: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, output, when], cwd=Path(__file__).parents[2], check=False
+    )
+    assert done.returncode == -signal.SIGKILL
+
+
+def test_what_a_killed_run_left_is_taken_over(tmp_path: Path) -> None:
+    kill(tmp_path / "bundle", "writing")
+    assert os.listdir(tmp_path) == [".bundle.eps-deploy.part"]
+    write(tmp_path / "bundle", b"new")
+    assert os.listdir(tmp_path) == ["bundle"]
+    assert set(files_in(tmp_path / "bundle")) == {"manifest.json", "model.onnx", "examples/one.png"}
+
+
+def test_a_run_killed_between_old_and_new_loses_neither(tmp_path: Path) -> None:
+    write(tmp_path / "bundle", b"old")
+    kill(tmp_path / "bundle", "committing")
+    assert not (tmp_path / "bundle").exists()
+    with pytest.raises(ConfigError, match="exists already"):
+        write(tmp_path / "bundle", b"new")  # the old one is back, and --force was not given
+    assert load_bundle(tmp_path / "bundle").read("model.onnx") == b"old"
+    assert os.listdir(tmp_path) == ["bundle"]
+    kill(tmp_path / "bundle", "committing")
+    write(tmp_path / "bundle", b"new", force=True)
+    assert load_bundle(tmp_path / "bundle").read("model.onnx") == b"new"
+    assert os.listdir(tmp_path) == ["bundle"]
+
+
+def test_two_at_once_do_not_meet(tmp_path: Path) -> None:
+    with BundleWriter(tmp_path / "bundle", force=False) as first:
+        (first.folder / "model.onnx").write_bytes(b"first")
+        with pytest.raises(ConfigError, match="another eps-deploy is writing it"):
+            write(tmp_path / "bundle", b"second")
+        first.commit(FIELDS)
+    assert load_bundle(tmp_path / "bundle").read("model.onnx") == b"first"
+    assert os.listdir(tmp_path) == ["bundle"]
+
+
+def test_a_link_in_the_temporary_folder_s_place_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "photo.jpg").touch()
+    (tmp_path / ".bundle.eps-deploy.part").symlink_to("mine")
+    with pytest.raises(OSError, match="bundle"):
+        write(tmp_path / "bundle", b"new")
+    assert (tmp_path / "mine" / "photo.jpg").exists()

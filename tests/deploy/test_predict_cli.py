@@ -152,3 +152,9 @@ main()
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert len(done.stdout.splitlines()) == 1
+
+
+def test_large_pictures_are_read_without_a_warning(deployed: Path, tmp_path: Path) -> None:
+    Image.new("1", (10_000, 10_000)).save(tmp_path / "large.png")
+    result = predict("bundle", tmp_path / "large.png", cwd=deployed)
+    assert (result.code, result.stderr) == (0, "")

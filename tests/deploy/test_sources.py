@@ -103,3 +103,10 @@ def test_the_baseline_that_was_named_is_taken(workshop: Path) -> None:
     (workshop / "baseline.pt").write_bytes(b"not looked at")
     found = find_sources(workshop / "compact.pt", baseline=workshop / "other.pt")
     assert found.baseline_path == workshop / "other.pt"
+
+
+def test_a_broken_link_to_the_baseline_is_not_passed_over(workshop: Path) -> None:
+    (workshop / "baseline.pt").unlink()
+    (workshop / "baseline.pt").symlink_to("nowhere.pt")
+    with pytest.raises(FileFormatError, match=r"baseline\.pt: no such file"):
+        find_sources(workshop / "compact.pt")

@@ -304,3 +304,63 @@ def test_impossible_image_sizes_are_usage_errors(tmp_path: Path, size: str) -> N
     result = eps_train(tmp_path, "--dataset", "folder:.", "--image-size", size)
     assert result.code == 2
     assert "--image-size" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("--model", "cifar:57"),
+        ("--device", "cuda:63"),
+        ("--seed", 2**32),
+        ("--model", "cifar:99999999998"),
+        ("--model", "cifar:8x" + "1" * 5000),
+    ],
+)
+def test_force_deletes_nothing_for_a_run_that_cannot_start(folder: Path, args: object) -> None:
+    before = files_in(folder)
+    assert isinstance(args, tuple)
+    assert eps_train(folder, "--epochs", 1, "--force", *args).code in (1, 2)
+    assert files_in(folder) == before
+
+
+def test_a_folder_in_the_place_of_a_file_is_found_before_anything_is_deleted(folder: Path) -> None:
+    (folder / "last.pt").unlink()
+    (folder / "last.pt").mkdir()
+    before = files_in(folder)
+    result = eps_train(folder, *TINY, "--force")
+    assert result.code == 1
+    assert "last.pt: is a folder; move it away" in result.error
+    assert files_in(folder) == before
+
+
+def test_resume_without_the_best_checkpoint_is_refused_before_training(folder: Path) -> None:
+    (folder / "ckpt.pt").unlink()
+    result = eps_train(folder, *TINY, "--resume")
+    assert result.code == 1
+    assert result.stderr == "eps-train: error: ckpt.pt: no such file\n"
+
+
+def test_a_full_disk_says_what_is_safe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second epoch cannot be saved: the first one is what --resume goes on from."""
+    replace_file, saves = sealed.replace_file, []
+
+    def full(path: Path, content: bytes) -> None:
+        if path.name == "last.pt":
+            saves.append(path)
+            if len(saves) == 2:
+                raise OSError(28, "No space left on device", str(path))
+        replace_file(path, content)
+
+    monkeypatch.setattr(sealed, "replace_file", full)
+    result = eps_train(tmp_path, *TINY)
+    assert result.code == 1
+    assert "last.pt holds 1 of 2 epochs; --resume goes on from there" in result.stderr
+    assert "last.pt: No space left on device; free some space" in result.error
+    monkeypatch.undo()
+    assert eps_train(tmp_path, *TINY, "--resume").code == 0
+
+
+def test_paths_are_printed_as_they_are(tmp_path: Path) -> None:
+    result = eps_train(tmp_path, *TINY, "--epochs", 1, "--output", "[red]x[b]")
+    assert result.code == 0
+    assert "[red]x[b]/ckpt.pt" in result.stderr

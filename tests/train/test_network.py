@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from eps_train import graph
-from eps_train.errors import ConfigError, EpsError, FileFormatError
+from eps_train.errors import ConfigError, EpsError, FileFormatError, GraphError
 from eps_train.network import NetworkSpec
 
 SPEC = NetworkSpec.parse("cifar:14x4", in_channels=1, classes=3)
@@ -36,8 +36,20 @@ def test_what_is_no_model_shows_how_to_write_one(text: str) -> None:
         NetworkSpec.parse(text, in_channels=1, classes=3)
 
 
+@pytest.mark.parametrize("text", ["imagenet:", "imagenet:x", "torchvision:", "a.b:c.d", "a-b:c"])
+def test_what_is_no_model_of_the_other_kinds(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"^--model .*: not a model; write .* imagenet:DEPTH"):
+        NetworkSpec.parse(text, in_channels=1, classes=3)
+
+
 @pytest.mark.parametrize(
-    ("text", "remedy"), [("cifar:15", "try 14"), ("cifar:2", "try 8"), ("cifar:14x0", "at least 1")]
+    ("text", "remedy"),
+    [
+        ("imagenet:20", "one of 18, 34"),
+        ("cifar:15", "try 14"),
+        ("cifar:2", "try 8"),
+        ("cifar:14x0", "at least 1"),
+    ],
 )
 def test_impossible_models_say_what_is_possible(text: str, remedy: str) -> None:
     with pytest.raises(ConfigError, match=f"^--model {text}: .*{remedy}"):
@@ -127,3 +139,77 @@ def test_unknown_networks_are_refused(change: dict[str, Any], with_state: bool) 
 def test_unknown_removed_block_is_refused() -> None:
     with pytest.raises(EpsError, match=r"stages\.7\.7"):
         replace(SPEC, removed=("stages.7.7",)).build()
+
+
+# -- other families and factories ------------------------------------------------------------------
+
+
+def test_the_imagenet_family() -> None:
+    spec = NetworkSpec.parse("imagenet:18x4", in_channels=1, classes=3)
+    assert spec.arguments == {"depth": 18, "width": 4, "in_channels": 1, "classes": 3}
+    assert spec.gated == tuple(f"stages.{s}.{b}" for s in range(4) for b in range(2))
+    assert NetworkSpec.parse("imagenet:50", in_channels=3, classes=10).arguments["width"] == 64
+
+
+def comes_back(spec: NetworkSpec, x: Tensor) -> None:
+    """Whole, without some blocks, and plain: what is built from data answers as the original."""
+    spec = NetworkSpec.from_dict(spec.to_dict())
+    torch.manual_seed(0)
+    model = spec.build()
+    model(x)  # batch norms that have seen something
+    model.eval()
+    random = torch.get_rng_state()
+    again = spec.build(model.state_dict())
+    assert torch.equal(torch.get_rng_state(), random)
+    assert torch.equal(again.eval()(x), model(x))
+    assert spec.all_blocks() == spec.gated == tuple(graph.gates(again))
+    dead = spec.gated[-1:]
+    for block in dead:
+        graph.gates(model)[block].latch()
+    small = replace(spec, gated=(), removed=dead).build(model.state_dict()).eval()
+    assert not graph.gates(small)
+    assert torch.equal(small(x), model(x))
+
+
+@pytest.mark.usefixtures("timm_models")
+@pytest.mark.parametrize("text", ["torchvision:resnet18", "timm:resnet26d"])
+def test_networks_of_the_libraries_come_back_from_data(text: str) -> None:
+    spec = NetworkSpec.parse(text, in_channels=3, classes=5)
+    assert spec.family == text
+    assert len(spec.gated) == 8
+    comes_back(spec, torch.randn(2, 3, 64, 64))
+
+
+@pytest.mark.parametrize("member", ["Net", "keywords", "counting"])
+def test_networks_of_ones_own_come_back_from_data(own: str, member: str) -> None:
+    spec = NetworkSpec.parse(f"{own}:{member}", in_channels=1, classes=5)
+    assert spec.gated == ("gate", "gate2")
+    comes_back(spec, torch.randn(2, 1, 8, 8))
+
+
+@pytest.mark.usefixtures("timm_models")
+def test_grey_images_into_a_network_for_colour() -> None:
+    with pytest.raises(ConfigError, match=r"^--model torchvision:resnet18: takes images of 3 chan"):
+        NetworkSpec.parse("torchvision:resnet18", in_channels=1, classes=5)
+    grey = NetworkSpec.parse("timm:resnet26d", in_channels=1, classes=5)
+    assert grey.arguments == {"num_classes": 5, "in_chans": 1}
+
+
+def test_a_network_without_residual_additions(own: str) -> None:
+    with pytest.raises(GraphError, match=r"^--model somebodys:plain: Sequential: has no residual"):
+        NetworkSpec.parse(f"{own}:plain", in_channels=1, classes=5)
+
+
+@pytest.mark.parametrize(
+    ("member", "reason"),
+    [("ten", "returns 10 logits, the data has 5"), ("broken", "failed with RuntimeError")],
+)
+def test_factories_that_do_not_fit(own: str, member: str, reason: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^--model {own}:{member}: {reason}"):
+        NetworkSpec.parse(f"{own}:{member}", in_channels=1, classes=5)
+
+
+def test_a_file_whose_factory_is_not_here() -> None:
+    spec = NetworkSpec(family="nowhere.at.all:net", arguments={"num_classes": 5})
+    with pytest.raises(FileFormatError, match=r"^unknown network .* set PYTHONPATH"):
+        spec.build({})

@@ -214,3 +214,22 @@ def test_damaged_images_are_decoded_or_named(ending: str, tmp_path: Path) -> Non
             decoded += 1
     assert refused + decoded == 40
     assert refused >= 10
+
+
+def test_a_thread_of_pixels_is_refused_before_it_fills_the_memory(tmp_path: Path) -> None:
+    Image.new("1", (1, 60_000_000)).save(tmp_path / "thread.png")
+    with pytest.raises(DataError, match=r"thread\.png: .* 1x60000000 pixels are too long and thin"):
+        preprocessing((8, 8)).read(tmp_path / "thread.png")
+
+
+@pytest.mark.parametrize("error", [EOFError, MemoryError, IndexError("odd")])
+def test_whatever_a_decoder_raises_names_the_file(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: object) -> None:
+        raise error
+
+    Image.new("L", (8, 8)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image.Image, "convert", broken)
+    with pytest.raises(DataError, match=r"a\.png: cannot be decoded: \w+"):
+        preprocessing((8, 8), interpolation="bilinear").read(tmp_path / "a.png")

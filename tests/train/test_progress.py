@@ -92,3 +92,10 @@ def test_plain_output_has_one_line_an_epoch_and_the_map_when_it_changes() -> Non
     assert lines[1].endswith("█▒ ░·")
     assert "█" not in lines[2]
     assert lines[3].endswith("died: stages.1.0")
+
+
+def test_what_is_no_text_is_no_metrics_log(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"\xff\xfe\n")
+    with pytest.raises(FileFormatError, match=r"metrics\.jsonl: not a metrics log"):
+        MetricsLog(path, epochs_done=2)

@@ -172,6 +172,13 @@ def broken(*args: object, **kwargs: object) -> None:
     raise OSError(28, "No space left on device")
 
 
+def test_a_full_disk_names_the_file(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", broken)  # as the system does, it names none
+    with pytest.raises(OSError, match="No space left") as error:
+        sealed.write(file, payload())
+    assert error.value.filename == str(file)
+
+
 def interrupted(*args: object, **kwargs: object) -> None:
     raise KeyboardInterrupt
 

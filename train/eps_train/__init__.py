@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from eps_train.checkpoint import Checkpoint
     from eps_train.errors import EpsError
     from eps_train.gate import EpsilonGate
-    from eps_train.graph import remove_blocks
+    from eps_train.graph import insert_gates, remove_blocks
     from eps_train.network import NetworkSpec
 
 _HOMES = {
@@ -20,10 +20,18 @@ _HOMES = {
     "EpsError": "errors",
     "EpsilonGate": "gate",
     "NetworkSpec": "network",
+    "insert_gates": "graph",
     "remove_blocks": "graph",
 }
 
-__all__ = ["Checkpoint", "EpsError", "EpsilonGate", "NetworkSpec", "remove_blocks"]
+__all__ = [
+    "Checkpoint",
+    "EpsError",
+    "EpsilonGate",
+    "NetworkSpec",
+    "insert_gates",
+    "remove_blocks",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -49,14 +49,23 @@ def _image_size(
     help="Pixels, or HEIGHTxWIDTH, that a folder's images are brought to.",
 )
 @click.option("--download", is_flag=True, help="Fetch what is missing of cifar10, cifar100, svhn.")
-@click.option("--model", help="cifar:DEPTH or cifar:DEPTHxWIDTH.  [default: the recipe's]")
+@click.option(
+    "--model",
+    help="cifar:DEPTH, imagenet:DEPTH (or DEPTHxWIDTH), torchvision:NAME, timm:NAME, or"
+    " package.module:factory.  [default: the recipe's]",
+)
+@click.option(
+    "--weights",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="State dict (.pt, .pth, .safetensors) to start from instead of random weights.",
+)
 @click.option(
     "--epsilon",
     type=click.FloatRange(min=0),
     help="Threshold of the gates; 0 trains the plain network.  [default: the recipe's]",
 )
 @click.option("--epochs", type=click.IntRange(min=1), help="Length.  [default: the recipe's]")
-@click.option("--seed", type=click.IntRange(min=0), default=0, help="Seed of the run.")
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="Seed of the run.")
 @click.option(
     "--output",
     type=click.Path(path_type=Path, file_okay=False),
@@ -78,6 +87,7 @@ def cli(
     image_size: tuple[int, int] | None,
     download: bool,
     model: str | None,
+    weights: Path | None,
     epsilon: float | None,
     epochs: int | None,
     seed: int,
@@ -125,6 +135,7 @@ def cli(
     files = [file for run in runs for file in _files(output, run).values()]
     if not resume and not dry_run:
         console.refuse_existing(files, force)
+        _refuse_folders(files)
     if resume and not output.is_dir():
         raise ConfigError(f"--output {output}: no such folder to resume in")
 
@@ -134,10 +145,13 @@ def cli(
         summary.show_plan(chosen, data.outline(chosen.dataset, data_root, image_size))
         return
     images = data.load(chosen.dataset, data_root, image_size=image_size, download=download)
-    if force:
-        for file in files:
-            file.unlink(missing_ok=True)
-    summaries = [_train(runs[run], images, _files(output, run), device, resume) for run in runs]
+    old = files if force else []
+    summaries = [
+        _train(
+            runs[run], images, _files(output, run), device, resume, old if not run else [], weights
+        )
+        for run in runs
+    ]
     summary.show(summaries)
     if as_json:
         console.emit_json({"runs": summaries})
@@ -156,9 +170,23 @@ def _files(output: Path, run: str) -> dict[str, Path]:
     }
 
 
+def _refuse_folders(files: list[Path]) -> None:
+    """Raise ConfigError when a folder lies where a file is to be written."""
+    for file in files:
+        if file.is_dir():
+            raise ConfigError(f"{file}: is a folder; move it away or choose another --output")
+
+
 def _train(
-    chosen: TrainingConfig, images: Data, files: dict[str, Path], device: str, resume: bool
+    chosen: TrainingConfig,
+    images: Data,
+    files: dict[str, Path],
+    device: str,
+    resume: bool,
+    old: list[Path],
+    weights: Path | None,
 ) -> dict[str, Any]:
+    """Train one network; `old` is what a run before it left, deleted when nothing can be wrong."""
     import torch
 
     from eps_train.loop import EpochReport, Trainer
@@ -179,6 +207,14 @@ def _train(
         trainer.resume()
     elif resume:
         log.print(f"{files['last']}: not there yet; starting from the first epoch")
+    if weights and not trainer.epoch:
+        from eps_train.weights import load_weights
+
+        skipped = load_weights(weights, trainer.model)
+        fresh = f"; another number of classes, so not: {', '.join(skipped)}" if skipped else ""
+        log.print(f"starting from {weights}{fresh}")
+    for file in old:
+        file.unlink(missing_ok=True)
     metrics = MetricsLog(files["metrics"], epochs_done=trainer.epoch)
     if not chosen.plain:
         log.print(f"block map: {LEGEND}")
@@ -191,9 +227,9 @@ def _train(
 
         try:
             best = trainer.run(report)
-        except KeyboardInterrupt:
-            if trainer.epoch:
-                done = f"{trainer.epoch} of {chosen.epochs} epochs"
+        except (KeyboardInterrupt, OSError):
+            if trainer.saved:
+                done = f"{trainer.saved} of {chosen.epochs} epochs"
                 log.print(f"{files['last']} holds {done}; --resume goes on from there")
             raise
     return summarize(best, files["best"], trainer.seconds)

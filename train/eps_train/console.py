@@ -7,6 +7,8 @@ Results go to stdout, everything else to stderr.
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import sys
@@ -30,28 +32,87 @@ def run(command: click.Command) -> NoReturn:
     A command returns its exit code; None counts as 0.
     """
     name = Path(sys.argv[0]).stem
+    _prepare_streams()
     try:
+        _refuse_deleted_folder()
         code = command.main(prog_name=name, standalone_mode=False)
+        sys.stdout.flush()  # here a reader that went away is no surprise yet
     except click.UsageError as error:
         error.show()
         sys.exit(2)
     except click.ClickException as error:
         _fail(name, error.format_message())
-    except (click.Abort, KeyboardInterrupt):
+    except (click.Abort, KeyboardInterrupt) as error:
+        if isinstance(error.__cause__, EOFError):
+            raise  # click takes any EOFError for the user's; nothing here asks the user for input
         print(f"{name}: interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except EpsError as error:
         _fail(name, str(error))
     except BrokenPipeError:
-        # The reader went away (`| head`); stdout is closed so that exit does not complain again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         sys.exit(1)
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        _fail(name, f"{where}{error.strerror or error}")
+        _fail(name, _os_error(error))
     except ModuleNotFoundError as error:
         _fail(name, missing_package(error))
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise  # our own mistake, with its traceback
+        _fail(name, "out of memory; take a smaller --model, or a machine with more")
     sys.exit(code or 0)
+
+
+def _prepare_streams() -> None:
+    """Whatever the surroundings, what is printed can neither fail nor land in another file.
+
+    A stream that was closed becomes the null device: otherwise the next file to be opened would
+    take its number. Characters that the encoding lacks are written as escapes.
+    """
+    for stream in ("stdout", "stderr"):
+        if getattr(sys, stream) is None:
+            setattr(sys, stream, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif isinstance(getattr(sys, stream), io.TextIOWrapper):
+            getattr(sys, stream).reconfigure(errors="backslashreplace")
+
+
+def _refuse_deleted_folder() -> None:
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise ConfigError("the current folder was deleted; cd to one that exists") from None
+
+
+def _drop_output() -> None:
+    """After a reader went away (`| head`): nothing more is written, and exit does not complain."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(null, stream.fileno())
+
+
+def _os_error(error: OSError) -> str:
+    """What the system said, about which file, and what helps against it."""
+    where = f"{error.filename}: " if error.filename else ""
+    remedy = _REMEDIES.get(error.errno or 0)
+    return f"{where}{error.strerror or error}" + (f"; {remedy}" if remedy else "")
+
+
+_ELSEWHERE = "choose another place, or change who may write there"
+_REMEDIES = {
+    errno.ENOSPC: "free some space, or choose another place",
+    errno.EDQUOT: "free some space, or choose another place",
+    errno.EROFS: "choose another place",
+    errno.EACCES: _ELSEWHERE,
+    errno.EPERM: _ELSEWHERE,
+}
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, in Python or in torch, on the CPU or on a GPU."""
+    text = str(error)
+    return isinstance(error, MemoryError) or any(
+        sign in text for sign in ("out of memory", "allocate memory", "not enough memory")
+    )
 
 
 def missing_package(error: ModuleNotFoundError) -> str:
@@ -86,10 +147,18 @@ def refuse_existing(paths: Iterable[Path], force: bool) -> None:
 
 
 def log() -> Console:
-    """Where progress and tables go: stderr; a file or pipe gets lines of up to 120 characters."""
+    """Where progress and tables go: stderr; a file or pipe gets lines of up to 120 characters.
+
+    Markup is off: a path with square brackets or colons in it is printed as it is.
+    """
     terminal = sys.stderr.isatty()
     return Console(
-        stderr=True, highlight=False, soft_wrap=not terminal, width=None if terminal else 120
+        stderr=True,
+        highlight=False,
+        markup=False,
+        emoji=False,
+        soft_wrap=not terminal,
+        width=None if terminal else 120,
     )
 
 

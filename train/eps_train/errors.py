@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 
 class EpsError(Exception):
     """Something in the user's input or surroundings; one line: what, where, remedy."""
@@ -25,3 +29,14 @@ class GraphError(EpsError):
 
 class TrainingError(EpsError):
     """A run that must not go on: non-finite numbers, or a network that collapsed."""
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Have an OSError from the block name `path`: a full disk does not say which file it was."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None:
+            error.filename = str(path)
+        raise

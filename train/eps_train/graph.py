@@ -6,46 +6,26 @@ Networks are `torch.fx` graphs. A block is known by the qualified name of its ga
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+import re
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import fx, nn
 
+from eps_train.aliasing import acts_on_others, written_into
 from eps_train.errors import GraphError
 from eps_train.gate import EpsilonGate
 from eps_train.networks import Tap
+from eps_train.residual import Residual, residuals
+from eps_train.tracing import free_name, owner
+from eps_train.tracing import trace as trace  # the first step of every rewriting
 
-_GATE_SUFFIX = ".gate"
-
-
-class _Tracer(fx.Tracer):
-    """Keeps gates and taps whole. torch's own modules (BatchNorm, Dropout) are leaves already, so
-    nothing that reads `self.training` is frozen into the graph."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, (EpsilonGate, Tap)) or super().is_leaf_module(m, module_qualified_name)
-
-
-def trace(model: nn.Module) -> fx.GraphModule:
-    """Return `model` as a graph over the same modules and tensors; a graph comes back as it is.
-
-    Raises GraphError when the network's forward pass cannot be traced.
-    """
-    if isinstance(model, fx.GraphModule):
-        return model
-    try:
-        graph = _Tracer().trace(model)
-    except Exception as error:  # whatever the user's forward() raises on a proxy
-        raise GraphError(
-            f"{type(model).__name__}: torch.fx cannot trace it ({error}); remove control flow that"
-            " depends on tensor values from its forward()"
-        ) from error
-    return fx.GraphModule(model, graph, type(model).__name__)
+_GATE_NAME = re.compile(r"\.gate(\d*)$")
 
 
 def block_name(gate_name: str) -> str:
-    return gate_name.removesuffix(_GATE_SUFFIX)
+    """`a.gate` belongs to the block `a`; further gates of its module, `a.gate2`, to `a:2`."""
+    return _GATE_NAME.sub(lambda match: match[1] and f":{match[1]}", gate_name)
 
 
 def stage_name(block: str) -> str:
@@ -55,10 +35,10 @@ def stage_name(block: str) -> str:
 
 def gates(model: nn.Module) -> dict[str, EpsilonGate]:
     """The network's gates by block name, in the order in which they are computed."""
-    graph = trace(model)
-    modules = dict(graph.named_modules())
+    traced = trace(model)
+    modules = dict(traced.named_modules())
     found = {}
-    for node in graph.graph.nodes:
+    for node in traced.graph.nodes:
         module = modules.get(str(node.target)) if node.op == "call_module" else None
         if isinstance(module, EpsilonGate):
             found[block_name(str(node.target))] = module
@@ -67,6 +47,58 @@ def gates(model: nn.Module) -> dict[str, EpsilonGate]:
 
 def taps(model: nn.Module) -> list[Tap]:
     return [module for module in model.modules() if isinstance(module, Tap)]
+
+
+def insert_gates(model: nn.Module, epsilon: float = 0.0) -> fx.GraphModule:
+    """Return the network with an ε-gate in the place of each residual addition.
+
+    Which additions are residual, and which operand is the branch: see `residual.residuals`. The
+    gate of an addition in the `forward()` of module `layer1.0` becomes `layer1.0.gate`; further
+    ones of the same module `layer1.0.gate2` and so on. Modules and tensors are shared with `model`,
+    which is left as it was. With open gates (epsilon 0) the outputs are those of `model`, in
+    training and in evaluation.
+
+    Args:
+        model: any network that torch.fx can trace; a graph that fx made already is taken as it is,
+            so trace in this call rather than before it (fx alone freezes the mode).
+        epsilon: threshold of every new gate, in units of its branch's output.
+
+    Raises:
+        GraphError: it cannot be traced, or has no residual addition.
+    """
+    source = trace(model)
+    gated = _copy(source)
+    found = list(residuals(gated))
+    if not found:
+        raise GraphError(
+            f"{type(model).__name__}: has no residual addition (shortcut + branch), so there is"
+            " nothing that an ε-gate could take out"
+        )
+    device = next((parameter.device for parameter in model.parameters()), None)
+    for residual in found:
+        gate = EpsilonGate(epsilon).to(device).train(source.training)
+        _insert_gate(gated, residual, gate)
+    gated.delete_all_unused_submodules()
+    gated.recompile()
+    return gated
+
+
+def _insert_gate(model: fx.GraphModule, residual: Residual, gate: EpsilonGate) -> None:
+    node = residual.node
+    path = free_name(model, owner(node), "gate")
+    model.add_submodule(path, gate)
+    with model.graph.inserting_before(node):
+        addition = model.graph.call_module(path, residual.operands)
+    addition.meta = node.meta
+    if residual.overwritten is not None:
+        # An addition in place was also seen by whoever read its operand afterwards.
+        nodes = list(model.graph.nodes)
+        later = set(nodes[nodes.index(node) + 1 :])
+        for user in list(residual.overwritten.users):
+            if user in later:
+                user.replace_input_with(residual.overwritten, addition)
+    node.replace_all_uses_with(addition)
+    model.graph.erase_node(node)
 
 
 def remove_blocks(model: nn.Module, names: Iterable[str]) -> fx.GraphModule:
@@ -92,7 +124,7 @@ def remove_blocks(model: nn.Module, names: Iterable[str]) -> fx.GraphModule:
             f"no gated block named {', '.join(unknown)}; the gated blocks are: {known}"
         )
     doomed = {id(present[name]) for name in wanted}
-    return _rewrite(source, lambda m: id(m) in doomed, lambda graph, node: _operand(node, 0))
+    return _rewrite(source, lambda m: id(m) in doomed, _shortcut)
 
 
 def drop_gates(model: nn.Module, keep: Iterable[str] = ()) -> fx.GraphModule:
@@ -106,33 +138,55 @@ def drop_gates(model: nn.Module, keep: Iterable[str] = ()) -> fx.GraphModule:
 def drop_taps(model: nn.Module) -> fx.GraphModule:
     """Return the network without its taps (identities that only training looks at)."""
     return _rewrite(
-        trace(model), lambda m: isinstance(m, Tap), lambda graph, node: _operand(node, 0)
+        trace(model), lambda m: isinstance(m, Tap), lambda model, node, modules: _first(node)
     )
 
 
-def _operand(node: fx.Node, index: int) -> fx.Node:
-    operand = node.args[index]
+def _first(node: fx.Node) -> fx.Node:
+    operand = node.args[0]
     assert isinstance(operand, fx.Node)
     return operand
 
 
-def _plain_addition(graph: fx.Graph, node: fx.Node) -> fx.Node:
-    with graph.inserting_before(node):
-        return graph.call_function(torch.add, node.args)
+def _shortcut(model: fx.GraphModule, node: fx.Node, modules: Mapping[str, nn.Module]) -> fx.Node:
+    """What stands for a removed gate: its shortcut, or a copy of it.
+
+    A gate's result was a new tensor. Where the next step overwrites it, the shortcut must not be
+    handed over: others may read it, and autograd does.
+    """
+    if not written_into(node, modules):
+        return _first(node)
+    with model.graph.inserting_before(node):
+        return model.graph.call_function(torch.clone, (_first(node),))
 
 
-def _rewrite(source: fx.GraphModule, matches: Any, replacement: Any) -> fx.GraphModule:
-    """Replace each module call that `matches`, then sweep out all that nothing uses any more."""
+def _plain_addition(model: fx.GraphModule, node: fx.Node, modules: object) -> fx.Node:
+    with model.graph.inserting_before(node):
+        return model.graph.call_function(torch.add, node.args)
+
+
+def _copy(source: fx.GraphModule) -> fx.GraphModule:
+    """Another graph over the same modules and tensors."""
     graph = fx.Graph()
-    output = graph.graph_copy(source.graph, {})
-    graph.output(output)
+    graph.output(graph.graph_copy(source.graph, {}))
+    return fx.GraphModule(source, graph, source._get_name())
+
+
+def _rewrite(
+    source: fx.GraphModule,
+    matches: Callable[[nn.Module], bool],
+    replacement: Callable[[fx.GraphModule, fx.Node, Mapping[str, nn.Module]], fx.Node],
+) -> fx.GraphModule:
+    """Replace each module call that `matches`, then sweep out all that nothing uses any more."""
+    rewritten = _copy(source)
     modules = dict(source.named_modules())
-    for node in list(graph.nodes):
+    for node in list(rewritten.graph.nodes):
         if node.op == "call_module" and matches(modules[str(node.target)]):
-            node.replace_all_uses_with(replacement(graph, node))
-            graph.erase_node(node)
-    rewritten = fx.GraphModule(source, graph, source._get_name())
-    rewritten.graph.eliminate_dead_code()
+            node.replace_all_uses_with(replacement(rewritten, node, modules))
+            rewritten.graph.erase_node(node)
+    rewritten.graph.eliminate_dead_code(
+        lambda node: node.is_impure() or acts_on_others(node, modules)
+    )
     rewritten.delete_all_unused_submodules()
     rewritten.recompile()
     return rewritten

@@ -100,6 +100,7 @@ class Trainer:
         self.registry = Registry(self.spec.gated, closed_epochs=config.closed_epochs)
         self.retired: dict[str, Tensor] = {}  # tensors of removed blocks
         self.epoch = 0  # epochs done
+        self.saved = 0  # epochs that `last_path` holds
         self.best: Score | None = None  # of the current structure
         self.seconds = 0.0
 
@@ -246,6 +247,7 @@ class Trainer:
             "seconds": self.seconds,
         }
         checkpoint.save(self.last_path)
+        self.saved = self.epoch
 
     def resume(self) -> None:
         """Go on from `last_path`.
@@ -258,6 +260,7 @@ class Trainer:
         if last.resume is None:
             raise ConfigError(f"{self.last_path}: holds no state to resume from")
         guards.refuse_other_run(self.last_path, last, self.config, self.data)
+        Checkpoint.load(self.best_path)  # better refused now than after the last epoch
         self.registry.restore(last.gates, last.resume["streaks"])
         dead = self.registry.dead
         for block in dead:
@@ -274,7 +277,7 @@ class Trainer:
         keep_only(self.optimizer, self._named_parameters())
         restore_momentum(self.optimizer, self._named_parameters(), last.resume["momentum"])
         self.schedule.restore(last.resume["schedule"])
-        self.epoch = last.resume["epoch"]
+        self.epoch = self.saved = last.resume["epoch"]
         self.seconds = last.resume["seconds"]
         self.best = Score(**last.resume["best"])
 

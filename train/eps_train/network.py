@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,9 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from eps_train import graph
-from eps_train.errors import ConfigError, FileFormatError
-from eps_train.networks import FAMILIES
+from eps_train import factories, graph
+from eps_train.errors import ConfigError, FileFormatError, GraphError
+from eps_train.factories import FAMILIES
+
+_WIDTHS = {"cifar": 16, "imagenet": 64}  # where `--model` names none: those of the paper
+_NOT_A_MODEL = (
+    "not a model; write cifar:DEPTH or cifar:DEPTHxWIDTH, imagenet:DEPTH, torchvision:NAME,"
+    " timm:NAME or package.module:factory, for example cifar:110, cifar:56x16 or imagenet:50"
+)
+_DIGITS = 4  # of depth and width; what is longer takes minutes to fail
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,8 +26,9 @@ class NetworkSpec:
     """How to rebuild a network's graph; its tensors are kept beside it.
 
     Attributes:
-        family: a key of `networks.FAMILIES`.
-        arguments: keyword arguments of the family's factory.
+        family: a key of `factories.FAMILIES`, or a factory: `torchvision:resnet50`,
+            `timm:resnetv2_50`, `mypackage.module:factory`.
+        arguments: its keyword arguments, all of them int.
         gated: blocks that carry a gate; every other block's gate is a plain addition.
         removed: blocks that were taken out.
     """
@@ -50,33 +57,68 @@ class NetworkSpec:
 
     @classmethod
     def parse(cls, text: str, *, in_channels: int, classes: int) -> NetworkSpec:
-        """Read what `--model` takes, ``cifar:DEPTH`` or ``cifar:DEPTHxWIDTH``; all blocks gated.
+        """Read what `--model` takes; all blocks are gated.
 
-        Raises ConfigError for an unknown family or impossible arguments.
+        That is ``cifar:DEPTH``, ``imagenet:DEPTH`` (both also ``DEPTHxWIDTH``),
+        ``torchvision:NAME``, ``timm:NAME``, or ``package.module:factory`` for a function or class
+        that is called with `num_classes`, and with `in_chans` if it has that.
+
+        Raises:
+            ConfigError: no such network, impossible arguments, or one that does not fit the data.
+            GraphError: a network that cannot be traced, or has no residual addition.
         """
-        family, _, size = text.partition(":")
-        depth, _, width = size.partition("x")
-        if family not in FAMILIES or not depth.isdecimal() or not (width or "16").isdecimal():
-            raise ConfigError(
-                f"--model {text}: not a model; write cifar:DEPTH or cifar:DEPTHxWIDTH,"
-                " for example cifar:110 or cifar:56x16"
-            )
-        arguments = {
-            "depth": int(depth),
-            "width": int(width or 16),
-            "in_channels": in_channels,
-            "classes": classes,
-        }
-        spec = cls(family=family, arguments=arguments)
+        family = text.partition(":")[0]
+        ends = {"in_channels": in_channels, "classes": classes}
         try:
-            return replace(spec, gated=spec.all_blocks())
+            if family in FAMILIES:
+                spec = cls(family=family, arguments=_size(text) | ends)
+            elif _is_factory(text):
+                spec = cls(family=text, arguments=factories.arguments_for(text, **ends))
+            else:
+                raise ConfigError(f"{text}: {_NOT_A_MODEL}")
+            skeleton = spec.skeleton()
+            factories.check_ends(text, skeleton, **ends)
         except ValueError as error:
             raise ConfigError(f"--model {text}: {error}") from None
+        except ConfigError as error:
+            raise ConfigError(f"--model {error}") from None
+        except GraphError as error:
+            raise GraphError(f"--model {text}: {error}") from None
+        return replace(spec, gated=tuple(graph.gates(skeleton)))
 
     def all_blocks(self) -> tuple[str, ...]:
-        """Names of all residual blocks that the family builds with these arguments."""
-        with torch.device("meta"):
-            return tuple(graph.gates(FAMILIES[self.family](**self.arguments)))
+        """Names of all residual blocks that the network is built with."""
+        return tuple(graph.gates(self.skeleton()))
+
+    def _whole(self) -> fx.GraphModule:
+        """The network with all gates, freshly initialised."""
+        model = factories.make(self.family, self.arguments)
+        return graph.trace(model) if self.family in FAMILIES else graph.insert_gates(model)
+
+    def skeleton(self) -> fx.GraphModule:
+        """The network with all gates and without numbers (on the meta device).
+
+        Where a factory computes with its tensors, they are real.
+        """
+        try:
+            with torch.device("meta"):
+                return self._whole()
+        except ConfigError:
+            if self.family in FAMILIES:
+                raise
+        with torch.random.fork_rng(devices=[]):
+            return self._whole()
+
+    def _to_be_filled(self) -> fx.GraphModule:
+        """The network with all gates; its tensors are to be replaced, so they cost no time.
+
+        A factory of somebody else's may keep tensors beside the state dict, so it gets to make
+        them, but draws no random numbers of ours.
+        """
+        if self.family in FAMILIES:
+            return self.skeleton()
+        with torch.random.fork_rng(devices=[]):
+            return self._whole()
 
     def build(self, state: Mapping[str, Tensor] | None = None) -> fx.GraphModule:
         """Build the network, in training mode: freshly initialised, or filled with `state`.
@@ -85,16 +127,10 @@ class NetworkSpec:
         Raises FileFormatError when the spec or the tensors do not fit each other.
         """
         try:
-            factory = FAMILIES[self.family]
-            inspect.signature(factory).bind(**self.arguments)
-            if state is None:
-                model = factory(**self.arguments)
-            else:
-                with torch.device("meta"):  # no time spent on initial weights that are replaced
-                    model = factory(**self.arguments)
-        except (KeyError, TypeError, ValueError) as error:
+            model = self._whole() if state is None else self._to_be_filled()
+        except (ConfigError, GraphError, TypeError, ValueError) as error:
             raise FileFormatError(
-                f"unknown network {self.family} {dict(self.arguments)}"
+                f"unknown network {self.family} {dict(self.arguments)} ({error})"
             ) from error
         built = graph.remove_blocks(model, self.removed)
         built = graph.drop_gates(built, keep=self.gated)
@@ -109,5 +145,25 @@ class NetworkSpec:
                         f"tensor {name} has another shape or type than its network"
                     )
             # Copies: two networks built from one state must not share what training changes.
-            built.load_state_dict({name: state[name].clone() for name in needed}, assign=True)
+            built.load_state_dict(
+                {name: state[name].clone() for name in needed}, assign=self.family in FAMILIES
+            )
         return built
+
+
+def _size(text: str) -> dict[str, int]:
+    """Depth and width of `family:DEPTH` or `family:DEPTHxWIDTH`; the latter only if given."""
+    family, _, size = text.partition(":")
+    depth, cross, width = size.partition("x")
+    if not depth.isdecimal() or (cross and not width.isdecimal()):
+        raise ConfigError(f"{text}: {_NOT_A_MODEL}")
+    if max(len(depth), len(width)) > _DIGITS:
+        raise ConfigError(f"{family}: depth and width must be below {10**_DIGITS:,}")
+    return {"depth": int(depth), "width": int(width) if cross else _WIDTHS[family]}
+
+
+def _is_factory(text: str) -> bool:
+    module, _, member = text.partition(":")
+    if module in ("torchvision", "timm"):
+        return bool(member)
+    return all(part.isidentifier() for part in (*module.split("."), member))

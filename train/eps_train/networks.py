@@ -7,8 +7,6 @@ epsilon 0: open), and a :class:`Tap` marks where the training loop may attach th
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -163,6 +161,3 @@ class Normalize(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return (images.to(torch.float32) - self.mean) / self.std
-
-
-FAMILIES: dict[str, Callable[..., nn.Module]] = {"cifar": CifarResNet}

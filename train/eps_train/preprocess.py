@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 COLORS = ("grey", "rgb")
+_MOST_PIXELS = 178_956_970  # of an image once scaled; where Pillow sees a decompression bomb too
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 
 
@@ -81,6 +82,8 @@ class Preprocessing:
             max(width, round(image.width * scale)),
             max(height, round(image.height * scale)),
         )
+        if covering[0] * covering[1] > _MOST_PIXELS:
+            raise ValueError(f"{image.width}x{image.height} pixels are too long and thin to scale")
         if covering != image.size:
             image = image.resize(covering, Image.Resampling[self.interpolation.upper()])
         top, left = (image.height - self.crop[0]) // 2, (image.width - self.crop[1]) // 2
@@ -101,8 +104,10 @@ class Preprocessing:
             raise DataError(f"{path}: is a folder, not an image") from None
         except UnidentifiedImageError:
             raise DataError(f"{path}: not an image that Pillow can read") from None
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise DataError(f"{path}: cannot be decoded: {error}") from None
+        except Exception as error:  # Pillow's decoders raise many types for what is damaged
+            reason = error.strerror if isinstance(error, OSError) else None
+            problem = reason or str(error) or type(error).__name__
+            raise DataError(f"{path}: cannot be decoded: {problem}") from None
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

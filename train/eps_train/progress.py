@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from eps_train.checkpoint import GateRecord
-from eps_train.errors import FileFormatError
+from eps_train.errors import FileFormatError, naming
 from eps_train.graph import stage_name
 from eps_train.loop import EpochReport
 from eps_train.sealed import replace_file
@@ -44,7 +44,7 @@ class MetricsLog:
         replace_file(path, "".join(kept).encode())
 
     def append(self, report: EpochReport) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
+        with naming(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(_metrics(report)) + "\n")
 
 
@@ -52,7 +52,8 @@ def _lines_up_to(path: Path, epoch: int) -> list[str]:
     if not path.exists():
         return []
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+    text = path.read_text(encoding="utf-8", errors="replace")  # what is no UTF-8 is no JSON either
+    for line in text.splitlines(keepends=True):
         try:
             if json.loads(line)["epoch"] <= epoch:
                 kept.append(line)

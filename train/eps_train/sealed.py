@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from eps_train.errors import FileFormatError
+from eps_train.errors import FileFormatError, naming
 
 _END_OF_ARCHIVE = b"PK\x05\x06"  # end of central directory record, 22 bytes when uncommented
 _SEAL_LENGTH = 64  # hexadecimal digits of a SHA-256
@@ -58,17 +58,18 @@ def replace_file(path: Path, content: bytes) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
-    try:
-        with part.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        if part.read_bytes() != content:
-            raise OSError(f"{path}: what was read back differs from what was written")
-        part.replace(path)
-        _sync_folder(path.parent)
-    finally:
-        part.unlink(missing_ok=True)
+    with naming(path):
+        try:
+            with part.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            if part.read_bytes() != content:
+                raise OSError(f"{path}: what was read back differs from what was written")
+            part.replace(path)
+            _sync_folder(path.parent)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def read(path: Path, *, format: str, version: int) -> tuple[Payload, str]:

@@ -6,8 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from eps_train import console
 from eps_train.checkpoint import Checkpoint
 from eps_train.config import TrainingConfig
@@ -62,9 +60,7 @@ def _share(cost: dict[str, int]) -> float:
 def show_plan(chosen: TrainingConfig, data: Outline) -> None:
     """Print what a run would train; the network is built without memory for its tensors."""
     spec = network_spec(chosen, data)
-    with torch.device("meta"):
-        network = spec.build()
-    total = cost(network, data.shape)
+    total = cost(spec.skeleton(), data.shape)
     steps = max(1, data.train // chosen.batch_size)
     rows = [
         ("data", f"{chosen.dataset}: {data.train:,} training images of {_size(data.shape)}"),

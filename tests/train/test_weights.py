@@ -1,0 +1,126 @@
+"""Weights to start from: read, put in place, or refused in one line."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from eps_train import graph
+from eps_train.errors import ConfigError, EpsError, FileFormatError
+from eps_train.network import NetworkSpec
+from eps_train.weights import load_weights
+from tests.checkpoints import make_checkpoint
+
+SPEC = NetworkSpec.parse("cifar:8x4", in_channels=1, classes=3)
+
+
+def trained() -> dict[str, Tensor]:
+    torch.manual_seed(1)
+    model = SPEC.build()
+    model(torch.randn(4, 1, 8, 8))
+    return dict(model.state_dict())
+
+
+def plain(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As somebody without gates would have saved it."""
+    return {name: tensor for name, tensor in state.items() if ".gate." not in name}
+
+
+def refusal(path: Path, kind: type[EpsError] = ConfigError, spec: NetworkSpec = SPEC) -> str:
+    model = spec.build()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(kind) as error:
+        load_weights(path, model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("nested", [None, "state_dict", "model"])
+def test_a_state_dict(nested: str | None, tmp_path: Path) -> None:
+    state, path = plain(trained()), tmp_path / "weights.pth"
+    torch.save({nested: state, "epoch": 3} if nested else state, path)
+    model = SPEC.build()
+    assert load_weights(path, model) == ()
+    assert all(
+        torch.equal(tensor, state[n]) for n, tensor in plain(dict(model.state_dict())).items()
+    )
+
+
+def test_safetensors(tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    state, path = plain(trained()), tmp_path / "weights.safetensors"
+    safetensors.save_file(state, path)
+    model = SPEC.build()
+    assert load_weights(path, model) == ()
+    assert all(
+        torch.equal(tensor, state[n]) for n, tensor in plain(dict(model.state_dict())).items()
+    )
+
+
+def test_a_checkpoint_of_ours_starts_with_fresh_gates(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(depth=8, dead=["stages.1.0"])
+    checkpoint.state["stages.1.0.gate.dead"] = torch.tensor(True)
+    checkpoint.save(tmp_path / "ckpt.pt")
+    model = NetworkSpec.parse("cifar:8x4", in_channels=1, classes=10).build()
+    assert load_weights(tmp_path / "ckpt.pt", model) == ()
+    assert not any(bool(gate.dead) for gate in graph.gates(model).values())
+    assert torch.equal(model.get_parameter("stem.0.weight"), checkpoint.state["stem.0.weight"])
+
+
+def test_files_from_before_batch_norms_counted(tmp_path: Path) -> None:
+    state = {n: t for n, t in plain(trained()).items() if not n.endswith("num_batches_tracked")}
+    torch.save(state, tmp_path / "old.pt")
+    assert load_weights(tmp_path / "old.pt", SPEC.build()) == ()
+
+
+def test_a_classifier_of_another_size_stays_fresh(tmp_path: Path) -> None:
+    torch.save(plain(trained()), tmp_path / "three.pt")
+    model = NetworkSpec.parse("cifar:8x4", in_channels=1, classes=7).build()
+    before = model.get_parameter("classifier.weight").detach().clone()
+    skipped = load_weights(tmp_path / "three.pt", model)
+    assert skipped == ("classifier.weight", "classifier.bias")
+    assert torch.equal(model.get_parameter("classifier.weight"), before)
+    assert torch.equal(model.get_parameter("stem.0.weight"), trained()["stem.0.weight"])
+
+
+def test_weights_of_another_network(tmp_path: Path) -> None:
+    state = plain(trained())
+    del state["stem.0.weight"], state["stem.1.bias"]
+    torch.save(state | {"more": torch.zeros(1)}, tmp_path / "other.pt")
+    message = refusal(tmp_path / "other.pt")
+    assert "it lacks 2, first stem.0.weight; it has others: 1, first more" in message
+    wide = NetworkSpec.parse("cifar:8x6", in_channels=1, classes=3)
+    torch.save(plain(trained()), tmp_path / "narrow.pt")
+    message = refusal(tmp_path / "narrow.pt", spec=wide)
+    assert "stem.0.weight is 4x1x3x3 in the file, 6x1x3x3 in the network" in message
+
+
+class Code:
+    def __reduce__(self) -> Any:
+        return (print, ("run",))
+
+
+@pytest.mark.parametrize("name", ["weights.pt", "weights.safetensors"])
+@pytest.mark.parametrize("content", [b"", b"PK" * 99, pickle.dumps(Code()), pickle.dumps([1])])
+def test_files_that_hold_no_weights(
+    name: str, content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert str(tmp_path / name) in refusal(tmp_path / name, FileFormatError)
+    assert "run" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [{}, {"epoch": 3}, [torch.zeros(1)], {"state_dict": {}}])
+def test_data_that_is_no_state_dict(content: Any, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "data.pt")
+    assert "holds no state dict" in refusal(tmp_path / "data.pt", FileFormatError)
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    assert refusal(tmp_path / "none.pt", FileFormatError).endswith("none.pt: no such file")
