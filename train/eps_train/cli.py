@@ -5,16 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import click
 
 from eps_train import console, recipes
-from eps_train.config import TrainingConfig
 from eps_train.errors import ConfigError
-
-if TYPE_CHECKING:
-    from eps_train.data import Data
+from eps_train.runfiles import RunFiles
 
 
 def _image_size(
@@ -131,27 +128,30 @@ def cli(
     if show_recipe:
         click.echo(json.dumps(chosen.to_dict(), indent=2))
         return
-    runs = {"": chosen} | ({"baseline": chosen.baseline()} if with_baseline else {})
-    files = [file for run in runs for file in _files(output, run).values()]
+    runs = {RunFiles.of(output): chosen}
+    if with_baseline:
+        runs[RunFiles.of(output, "baseline")] = chosen.baseline()
+    files = [file for run in runs for file in run]
     if not resume and not dry_run:
         console.refuse_existing(files, force)
         _refuse_folders(files)
     if resume and not output.is_dir():
         raise ConfigError(f"--output {output}: no such folder to resume in")
 
-    from eps_train import data, summary
+    from eps_train import data, run, summary
 
     if dry_run:
         summary.show_plan(chosen, data.outline(chosen.dataset, data_root, image_size))
         return
     images = data.load(chosen.dataset, data_root, image_size=image_size, download=download)
-    old = files if force else []
-    summaries = [
-        _train(
-            runs[run], images, _files(output, run), device, resume, old if not run else [], weights
-        )
-        for run in runs
-    ]
+    place = _device(device)
+    old = files if force else []  # all of them: none may survive to be resumed by mistake
+    summaries = []
+    for paths, config in runs.items():
+        prepared = run.Run(config, images, paths, device=place, resume=resume, weights=weights)
+        while old:
+            old.pop().unlink(missing_ok=True)  # only now that nothing more can be refused
+        summaries.append(prepared.train())
     summary.show(summaries)
     if as_json:
         console.emit_json({"runs": summaries})
@@ -161,78 +161,11 @@ def main() -> NoReturn:
     console.run(cli)
 
 
-def _files(output: Path, run: str) -> dict[str, Path]:
-    prefix = f"{run}-" if run else ""
-    return {
-        "best": output / (f"{run}.pt" if run else "ckpt.pt"),
-        "last": output / f"{prefix}last.pt",
-        "metrics": output / f"{prefix}metrics.jsonl",
-    }
-
-
 def _refuse_folders(files: list[Path]) -> None:
     """Raise ConfigError when a folder lies where a file is to be written."""
     for file in files:
         if file.is_dir():
             raise ConfigError(f"{file}: is a folder; move it away or choose another --output")
-
-
-def _train(
-    chosen: TrainingConfig,
-    images: Data,
-    files: dict[str, Path],
-    device: str,
-    resume: bool,
-    old: list[Path],
-    weights: Path | None,
-) -> dict[str, Any]:
-    """Train one network; `old` is what a run before it left, deleted when nothing can be wrong."""
-    import torch
-
-    from eps_train.loop import EpochReport, Trainer
-    from eps_train.progress import LEGEND, EpochPrinter, MetricsLog
-    from eps_train.summary import summarize
-
-    log = console.log()
-    if chosen.cpu_threads:
-        torch.set_num_threads(chosen.cpu_threads)
-    trainer = Trainer(
-        chosen,
-        images,
-        best_path=files["best"],
-        last_path=files["last"],
-        device=_device(device),
-    )
-    if resume and files["last"].exists():
-        trainer.resume()
-    elif resume:
-        log.print(f"{files['last']}: not there yet; starting from the first epoch")
-    if weights and not trainer.epoch:
-        from eps_train.weights import load_weights
-
-        skipped = load_weights(weights, trainer.model)
-        fresh = f"; another number of classes, so not: {', '.join(skipped)}" if skipped else ""
-        log.print(f"starting from {weights}{fresh}")
-    for file in old:
-        file.unlink(missing_ok=True)
-    metrics = MetricsLog(files["metrics"], epochs_done=trainer.epoch)
-    if not chosen.plain:
-        log.print(f"block map: {LEGEND}")
-    title = "plain network" if chosen.plain else "ε-ResNet"
-    with EpochPrinter(log, title, epochs=chosen.epochs, epochs_done=trainer.epoch) as printer:
-
-        def report(epoch: EpochReport) -> None:
-            metrics.append(epoch)
-            printer.show(epoch)
-
-        try:
-            best = trainer.run(report)
-        except (KeyboardInterrupt, OSError):
-            if trainer.saved:
-                done = f"{trainer.saved} of {chosen.epochs} epochs"
-                log.print(f"{files['last']} holds {done}; --resume goes on from there")
-            raise
-    return summarize(best, files["best"], trainer.seconds)
 
 
 def _device(name: str) -> Any:

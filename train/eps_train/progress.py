@@ -47,6 +47,10 @@ class MetricsLog:
         with naming(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(_metrics(report)) + "\n")
 
+    def read(self) -> list[dict[str, Any]]:
+        """All epochs so far, those of the run before a resume included."""
+        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+
 
 def _lines_up_to(path: Path, epoch: int) -> list[str]:
     if not path.exists():

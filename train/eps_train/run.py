@@ -1,0 +1,94 @@
+"""One run from its files' point of view: start or resume, report, picture, summary."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eps_train import console
+from eps_train.checkpoint import Checkpoint
+from eps_train.config import TrainingConfig
+from eps_train.data import Data
+from eps_train.loop import EpochReport, Trainer
+from eps_train.picture import draw
+from eps_train.progress import LEGEND, EpochPrinter, MetricsLog
+from eps_train.runfiles import RunFiles
+from eps_train.sealed import replace_file
+from eps_train.summary import summarize
+
+
+class Run:
+    """A training run, prepared: whatever can be refused has been when this exists.
+
+    Args:
+        config, data: what to train.
+        files: where its files go.
+        device: where to train.
+        resume: go on from `files.last` if it is there.
+        weights: a state dict to start from.
+
+    Raises:
+        EpsError: what is given cannot be used.
+    """
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        data: Data,
+        files: RunFiles,
+        *,
+        device: torch.device,
+        resume: bool,
+        weights: Path | None,
+    ) -> None:
+        self.config, self.files = config, files
+        self._log = console.log()
+        if config.cpu_threads:
+            torch.set_num_threads(config.cpu_threads)
+        self.trainer = Trainer(
+            config, data, best_path=files.best, last_path=files.last, device=device
+        )
+        if resume and files.last.exists():
+            self.trainer.resume()
+        elif resume:
+            self._log.print(f"{files.last}: not there yet; starting from the first epoch")
+        if weights and not self.trainer.epoch:
+            from eps_train.weights import load_weights
+
+            skipped = load_weights(weights, self.trainer.model)
+            fresh = f"; another number of classes, so not: {', '.join(skipped)}" if skipped else ""
+            self._log.print(f"starting from {weights}{fresh}")
+
+    def train(self) -> dict[str, Any]:
+        """Train to the end; returns the summary as plain data."""
+        metrics = MetricsLog(self.files.metrics, epochs_done=self.trainer.epoch)
+        if not self.config.plain:
+            self._log.print(f"block map: {LEGEND}")
+        best = self._train(metrics)
+        title = f"{self._title}: {self.config.dataset}, {self.config.model}"
+        replace_file(self.files.picture, draw(metrics.read(), title))
+        return summarize(best, self.files.best, self.trainer.seconds)
+
+    def _train(self, metrics: MetricsLog) -> Checkpoint:
+        done, epochs = self.trainer.epoch, self.config.epochs
+        with EpochPrinter(self._log, self._title, epochs=epochs, epochs_done=done) as printer:
+
+            def report(epoch: EpochReport) -> None:
+                metrics.append(epoch)
+                printer.show(epoch)
+
+            try:
+                return self.trainer.run(report)
+            except (KeyboardInterrupt, OSError):
+                if self.trainer.saved:
+                    self._log.print(
+                        f"{self.files.last} holds {self.trainer.saved} of {epochs} epochs;"
+                        " --resume goes on from there"
+                    )
+                raise
+
+    @property
+    def _title(self) -> str:
+        return "plain network" if self.config.plain else "ε-ResNet"
