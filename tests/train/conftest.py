@@ -1,18 +1,20 @@
 from __future__ import annotations
 
+import importlib.util
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests import vision
+from eps_train.vision import import_torchvision
 
 
 @pytest.fixture(scope="session")
 def torchvision_models() -> None:
-    """Skips where torchvision is not installed; declares what its networks need to be imported."""
-    vision.make_importable()
-    pytest.importorskip("torchvision")
+    """Skips where torchvision is not installed."""
+    if importlib.util.find_spec("torchvision") is None:
+        pytest.skip("needs the package torchvision")
+    import_torchvision()
 
 
 @pytest.fixture(scope="session")

@@ -61,6 +61,13 @@ def _image_size(
     type=click.FloatRange(min=0),
     help="Threshold of the gates; 0 trains the plain network.  [default: the recipe's]",
 )
+@click.option(
+    "--epsilon-from",
+    type=click.IntRange(min=0),
+    metavar="EPOCH",
+    help="Epochs to train before the threshold acts: more than 0 for a network whose branches start"
+    " at zero.  [default: the recipe's]",
+)
 @click.option("--epochs", type=click.IntRange(min=1), help="Length.  [default: the recipe's]")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="Seed of the run.")
 @click.option(
@@ -86,6 +93,7 @@ def cli(
     model: str | None,
     weights: Path | None,
     epsilon: float | None,
+    epsilon_from: int | None,
     epochs: int | None,
     seed: int,
     output: Path,
@@ -116,6 +124,7 @@ def cli(
         "dataset": dataset,
         "model": model,
         "epsilon": epsilon,
+        "epsilon_from": epsilon_from,
         "epochs": epochs,
         "seed": seed,
     }

@@ -23,6 +23,7 @@ from torch import fx, nn
 from eps_train.errors import ConfigError
 from eps_train.imagenet import ImageNetResNet
 from eps_train.networks import CifarResNet
+from eps_train.vision import import_torchvision
 
 Factory = Callable[..., nn.Module]
 
@@ -130,6 +131,7 @@ def find(name: str) -> Factory:
 
 def _torchvision(name: str, member: str) -> Factory:
     try:
+        import_torchvision()
         from torchvision import models
     except ModuleNotFoundError as error:
         raise ConfigError(f"{name}: {error.name} is not installed; {_INSTALL}") from None
@@ -150,6 +152,7 @@ def _torchvision(name: str, member: str) -> Factory:
 
 def _timm(name: str, member: str) -> Factory:
     try:
+        import_torchvision()  # which timm imports
         import timm
     except ModuleNotFoundError as error:
         raise ConfigError(f"{name}: {error.name} is not installed; pip install timm") from None

@@ -51,7 +51,7 @@ def refuse_collapse(
         raise TrainingError(
             f"every block of {', '.join(lost)} died by epoch {epoch}, at a validation accuracy of"
             f" {validation.accuracy:.1%}: the threshold acts before the network has learned;"
-            " lower --epsilon"
+            " lower --epsilon, or let it act later with --epsilon-from"
         )
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -13,6 +11,7 @@ import torch
 from eps_train.errors import DataError
 from eps_train.images import ImageSet, Source
 from eps_train.preprocess import Preprocessing
+from eps_train.vision import import_torchvision
 
 _SIZE = (32, 32)
 _FILES = {
@@ -24,7 +23,9 @@ _FILES = {
 
 def read(name: str, root: Path, *, download: bool = False) -> Source:
     """Read `cifar10`, `cifar100`, or `svhn` (train and extra mixed, as in the paper)."""
-    datasets = torchvision_datasets()
+    import_torchvision()
+    from torchvision import datasets
+
     try:
         if name == "svhn":
             pieces = [datasets.SVHN(root, part, download=download) for part in ("train", "extra")]
@@ -47,25 +48,6 @@ def read(name: str, root: Path, *, download: bool = False) -> Source:
         classes=tuple(classes),
         preprocessing=Preprocessing(resize=_SIZE, crop=_SIZE, color="rgb"),
     )
-
-
-def torchvision_datasets() -> Any:
-    """`torchvision.datasets`, also where torchvision's compiled operators cannot be loaded.
-
-    A CUDA build of torchvision beside a CPU build of torch (what a package index serves together)
-    fails on import when it describes operators that it could not load. Its readers need none.
-    """
-    try:
-        from torchvision import datasets
-    except ModuleNotFoundError:
-        raise
-    except RuntimeError:
-        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        operators = "torchvision._meta_registrations"
-        sys.modules[operators] = ModuleType(operators)
-        from torchvision import datasets
-    return datasets
 
 
 def _chw(pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
