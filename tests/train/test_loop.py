@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from eps_train import graph
 from eps_train.checkpoint import Checkpoint
+from eps_train.epoch_report import EpochReport
 from eps_train.errors import ConfigError, TrainingError
 from eps_train.evaluate import score
-from eps_train.loop import EpochReport, Trainer
+from eps_train.loop import Trainer
 from tests.train.runs import DYING, digits, trainer
 
 

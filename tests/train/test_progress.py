@@ -9,9 +9,9 @@ import pytest
 from rich.console import Console
 
 from eps_train.checkpoint import Death, GateRecord
+from eps_train.epoch_report import EpochReport
 from eps_train.errors import FileFormatError
 from eps_train.evaluate import Score
-from eps_train.loop import EpochReport
 from eps_train.progress import EpochPrinter, MetricsLog, block_map
 
 ALIVE = GateRecord(block="stages.0.0", epsilon=2.5, steps=10, closed_steps=0, peak=9.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,11 @@ from torch import Tensor, fx, nn
 
 from eps_train import graph, guards
 from eps_train.augment import EpochOrder, shift_and_flip
-from eps_train.checkpoint import Checkpoint, GateRecord
+from eps_train.checkpoint import Checkpoint
 from eps_train.config import TrainingConfig
 from eps_train.data import Data, Outline
 from eps_train.deaths import Registry
+from eps_train.epoch_report import EpochReport
 from eps_train.errors import ConfigError
 from eps_train.evaluate import Score, score
 from eps_train.images import ImageSet
@@ -27,37 +28,6 @@ from eps_train.optimizer import keep_only, make_sgd, momentum, restore_momentum
 from eps_train.schedule import RateSchedule
 
 CHECK_EVERY = 50  # steps between two looks at whether the loss is still finite (each one a sync)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EpochReport:
-    """What one epoch brought; every figure is of the network that would ship after it.
-
-    Attributes:
-        epoch: 1-based.
-        rate, epsilon: learning rate and threshold of the epoch.
-        loss, train_accuracy: means over the epoch's steps, in training mode.
-        validation: on the held-out part, dead blocks out, live gates open.
-        discarded: blocks that did not act, averaged over the steps (dead ones count as 1).
-        died: blocks latched at the end of this epoch.
-        gates: all gates' records after this epoch.
-        best: whether `ckpt.pt` was written.
-        seconds: wall time, saving not included.
-        images: training images seen.
-    """
-
-    epoch: int
-    rate: float
-    epsilon: float
-    loss: float
-    train_accuracy: float
-    validation: Score
-    discarded: float
-    died: tuple[str, ...]
-    gates: tuple[GateRecord, ...]
-    best: bool
-    seconds: float
-    images: int
 
 
 class Trainer:

@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from eps_train.checkpoint import GateRecord
+from eps_train.epoch_report import EpochReport
 from eps_train.errors import FileFormatError, naming
 from eps_train.graph import stage_name
-from eps_train.loop import EpochReport
 from eps_train.sealed import replace_file
 
 LEGEND = "█ alive  ▒ flickering  ░ closed all epoch  · dead"

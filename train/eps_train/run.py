@@ -11,7 +11,8 @@ from eps_train import console
 from eps_train.checkpoint import Checkpoint
 from eps_train.config import TrainingConfig
 from eps_train.data import Data
-from eps_train.loop import EpochReport, Trainer
+from eps_train.epoch_report import EpochReport
+from eps_train.loop import Trainer
 from eps_train.picture import draw
 from eps_train.progress import LEGEND, EpochPrinter, MetricsLog
 from eps_train.runfiles import RunFiles
