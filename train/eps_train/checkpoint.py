@@ -112,12 +112,12 @@ class Checkpoint:
             "format": FORMAT,
             "version": VERSION,
             "network": self.network.to_dict(),
-            "state": {name: tensor.detach().cpu() for name, tensor in self.state.items()},
+            "state": _on_cpu(self.state),
             "gates": [asdict(record) for record in self.gates],
             "data": self.data.to_dict(),
             "config": self.config,
             "metrics": self.metrics,
-            "side_head": self.side_head,
+            "side_head": None if self.side_head is None else _on_cpu(self.side_head),
             "resume": self.resume,
             "versions": self.versions,
         }
@@ -143,6 +143,10 @@ class Checkpoint:
             )
         except (KeyError, TypeError, AttributeError, ConfigError) as error:
             raise FileFormatError(f"{path}: not a usable checkpoint ({error!r})") from error
+
+
+def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu() for name, tensor in tensors.items()}
 
 
 def current_versions() -> dict[str, str]:

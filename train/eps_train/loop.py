@@ -183,7 +183,8 @@ class Trainer:
             before = self.model.state_dict()
             self.model = graph.remove_blocks(self.model, died)
             after = self.model.state_dict().keys()
-            self.retired |= {n: t.clone() for n, t in before.items() if n not in after}
+            # To the CPU: on a GPU they would keep the memory that their removal frees.
+            self.retired |= {n: t.to("cpu", copy=True) for n, t in before.items() if n not in after}
             self.gates = graph.gates(self.model)
             keep_only(self.optimizer, self._named_parameters())
         return died
