@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -92,3 +93,22 @@ def assert_same_run(ours: Path, theirs: Path) -> None:
     lines = [(folder / "metrics.jsonl").read_text().splitlines() for folder in (ours, theirs)]
     epochs = [[json.loads(line)["epoch"] for line in part] for part in lines]
     assert epochs[0] == epochs[1] == list(range(1, 17))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_run_after_the_step_and_says_how_to_go_on(
+    undisturbed: Path, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    with subprocess.Popen([*COMMAND, *RUN], cwd=tmp_path, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stderr is not None
+        for line in run.stderr:
+            if line.startswith("epoch  3/16"):
+                run.send_signal(number)
+                break
+        rest = run.stderr.read()
+    assert run.returncode == code
+    assert "--resume goes on from there" in rest
+    assert rest.splitlines()[-1].endswith(": interrupted")
+    assert "Traceback" not in rest
+    train(tmp_path, "--resume")
+    assert_same_run(tmp_path, undisturbed)

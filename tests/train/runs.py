@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -30,11 +31,18 @@ def digits() -> Data:
     return data.load("digits")
 
 
-def trainer(folder: Path, run: TrainingConfig = DYING, **changes: Any) -> Trainer:
+def trainer(
+    folder: Path,
+    run: TrainingConfig = DYING,
+    *,
+    stop: Callable[[], bool] = lambda: False,
+    **changes: Any,
+) -> Trainer:
     return Trainer(
         replace(run, **changes),
         digits(),
         best_path=folder / "ckpt.pt",
         last_path=folder / "last.pt",
         device=torch.device("cpu"),
+        stop=stop,
     )

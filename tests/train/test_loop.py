@@ -13,7 +13,7 @@ from eps_train.checkpoint import Checkpoint
 from eps_train.epoch_report import EpochReport
 from eps_train.errors import ConfigError, TrainingError
 from eps_train.evaluate import score
-from eps_train.loop import Trainer
+from eps_train.loop import Stopped, Trainer
 from tests.train.runs import DYING, digits, trainer
 
 
@@ -238,3 +238,52 @@ def _assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         assert torch.equal(tensor, theirs[name]), name
+
+
+@pytest.mark.parametrize("steps", [1, 43, 130, 199])
+def test_a_run_stopped_in_the_middle_of_an_epoch_goes_on_exactly(
+    dying: tuple[Path, list[EpochReport], Trainer], tmp_path: Path, steps: int
+) -> None:
+    """Of 40 steps an epoch: in the first, before, between and after the epochs of the deaths."""
+    _, reports, finished = dying
+    taken = 0
+
+    def stop() -> bool:
+        nonlocal taken
+        taken += 1
+        return taken >= steps
+
+    first = trainer(tmp_path, stop=stop)
+    seen: list[EpochReport] = []
+    with pytest.raises(Stopped):
+        first.run(seen.append)
+    assert first.step
+    again = trainer(tmp_path)
+    again.resume()
+    assert again.step == first.step
+    again.run(seen.append)
+    assert [r.loss for r in seen] == [r.loss for r in reports]
+    assert [r.gates for r in seen] == [r.gates for r in reports]
+    _assert_equal(again.model.state_dict(), finished.model.state_dict())
+
+
+def test_dropout_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+    """Networks that draw random numbers of their own in training draw the same ones."""
+
+    def dropping(folder: Path, stop_at: int) -> Trainer:
+        calls = iter(range(1, 1000))
+        made = trainer(folder, epochs=2, stop=lambda: next(calls) == stop_at)
+        made.model.get_submodule("stem.2").register_forward_hook(
+            lambda module, args, output: nn.functional.dropout(output, 0.5, module.training)
+        )
+        return made
+
+    whole = dropping(tmp_path / "whole", stop_at=0)
+    whole.run(lambda report: None)
+    stopped = dropping(tmp_path / "stopped", stop_at=7)
+    with pytest.raises(Stopped):
+        stopped.run(lambda report: None)
+    again = dropping(tmp_path / "stopped", stop_at=0)
+    again.resume()
+    again.run(lambda report: None)
+    _assert_equal(again.model.state_dict(), whole.model.state_dict())

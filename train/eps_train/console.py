@@ -20,7 +20,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from eps_train.errors import ConfigError, EpsError
+from eps_train.errors import ConfigError, EpsError, Interrupted
 
 CHECK_FAILED = 3
 INTERRUPTED = 130
@@ -47,6 +47,9 @@ def run(command: click.Command) -> NoReturn:
             raise  # click takes any EOFError for the user's; nothing here asks the user for input
         print(f"{name}: interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
+    except Interrupted as error:
+        print(f"{name}: interrupted", file=sys.stderr)
+        sys.exit(128 + error.signal)
     except EpsError as error:
         _fail(name, str(error))
     except BrokenPipeError:

@@ -31,6 +31,18 @@ class TrainingError(EpsError):
     """A run that must not go on: non-finite numbers, or a network that collapsed."""
 
 
+class Interrupted(Exception):
+    """The user stopped a command that had something to save, and it has saved it.
+
+    Attributes:
+        signal: number of the signal that asked for it.
+    """
+
+    def __init__(self, signal: int) -> None:
+        super().__init__(f"stopped by signal {signal}")
+        self.signal = signal
+
+
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Have an OSError from the block name `path`: a full disk does not say which file it was."""

@@ -12,22 +12,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from eps_train import graph, guards
+from eps_train import graph, guards, snapshot
 from eps_train.augment import EpochOrder, shift_and_flip
 from eps_train.checkpoint import Checkpoint
 from eps_train.config import TrainingConfig
 from eps_train.data import Data, Outline
 from eps_train.deaths import Registry
 from eps_train.epoch_report import EpochReport
-from eps_train.errors import ConfigError
 from eps_train.evaluate import Score, score
 from eps_train.images import ImageSet
 from eps_train.network import NetworkSpec
 from eps_train.networks import Normalize, SideHead
-from eps_train.optimizer import keep_only, make_sgd, momentum, restore_momentum
+from eps_train.optimizer import keep_only, make_sgd
 from eps_train.schedule import RateSchedule
 
 CHECK_EVERY = 50  # steps between two looks at whether the loss is still finite (each one a sync)
+
+
+class Stopped(Exception):
+    """The run was asked to stop, and has saved itself."""
 
 
 class Trainer:
@@ -35,6 +38,9 @@ class Trainer:
 
     A run is a function of its configuration and data alone: random choices are drawn per epoch
     from (seed, epoch), so that a run resumed from `last_path` goes on exactly as if never stopped.
+
+    When `stop()` answers true after a step, that step is the last: the state is saved, in the
+    middle of the epoch, and :meth:`run` raises :class:`Stopped`.
     """
 
     def __init__(
@@ -45,7 +51,9 @@ class Trainer:
         best_path: Path,
         last_path: Path,
         device: torch.device,
+        stop: Callable[[], bool] = lambda: False,
     ) -> None:
+        self._stop = stop
         self.config, self.data, self.device = config, data, device
         self.best_path, self.last_path = best_path, last_path
         identity = data.identity
@@ -63,7 +71,7 @@ class Trainer:
         self.train_set = data.train.to(device)
         self.validation = data.validation.to(device)
         self.gates = graph.gates(self.model)
-        self.optimizer = make_sgd(self._named_parameters(), config)
+        self.optimizer = make_sgd(self.named_parameters(), config)
         self.schedule = RateSchedule(
             epochs=config.epochs, rates=config.rates, restart=config.restart, descent=config.descent
         )
@@ -71,6 +79,10 @@ class Trainer:
         self.retired: dict[str, Tensor] = {}  # tensors of removed blocks
         self.epoch = 0  # epochs done
         self.saved = 0  # epochs that `last_path` holds
+        self.step = 0  # steps done of the epoch after that, and their loss and correct answers
+        self.totals = torch.zeros(2, dtype=torch.float64, device=device)
+        self.rng: tuple[Tensor, Tensor | None] | None = None  # where a resumed epoch goes on
+        self.validated: Score | None = None  # the last epoch
         self.best: Score | None = None  # of the current structure
         self.seconds = 0.0
 
@@ -83,6 +95,8 @@ class Trainer:
             # Reported first: an epoch that is saved and then lost to a kill would go unreported.
             report(done)
             self.save(done)
+            if self._stop() and self.epoch < self.config.epochs:
+                raise Stopped
         return self._finish()
 
     def run_epoch(self) -> EpochReport:
@@ -95,7 +109,8 @@ class Trainer:
         self.schedule.observe(epoch, discarded)
         died = self._bury(epoch)
         validation = score(self.model, self.normalize, self.validation)
-        self.epoch = epoch + 1
+        self.epoch, self.step = epoch + 1, 0
+        self.validated = validation
         if died:
             records = self.registry.records.values()
             guards.refuse_collapse(records, validation, self.data, epoch=self.epoch)
@@ -127,7 +142,7 @@ class Trainer:
     # -- one epoch -------------------------------------------------------------------------------
 
     def _train_epoch(self, epoch: int, rate: float, epsilon: float) -> tuple[float, float, int]:
-        torch.manual_seed(self.config.seed * 1_000_003 + epoch)  # for networks with dropout
+        self._seed(epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         for gate in self.gates.values():
@@ -142,18 +157,33 @@ class Trainer:
         ).to(self.device)
         size = min(self.config.batch_size, len(self.train_set))
         steps = len(self.train_set) // size  # full batches only: batch norm wants them alike
-        totals = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for step in range(steps):
-            chosen = slice(step * size, (step + 1) * size)
+        if not self.step:
+            self.totals.zero_()
+        while self.step < steps:
+            chosen = slice(self.step * size, (self.step + 1) * size)
             batch = self.train_set[draw.order[chosen]]
             images = shift_and_flip(
                 batch.images, draw.shifts[chosen], draw.mirrored[chosen], self.config.shift
             )
-            totals += self._train_step(ImageSet(images, batch.labels))
-            if (step + 1) % CHECK_EVERY == 0 or step + 1 == steps:
-                self._refuse_nonfinite(totals, step + 1)
-        loss, correct = totals.tolist()
+            self.totals += self._train_step(ImageSet(images, batch.labels))
+            self.step += 1
+            if self.step % CHECK_EVERY == 0 or self.step == steps:
+                self._refuse_nonfinite()
+            elif self._stop():
+                self._refuse_nonfinite()
+                self._save_last(snapshot.checkpoint(self))
+                raise Stopped
+        loss, correct = self.totals.tolist()
         return loss / steps, correct / (steps * size), steps * size
+
+    def _seed(self, epoch: int) -> None:
+        """Seed torch's own generators, which networks with dropout draw from."""
+        torch.manual_seed(self.config.seed * 1_000_003 + epoch)
+        if self.rng is not None and self.step:
+            torch.set_rng_state(self.rng[0])
+            if self.rng[1] is not None:
+                torch.cuda.set_rng_state(self.rng[1], self.device)
+        self.rng = None
 
     def _train_step(self, batch: ImageSet) -> Tensor:
         """One SGD step; returns (loss, correct answers) on the device."""
@@ -169,10 +199,10 @@ class Trainer:
         correct = (logits.detach().argmax(dim=1) == batch.labels).sum()
         return torch.stack([loss.detach().double(), correct.double()])
 
-    def _refuse_nonfinite(self, totals: Tensor, step: int) -> None:
-        if not bool(totals[0].isfinite()):
+    def _refuse_nonfinite(self) -> None:
+        if not bool(self.totals[0].isfinite()):
             kept = f"; {self.last_path} keeps the epoch before" if self.epoch else ""
-            raise guards.nonfinite(self.gates, epoch=self.epoch + 1, step=step, kept=kept)
+            raise guards.nonfinite(self.gates, epoch=self.epoch + 1, step=self.step, kept=kept)
 
     def _bury(self, epoch: int) -> tuple[str, ...]:
         """Latch the blocks that died and take them out of the running network."""
@@ -186,71 +216,26 @@ class Trainer:
             # To the CPU: on a GPU they would keep the memory that their removal frees.
             self.retired |= {n: t.to("cpu", copy=True) for n, t in before.items() if n not in after}
             self.gates = graph.gates(self.model)
-            keep_only(self.optimizer, self._named_parameters())
+            keep_only(self.optimizer, self.named_parameters())
         return died
 
     # -- saving and resuming ---------------------------------------------------------------------
 
     def save(self, report: EpochReport) -> None:
         """Write `last_path` after an epoch, and `best_path` before it if the epoch was best."""
-        checkpoint = Checkpoint(
-            network=self.spec,
-            state={**self.retired, **self.model.state_dict()},
-            gates=list(self.registry.records.values()),
-            data=self.data.identity,
-            config=self.config.to_dict(),
-            metrics={
-                "epoch": self.epoch,
-                "validation": report.validation.to_dict(),
-                "test": None,
-                "seconds": self.seconds,
-            },
-            side_head=None if self.side_head is None else dict(self.side_head.state_dict()),
-        )
+        checkpoint = snapshot.checkpoint(self)
         if report.best:
             checkpoint.save(self.best_path)
-        checkpoint.resume = {
-            "epoch": self.epoch,
-            "momentum": momentum(self.optimizer, self._named_parameters()),
-            "schedule": self.schedule.state(),
-            "streaks": self.registry.state(),
-            "best": None if self.best is None else self.best.to_dict(),
-            "seconds": self.seconds,
-        }
+        self._save_last(checkpoint)
+
+    def _save_last(self, checkpoint: Checkpoint) -> None:
+        checkpoint.resume = snapshot.resume_state(self)
         checkpoint.save(self.last_path)
         self.saved = self.epoch
 
     def resume(self) -> None:
-        """Go on from `last_path`.
-
-        Raises:
-            FileFormatError: it is missing or damaged.
-            ConfigError: it belongs to another run.
-        """
-        last = Checkpoint.load(self.last_path)
-        if last.resume is None:
-            raise ConfigError(f"{self.last_path}: holds no state to resume from")
-        guards.refuse_other_run(self.last_path, last, self.config, self.data)
-        Checkpoint.load(self.best_path)  # better refused now than after the last epoch
-        self.registry.restore(last.gates, last.resume["streaks"])
-        dead = self.registry.dead
-        for block in dead:
-            self.gates[block].latch()
-        if dead and self.config.live_removal:
-            self.model = graph.remove_blocks(self.model, dead)
-        here = self.model.state_dict().keys()
-        self.retired = {n: t for n, t in last.state.items() if n not in here}
-        self.model.load_state_dict({n: last.state[n] for n in here})
-        if self.side_head is not None:
-            assert last.side_head is not None
-            self.side_head.load_state_dict(last.side_head)
-        self.gates = graph.gates(self.model)
-        keep_only(self.optimizer, self._named_parameters())
-        restore_momentum(self.optimizer, self._named_parameters(), last.resume["momentum"])
-        self.schedule.restore(last.resume["schedule"])
-        self.epoch = self.saved = last.resume["epoch"]
-        self.seconds = last.resume["seconds"]
-        self.best = Score(**last.resume["best"])
+        """Go on from `last_path`; see :func:`snapshot.restore`."""
+        snapshot.restore(self)
 
     def _finish(self) -> Checkpoint:
         """Test the best checkpoint, once, and write the result into it."""
@@ -277,7 +262,7 @@ class Trainer:
         if module.training:
             self._tapped = output
 
-    def _named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         named = list(self.model.named_parameters())
         if self.side_head is not None:
             named += [(f"side_head.{n}", p) for n, p in self.side_head.named_parameters()]

@@ -12,11 +12,13 @@ from eps_train.checkpoint import Checkpoint
 from eps_train.config import TrainingConfig
 from eps_train.data import Data
 from eps_train.epoch_report import EpochReport
-from eps_train.loop import Trainer
+from eps_train.errors import Interrupted
+from eps_train.loop import Stopped, Trainer
 from eps_train.picture import draw
 from eps_train.progress import LEGEND, EpochPrinter, MetricsLog
 from eps_train.runfiles import RunFiles
 from eps_train.sealed import replace_file
+from eps_train.signals import StopRequest
 from eps_train.summary import summarize
 
 
@@ -46,16 +48,22 @@ class Run:
     ) -> None:
         self.config, self.files = config, files
         self._log = console.log()
+        self._stop = StopRequest()
         if config.cpu_threads:
             torch.set_num_threads(config.cpu_threads)
         self.trainer = Trainer(
-            config, data, best_path=files.best, last_path=files.last, device=device
+            config,
+            data,
+            best_path=files.best,
+            last_path=files.last,
+            device=device,
+            stop=self._stop,
         )
         if resume and files.last.exists():
             self.trainer.resume()
         elif resume:
             self._log.print(f"{files.last}: not there yet; starting from the first epoch")
-        if weights and not self.trainer.epoch:
+        if weights and not (self.trainer.epoch or self.trainer.step):
             from eps_train.weights import load_weights
 
             skipped = load_weights(weights, self.trainer.model)
@@ -63,7 +71,10 @@ class Run:
             self._log.print(f"starting from {weights}{fresh}")
 
     def train(self) -> dict[str, Any]:
-        """Train to the end; returns the summary as plain data."""
+        """Train to the end; returns the summary as plain data.
+
+        Raises Interrupted when SIGINT or SIGTERM ended it early; all is saved then.
+        """
         metrics = MetricsLog(self.files.metrics, epochs_done=self.trainer.epoch)
         if not self.config.plain:
             self._log.print(f"block map: {LEGEND}")
@@ -81,14 +92,21 @@ class Run:
                 printer.show(epoch)
 
             try:
-                return self.trainer.run(report)
+                with self._stop:
+                    return self.trainer.run(report)
+            except Stopped:
+                self._say_what_is_kept(self.trainer.step)
+                assert self._stop.signal is not None
+                raise Interrupted(self._stop.signal) from None
             except (KeyboardInterrupt, OSError):
-                if self.trainer.saved:
-                    self._log.print(
-                        f"{self.files.last} holds {self.trainer.saved} of {epochs} epochs;"
-                        " --resume goes on from there"
-                    )
+                self._say_what_is_kept()
                 raise
+
+    def _say_what_is_kept(self, steps: int = 0) -> None:
+        if self.trainer.saved or steps:
+            done = f"{self.trainer.saved} of {self.config.epochs} epochs"
+            more = f" and {steps} steps" if steps else ""
+            self._log.print(f"{self.files.last} holds {done}{more}; --resume goes on from there")
 
     @property
     def _title(self) -> str:
