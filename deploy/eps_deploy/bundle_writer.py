@@ -12,18 +12,13 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import TracebackType
 from typing import Any
 
 from eps_deploy.bundle import MANIFEST, encode_manifest, is_bundle, load_bundle
+from eps_train import folder_lock
 from eps_train.console import refuse_existing
 from eps_train.errors import ConfigError, naming
-
-fcntl: ModuleType | None
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 
 class BundleWriter:
@@ -69,7 +64,12 @@ class BundleWriter:
     def __enter__(self) -> BundleWriter:
         self.output.parent.mkdir(parents=True, exist_ok=True)
         with naming(self._named):
-            self._lock = _make_and_lock(self.folder, self._named)
+            self._lock = folder_lock.acquire(
+                self.folder,
+                f"{self._named}: another eps-deploy is writing it; wait for that one or choose"
+                " another -o",
+                follow=False,  # a link would lead to a folder that is not ours to empty
+            )
         try:
             with naming(self._named):
                 self._clear_up()
@@ -124,7 +124,7 @@ class BundleWriter:
 
     def _leave(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)  # gone already after a commit
-        _unlock(self._lock)
+        folder_lock.release(self._lock)
 
     def _is_ours(self, name: str | None) -> bool:
         return name is None or Path(name).is_relative_to(self.folder)
@@ -145,37 +145,4 @@ def _flush(path: Path) -> None:
     try:
         os.fsync(handle)
     finally:
-        os.close(handle)
-
-
-def _make_and_lock(folder: Path, named: Path) -> int | None:
-    """Make `folder` if need be and lock it, until :func:`_unlock` or the end of the process.
-
-    None where folders cannot be locked (Windows, some network file systems).
-    Raises ConfigError when another process holds it.
-    """
-    if fcntl is None:
-        folder.mkdir(exist_ok=True)
-        return None
-    while True:
-        folder.mkdir(exist_ok=True)
-        # NOFOLLOW: a link would lead to a folder that is not ours to empty.
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(handle)
-            raise ConfigError(
-                f"{named}: another eps-deploy is writing it; wait for that one or choose another -o"
-            ) from None
-        except OSError:
-            os.close(handle)
-            return None
-        if folder.exists() and os.path.samestat(os.fstat(handle), folder.lstat()):
-            return handle
-        os.close(handle)  # the run that held it moved it into place meanwhile
-
-
-def _unlock(handle: int | None) -> None:
-    if handle is not None:
         os.close(handle)

@@ -13,6 +13,7 @@ from eps_train import sealed
 from eps_train.checkpoint import FORMAT, Checkpoint
 from eps_train.cli import main
 from eps_train.config import TrainingConfig
+from eps_train.folder_lock import held
 from eps_train.recipes import RECIPES
 from tests.commands import Result, files_in, run
 
@@ -371,3 +372,12 @@ def test_paths_are_printed_as_they_are(tmp_path: Path) -> None:
     result = eps_train(tmp_path, *TINY, "--epochs", 1, "--output", "[red]x[b]")
     assert result.code == 0
     assert "[red]x[b]/ckpt.pt" in result.stderr
+
+
+def test_two_runs_into_one_folder_are_refused(tmp_path: Path) -> None:
+    with held(tmp_path, "busy"):
+        before = files_in(tmp_path)
+        result = eps_train(tmp_path, *TINY, "--force")
+    assert result.code == 1
+    assert result.error == "eps-train: error: --output .: another eps-train is writing there"
+    assert files_in(tmp_path) == before

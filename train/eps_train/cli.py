@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import click
 
-from eps_train import console, recipes
+from eps_train import console, folder_lock, recipes
 from eps_train.errors import ConfigError
 from eps_train.runfiles import RunFiles
 
@@ -154,13 +154,18 @@ def cli(
         return
     images = data.load(chosen.dataset, data_root, image_size=image_size, download=download)
     place = _device(device)
-    old = files if force else []  # all of them: none may survive to be resumed by mistake
-    summaries = []
-    for paths, config in runs.items():
-        prepared = run.Run(config, images, paths, device=place, resume=resume, weights=weights)
-        while old:
-            old.pop().unlink(missing_ok=True)  # only now that nothing more can be refused
-        summaries.append(prepared.train())
+
+    def prepare(paths: RunFiles) -> run.Run:
+        return run.Run(runs[paths], images, paths, device=place, resume=resume, weights=weights)
+
+    first = prepare(next(iter(runs)))
+    with folder_lock.held(output, f"--output {output}: another eps-train is writing there"):
+        if not resume:
+            console.refuse_existing(files, force)  # they may have come into being meanwhile
+        if force:
+            for file in files:  # only now that nothing more can be refused
+                file.unlink(missing_ok=True)
+        summaries = [first.train(), *(prepare(paths).train() for paths in list(runs)[1:])]
     summary.show(summaries)
     if as_json:
         console.emit_json({"runs": summaries})
