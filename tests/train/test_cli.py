@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import random
+import signal
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from eps_train.checkpoint import FORMAT, Checkpoint
 from eps_train.cli import main
 from eps_train.config import TrainingConfig
 from eps_train.folder_lock import held
+from eps_train.loop import Trainer
 from eps_train.recipes import RECIPES
 from tests.commands import Result, files_in, run
 
@@ -265,7 +267,6 @@ def test_epsilon_zero_trains_the_plain_network(tmp_path: Path) -> None:
 def test_ctrl_c_says_how_to_go_on_and_exits_130(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from eps_train.loop import Trainer
 
     save = Trainer.save
 
@@ -381,3 +382,20 @@ def test_two_runs_into_one_folder_are_refused(tmp_path: Path) -> None:
     assert result.code == 1
     assert result.error == "eps-train: error: --output .: another eps-train is writing there"
     assert files_in(tmp_path) == before
+
+
+def test_ctrl_c_at_the_very_end_of_a_run_still_stops_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish = Trainer._finish
+
+    def interrupted(self: Trainer) -> Checkpoint:
+        signal.raise_signal(signal.SIGINT)
+        return finish(self)
+
+    monkeypatch.setattr(Trainer, "_finish", interrupted)
+    result = eps_train(tmp_path, *TINY, "--with-baseline")
+    assert result.code == 130
+    assert Checkpoint.load(tmp_path / "ckpt.pt").metrics["test"] is not None
+    assert (tmp_path / "training.png").exists()
+    assert not (tmp_path / "baseline-last.pt").exists()

@@ -81,6 +81,8 @@ class Run:
         best = self._train(metrics)
         title = f"{self._title}: {self.config.dataset}, {self.config.model}"
         replace_file(self.files.picture, draw(metrics.read(), title))
+        if self._stop.signal is not None:  # it came too late to stop this run, but not the next one
+            raise Interrupted(self._stop.signal)
         return summarize(best, self.files.best, self.trainer.seconds)
 
     def _train(self, metrics: MetricsLog) -> Checkpoint:
