@@ -5,13 +5,19 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from eps_train import console, folder_lock, recipes
 from eps_train.errors import ConfigError
 from eps_train.runfiles import RunFiles
+
+if TYPE_CHECKING:
+    import torch
+
+    from eps_train.config import TrainingConfig
+    from eps_train.data import Data
 
 
 def _image_size(
@@ -111,12 +117,7 @@ def cli(
     Without arguments it trains depth 110 on scikit-learn's digits into this folder.
     """
     if list_recipes:
-        for name, make in recipes.RECIPES.items():
-            listed = make()
-            click.echo(
-                f"{name:14} {listed.dataset}, {listed.model}, epsilon {listed.epsilon:g},"
-                f" {listed.epochs} epochs"
-            )
+        _list_recipes()
         return
     if resume and force:
         raise click.UsageError("--resume and --force contradict each other")
@@ -147,25 +148,13 @@ def cli(
     if resume and not output.is_dir():
         raise ConfigError(f"--output {output}: no such folder to resume in")
 
-    from eps_train import data, run, summary
+    from eps_train import data, summary
 
     if dry_run:
         summary.show_plan(chosen, data.outline(chosen.dataset, data_root, image_size))
         return
     images = data.load(chosen.dataset, data_root, image_size=image_size, download=download)
-    place = _device(device)
-
-    def prepare(paths: RunFiles) -> run.Run:
-        return run.Run(runs[paths], images, paths, device=place, resume=resume, weights=weights)
-
-    first = prepare(next(iter(runs)))
-    with folder_lock.held(output, f"--output {output}: another eps-train is writing there"):
-        if not resume:
-            console.refuse_existing(files, force)  # they may have come into being meanwhile
-        if force:
-            for file in files:  # only now that nothing more can be refused
-                file.unlink(missing_ok=True)
-        summaries = [first.train(), *(prepare(paths).train() for paths in list(runs)[1:])]
+    summaries = _train(runs, images, output, _device(device), resume, force, weights)
     summary.show(summaries)
     if as_json:
         console.emit_json({"runs": summaries})
@@ -175,6 +164,42 @@ def main() -> NoReturn:
     console.run(cli)
 
 
+def _list_recipes() -> None:
+    for name, make in recipes.RECIPES.items():
+        listed = make()
+        click.echo(
+            f"{name:14} {listed.dataset}, {listed.model}, epsilon {listed.epsilon:g},"
+            f" {listed.epochs} epochs"
+        )
+
+
+def _train(
+    runs: dict[RunFiles, TrainingConfig],
+    images: Data,
+    output: Path,
+    device: torch.device,
+    resume: bool,
+    force: bool,
+    weights: Path | None,
+) -> list[dict[str, Any]]:
+    """Train one run after another into the folder `output`; returns their summaries."""
+    from eps_train.run import Run
+
+    def prepare(paths: RunFiles) -> Run:
+        return Run(runs[paths], images, paths, device=device, resume=resume, weights=weights)
+
+    files = [file for paths in runs for file in paths]
+    first, *later = runs
+    prepared = prepare(first)
+    with folder_lock.held(output, f"--output {output}: another eps-train is writing there"):
+        if not resume:
+            console.refuse_existing(files, force)  # they may have come into being meanwhile
+        if force:
+            for file in files:  # only now that nothing more can be refused
+                file.unlink(missing_ok=True)
+        return [prepared.train(), *(prepare(paths).train() for paths in later)]
+
+
 def _refuse_folders(files: list[Path]) -> None:
     """Raise ConfigError when a folder lies where a file is to be written."""
     for file in files:
@@ -182,7 +207,7 @@ def _refuse_folders(files: list[Path]) -> None:
             raise ConfigError(f"{file}: is a folder; move it away or choose another --output")
 
 
-def _device(name: str) -> Any:
+def _device(name: str) -> torch.device:
     import torch
 
     if name == "auto":
