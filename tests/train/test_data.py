@@ -148,13 +148,5 @@ def test_identity_survives_a_file(tmp_path: Path) -> None:
     assert DataIdentity.from_dict(payload["data"]) == identity
 
 
-def test_batches_hold_every_image_once_in_order() -> None:
-    whole = numbered(30, 5)
-    batches = list(whole.batches(8))
-    assert [len(labels) for _, labels in batches] == [8, 8, 8, 8, 3]
-    assert torch.equal(torch.cat([images for images, _ in batches]), whole.images)
-    assert torch.equal(torch.cat([labels for _, labels in batches]), whole.labels)
-
-
 def test_outline_of_digits_is_that_of_the_loaded_set() -> None:
     assert data.outline("digits") == data.load("digits").identity.outline

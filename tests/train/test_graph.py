@@ -160,6 +160,11 @@ def test_gates_to_keep() -> None:
     assert tuple(graph.gates(left)) == ("stages.0.2", "stages.2.0")
 
 
+def test_gates_to_keep_may_come_from_any_iterable() -> None:
+    names = ["stages.0.2", "stages.2.0"]
+    assert list(graph.gates(graph.drop_gates(network(), keep=iter(names)))) == names
+
+
 def test_dropped_taps() -> None:
     model = network().eval()
     left = graph.drop_taps(copy.deepcopy(model))

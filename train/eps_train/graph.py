@@ -129,7 +129,8 @@ def remove_blocks(model: nn.Module, names: Iterable[str]) -> fx.GraphModule:
 
 def drop_gates(model: nn.Module, keep: Iterable[str] = ()) -> fx.GraphModule:
     """Return the network with plain additions in place of its gates, but for those in `keep`."""
-    kept = {id(gate) for name, gate in gates(model).items() if name in set(keep)}
+    names = set(keep)  # once: an iterator would be empty after the first look
+    kept = {id(gate) for name, gate in gates(model).items() if name in names}
     return _rewrite(
         trace(model), lambda m: isinstance(m, EpsilonGate) and id(m) not in kept, _plain_addition
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -26,10 +25,6 @@ class ImageSet:
 
     def to(self, device: torch.device) -> ImageSet:
         return ImageSet(self.images.to(device), self.labels.to(device))
-
-    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images and labels in order, `size` at a time; the last batch may be smaller."""
-        yield from zip(self.images.split(size), self.labels.split(size), strict=True)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
