@@ -49,7 +49,7 @@ def _image_size(
     "--image-size",
     metavar="SIZE",
     callback=_image_size,
-    help="Pixels, or HEIGHTxWIDTH, that a folder's images are brought to.",
+    help="Pixels, or HEIGHTxWIDTH, that the images are brought to.  [default: as they are]",
 )
 @click.option("--download", is_flag=True, help="Fetch what is missing of cifar10, cifar100, svhn.")
 @click.option(
@@ -123,6 +123,7 @@ def cli(
         raise click.UsageError("--resume and --force contradict each other")
     given: dict[str, Any] = {
         "dataset": dataset,
+        "image_size": image_size,
         "model": model,
         "epsilon": epsilon,
         "epsilon_from": epsilon_from,
@@ -151,9 +152,9 @@ def cli(
     from eps_train import data, summary
 
     if dry_run:
-        summary.show_plan(chosen, data.outline(chosen.dataset, data_root, image_size))
+        summary.show_plan(chosen, data.outline(chosen.dataset, data_root, chosen.image_size))
         return
-    images = data.load(chosen.dataset, data_root, image_size=image_size, download=download)
+    images = data.load(chosen.dataset, data_root, image_size=chosen.image_size, download=download)
     summaries = _train(runs, images, output, _device(device), resume, force, weights)
     summary.show(summaries)
     if as_json:

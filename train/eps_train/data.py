@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +126,7 @@ def load(
         name: as `--dataset` takes it: one of `DATASETS`, or ``folder:PATH``.
         root: folder with the set's files, the current folder if None; for ``folder:PATH`` it takes
             the place of PATH (on a machine where the images lie elsewhere).
-        image_size: height and width to bring a folder's images to; other sets have their own.
+        image_size: height and width to bring the images to; None: as they are.
         download: let torchvision fetch the files that are missing (CIFAR and SVHN).
 
     Raises:
@@ -140,8 +140,9 @@ def outline(
     name: str, root: Path | None = None, image_size: tuple[int, int] | None = None
 ) -> Outline:
     """Outline of a data set, without reading it unless it is a folder. Raises as `load` does."""
-    if name in DATASETS and image_size is None:
-        return DATASETS[name]
+    if name in DATASETS:
+        known = DATASETS[name]
+        return replace(known, shape=(known.shape[0], *image_size)) if image_size else known
     return load(name, root, image_size=image_size).identity.outline
 
 
@@ -150,8 +151,7 @@ def load_again(identity: DataIdentity, root: Path | None = None) -> Data:
 
     Raises DataError when it is not.
     """
-    size = identity.preprocessing.crop if identity.name.startswith(FOLDER) else None
-    data = load(identity.name, root, image_size=size)
+    data = load(identity.name, root, image_size=identity.preprocessing.crop)
     if data.identity.sha256 != identity.sha256:
         raise DataError(
             f"data set {identity.name}: not the images that the checkpoint was trained on"
@@ -173,8 +173,13 @@ def _read(
         raise ConfigError(
             f"--dataset {name}: unknown; the data sets are: {', '.join(DATASETS)}, folder:PATH"
         )
-    if image_size is not None:
-        raise ConfigError(f"--image-size: {name} has its own size; leave the option out")
+    source = _read_known(name, root or Path(), download)
+    if image_size in (None, source.preprocessing.crop):
+        return source
+    return source.resized(image_size)
+
+
+def _read_known(name: str, root: Path, download: bool) -> Source:
     if name == "digits":
         from eps_train.readers import digits
 
@@ -182,10 +187,10 @@ def _read(
     if name in ("mnist", "fashion-mnist"):
         from eps_train.readers import idx
 
-        return idx.read(name, root or Path())
+        return idx.read(name, root)
     from eps_train.readers import archives
 
-    return archives.read(name, root or Path(), download=download)
+    return archives.read(name, root, download=download)
 
 
 def split(source: Source, *, name: str) -> Data:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from eps_train import graph, guards, snapshot
-from eps_train.augment import EpochOrder, shift_and_flip
+from eps_train.batches import Batches, DeviceBatches
 from eps_train.checkpoint import Checkpoint
 from eps_train.config import TrainingConfig
 from eps_train.data import Data, Outline
@@ -68,7 +68,7 @@ class Trainer:
             taps[0].register_forward_hook(self._read_tap)
         self._tapped: Tensor | None = None
         self._place()
-        self.train_set = data.train.to(device)
+        self.batches: Batches = DeviceBatches(data.train, config, device)
         self.validation = data.validation.to(device)
         self.gates = graph.gates(self.model)
         self.optimizer = make_sgd(self.named_parameters(), config)
@@ -148,24 +148,11 @@ class Trainer:
         for gate in self.gates.values():
             gate.set_epsilon(epsilon)
         self.model.train()
-        draw = EpochOrder.draw(
-            len(self.train_set),
-            seed=self.config.seed,
-            epoch=epoch,
-            shift=self.config.shift,
-            flip=self.config.flip,
-        ).to(self.device)
-        size = min(self.config.batch_size, len(self.train_set))
-        steps = len(self.train_set) // size  # full batches only: batch norm wants them alike
+        steps = self.batches.steps
         if not self.step:
             self.totals.zero_()
-        while self.step < steps:
-            chosen = slice(self.step * size, (self.step + 1) * size)
-            batch = self.train_set[draw.order[chosen]]
-            images = shift_and_flip(
-                batch.images, draw.shifts[chosen], draw.mirrored[chosen], self.config.shift
-            )
-            self.totals += self._train_step(ImageSet(images, batch.labels))
+        for batch in self.batches.epoch(epoch, first=self.step):
+            self.totals += self._train_step(batch)
             self.step += 1
             if self.step % CHECK_EVERY == 0 or self.step == steps:
                 self._refuse_nonfinite()
@@ -174,7 +161,8 @@ class Trainer:
                 self._save_last(snapshot.checkpoint(self))
                 raise Stopped
         loss, correct = self.totals.tolist()
-        return loss / steps, correct / (steps * size), steps * size
+        images = steps * self.batches.size
+        return loss / steps, correct / images, images
 
     def _seed(self, epoch: int) -> None:
         """Seed torch's own generators, which networks with dropout draw from."""
