@@ -9,7 +9,6 @@ from typing import Any
 from eps_train.errors import ConfigError
 from eps_train.schedule import Steps
 
-
 CHOICES = {
     "normalization": ("channel", "pixel"),
     "augmentation": ("shift", "svhn", "imagenet"),
