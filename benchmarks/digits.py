@@ -70,7 +70,7 @@ def _one_seed(config: TrainingConfig, images: Data) -> dict[str, Any]:
             )
             for run, chosen in configs.items()
         }
-        seconds = _train_side_by_side(trainers, config)
+        seconds = train_side_by_side(trainers, config)
         best = {run: trainer.run(lambda report: None) for run, trainer in trainers.items()}
         compaction = compact_checkpoint(
             Checkpoint.load(folder / "epsilon.pt"),
@@ -90,7 +90,7 @@ def _one_seed(config: TrainingConfig, images: Data) -> dict[str, Any]:
         }
 
 
-def _train_side_by_side(trainers: dict[str, Trainer], config: TrainingConfig) -> dict[str, float]:
+def train_side_by_side(trainers: dict[str, Trainer], config: TrainingConfig) -> dict[str, float]:
     """Wall seconds of every run's epochs, saving included."""
     seconds = dict.fromkeys(trainers, 0.0)
     for epoch in range(config.epochs):

@@ -14,6 +14,7 @@ from PIL import Image
 
 from eps_deploy.engines.base import INPUT_NAME, OUTPUT_NAME, Engine, Images, Logits
 from eps_deploy.sources import Sources
+from eps_train import normalization
 from eps_train.data import DataIdentity
 
 EXAMPLES = 10
@@ -67,7 +68,7 @@ def manifest_fields(sources: Sources, engine: Engine, *, precision: str) -> dict
         "output": {"name": OUTPUT_NAME, "dtype": "float32", "shape": ["N", len(data.classes)]},
         "preprocessing": data.preprocessing.to_dict(),
         # Applied inside the network; recorded for whoever wants to know.
-        "normalization": {"mean": list(data.mean), "std": list(data.std)},
+        "normalization": normalization.summary(data.mean, data.std),
         "labels": list(data.classes),
         "precision": precision,
         "engine": {**engine.describe(), "file": "model.onnx"},

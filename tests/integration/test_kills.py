@@ -15,7 +15,8 @@ import torch
 from eps_train.checkpoint import Checkpoint
 
 COMMAND = [sys.executable, "-c", "from eps_train.cli import main; main()"]
-RUN = ["--model", "cifar:8x4", "--epochs", "16", "--seed", "5"]
+RUN = ["--model", "cifar:8x4", "--epochs", "16", "--seed", "5", "--keep", "2"]
+CHECKPOINTS = ("ckpt.pt", "last.pt", "epoch-0015.pt", "epoch-0016.pt")
 
 # Dies by its own SIGKILL in the n-th fsync: in the middle of writing one of the files.
 DIES_WHILE_SAVING = """
@@ -62,7 +63,7 @@ def test_five_kills_at_random_moments(undisturbed: Path, tmp_path: Path) -> None
 
 def test_kills_while_saving_lose_nothing(undisturbed: Path, tmp_path: Path) -> None:
     done = 0
-    for fsyncs in (7, 12, 5):
+    for fsyncs in (9, 16, 8, 11):
         killed = subprocess.run(
             [sys.executable, "-c", DIES_WHILE_SAVING, *RUN, "--resume", str(fsyncs)],
             cwd=tmp_path,
@@ -70,9 +71,8 @@ def test_kills_while_saving_lose_nothing(undisturbed: Path, tmp_path: Path) -> N
             check=False,
         )
         assert killed.returncode == -9
-        for name in ("ckpt.pt", "last.pt"):
-            if (tmp_path / name).exists():
-                Checkpoint.load(tmp_path / name)
+        for path in tmp_path.glob("*.pt"):
+            Checkpoint.load(path)
         last = Checkpoint.load(tmp_path / "last.pt")
         assert last.metrics["epoch"] >= done, "an epoch that was saved is lost"
         done = last.metrics["epoch"]
@@ -82,7 +82,8 @@ def test_kills_while_saving_lose_nothing(undisturbed: Path, tmp_path: Path) -> N
 
 
 def assert_same_run(ours: Path, theirs: Path) -> None:
-    for name in ("ckpt.pt", "last.pt"):
+    assert {path.name for path in ours.glob("*.pt")} == set(CHECKPOINTS)
+    for name in CHECKPOINTS:
         mine, other = Checkpoint.load(ours / name), Checkpoint.load(theirs / name)
         assert mine.state.keys() == other.state.keys()
         for tensor in mine.state:

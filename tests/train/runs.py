@@ -13,6 +13,7 @@ import torch
 from eps_train import data, recipes
 from eps_train.config import TrainingConfig
 from eps_train.data import Data
+from eps_train.distributed import ALONE, Group
 from eps_train.loop import Trainer
 
 # Of its 9 blocks, the first dies at the end of epoch 4 and the last two at the end of epoch 6.
@@ -36,6 +37,7 @@ def trainer(
     run: TrainingConfig = DYING,
     *,
     stop: Callable[[], bool] = lambda: False,
+    group: Group = ALONE,
     **changes: Any,
 ) -> Trainer:
     return Trainer(
@@ -45,4 +47,5 @@ def trainer(
         last_path=folder / "last.pt",
         device=torch.device("cpu"),
         stop=stop,
+        group=group,
     )

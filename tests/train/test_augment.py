@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from eps_train.augment import EpochOrder, shift_and_flip
+from eps_train.augment import EpochOrder, shift_and_flip, step_chance
 
 
 def test_shift_and_flip_equals_pad_crop_and_mirror_one_by_one() -> None:
@@ -39,3 +39,15 @@ def test_an_epoch_sees_every_image_once_and_shifts_both_ways() -> None:
     assert torch.equal(draw.order.sort().values, torch.arange(1000))
     assert set(draw.shifts.flatten().tolist()) == {0, 1, 2}
     assert 400 < int(draw.mirrored.sum()) < 600
+
+
+def test_the_chance_of_a_step_can_be_drawn_again_and_is_that_steps_own() -> None:
+    drawn = {
+        (seed, epoch, step): step_chance(20, 3, seed=seed, epoch=epoch, step=step)
+        for seed in (0, 1, 2**32 - 1)
+        for epoch in (0, 1, 999)
+        for step in (0, 1, 2)
+    }
+    assert len(torch.stack(list(drawn.values())).unique(dim=0)) == 27
+    for (seed, epoch, step), chance in drawn.items():
+        assert torch.equal(chance, step_chance(20, 3, seed=seed, epoch=epoch, step=step))

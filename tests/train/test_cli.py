@@ -59,10 +59,12 @@ def test_trains_the_network_and_its_baseline_into_one_folder(trained: Path) -> N
         "last.pt",
         "metrics.jsonl",
         "training.png",
+        "config.json",
         "baseline.pt",
         "baseline-last.pt",
         "baseline-metrics.jsonl",
         "baseline-training.png",
+        "baseline-config.json",
     }
     assert Checkpoint.load(trained / "ckpt.pt").network.gated
     assert not Checkpoint.load(trained / "baseline.pt").network.gated

@@ -31,6 +31,13 @@ def test_baseline_differs_in_epsilon_alone() -> None:
         ({"epsilon": -1.0}, "--epsilon -1: must be finite"),
         ({"closed_epochs": 1}, "one closed epoch proves nothing"),
         ({"rates": ((1, 0.1),)}, "rates must start at epoch 0"),
+        ({"momentum": 1.0}, "--momentum 1: must be 0 to 0.9999"),
+        ({"weight_decay": float("nan")}, "--weight-decay nan: must be 0 or more"),
+        ({"precision": "fp8"}, "--precision fp8: is not one of fp32, tf32, bf16, fp16"),
+        ({"epsilon": None}, "--epsilon is missing; give it, or --target-parameters"),
+        ({"target_parameters": 0.3}, "--epsilon and --target-parameters contradict"),
+        ({"target_parameters": 1.5, "epsilon": None}, "--target-parameters 1.5: must lie between"),
+        ({"max_accuracy_drop": 1.0}, "--max-accuracy-drop guards --target-parameters"),
     ],
 )
 def test_impossible_configurations_are_refused(changes: dict[str, object], message: str) -> None:
@@ -43,3 +50,20 @@ def test_unknown_and_missing_fields_are_refused() -> None:
         TrainingConfig.from_dict({**digits().to_dict(), "speed": 9})
     with pytest.raises(ConfigError, match="not a training configuration"):
         TrainingConfig.from_dict({"recipe": "digits"})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("epochs", "ten"),
+        ("epochs", 2.5),
+        ("epochs", True),
+        ("flip", 1),
+        ("rates", [[0, "fast"]]),
+        ("image_size", 8),
+        ("epsilon", "none"),
+    ],
+)
+def test_fields_of_another_type_are_refused_by_name(field: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=f"{field} is .*, which is no "):
+        TrainingConfig.from_dict({**digits().to_dict(), field: value})

@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from eps_train import graph
 from eps_train.checkpoint import Checkpoint
+from eps_train.distributed import ALONE, Group
 from eps_train.epoch_report import EpochReport
-from eps_train.evaluate import logits
+from eps_train.evaluate import logits, score
 from eps_train.gate import EpsilonGate, relu_gate
-from eps_train.loop import Trainer
+from eps_train.loop import Stopped, Trainer
+from tests.train import processes
 from tests.train.runs import DYING, digits
 
 pytestmark = pytest.mark.gpu
 
 
-def trainer(folder: Path) -> Trainer:
+def trainer(folder: Path, *, group: Group = ALONE, **changes: Any) -> Trainer:
     return Trainer(
-        replace(DYING, cpu_threads=0),
+        replace(DYING, **{"cpu_threads": 0, **changes}),
         digits(),
         best_path=folder / "ckpt.pt",
         last_path=folder / "last.pt",
-        device=torch.device("cuda"),
+        device=torch.device("cuda", 0),
+        group=group,
     )
 
 
@@ -75,3 +81,162 @@ def test_the_gate_is_the_papers(dtype: torch.dtype, scale: float) -> None:
     shortcut = torch.randn(8, 4, 6, 6, device="cuda").to(dtype)
     expected = shortcut + relu_gate(branch, 2.5)
     assert torch.equal(gate(shortcut, branch), expected)
+
+
+# -- precision -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16"])
+def test_blocks_die_in_every_precision_and_float32_ships(tmp_path: Path, precision: str) -> None:
+    run = trainer(tmp_path, precision=precision)
+    reports: list[EpochReport] = []
+    run.run(reports.append)
+    assert any(report.died for report in reports)
+    assert not torch.backends.cudnn.allow_tf32, "allowed in training steps alone"
+    assert torch.get_float32_matmul_precision() == "highest"
+    checkpoint = Checkpoint.load(tmp_path / "ckpt.pt")
+    assert {t.dtype for t in checkpoint.state.values() if t.is_floating_point()} == {torch.float32}
+    device = torch.device("cuda", 0)
+    again = score(
+        checkpoint.build_gated().to(device), run.normalize, digits().validation.to(device)
+    )
+    assert again.accuracy == checkpoint.metrics["validation"]["accuracy"]
+
+
+def test_convolutions_round_to_tf32_only_where_it_is_asked_for(tmp_path: Path) -> None:
+    """A sum of products that float32 holds exactly and TF32 does not."""
+    images = torch.full((1, 8, 4, 4), 1.0 + 2.0**-12, device="cuda")
+    weight = torch.ones(8, 8, 3, 3, device="cuda")
+    exact = float(torch.conv2d(images.cpu().double(), weight.cpu().double()).max())
+
+    def error() -> float:
+        return abs(float(torch.conv2d(images, weight).max()) - exact)
+
+    for name in ("fp32", "tf32"):
+        precision = trainer(tmp_path, precision=name).take_step.precision
+        assert error() < 1e-4
+        with precision.training():
+            assert (error() > 1e-3) == (name == "tf32")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16"])
+def test_a_step_waits_for_nothing(tmp_path: Path, precision: str) -> None:
+    run = trainer(tmp_path, precision=precision)
+    run.network.train()
+    batches = run.batches.epoch(0, first=0)
+    run.take_step(next(batches))  # the first one makes its buffers and chooses its kernels
+    batch = next(batches)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run.take_step(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# -- resuming --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("steps", [43, 199])
+def test_a_resumed_run_ends_in_the_same_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, steps: int
+) -> None:
+    """Before and after the removals; with the kernels of cuDNN that always answer alike."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    whole = trainer(tmp_path / "whole", precision=precision)
+    whole.run(lambda report: None)
+    stopped = trainer(tmp_path / "stopped", precision=precision)
+    calls = iter(range(1, 10_000))
+    monkeypatch.setattr(stopped, "_stop", lambda: next(calls) == steps)
+    with pytest.raises(Stopped):
+        stopped.run(lambda report: None)
+    again = trainer(tmp_path / "stopped", precision=precision)
+    again.resume()
+    again.run(lambda report: None)
+    theirs = whole.network.state_dict()
+    for name, tensor in again.network.state_dict().items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+# -- memory and compilation ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_memory_falls_when_blocks_leave(tmp_path: Path, compiled: bool) -> None:
+    run = trainer(tmp_path, model="cifar:20x32", compile=compiled)
+    run.network.train()
+    batches = run.batches.epoch(0, first=0)
+    run.take_step(next(batches))
+    run.optimizer.zero_grad()
+    before, weights = torch.cuda.memory_allocated(), run.parameters()
+    run.adopt(graph.remove_blocks(run.model, ["stages.2.1", "stages.2.2"]))
+    gc.collect()
+    freed = before - torch.cuda.memory_allocated()
+    assert freed >= 2 * 4 * (weights - run.parameters()), "parameters and their momentum, float32"
+    run.take_step(next(batches))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_compiled_network_is_one_graph_and_counts_alike(tmp_path: Path, precision: str) -> None:
+    counted, losses = [], []
+    for compiled in (False, True):
+        run = trainer(tmp_path, precision=precision, epochs=1)
+        for gate, epsilon in zip(run.gates.values(), (0.0, 1e9) * 5, strict=False):
+            gate.set_epsilon(epsilon)
+        run.network.train()
+        if compiled:
+            explained = torch._dynamo.explain(run.network)(torch.randn(32, 1, 8, 8, device="cuda"))
+            assert explained.graph_break_count == 0
+            for gate in run.gates.values():
+                gate.reset_record()
+            run = _rebuilt(run, tmp_path)
+        batches = run.batches.epoch(0, first=0)
+        losses.append([float(run.take_step(next(batches))[0]) for _ in range(3)])
+        counted.append([(int(g.steps), int(g.closed_steps)) for g in run.gates.values()])
+    assert counted[0] == counted[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+
+
+def _rebuilt(run: Trainer, folder: Path) -> Trainer:
+    """The same run from its start, compiled; its gates as they were set."""
+    made = trainer(folder, precision=run.config.precision, epochs=1, compile=True)
+    for block, gate in made.gates.items():
+        gate.set_epsilon(float(run.gates[block].epsilon))
+    made.network.train()
+    return made
+
+
+def test_a_compiled_run_goes_on_over_its_removals(tmp_path: Path) -> None:
+    reports: list[EpochReport] = []
+    trainer(tmp_path, compile=True).run(reports.append)
+    assert any(report.died for report in reports[:-1])
+
+
+# -- NCCL ------------------------------------------------------------------------------------------
+
+
+def nccl_run(group: Group, folder: Path, changes: dict[str, Any]) -> list[tuple[str, ...]]:
+    assert group.world is not None
+    reports: list[EpochReport] = []
+    trainer(folder, group=group, **changes).run(reports.append)
+    return [report.died for report in reports]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"gate_scope": "global"},
+        {"sync_batchnorm": True},
+        {"precision": "fp16"},
+        {"compile": True},
+        {"compile": True, "gate_scope": "global"},
+    ],
+    ids=lambda changes: "-".join(changes) or "plain",
+)
+def test_one_process_under_nccl_trains_removes_and_saves(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    (died,) = processes.run(nccl_run, tmp_path, changes, size=1, device="cuda")
+    assert any(died)
+    Checkpoint.load(tmp_path / "ckpt.pt").build_gated()

@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from eps_train import data, sealed
 from eps_train.data import Data, DataIdentity
 from eps_train.errors import ConfigError, DataError
-from eps_train.images import ImageSet, Source
+from eps_train.images import ImageSet, Part, Source
+from eps_train.networks import Normalize
 from eps_train.preprocess import Preprocessing
 
 PREPROCESSING = Preprocessing(resize=(2, 2), crop=(2, 2), color="rgb")
@@ -39,7 +41,7 @@ def source(train: ImageSet, classes: int, **parts: ImageSet) -> Source:
     return Source(train=train, classes=names, preprocessing=PREPROCESSING, **parts)
 
 
-def indices(part: ImageSet) -> list[int]:
+def indices(part: Part) -> list[int]:
     pixels = part.images[:, 0, 0].to(torch.int64)
     return (pixels[:, 0] * 256 + pixels[:, 1]).tolist()
 
@@ -71,6 +73,22 @@ def test_mean_and_std_are_those_of_the_training_part() -> None:
     np.testing.assert_allclose(made.identity.std, pixels.std(axis=(0, 2, 3), ddof=1))
 
 
+def test_pixel_normalisation_takes_off_the_mean_image_and_divides_by_128() -> None:
+    whole = numbered(50, 50)
+    whole.images.random_(0, 256, generator=torch.Generator().manual_seed(0))
+    made = data.split(source(whole, 2), name="made", normalization="pixel")
+    expected = made.train.images.numpy().astype(np.float64).mean(axis=0)
+    np.testing.assert_allclose(np.array(made.identity.mean), expected, rtol=1e-12)
+    assert made.identity.std == (128.0, 128.0, 128.0)
+    assert made.identity.normalization == "pixel"
+    assert made.identity.sha256 == split(whole, 2).identity.sha256, "the images are the same"
+    normalize = Normalize(list(made.identity.mean), list(made.identity.std))
+    found = normalize(made.train.images).double()
+    np.testing.assert_allclose(found.mean(dim=0), np.zeros((3, 2, 2)), atol=1e-6)
+    pixel = (made.train.images[5, 2, 1, 0].item() - expected[2, 1, 0]) / 128
+    assert found[5, 2, 1, 0].item() == pytest.approx(pixel, abs=1e-6)
+
+
 def test_a_constant_channel_is_not_divided_by_zero() -> None:
     assert min(split(numbered(10, 10), 2).identity.std) >= 1
 
@@ -85,6 +103,20 @@ def test_same_images_same_identity_and_any_change_another() -> None:
     assert len(hashes) == 3
 
 
+def test_no_more_than_ten_thousand_images_are_held_out_for_validation() -> None:
+    labels = torch.arange(240_000) % 3
+    labels[:30_000] = 0
+    images = torch.zeros(len(labels), 1, 1, 1, dtype=torch.uint8)
+    how = Preprocessing(resize=(1, 1), crop=(1, 1), color="grey")
+    large = Source(
+        train=ImageSet(images, labels),
+        test=ImageSet(images[:9], labels[:9]),
+        classes=("a", "b", "c"),
+        preprocessing=how,
+    )
+    assert data.split(large, name="made").validation.labels.bincount().tolist() == [3333] * 3
+
+
 def test_one_class_is_refused() -> None:
     with pytest.raises(DataError, match="data set made: only one class"):
         split(numbered(30), 1)
@@ -92,7 +124,7 @@ def test_one_class_is_refused() -> None:
 
 @pytest.mark.parametrize("count", [0, 1, 2])
 def test_tiny_classes_are_named(count: int) -> None:
-    with pytest.raises(DataError, match=f"class b has {count} images; at least 3 are needed"):
+    with pytest.raises(DataError, match=f"class b has {count} images?; at least 3 are needed"):
         split(numbered(30, count), 2)
 
 
@@ -129,9 +161,20 @@ def test_parts_that_the_source_keeps_apart_stay_as_they_are() -> None:
     assert sorted(indices(with_test.train) + indices(with_test.validation)) == list(range(90))
 
 
-def test_only_a_folder_can_be_brought_to_another_size() -> None:
-    with pytest.raises(ConfigError, match="--image-size: digits has its own size"):
-        data.load("digits", image_size=(16, 16))
+def test_a_known_set_is_brought_to_another_size_as_its_pictures_would_be() -> None:
+    digits, larger = data.load("digits"), data.load("digits", image_size=(16, 12))
+    assert larger.identity.input_shape == (1, 16, 12)
+    assert larger.identity.outline == data.outline("digits", image_size=(16, 12))
+    assert larger.identity.sha256 != digits.identity.sha256
+    for part in PARTS:
+        before, after = getattr(digits, part), getattr(larger, part)
+        assert torch.equal(after.labels, before.labels), "split alike"
+        picture = Image.fromarray(before.images[3, 0].numpy())
+        expected = larger.identity.preprocessing.apply(picture)
+        assert np.array_equal(after.images[3].numpy(), expected)
+    again = data.load_again(larger.identity)
+    assert torch.equal(again.test.images, larger.test.images)
+    assert data.load("digits", image_size=(8, 8)).identity == digits.identity
 
 
 def test_unknown_data_sets_are_listed_beside_the_known() -> None:
@@ -141,11 +184,30 @@ def test_unknown_data_sets_are_listed_beside_the_known() -> None:
         data.load("mnist2")
 
 
-def test_identity_survives_a_file(tmp_path: Path) -> None:
-    identity = data.load("digits").identity
+@pytest.mark.parametrize("normalization", ["channel", "pixel"])
+def test_identity_survives_a_file(normalization: str, tmp_path: Path) -> None:
+    identity = data.load("digits", normalization=normalization).identity
     sealed.write(tmp_path / "a", {"format": "f", "version": 1, "data": identity.to_dict()})
     payload, _ = sealed.read(tmp_path / "a", format="f", version=1)
     assert DataIdentity.from_dict(payload["data"]) == identity
+    assert data.load_again(identity).identity == identity
+
+
+def test_identities_written_before_there_were_mean_images_still_load() -> None:
+    fields = {
+        "name": "digits",
+        "classes": ["0", "1"],
+        "mean": [77.5],
+        "std": [91.25],
+        "preprocessing": PREPROCESSING.to_dict(),
+        "split_seed": 0,
+        "sizes": {"train": 8, "validation": 1, "test": 1},
+        "sha256": "0" * 64,
+    }
+    identity = DataIdentity.from_dict(fields)
+    assert (identity.mean, identity.std) == ((77.5,), (91.25,))
+    assert identity.normalization == "channel"
+    assert identity.to_dict() == fields
 
 
 def test_outline_of_digits_is_that_of_the_loaded_set() -> None:

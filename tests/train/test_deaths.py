@@ -35,7 +35,7 @@ def epoch(model: TwoBlocks, registry: Registry, steps: int = 3) -> float:
     model.train()
     for _ in range(steps):
         model(torch.zeros(2, 1, 2, 2))
-    return registry.record_epoch(gates_of(model), EPSILON)
+    return registry.record_epoch(gates_of(model), dict.fromkeys(gates_of(model), EPSILON))
 
 
 def latch(model: TwoBlocks, registry: Registry, at: int) -> tuple[str, ...]:
@@ -103,7 +103,7 @@ def test_discarded_is_the_mean_count_over_the_steps() -> None:
     for factor in (1.0, 1.0, 1.0, 4.0):
         model.factors["a"] = factor
         model(torch.zeros(2, 1, 2, 2))
-    assert registry.record_epoch(gates_of(model), EPSILON) == 0.75
+    assert registry.record_epoch(gates_of(model), dict.fromkeys(gates_of(model), EPSILON)) == 0.75
     assert registry.records["a"].peak == 4.0
     assert registry.records["a"].closed_steps == 3
 

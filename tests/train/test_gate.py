@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from eps_train import graph
 from eps_train.gate import EpsilonGate, relu_gate, response
+from eps_train.networks import CifarResNet
 
 EPSILON = 2.5
 SHAPES = [(1, 4, 5, 3), (128, 4, 2, 2)]
-DTYPES = [torch.float32, torch.bfloat16]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def operands(
@@ -93,6 +101,7 @@ def test_nonfinite_response_is_never_hidden(poison: float, dtype: torch.dtype) -
     assert not out[1, 1].isfinite()
     assert torch.equal(out.isfinite(), branch.isfinite())
     assert (int(gate.steps), int(gate.closed_steps), int(gate.finite_steps)) == (3, 1, 1)
+    assert float(gate.peak) == math.inf
 
 
 def test_evaluation_opens_live_gates_and_shuts_dead_ones() -> None:
@@ -116,6 +125,37 @@ def test_a_latched_gate_stays_shut_in_training_and_passes_no_gradient() -> None:
     assert shortcut.grad is not None
     assert not branch.grad.any()
     assert torch.equal(shortcut.grad, torch.ones(4, 3))
+
+
+@pytest.mark.parametrize("epsilon", [100.0, 0.0])
+def test_a_shut_gate_leaves_the_branch_to_weight_decay(epsilon: float) -> None:
+    """The optimizer passes over a weight that has no gradient: a shut gate must give it zeros."""
+    layer, gate = nn.Linear(3, 3), EpsilonGate(epsilon).train()
+    if not epsilon:
+        gate.latch()
+    before = layer.weight.detach().clone()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.5, weight_decay=0.5)
+    x = torch.randn(4, 3)
+    gate(x, layer(x)).sum().backward()
+    optimizer.step()
+    assert torch.allclose(layer.weight, 0.75 * before)
+
+
+def test_an_open_gate_keeps_no_tensor_for_the_backward_pass() -> None:
+    """So it costs what an addition does, in time and in memory (on the CPU)."""
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    shortcut = torch.randn(4, 3, requires_grad=True)
+    branch = torch.randn(4, 3, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = EpsilonGate(1e-6).train()(shortcut, branch)
+    assert kept == []
+    assert out.grad_fn is not None
+    assert out.grad_fn.name() == "AddBackward0"
 
 
 def test_epsilon_zero_keeps_even_an_all_zero_branch_open() -> None:
@@ -178,6 +218,51 @@ def test_record_survives_saving() -> None:
     assert int(other.closed_steps) == 1
 
 
+def test_what_is_saved_keeps_its_names() -> None:
+    """Checkpoints hold these names and types, and those of earlier versions must load."""
+    state = EpsilonGate(EPSILON).state_dict()
+    assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()} == {
+        "epsilon": (torch.float32, ()),
+        "dead": (torch.bool, ()),
+        "steps": (torch.int64, ()),
+        "closed_steps": (torch.int64, ()),
+        "finite_steps": (torch.int64, ()),
+        "peak": (torch.float32, ()),
+    }
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_loaded_threshold_decides(assign: bool) -> None:
+    """Also in a gate that had no numbers before, as a network that is built to be filled."""
+    with torch.device("meta" if assign else "cpu"):
+        gate = EpsilonGate().train()
+    gate.load_state_dict(EpsilonGate(EPSILON).state_dict(), assign=assign)
+    shortcut, branch = torch.randn(4, 3), torch.ones(4, 3)
+    assert torch.equal(gate(shortcut, branch), shortcut)
+    assert torch.equal(gate(shortcut, 3 * branch), shortcut + 3 * branch)
+    assert (int(gate.steps), int(gate.closed_steps), int(gate.finite_steps)) == (2, 1, 2)
+
+
+def test_loading_asks_for_the_whole_record() -> None:
+    state = EpsilonGate().state_dict()
+    del state["closed_steps"]
+    with pytest.raises(RuntimeError, match="closed_steps"):
+        EpsilonGate().load_state_dict(state)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_threshold_and_record_stay_float32_in_a_network_of_half_precision(
+    dtype: torch.dtype,
+) -> None:
+    gate = EpsilonGate(2.51).to(dtype).train()
+    branch = torch.tensor([[2.515625, math.inf]], dtype=dtype)
+    gate(torch.zeros_like(branch), torch.full_like(branch, 2.515625))
+    gate(torch.zeros_like(branch), branch)
+    assert (int(gate.steps), int(gate.closed_steps), int(gate.finite_steps)) == (2, 0, 1)
+    assert gate.epsilon.dtype == gate.peak.dtype == torch.float32
+    assert float(gate.epsilon) == torch.tensor(2.51).item()
+
+
 @pytest.mark.parametrize("epsilon", [-1.0, math.nan, math.inf])
 def test_impossible_epsilon(epsilon: float) -> None:
     with pytest.raises(ValueError, match="epsilon must be finite and at least 0"):
@@ -199,3 +284,126 @@ def test_response_is_the_largest_magnitude_of_any_layout(dtype: torch.dtype) -> 
         found = response(tensor)
         assert found.dtype == torch.float32, name
         assert float(found) == float(tensor.float().abs().max()), name
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 1e6])
+def test_compiles_without_a_graph_break(epsilon: float) -> None:
+    """In both modes, and to the same numbers and record as without the compiler."""
+    torch.manual_seed(0)
+    plain = graph.trace(CifarResNet(depth=8, width=4))
+    for gate in graph.gates(plain).values():
+        gate.set_epsilon(epsilon)
+    model = copy.deepcopy(plain)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    images = torch.randn(4, 3, 16, 16)
+    for training in (True, False):
+        model.train(training)
+        plain.train(training)
+        ours, theirs = compiled(images), plain(images)
+        ours.sum().backward()
+        theirs.sum().backward()
+        assert torch.allclose(ours, theirs, atol=1e-5)
+    expected = plain.state_dict()
+    for name, tensor in model.state_dict().items():
+        assert torch.allclose(tensor, expected[name], atol=1e-5), name
+    gradients = dict(plain.named_parameters())
+    for name, parameter in model.named_parameters():
+        theirs_grad = gradients[name].grad
+        assert parameter.grad is not None
+        assert theirs_grad is not None
+        assert torch.allclose(parameter.grad, theirs_grad, atol=1e-4), name
+    torch.compiler.reset()
+
+
+# Two processes; the second one's branch decides. It prints: shut or open, closed, finite, peak.
+PROCESS = """
+import sys
+import torch
+import torch.distributed as dist
+from eps_train.gate import EpsilonGate
+
+rank, store = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
+gate = EpsilonGate(2.5).train()
+gate.process_group = dist.group.WORLD
+for theirs in (1.5, 4.0, float("nan"), 2.0):
+    branch = torch.tensor([[0.5, -theirs if rank else 0.25]])
+    out = gate(torch.zeros(1, 2), branch)
+    print("shut" if torch.equal(out, torch.zeros(1, 2)) else "open", end=" ")
+print(int(gate.steps), int(gate.closed_steps), int(gate.finite_steps), float(gate.peak))
+dist.destroy_process_group()
+"""
+
+
+def test_gates_of_one_group_decide_alike(tmp_path: Path) -> None:
+    """What one process sees opens the gates of all; NaN is not lost on the way to the others."""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, str(rank), str(tmp_path / "store")],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for process in processes:
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+        assert out.split() == ["shut", "open", "open", "shut", "4", "2", "3", "inf"]
+
+
+class Handle:
+    """Stands for a process group: it must be neither copied nor pickled."""
+
+    def __reduce__(self) -> str:
+        raise TypeError("a process group belongs to its process")
+
+
+def test_a_group_stays_in_its_process() -> None:
+    gate = EpsilonGate(EPSILON).train()
+    group: Any = Handle()
+    gate.process_group = group
+    assert copy.deepcopy(gate).process_group is None
+    assert pickle.loads(pickle.dumps(gate)).process_group is None
+    assert not any("group" in name for name in gate.state_dict())
+    assert gate.process_group is group
+
+
+def test_a_gate_does_not_go_on_alone_when_its_group_is_gone() -> None:
+    gate = EpsilonGate(EPSILON).train()
+    gate.process_group = Handle()  # type: ignore[assignment]
+    with pytest.raises(RuntimeError, match="process group of this gate has been destroyed"):
+        gate(torch.zeros(1, 2), torch.ones(1, 2))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("epsilon", [0.0, EPSILON])
+def test_a_gpu_is_never_waited_for(epsilon: float, training: bool) -> None:
+    """torch raises at the first operation that makes the host wait."""
+    gate = EpsilonGate(epsilon).cuda().train(training)
+    shortcut = torch.randn(8, 4, 6, 6, device="cuda", requires_grad=True)
+    branch = torch.randn(8, 4, 6, 6, device="cuda", requires_grad=True)
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for memory in (torch.contiguous_format, torch.channels_last):
+            gate(shortcut, branch.contiguous(memory_format=memory)).sum().backward()
+        gate.latch()
+        gate(shortcut, branch).sum().backward()
+        gate.reset_record()
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", [0.3, 9.0, -9.0, math.inf, -math.inf, math.nan])
+def test_a_gpu_finds_the_same_response(value: float, dtype: torch.dtype) -> None:
+    branch = torch.full((3, 8, 7, 5), 0.1, dtype=dtype)
+    branch[1, 2, 3, 4] = value
+    for memory in (torch.contiguous_format, torch.channels_last):
+        operand = branch.contiguous(memory_format=memory)
+        ours, expected = response(operand.cuda()), response(operand)
+        assert ours.dtype == torch.float32
+        assert torch.equal(ours.cpu().nan_to_num(-1.0), expected.nan_to_num(-1.0))

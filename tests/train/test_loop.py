@@ -207,8 +207,8 @@ def test_a_stage_that_dies_before_learning_stops_the_run(tmp_path: Path) -> None
 
 def test_epsilon_acts_from_its_epoch_until_the_network_settles(tmp_path: Path) -> None:
     scheduled = trainer(tmp_path, epochs=10, epsilon_from=2, settle_at=0.8)
-    thresholds = [scheduled.epsilon(epoch) for epoch in range(10)]
-    assert thresholds == [0.0] * 2 + [3.0] * 6 + [0.0] * 2
+    thresholds = [set(scheduled.thresholds(epoch).values()) for epoch in range(10)]
+    assert thresholds == [{0.0}] * 2 + [{3.0}] * 6 + [{0.0}] * 2
 
 
 def test_no_block_dies_while_epsilon_does_not_act(tmp_path: Path) -> None:
@@ -228,7 +228,7 @@ def test_candidate_that_held_out_images_contradict_stays_alive(tmp_path: Path) -
         gate.steps.fill_(20)
         gate.closed_steps.fill_(20)
         gate.peak.fill_(1.0)
-        built.registry.record_epoch(built.gates, 1e-6)
+        built.registry.record_epoch(built.gates, dict.fromkeys(built.gates, 1e-6))
     assert built._bury(2) == ()
     assert not bool(gate.dead)
     assert block in graph.gates(built.model)

@@ -16,10 +16,13 @@ def line(epoch: int, gates: dict[str, int], died: tuple[str, ...] = ()) -> dict[
     return {
         "epoch": epoch,
         "rate": 0.1 / epoch,
+        "epsilon": 2.5,
         "loss": 1.0 / epoch,
         "train_accuracy": 0.5,
         "validation": {"accuracy": 0.6, "loss": 0.8, "samples": 100},
         "died": list(died),
+        "dead": 3 - len(gates) + len(died),
+        "parameters": {"total": 100, "kept": 100},
         "gates": {name: {"steps": 10, "closed": closed} for name, closed in gates.items()},
     }
 
@@ -55,3 +58,31 @@ def test_a_plain_run_has_no_map(epochs: int) -> None:
     picture = pixels(draw([line(epoch, {}) for epoch in range(1, epochs + 1)], "plain"))
     gated = pixels(draw([line(epoch, {"s.0": 0}) for epoch in range(1, epochs + 1)], "gated"))
     assert picture.shape[0] < gated.shape[0]
+
+
+def test_the_path_of_an_epsilon_that_is_led_has_a_row_of_its_own() -> None:
+    fixed = [line(epoch, {"s.0": 0}) for epoch in (1, 2, 3)]
+    led = [{**made, "epsilon": 0.5 * made["epoch"]} for made in fixed]
+    assert pixels(draw(led, "led")).shape[0] > pixels(draw(fixed, "fixed")).shape[0]
+
+
+def test_a_picture_of_375_blocks_gives_each_a_row_of_pixels() -> None:
+    names = [f"{stage}.{n}" for stage in "stu" for n in range(125)]
+    closed = [
+        line(epoch, dict.fromkeys(names, 0) | dict.fromkeys(names[::2], 10)) for epoch in (1, 2)
+    ]
+    picture = pixels(draw(closed, "deep"))
+    column = picture[:, picture.shape[1] // 2]
+    dark = (column == np.array(DARK, dtype=np.uint8)).all(axis=1)
+    assert (dark[1:] & ~dark[:-1]).sum() >= 375 // 2
+
+
+def test_a_log_of_an_older_version_can_be_drawn() -> None:
+    made = [line(epoch, {"s.0": 0}) for epoch in (1, 2)]
+    for epoch in made:
+        del epoch["parameters"]
+    assert draw(made, "old")
+
+
+def test_a_rate_of_zero_can_be_drawn() -> None:
+    assert draw([{**line(epoch, {"s.0": 0}), "rate": 0.0} for epoch in (1, 2)], "zero")

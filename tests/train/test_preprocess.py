@@ -140,6 +140,31 @@ def test_sixteen_bits_keep_their_brightness(tmp_path: Path) -> None:
         assert all(channel.tolist() == [[0, 0, 1], [0x12, 0x80, 0xFF]] for channel in found)
 
 
+def test_a_crop_is_chosen_in_the_upright_picture_and_scaled(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn clockwise rights it
+    Image.fromarray(pixels).save(tmp_path / "photo.png", exif=exif)
+    told = []
+
+    def choose(height: int, width: int) -> tuple[int, int, int, int]:
+        told.append((height, width))
+        return 4, 7, 21, 14
+
+    how = preprocessing((12, 10), (8, 6), color="rgb", interpolation="bilinear")
+    found = how.read_crop(tmp_path / "photo.png", choose)
+    assert told == [(40, 30)]
+    part = Image.fromarray(np.ascontiguousarray(np.rot90(pixels, -1)[4:25, 7:21]))
+    expected = np.asarray(part.resize((6, 8), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
+    assert np.array_equal(found, expected)
+
+
+def test_cmyk_becomes_rgb(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4), (200, 30, 60)).convert("CMYK").save(tmp_path / "print.jpg", quality=95)
+    found = preprocessing((4, 4), color="rgb").read(tmp_path / "print.jpg")[:, 1, 1].tolist()
+    assert all(abs(a - b) <= 2 for a, b in zip(found, (200, 30, 60), strict=True)), found
+
+
 def test_round_trip_through_plain_data() -> None:
     how = preprocessing((9, 7), (8, 6), color="rgb", interpolation="lanczos", exif_rotation=False)
     assert Preprocessing.from_dict(how.to_dict()) == how

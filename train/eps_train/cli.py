@@ -3,106 +3,74 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from eps_train import console, folder_lock, recipes
+from eps_train import config_flags, console, folder_lock, launcher, recipes
+from eps_train.config_flags import SectionedCommand, config_options
 from eps_train.errors import ConfigError
 from eps_train.runfiles import RunFiles
 
 if TYPE_CHECKING:
-    import torch
-
     from eps_train.config import TrainingConfig
-    from eps_train.data import Data
+    from eps_train.distributed import Group
+    from eps_train.run import Run
 
 
-def _image_size(
-    context: click.Context, parameter: click.Parameter, value: str | None
-) -> tuple[int, int] | None:
-    """Read ``SIZE`` or ``HEIGHTxWIDTH``."""
-    if value is None:
-        return None
-    height, _, width = value.partition("x")
-    sizes = (height, width or height)
-    if not all(size.isdecimal() and int(size) >= 8 for size in sizes):
-        raise click.BadParameter(f"{value}: write SIZE or HEIGHTxWIDTH, in pixels from 8 up")
-    return int(sizes[0]), int(sizes[1])
-
-
-@click.command(context_settings={"show_default": True})
-@click.option("--recipe", default="digits", help="Named configuration to start from.")
+@click.command(cls=SectionedCommand, context_settings={"show_default": True})
+@click.option("--recipe", help="Named configuration to start from.  [default: digits]")
 @click.option(
-    "--dataset",
-    help="digits, mnist, fashion-mnist, cifar10, cifar100, svhn, or folder:PATH with one folder"
-    " of images a class.  [default: the recipe's]",
+    "--config",
+    "config_file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="The same from a file: what --show-recipe printed, or a run's config.json.",
 )
+@config_options
 @click.option(
     "--data-root",
     type=click.Path(path_type=Path),
     help="Folder with the data set's files; digits needs none.  [default: this folder]",
 )
-@click.option(
-    "--image-size",
-    metavar="SIZE",
-    callback=_image_size,
-    help="Pixels, or HEIGHTxWIDTH, that the images are brought to.  [default: as they are]",
-)
-@click.option("--download", is_flag=True, help="Fetch what is missing of cifar10, cifar100, svhn.")
-@click.option(
-    "--model",
-    help="cifar:DEPTH, imagenet:DEPTH (or DEPTHxWIDTH), torchvision:NAME, timm:NAME, or"
-    " package.module:factory.  [default: the recipe's]",
-)
+@click.option("--download", is_flag=True, help="Fetch the files that are missing, where possible.")
 @click.option(
     "--weights",
     type=click.Path(path_type=Path, dir_okay=False),
     help="State dict (.pt, .pth, .safetensors) to start from instead of random weights.",
 )
 @click.option(
-    "--epsilon",
-    type=click.FloatRange(min=0),
-    help="Threshold of the gates; 0 trains the plain network.  [default: the recipe's]",
-)
-@click.option(
-    "--epsilon-from",
-    type=click.IntRange(min=0),
-    metavar="EPOCH",
-    help="Epochs to train before the threshold acts: more than 0 for a network whose branches start"
-    " at zero.  [default: the recipe's]",
-)
-@click.option("--epochs", type=click.IntRange(min=1), help="Length.  [default: the recipe's]")
-@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="Seed of the run.")
-@click.option(
     "--output",
     type=click.Path(path_type=Path, file_okay=False),
     default=Path(),
     help="Folder for ckpt.pt, last.pt and metrics.jsonl.",
 )
+@click.option(
+    "--keep",
+    type=click.IntRange(min=0),
+    default=0,
+    help="Keep the last N epochs' checkpoints too: epoch-0012.pt and so on.",
+)
+@click.option("--tensorboard", is_flag=True, help="Write event files below tensorboard/.")
 @click.option("--resume", is_flag=True, help="Go on from last.pt where a run was stopped.")
 @click.option("--force", is_flag=True, help="Start anew over an earlier run's files.")
-@click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
+@click.option("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps.")
 @click.option("--with-baseline", is_flag=True, help="Then train the plain twin: baseline.pt.")
 @click.option("--dry-run", is_flag=True, help="Show what would be trained, and stop.")
 @click.option("--list-recipes", is_flag=True, help="List the recipes, and stop.")
 @click.option("--show-recipe", is_flag=True, help="Print the configuration as JSON, and stop.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON on stdout.")
 def cli(
-    recipe: str,
-    dataset: str | None,
+    recipe: str | None,
+    config_file: Path | None,
     data_root: Path | None,
-    image_size: tuple[int, int] | None,
     download: bool,
-    model: str | None,
     weights: Path | None,
-    epsilon: float | None,
-    epsilon_from: int | None,
-    epochs: int | None,
-    seed: int,
     output: Path,
+    keep: int,
+    tensorboard: bool,
     resume: bool,
     force: bool,
     device: str,
@@ -111,6 +79,7 @@ def cli(
     list_recipes: bool,
     show_recipe: bool,
     as_json: bool,
+    **fields: Any,
 ) -> None:
     """Train an ε-ResNet: blocks whose response stays below epsilon die and are taken out.
 
@@ -119,21 +88,14 @@ def cli(
     if list_recipes:
         _list_recipes()
         return
+    if launcher.restarts():
+        resume, force = True, False  # what is there, the processes before have written
     if resume and force:
         raise click.UsageError("--resume and --force contradict each other")
-    given: dict[str, Any] = {
-        "dataset": dataset,
-        "image_size": image_size,
-        "model": model,
-        "epsilon": epsilon,
-        "epsilon_from": epsilon_from,
-        "epochs": epochs,
-        "seed": seed,
-    }
-    chosen = replace(
-        recipes.recipe(recipe),
-        **{name: value for name, value in given.items() if value is not None},
-    )
+    if recipe and config_file:
+        raise click.UsageError("--recipe and --config contradict each other")
+    base = config_flags.read(config_file) if config_file else recipes.recipe(recipe or "digits")
+    chosen = config_flags.override(base, fields)
     if with_baseline and chosen.plain:
         raise click.UsageError("--with-baseline needs an epsilon above 0: at 0 both are the same")
     if show_recipe:
@@ -142,20 +104,40 @@ def cli(
     runs = {RunFiles.of(output): chosen}
     if with_baseline:
         runs[RunFiles.of(output, "baseline")] = chosen.baseline()
-    files = [file for run in runs for file in run]
+    files = [file for run in runs for file in run.all()]
     if not resume and not dry_run:
         console.refuse_existing(files, force)
         _refuse_folders(files)
-    if resume and not output.is_dir():
+    if resume and not output.is_dir() and not launcher.restarts():
         raise ConfigError(f"--output {output}: no such folder to resume in")
 
-    from eps_train import data, summary
+    from eps_train import data, devices, distributed, summary
+    from eps_train.run import Run
 
     if dry_run:
         summary.show_plan(chosen, data.outline(chosen.dataset, data_root, chosen.image_size))
         return
-    images = data.load(chosen.dataset, data_root, image_size=chosen.image_size, download=download)
-    summaries = _train(runs, images, output, _device(device), resume, force, weights)
+    with distributed.joined(devices.choose(device)) as group:
+        images = group.first(
+            lambda: data.load(
+                chosen.dataset,
+                data_root,
+                image_size=chosen.image_size,
+                normalization=chosen.normalization,
+                download=download,
+            )
+        )
+        run = partial(
+            Run,
+            data=images,
+            device=devices.choose(device),
+            resume=resume,
+            weights=weights,
+            keep=keep,
+            tensorboard=tensorboard,
+            group=group,
+        )
+        summaries = _train(runs, run, output, group, resume, force)
     summary.show(summaries)
     if as_json:
         console.emit_json({"runs": summaries})
@@ -168,6 +150,7 @@ def main() -> NoReturn:
 def _list_recipes() -> None:
     for name, make in recipes.RECIPES.items():
         listed = make()
+        assert listed.epsilon is not None  # no recipe leads it
         click.echo(
             f"{name:14} {listed.dataset}, {listed.model}, epsilon {listed.epsilon:g},"
             f" {listed.epochs} epochs"
@@ -176,28 +159,30 @@ def _list_recipes() -> None:
 
 def _train(
     runs: dict[RunFiles, TrainingConfig],
-    images: Data,
+    run: Callable[..., Run],
     output: Path,
-    device: torch.device,
+    group: Group,
     resume: bool,
     force: bool,
-    weights: Path | None,
 ) -> list[dict[str, Any]]:
     """Train one run after another into the folder `output`; returns their summaries."""
-    from eps_train.run import Run
 
-    def prepare(paths: RunFiles) -> Run:
-        return Run(runs[paths], images, paths, device=device, resume=resume, weights=weights)
+    def prepare(files: RunFiles) -> Run:
+        return run(runs[files], files=files)
 
-    files = [file for paths in runs for file in paths]
-    first, *later = runs
-    prepared = prepare(first)
-    with folder_lock.held(output, f"--output {output}: another eps-train is writing there"):
+    def make_way() -> None:
         if not resume:
             console.refuse_existing(files, force)  # they may have come into being meanwhile
         if force:
             for file in files:  # only now that nothing more can be refused
                 file.unlink(missing_ok=True)
+
+    files = [file for paths in runs for file in paths.all()]
+    first, *later = runs
+    prepared = prepare(first)
+    busy = f"--output {output}: another eps-train is writing there"
+    with group.led(folder_lock.held(output, busy)):
+        group.lead(make_way)
         return [prepared.train(), *(prepare(paths).train() for paths in later)]
 
 
@@ -206,24 +191,3 @@ def _refuse_folders(files: list[Path]) -> None:
     for file in files:
         if file.is_dir():
             raise ConfigError(f"{file}: is a folder; move it away or choose another --output")
-
-
-def _device(name: str) -> torch.device:
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(
-            f"--device {name}: not a device; write auto, cpu, cuda or cuda:N"
-        ) from None
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"--device {name}: not supported; write auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices here;"
-            " use --device cpu"
-        )
-    return device

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
@@ -14,6 +15,27 @@ CHOICES = {
     "augmentation": ("shift", "svhn", "imagenet"),
     "precision": ("fp32", "tf32", "bf16", "fp16"),
     "gate_scope": ("replica", "global"),
+}
+
+_ANY = sys.float_info.max  # below infinity and not a number
+_LIMITS = {
+    "epsilon_from": (0, _ANY),
+    "settle_at": (0, 1),
+    "momentum": (0, 0.9999),
+    "weight_decay": (0, _ANY),
+    "side_weight": (0, _ANY),
+    "seed": (0, 2**32 - 1),
+    "shift": (0, 1000),
+    "cpu_threads": (0, 4096),
+}
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    "int": int,
+    "float": (int, float),
+    "bool": bool,
+    "str": str,
+    "None": type(None),
+    "Steps": tuple,
+    "tuple[int, int]": tuple,
 }
 
 
@@ -98,6 +120,12 @@ class TrainingConfig:
             raise ConfigError("--closed-epochs must be at least 2: one closed epoch proves nothing")
         if not self.rates or self.rates[0][0] != 0:
             raise ConfigError("--rates must start at epoch 0")
+        for name, (low, high) in _LIMITS.items():
+            if not low <= getattr(self, name) <= high:
+                limits = f"{low:g} or more" if high == _ANY else f"{low:g} to {high:g}"
+                raise ConfigError(
+                    f"--{name.replace('_', '-')} {getattr(self, name):g}: must be {limits}"
+                )
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ConfigError(
@@ -142,13 +170,17 @@ class TrainingConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainingConfig:
-        """Inverse of :meth:`to_dict`. Raises ConfigError for unknown or missing fields."""
-        known = {field.name for field in fields(cls)}
+        """Inverse of :meth:`to_dict`. Raises ConfigError for unknown, missing or absurd fields."""
+        known = {field.name: str(field.type) for field in fields(cls)}
         unknown = sorted(values.keys() - known)
         if unknown:
             raise ConfigError(f"unknown configuration field {unknown[0]}")
+        arguments = {name: _frozen(value) for name, value in values.items()}
+        for name, value in arguments.items():
+            kinds = [_KINDS[kind] for kind in known[name].split(" | ")]
+            if not any(_is(value, kind) for kind in kinds):
+                raise ConfigError(f"{name} is {values[name]!r}, which is no {known[name]}")
         try:
-            arguments: dict[str, Any] = {name: _frozen(value) for name, value in values.items()}
             return cls(**arguments)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"not a training configuration: {error}") from None
@@ -162,3 +194,12 @@ def _plain_data(value: Any) -> Any:
 def _frozen(value: Any) -> Any:
     """Inverse of :func:`_plain_data`."""
     return tuple(_frozen(item) for item in value) if isinstance(value, list) else value
+
+
+def _is(value: object, kind: type | tuple[type, ...]) -> bool:
+    """As `isinstance`, but a truth value is no number, and steps are pairs of numbers."""
+    if isinstance(value, bool):
+        return kind is bool
+    if isinstance(value, tuple):
+        return kind is tuple and all(_is(i, tuple) or _is(i, (int, float)) for i in value)
+    return isinstance(value, kind)

@@ -20,7 +20,8 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from eps_train.errors import ConfigError, EpsError, Interrupted
+from eps_train import launcher
+from eps_train.errors import ConfigError, EpsError, Interrupted, PeerError
 
 CHECK_FAILED = 3
 INTERRUPTED = 130
@@ -48,8 +49,11 @@ def run(command: click.Command) -> NoReturn:
         print(f"{name}: interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except Interrupted as error:
-        print(f"{name}: interrupted", file=sys.stderr)
+        if not launcher.rank():
+            print(f"{name}: interrupted", file=sys.stderr)
         sys.exit(128 + error.signal)
+    except PeerError:
+        sys.exit(1)
     except EpsError as error:
         _fail(name, str(error))
     except BrokenPipeError:
@@ -160,6 +164,7 @@ def log() -> Console:
         highlight=False,
         markup=False,
         emoji=False,
+        quiet=launcher.rank() > 0,  # of several processes one speaks; an error says who has it
         soft_wrap=not terminal,
         width=None if terminal else 120,
     )
@@ -178,7 +183,8 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> 
 
 def emit_json(summary: dict[str, Any]) -> None:
     """Print the summary as one JSON object on stdout, the last thing that `--json` prints."""
-    print(json.dumps(summary, allow_nan=False))
+    if not launcher.rank():
+        print(json.dumps(summary, allow_nan=False))
 
 
 def _fail(name: str, message: str) -> NoReturn:

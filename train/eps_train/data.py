@@ -1,7 +1,8 @@
 """Image data sets, split once and for good into training, validation and test parts.
 
-Every set is held as raw uint8 pixels; what turns pixels into network input (`Preprocessing`, mean,
-std) is recorded in its :class:`DataIdentity` and travels with the checkpoint.
+A set consists of raw uint8 pixels, in memory or on disk; what turns pixels into network input
+(`Preprocessing`, mean, std) is recorded in its :class:`DataIdentity` and travels with the
+checkpoint.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ import torch
 from torch import Tensor
 
 from eps_train.errors import ConfigError, DataError
-from eps_train.images import ImageSet, Source
+from eps_train.images import Part, Source
+from eps_train.normalization import Mean, frozen, kind_of, measure, thawed
 from eps_train.preprocess import Preprocessing
 
 SPLIT_SEED = 0  # one split for all runs: seeds are compared on the same images
 TEST_SHARE = 5  # a fifth of the images, where the source has no test part of its own
-VALIDATION_SHARE = 10  # a tenth of the rest
+VALIDATION_SHARE = 10  # a tenth of the rest, but
+VALIDATION_MOST = 10_000  # no more than these in all: they tell accuracies half a point apart
 
 FOLDER = "folder:"
 
@@ -44,7 +47,8 @@ DATASETS = {
     "fashion-mnist": Outline((1, 28, 28), 10, 54_000),
     "cifar10": Outline((3, 32, 32), 10, 45_000),
     "cifar100": Outline((3, 32, 32), 100, 45_000),
-    "svhn": Outline((3, 32, 32), 10, 543_949),
+    "svhn": Outline((3, 32, 32), 10, 594_388),
+    "imagenet": Outline((3, 224, 224), 1_000, 1_271_167),
 }
 
 
@@ -55,16 +59,19 @@ class DataIdentity:
     Attributes:
         name: as given to `--dataset`.
         classes: label names by index.
-        mean, std: per channel, of the training part, in pixel units 0..255.
+        mean: of the training part, in pixel units 0..255: per channel, or the mean image
+            `[C][H][W]`.
+        std: per channel, in the same units; with a mean image 128.
         preprocessing: from an image file to the network's uint8 input.
         split_seed: seed of the split.
         sizes: images in `train`, `validation`, `test`.
-        sha256: over pixels and labels of the three parts in that order.
+        sha256: over pixels and labels of the three parts in that order; of a set that is not held
+            in memory over relative file names, file sizes and labels.
     """
 
     name: str
     classes: tuple[str, ...]
-    mean: tuple[float, ...]
+    mean: Mean
     std: tuple[float, ...]
     preprocessing: Preprocessing
     split_seed: int
@@ -77,6 +84,11 @@ class DataIdentity:
         return self.preprocessing.shape
 
     @property
+    def normalization(self) -> str:
+        """`channel` or `pixel`, as `load` takes it."""
+        return kind_of(self.mean)
+
+    @property
     def outline(self) -> Outline:
         return Outline(self.input_shape, len(self.classes), self.sizes["train"])
 
@@ -84,7 +96,7 @@ class DataIdentity:
         return {
             **asdict(self),
             "classes": list(self.classes),
-            "mean": list(self.mean),
+            "mean": thawed(self.mean),
             "std": list(self.std),
             "preprocessing": self.preprocessing.to_dict(),
             "sizes": dict(self.sizes),
@@ -96,7 +108,7 @@ class DataIdentity:
             **{
                 **fields,
                 "classes": tuple(fields["classes"]),
-                "mean": tuple(fields["mean"]),
+                "mean": frozen(fields["mean"]),
                 "std": tuple(fields["std"]),
                 "preprocessing": Preprocessing.from_dict(fields["preprocessing"]),
             }
@@ -107,9 +119,9 @@ class DataIdentity:
 class Data:
     """A data set, split: `validation` is held out of the training data; `test` is for the end."""
 
-    train: ImageSet
-    validation: ImageSet
-    test: ImageSet
+    train: Part
+    validation: Part
+    test: Part
     identity: DataIdentity
 
 
@@ -118,6 +130,7 @@ def load(
     root: Path | None = None,
     *,
     image_size: tuple[int, int] | None = None,
+    normalization: str = "channel",
     download: bool = False,
 ) -> Data:
     """Load a data set and split it.
@@ -127,13 +140,15 @@ def load(
         root: folder with the set's files, the current folder if None; for ``folder:PATH`` it takes
             the place of PATH (on a machine where the images lie elsewhere).
         image_size: height and width to bring the images to; None: as they are.
-        download: let torchvision fetch the files that are missing (CIFAR and SVHN).
+        normalization: `channel` or `pixel`, as `normalization.measure` takes it.
+        download: let torchvision fetch the files that are missing, of the sets it can fetch.
 
     Raises:
         ConfigError: no such data set, or options that it does not have.
         DataError: the files are missing, damaged or unusable.
     """
-    return split(_read(name, root, image_size, download), name=name)
+    source = _read(name, root, image_size, download)
+    return split(source, name=name, normalization=normalization)
 
 
 def outline(
@@ -151,7 +166,12 @@ def load_again(identity: DataIdentity, root: Path | None = None) -> Data:
 
     Raises DataError when it is not.
     """
-    data = load(identity.name, root, image_size=identity.preprocessing.crop)
+    data = load(
+        identity.name,
+        root,
+        image_size=identity.preprocessing.crop,
+        normalization=identity.normalization,
+    )
     if data.identity.sha256 != identity.sha256:
         raise DataError(
             f"data set {identity.name}: not the images that the checkpoint was trained on"
@@ -173,6 +193,10 @@ def _read(
         raise ConfigError(
             f"--dataset {name}: unknown; the data sets are: {', '.join(DATASETS)}, folder:PATH"
         )
+    if name == "imagenet":
+        from eps_train.readers import imagenet
+
+        return imagenet.read(root or Path(), image_size)
     source = _read_known(name, root or Path(), download)
     if image_size in (None, source.preprocessing.crop):
         return source
@@ -187,17 +211,18 @@ def _read_known(name: str, root: Path, download: bool) -> Source:
     if name in ("mnist", "fashion-mnist"):
         from eps_train.readers import idx
 
-        return idx.read(name, root)
+        return idx.read(name, root, download=download)
     from eps_train.readers import archives
 
     return archives.read(name, root, download=download)
 
 
-def split(source: Source, *, name: str) -> Data:
+def split(source: Source, *, name: str, normalization: str = "channel") -> Data:
     """Split off, class by class, the parts that the source does not have.
 
-    A fifth becomes the test part, a tenth of the rest the validation part; seeded, and the same for
-    every run. Raises DataError when a class has too few images for all three parts.
+    A fifth becomes the test part; a tenth of the rest, but not above 10,000 images in all, the
+    validation part; seeded, and the same for every run. Raises DataError when a class has too few
+    images for all three parts.
     """
     classes = source.classes
     if len(classes) < 2:
@@ -209,11 +234,13 @@ def split(source: Source, *, name: str) -> Data:
         members = members[torch.randperm(len(members), generator=generator)]
         test = 0 if source.test else max(1, round(len(members) / TEST_SHARE))
         rest = len(members) - test
-        validation = 0 if source.validation else max(1, round(rest / VALIDATION_SHARE))
+        most = max(1, VALIDATION_MOST // len(classes))
+        validation = min(most, max(1, round(rest / VALIDATION_SHARE)))
+        validation = 0 if source.validation else validation
         train = rest - validation
         if train < 1:
             raise DataError(
-                f"data set {name}: class {label} has {len(members)} images; at least"
+                f"data set {name}: class {label} has {_count(len(members))}; at least"
                 f" {1 + bool(test) + bool(validation)} are needed to split them"
             )
         pieces = members.split([test, validation, train])
@@ -221,12 +248,12 @@ def split(source: Source, *, name: str) -> Data:
             indices[part].append(piece)
     # Index order, so that every part mixes the classes as the source did.
     parts = {part: source.train[torch.cat(found).sort().values] for part, found in indices.items()}
-    sets = {
+    sets: dict[str, Part] = {
         "train": parts["train"],
         "validation": source.validation or parts["validation"],
         "test": source.test or parts["test"],
     }
-    mean, std = _statistics(sets["train"].images)
+    mean, std = measure(sets["train"], normalization)
     return Data(
         **sets,
         identity=DataIdentity(
@@ -242,24 +269,12 @@ def split(source: Source, *, name: str) -> Data:
     )
 
 
-def _statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of every channel of uint8 `[N, C, H, W]`, in pixel units."""
-    values = torch.arange(256, dtype=torch.float64)
-    means, deviations = [], []
-    for channel in images.unbind(dim=1):
-        # From the histogram: exact, and no float copy of the whole set.
-        counts = channel.flatten().bincount(minlength=256).to(torch.float64)
-        mean = (counts * values).sum() / counts.sum()
-        variance = (counts * (values - mean) ** 2).sum() / (counts.sum() - 1).clamp_min(1)
-        means.append(mean.item())
-        deviations.append(max(variance.sqrt().item(), 1.0))
-    return tuple(means), tuple(deviations)
+def _count(images: int) -> str:
+    return "1 image" if images == 1 else f"{images:,} images"
 
 
-def _sha256(parts: Iterable[ImageSet]) -> str:
+def _sha256(parts: Iterable[Part]) -> str:
     digest = hashlib.sha256()
     for part in parts:
-        digest.update(repr(tuple(part.images.shape)).encode())
-        digest.update(part.images.contiguous().numpy().data)
-        digest.update(part.labels.contiguous().numpy().data)
+        part.update(digest)
     return digest.hexdigest()

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from eps_train.checkpoint import Death, GateRecord
+from eps_train.distributed import ALONE, Group
 from eps_train.evaluate import logits
 from eps_train.gate import EpsilonGate, response
+from eps_train.images import Part
+
+
+class Counters(NamedTuple):
+    """A gate's record of an epoch: steps, those on which it was closed, those with a finite
+    response, and the largest response."""
+
+    steps: int
+    closed: int
+    finite: int
+    peak: float
 
 
 @dataclass(slots=True)
@@ -39,16 +51,23 @@ class Registry:
     def dead(self) -> tuple[str, ...]:
         return tuple(b for b, record in self.records.items() if record.death is not None)
 
-    def record_epoch(self, gates: dict[str, EpsilonGate], epsilon: float) -> float:
+    def record_epoch(
+        self, gates: dict[str, EpsilonGate], thresholds: Mapping[str, float], group: Group = ALONE
+    ) -> float:
         """Read the live gates' counters, once an epoch; reset them.
+
+        `thresholds` are what the gates judged by in that epoch.
+
+        Where every process of `group` judges its own part of the batch, a step counts once for
+        each of them, so that a gate was closed on every step only if it was on all of them.
 
         Returns the count of discarded blocks averaged over the epoch's steps, dead ones included.
         """
         live = {block: gates[block] for block in gates if block not in self.dead}
         discarded = float(len(self.dead))
-        for block, (steps, closed, peak) in _read_counters(live).items():
+        for block, (steps, closed, _, peak) in read_counters(live, group).items():
             self.records[block] = GateRecord(
-                block=block, epsilon=epsilon, steps=steps, closed_steps=closed, peak=peak
+                block=block, epsilon=thresholds[block], steps=steps, closed_steps=closed, peak=peak
             )
             streak = self._streaks[block]
             if steps and closed == steps:
@@ -66,14 +85,17 @@ class Registry:
         gates: dict[str, EpsilonGate],
         model: nn.Module,
         normalize: nn.Module,
-        heldout: Tensor,
+        heldout: Tensor | Part,
         *,
         epoch: int,
+        group: Group = ALONE,
     ) -> tuple[str, ...]:
         """Latch every gate that was closed long enough and that held-out images confirm.
 
-        The images (uint8 `[N, C, H, W]`) pass through the network in evaluation mode as training
-        had it: with the candidates shut. Returns the blocks that died now, in network order.
+        The images (uint8 `[N, C, H, W]`, or a part that is read batch by batch) pass through the
+        network in evaluation mode as training had it: with the candidates shut. The leader of
+        `group` looks at them for all. Returns the
+        blocks that died now, in network order.
         """
         candidates = [
             block
@@ -86,12 +108,17 @@ class Registry:
         watched = {block: gates[block] for block in candidates}
         for gate in watched.values():
             gate.latch()
-        with watch_branches(watched, response) as peaks:
-            logits(model, normalize, heldout)
+
+        def look() -> dict[str, float]:
+            with watch_branches(watched, response) as found:
+                logits(model, normalize, heldout)
+            return {block: torch.stack(peaks).max().item() for block, peaks in found.items()}
+
+        heldout_peaks = group.lead(look)
         died = []
         for block, gate in watched.items():
             record, streak = self.records[block], self._streaks[block]
-            peak = torch.stack(peaks[block]).max().item()
+            peak = heldout_peaks[block]
             if peak < record.epsilon:
                 death = Death(
                     epoch=epoch + 1,
@@ -157,17 +184,35 @@ def nonfinite_block(gates: dict[str, EpsilonGate]) -> tuple[str, int] | None:
     return block, step
 
 
-def _read_counters(gates: dict[str, EpsilonGate]) -> dict[str, tuple[int, int, float]]:
-    """`steps`, `closed_steps` and `peak` of all gates in one transfer from the device."""
+def read_counters(gates: dict[str, EpsilonGate], group: Group = ALONE) -> dict[str, Counters]:
+    """The gates' records of this epoch, over all processes of `group`.
+
+    The counts of processes that judge for themselves add up. Where the gates judge together, they
+    are the same in all, and count once.
+    """
     if not gates:
         return {}
-    table = torch.stack(
-        [
-            torch.stack([gate.steps, gate.closed_steps, gate.peak.double()])
-            for gate in gates.values()
-        ]
-    ).tolist()
+    counts = torch.stack(
+        [torch.stack([g.steps, g.closed_steps, g.finite_steps]) for g in gates.values()]
+    )
+    peaks = torch.stack([gate.peak for gate in gates.values()])
+    if all(gate.process_group is None for gate in gates.values()):
+        group.add(counts)
+        group.largest(peaks)
     return {
-        block: (int(steps), int(closed), peak)
-        for block, (steps, closed, peak) in zip(gates, table, strict=True)
+        block: Counters(steps, closed, finite, peak)
+        for block, (steps, closed, finite), peak in zip(
+            gates, counts.tolist(), peaks.tolist(), strict=True
+        )
     }
+
+
+def write_counters(gates: Mapping[str, EpsilonGate], counters: Mapping[str, Iterable[Any]]) -> None:
+    """Set the gates' records to what :func:`read_counters` found."""
+    for block, values in counters.items():
+        steps, closed, finite, peak = values
+        gate = gates[block]
+        gate.steps.fill_(steps)
+        gate.closed_steps.fill_(closed)
+        gate.finite_steps.fill_(finite)
+        gate.peak.fill_(peak)

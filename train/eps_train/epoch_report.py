@@ -20,6 +20,7 @@ class EpochReport:
         discarded: blocks that did not act, averaged over the steps (dead ones count as 1).
         died: blocks latched at the end of this epoch.
         gates: all gates' records after this epoch.
+        parameters: learned parameters left in the network, dead blocks gone.
         best: whether `ckpt.pt` was written.
         seconds: wall time, saving not included.
         images: training images seen.
@@ -34,6 +35,7 @@ class EpochReport:
     discarded: float
     died: tuple[str, ...]
     gates: tuple[GateRecord, ...]
+    parameters: int
     best: bool
     seconds: float
     images: int

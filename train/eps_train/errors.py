@@ -31,6 +31,10 @@ class TrainingError(EpsError):
     """A run that must not go on: non-finite numbers, or a network that collapsed."""
 
 
+class PeerError(EpsError):
+    """Another process of the same run failed, and says itself why; this one ends with it."""
+
+
 class Interrupted(Exception):
     """The user stopped a command that had something to save, and it has saved it.
 

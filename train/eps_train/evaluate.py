@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from eps_train.images import ImageSet
+from eps_train.images import Part
 
 BATCH = 256
 
@@ -26,18 +27,28 @@ class Score:
 
 
 @torch.no_grad()
-def logits(model: nn.Module, normalize: nn.Module, images: Tensor) -> Tensor:
-    """Logits float32 `[N, classes]` of uint8 images `[N, C, H, W]`; leaves the mode as it was."""
+def logits(model: nn.Module, normalize: nn.Module, images: Tensor | Part) -> Tensor:
+    """Logits float32 `[N, classes]`; leaves the mode as it was.
+
+    Args:
+        model, normalize: from images to logits, both on one device.
+        images: uint8 `[N, C, H, W]`, or a part of a data set, read as it goes; on that device.
+    """
+    if isinstance(images, Tensor):
+        pixels: Iterable[Tensor] = images.split(BATCH)
+    else:
+        pixels = (batch.images for batch in images.batches(BATCH))
     training = model.training
     model.eval()
     try:
-        return torch.cat([model(normalize(batch)).float() for batch in images.split(BATCH)])
+        return torch.cat([model(normalize(batch)).float() for batch in pixels])
     finally:
         model.train(training)
 
 
-def score(model: nn.Module, normalize: nn.Module, data: ImageSet) -> Score:
-    """Accuracy and loss of `model` on `data`, which lies on the model's device."""
-    answers = logits(model, normalize, data.images)
-    correct = (answers.argmax(dim=1) == data.labels).double().mean().item()
-    return Score(correct, F.cross_entropy(answers, data.labels).item(), len(data))
+def score(model: nn.Module, normalize: nn.Module, data: Part) -> Score:
+    """Accuracy and loss of `model` on `data`, which lies on the model's device or on disk."""
+    answers = logits(model, normalize, data)
+    labels = data.labels.to(answers.device)
+    correct = int((answers.argmax(dim=1) == labels).sum())
+    return Score(correct / len(data), F.cross_entropy(answers, labels).item(), len(data))

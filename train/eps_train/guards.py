@@ -11,18 +11,23 @@ from eps_train.checkpoint import Checkpoint, GateRecord
 from eps_train.config import TrainingConfig
 from eps_train.data import Data
 from eps_train.deaths import nonfinite_block
+from eps_train.distributed import ALONE, Group
 from eps_train.errors import ConfigError, TrainingError
 from eps_train.evaluate import Score
 from eps_train.gate import EpsilonGate
 
 
-def nonfinite(gates: dict[str, EpsilonGate], *, epoch: int, step: int, kept: str) -> TrainingError:
+def nonfinite(
+    gates: dict[str, EpsilonGate], *, epoch: int, step: int, kept: str, group: Group = ALONE
+) -> TrainingError:
     """The error for a loss that is no longer finite at a 1-based `step` of the 1-based `epoch`.
 
-    It names the first block that went wrong, which may have been some steps earlier; `kept` says
-    what the user still has.
+    It names the first block that went wrong, which may have been some steps earlier, in any process
+    of `group`; `kept` says what the user still has.
     """
-    culprit = nonfinite_block(gates)
+    order = list(gates)
+    culprits = [found for found in group.gather(nonfinite_block(gates)) if found is not None]
+    culprit = min(culprits, key=lambda found: (found[1], order.index(found[0])), default=None)
     where = (
         f"step {step}: the loss" if culprit is None else f"step {culprit[1]}: block {culprit[0]}"
     )
@@ -55,6 +60,14 @@ def refuse_collapse(
         )
 
 
+def unscalable(*, epoch: int, step: int, kept: str) -> TrainingError:
+    """The error for fp16 gradients that no loss scale keeps finite."""
+    return TrainingError(
+        f"epoch {epoch}, step {step}: gradients are not finite in fp16 at any loss scale;"
+        f" use --precision bf16 or fp32{kept}"
+    )
+
+
 def refuse_other_run(path: Path, last: Checkpoint, config: TrainingConfig, data: Data) -> None:
     """Raise ConfigError unless `last`, read from `path`, belongs to this configuration and data."""
     if last.data.sha256 != data.identity.sha256:
@@ -66,3 +79,15 @@ def refuse_other_run(path: Path, last: Checkpoint, config: TrainingConfig, data:
                 f"{path}: belongs to a run with {name} {theirs.get(name)}, not {ours.get(name)};"
                 " resume with the same options, or start anew in another --output folder"
             )
+
+
+def refuse_other_count(path: Path, theirs: int, ours: int) -> None:
+    """Raise ConfigError when another number of processes is to go on with a run.
+
+    Each has its own share of the batch, judges by it, and draws random numbers of its own.
+    """
+    if theirs != ours:
+        raise ConfigError(
+            f"{path}: belongs to a run of {theirs} processes, not {ours};"
+            f" resume with torchrun --nproc-per-node {theirs}, or without it for one process"
+        )

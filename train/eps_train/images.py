@@ -1,14 +1,45 @@
-"""Images with labels, held as raw pixels."""
+"""Images with labels: held as raw pixels, or to be read from their files."""
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from eps_train.preprocess import Preprocessing
+
+MEMORY = 8 << 30  # bytes of pixels that are held at most; a larger set is read while it is used
+
+
+class Part(Protocol):
+    """A part of a data set, in memory (:class:`ImageSet`) or on disk (`files.FileSet`)."""
+
+    @property
+    def images(self) -> Tensor:
+        """All of them, uint8 `[N, C, H, W]`; of a part on disk, read now, every time."""
+
+    @property
+    def labels(self) -> Tensor:
+        """Int64 `[N]`."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: Tensor) -> Part:
+        """The images at an int64 `[M]` index."""
+
+    def to(self, device: torch.device) -> Part:
+        """The same, with :meth:`batches` on `device`."""
+
+    def batches(self, size: int) -> Iterator[ImageSet]:
+        """In order, `size` at a time; the last batch may be smaller."""
+
+    def update(self, digest: hashlib._Hash) -> None:
+        """Add to `digest` what makes this part the one it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +57,15 @@ class ImageSet:
 
     def to(self, device: torch.device) -> ImageSet:
         return ImageSet(self.images.to(device), self.labels.to(device))
+
+    def batches(self, size: int) -> Iterator[ImageSet]:
+        return map(ImageSet, self.images.split(size), self.labels.split(size))
+
+    def update(self, digest: hashlib._Hash) -> None:
+        """Shape, every pixel, every label."""
+        digest.update(repr(tuple(self.images.shape)).encode())
+        digest.update(self.images.contiguous().numpy().data)
+        digest.update(self.labels.contiguous().numpy().data)
 
     def through(self, preprocessing: Preprocessing) -> ImageSet:
         """The same images as `preprocessing` brings a file that holds one of them to the network.
@@ -53,19 +93,24 @@ class Source:
         preprocessing: from an image file to the same pixels.
     """
 
-    train: ImageSet
+    train: Part
     classes: tuple[str, ...]
     preprocessing: Preprocessing
-    validation: ImageSet | None = None
-    test: ImageSet | None = None
+    validation: Part | None = None
+    test: Part | None = None
 
     def resized(self, size: tuple[int, int]) -> Source:
-        """All parts brought to `size` (height, width), and the preprocessing that does so."""
+        """All parts, which lie in memory, brought to `size` (height, width)."""
         preprocessing = replace(self.preprocessing, resize=size, crop=size)
+
+        def through(part: Part) -> ImageSet:
+            assert isinstance(part, ImageSet)
+            return part.through(preprocessing)
+
         return replace(
             self,
             preprocessing=preprocessing,
-            train=self.train.through(preprocessing),
-            validation=self.validation and self.validation.through(preprocessing),
-            test=self.test and self.test.through(preprocessing),
+            train=through(self.train),
+            validation=self.validation and through(self.validation),
+            test=self.test and through(self.test),
         )

@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from eps_train import graph, guards, snapshot
-from eps_train.batches import Batches, DeviceBatches
+from eps_train.batches import Batches, make
+from eps_train.branches import branch_parameters
 from eps_train.checkpoint import Checkpoint
 from eps_train.config import TrainingConfig
 from eps_train.data import Data, Outline
 from eps_train.deaths import Registry
+from eps_train.devices import wide_float
+from eps_train.distributed import ALONE, Group, running_statistics
 from eps_train.epoch_report import EpochReport
 from eps_train.evaluate import Score, score
-from eps_train.images import ImageSet
+from eps_train.kept import KeptCheckpoints
+from eps_train.lead import EpsilonLead
 from eps_train.network import NetworkSpec
 from eps_train.networks import Normalize, SideHead
 from eps_train.optimizer import keep_only, make_sgd
 from eps_train.schedule import RateSchedule
+from eps_train.step import TrainingStep, build, parameters_of
 
 CHECK_EVERY = 50  # steps between two looks at whether the loss is still finite (each one a sync)
 
@@ -52,35 +57,41 @@ class Trainer:
         last_path: Path,
         device: torch.device,
         stop: Callable[[], bool] = lambda: False,
+        kept: KeptCheckpoints | None = None,
+        group: Group = ALONE,
     ) -> None:
-        self._stop = stop
+        self._stop, self.group = stop, group
         self.config, self.data, self.device = config, data, device
-        self.best_path, self.last_path = best_path, last_path
+        self.best_path, self.last_path, self.kept = best_path, last_path, kept
         identity = data.identity
         self.spec = network_spec(config, identity.outline)
         torch.manual_seed(config.seed)
-        self.model: fx.GraphModule = self.spec.build()
+        self.network = build(self.spec, config, group, device, classes=len(identity.classes))
         self.normalize = Normalize(list(identity.mean), list(identity.std)).to(device)
-        taps = graph.taps(self.model)
-        self.side_head: SideHead | None = None
-        if config.side_weight and taps:
-            self.side_head = SideHead(taps[0].channels, len(identity.classes))
-            taps[0].register_forward_hook(self._read_tap)
-        self._tapped: Tensor | None = None
-        self._place()
-        self.batches: Batches = DeviceBatches(data.train, config, device)
+        self.batches: Batches = make(data, config, device, group.part)
         self.validation = data.validation.to(device)
         self.gates = graph.gates(self.model)
         self.optimizer = make_sgd(self.named_parameters(), config)
+        self.take_step = TrainingStep(
+            self.network, self.normalize, self.optimizer, config, group, device
+        )
         self.schedule = RateSchedule(
             epochs=config.epochs, rates=config.rates, restart=config.restart, descent=config.descent
         )
         self.registry = Registry(self.spec.gated, closed_epochs=config.closed_epochs)
+        self.lead: EpsilonLead | None = None
+        if config.target_parameters is not None:
+            self.lead = EpsilonLead.of(
+                config,
+                branch_parameters(self.model),
+                self.parameters(),
+                descent=self.schedule.descent_epoch,
+            )
         self.retired: dict[str, Tensor] = {}  # tensors of removed blocks
         self.epoch = 0  # epochs done
         self.saved = 0  # epochs that `last_path` holds
         self.step = 0  # steps done of the epoch after that, and their loss and correct answers
-        self.totals = torch.zeros(2, dtype=torch.float64, device=device)
+        self.totals = torch.zeros(2, dtype=wide_float(device), device=device)
         self.rng: tuple[Tensor, Tensor | None] | None = None  # where a resumed epoch goes on
         self.validated: Score | None = None  # the last epoch
         self.best: Score | None = None  # of the current structure
@@ -103,18 +114,24 @@ class Trainer:
         """Train one epoch, bury the dead, validate what would ship; :meth:`save` it after that."""
         started = time.perf_counter()
         epoch = self.epoch
-        rate, epsilon = self.schedule.rate(epoch), self.epsilon(epoch)
-        loss, accuracy, images = self._train_epoch(epoch, rate, epsilon)
-        discarded = self.registry.record_epoch(self.gates, epsilon)
+        rate, thresholds = self.schedule.rate(epoch), self.thresholds(epoch)
+        loss, accuracy, images = self._train_epoch(epoch, rate, thresholds)
+        self.group.share(running_statistics(self.network))
+        discarded = self.registry.record_epoch(self.gates, thresholds, self.group)
         self.schedule.observe(epoch, discarded)
-        died = self._bury(epoch)
-        validation = score(self.model, self.normalize, self.validation)
+        with self._as_trained():
+            died = self._bury(epoch)
+            validation = self.group.lead(lambda: self._validate(died))
         self.epoch, self.step = epoch + 1, 0
         self.validated = validation
-        if died:
-            records = self.registry.records.values()
-            guards.refuse_collapse(records, validation, self.data, epoch=self.epoch)
-        best = bool(died) or self.best is None or _better(validation, self.best)
+        if self.lead is not None:
+            self.lead.observe(
+                epoch,
+                self.registry.records.values(),
+                kept=self.parameters(),
+                accuracy=validation.accuracy,
+            )
+        best = bool(died) or self.best is None or self._better(validation, self.best)
         if best:
             self.best = validation
         seconds = time.perf_counter() - started
@@ -122,103 +139,135 @@ class Trainer:
         return EpochReport(
             epoch=self.epoch,
             rate=rate,
-            epsilon=epsilon,
+            epsilon=max(thresholds.values(), default=0.0),
             loss=loss,
             train_accuracy=accuracy,
             validation=validation,
             discarded=discarded,
             died=died,
             gates=tuple(self.registry.records.values()),
+            parameters=self.parameters(),
             best=best,
             seconds=seconds,
             images=images,
         )
 
-    def epsilon(self, epoch: int) -> float:
-        """Threshold of the live gates in the 0-based `epoch`; 0 holds them open."""
-        settled = round(self.config.settle_at * self.config.epochs)
-        return self.config.epsilon if self.config.epsilon_from <= epoch < settled else 0.0
+    def thresholds(self, epoch: int) -> dict[str, float]:
+        """Epsilon of every gate in the running network in the 0-based `epoch`; 0 holds it open."""
+        if self.lead is not None:
+            return {block: self.lead.threshold(block) for block in self.gates}
+        epsilon, settled = self.config.epsilon, round(self.config.settle_at * self.config.epochs)
+        assert epsilon is not None
+        acts = self.config.epsilon_from <= epoch < settled
+        return dict.fromkeys(self.gates, epsilon if acts else 0.0)
 
     # -- one epoch -------------------------------------------------------------------------------
 
-    def _train_epoch(self, epoch: int, rate: float, epsilon: float) -> tuple[float, float, int]:
+    def _train_epoch(
+        self, epoch: int, rate: float, thresholds: Mapping[str, float]
+    ) -> tuple[float, float, int]:
         self._seed(epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        for gate in self.gates.values():
-            gate.set_epsilon(epsilon)
-        self.model.train()
+        for block, gate in self.gates.items():
+            gate.set_epsilon(thresholds[block])
+        self.network.train()
         steps = self.batches.steps
         if not self.step:
             self.totals.zero_()
         for batch in self.batches.epoch(epoch, first=self.step):
-            self.totals += self._train_step(batch)
+            self.totals += self.take_step(batch)
             self.step += 1
             if self.step % CHECK_EVERY == 0 or self.step == steps:
                 self._refuse_nonfinite()
             elif self._stop():
                 self._refuse_nonfinite()
-                self._save_last(snapshot.checkpoint(self))
+                snapshot.save_midway(self)
                 raise Stopped
-        loss, correct = self.totals.tolist()
+        loss, correct = self.group.add(self.totals.clone()).tolist()
         images = steps * self.batches.size
-        return loss / steps, correct / images, images
+        return loss / (steps * self.group.size), correct / images, images
 
     def _seed(self, epoch: int) -> None:
         """Seed torch's own generators, which networks with dropout draw from."""
-        torch.manual_seed(self.config.seed * 1_000_003 + epoch)
+        seed = self.config.seed * 1_000_003 + epoch
+        torch.manual_seed(seed * self.group.size + self.group.rank)
         if self.rng is not None and self.step:
             torch.set_rng_state(self.rng[0])
             if self.rng[1] is not None:
                 torch.cuda.set_rng_state(self.rng[1], self.device)
         self.rng = None
 
-    def _train_step(self, batch: ImageSet) -> Tensor:
-        """One SGD step; returns (loss, correct answers) on the device."""
-        logits = self.model(self._layout(self.normalize(batch.images)))
-        loss = F.cross_entropy(logits, batch.labels)
-        if self.side_head is not None and self._tapped is not None:
-            side = F.cross_entropy(self.side_head(self._tapped), batch.labels)
-            loss = loss + self.config.side_weight * side
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-        self._tapped = None
-        correct = (logits.detach().argmax(dim=1) == batch.labels).sum()
-        return torch.stack([loss.detach().double(), correct.double()])
-
     def _refuse_nonfinite(self) -> None:
-        if not bool(self.totals[0].isfinite()):
-            kept = f"; {self.last_path} keeps the epoch before" if self.epoch else ""
-            raise guards.nonfinite(self.gates, epoch=self.epoch + 1, step=self.step, kept=kept)
+        """Raise TrainingError when training has failed in any process. Waits for the device."""
+        kept = f"; {self.last_path} keeps the epoch before" if self.epoch else ""
+        now: Any = {"epoch": self.epoch + 1, "step": self.step, "kept": kept}
+        if bool(self.group.largest(self.totals[0].isfinite().logical_not().int())):
+            self.group.fail(guards.nonfinite(self.gates, **now, group=self.group))
+        if self.take_step.precision.collapsed():
+            self.group.fail(guards.unscalable(**now))
+
+    def _validate(self, died: tuple[str, ...]) -> Score:
+        validation = score(self.model, self.normalize, self.validation)
+        if died:
+            records = self.registry.records.values()
+            guards.refuse_collapse(records, validation, self.data, epoch=self.epoch + 1)
+        return validation
+
+    @contextmanager
+    def _as_trained(self) -> Iterator[None]:
+        """Blocks that are led to their death are evaluated as they are trained: without them."""
+        chosen = self.lead.chosen if self.lead is not None else ()
+        gates = {block: self.gates[block] for block in chosen}
+        for gate in gates.values():
+            gate.latch()
+        try:
+            yield
+        finally:
+            for block, gate in gates.items():
+                gate.dead.fill_(block in self.registry.dead)
+
+    def _better(self, new: Score, old: Score) -> bool:
+        """Higher accuracy; at equal accuracy (small validation parts tie often) the lower loss.
+
+        None is while blocks are still led to their death: they would ship with their branches.
+        """
+        pending = self.lead is not None and self.lead.chosen
+        return not pending and (new.accuracy, -new.loss) > (old.accuracy, -old.loss)
 
     def _bury(self, epoch: int) -> tuple[str, ...]:
         """Latch the blocks that died and take them out of the running network."""
         died = self.registry.latch(
-            self.gates, self.model, self.normalize, self.validation.images, epoch=epoch
+            self.gates,
+            self.model,
+            self.normalize,
+            self.validation,
+            epoch=epoch,
+            group=self.group,
         )
         if died and self.config.live_removal:
             before = self.model.state_dict()
-            self.model = graph.remove_blocks(self.model, died)
+            self.adopt(graph.remove_blocks(self.model, died))
             after = self.model.state_dict().keys()
             # To the CPU: on a GPU they would keep the memory that their removal frees.
             self.retired |= {n: t.to("cpu", copy=True) for n, t in before.items() if n not in after}
-            self.gates = graph.gates(self.model)
-            keep_only(self.optimizer, self.named_parameters())
         return died
+
+    def adopt(self, model: fx.GraphModule) -> None:
+        """Go on with `model`, which is the network so far without some of its blocks."""
+        self.take_step.forward.renew(model)
+        self.gates = graph.gates(model)
+        keep_only(self.optimizer, self.named_parameters())
 
     # -- saving and resuming ---------------------------------------------------------------------
 
     def save(self, report: EpochReport) -> None:
-        """Write `last_path` after an epoch, and `best_path` before it if the epoch was best."""
-        checkpoint = snapshot.checkpoint(self)
-        if report.best:
-            checkpoint.save(self.best_path)
-        self._save_last(checkpoint)
+        """Write `last_path` after an epoch, and `best_path` before it if the epoch was best.
 
-    def _save_last(self, checkpoint: Checkpoint) -> None:
-        checkpoint.resume = snapshot.resume_state(self)
-        checkpoint.save(self.last_path)
+        What is kept besides also comes before it: a kill in between repeats the epoch, and so
+        leaves no gap; only then are older ones removed.
+        """
+        snapshot.save_epoch(self, best=report.best)
         self.saved = self.epoch
 
     def resume(self) -> None:
@@ -227,34 +276,37 @@ class Trainer:
 
     def _finish(self) -> Checkpoint:
         """Test the best checkpoint, once, and write the result into it."""
+        self.group.lead(self._test)
+        return Checkpoint.load(self.best_path)
+
+    def _test(self) -> None:
         best = Checkpoint.load(self.best_path)
         if best.metrics["test"] is None:
             model = best.build_gated().to(self.device)
             test = score(model, self.normalize, self.data.test.to(self.device))
             best.metrics["test"] = test.to_dict()
             best.save(self.best_path)
-        return best
 
     # -- parameters ------------------------------------------------------------------------------
 
-    def _place(self) -> None:
-        """Move to the device, convolutions in channels-last: a quarter faster on the CPUs tried."""
-        for module in (self.model, self.side_head, self.normalize):
-            if module is not None:
-                module.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    @property
+    def model(self) -> fx.GraphModule:
+        """The network as it runs, without its side head."""
+        return self.network.model
 
-    def _layout(self, images: Tensor) -> Tensor:
-        return images.contiguous(memory_format=torch.channels_last)
+    @property
+    def side_head(self) -> SideHead | None:
+        return self.network.side_head
 
-    def _read_tap(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        if module.training:
-            self._tapped = output
+    def parameters(self) -> int:
+        """Learned parameters of the network that would ship now, without its dead blocks."""
+        model = self.model
+        if not self.config.live_removal:
+            model = graph.remove_blocks(model, self.registry.dead)
+        return sum(parameter.numel() for parameter in model.parameters())
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        named = list(self.model.named_parameters())
-        if self.side_head is not None:
-            named += [(f"side_head.{n}", p) for n, p in self.side_head.named_parameters()]
-        return named
+        return parameters_of(self.network)
 
 
 def network_spec(config: TrainingConfig, data: Outline) -> NetworkSpec:
@@ -263,8 +315,3 @@ def network_spec(config: TrainingConfig, data: Outline) -> NetworkSpec:
     if config.plain:
         return replace(spec, gated=())
     return spec
-
-
-def _better(new: Score, old: Score) -> bool:
-    """Higher accuracy; at equal accuracy (small validation parts tie often) the lower loss."""
-    return (new.accuracy, -new.loss) > (old.accuracy, -old.loss)

@@ -7,6 +7,8 @@ epsilon 0: open), and a :class:`Tap` marks where the training loop may attach th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -148,16 +150,21 @@ def initialise(model: nn.Module) -> None:
 class Normalize(nn.Module):
     """uint8 images `[N, C, H, W]` to float32 `(pixel - mean) / std`.
 
-    Mean and standard deviation are per channel, in pixel units 0..255.
+    In pixel units 0..255: a mean per channel, or a mean image `[C][H][W]`; a deviation per channel.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, mean: list[float], std: list[float]) -> None:
+    def __init__(self, mean: Sequence[object], std: Sequence[float]) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1))
-        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1))
+        center = torch.tensor(mean, dtype=torch.float32)
+        self.register_buffer("mean", center[None] if center.dim() == 3 else _by_channel(center))
+        self.register_buffer("std", _by_channel(torch.tensor(std, dtype=torch.float32)))
 
     def forward(self, images: Tensor) -> Tensor:
         return (images.to(torch.float32) - self.mean) / self.std
+
+
+def _by_channel(values: Tensor) -> Tensor:
+    return values.view(1, -1, 1, 1)

@@ -15,7 +15,7 @@ Named = Iterable[tuple[str, nn.Parameter]]
 def make_sgd(named: Named, config: TrainingConfig) -> torch.optim.SGD:
     """SGD that decays the weights of convolutions and linear layers and nothing else (paper)."""
     parameters = [parameter for _, parameter in named]
-    return torch.optim.SGD(
+    optimizer = torch.optim.SGD(
         [
             {
                 "params": [p for p in parameters if p.dim() > 1],
@@ -28,6 +28,11 @@ def make_sgd(named: Named, config: TrainingConfig) -> torch.optim.SGD:
         nesterov=config.nesterov,
         fused=True,
     )
+    for parameter in parameters:
+        # The fused kernel leaves its buffers unset when the first step of all is one that the loss
+        # scale of fp16 leaves out. From zero, the first step is the same.
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def keep_only(optimizer: torch.optim.SGD, named: Named) -> None:
@@ -41,12 +46,8 @@ def keep_only(optimizer: torch.optim.SGD, named: Named) -> None:
 
 
 def momentum(optimizer: torch.optim.SGD, named: Named) -> dict[str, Tensor]:
-    """Momentum by parameter name; empty before the first step."""
-    return {
-        name: optimizer.state[parameter]["momentum_buffer"].cpu()
-        for name, parameter in named
-        if parameter in optimizer.state
-    }
+    """Momentum by parameter name."""
+    return {name: optimizer.state[parameter]["momentum_buffer"].cpu() for name, parameter in named}
 
 
 def restore_momentum(optimizer: torch.optim.SGD, named: Named, saved: Mapping[str, Tensor]) -> None:

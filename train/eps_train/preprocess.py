@@ -7,7 +7,7 @@ Pillow only: the serving image has no torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 COLORS = ("grey", "rgb")
 _MOST_PIXELS = 178_956_970  # of an image once scaled; where Pillow sees a decompression bomb too
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
+
+ChooseBox = Callable[[int, int], tuple[int, int, int, int]]
+"""From height and width of a picture to top, left, height and width of a part of it, in pixels."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,11 +74,7 @@ class Preprocessing:
 
     def apply(self, image: Image.Image) -> npt.NDArray[np.uint8]:
         """Return `image` as uint8 `[C, H, W]`."""
-        from PIL import Image, ImageOps
-
-        if self.exif_rotation:
-            image = ImageOps.exif_transpose(image)
-        image = _eight_bits(image).convert("L" if self.color == "grey" else "RGB")
+        image = self._upright(image)
         height, width = self.resize
         scale = max(height / image.height, width / image.width)
         covering = (
@@ -85,29 +84,68 @@ class Preprocessing:
         if covering[0] * covering[1] > _MOST_PIXELS:
             raise ValueError(f"{image.width}x{image.height} pixels are too long and thin to scale")
         if covering != image.size:
-            image = image.resize(covering, Image.Resampling[self.interpolation.upper()])
+            image = image.resize(covering, self._resampling)
         top, left = (image.height - self.crop[0]) // 2, (image.width - self.crop[1]) // 2
         image = image.crop((left, top, left + self.crop[1], top + self.crop[0]))
-        pixels = np.asarray(image, dtype=np.uint8)
-        return np.ascontiguousarray(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))
+        return _planes(image)
+
+    def apply_crop(self, image: Image.Image, choose: ChooseBox) -> npt.NDArray[np.uint8]:
+        """A box of `image`, scaled to `crop` without regard to its aspect ratio: for training.
+
+        `choose` is told height and width of the picture, upright and of its full size.
+        """
+        image = self._upright(image)
+        top, left, height, width = choose(image.height, image.width)
+        image = image.crop((left, top, left + width, top + height))
+        return _planes(image.resize(self.crop[::-1], self._resampling))
 
     def read(self, path: Path) -> npt.NDArray[np.uint8]:
         """Read an image file and :meth:`apply`. Raises DataError that names the file."""
-        from PIL import Image, UnidentifiedImageError
+        return _decoded(path, self.apply)
 
-        try:
-            with Image.open(path) as image:
-                return self.apply(image)
-        except FileNotFoundError:
-            raise DataError(f"{path}: no such file") from None
-        except IsADirectoryError:
-            raise DataError(f"{path}: is a folder, not an image") from None
-        except UnidentifiedImageError:
-            raise DataError(f"{path}: not an image that Pillow can read") from None
-        except Exception as error:  # Pillow's decoders raise many types for what is damaged
-            reason = error.strerror if isinstance(error, OSError) else None
-            problem = reason or str(error) or type(error).__name__
-            raise DataError(f"{path}: cannot be decoded: {problem}") from None
+    def read_crop(self, path: Path, choose: ChooseBox) -> npt.NDArray[np.uint8]:
+        """Read an image file and :meth:`apply_crop`. Raises DataError that names the file."""
+        return _decoded(path, lambda image: self.apply_crop(image, choose))
+
+    def _upright(self, image: Image.Image) -> Image.Image:
+        from PIL import ImageOps
+
+        if self.exif_rotation:
+            image = ImageOps.exif_transpose(image)
+        return _eight_bits(image).convert("L" if self.color == "grey" else "RGB")
+
+    @property
+    def _resampling(self) -> Image.Resampling:
+        from PIL import Image
+
+        return Image.Resampling[self.interpolation.upper()]
+
+
+def _decoded(
+    path: Path, use: Callable[[Image.Image], npt.NDArray[np.uint8]]
+) -> npt.NDArray[np.uint8]:
+    """What `use` makes of an image file; DataError names the file when that fails."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            return use(image)
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise DataError(f"{path}: is a folder, not an image") from None
+    except UnidentifiedImageError:
+        raise DataError(f"{path}: not an image that Pillow can read") from None
+    except Exception as error:  # Pillow's decoders raise many types for what is damaged
+        reason = error.strerror if isinstance(error, OSError) else None
+        problem = reason or str(error) or type(error).__name__
+        raise DataError(f"{path}: cannot be decoded: {problem}") from None
+
+
+def _planes(image: Image.Image) -> npt.NDArray[np.uint8]:
+    """Pixels `[C, H, W]` of a grey or RGB image."""
+    pixels = np.asarray(image, dtype=np.uint8)
+    return np.ascontiguousarray(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

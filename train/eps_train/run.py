@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from eps_train import console
+from eps_train import agreement, console, outlook
+from eps_train.board import Board, require
 from eps_train.checkpoint import Checkpoint
 from eps_train.config import TrainingConfig
 from eps_train.data import Data
+from eps_train.distributed import ALONE, Group
 from eps_train.epoch_report import EpochReport
-from eps_train.errors import Interrupted
+from eps_train.errors import ConfigError, Interrupted
+from eps_train.kept import KeptCheckpoints
 from eps_train.loop import Stopped, Trainer
 from eps_train.picture import draw
 from eps_train.progress import LEGEND, EpochPrinter, MetricsLog
 from eps_train.runfiles import RunFiles
 from eps_train.sealed import replace_file
-from eps_train.signals import StopRequest
+from eps_train.signals import AgreedStop, StopRequest
 from eps_train.summary import summarize
 
 
@@ -31,6 +36,9 @@ class Run:
         device: where to train.
         resume: go on from `files.last` if it is there.
         weights: a state dict to start from.
+        keep: how many of the last epochs' checkpoints stay; see :class:`kept.KeptCheckpoints`.
+        tensorboard: whether TensorBoard's event files are written.
+        group: the processes that train together; their leader alone writes and prints.
 
     Raises:
         EpsError: what is given cannot be used.
@@ -45,10 +53,18 @@ class Run:
         device: torch.device,
         resume: bool,
         weights: Path | None,
+        keep: int = 0,
+        tensorboard: bool = False,
+        group: Group = ALONE,
     ) -> None:
-        self.config, self.files = config, files
+        self._group = group
+        self.config, self.files, self._tensorboard = config, files, tensorboard
+        if tensorboard:
+            require()
         self._log = console.log()
         self._stop = StopRequest()
+        self._agreed_stop = AgreedStop(self._stop, group)
+        self._kept = KeptCheckpoints(files, keep)
         if config.cpu_threads:
             torch.set_num_threads(config.cpu_threads)
         self.trainer = Trainer(
@@ -57,12 +73,18 @@ class Run:
             best_path=files.best,
             last_path=files.last,
             device=device,
-            stop=self._stop,
+            stop=self._agreed_stop,
+            kept=self._kept,
+            group=group,
         )
+        self._parameters = self.trainer.parameters()  # of the whole network: nothing has left yet
         if resume and files.last.exists():
             self.trainer.resume()
         elif resume:
             self._log.print(f"{files.last}: not there yet; starting from the first epoch")
+        self._refuse_other_folders()
+        if resume:
+            self._kept.adopt(config, data, epochs_done=self.trainer.epoch)
         if weights and not (self.trainer.epoch or self.trainer.step):
             from eps_train.weights import load_weights
 
@@ -75,34 +97,122 @@ class Run:
 
         Raises Interrupted when SIGINT or SIGTERM ended it early; all is saved then.
         """
-        metrics = MetricsLog(self.files.metrics, epochs_done=self.trainer.epoch)
+        processes = self._processes()
+        self._group.lead(self._open)
+        best = self._train()
+        self._group.lead(self._draw)
+        if self._agreed_stop.at_last():  # it came too late to stop this run, but not the next one
+            assert self._stop.signal is not None
+            raise Interrupted(self._stop.signal)
+        return summarize(best, self.files.best, self.trainer.seconds) | processes
+
+    def _open(self) -> None:
+        """Prepare what the leader writes and says while the run goes."""
+        trainer = self.trainer
+        config = json.dumps(self.config.to_dict(), indent=2) + "\n"
+        replace_file(self.files.config, config.encode())
+        self._metrics = MetricsLog(
+            self.files.metrics, epochs_done=trainer.epoch, parameters=self._parameters
+        )
+        self._kept.rotate(trainer.epoch)  # a kill may have come before it
         if not self.config.plain:
             self._log.print(f"block map: {LEGEND}")
-        best = self._train(metrics)
+        if not (trainer.epoch or trainer.step):
+            self._warn_before()
+        before = self._metrics.read()
+        self._deaths = outlook.DeathWatch(
+            self.config,
+            trainer.data.validation.labels,
+            before=before,
+            records=trainer.registry.records.values(),
+        )
+        self._board: Board | None = None
+        if self._tensorboard:
+            self._board = Board(self.files, epochs=self.config.epochs, before=before)
+
+    def _draw(self) -> None:
         title = f"{self._title}: {self.config.dataset}, {self.config.model}"
-        replace_file(self.files.picture, draw(metrics.read(), title))
-        if self._stop.signal is not None:  # it came too late to stop this run, but not the next one
-            raise Interrupted(self._stop.signal)
-        return summarize(best, self.files.best, self.trainer.seconds)
+        replace_file(self.files.picture, draw(self._metrics.read(), title))
 
-    def _train(self, metrics: MetricsLog) -> Checkpoint:
-        done, epochs = self.trainer.epoch, self.config.epochs
-        with EpochPrinter(self._log, self._title, epochs=epochs, epochs_done=done) as printer:
+    def _processes(self) -> dict[str, Any]:
+        """What the summary tells about several processes, and what their gates' agreement costs."""
+        group, trainer = self._group, self.trainer
+        if group.world is None:
+            return {}
+        told: dict[str, Any] = {"processes": group.size}
+        if self.config.gate_scope == "global" and trainer.gates:
+            shape = (trainer.batches.size // group.size, *trainer.data.identity.input_shape)
+            blank = torch.zeros(shape, dtype=torch.uint8, device=trainer.device)
+            cost = agreement.measure(trainer.network, trainer.normalize(blank), group)
+            told["gate_agreement_seconds"] = cost.seconds
+            self._log.print(
+                f"gate scope global: the agreement of {len(trainer.gates)} gates makes a forward"
+                f" pass of {1e3 * cost.apart:.1f} ms {1e3 * cost.seconds:.1f} ms longer"
+                f" ({group.size} processes, median of {agreement.ROUNDS})"
+            )
+        return told
 
-            def report(epoch: EpochReport) -> None:
-                metrics.append(epoch)
+    def _refuse_other_folders(self) -> None:
+        here = (self.trainer.epoch, self.trainer.step)
+        if any(there != here for there in self._group.gather(here)):
+            self._group.fail(
+                ConfigError(
+                    f"{self.files.last}: is not the same for all processes; end the run that is"
+                    " writing it, or give an --output folder that all machines share"
+                )
+            )
+
+    def _warn_before(self) -> None:
+        """Say what the plan alone tells about how the run will end."""
+        trainer = self.trainer
+        found = [outlook.before_training(self.config, steps=trainer.batches.steps)]
+        found.append(
+            outlook.zero_branches(
+                trainer.model,
+                trainer.normalize,
+                trainer.gates,
+                trainer.validation,
+                epsilon=max(trainer.thresholds(0).values(), default=0.0),
+            )
+        )
+        self._warn(warning for warning in found if warning is not None)
+
+    def _warn(self, warnings: Iterable[str]) -> None:
+        for warning in warnings:
+            self._log.print(f"warning: {warning}")
+
+    def _train(self) -> Checkpoint:
+        trainer = self.trainer
+        with self._printer() as printer:
+
+            def tell(epoch: EpochReport) -> None:
+                line = self._metrics.append(epoch)
                 printer.show(epoch)
+                self._warn(self._deaths.observe(epoch))
+                if self._board is not None:
+                    self._board.add(line, self._metrics.read)
 
             try:
                 with self._stop:
-                    return self.trainer.run(report)
+                    return trainer.run(lambda epoch: self._group.lead(lambda: tell(epoch)))
             except Stopped:
-                self._say_what_is_kept(self.trainer.step)
+                self._say_what_is_kept(trainer.step)
                 assert self._stop.signal is not None
                 raise Interrupted(self._stop.signal) from None
             except (KeyboardInterrupt, OSError):
                 self._say_what_is_kept()
                 raise
+
+    def _printer(self) -> EpochPrinter:
+        trainer = self.trainer
+        return EpochPrinter(
+            self._log,
+            self._title,
+            epochs=self.config.epochs,
+            epochs_done=trainer.epoch,
+            parameters=self._parameters,
+            position=lambda: trainer.epoch + trainer.step / trainer.batches.steps,
+        )
 
     def _say_what_is_kept(self, steps: int = 0) -> None:
         if self.trainer.saved or steps:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from eps_train import console
+from eps_train import console, outlook
 from eps_train.checkpoint import Checkpoint
 from eps_train.config import TrainingConfig
 from eps_train.cost import cost
@@ -71,9 +71,21 @@ def show_plan(chosen: TrainingConfig, data: Outline) -> None:
         ("rate", _steps(chosen.rates)),
         ("after a loss", _steps(chosen.restart) if chosen.restart else "no restart"),
         ("last descent", f"{_steps(chosen.descent)} of the run"),
-        ("epsilon", "none: plain network" if chosen.plain else f"{chosen.epsilon:g}"),
+        ("epsilon", _epsilon(chosen)),
     ]
-    console.log().print(console.table(f"Recipe {chosen.recipe} (dry run)", ("", ""), rows))
+    log = console.log()
+    log.print(console.table(f"Recipe {chosen.recipe} (dry run)", ("", ""), rows))
+    if warning := outlook.before_training(chosen, steps=steps):
+        log.print(f"warning: {warning}")
+
+
+def _epsilon(chosen: TrainingConfig) -> str:
+    if chosen.plain:
+        return "none: plain network"
+    start = f" from epoch {chosen.epsilon_from + 1} on" if chosen.epsilon_from else ""
+    if chosen.epsilon is None:
+        return f"led to keep {chosen.target_parameters:.0%} of the parameters{start}"
+    return f"{chosen.epsilon:g}{start}"
 
 
 def _size(shape: tuple[int, int, int]) -> str:

@@ -9,8 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from eps_train import data
-from eps_train.errors import DataError
+from eps_train import data, images
+from eps_train.errors import ConfigError, DataError
+from eps_train.files import FileSet
+from eps_train.images import ImageSet
 from eps_train.readers import folder
 
 
@@ -64,6 +66,35 @@ def test_grey_images_stay_grey_and_mixed_modes_become_rgb(tmp_path: Path) -> Non
     assert folder.read(tmp_path).train.images.shape[1] == 3
 
 
+def test_every_mode_among_rgb_keeps_its_look(tmp_path: Path) -> None:
+    """Palette, transparency, 16 bits, CMYK and grey, each beside an RGB image of the same look."""
+    path = tmp_path / "a" / "image"
+    path.parent.mkdir()
+    grey = Image.new("RGB", (6, 5), (90, 90, 90))
+    grey.save(path.with_name("rgb.png"))
+    grey.convert("P", palette=Image.Palette.ADAPTIVE).save(path.with_name("palette.png"))
+    grey.convert("RGBA").save(path.with_name("alpha.png"))
+    grey.convert("CMYK").save(path.with_name("cmyk.jpg"), quality=100)
+    grey.convert("L").save(path.with_name("grey.png"))
+    grey.convert("LA").save(path.with_name("grey-alpha.png"))
+    deep = np.full((5, 6), 90 << 8, dtype=np.uint16)
+    Image.fromarray(deep).save(path.with_name("deep.png"))
+    Image.fromarray(deep).save(path.with_name("deep.tif"))
+    Image.fromarray(deep.astype(">u2")).save(path.with_name("deep-big-endian.tif"))
+    picture(tmp_path / "b" / "colour.png", size=(5, 6))
+    source = folder.read(tmp_path)
+    looks = source.train.images[source.train.labels == 0].to(torch.int64)
+    assert looks.shape == (9, 3, 5, 6)
+    assert (looks - 90).abs().amax() <= 1
+
+
+def test_grey_modes_of_every_depth_stay_grey(tmp_path: Path) -> None:
+    for name, mode in (("a", "L"), ("b", "LA"), ("c", "I;16"), ("d", "1")):
+        (tmp_path / name).mkdir()
+        Image.new(mode, (6, 5)).save(tmp_path / name / "0.png")
+    assert folder.read(tmp_path).preprocessing.color == "grey"
+
+
 def test_a_corrupt_image_is_named(tmp_path: Path) -> None:
     pets(tmp_path)
     (tmp_path / "dog" / "broken.jpg").write_bytes(b"\xff\xd8\xff not a picture")
@@ -95,18 +126,54 @@ def test_an_empty_folder_and_a_missing_one_are_named(tmp_path: Path) -> None:
         folder.read(tmp_path / "nowhere")
 
 
+def test_images_without_class_folders_are_counted(tmp_path: Path) -> None:
+    for index in range(3):
+        picture(tmp_path / f"{index}.png")
+    with pytest.raises(DataError, match="no class folders in it but 3 images; put the images of"):
+        folder.read(tmp_path)
+
+
+def test_what_a_file_browser_leaves_behind_is_no_image(tmp_path: Path) -> None:
+    pets(tmp_path)
+    (tmp_path / "cat" / "._00.png").write_bytes(b"\0\5\x16\7")
+    (tmp_path / ".thumbnails").mkdir()
+    (tmp_path / "cat" / "notes.txt").write_text("no picture")
+    assert len(folder.read(tmp_path).train) == 24
+
+
+@pytest.mark.parametrize(("wrong", "right"), [("valid", "val"), ("testing", "test")])
+def test_a_part_under_another_name_is_not_passed_over(
+    wrong: str, right: str, tmp_path: Path
+) -> None:
+    pets(tmp_path / "train")
+    pets(tmp_path / wrong)
+    with pytest.raises(
+        DataError, match=f"{wrong}: is not looked into beside train; name it {right}"
+    ):
+        folder.read(tmp_path)
+    pets(tmp_path / right)
+    assert len(folder.read(tmp_path).train) == 24
+
+
+def test_parts_without_training_images_are_not_taken_for_classes(tmp_path: Path) -> None:
+    pets(tmp_path / "val")
+    pets(tmp_path / "test")
+    with pytest.raises(DataError, match=r"val: a part without .*train; add that, or put all"):
+        folder.read(tmp_path)
+
+
 def test_a_class_that_only_the_test_part_has_is_named(tmp_path: Path) -> None:
     pets(tmp_path / "train")
     pets(tmp_path / "test")
     picture(tmp_path / "test" / "emu" / "0.png")
-    with pytest.raises(DataError, match=r"test/emu: a class that .*train lacks"):
+    with pytest.raises(DataError, match=r"test/emu: a class that the training part lacks"):
         folder.read(tmp_path)
 
 
 def test_a_class_of_one_and_a_single_class_are_refused(tmp_path: Path) -> None:
     pets(tmp_path / "both")
     picture(tmp_path / "both" / "emu" / "0.png")
-    with pytest.raises(DataError, match="class emu has 1 images; at least 3 are needed"):
+    with pytest.raises(DataError, match="class emu has 1 image; at least 3 are needed"):
         data.load(f"folder:{tmp_path / 'both'}")
     picture(tmp_path / "one" / "cat" / "0.png")
     with pytest.raises(DataError, match="only one class"):
@@ -125,3 +192,67 @@ def test_a_moved_folder_is_found_again_through_the_data_root(tmp_path: Path) -> 
     picture(tmp_path / "there" / "cat" / "00.png", value=200)
     with pytest.raises(DataError, match="not the images that the checkpoint was trained on"):
         data.load_again(made.identity, tmp_path / "there")
+
+
+# -- sets that are too large to be held ---------------------------------------------------------
+
+
+@pytest.fixture
+def small_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No more than ten of the pictures below fit."""
+    monkeypatch.setattr(images, "MEMORY", 10 * 3 * 6 * 5)
+
+
+@pytest.mark.usefixtures("small_memory")
+def test_a_large_folder_stays_on_disk_and_is_split_as_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pets(tmp_path, count=50)
+    made = data.load(f"folder:{tmp_path}")
+    monkeypatch.undo()  # of the fixture: now there is room
+    held = data.load(f"folder:{tmp_path}")
+    assert isinstance(made.train, FileSet)
+    assert isinstance(held.train, ImageSet)
+    assert made.identity.sizes == held.identity.sizes == {"train": 72, "validation": 8, "test": 20}
+    for part in ("train", "validation", "test"):
+        assert torch.equal(getattr(made, part).images, getattr(held, part).images)
+        assert torch.equal(getattr(made, part).labels, getattr(held, part).labels)
+    assert made.identity.mean == held.identity.mean, "all 72 images are in the sample"
+    assert made.identity.std == held.identity.std
+
+
+@pytest.mark.usefixtures("small_memory")
+def test_a_set_on_disk_is_known_again_by_names_sizes_and_labels(tmp_path: Path) -> None:
+    pets(tmp_path / "here", count=20)
+    made = data.load(f"folder:{tmp_path / 'here'}")
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert data.load_again(made.identity, tmp_path / "there").identity == made.identity
+    cat, dog = tmp_path / "there" / "cat" / "03.png", tmp_path / "there" / "dog" / "03.png"
+    content = cat.read_bytes()
+    for change in (
+        lambda: cat.write_bytes(content + b"\0"),
+        lambda: cat.rename(cat.with_name("3.png")),
+        lambda: cat.rename(dog.with_name("03b.png")),
+    ):
+        change()
+        with pytest.raises(DataError, match="not the images that the checkpoint was trained on"):
+            data.load_again(made.identity, tmp_path / "there")
+        for path in (cat.with_name("3.png"), dog.with_name("03b.png")):
+            path.unlink(missing_ok=True)
+        cat.write_bytes(content)
+    assert data.load_again(made.identity, tmp_path / "there").identity == made.identity
+
+
+@pytest.mark.usefixtures("small_memory")
+def test_a_mean_image_needs_a_set_in_memory(tmp_path: Path) -> None:
+    pets(tmp_path)
+    with pytest.raises(ConfigError, match="--normalization pixel: needs a set that fits in memory"):
+        data.load(f"folder:{tmp_path}", normalization="pixel")
+
+
+@pytest.mark.usefixtures("small_memory")
+def test_what_does_not_fit_is_not_read_at_once(tmp_path: Path) -> None:
+    pets(tmp_path)
+    source = folder.read(tmp_path)
+    with pytest.raises(DataError, match=r"24 images of 3x6x5 do not fit in .* --image-size"):
+        assert source.train.images is None

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import gzip
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from eps_train import data
+from eps_train import data, recipes
 from eps_train.errors import DataError
+from eps_train.loop import Trainer
 from eps_train.readers import idx
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")  # Debian's package dataset-fashion-mnist
@@ -81,8 +83,13 @@ def test_damaged_plain_files_are_named(tmp_path: Path, content: bytes, message: 
         idx.read("mnist", tmp_path)
 
 
+needs_fashion = pytest.mark.skipif(
+    not FASHION.is_dir(), reason="needs Debian's package dataset-fashion-mnist"
+)
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(not FASHION.is_dir(), reason="needs the package dataset-fashion-mnist")
+@needs_fashion
 def test_the_real_fashion_mnist() -> None:
     made = data.load("fashion-mnist", FASHION)
     assert made.identity.outline == data.outline("fashion-mnist")
@@ -90,3 +97,32 @@ def test_the_real_fashion_mnist() -> None:
     assert torch.equal(made.test.labels.bincount(), torch.full((10,), 1_000))
     assert made.identity.mean[0] == pytest.approx(72.9, abs=0.2)  # 0.286 of 255, as published
     assert made.identity.std[0] == pytest.approx(90.0, abs=0.2)  # 0.353 of 255
+
+
+@pytest.mark.slow
+@needs_fashion
+def test_one_epoch_of_the_real_fashion_mnist_is_learned_from(tmp_path: Path) -> None:
+    """Its own recipe, shortened and smaller, with the paper's normalisation and SVHN's warp."""
+    run = replace(
+        recipes.recipe("fashion-mnist"),
+        model="cifar:8x8",
+        epochs=1,
+        epsilon=0.0,
+        normalization="pixel",
+        augmentation="svhn",
+        flip=False,
+    )
+    made = data.load(
+        "fashion-mnist", FASHION, image_size=run.image_size, normalization=run.normalization
+    )
+    assert made.identity.input_shape == (1, 14, 14)
+    trainer = Trainer(
+        run,
+        made,
+        best_path=tmp_path / "ckpt.pt",
+        last_path=tmp_path / "last.pt",
+        device=torch.device("cpu"),
+    )
+    best = trainer.run(lambda report: None)
+    assert best.metrics["test"]["samples"] == 10_000
+    assert best.metrics["test"]["accuracy"] > 0.7

@@ -18,9 +18,12 @@ from torch import Tensor
 from eps_train.errors import DataError
 from eps_train.images import ImageSet, Source
 from eps_train.preprocess import Preprocessing
+from eps_train.readers.fetch import fetched
 
 _IMAGES, _LABELS = 3, 1  # dimensions, the last byte of the magic number
-
+_STEMS = tuple(
+    f"{part}-{what}-ubyte" for part in ("train", "t10k") for what in ("images-idx3", "labels-idx1")
+)
 
 _FOLDERS = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST"}  # torchvision's names
 _CLASSES = {
@@ -40,8 +43,14 @@ _CLASSES = {
 }
 
 
-def read(name: str, root: Path) -> Source:
-    """Read `mnist` or `fashion-mnist` below `root`: 60,000 training and 10,000 test images."""
+def read(name: str, root: Path, *, download: bool = False) -> Source:
+    """Read `mnist` or `fashion-mnist` below `root`: 60,000 training and 10,000 test images.
+
+    Raises DataError that names the file that is missing or damaged; `download` fetches them all
+    when one of them is missing.
+    """
+    if download and None in [_find(name, root, stem) for stem in _STEMS]:
+        _fetch(name, root)
     train, test = (
         ImageSet(
             _array(name, root, f"{part}-images-idx3-ubyte", _IMAGES)[:, None],
@@ -61,6 +70,12 @@ def read(name: str, root: Path) -> Source:
 def _array(name: str, root: Path, stem: str, dimensions: int) -> Tensor:
     """The uint8 array of one IDX file."""
     path = _find(name, root, stem)
+    if path is None:
+        raise DataError(
+            f"data set {name}: no {stem}.gz in {root} (nor in {_FOLDERS[name]}/raw or {name} below"
+            " it); put the four original files there, name their folder with --data-root, or add"
+            " --download"
+        )
     content = path.read_bytes()
     if path.suffix == ".gz":
         try:
@@ -77,13 +92,21 @@ def _array(name: str, root: Path, stem: str, dimensions: int) -> Tensor:
     return torch.from_numpy(pixels.copy())
 
 
-def _find(name: str, root: Path, stem: str) -> Path:
+def _find(name: str, root: Path, stem: str) -> Path | None:
     folders = (root, root / _FOLDERS[name] / "raw", root / name)
     for folder in folders:
         for path in (folder / f"{stem}.gz", folder / stem):
             if path.is_file():
                 return path
-    raise DataError(
-        f"data set {name}: no {stem}.gz in {root} (nor in {_FOLDERS[name]}/raw or {name} below it);"
-        " put the four original files there, or name their folder with --data-root"
-    )
+    return None
+
+
+def _fetch(name: str, root: Path) -> None:
+    def work() -> None:
+        from torchvision import datasets
+
+        reader = datasets.MNIST if name == "mnist" else datasets.FashionMNIST
+        reader(root, download=True)
+
+    files = ", ".join(f"{stem}.gz" for stem in _STEMS)
+    fetched(name, root, files, work, download=True)

@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+
+import click
+import pytest
+
+from eps_train import config_flags
+from eps_train.cli import cli, main
+from eps_train.config import TrainingConfig
+from eps_train.recipes import digits
+from tests.commands import Result, run
+
+# One option, its value, and the field's value that comes of it, for every field but `recipe`.
+GIVEN = {
+    "dataset": ("--dataset", "mnist", "mnist"),
+    "image_size": ("--image-size", "14x20", [14, 20]),
+    "model": ("--model", "cifar:20", "cifar:20"),
+    "epochs": ("--epochs", "3", 3),
+    "batch_size": ("--batch-size", "32", 32),
+    "seed": ("--seed", "5", 5),
+    "epsilon": ("--epsilon", "1.5", 1.5),
+    "target_parameters": ("--target-parameters", "0.3", 0.3),
+    "max_accuracy_drop": ("--max-accuracy-drop", "1", 1.0),
+    "epsilon_from": ("--epsilon-from", "2", 2),
+    "settle_at": ("--settle-at", "0.8", 0.8),
+    "closed_epochs": ("--closed-epochs", "3", 3),
+    "live_removal": ("--no-live-removal", None, False),
+    "rates": ("--rates", "0:0.2,5:0.02", [[0, 0.2], [5, 0.02]]),
+    "restart": ("--restart", "0:0.2", [[0, 0.2]]),
+    "descent": ("--descent", "none", []),
+    "momentum": ("--momentum", "0.5", 0.5),
+    "nesterov": ("--nesterov", None, True),
+    "weight_decay": ("--weight-decay", "0.001", 0.001),
+    "side_weight": ("--side-weight", "0", 0.0),
+    "normalization": ("--normalization", "pixel", "pixel"),
+    "augmentation": ("--augmentation", "svhn", "svhn"),
+    "shift": ("--shift", "2", 2),
+    "flip": ("--flip", None, True),
+    "precision": ("--precision", "bf16", "bf16"),
+    "compile": ("--compile", None, True),
+    "sync_batchnorm": ("--sync-batchnorm", None, True),
+    "gate_scope": ("--gate-scope", "global", "global"),
+    "cpu_threads": ("--cpu-threads", "2", 2),
+}
+
+
+def show(cwd: Path, *args: object) -> Result:
+    return run("eps-train", main, *args, "--show-recipe", cwd=cwd)
+
+
+def test_every_field_has_an_option() -> None:
+    options = {parameter.name for parameter in cli.params}
+    assert {field.name for field in fields(TrainingConfig)} <= options
+    assert GIVEN.keys() == {field.name for field in fields(TrainingConfig)} - {"recipe"}
+
+
+@pytest.mark.parametrize("field", GIVEN)
+def test_an_option_overrides_its_field_and_no_other(field: str, tmp_path: Path) -> None:
+    option, text, value = GIVEN[field]
+    together = ("--target-parameters", "0.3") if field == "max_accuracy_drop" else ()
+    result = show(tmp_path, option, *([text] if text else []), *together)
+    assert result.code == 0, result.stderr
+    shown, plain = json.loads(result.stdout), digits().to_dict()
+    assert shown.pop(field) == value
+    changed = {name for name, entry in shown.items() if entry != plain[name]}
+    assert changed <= {"epsilon", "target_parameters"}
+
+
+def test_a_target_and_a_threshold_replace_each_other(tmp_path: Path) -> None:
+    led = show(tmp_path, "--target-parameters", 0.3, "--max-accuracy-drop", 1)
+    assert json.loads(led.stdout)["epsilon"] is None
+    (tmp_path / "led.json").write_text(led.stdout)
+    fixed = json.loads(show(tmp_path, "--config", "led.json", "--epsilon", 2).stdout)
+    assert fixed["epsilon"] == 2
+    assert fixed["target_parameters"] is None
+    assert fixed["max_accuracy_drop"] is None
+
+
+def test_config_reads_back_what_show_recipe_prints(tmp_path: Path) -> None:
+    printed = show(tmp_path, "--recipe", "svhn-110", "--seed", 3, "--image-size", 16).stdout
+    (tmp_path / "mine.json").write_text(printed)
+    assert show(tmp_path, "--config", "mine.json").stdout == printed
+    again = json.loads(show(tmp_path, "--config", "mine.json", "--seed", 4).stdout)
+    assert again == {**json.loads(printed), "seed": 4}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such file"),
+        ("{", "not JSON"),
+        ("\xff", "not JSON"),
+        ("[]", "not a JSON object"),
+        ('{"recipe": "digits"}', "not a training configuration"),
+        ('{"speed": 9}', "unknown configuration field speed"),
+    ],
+)
+def test_a_config_that_is_none_is_refused_in_one_line(
+    content: str | None, message: str, tmp_path: Path
+) -> None:
+    if content is not None:
+        (tmp_path / "mine.json").write_bytes(content.encode("latin-1"))
+    result = show(tmp_path, "--config", "mine.json")
+    assert result.code == 1
+    assert result.error.startswith("eps-train: error: --config mine.json: ")
+    assert message in result.error
+
+
+@pytest.mark.parametrize(
+    "text", ["fast", "0", "0:0.1,0:0.2", "5:0.1,0:0.2", "-1:0.1", "0:-1", "0:nan", "0:0.1,", ""]
+)
+def test_steps_that_are_none_are_refused(text: str) -> None:
+    with pytest.raises(click.BadParameter):
+        config_flags.steps(text)

@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import gc
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from eps_train import forward
+from eps_train.config import TrainingConfig
+from eps_train.distributed import ALONE
+from eps_train.epoch_report import EpochReport
+from eps_train.errors import ConfigError
+from eps_train.forward import TrainedNetwork
+from eps_train.gate import EpsilonGate
+from eps_train.network import NetworkSpec
+from eps_train.step import build
+from tests.train.runs import DYING, trainer
+
+CPU = torch.device("cpu")
+
+
+def network(config: TrainingConfig = DYING) -> TrainedNetwork:
+    torch.manual_seed(0)
+    spec = NetworkSpec.parse("cifar:14x4", in_channels=1, classes=10)
+    made = build(spec, config, ALONE, CPU, classes=10)
+    gates = [m for m in made.modules() if isinstance(m, EpsilonGate)]
+    for gate, epsilon in zip(gates, (0.0, 1e9, 2.0, 0.0, 1e9, 2.0), strict=True):
+        gate.set_epsilon(epsilon)
+    return made
+
+
+def pictures() -> Tensor:
+    images = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+@pytest.fixture(autouse=True)
+def _no_compiled_leftovers() -> Any:
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_gated_network_compiles_to_one_graph(training: bool) -> None:
+    explained = torch._dynamo.explain(network().train(training))(pictures())
+    assert explained.graph_count == 1
+    assert explained.graph_break_count == 0
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_the_compiled_network_answers_and_counts_as_the_other(
+    training: bool, dtype: torch.dtype | None
+) -> None:
+    answers, states = [], []
+    for compiled in (False, True):
+        made = network().train(training)
+        call = torch.compile(made, backend="aot_eager", fullgraph=True) if compiled else made
+        autocast = torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+        for _ in range(2):
+            with autocast:
+                logits, side = call(pictures())
+        assert (side is not None) == training
+        if training:
+            assert side is not None
+            (logits.float().sum() + side.float().sum()).backward()
+        answers.append(logits)
+        gradients = {n: p.grad for n, p in made.named_parameters() if p.grad is not None}
+        states.append((dict(made.state_dict()), gradients))
+    loose = 1e-4 if dtype is None else 0.1
+    first, second = (answer.float() for answer in answers)
+    assert torch.allclose(first, second, rtol=loose, atol=loose)
+    (eager, eager_gradients), (made_state, gradients) = states
+    for name, tensor in eager.items():
+        if ".gate." in name and not name.endswith("peak"):
+            assert torch.equal(tensor, made_state[name]), name
+    assert int(eager["model.stages.0.1.gate.closed_steps"]) == (2 if training else 0)
+    assert eager_gradients.keys() == gradients.keys()
+    if dtype is None:
+        for name, gradient in eager_gradients.items():
+            assert torch.allclose(gradient, gradients[name], rtol=loose, atol=loose), name
+
+
+def test_a_compiled_run_removes_the_same_blocks_and_forgets_its_old_graphs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile_ = torch.compile
+    graphs: list[weakref.ref[Any]] = []
+
+    def counting(model: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(weakref.ref(model))
+        return model.forward
+
+    def with_our_backend(module: Any, **options: Any) -> Any:
+        return compile_(module, backend=counting, fullgraph=True, **options)
+
+    monkeypatch.setattr(torch, "compile", with_our_backend)
+    reports: dict[bool, list[EpochReport]] = {False: [], True: []}
+    for compiled, seen in reports.items():
+        run = trainer(tmp_path / str(compiled), compile=compiled)
+        run.run(seen.append)
+    plain, made = reports[False], reports[True]
+    removals = sum(bool(report.died) for report in made[:-1])
+    assert removals
+    assert [report.died for report in made] == [report.died for report in plain]
+    assert [report.loss for report in made] == pytest.approx([r.loss for r in plain], rel=1e-3)
+    gc.collect()
+    assert len(graphs) == removals + 1, "compiled once for each structure"
+    assert sum(graph() is not None for graph in graphs) <= 1, "old graphs hold removed blocks"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")
+def test_a_run_through_the_real_compiler(tmp_path: Path) -> None:
+    plain, made = (
+        trainer(tmp_path, model="cifar:8x4"),
+        trainer(tmp_path, model="cifar:8x4", compile=True),
+    )
+    expected, got = plain.run_epoch(), made.run_epoch()
+    assert got.loss == pytest.approx(expected.loss, rel=1e-3)
+    assert [g.steps for g in got.gates] == [g.steps for g in expected.gates]
+
+
+def test_no_compiler_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    message = r"--compile: needs a C\+\+ compiler, and no-such-compiler is not here"
+    with pytest.raises(ConfigError, match=message):
+        trainer(tmp_path, compile=True)
+    with pytest.raises(ConfigError, match="--compile: not supported on mps"):
+        forward.refuse_compile(torch.device("mps"))
+
+
+def test_synchronised_batch_norm_is_refused_on_a_cpu(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--sync-batchnorm: torch's SyncBatchNorm takes tensors"):
+        trainer(tmp_path, sync_batchnorm=True)

@@ -1,0 +1,127 @@
+"""The forward pass of a training step: network and side head, distributed and compiled."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from eps_train import graph
+from eps_train.config import TrainingConfig
+from eps_train.distributed import Group, running_statistics
+from eps_train.errors import ConfigError
+from eps_train.networks import SideHead
+
+Answers = tuple[Tensor, Tensor | None]  # logits of the network and of its side head
+
+
+class TrainedNetwork(nn.Module):
+    """Network and side head as one module: what DDP and torch.compile have to see together."""
+
+    def __init__(self, model: fx.GraphModule, side_head: SideHead | None) -> None:
+        super().__init__()
+        self.model, self.side_head = model, side_head
+        self._tapped: Tensor | None = None
+        if side_head is not None:
+            graph.taps(model)[0].register_forward_hook(self._read_tap)
+
+    def forward(self, images: Tensor) -> Answers:
+        """Logits `[N, classes]` of normalised images `[N, C, H, W]`; of the side head, or None."""
+        logits = self.model(images)
+        tapped, self._tapped = self._tapped, None
+        if self.side_head is None or tapped is None:
+            return logits, None
+        return logits, self.side_head(tapped)
+
+    def _read_tap(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        if module.training:
+            self._tapped = output
+
+
+class Forward:
+    """Calls a :class:`TrainedNetwork` as the configuration asks, whatever shape it has by now.
+
+    Raises:
+        ConfigError: this machine lacks what `--compile` or `--sync-batchnorm` needs.
+    """
+
+    def __init__(
+        self, network: TrainedNetwork, config: TrainingConfig, group: Group, device: torch.device
+    ) -> None:
+        self._network, self._group, self._device = network, group, device
+        self._compile = config.compile
+        if config.compile:
+            refuse_compile(device)
+        self._call: Callable[[Tensor], Answers] | None = None
+
+    def __call__(self, images: Tensor) -> Answers:
+        if self._call is None:
+            self._call = self._wrap()
+        return self._call(images)
+
+    def renew(self, model: fx.GraphModule) -> None:
+        """Go on with `model`, which shares its modules with the one before.
+
+        Of that one nothing is kept: the hooks of its DDP and the kernels compiled for it would hold
+        the memory of removed blocks, and the hooks would run beside the new ones.
+        """
+        self._network.model = model
+        self._call = None
+        if self._compile:
+            torch.compiler.reset()
+
+    def _wrap(self) -> Callable[[Tensor], Answers]:
+        network: nn.Module = self._network
+        if self._group.world is not None:
+            # Each process's gates have records of their own. The running statistics of batch norm,
+            # which nothing reads in training, the loop shares once an epoch.
+            self._group.share(running_statistics(network))
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+                network, [name for name, _ in network.named_buffers()]
+            )
+            network = DistributedDataParallel(
+                network, device_ids=[self._device.index] if self._device.type == "cuda" else None
+            )
+        return torch.compile(network, dynamic=False) if self._compile else network
+
+
+def synchronise_batchnorm(module: nn.Module, group: Group, device: torch.device) -> nn.Module:
+    """The same module with torch's SyncBatchNorm in the place of every batch norm.
+
+    Parameters and names stay. Raises ConfigError where torch has none.
+    """
+    if device.type != "cuda":
+        raise ConfigError(
+            "--sync-batchnorm: torch's SyncBatchNorm takes tensors on CUDA devices alone, not on"
+            f" {device.type}; leave it out"
+        )
+    if group.size == 1:
+        return module
+    converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    return converted
+
+
+def refuse_compile(device: torch.device) -> None:
+    """Raise ConfigError where torch.compile has no compiler to work with."""
+    if device.type == "cuda":
+        if importlib.util.find_spec("triton") is None:
+            raise ConfigError(
+                "--compile: needs the package triton, which torch brings on Linux; leave it out"
+            )
+    elif device.type == "cpu":
+        usual = {"win32": "cl", "darwin": "clang++"}.get(sys.platform, "g++")
+        compiler = os.environ.get("CXX", usual)
+        if shutil.which(compiler) is None:
+            raise ConfigError(
+                f"--compile: needs a C++ compiler, and {compiler} is not here; install it, name"
+                " another in the environment variable CXX, or leave --compile out"
+            )
+    else:
+        raise ConfigError(f"--compile: not supported on {device.type}; leave it out")
