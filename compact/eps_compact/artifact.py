@@ -9,14 +9,16 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from eps_compact import folding
+from eps_compact.folding import Pair
 from eps_train import graph, sealed
-from eps_train.checkpoint import current_versions
+from eps_train.checkpoint import Checkpoint, current_versions
 from eps_train.data import DataIdentity
 from eps_train.errors import ConfigError, FileFormatError, GraphError
 from eps_train.network import NetworkSpec
 
 FORMAT = "eps-resnet-compact"
-VERSION = 1
+VERSION = 2  # 1: never folded, so it has no `folded`
 
 
 @dataclass(kw_only=True, slots=True)
@@ -26,6 +28,7 @@ class CompactArtifact:
     Attributes:
         network: the network without its dead blocks (`removed`); no gates (`gated` is empty).
         state: exactly the tensors of :meth:`build`.
+        folded: convolutions that took up the batch norm behind them; () when it is as trained.
         data: what it was trained on: classes, mean and std, preprocessing, split, sha256.
         certificate: plain data, as `certificate.certificate` makes it: evidence for every
             removed block, the proofs of equality, what the live blocks do, sizes and costs.
@@ -39,6 +42,7 @@ class CompactArtifact:
     data: DataIdentity
     certificate: dict[str, Any]
     checkpoint: dict[str, str]
+    folded: tuple[Pair, ...] = ()
     versions: dict[str, str] = field(default_factory=current_versions)
     digest: str = ""
 
@@ -50,10 +54,27 @@ class CompactArtifact:
         """
         if self.network.gated:
             raise FileFormatError("a compact network has no gates")
-        model = graph.drop_taps(self.network.build(self.state)).eval()
+        state = folding.unfolded_state(self.state, self.folded)
+        model = graph.drop_taps(self.network.build(state)).eval()
+        if self.folded:
+            folding.refold(model, self.folded, self.state)
         surplus = sorted(self.state.keys() - model.state_dict().keys())
         if surplus:
             raise FileFormatError(f"tensors that the network does not have, first {surplus[0]}")
+        return model
+
+    def gated(self, checkpoint: Checkpoint) -> fx.GraphModule:
+        """The network of its checkpoint in evaluation mode, with all removed blocks' gates shut.
+
+        Before folding, that is what :meth:`build` computes. Raises FileFormatError when this
+        network was not made from `checkpoint`.
+        """
+        model = checkpoint.build_gated().eval()
+        gates = graph.gates(model)
+        if unknown := sorted(set(self.network.removed) - gates.keys()):
+            raise FileFormatError(f"removed {unknown[0]}, which the checkpoint's network has not")
+        for block in self.network.removed:
+            gates[block].latch()
         return model
 
     def save(self, path: Path) -> str:
@@ -65,6 +86,7 @@ class CompactArtifact:
                 "version": VERSION,
                 "network": self.network.to_dict(),
                 "state": {name: tensor.detach().cpu() for name, tensor in self.state.items()},
+                "folded": [list(pair) for pair in self.folded],
                 "data": self.data.to_dict(),
                 "certificate": self.certificate,
                 "checkpoint": dict(self.checkpoint),
@@ -85,6 +107,7 @@ class CompactArtifact:
             artifact = cls(
                 network=NetworkSpec.from_dict(payload["network"]),
                 state=dict(payload["state"]),
+                folded=_pairs(payload["folded"] if payload["version"] > 1 else ()),
                 data=DataIdentity.from_dict(payload["data"]),
                 certificate=_mapping(payload["certificate"]),
                 checkpoint=_mapping(payload["checkpoint"]),
@@ -109,3 +132,10 @@ def _mapping(value: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise TypeError(f"expected a mapping, not {type(value).__name__}")
     return dict(value)
+
+
+def _pairs(value: Any) -> tuple[Pair, ...]:
+    pairs = tuple(Pair(*names) for names in value)
+    if not all(isinstance(name, str) for pair in pairs for name in pair):
+        raise TypeError("folded: expected pairs of names")
+    return pairs

@@ -1,4 +1,7 @@
-"""The certificate: evidence that every removed block was dead, and proof that nothing changed."""
+"""The certificate: evidence for every removed block, and proof that the network is still the same.
+
+Rewriting (blocks out, gates away) must not move a bit; folding may move what rounding moves.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from eps_compact.findings import Findings
 from eps_compact.liveness import Liveness
-from eps_train.checkpoint import Checkpoint
+from eps_train.checkpoint import Checkpoint, current_versions
 from eps_train.errors import EpsError
 from eps_train.evaluate import logits
 
 BATCHES = (1, 2, 7, 32)  # kernels are chosen by batch size, so each is compared with itself
 ROUNDS = 4  # batches of each size and each kind of input
 SEED = 0  # of the random images
+BOUND = 1e-5  # of the folding, relative to the largest logit
+ALL_EVIDENCE = "training record and held-out images"
+RECORD_ALONE = "training record alone"
+_TINY = 1e-30  # all logits may be 0
 _SLACK = 1e-6  # relative; epsilon is a float32 number on the gate
 
 
@@ -27,40 +35,93 @@ class ProofError(EpsError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Proof:
-    """One comparison of logits, float32, the compact network's with the gated one's.
+    """One comparison of logits, float32, on one kind of input at one batch size.
 
     Attributes:
+        step: `rewriting`: the gated network and the plain one; `folding`: the plain network and the
+            one whose convolutions took up their batch norms.
         inputs: what they were shown: `held-out images` or `random uint8 images`.
         batch: images in each call.
         images: images in all calls.
         equal: whether all logits are equal (`torch.equal`).
         max_abs: largest absolute difference.
+        relative: `max_abs` over the largest magnitude among the former's logits.
+        bound: largest `relative` that passes; 0 demands equality.
     """
 
+    step: str
     inputs: str
     batch: int
     images: int
     equal: bool
     max_abs: float
+    relative: float
+    bound: float
+
+    @property
+    def passed(self) -> bool:
+        return self.relative <= self.bound if self.step == "folding" else self.equal
+
+    @property
+    def failure(self) -> str:
+        """One line for a comparison that has not passed."""
+        where = f"on {self.inputs} at batch {self.batch}"
+        unsound = math.isnan(self.relative)
+        if self.step == "rewriting":
+            amount = "logits that are not finite" if unsound else f"by up to {self.max_abs:g}"
+            return (
+                f"the compact network differs from the gated one {where} ({amount}); train again,"
+                " or report this as a bug"
+            )
+        amount = (
+            "makes logits that are not finite"
+            if unsound
+            else f"moves logits by {self.relative:.1e} of the largest, more than {self.bound:g},"
+        )
+        return f"folding {amount} {where}; keep it unfolded with --no-fold"
+
+
+def compare(
+    gated: nn.Module,
+    plain: nn.Module,
+    normalize: nn.Module,
+    heldout: Tensor,
+    folded: nn.Module | None = None,
+) -> tuple[Proof, ...]:
+    """Logits of `gated` and `plain`, and of `plain` and `folded` if given, in evaluation mode.
+
+    All lie on one device. They are shown `heldout` (uint8 `[N, C, H, W]`; N may be 0) and random
+    images, at every batch size of `BATCHES`. All rewriting comes before all folding.
+    """
+    proofs = []
+    for size in BATCHES:
+        for inputs, images in _inputs(heldout, size):
+            expected = _answers(gated, normalize, images, size)
+            found = _answers(plain, normalize, images, size)
+            proofs.append(_proof("rewriting", inputs, size, expected, found))
+            if folded is not None:
+                rounded = _answers(folded, normalize, images, size)
+                proofs.append(_proof("folding", inputs, size, found, rounded))
+    return tuple(sorted(proofs, key=lambda proof: proof.step, reverse=True))
 
 
 def prove(
-    gated: nn.Module, plain: nn.Module, normalize: nn.Module, heldout: Tensor
+    gated: nn.Module,
+    plain: nn.Module,
+    normalize: nn.Module,
+    heldout: Tensor,
+    folded: nn.Module | None = None,
 ) -> tuple[Proof, ...]:
-    """Show that `plain` computes what `gated` does in evaluation mode, to the last bit.
+    """Show that `plain` computes what `gated` does, to the last bit, and `folded` within `BOUND`.
 
-    Both lie on one device. Compared are logits on `heldout` (uint8 `[N, C, H, W]`, N >= 1) and on
-    random images, at every batch size of `BATCHES`.
-
-    Raises:
-        ProofError: some logits differ, or are not finite; names the inputs, the batch size, and the
-            largest difference.
+    As :func:`compare`, but raises ProofError for the first comparison that fails: it names the
+    inputs, the batch size, and the largest difference.
     """
-    return tuple(
-        _compare(gated, plain, normalize, inputs, images)
-        for size in BATCHES
-        for inputs, images in _inputs(heldout, size)
-    )
+    proofs = compare(gated, plain, normalize, heldout, folded)
+    for proof in proofs:
+        if not proof.passed:
+            raise ProofError(proof.failure)
+    return proofs
 
 
 def check_evidence(checkpoint: Checkpoint) -> None:
@@ -83,24 +144,37 @@ def certificate(
     checkpoint: Checkpoint,
     *,
     proofs: tuple[Proof, ...],
-    live: tuple[Liveness, ...],
+    findings: Findings,
+    closed_at_least: float,
     counts: dict[str, dict[str, int]],
+    folded: dict[str, int] | None,
 ) -> dict[str, Any]:
-    """The certificate as plain data.
+    """The certificate as plain data; see docs/files.md.
 
-    Keys: `removed` (per removed block its name and its death's evidence), `proof`, `live` (per live
-    gate what `Liveness` holds, and `ratio`), `counts` (`blocks`, `parameters`, `flops`, each with
-    `before` and `after`), `data`, `checkpoint` (digest), `versions` (those of the training).
+    Args:
+        checkpoint: what was compacted.
+        proofs: all of :func:`prove`.
+        findings: what held-out images showed.
+        closed_at_least: share of training steps that was asked for; 1: the deaths alone.
+        counts: `blocks`, `parameters`, `flops`, each `before` and `after`, without folding.
+        folded: `pairs` and `parameters` of the folded network; None: it was not folded.
     """
     data = checkpoint.data
+    kept = [block for block in findings.live if block.block not in findings.beyond]
+    beyond = [block for block in findings.live if block.block in findings.beyond]
+    folding = [asdict(proof) for proof in proofs if proof.step == "folding"]
     return {
-        "removed": [
-            {"block": record.block, **asdict(record.death)}
-            for record in checkpoint.gates
-            if record.death is not None
-        ],
-        "proof": [asdict(proof) for proof in proofs],
-        "live": [{**asdict(block), "ratio": block.ratio} for block in live],
+        "lossless": not beyond,
+        "evidence": ALL_EVIDENCE if findings.images else RECORD_ALONE,
+        "heldout": findings.images,
+        "removed": deaths(checkpoint),
+        "closed_at_least": closed_at_least,
+        "removed_live": [_entry(block) for block in beyond],
+        "accuracy": findings.accuracy,
+        "proof": [asdict(proof) for proof in proofs if proof.step == "rewriting"],
+        "folding": None if folded is None else {"bound": BOUND, **folded, "proof": folding},
+        "live": [_entry(block) for block in kept],
+        "flicker": None if findings.flicker is None else _plain(asdict(findings.flicker)),
         "counts": counts,
         "data": {
             "name": data.name,
@@ -110,34 +184,54 @@ def certificate(
         },
         "checkpoint": checkpoint.digest,
         "versions": dict(checkpoint.versions),
+        "made_with": current_versions(),
+    }
+
+
+def deaths(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    """Of every block that died, its name and the evidence."""
+    return [
+        {"block": record.block, **asdict(record.death)}
+        for record in checkpoint.gates
+        if record.death is not None
+    ]
+
+
+def _entry(block: Liveness) -> dict[str, Any]:
+    return {**asdict(block), "ratio": block.ratio}
+
+
+def _plain(fields: dict[str, Any]) -> dict[str, Any]:
+    """With lists for tuples, as JSON gives it back."""
+    return {
+        name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()
     }
 
 
 def _inputs(heldout: Tensor, size: int) -> Iterator[tuple[str, Tensor]]:
     """Named images uint8 `[ROUNDS * size, C, H, W]`; held-out ones repeat when they are too few."""
     count = ROUNDS * size
-    # Other sizes start elsewhere, so that together they see more of the images.
-    yield "held-out images", heldout[torch.arange(size, size + count) % len(heldout)]
+    if len(heldout):
+        # Other sizes start elsewhere, so that together they see more of the images.
+        yield "held-out images", heldout[torch.arange(size, size + count) % len(heldout)]
     generator = torch.Generator().manual_seed(SEED + size)
     noise = torch.randint(0, 256, (count, *heldout.shape[1:]), generator=generator)
     yield "random uint8 images", noise.to(torch.uint8).to(heldout.device)
 
 
-def _compare(
-    gated: nn.Module, plain: nn.Module, normalize: nn.Module, inputs: str, images: Tensor
-) -> Proof:
-    size = len(images) // ROUNDS
-    equal, largest = True, 0.0
-    for batch in images.split(size):
-        expected, found = logits(gated, normalize, batch), logits(plain, normalize, batch)
-        equal = equal and torch.equal(expected, found)
-        difference = (expected - found).abs().max().item()
-        # max() would drop a NaN that comes second.
-        largest = difference if math.isnan(difference) else max(largest, difference)
-    if not equal:
-        amount = "logits that are not finite" if math.isnan(largest) else f"by up to {largest:g}"
-        raise ProofError(
-            f"the compact network differs from the gated one on {inputs} at batch {size}"
-            f" ({amount}); train again, or report this as a bug"
-        )
-    return Proof(inputs=inputs, batch=size, images=len(images), equal=equal, max_abs=largest)
+def _answers(model: nn.Module, normalize: nn.Module, images: Tensor, size: int) -> Tensor:
+    return torch.cat([logits(model, normalize, batch) for batch in images.split(size)])
+
+
+def _proof(step: str, inputs: str, size: int, expected: Tensor, found: Tensor) -> Proof:
+    largest = (expected - found).abs().max().item()
+    return Proof(
+        step=step,
+        inputs=inputs,
+        batch=size,
+        images=len(expected),
+        equal=torch.equal(expected, found),
+        max_abs=largest,
+        relative=largest / max(expected.abs().max().item(), _TINY),
+        bound=BOUND if step == "folding" else 0.0,
+    )

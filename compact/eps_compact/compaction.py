@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from eps_compact import certificate
+from eps_compact import certificate, findings
 from eps_compact.artifact import CompactArtifact
 from eps_compact.blocks import Block, block_map
 from eps_compact.certificate import Proof
-from eps_compact.liveness import Liveness, liveness
+from eps_compact.findings import Findings
+from eps_compact.folding import fold
+from eps_compact.liveness import Liveness
 from eps_compact.rewrite import compact
+from eps_train import graph
 from eps_train.checkpoint import Checkpoint
 from eps_train.cost import Cost, cost
+from eps_train.images import Part
 from eps_train.networks import Normalize
+
+PROOF_IMAGES = 256  # held-out images that the proofs are shown at most, spread over all
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,10 +32,10 @@ class Compaction:
     Attributes:
         artifact: what is to be saved; its network has passed every proof.
         blocks: the block map of the network as it was built.
-        before, after: cost of the gated network at full depth, and of the compact one; without
-            the side head, which is never deployed.
+        before, after: cost of the gated network at full depth, and of the compact one, not folded;
+            without the side head, which is never deployed.
         proofs: the comparisons behind the certificate.
-        live: the blocks that keep their branch although they have a gate.
+        findings: what held-out images showed.
     """
 
     artifact: CompactArtifact
@@ -36,12 +43,17 @@ class Compaction:
     before: Cost
     after: Cost
     proofs: tuple[Proof, ...]
-    live: tuple[Liveness, ...]
+    findings: Findings
 
     @property
     def removed(self) -> tuple[str, ...]:
         """Names of the removed blocks, in the order of computation."""
         return self.artifact.network.removed
+
+    @property
+    def live(self) -> tuple[Liveness, ...]:
+        """The blocks that keep their branch although they have a gate."""
+        return tuple(b for b in self.findings.live if b.block not in self.findings.beyond)
 
     @property
     def counts(self) -> dict[str, dict[str, int]]:
@@ -52,57 +64,123 @@ class Compaction:
 
 def compact_checkpoint(
     checkpoint: Checkpoint,
-    heldout: Tensor,
+    heldout: Tensor | Part | None,
     *,
     checkpoint_path: str,
+    folding: bool = True,
+    closed_at_least: float = 1.0,
+    also: Iterable[str] = (),
     report: Callable[[str], None] = lambda line: None,
 ) -> Compaction:
     """Take the dead blocks out of a checkpoint and prove that its network still says the same.
 
     Args:
         checkpoint: as read from its file; without dead blocks the network stays as it is.
-        heldout: validation images uint8 `[N, C, H, W]`, on the CPU.
+        heldout: the validation part, or its images alone, uint8 `[N, C, H, W]`, on the CPU; None:
+            the training record and random images must do.
         checkpoint_path: where the artifact says its checkpoint is, relative to its own folder.
+        folding: have convolutions take up the batch norms behind them.
+        closed_at_least: below 1, live blocks whose gates were closed on that share of the last
+            epoch's training steps go too. That is not lossless, and the certificate says so.
+        also: further live blocks to take out; that is not lossless either.
         report: told what is being done, a line at a time.
 
     Raises:
-        ProofError: the evidence or the proof fails.
+        ProofError: the evidence or a proof fails.
         TrainingError: a live block's response is not finite.
         FileFormatError: the checkpoint's tensors are not those of its network.
+        GraphError: `also` names a block that has no gate.
     """
     certificate.check_evidence(checkpoint)
     gated = checkpoint.build_gated().eval()
-    dead = (*checkpoint.network.removed, *checkpoint.dead)
-    artifact = CompactArtifact(
-        network=replace(checkpoint.network, gated=(), removed=dead),
-        state=compact(gated).state_dict(),
+    beyond = findings.blocks_beyond(checkpoint, closed_at_least, also)
+    artifact = _artifact(checkpoint, gated, beyond, checkpoint_path)
+    shut = artifact.gated(checkpoint) if beyond else gated
+    plain = compact(shut)
+    folded, artifact.folded = fold(plain) if folding else (plain, ())
+    artifact.state = (folded if artifact.folded else plain).state_dict()
+    # What is proven is the network that a reader of the file will build, not the one at hand here.
+    shipped = artifact.build()
+    normalize = Normalize(list(checkpoint.data.mean), list(checkpoint.data.std))
+    sizes = ", ".join(map(str, certificate.BATCHES))
+    report(f"proving that the logits stay equal at batches {sizes}")
+    proofs = certificate.prove(
+        shut,
+        plain if artifact.folded else shipped,
+        normalize,
+        proof_images(heldout, checkpoint.data.input_shape),
+        shipped if artifact.folded else None,
+    )
+    if heldout is not None:
+        live = len(checkpoint.gates) - len(checkpoint.dead)
+        report(f"measuring {live} live blocks on {len(heldout):,} held-out images")
+    seen = findings.look(checkpoint, gated, shut, normalize, heldout, beyond)
+    shape = checkpoint.data.input_shape
+    compaction = Compaction(
+        artifact=artifact,
+        blocks=_block_map(checkpoint, seen),
+        before=cost(gated, shape),
+        after=cost(plain, shape),
+        proofs=proofs,
+        findings=seen,
+    )
+    artifact.certificate = certificate.certificate(
+        checkpoint,
+        proofs=proofs,
+        findings=seen,
+        closed_at_least=closed_at_least,
+        counts=_counts(compaction),
+        folded=folded_counts(artifact, shipped),
+    )
+    return compaction
+
+
+def _artifact(
+    checkpoint: Checkpoint, gated: nn.Module, beyond: tuple[str, ...], checkpoint_path: str
+) -> CompactArtifact:
+    """Without tensors and certificate."""
+    removed = {*checkpoint.network.removed, *checkpoint.dead, *beyond}
+    order = tuple(block for block in graph.gates(gated) if block in removed)
+    return CompactArtifact(
+        network=replace(checkpoint.network, gated=(), removed=order),
+        state={},
         data=checkpoint.data,
         certificate={},
         checkpoint={"path": checkpoint_path, "digest": checkpoint.digest},
     )
-    # What is proven is the network that a reader of the file will build, not the one at hand here.
-    plain = artifact.build()
-    normalize = Normalize(list(checkpoint.data.mean), list(checkpoint.data.std))
-    sizes = ", ".join(map(str, certificate.BATCHES))
-    report(f"proving that the logits stay equal at batches {sizes}")
-    proofs = certificate.prove(gated, plain, normalize, heldout)
-    if live_count := len(checkpoint.gates) - len(checkpoint.dead):
-        report(f"measuring {live_count} live blocks on {len(heldout):,} held-out images")
-    live = liveness(checkpoint, gated, normalize, heldout)
-    blocks = block_map(checkpoint, live)
-    shape = checkpoint.data.input_shape
-    before, after = cost(gated, shape), cost(plain, shape)
-    left = sum(block.state != "dead" for block in blocks)
-    artifact.certificate = certificate.certificate(
-        checkpoint,
-        proofs=proofs,
-        live=live,
-        counts={
-            "blocks": {"before": len(blocks), "after": left},
-            "parameters": {"before": before.parameters, "after": after.parameters},
-            "flops": {"before": before.flops, "after": after.flops},
-        },
+
+
+def _counts(compaction: Compaction) -> dict[str, dict[str, int]]:
+    before, after = compaction.before, compaction.after
+    left = sum(block.state != "dead" for block in compaction.blocks)
+    return {
+        "blocks": {"before": len(compaction.blocks), "after": left},
+        "parameters": {"before": before.parameters, "after": after.parameters},
+        "flops": {"before": before.flops, "after": after.flops},
+    }
+
+
+def _block_map(checkpoint: Checkpoint, seen: Findings) -> tuple[Block, ...]:
+    """With what was removed although it had not died."""
+    return tuple(
+        replace(block, state="dead") if block.name in seen.beyond else block
+        for block in block_map(checkpoint, seen.live)
     )
-    return Compaction(
-        artifact=artifact, blocks=blocks, before=before, after=after, proofs=proofs, live=live
-    )
+
+
+def folded_counts(artifact: CompactArtifact, shipped: nn.Module) -> dict[str, int] | None:
+    """Pairs and parameters of a folded artifact's network; None for one as it was trained."""
+    if not artifact.folded:
+        return None
+    parameters = sum(parameter.numel() for parameter in shipped.parameters())
+    return {"pairs": len(artifact.folded), "parameters": parameters}
+
+
+def proof_images(heldout: Tensor | Part | None, shape: tuple[int, int, int]) -> Tensor:
+    """Held-out images for the proofs, uint8 `[N, C, H, W]`, N at most `PROOF_IMAGES`, maybe 0."""
+    if heldout is None:
+        return torch.empty((0, *shape), dtype=torch.uint8)
+    if len(heldout) > PROOF_IMAGES:
+        chosen = torch.linspace(0, len(heldout) - 1, PROOF_IMAGES).round().long()
+        heldout = heldout[chosen]
+    return heldout if isinstance(heldout, Tensor) else heldout.images

@@ -121,7 +121,7 @@ def _bars(axes: Axes, blocks: Sequence[Block], places: Sequence[float]) -> None:
     axes.axhline(1.0, color="black", linewidth=1)
     axes.grid(axis="y", color="#e9e9e9", linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.tick_params(axis="x", length=0)
+    axes.tick_params(axis="x", which="both", length=0)
     axes.spines[["top", "right", "bottom"]].set_visible(False)
 
 
@@ -138,13 +138,30 @@ def _strip(axes: Axes, blocks: Sequence[Block], places: Sequence[float]) -> None
     for start, members in _ranges(blocks):
         ticks.append((places[start] + places[start + len(members) - 1]) / 2)
         left = sum(block.state != "dead" for block in members)
-        names.append(f"{members[0].stage}: {left} of {len(members)} left")
+        names.append(f"{members[0].stage}\n{left} of {len(members)} left")
+    numbers = _numbers(blocks)
+    axes.xaxis.remove_overlapping_locs = False  # a number may stand above its stage's name
     axes.set_xticks(ticks, names)
+    axes.set_xticks([places[index] for index in numbers], list(numbers.values()), minor=True)
     axes.set_yticks([])
-    axes.set_ylim(0, 1.05)
+    axes.set_ylim(-0.05, 1.05)
     axes.set_xlim(places[0] - 1, places[-1] + 1)
-    axes.tick_params(axis="x", length=0)
+    axes.tick_params(axis="x", length=0, pad=14)
+    axes.tick_params(axis="x", which="minor", length=0, pad=2, labelsize=7, labelcolor=EDGE)
     axes.spines[:].set_visible(False)
+
+
+def _numbers(blocks: Sequence[Block]) -> dict[int, str]:
+    """Which blocks have their number written below them, as many as there is room for."""
+    step = next(
+        step for step in (1, 2, 5, 10, 25, 50, 100, len(blocks)) if len(blocks) <= 50 * step
+    )
+    return {
+        start + index: member.name.removeprefix(f"{member.stage}.")
+        for start, members in _ranges(blocks)
+        for index, member in enumerate(members)
+        if index % step == 0
+    }
 
 
 def _columns(pairs: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from eps_compact.intervals import Interval, paired_difference
 from eps_deploy.engines.base import Images, Logits
-from eps_deploy.intervals import Interval, paired_difference
 
 METHOD = "paired difference, 95 % score interval (Tango 1998)"
 _BATCH = 128

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from eps_compact.intervals import Interval, ratio_of_medians
 from eps_deploy.engines.base import Engine, Images
-from eps_deploy.intervals import Interval, ratio_of_medians
 
 BATCHES = (1, 16)
 MIN_BLOCKS = 5

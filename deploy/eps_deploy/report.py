@@ -12,9 +12,9 @@ from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import Any
 
+from eps_compact.intervals import Interval
 from eps_deploy.accuracy import METHOD, Drop
 from eps_deploy.engines.base import Engine
-from eps_deploy.intervals import Interval
 from eps_deploy.latency import Latency
 from eps_deploy.parity import Parity
 

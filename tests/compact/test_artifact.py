@@ -13,6 +13,7 @@ from torch import Tensor
 
 import eps_compact
 from eps_compact.artifact import FORMAT, VERSION, CompactArtifact
+from eps_compact.folding import fold
 from eps_train import data, graph, sealed
 from eps_train.errors import FileFormatError
 from tests.checkpoints import make_checkpoint
@@ -20,11 +21,14 @@ from tests.checkpoints import make_checkpoint
 DEAD = ("stages.1.0", "stages.2.2")
 
 
-def make_artifact() -> CompactArtifact:
+def make_artifact(*, folded: bool = False) -> CompactArtifact:
     checkpoint = make_checkpoint(dead=DEAD)
+    model = eps_compact.compact(checkpoint.build_gated())
+    model, pairs = fold(model) if folded else (model, ())
     return CompactArtifact(
         network=replace(checkpoint.network, gated=(), removed=DEAD),
-        state=eps_compact.compact(checkpoint.build_gated()).state_dict(),
+        state=model.state_dict(),
+        folded=pairs,
         data=checkpoint.data,
         certificate={"removed": [{"block": name} for name in DEAD]},
         checkpoint={"path": "../run/ckpt.pt", "digest": "0" * 64},
@@ -147,7 +151,7 @@ def test_missing_parts(file: Path) -> None:
 
 def test_damage(file: Path) -> None:
     whole, chance = file.read_bytes(), random.Random(0)
-    for bit in chance.sample(range(8 * len(whole)), 50):
+    for bit in chance.sample(range(8 * len(whole)), 200):
         content = bytearray(whole)
         content[bit // 8] ^= 1 << bit % 8
         file.write_bytes(content)
@@ -171,3 +175,85 @@ def test_too_new(file: Path) -> None:
     rewrite(file, version=VERSION + 1)
     with pytest.raises(FileFormatError, match="newer than this eps-resnet reads"):
         eps_compact.load(file)
+
+
+# -- folded ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folded(tmp_path: Path) -> Path:
+    path = tmp_path / "folded.pt"
+    make_artifact(folded=True).save(path)
+    return path
+
+
+def test_a_folded_network_is_built_as_it_was_saved(folded: Path) -> None:
+    made, found = make_artifact(folded=True), CompactArtifact.load(folded)
+    assert found.folded == made.folded
+    assert len(found.folded) == 1 + 7, "the stem, and one in each block that stays"
+    model, _ = fold(make_artifact().build())
+    built = found.build()
+    assert not built.training
+    assert torch.equal(built(images()), model(images()))
+    assert built.state_dict().keys() == found.state.keys()
+    assert not any(name.startswith("stem.1.") for name in found.state)
+
+
+def test_files_from_before_folding(file: Path) -> None:
+    payload, _ = sealed.read(file, format=FORMAT, version=VERSION)
+    del payload["folded"]
+    sealed.write(file, {**payload, "version": 1})
+    found = CompactArtifact.load(file)
+    assert found.folded == ()
+    gated = make_checkpoint(dead=DEAD).build_gated().eval()
+    assert torch.equal(found.build()(images()), gated(images()))
+
+
+@pytest.mark.parametrize(
+    ("added", "message"),
+    [
+        (["stages.0.0.conv2", "stages.0.1.bn1"], "cannot be folded into stages.0.0.conv2"),
+        (["stem.0", "stem.1"], "cannot be folded into stem.0"),
+        (["nowhere", "stem.1"], "missing, the first is nowhere.weight"),
+        (["stem.0"], "not a usable compact network"),
+        (["stem.0", 3], "not a usable compact network"),
+        (None, "not a usable compact network"),
+    ],
+)
+def test_pairs_that_are_none(folded: Path, added: object, message: str) -> None:
+    pairs = [list(pair) for pair in CompactArtifact.load(folded).folded]
+    rewrite(folded, folded=[*pairs, added])
+    with pytest.raises(FileFormatError, match=f"^{folded}: .*{message}"):
+        CompactArtifact.load(folded)
+
+
+def test_forgotten_pairs(folded: Path) -> None:
+    rewrite(folded, folded=[])
+    with pytest.raises(FileFormatError, match=f"^{folded}: tensors are missing"):
+        CompactArtifact.load(folded)
+
+
+@pytest.mark.parametrize(
+    ("bias", "message"),
+    [
+        (None, "missing, the first is stem.0.bias"),
+        (torch.zeros(5), "tensor stem.0.bias has another shape or type"),
+        (torch.zeros(4, dtype=torch.float64), "tensor stem.0.bias has another shape or type"),
+    ],
+)
+def test_biases_that_do_not_fit(folded: Path, bias: Tensor | None, message: str) -> None:
+    state = CompactArtifact.load(folded).state
+    del state["stem.0.bias"]
+    rewrite(folded, state=state if bias is None else {**state, "stem.0.bias": bias})
+    with pytest.raises(FileFormatError, match=message):
+        CompactArtifact.load(folded)
+
+
+def test_the_gated_network_that_it_stands_for() -> None:
+    artifact = make_artifact()
+    checkpoint = make_checkpoint(dead=DEAD[:1])  # the other block was removed alive
+    gated = artifact.gated(checkpoint)
+    assert not gated.training
+    assert torch.equal(gated(images()), artifact.build()(images()))
+    with pytest.raises(FileFormatError, match=r"removed stages\.2\.2, which the checkpoint"):
+        artifact.gated(make_checkpoint(depth=8))

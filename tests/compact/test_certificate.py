@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +13,11 @@ from torch import Tensor, fx
 
 from eps_compact import ProofError, compact
 from eps_compact.certificate import check_evidence, prove
-from eps_compact.compaction import Compaction, compact_checkpoint
+from eps_compact.compaction import Compaction, compact_checkpoint, proof_images
+from eps_compact.folding import fold
 from eps_train import data
 from eps_train.checkpoint import Checkpoint
+from eps_train.images import ImageSet
 from eps_train.networks import Normalize
 from tests.checkpoints import EPSILON, make_checkpoint
 
@@ -140,6 +144,10 @@ def test_certificate_holds_the_evidence(compaction: Compaction, made: Checkpoint
         "sizes": dict(made.data.sizes),
     }
     assert found["versions"] == made.versions
+    assert found["lossless"] is True
+    assert found["removed_live"] == []
+    assert found["evidence"] == "training record and held-out images"
+    assert found["made_with"]["eps_resnet"] == version("eps-resnet")
 
 
 def test_certificate_holds_the_proof_and_the_living(compaction: Compaction) -> None:
@@ -173,5 +181,80 @@ def test_counts(compaction: Compaction) -> None:
 
 def test_what_was_proven_is_what_a_reader_builds(compaction: Compaction, made: Checkpoint) -> None:
     images = torch.randn(7, 1, 8, 8)
-    gated = made.build_gated().eval()
-    assert torch.equal(compaction.artifact.build()(images), gated(images))
+    with torch.no_grad():
+        expected = made.build_gated().eval()(images)
+        found = compaction.artifact.build()(images)
+    assert compaction.artifact.folded
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_folding_has_a_proof_of_its_own(compaction: Compaction) -> None:
+    folding = compaction.artifact.certificate["folding"]
+    assert folding["pairs"] == 1 + 6, "the stem, and one in each block that stays"
+    assert folding["bound"] == 1e-5
+    assert [(entry["inputs"], entry["batch"]) for entry in folding["proof"]] == [
+        (inputs, size)
+        for size in (1, 2, 7, 32)
+        for inputs in ("held-out images", "random uint8 images")
+    ]
+    assert all(0 <= entry["relative"] <= 1e-5 for entry in folding["proof"])
+    assert any(entry["relative"] > 0 for entry in folding["proof"]), "rounding shows"
+    # A batch norm's weight and bias go, a bias comes: one number a channel less.
+    saved = compaction.counts["parameters"]["after"] - folding["parameters"]
+    assert saved == 4 + 4 + 4 + 8 + 8 + 16 + 16
+
+
+def test_folding_beyond_its_bound_is_no_proof(made: Checkpoint, heldout: Tensor) -> None:
+    gated, plain = networks(made)
+    folded, _ = fold(plain)
+    assert prove(gated, plain, normalize(), heldout, folded)
+    folded.state_dict()["classifier.bias"].add_(1e-3)
+    with pytest.raises(
+        ProofError, match=r"^folding moves logits by .*more than 1e-05, on held-out"
+    ):
+        prove(gated, plain, normalize(), heldout, folded)
+    folded.state_dict()["classifier.bias"].fill_(float("nan"))
+    with pytest.raises(ProofError, match=r"^folding makes logits that are not finite"):
+        prove(gated, plain, normalize(), heldout, folded)
+
+
+def test_without_images_random_ones_must_do(made: Checkpoint) -> None:
+    done = compact_checkpoint(made, None, checkpoint_path="ckpt.pt", folding=False)
+    found = done.artifact.certificate
+    assert found["evidence"] == "training record alone"
+    assert found["heldout"] == 0
+    assert {entry["inputs"] for entry in found["proof"]} == {"random uint8 images"}
+    assert found["folding"] is None
+    assert done.artifact.folded == ()
+    assert [entry["peak"] for entry in found["live"]] == [None] * 6
+
+
+def test_only_so_many_images_are_proven_on() -> None:
+    images = torch.arange(1000).view(-1, 1, 1, 1).to(torch.uint8)
+    part = ImageSet(images, torch.zeros(1000, dtype=torch.int64))
+    found = proof_images(part, (1, 1, 1))
+    assert len(found) == 256
+    assert found[0].item() == 0
+    assert found[-1].item() == images[-1].item(), "spread over all, which may be sorted by class"
+    assert len(proof_images(images[:40], (1, 1, 1))) == 40
+
+
+def test_twice_is_the_same(made: Checkpoint, heldout: Tensor, tmp_path: Path) -> None:
+    for name in ("one.pt", "two.pt"):
+        # The order of the records, and so of the deaths, does not matter.
+        gates = made.gates if name == "one.pt" else made.gates[::-1]
+        done = compact_checkpoint(replace(made, gates=gates), heldout, checkpoint_path="ckpt.pt")
+        assert done.removed == DEAD
+        done.artifact.certificate = {}
+        done.artifact.save(tmp_path / name)
+    assert (tmp_path / "one.pt").read_bytes() == (tmp_path / "two.pt").read_bytes()
+
+
+def test_a_compact_network_compacts_to_itself(compaction: Compaction) -> None:
+    once = compaction.artifact.build()
+    again = compact(once)
+    assert again.code == once.code
+    assert again.state_dict().keys() == once.state_dict().keys()
+    refolded, pairs = fold(again)
+    assert pairs == ()
+    assert refolded.code == once.code

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from itertools import pairwise
 from pathlib import Path
 
@@ -61,6 +62,17 @@ def test_each_of_375_blocks_has_pixels_of_its_own() -> None:
     alive = where(picture, "alive")[row]
     runs = int((alive[1:] & ~alive[:-1]).sum())
     assert runs == 3 * 32, "every fourth of 125, in each of three stages"
+
+
+@pytest.mark.parametrize(("a_stage", "numbers"), [(9, range(9)), (125, range(0, 125, 10))])
+def test_blocks_can_be_told_by_their_numbers(a_stage: int, numbers: range) -> None:
+    drawn = re.findall(r"<!-- (.*?) -->", draw(blocks(a_stage), "title", "svg").decode())
+    for stage in range(3):
+        assert f"stages.{stage}" in drawn
+    for number in numbers:
+        # Those of the axis may be among them.
+        assert drawn.count(str(number)) >= 3, number
+    assert drawn.count("1" if a_stage > 9 else "9") < 3
 
 
 def test_dead_blocks_hang_below_the_line_and_live_ones_stand_on_it() -> None:

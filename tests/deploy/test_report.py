@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from eps_compact.intervals import Interval
 from eps_deploy import report
 from eps_deploy.accuracy import Drop, accuracy_drop
-from eps_deploy.intervals import Interval
 from eps_deploy.latency import Latency
 from eps_deploy.parity import Parity
 from eps_deploy.report_markdown import render, verdict_line

@@ -66,7 +66,8 @@ def test_force_removes_them_but_neither_the_baselines_nor_anybody_elses(folder: 
     result = eps_train(folder, *TINY, "--force")
     assert result.code == 0, result.stderr
     assert set(files_in(folder)) == {
-        *("ckpt.pt", "last.pt", "metrics.jsonl", "training.png", "epoch-0001-good.pt"),
+        *("ckpt.pt", "last.pt", "metrics.jsonl", "training.png", "config.json"),
+        "epoch-0001-good.pt",
         *theirs,
     }
 
@@ -120,7 +121,7 @@ def test_where_nothing_may_be_written_is_one_line(
     monkeypatch.setattr(Path, "open", read_only)
     result = eps_train(tmp_path, *TINY, "--keep", 1, "--tensorboard")
     assert result.code == 1
-    assert result.error.endswith("metrics.jsonl: Read-only file system; choose another place")
+    assert result.error.endswith("config.json: Read-only file system; choose another place")
     assert "Traceback" not in result.stderr
 
 

@@ -63,7 +63,7 @@ def test_five_kills_at_random_moments(undisturbed: Path, tmp_path: Path) -> None
 
 def test_kills_while_saving_lose_nothing(undisturbed: Path, tmp_path: Path) -> None:
     done = 0
-    for fsyncs in (9, 16, 8, 11):
+    for fsyncs in (11, 18, 10, 13):
         killed = subprocess.run(
             [sys.executable, "-c", DIES_WHILE_SAVING, *RUN, "--resume", str(fsyncs)],
             cwd=tmp_path,

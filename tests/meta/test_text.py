@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from itertools import groupby
+from itertools import groupby, takewhile
 from pathlib import Path
 
 import click
@@ -44,7 +44,7 @@ def command_lines(document: Path) -> list[list[str]]:
             tokens = shlex.split(line, comments=True)
             for separator, words in groupby(tokens, key=lambda token: token in ("&&", "|", ";")):
                 if not separator:
-                    name, *arguments = words
+                    name, *arguments = takewhile(lambda word: word != ">", words)
                     lines.append([Path(name).name, *arguments])
     return lines
 

@@ -108,6 +108,68 @@ def test_a_removed_branch_still_does_to_its_shortcut_what_it_did() -> None:
     assert "layer.weight" not in left.state_dict()
 
 
+class _Shifted(nn.Module):
+    """Somebody's own layer, whose code alone says that it works in place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x += 1
+        return F.relu(x, inplace=True)
+
+
+class _Gentle(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x + 1)
+
+
+@pytest.mark.parametrize(("layer", "writes"), [(_Shifted(), True), (_Gentle(), False)])
+def test_layers_of_somebodys_own_that_work_in_place(layer: nn.Module, writes: bool) -> None:
+    model = Rectified()
+    model.relu = layer
+    left = graph.remove_blocks(model, ["gate"])
+    model.gate.latch()
+    for expected, found in zip(gradient(model), gradient(left), strict=True):
+        assert torch.equal(expected, found)
+    assert (layer in left.modules()) == writes
+    after = Network(lambda n, x: n.relu(x))
+    after.relu = layer
+    assert ("clone" in graph.remove_blocks(after, ["gate"]).code) == writes
+
+
+def test_dropout_in_place_at_the_start_of_a_branch() -> None:
+    class Dropping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.gate = nn.Linear(4, 4), EpsilonGate()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x * 3
+            dropped = F.dropout(x, 1.0, training=self.training, inplace=True)
+            out: Tensor = self.gate(x, self.layer(dropped))
+            return out
+
+    model = Dropping()
+    left = graph.remove_blocks(model, ["gate"])
+    model.gate.latch()
+    x = torch.ones(2, 4)
+    for training in (True, False):
+        assert torch.equal(left.train(training)(x), model.train(training)(x))
+
+
+def test_a_gate_between_needs_no_copy() -> None:
+    class Two(Rectified):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.gate(x, self.layer(x))
+            x = self.second(x, self.layer(x))
+            out: Tensor = self.relu(x)
+            return out
+
+    model = Two()
+    model.second = EpsilonGate()
+    assert "clone" not in graph.remove_blocks(model, ["gate"]).code
+    assert "clone" in graph.remove_blocks(model, ["second"]).code
+    assert "clone" in graph.remove_blocks(model, ["gate", "second"]).code
+
+
 def test_steps_in_place_inside_a_removed_branch_go_with_it() -> None:
     class Block(nn.Module):
         def __init__(self) -> None:

@@ -184,7 +184,10 @@ def test_resume_with_other_options_is_refused(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("--recipe", "cifat"), "--recipe cifat: unknown; the recipes are: digits, cifar10-110"),
+        (
+            ("--recipe", "cifat"),
+            "--recipe cifat: unknown; the recipes are: digits, fashion-mnist, cifar10-110",
+        ),
         (("--dataset", "digit"), "--dataset digit: unknown; the data sets are: digits, mnist"),
         (("--model", "resnet"), "--model resnet: not a model; write cifar:DEPTH"),
         (("--model", "cifar:57"), "depth must be 6n + 2"),

@@ -148,3 +148,18 @@ def test_who_reads_a_tensor_after_an_addition_in_place_sees_the_sum() -> None:
     left = graph.drop_gates(gated)
     assert torch.equal(left(x()), model(x()))
     assert torch.equal(model(x()), model(x()))
+
+
+def test_who_holds_the_same_tensor_by_an_identity_sees_the_sum_too() -> None:
+    def forward(n: Any, x: Tensor) -> Tensor:
+        kept = n.one(x)
+        shortcut = n.pass_on(kept)
+        shortcut += n.two(n.norm(shortcut))
+        out: Tensor = kept * 2 + shortcut.relu() * n.pass_on(kept)
+        return out
+
+    model = Network(forward)
+    model.pass_on = nn.Identity()
+    gated = graph.insert_gates(model)
+    assert len(graph.gates(gated)) == 1
+    assert torch.equal(gated(x()), model(x()))

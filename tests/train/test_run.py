@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import signal
 import sys
 from dataclasses import replace
@@ -77,7 +78,13 @@ def test_a_kill_before_the_rotation_is_made_up_for(tmp_path: Path) -> None:
 
 def test_by_default_there_is_nothing_more(tmp_path: Path) -> None:
     run(tmp_path).train()
-    assert set(files_in(tmp_path)) == {"ckpt.pt", "last.pt", "metrics.jsonl", "training.png"}
+    assert set(files_in(tmp_path)) == {
+        "ckpt.pt",
+        "config.json",
+        "last.pt",
+        "metrics.jsonl",
+        "training.png",
+    }
 
 
 def test_a_kept_file_of_another_origin_is_found_before_anything_is_written(tmp_path: Path) -> None:
@@ -170,3 +177,17 @@ def test_a_run_that_goes_well_is_not_warned_of(
 def test_a_plain_run_is_not_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(tmp_path, SHORT.baseline()).train()
     assert "warning" not in capsys.readouterr().err
+
+
+def test_the_checkpoint_says_which_weights_it_started_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = tmp_path / "mine.pt"
+    torch.save(run(tmp_path / "first").trainer.model.state_dict(), weights)
+    stop_after(monkeypatch, 1)
+    with pytest.raises(Interrupted):
+        run(tmp_path / "second", weights=weights).train()
+    run(tmp_path / "second", resume=True).train()
+    recorded = Checkpoint.load(tmp_path / "second" / "ckpt.pt").metrics["started_from"]
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert recorded == {"file": "mine.pt", "sha256": digest}

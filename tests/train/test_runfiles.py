@@ -24,11 +24,14 @@ def test_all_names_what_this_run_wrote_and_nothing_else(tmp_path: Path) -> None:
         "tensorboard/ckpt/events.out.tfevents.1700000000.host.42.000001",
     )
     named = {str(path.relative_to(tmp_path)) for path in RunFiles.of(tmp_path).all()}
-    assert named == {"ckpt.pt", "last.pt", "metrics.jsonl", "training.png", *mine}
+    assert named == {
+        *("ckpt.pt", "last.pt", "metrics.jsonl", "training.png", "config.json"),
+        *mine,
+    }
     theirs = {str(path.relative_to(tmp_path)) for path in RunFiles.of(tmp_path, "baseline").all()}
     assert "baseline-epoch-0012.pt" in theirs
     assert "tensorboard/baseline/events.out.tfevents.000000" in theirs
-    assert len(theirs) == 6
+    assert len(theirs) == 7
 
 
 def test_a_folder_that_does_not_exist_holds_nothing(tmp_path: Path) -> None:

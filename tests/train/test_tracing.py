@@ -175,3 +175,22 @@ def test_the_reason_is_one_line() -> None:
     with pytest.raises(GraphError) as error:
         trace(Looping())
     assert "\n" not in str(error.value)
+
+
+class Augmenting(nn.Module):
+    """Operators that work in place, on a tensor that is read afterwards under another name."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = x = x * 2
+        x += 1
+        x -= 0.5
+        x *= 3
+        x /= 7
+        size = x.size(0)
+        size *= 2
+        return torch.cat([kept, x]).reshape(size, -1)
+
+
+def test_operators_in_place_stay_in_place() -> None:
+    x = torch.arange(6.0).view(2, 3)
+    assert torch.equal(trace(Augmenting())(x), Augmenting()(x))

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
+from typing import TypeGuard
 
 from torch import fx, nn
 
-from eps_train.modes import ByMode
+from eps_train.gate import EpsilonGate
+from eps_train.modes import ByMode, in_mode
+from eps_train.networks import Tap
+from eps_train.tracing import InPlaceTracer
 
 # Steps whose result may be their operand itself, or a view of it.
 _PASSING_MODULES = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd, ByMode)
@@ -56,13 +60,29 @@ def acts_on_others(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     return False
 
 
+def one_tensor(node: fx.Node, modules: Mapping[str, nn.Module]) -> list[fx.Node]:
+    """The nodes that hold the very tensor that `node` holds: it, and what identities hand on."""
+
+    def hands_on(step: object) -> TypeGuard[fx.Node]:
+        if not isinstance(step, fx.Node) or step.op != "call_module":
+            return False
+        return isinstance(modules[str(step.target)], nn.Identity)
+
+    while hands_on(node) and isinstance(source := node.args[0], fx.Node):
+        node = source
+    found = [node]
+    for member in found:
+        found += [user for user in member.users if hands_on(user)]
+    return found
+
+
 def _name(node: fx.Node) -> str:
     return str(getattr(node.target, "__name__", node.target))
 
 
 def _writes(user: fx.Node, operand: object, modules: Mapping[str, nn.Module]) -> bool:
     if user.op == "call_module":
-        return bool(getattr(modules[str(user.target)], "inplace", False))
+        return _module_writes(modules[str(user.target)])
     if user.op == "output" or not user.args or user.args[0] is not operand:
         return False
     if user.target in _WRITING_OPERATORS or user.kwargs.get("inplace"):
@@ -75,9 +95,35 @@ def _writes(user: fx.Node, operand: object, modules: Mapping[str, nn.Module]) ->
     return name.endswith("_") or positional
 
 
+def _module_writes(module: nn.Module) -> bool:
+    if isinstance(module, (EpsilonGate, Tap)):
+        return False
+    if isinstance(module, ByMode):
+        return any(kwargs.get("inplace") for _, kwargs in module.calls.values())
+    own = not type(module).__module__.startswith("torch.")
+    flag = getattr(module, "inplace", None)
+    return _code_writes(module) if own and flag is None else bool(flag)
+
+
+def _code_writes(module: nn.Module) -> bool:
+    """Whether the code of somebody's own layer overwrites what it is given, in either mode."""
+    for training in (True, False):
+        try:
+            with in_mode(module, training):
+                steps = InPlaceTracer().trace(module)
+        except Exception:  # fx cannot follow it; whatever its code raises on a proxy
+            continue
+        inner = dict(module.named_modules())
+        if any(written_into(node, inner) for node in steps.nodes if node.op == "placeholder"):
+            return True
+    return False
+
+
 def _passes(user: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     if user.op == "call_module":
         module = modules[str(user.target)]
+        if isinstance(module, EpsilonGate):
+            return False  # its result is a tensor of its own
         own = not type(module).__module__.startswith("torch.")  # DropPath and the like
         plain = own and not any(True for _ in module.parameters())
         return isinstance(module, _PASSING_MODULES) or plain

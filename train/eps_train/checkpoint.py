@@ -75,7 +75,8 @@ class Checkpoint:
         gates: one record a gated block, in the order of computation; empty for a plain network.
         data: what it was trained on.
         config: the whole training configuration.
-        metrics: `epoch`, `validation`, and at the end of the run `test`.
+        metrics: `epoch`, `validation`, at the end of the run `test`, and `started_from`: None, or
+            `file` and `sha256` of the weights that `--weights` named.
         side_head: tensors of the side head; None without one.
         resume: what only `last.pt` holds (optimizer, schedule, progress).
         versions: of eps-resnet, torch and Python.

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import fx, nn
 
-from eps_train.aliasing import acts_on_others, written_into
+from eps_train.aliasing import acts_on_others, one_tensor, written_into
 from eps_train.errors import GraphError
 from eps_train.gate import EpsilonGate
 from eps_train.networks import Tap
@@ -94,9 +94,9 @@ def _insert_gate(model: fx.GraphModule, residual: Residual, gate: EpsilonGate) -
         # An addition in place was also seen by whoever read its operand afterwards.
         nodes = list(model.graph.nodes)
         later = set(nodes[nodes.index(node) + 1 :])
-        for user in list(residual.overwritten.users):
-            if user in later:
-                user.replace_input_with(residual.overwritten, addition)
+        for same in one_tensor(residual.overwritten, dict(model.named_modules())):
+            for user in [user for user in same.users if user in later]:
+                user.replace_input_with(same, addition)
     node.replace_all_uses_with(addition)
     model.graph.erase_node(node)
 

@@ -46,6 +46,9 @@ class Trainer:
 
     When `stop()` answers true after a step, that step is the last: the state is saved, in the
     middle of the epoch, and :meth:`run` raises :class:`Stopped`.
+
+    `start` is a network to go on with, and its tensors, in the place of a fresh one as `config`
+    names it.
     """
 
     def __init__(
@@ -59,14 +62,17 @@ class Trainer:
         stop: Callable[[], bool] = lambda: False,
         kept: KeptCheckpoints | None = None,
         group: Group = ALONE,
+        start: tuple[NetworkSpec, Mapping[str, Tensor]] | None = None,
     ) -> None:
         self._stop, self.group = stop, group
         self.config, self.data, self.device = config, data, device
         self.best_path, self.last_path, self.kept = best_path, last_path, kept
         identity = data.identity
-        self.spec = network_spec(config, identity.outline)
+        self.spec = start[0] if start else network_spec(config, identity.outline)
         torch.manual_seed(config.seed)
         self.network = build(self.spec, config, group, device, classes=len(identity.classes))
+        if start:
+            self.model.load_state_dict({name: start[1][name] for name in self.model.state_dict()})
         self.normalize = Normalize(list(identity.mean), list(identity.std)).to(device)
         self.batches: Batches = make(data, config, device, group.part)
         self.validation = data.validation.to(device)
@@ -96,6 +102,7 @@ class Trainer:
         self.validated: Score | None = None  # the last epoch
         self.best: Score | None = None  # of the current structure
         self.seconds = 0.0
+        self.started_from: dict[str, str] | None = None  # name and SHA-256 of a file of weights
 
     # -- one run ---------------------------------------------------------------------------------
 

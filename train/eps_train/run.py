@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -90,6 +91,8 @@ class Run:
 
             skipped = load_weights(weights, self.trainer.model)
             fresh = f"; another number of classes, so not: {', '.join(skipped)}" if skipped else ""
+            digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+            self.trainer.started_from = {"file": weights.name, "sha256": digest}
             self._log.print(f"starting from {weights}{fresh}")
 
     def train(self) -> dict[str, Any]:

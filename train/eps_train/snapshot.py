@@ -58,6 +58,7 @@ def checkpoint(trainer: Trainer) -> Checkpoint:
             "validation": None if trainer.validated is None else trainer.validated.to_dict(),
             "test": None,
             "seconds": trainer.seconds,
+            "started_from": trainer.started_from,
         },
         side_head=None if trainer.side_head is None else dict(trainer.side_head.state_dict()),
     )
@@ -136,5 +137,6 @@ def restore(trainer: Trainer) -> None:
     trainer.take_step.precision.restore(state["precision"])
     trainer.seconds = state["seconds"]
     trainer.best = None if state["best"] is None else Score(**state["best"])
+    trainer.started_from = last.metrics["started_from"]
     if last.metrics["validation"] is not None:
         trainer.validated = Score(**last.metrics["validation"])

@@ -9,6 +9,9 @@ a constant that differs between them (`training=` of `F.dropout`, say) becomes a
 from __future__ import annotations
 
 import inspect
+import operator
+from collections.abc import Callable
+from typing import Any
 
 from torch import fx, nn
 
@@ -20,7 +23,36 @@ from eps_train.networks import Tap
 _CONTAINERS = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
-class _Tracer(fx.Tracer):
+class _Proxy(fx.Proxy):
+    """Records `x += y` as the step in place that it is: fx's own takes it for `x = x + y`.
+
+    Whoever else holds that tensor sees the difference.
+    """
+
+    def __iadd__(self, other: Any) -> Any:
+        return self._in_place(operator.iadd, other)
+
+    def __isub__(self, other: Any) -> Any:
+        return self._in_place(operator.isub, other)
+
+    def __imul__(self, other: Any) -> Any:
+        return self._in_place(operator.imul, other)
+
+    def __itruediv__(self, other: Any) -> Any:
+        return self._in_place(operator.itruediv, other)
+
+    def _in_place(self, step: Callable[..., Any], other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", step, (self, other), {})
+
+
+class InPlaceTracer(fx.Tracer):
+    """Records what is done in place as that; for the rest, fx's own."""
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+
+class _Tracer(InPlaceTracer):
     """Keeps whole: gates, taps, single layers, and modules that decide by their mode."""
 
     def __init__(self, *, strict: bool) -> None:

@@ -1,6 +1,6 @@
-"""Intervals for what a deployment claims: a drop in accuracy, and a ratio of medians.
+"""Intervals for what is claimed: a drop in accuracy or a rise in loss, and what medians tell.
 
-No torch, no scipy: both are a few lines of numpy, and tests hold them to references.
+No torch, no scipy: each is a few lines of numpy, and tests hold them to references.
 """
 
 from __future__ import annotations
@@ -66,6 +66,18 @@ def _tango_statistic(delta: float, b: int, c: int, n: int) -> float:
     return distance / math.sqrt(variance)
 
 
+def paired_mean(differences: npt.NDArray[np.float64]) -> Interval:
+    """Mean of differences measured on the same samples, `[N]`, by the normal approximation.
+
+    With a single sample nothing is known of their spread: the interval is then the value alone.
+    """
+    assert len(differences) > 0
+    value = float(differences.mean())
+    spread = float(differences.std(ddof=1)) if len(differences) > 1 else 0.0
+    reach = Z_95 * spread / math.sqrt(len(differences))
+    return Interval(value, value - reach, value + reach)
+
+
 def ratio_of_medians(
     numerator: Sequence[npt.NDArray[np.float64]],
     denominator: Sequence[npt.NDArray[np.float64]],
@@ -77,10 +89,40 @@ def ratio_of_medians(
     a block share whatever the machine was doing then, so the percentile bootstrap resamples pairs
     of blocks, not runs. Blocks of one side have equal lengths. One seed, one interval.
     """
-    assert len(numerator) == len(denominator) > 0
-    top, bottom = np.stack(numerator), np.stack(denominator)
-    picks = np.random.default_rng(seed).integers(len(top), size=(RESAMPLES, len(top)))
-    medians = [np.median(side[picks].reshape(RESAMPLES, -1), axis=1) for side in (top, bottom)]
-    ratios = medians[0] / medians[1]
-    low, high = np.percentile(ratios, [2.5, 97.5])
-    return Interval(float(np.median(top) / np.median(bottom)), float(low), float(high))
+    medians = _resampled_medians(numerator, denominator, seed)
+    value = np.median(np.stack(numerator)) / np.median(np.stack(denominator))
+    return _percentiles(float(value), medians[0] / medians[1])
+
+
+def difference_of_medians(
+    first: Sequence[npt.NDArray[np.float64]],
+    second: Sequence[npt.NDArray[np.float64]],
+    seed: int = 0,
+) -> Interval:
+    """Median of all `first` runs less that of all `second`, as :func:`ratio_of_medians` does it."""
+    medians = _resampled_medians(first, second, seed)
+    value = np.median(np.stack(first)) - np.median(np.stack(second))
+    return _percentiles(float(value), medians[0] - medians[1])
+
+
+def median(blocks: Sequence[npt.NDArray[np.float64]], seed: int = 0) -> Interval:
+    """Median of all runs, with its interval by the same bootstrap over blocks."""
+    medians = _resampled_medians(blocks, blocks, seed)
+    return _percentiles(float(np.median(np.stack(blocks))), medians[0])
+
+
+def _resampled_medians(
+    first: Sequence[npt.NDArray[np.float64]],
+    second: Sequence[npt.NDArray[np.float64]],
+    seed: int,
+) -> list[npt.NDArray[np.float64]]:
+    """Both sides' medians over pairs of blocks drawn anew, `[RESAMPLES]` each."""
+    assert len(first) == len(second) > 0
+    sides = np.stack(first), np.stack(second)
+    picks = np.random.default_rng(seed).integers(len(first), size=(RESAMPLES, len(first)))
+    return [np.median(side[picks].reshape(RESAMPLES, -1), axis=1) for side in sides]
+
+
+def _percentiles(value: float, resampled: npt.NDArray[np.float64]) -> Interval:
+    low, high = np.percentile(resampled, [2.5, 97.5])
+    return Interval(value, float(low), float(high))

@@ -9,7 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eps_deploy.intervals import Z_95, paired_difference, ratio_of_medians
+from eps_compact.intervals import (
+    Z_95,
+    difference_of_medians,
+    median,
+    paired_difference,
+    paired_mean,
+    ratio_of_medians,
+)
 
 
 @pytest.mark.parametrize("total", [1, 10, 359, 10_000])
@@ -104,3 +111,37 @@ def test_the_bootstrap_interval_covers_the_true_ratio() -> None:
         interval = ratio_of_medians(top, bottom, seed)
         covered += interval.low <= 2 <= interval.high
     assert covered >= 50
+
+
+def test_a_difference_of_equal_blocks_is_sharp() -> None:
+    interval = difference_of_medians([np.full(9, 3.0)] * 5, [np.full(9, 2.0)] * 5)
+    assert (interval.low, interval.value, interval.high) == (1.0, 1.0, 1.0)
+
+
+def test_the_bootstrap_interval_covers_the_true_difference_and_median() -> None:
+    """True medians 2 and 1; what befalls both alike does not widen the difference."""
+    chance = np.random.default_rng(5)
+    covered = [0, 0]
+    for seed in range(60):
+        shared = chance.normal(0, 0.5, 20)
+        top = [2 + shift + chance.normal(0, 0.05, 20) for shift in shared]
+        bottom = [1 + shift + chance.normal(0, 0.05, 20) for shift in shared]
+        both = difference_of_medians(top, bottom, seed), median(top, seed)
+        covered[0] += both[0].low <= 1 <= both[0].high
+        covered[1] += both[1].low <= 2 <= both[1].high
+        assert both[0].high - both[0].low < both[1].high - both[1].low
+    assert min(covered) >= 50
+
+
+def test_the_interval_of_a_mean_covers_it() -> None:
+    chance = np.random.default_rng(7)
+    covered = 0
+    for _ in range(400):
+        interval = paired_mean(chance.exponential(size=100) - 1)
+        covered += interval.low <= 0 <= interval.high
+    assert covered >= 0.9 * 400
+
+
+def test_one_sample_tells_no_spread() -> None:
+    interval = paired_mean(np.array([0.25]))
+    assert (interval.low, interval.value, interval.high) == (0.25, 0.25, 0.25)

@@ -1,0 +1,201 @@
+"""Compacting a very deep network: depth 752, 300 of its 375 blocks dead.
+
+The network is not trained (its batch norms have seen random images once), and its deaths are made
+up: neither time, nor memory, nor size depend on what the weights are. Measured are the steps of
+`eps-compact` on its checkpoint, from reading the one file to writing the other; the most memory the
+process ever had; and the latency of the compact network (as the proof knows it, and folded, as it
+ships) and of the full one, in turns on one thread, beside what parameters and FLOPs promise. The
+last line printed is one JSON object.
+
+    python benchmarks/compaction.py [--depth N] [--dead N] [--threads N] [--rounds N]
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from _rounds import in_turns, machine, ratio, say, seconds_of
+from _steps import random_images
+from torch import Tensor, nn
+
+from eps_compact.compaction import Compaction, compact_checkpoint
+from eps_compact.rewrite import compact
+from eps_train import graph
+from eps_train.checkpoint import Checkpoint, Death, GateRecord
+from eps_train.data import Data
+from eps_train.evaluate import logits
+from eps_train.network import NetworkSpec
+from eps_train.networks import Normalize
+from eps_train.recipes import cifar
+
+EPSILON = 2.5
+HELDOUT = 32  # images that stand for the validation part
+BATCHES = (1, 16)
+CPU = torch.device("cpu")
+
+
+@click.command()
+@click.option("--depth", default=752, show_default=True, help="Of the network: 6n + 2.")
+@click.option("--dead", default=300, show_default=True, help="Blocks that are dead.")
+@click.option("--threads", default=2, show_default=True, help="Of the compaction.")
+@click.option("--rounds", default=10, show_default=True, help="Latency: rounds of all sides.")
+def main(depth: int, dead: int, threads: int, rounds: int) -> None:
+    """Compact an untrained network of DEPTH with DEAD dead blocks, and time it."""
+    torch.set_num_threads(threads)
+    conditions = machine(CPU)
+    data = random_images(cifar("cifar10-110", dataset="cifar10", depth=depth), 64)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        say(f"building cifar:{depth}x16 with {dead} dead blocks")
+        _checkpoint(data, depth, dead).save(folder / "ckpt.pt")
+        done, compaction = _compaction(folder)
+        sizes = {file: (folder / file).stat().st_size for file in ("ckpt.pt", "compact.pt")}
+        checkpoint = Checkpoint.load(folder / "ckpt.pt")
+    say(json.dumps(compaction))
+    torch.set_num_threads(1)
+    result = {
+        "machine": conditions,
+        "network": {"model": f"cifar:{depth}x16", "image": [3, 32, 32], "dead": dead},
+        "compaction": compaction,
+        "bytes": {**sizes, "ratio": sizes["ckpt.pt"] / sizes["compact.pt"]},
+        **_promised(done),
+        "latency": _latency(done, checkpoint, rounds),
+    }
+    print(json.dumps(result))
+
+
+def _checkpoint(data: Data, depth: int, dead: int) -> Checkpoint:
+    torch.manual_seed(0)
+    spec = NetworkSpec.parse(f"cifar:{depth}x16", in_channels=3, classes=10)
+    model = spec.build()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None  # the mean over all that it sees
+    identity = data.identity
+    normalize = Normalize(list(identity.mean), list(identity.std))
+    with torch.no_grad():
+        model.train()(normalize(_images(HELDOUT)))
+    doomed = set(random.Random(0).sample(spec.gated, dead))
+    for gate in graph.gates(model).values():
+        gate.reset_record()
+    death = Death(epoch=9, epsilon=EPSILON, steps=60, peak=1.25, heldout_peak=1.0, samples=HELDOUT)
+    return Checkpoint(
+        network=spec,
+        state=dict(model.state_dict()),
+        gates=[
+            GateRecord(
+                block=block,
+                epsilon=EPSILON,
+                steps=20,
+                closed_steps=20 if block in doomed else 3,
+                peak=1.25 if block in doomed else 7.5,
+                death=death if block in doomed else None,
+            )
+            for block in spec.gated
+        ],
+        data=identity,
+        config={"seed": 0, "epsilon": EPSILON},
+        metrics={"epoch": 10, "validation": {"accuracy": 0.1, "loss": 2.3}, "test": None},
+    )
+
+
+def _images(count: int) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(0, 256, (count, 3, 32, 32), generator=generator, dtype=torch.uint8)
+
+
+def _compaction(folder: Path) -> tuple[Compaction, dict[str, Any]]:
+    """What `eps-compact` does, with the seconds of its parts."""
+    began = time.perf_counter()
+    checkpoint = Checkpoint.load(folder / "ckpt.pt")
+    marks = [("reading", time.perf_counter())]
+    # Each line says what comes next.
+    steps = iter(("rewriting", "proofs"))
+
+    def report(line: str) -> None:
+        marks.append((next(steps), time.perf_counter()))
+        say(f"{time.perf_counter() - began:.1f} s: {line}")
+
+    done = compact_checkpoint(
+        checkpoint, _images(HELDOUT), checkpoint_path="ckpt.pt", report=report
+    )
+    marks.append(("held_out_images_and_costs", time.perf_counter()))
+    done.artifact.save(folder / "compact.pt")
+    marks.append(("writing", time.perf_counter()))
+    seconds, before = {}, began
+    for part, when in marks:
+        seconds[part], before = when - before, when
+    return done, {
+        "threads": torch.get_num_threads(),
+        "seconds": {**seconds, "all": before - began},
+        "rewriting_and_proofs": seconds["rewriting"] + seconds["proofs"],
+        "proofs": [
+            {"batch": proof.batch, "images": proof.images, "equal": proof.equal}
+            for proof in done.proofs
+        ],
+        "held_out_images": HELDOUT,
+        "peak_bytes": _peak(),
+    }
+
+
+def _peak() -> int | None:
+    """Most memory that this process ever had; None where the system does not tell."""
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _promised(done: Compaction) -> dict[str, Any]:
+    return {
+        name: {**counts, "ratio": counts["before"] / counts["after"]}
+        for name, counts in done.counts.items()
+    }
+
+
+def _latency(done: Compaction, checkpoint: Checkpoint, rounds: int) -> list[dict[str, Any]]:
+    """Milliseconds of a batch on one thread, images and networks channels-last."""
+    gated = checkpoint.build_gated().eval()
+    data = checkpoint.data
+    sides: dict[str, nn.Module] = {
+        "full": graph.drop_taps(graph.drop_gates(gated)),
+        "compact": compact(gated),
+        "folded": done.artifact.build(),
+    }
+    for side in sides.values():
+        side.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    normalize = Normalize(list(data.mean), list(data.std))
+    found = []
+    for batch in BATCHES:
+        images = _images(batch).contiguous(memory_format=torch.channels_last)
+        work = {
+            side: partial(seconds_of, partial(logits, model, normalize, images), CPU)
+            for side, model in sides.items()
+        }
+        for timed in work.values():
+            timed()  # warm-up
+        times = in_turns(work, rounds=rounds)
+        row = {
+            "batch": batch,
+            "milliseconds": {side: 1e3 * statistics.median(each) for side, each in times.items()},
+            "speedup": {side: ratio(times["full"], times[side]) for side in ("compact", "folded")},
+        }
+        say(json.dumps(row))
+        found.append(row)
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""Folding: a convolution takes up the batch norm right behind it, and what does nothing goes.
+
+In evaluation mode a batch norm is `y = scale * x + shift` per channel, so behind a convolution it
+is a matter of that one's weight and bias. That is exact algebra, whatever the padding, but other
+rounding: float32 logits move in their last digits. Not foldable is a batch norm in front of a
+convolution (the zeros of the padding would have to be shifted too) or behind an addition.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+
+from eps_train.errors import FileFormatError
+
+BatchNorms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+# Exact types: a subclass may compute something else (an activation, standardised weights).
+_NORMS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv1d: nn.BatchNorm1d,
+    nn.Conv2d: nn.BatchNorm2d,
+    nn.Conv3d: nn.BatchNorm3d,
+}
+# What hands on its input as it is, in evaluation mode.
+_NOTHING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+
+class Pair(NamedTuple):
+    """Qualified names of a convolution and of the batch norm that it takes up."""
+
+    conv: str
+    norm: str
+
+
+class _Place(NamedTuple):
+    """A pair as it stands in a graph."""
+
+    names: Pair
+    conv: fx.Node
+    norm: fx.Node
+
+
+def fold(model: fx.GraphModule) -> tuple[fx.GraphModule, tuple[Pair, ...]]:
+    """Fold every batch norm that can be, in a copy of `model`, which is left as it was.
+
+    The copy is for evaluation alone: what does nothing there (dropout, identities) is gone. The
+    folded numbers are computed in float64 and rounded once. No pair: `model` can be saved as it is.
+
+    Args:
+        model: a network without gates, on one device.
+
+    Returns:
+        The folded network, in evaluation mode, and the pairs, in the order of computation.
+    """
+    folded = copy.deepcopy(model).eval()
+    _drop_nothing(folded)
+    places = list(_places(folded))
+    for place in places:
+        conv = folded.get_submodule(place.names.conv)
+        weight, bias = _folded(conv, folded.get_submodule(place.names.norm))
+        _merge(folded, place, conv, weight, bias)
+    _tidy(folded)
+    return folded, tuple(place.names for place in places)
+
+
+def unfolded_state(state: Mapping[str, Tensor], pairs: Iterable[Pair]) -> dict[str, Tensor]:
+    """`state` of a folded network, with batch norms that do nothing for those that are gone.
+
+    A network that has not been folded yet can be filled with it. Raises FileFormatError when a
+    convolution's weight is missing.
+    """
+    filled = dict(state)
+    for conv, norm in pairs:
+        weight = state.get(f"{conv}.weight")
+        if weight is None or weight.dim() < 3:
+            raise FileFormatError(f"tensors are missing, the first is {conv}.weight")
+        channels = weight.shape[0]
+        for name, value in {
+            "weight": weight.new_ones(channels),
+            "bias": weight.new_zeros(channels),
+            "running_mean": weight.new_zeros(channels),
+            "running_var": weight.new_ones(channels),
+            "num_batches_tracked": torch.tensor(0),
+        }.items():
+            filled.setdefault(f"{norm}.{name}", value)
+    return filled
+
+
+def refold(model: fx.GraphModule, pairs: Iterable[Pair], state: Mapping[str, Tensor]) -> None:
+    """Give `model`, filled from `unfolded_state`, the structure and tensors of the folded network.
+
+    In place. Raises FileFormatError for a pair that this network cannot fold, or whose tensors are
+    missing or of another shape.
+    """
+    _drop_nothing(model)
+    places = {place.names: place for place in _places(model)}
+    for pair in pairs:
+        place = places.pop(pair, None)
+        if place is None:
+            raise FileFormatError(f"{pair.norm} cannot be folded into {pair.conv} in this network")
+        weight, bias = (state.get(f"{pair.conv}.{name}") for name in ("weight", "bias"))
+        if weight is None or bias is None:
+            raise FileFormatError(f"tensors are missing, the first is {pair.conv}.bias")
+        if bias.shape != weight.shape[:1] or bias.dtype != weight.dtype:
+            raise FileFormatError(
+                f"tensor {pair.conv}.bias has another shape or type than its network"
+            )
+        conv = model.get_submodule(pair.conv)
+        _merge(model, place, conv, weight.clone(), bias.clone())
+    _tidy(model)
+
+
+def _drop_nothing(model: fx.GraphModule) -> None:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for node in list(model.graph.nodes):
+        if node.op != "call_module" or len(node.args) != 1 or node.kwargs:
+            continue
+        layer = modules[str(node.target)]
+        if type(layer) in _NOTHING and not _hooked(layer):
+            node.replace_all_uses_with(node.args[0])
+            model.graph.erase_node(node)
+
+
+def _places(model: fx.GraphModule) -> Iterable[_Place]:
+    """Where a batch norm is all that ever looks at a convolution's answer."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    calls: Counter[int] = Counter()
+    readings = []
+    for node in model.graph.nodes:
+        if node.op == "call_module":
+            calls[id(modules[str(node.target)])] += 1
+        elif node.op == "get_attr":
+            readings.append(str(node.target))
+    owners = Counter(
+        id(parameter) for module in model.modules() for parameter in module._parameters.values()
+    )
+    for node in model.graph.nodes:
+        source = node.args[0] if node.op == "call_module" and len(node.args) == 1 else None
+        if not isinstance(source, fx.Node) or source.op != "call_module" or len(source.users) != 1:
+            continue
+        names = Pair(str(source.target), str(node.target))
+        conv = modules[names.conv]
+        alone = calls[id(conv)] == 1 and owners[id(conv._parameters.get("weight"))] == 1
+        read = any(name.startswith(f"{names.conv}.") for name in readings)
+        if alone and not read and _fit(conv, modules[names.norm]):
+            yield _Place(names, source, node)
+
+
+def _fit(conv: nn.Module, norm: nn.Module) -> bool:
+    if _NORMS.get(type(conv)) is not type(norm) or _hooked(conv) or _hooked(norm):
+        return False
+    assert isinstance(conv, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+    assert isinstance(norm, BatchNorms)
+    if norm.running_mean is None or norm.running_var is None:
+        return False  # it judges by the batch at hand
+    kinds = {conv.weight.dtype, norm.running_mean.dtype}
+    return conv.out_channels == norm.num_features and kinds <= {torch.float32}
+
+
+def _hooked(module: nn.Module) -> bool:
+    return any(getattr(module, name) for name in _HOOKS)
+
+
+def _folded(conv: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the convolution with the batch norm in them, float32.
+
+    In float64 by single steps that IEEE 754 rounds the same on every machine, so that `eps-verify`
+    finds these numbers again to the last bit.
+    """
+
+    def wide(tensor: object, default: float) -> Tensor:
+        if isinstance(tensor, Tensor):
+            return tensor.detach().double()
+        return torch.full_like(mean, default)
+
+    assert isinstance(norm.running_mean, Tensor)
+    mean = norm.running_mean.detach().double()
+    deviation = (wide(norm.running_var, 1) + float(norm.eps)).sqrt()  # type: ignore[arg-type]
+    scale = wide(norm.weight, 1) / deviation
+    bias = (wide(conv.bias, 0) - mean) * scale + wide(norm.bias, 0)
+    weight = wide(conv.weight, 0)
+    per_channel = scale.view(-1, *[1] * (weight.dim() - 1))
+    return (weight * per_channel).float(), bias.float()
+
+
+def _merge(
+    model: fx.GraphModule, place: _Place, conv: nn.Module, weight: Tensor, bias: Tensor
+) -> None:
+    conv.weight = nn.Parameter(weight)
+    conv.bias = nn.Parameter(bias)
+    place.norm.replace_all_uses_with(place.conv)
+    model.graph.erase_node(place.norm)
+
+
+def _tidy(model: fx.GraphModule) -> None:
+    model.delete_all_unused_submodules()
+    model.graph.lint()
+    model.recompile()

@@ -1,0 +1,240 @@
+"""The sweep: block after block goes, always the one that is missed least for what it costs."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from eps_compact.branch_costs import branch_costs, live_network
+from eps_compact.forking import Answers, Forking, answer, answer_all
+from eps_compact.heldout import PROBE, ordered, pass_seconds, pixels
+from eps_compact.intervals import median, ratio_of_medians
+from eps_compact.ledger import CPU, accuracy_drop
+from eps_compact.pareto import Point, Sweep, Weight, knee
+from eps_compact.timing import Runs, Timer, TorchTimer, block_times, plain
+from eps_train import graph
+from eps_train.checkpoint import Checkpoint
+from eps_train.cost import Cost, cost
+from eps_train.errors import ConfigError
+from eps_train.images import Part
+from eps_train.networks import Normalize
+
+SECONDS = 120.0
+TIMING_SHARE = 0.15  # of the seconds
+CHOOSING_SHARE = 0.5
+MEASURING_SHARE = 0.25
+TIMED = 0.8  # of what is left for times; intervals take the rest
+LEAST = 64  # images to choose on, before blocks go several at a time
+
+
+def sweep(
+    checkpoint: Checkpoint,
+    validation: Part,
+    *,
+    weight: Weight = "parameters",
+    seconds: float = SECONDS,
+    device: torch.device = CPU,
+    timer: Timer | None = None,
+    report: Callable[[str], None] = lambda line: None,
+) -> Sweep:
+    """Take the live blocks out one after another, within `seconds`.
+
+    At each step every block that is left is left out in turn. The next to go is the one with the
+    least rise in cross-entropy for what its removal saves; of those whose loss does not rise, the
+    one that saves most. The validation part is divided: on one half, or as much of it as the time
+    allows, blocks are chosen; on the other the accuracies are measured. No other image is looked
+    at. Where time is short, several blocks go in one step.
+
+    Args:
+        checkpoint: gated, or plain: then all of its residual blocks take part.
+        validation: its validation part.
+        weight: what a block saves: `parameters`, `flops`, or `ms`.
+        seconds: to spend in all.
+        device: where to compute.
+        timer: measures the times; `TorchTimer` if not given.
+        report: told what is being done, a line at a time.
+
+    Raises:
+        ConfigError: no block is left, or `seconds` is too little for even one step.
+        FileFormatError: the checkpoint's tensors are not those of its network.
+    """
+    began = time.perf_counter()
+    timer = timer or TorchTimer()
+    model = live_network(checkpoint)
+    model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    normalize = Normalize(list(checkpoint.data.mean), list(checkpoint.data.std)).to(device)
+    heldout = ordered(validation)
+    image = normalize(pixels(heldout, range(1), device).images)
+    shape = checkpoint.data.input_shape
+    walk = _Walk(
+        normalize,
+        shape,
+        saved=_saved(model, shape, weight, timer, image, seconds * TIMING_SHARE / 2),
+        deadline=began + seconds * (1 - TIMING_SHARE),
+        report=report,
+    )
+    walk.plan(model, heldout, seconds)
+    stages, complete = walk.go(model)
+    networks = [plain(stage.model) for stage in stages]
+    whole = cost(checkpoint.network.skeleton(), shape)
+    report(f"sweep: timing {len(networks)} networks ({timer.name})")
+    left = seconds - (time.perf_counter() - began)
+    times = timer(networks, image, TIMED * left)
+    found = tuple(
+        _point(stage, stages[0], whole, runs, times[0])
+        for stage, runs in zip(stages, times, strict=True)
+    )
+    return Sweep(
+        points=found,
+        knee=knee([(point.parameters, point.accuracy) for point in found]),
+        weight=weight,
+        chosen_on=walk.chosen_on,
+        measured_on=walk.measured_on,
+        complete=complete,
+        timer=timer.name,
+        seconds=time.perf_counter() - began,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Stage:
+    removed: tuple[str, ...]
+    model: fx.GraphModule
+    size: Cost
+    answers: Answers
+
+
+class _Walk:
+    """The steps of a sweep, paced so that they are done by the deadline."""
+
+    def __init__(
+        self,
+        normalize: Normalize,
+        shape: tuple[int, int, int],
+        *,
+        saved: Mapping[str, float],
+        deadline: float,
+        report: Callable[[str], None],
+    ) -> None:
+        self._normalize, self._shape = normalize, shape
+        self._saved, self._deadline, self._report = saved, deadline, report
+
+    def plan(self, model: fx.GraphModule, heldout: Part, seconds: float) -> None:
+        """Decide on how many images to choose, and on how many to measure."""
+        forking = Forking(model)
+        blocks, available = len(forking.blocks), len(heldout)
+        each = pass_seconds(forking, self._normalize, heldout) / min(PROBE, available)
+        # One step takes `passes` passes, and the steps get shorter with the network: a third.
+        step = each * forking.passes
+        choosing = CHOOSING_SHARE * seconds
+        self.chosen_on = min(available // 2, int(choosing / (step * blocks / 3)))
+        self._at_once = 1
+        if self.chosen_on < LEAST:
+            self.chosen_on = min(available // 2, LEAST)
+            self._at_once = math.ceil(self.chosen_on * step * blocks / 3 / choosing)
+        if self.chosen_on * step > choosing:
+            raise ConfigError(
+                f"the sweep's {seconds:g} seconds are too few: a single step over {blocks} blocks"
+                f" on {self.chosen_on} images takes about {self.chosen_on * step:.0f}; give it more"
+            )
+        fitting = int(MEASURING_SHARE * seconds / (each * (blocks / self._at_once / 2 + 1)))
+        rest = available - self.chosen_on
+        self.measured_on = min(rest, max(fitting, LEAST))
+        device = self._normalize.mean.device
+        self._choosing = pixels(heldout, range(self.chosen_on), device)
+        self._measuring = pixels(
+            heldout, range(self.chosen_on, self.chosen_on + self.measured_on), device
+        )
+        self._report(
+            f"sweep: {blocks} blocks, chosen on {self.chosen_on:,} held-out images, accuracy"
+            f" measured on {self.measured_on:,} others"
+        )
+
+    def go(self, model: fx.GraphModule) -> tuple[list[_Stage], bool]:
+        """All stages, and whether the last has no block left."""
+        stages = [self._stage((), model)]
+        while live := len(graph.gates(stages[-1].model)):
+            began = time.perf_counter()
+            stages.append(self._step(stages[-1]))
+            taken = time.perf_counter() - began
+            left = live - (len(stages[-1].removed) - len(stages[-2].removed))
+            next_step = taken * (left / live) ** 2
+            if not self._pace(next_step, left):
+                return stages, False
+        return stages, True
+
+    def _pace(self, next_step: float, left: int) -> bool:
+        """Settle how many blocks go at once from here; False when there is no time for a step."""
+        remaining = self._deadline - time.perf_counter()
+        if next_step > remaining:
+            return not left
+        # The rest one at a time takes a third of as many such steps.
+        self._at_once = max(self._at_once, math.ceil(next_step * left / 3 / remaining))
+        return True
+
+    def _step(self, stage: _Stage) -> _Stage:
+        answers = answer_all(Forking(stage.model), self._normalize, self._choosing)
+        whole = answers.pop(None).mean_loss
+        rises = {block: found.mean_loss - whole for block, found in answers.items() if block}
+        ranked = sorted(rises, key=lambda block: cheapness(rises[block], self._saved[block]))
+        gone = ranked[: self._at_once]
+        removed = (*stage.removed, *gone)
+        after = self._stage(removed, graph.remove_blocks(stage.model, gone))
+        self._report(
+            f"sweep: {len(after.removed)} out, last {gone[-1]}: accuracy"
+            f" {after.answers.accuracy:.2%}, loss {after.answers.mean_loss:.3f}"
+        )
+        return after
+
+    def _stage(self, removed: tuple[str, ...], model: fx.GraphModule) -> _Stage:
+        answers = answer(model, self._normalize, self._measuring)
+        return _Stage(removed, model, cost(model, self._shape), answers)
+
+
+def cheapness(rise: float, saved: float) -> tuple[float, float]:
+    """Sorts blocks by how cheap it is to lose them, the next to go first.
+
+    `rise` is that of the loss, `saved` what leaves with the block. A loss that does not rise ranks
+    as one that stays: a gain below the noise is no reason to prefer a block that saves little.
+    """
+    return max(rise, 0.0) / max(saved, 1e-9), -saved
+
+
+def _saved(
+    model: fx.GraphModule,
+    shape: tuple[int, int, int],
+    weight: Weight,
+    timer: Timer,
+    image: Tensor,
+    seconds: float,
+) -> dict[str, float]:
+    costs = branch_costs(model, shape)
+    if not costs:
+        raise ConfigError("every block is dead: there is none left for a sweep to take out")
+    if weight == "ms":
+        times = block_times(model, costs, timer, image, seconds)
+        return {block: interval.value for block, interval in times.items()}
+    return {found.block: getattr(found, weight) for found in costs}
+
+
+def _point(
+    stage: _Stage, start: _Stage, whole: Cost, runs: list[Runs], first_runs: list[Runs]
+) -> Point:
+    size = stage.size
+    return Point(
+        removed=stage.removed,
+        parameters=size.parameters,
+        flops=size.flops,
+        parameters_share=size.parameters / whole.parameters,
+        flops_share=size.flops / whole.flops,
+        accuracy=stage.answers.accuracy,
+        loss=stage.answers.mean_loss,
+        drop=accuracy_drop(start.answers, stage.answers),
+        ms=median(runs),
+        speedup=ratio_of_medians(first_runs, runs),
+    )

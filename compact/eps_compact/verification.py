@@ -1,0 +1,269 @@
+"""Proving an artifact again, from files alone: `compact.pt` and the checkpoint it was made from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from eps_compact import certificate
+from eps_compact.artifact import CompactArtifact
+from eps_compact.certificate import Proof, ProofError
+from eps_compact.compaction import folded_counts, proof_images
+from eps_compact.folding import fold
+from eps_compact.outputs import Outputs, certificate_file, read_certificate
+from eps_compact.rewrite import compact
+from eps_train.checkpoint import Checkpoint
+from eps_train.cost import cost
+from eps_train.data import load_again
+from eps_train.errors import ConfigError, DataError, FileFormatError
+from eps_train.images import Part
+from eps_train.networks import Normalize
+
+_ON_CHECKPOINT = ("network", "evidence", "tensors", "rewriting", "folding", "counts")
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that was looked at.
+
+    Attributes:
+        name: what.
+        passed: None: it was not, or could not be, looked at.
+        detail: what was found, or why it was not looked at; one line.
+    """
+
+    name: str
+    passed: bool | None
+    detail: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(slots=True)
+class Verification:
+    """All checks of one file; `lossless` is what its certificate says."""
+
+    lossless: bool
+    checks: list[Check] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed is not False for check in self.checks)
+
+
+def verify(
+    path: Path,
+    *,
+    checkpoint: Path | None = None,
+    data_root: Path | None = None,
+    no_data: bool = False,
+    report: Callable[[str], None] = lambda line: None,
+) -> Verification:
+    """Check `path` (a `compact.pt`) against its checkpoint.
+
+    Args:
+        checkpoint: None: where `path` says that it is.
+        data_root: as `--data-root`. Without it, data that cannot be loaded is done without.
+        no_data: prove on random images alone.
+        report: told what is being done, a line at a time.
+
+    Raises:
+        FileFormatError: a file is damaged, foreign or too new.
+        ConfigError: the checkpoint is not there.
+        DataError: the data under `data_root` is missing, or another.
+    """
+    artifact = CompactArtifact.load(path)
+    source = _checkpoint(path, artifact, checkpoint)
+    found = Verification(lossless=bool(artifact.certificate.get("lossless", True)))
+    add = found.checks.append
+    add(Check("artifact", True, f"SHA-256 seal {artifact.digest[:12]} matches"))
+    add(_certificate_beside(path, artifact))
+    recorded = artifact.checkpoint["digest"]
+    same = source.digest == recorded == artifact.certificate.get("checkpoint", recorded)
+    add(
+        Check("checkpoint", True, f"SHA-256 seal {source.digest[:12]} is the recorded one")
+        if same
+        else Check(
+            "checkpoint",
+            False,
+            f"digest {source.digest[:12]}, recorded {recorded[:12]}: made from another checkpoint;"
+            " name that one with --checkpoint",
+        )
+    )
+    if not same:
+        found.checks += [Check(n, None, "not the right checkpoint") for n in _ON_CHECKPOINT]
+        return found
+    heldout, data = _data(artifact, source, data_root, no_data)
+    add(data)
+    network = _network(artifact, source)
+    add(network)
+    add(_evidence(artifact, source))
+    if network.passed:
+        report("proving it again")
+        found.checks += _proven(artifact, source, heldout)
+    else:
+        found.checks += [Check(n, None, "not the right network") for n in _ON_CHECKPOINT[2:]]
+    return found
+
+
+def _checkpoint(path: Path, artifact: CompactArtifact, named: Path | None) -> Checkpoint:
+    if not artifact.checkpoint.keys() >= {"path", "digest"}:
+        raise FileFormatError(f"{path}: does not say which checkpoint it was made from")
+    place = named or path.parent / artifact.checkpoint["path"]
+    if named is None and not place.exists():
+        raise ConfigError(
+            f"{place}: the checkpoint that {path} was made from is not there;"
+            " name it with --checkpoint"
+        )
+    return Checkpoint.load(place)
+
+
+def _certificate_beside(path: Path, artifact: CompactArtifact) -> Check:
+    beside = Outputs(path).certificate
+    if not beside.exists():
+        return Check("certificate", None, f"no {beside.name} beside it")
+    found = read_certificate(beside)
+    if found.get("artifact") != artifact.digest:
+        return Check(
+            "certificate", False, f"{beside.name} belongs to {str(found.get('artifact'))[:12]}"
+        )
+    if found != certificate_file(artifact):
+        return Check("certificate", False, f"{beside.name} says other things than the artifact")
+    return Check("certificate", True, f"{beside.name} says what the artifact says")
+
+
+def _data(
+    artifact: CompactArtifact, source: Checkpoint, root: Path | None, no_data: bool
+) -> tuple[Part | None, Check]:
+    identity = source.data
+    if artifact.data != identity:
+        return None, Check("data", False, "artifact and checkpoint name different data")
+    if no_data:
+        return None, Check("data", None, "--no-data: random images alone")
+    try:
+        part = load_again(identity, root).validation
+    except (DataError, ConfigError) as error:
+        if root is not None:
+            raise
+        return None, Check("data", None, f"random images alone: {error}")
+    detail = f"{identity.name}: {len(part):,} held-out images, SHA-256 {identity.sha256[:12]}"
+    return part, Check("data", True, detail)
+
+
+def _network(artifact: CompactArtifact, source: Checkpoint) -> Check:
+    ours, theirs = artifact.network, source.network
+    if (ours.family, ours.arguments) != (theirs.family, theirs.arguments):
+        return Check("network", False, f"{ours.family}, the checkpoint holds {theirs.family}")
+    live = [entry["block"] for entry in artifact.certificate.get("removed_live", [])]
+    wanted, removed = {*source.dead, *theirs.removed, *live}, set(ours.removed)
+    if removed != wanted:
+        surplus, missing = sorted(removed - wanted), sorted(wanted - removed)
+        detail = f"removed without a reason: {', '.join(surplus)}" if surplus else ""
+        lacking = f"dead but not removed: {', '.join(missing)}" if missing else ""
+        return Check("network", False, "; ".join(filter(None, (detail, lacking))))
+    if bool(live) == bool(artifact.certificate.get("lossless", True)):
+        return Check("network", False, "the certificate is wrong about being lossless")
+    if live:
+        detail = f"NOT lossless: besides the dead, {len(live)} live blocks are removed"
+    else:
+        detail = f"removed are the {len(removed)} blocks that the checkpoint records as dead"
+    return Check("network", True, detail)
+
+
+def _evidence(artifact: CompactArtifact, source: Checkpoint) -> Check:
+    try:
+        certificate.check_evidence(source)
+    except ProofError as error:
+        return Check("evidence", False, str(error))
+    told = artifact.certificate.get("removed", [])
+    if told != certificate.deaths(source):
+        return Check("evidence", False, "the certificate tells other deaths than the checkpoint")
+    return Check("evidence", True, f"{len(told)} deaths, each silent in training and held out")
+
+
+def _proven(artifact: CompactArtifact, source: Checkpoint, heldout: Part | None) -> Iterator[Check]:
+    shut = artifact.gated(source)
+    plain = compact(shut)
+    shipped = artifact.build()
+    yield _tensors(artifact, plain)
+    folded = bool(artifact.folded)
+    images = proof_images(heldout, source.data.input_shape)
+    proofs = certificate.compare(
+        shut,
+        plain if folded else shipped,
+        Normalize(list(source.data.mean), list(source.data.std)),
+        images,
+        shipped if folded else None,
+    )
+    yield _equal([proof for proof in proofs if proof.step == "rewriting"])
+    yield _close([proof for proof in proofs if proof.step == "folding"])
+    yield _counts(artifact, source, plain, shipped)
+
+
+def _tensors(artifact: CompactArtifact, plain: fx.GraphModule) -> Check:
+    again, pairs = fold(plain) if artifact.folded else (plain, ())
+    state = again.state_dict()
+    if pairs != artifact.folded or state.keys() != artifact.state.keys():
+        return Check("tensors", False, "other tensors than the checkpoint gives")
+    for name, tensor in state.items():
+        if not torch.equal(tensor, artifact.state[name]):
+            return Check("tensors", False, f"{name} differs from what the checkpoint gives")
+    return Check("tensors", True, f"all {len(state)} are those that the checkpoint gives")
+
+
+def _equal(proofs: list[Proof]) -> Check:
+    failed = next((proof for proof in proofs if not proof.passed), None)
+    if failed is not None:
+        return Check("rewriting", False, failed.failure)
+    return Check("rewriting", True, f"all logits equal (torch.equal) {_on(proofs)}")
+
+
+def _close(proofs: list[Proof]) -> Check:
+    if not proofs:
+        return Check("folding", None, "not folded")
+    failed = next((proof for proof in proofs if not proof.passed), None)
+    if failed is not None:
+        return Check("folding", False, failed.failure)
+    worst = max(proof.relative for proof in proofs)
+    detail = f"logits move by {worst:.1e} of the largest, limit {certificate.BOUND:g},"
+    return Check("folding", True, f"{detail} {_on(proofs)}")
+
+
+def _on(proofs: list[Proof]) -> str:
+    kinds = " and ".join(dict.fromkeys(proof.inputs for proof in proofs))
+    sizes = ", ".join(str(size) for size in dict.fromkeys(proof.batch for proof in proofs))
+    return f"on {sum(proof.images for proof in proofs)} {kinds} at batches {sizes}"
+
+
+def _counts(
+    artifact: CompactArtifact, source: Checkpoint, plain: fx.GraphModule, shipped: fx.GraphModule
+) -> Check:
+    told = artifact.certificate.get("counts")
+    if told is None:
+        return Check("counts", None, "the certificate has none")
+    shape = source.data.input_shape
+    before, after = cost(source.build_gated(), shape), cost(plain, shape)
+    blocks = len(source.network.all_blocks())
+    counted = {
+        "blocks": {"before": blocks, "after": blocks - len(artifact.network.removed)},
+        "parameters": {"before": before.parameters, "after": after.parameters},
+        "flops": {"before": before.flops, "after": after.flops},
+    }
+    folding = artifact.certificate.get("folding") or {}
+    folded = folded_counts(artifact, shipped) or {}
+    wrong = [name for name, counts in counted.items() if counts != told.get(name)]
+    wrong += [f"folding {name}" for name, count in folded.items() if folding.get(name) != count]
+    if wrong:
+        return Check("counts", False, f"the certificate is wrong about {', '.join(wrong)}")
+    return Check(
+        "counts",
+        True,
+        f"{before.parameters:,} to {after.parameters:,} parameters, {before.flops:,} to"
+        f" {after.flops:,} FLOPs an image",
+    )
