@@ -75,14 +75,12 @@ def compact_checkpoint(
     """Take the dead blocks out of a checkpoint and prove that its network still says the same.
 
     Args:
-        checkpoint: as read from its file; without dead blocks the network stays as it is.
         heldout: the validation part, or its images alone, uint8 `[N, C, H, W]`, on the CPU; None:
             the training record and random images must do.
         checkpoint_path: where the artifact says its checkpoint is, relative to its own folder.
         folding: have convolutions take up the batch norms behind them.
-        closed_at_least: below 1, live blocks whose gates were closed on that share of the last
-            epoch's training steps go too. That is not lossless, and the certificate says so.
-        also: further live blocks to take out; that is not lossless either.
+        closed_at_least, also: live blocks to take out too, see `findings.blocks_beyond`; what is
+            left is not lossless, and the certificate says so.
         report: told what is being done, a line at a time.
 
     Raises:
@@ -101,21 +99,17 @@ def compact_checkpoint(
     artifact.state = (folded if artifact.folded else plain).state_dict()
     # What is proven is the network that a reader of the file will build, not the one at hand here.
     shipped = artifact.build()
-    normalize = Normalize(list(checkpoint.data.mean), list(checkpoint.data.std))
     sizes = ", ".join(map(str, certificate.BATCHES))
     report(f"proving that the logits stay equal at batches {sizes}")
-    proofs = certificate.prove(
-        shut,
-        plain if artifact.folded else shipped,
-        normalize,
-        proof_images(heldout, checkpoint.data.input_shape),
-        shipped if artifact.folded else None,
-    )
+    shape = checkpoint.data.input_shape
+    normalize = Normalize(list(checkpoint.data.mean), list(checkpoint.data.std))
+    rewritten, refolded = (plain, shipped) if artifact.folded else (shipped, None)
+    images = proof_images(heldout, shape)
+    proofs = certificate.prove(shut, rewritten, normalize, images, refolded)
     if heldout is not None:
         live = len(checkpoint.gates) - len(checkpoint.dead)
         report(f"measuring {live} live blocks on {len(heldout):,} held-out images")
     seen = findings.look(checkpoint, gated, shut, normalize, heldout, beyond)
-    shape = checkpoint.data.input_shape
     compaction = Compaction(
         artifact=artifact,
         blocks=_block_map(checkpoint, seen),
@@ -124,15 +118,24 @@ def compact_checkpoint(
         proofs=proofs,
         findings=seen,
     )
-    artifact.certificate = certificate.certificate(
-        checkpoint,
-        proofs=proofs,
-        findings=seen,
-        closed_at_least=closed_at_least,
-        counts=_counts(compaction),
-        folded=folded_counts(artifact, shipped),
-    )
+    _certify(compaction, checkpoint, closed_at_least, folded_counts(artifact, shipped))
     return compaction
+
+
+def _certify(
+    done: Compaction,
+    checkpoint: Checkpoint,
+    closed_at_least: float,
+    folded: dict[str, int] | None,
+) -> None:
+    done.artifact.certificate = certificate.certificate(
+        checkpoint,
+        proofs=done.proofs,
+        findings=done.findings,
+        closed_at_least=closed_at_least,
+        counts=_counts(done),
+        folded=folded,
+    )
 
 
 def _artifact(

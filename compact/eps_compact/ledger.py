@@ -211,7 +211,7 @@ def _row(entry: Entry) -> tuple[str, ...]:
         f"{entry.parameters:,}",
         scaled(entry.flops),
         scaled(entry.activation_bytes) + "B",
-        f"{entry.ms.value:.3f} ±{(entry.ms.high - entry.ms.low) / 2:.3f}",
+        f"{entry.ms.value:.4f} ±{(entry.ms.high - entry.ms.low) / 2:.4f}",
         f"{entry.ratio:.2f} ε" if entry.ratio is not None else "–",
         f"{entry.closed:.0%}" if entry.closed is not None else "–",
         points(entry.drop),

@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
+import eps_compact
+import eps_train
 from eps_compact import compact
 from eps_train import graph
 from eps_train.branches import branch_parameters
@@ -107,6 +109,34 @@ def test_it_can_be_built_again_from_its_name_and_its_tensors(name: str) -> None:
     again = graph.drop_taps(smaller.build(state)).eval()
     assert again.state_dict().keys() == state.keys()
     assert equal(again, plain, (2,))
+
+
+class Mine(nn.Module):
+    """The user's own network of docs/compaction.md."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.one = nn.Sequential(nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))
+        self.two = nn.Sequential(nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = x + self.one(x)
+        x = x + self.two(x)
+        logits: Tensor = self.head(x.mean((2, 3)))
+        return logits
+
+
+def test_a_network_of_your_own() -> None:
+    model = eps_train.insert_gates(Mine(), epsilon=0.5)
+    assert list(graph.gates(model)) == ["gate", "gate2"]
+    plain = eps_compact.compact(model, dead=["gate2"])
+    graph.gates(model)["gate2"].latch()
+    assert equal(plain, model.eval())
+    assert list(dict(plain.named_children())) == ["stem", "one", "head"]
+    assert equal(eps_compact.compact(model), plain), "a latched gate need not be named"
 
 
 @pytest.mark.parametrize("name", QUICK)

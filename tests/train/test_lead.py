@@ -108,6 +108,17 @@ def test_the_guard_chooses_none_until_accuracy_is_back() -> None:
     assert (led.held, len(led.chosen)) == (1, 3)
 
 
+def test_a_target_that_was_missed_is_told_with_its_reason() -> None:
+    led = lead(max_drop=0.01)
+    assert led.shortfall(20) is None
+    assert led.shortfall(25) == (
+        "50% of the parameters are left, not 40%: the run was too short, or every stage is down"
+        " to a block; give more --epochs"
+    )
+    led.held = 2
+    assert "in 2 epochs accuracy was too far down" in str(led.shortfall(25))
+
+
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[Trainer, list[float]]:
     """A run to its end without a stop, and epsilon in each of its epochs."""

@@ -67,7 +67,7 @@ def insert_gates(model: nn.Module, epsilon: float = 0.0) -> fx.GraphModule:
         GraphError: it cannot be traced, or has no residual addition.
     """
     source = trace(model)
-    gated = _copy(source)
+    gated = fx.GraphModule(source, _copy(source), source._get_name())
     found = list(residuals(gated))
     if not found:
         raise GraphError(
@@ -139,7 +139,7 @@ def drop_gates(model: nn.Module, keep: Iterable[str] = ()) -> fx.GraphModule:
 def drop_taps(model: nn.Module) -> fx.GraphModule:
     """Return the network without its taps (identities that only training looks at)."""
     return _rewrite(
-        trace(model), lambda m: isinstance(m, Tap), lambda model, node, modules: _first(node)
+        trace(model), lambda m: isinstance(m, Tap), lambda graph, node, modules: _first(node)
     )
 
 
@@ -149,7 +149,7 @@ def _first(node: fx.Node) -> fx.Node:
     return operand
 
 
-def _shortcut(model: fx.GraphModule, node: fx.Node, modules: Mapping[str, nn.Module]) -> fx.Node:
+def _shortcut(graph: fx.Graph, node: fx.Node, modules: Mapping[str, nn.Module]) -> fx.Node:
     """What stands for a removed gate: its shortcut, or a copy of it.
 
     A gate's result was a new tensor. Where the next step overwrites it, the shortcut must not be
@@ -157,37 +157,34 @@ def _shortcut(model: fx.GraphModule, node: fx.Node, modules: Mapping[str, nn.Mod
     """
     if not written_into(node, modules):
         return _first(node)
-    with model.graph.inserting_before(node):
-        return model.graph.call_function(torch.clone, (_first(node),))
+    with graph.inserting_before(node):
+        return graph.call_function(torch.clone, (_first(node),))
 
 
-def _plain_addition(model: fx.GraphModule, node: fx.Node, modules: object) -> fx.Node:
-    with model.graph.inserting_before(node):
-        return model.graph.call_function(torch.add, node.args)
+def _plain_addition(graph: fx.Graph, node: fx.Node, modules: object) -> fx.Node:
+    with graph.inserting_before(node):
+        return graph.call_function(torch.add, node.args)
 
 
-def _copy(source: fx.GraphModule) -> fx.GraphModule:
+def _copy(source: fx.GraphModule) -> fx.Graph:
     """Another graph over the same modules and tensors."""
     graph = fx.Graph()
     graph.output(graph.graph_copy(source.graph, {}))
-    return fx.GraphModule(source, graph, source._get_name())
+    graph.owning_module = source  # which tells what may be swept out
+    return graph
 
 
 def _rewrite(
     source: fx.GraphModule,
     matches: Callable[[nn.Module], bool],
-    replacement: Callable[[fx.GraphModule, fx.Node, Mapping[str, nn.Module]], fx.Node],
+    replacement: Callable[[fx.Graph, fx.Node, Mapping[str, nn.Module]], fx.Node],
 ) -> fx.GraphModule:
     """Replace each module call that `matches`, then sweep out all that nothing uses any more."""
-    rewritten = _copy(source)
+    graph = _copy(source)
     modules = dict(source.named_modules())
-    for node in list(rewritten.graph.nodes):
+    for node in list(graph.nodes):
         if node.op == "call_module" and matches(modules[str(node.target)]):
-            node.replace_all_uses_with(replacement(rewritten, node, modules))
-            rewritten.graph.erase_node(node)
-    rewritten.graph.eliminate_dead_code(
-        lambda node: node.is_impure() or acts_on_others(node, modules)
-    )
-    rewritten.delete_all_unused_submodules()
-    rewritten.recompile()
-    return rewritten
+            node.replace_all_uses_with(replacement(graph, node, modules))
+            graph.erase_node(node)
+    graph.eliminate_dead_code(lambda node: node.is_impure() or acts_on_others(node, modules))
+    return fx.GraphModule(source, graph, source._get_name())  # with the modules that it calls

@@ -96,10 +96,21 @@ class EpsilonLead:
         # Never below what it was: the responses of closed blocks shrink, and must stay below it.
         self.epsilon = max([self.epsilon, *(MARGIN * peak for peak in peaks)])
 
-    @property
-    def missed(self) -> bool:
-        """Whether blocks were wanted that accuracy would not let go."""
-        return bool(self.held)
+    def shortfall(self, kept: int) -> str | None:
+        """What to tell a user whose run ended with `kept` parameters; None when that is enough."""
+        if kept <= self.target:
+            return None
+        left = f"{kept / self.whole:.0%} of the parameters are left, not"
+        left += f" {self.target / self.whole:.0%}"
+        if self.held:
+            epochs = "1 epoch" if self.held == 1 else f"{self.held} epochs"
+            return (
+                f"{left}: in {epochs} accuracy was too far down to let more blocks go;"
+                " give a larger --max-accuracy-drop, or more --epochs"
+            )
+        return (
+            f"{left}: the run was too short, or every stage is down to a block; give more --epochs"
+        )
 
     def _wanted(self, epoch: int) -> float:
         """Parameters that should be left, chosen blocks not counted, in the 0-based `epoch`."""

@@ -103,7 +103,7 @@ class Run:
         processes = self._processes()
         self._group.lead(self._open)
         best = self._train()
-        self._group.lead(self._draw)
+        self._group.lead(self._close)
         if self._agreed_stop.at_last():  # it came too late to stop this run, but not the next one
             assert self._stop.signal is not None
             raise Interrupted(self._stop.signal)
@@ -133,7 +133,11 @@ class Run:
         if self._tensorboard:
             self._board = Board(self.files, epochs=self.config.epochs, before=before)
 
-    def _draw(self) -> None:
+    def _close(self) -> None:
+        """Draw the run, and say so when it did not get where it was led."""
+        trainer = self.trainer
+        missed = trainer.lead and trainer.lead.shortfall(trainer.parameters())
+        self._warn([missed] if missed else [])
         title = f"{self._title}: {self.config.dataset}, {self.config.model}"
         replace_file(self.files.picture, draw(self._metrics.read(), title))
 
