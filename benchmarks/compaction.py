@@ -141,7 +141,13 @@ def _compaction(folder: Path) -> tuple[Compaction, dict[str, Any]]:
         "processor_seconds": time.process_time() - busy,
         "rewriting_and_proofs": seconds["rewriting"] + seconds["proofs"],
         "proofs": [
-            {"batch": proof.batch, "images": proof.images, "equal": proof.equal}
+            {
+                "step": proof.step,
+                "batch": proof.batch,
+                "images": proof.images,
+                "equal": proof.equal,
+                "max_abs": proof.max_abs,
+            }
             for proof in done.proofs
         ],
         "held_out_images": HELDOUT,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
 
-from eps_train import data
+from eps_train import data, recipes
 from eps_train.checkpoint import Checkpoint, Death, GateRecord
 from eps_train.network import NetworkSpec
 
@@ -53,6 +54,6 @@ def make_checkpoint(
         state=dict(model.state_dict()),
         gates=records,
         data=digits.identity,
-        config={"seed": seed},
+        config=replace(recipes.digits(), model=f"cifar:{depth}x{width}", seed=seed).to_dict(),
         metrics={"epoch": 10, "validation": {"accuracy": 0.1, "loss": 2.3}, "test": None},
     )

@@ -71,9 +71,10 @@ class CompactArtifact:
         """
         model = checkpoint.build_gated().eval()
         gates = graph.gates(model)
-        if unknown := sorted(set(self.network.removed) - gates.keys()):
+        shut = set(self.network.removed).difference(checkpoint.network.removed)
+        if unknown := sorted(shut - gates.keys()):
             raise FileFormatError(f"removed {unknown[0]}, which the checkpoint's network has not")
-        for block in self.network.removed:
+        for block in shut:
             gates[block].latch()
         return model
 

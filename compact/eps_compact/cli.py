@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from eps_compact.outputs import Outputs, write
+from eps_compact.choice import Wishes, pareto_file, tuned_file
+from eps_compact.outputs import Outputs, export_files, write
 from eps_train import console
 from eps_train.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from eps_compact.choice import Choice
     from eps_compact.compaction import Compaction
+    from eps_train.checkpoint import Checkpoint
+    from eps_train.data import Data
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,7 +33,20 @@ class Request:
     no_data: bool
     no_fold: bool
     closed_at_least: float
+    wishes: Wishes
+    exports: tuple[str, ...]
     force: bool
+
+    @property
+    def extras(self) -> dict[str, tuple[Path, ...]]:
+        """Files to be written besides `outputs`, by what they are."""
+        compact = self.outputs.compact
+        found = {f"export_{kind}": export_files(compact, kind) for kind in self.exports}
+        if self.wishes.sweeps:
+            found["pareto"] = (pareto_file(compact),)
+        if self.wishes.finetune_epochs:
+            found["tuned"] = (tuned_file(compact),)
+        return found
 
 
 @click.command()
@@ -53,6 +70,50 @@ class Request:
     " training steps: not lossless.",
 )
 @click.option(
+    "--ledger", is_flag=True, help="Show what every live block costs, and what it is worth."
+)
+@click.option(
+    "--sweep",
+    is_flag=True,
+    help="Show accuracy against size as live blocks go one by one; draws pareto.png.",
+)
+@click.option(
+    "--target-parameters",
+    metavar="SHARE",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    help="Take out live blocks along the sweep until this share is left: not lossless.",
+)
+@click.option(
+    "--target-flops",
+    metavar="SHARE",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    help="The same for the floating-point operations.",
+)
+@click.option(
+    "--max-accuracy-drop",
+    metavar="POINTS",
+    type=click.FloatRange(0, 100),
+    help="Take out no more than costs this on held-out images; alone, as much as that allows.",
+)
+@click.option(
+    "--finetune-epochs",
+    type=click.IntRange(min=0),
+    default=0,
+    help="Train what is left on for so long; leaves tuned.pt.",
+)
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Time for the ledger, and for the sweep.  [default: 60 and 120]",
+)
+@click.option(
+    "--export",
+    "exports",
+    type=click.Choice(("pt2", "safetensors")),
+    multiple=True,
+    help="Write the network in this format too, beside the output; may be given twice.",
+)
+@click.option(
     "--data-root",
     type=click.Path(path_type=Path),
     help="Folder with the data set's files; digits needs none.",
@@ -74,7 +135,8 @@ def cli(checkpoint: Path, output: Path | None, as_json: bool, **options: Any) ->
     alone: at most 1e-5 of the largest. Otherwise nothing is written and the exit status is 3.
     """
     outputs = Outputs(output or checkpoint.parent / "compact.pt")
-    request = Request(checkpoint=checkpoint, outputs=outputs, **options)
+    wishes = Wishes(**{field.name: options.pop(field.name) for field in fields(Wishes)})
+    request = Request(checkpoint=checkpoint, outputs=outputs, wishes=wishes, **options)
     _refuse(request)
 
     from eps_compact import summary
@@ -82,7 +144,7 @@ def cli(checkpoint: Path, output: Path | None, as_json: bool, **options: Any) ->
 
     log = console.log()
     try:
-        done = _compact(request, log)
+        done, choice = _compact(request, log)
     except ProofError as error:
         click.echo(f"eps-compact: proof failed: {error}; nothing was written", err=True)
         if as_json:
@@ -93,10 +155,8 @@ def cli(checkpoint: Path, output: Path | None, as_json: bool, **options: Any) ->
     if request.dry_run:
         log.print("dry run: nothing was written")
     else:
-        _write(done, outputs)
-        written = outputs.to_dict()
-        names = "{}, {} and {}".format(*outputs.all)
-        log.print(f"written: {names}", markup=False)
+        written = _write(request, done, choice)
+        log.print(f"written: {', '.join(written.values())}", markup=False)
     if as_json:
         console.emit_json(summary.to_dict(done, str(checkpoint), written))
     return 0
@@ -110,36 +170,73 @@ def _refuse(request: Request) -> None:
     """Raise ConfigError for what cannot or must not be done, before any work."""
     if request.no_data and request.data_root is not None:
         raise ConfigError("--no-data: looks at no images; leave out --data-root")
+    request.wishes.check(no_data=request.no_data)
     if not request.dry_run:
         request.outputs.check(request.checkpoint)
-        console.refuse_existing(request.outputs.all, request.force)
+        extras = [file for files in request.extras.values() for file in files]
+        for file in extras:
+            if file.exists() and request.checkpoint.exists() and file.samefile(request.checkpoint):
+                raise ConfigError(f"{file}: would overwrite the checkpoint; name another place, -o")
+        console.refuse_existing([*request.outputs.all, *extras], request.force)
 
 
-def _compact(request: Request, log: Console) -> Compaction:
+def _compact(request: Request, log: Console) -> tuple[Compaction, Choice]:
+    from eps_compact.choice import Choice, choose
     from eps_compact.compaction import compact_checkpoint
     from eps_train.checkpoint import Checkpoint
-    from eps_train.data import load_again
-    from eps_train.errors import DataError, FileFormatError
+    from eps_train.errors import FileFormatError
+
+    def say(line: str) -> None:
+        log.print(line, markup=False)
 
     path = request.checkpoint
     checkpoint = Checkpoint.load(path)
-    heldout = None
-    if not request.no_data:
-        try:
-            heldout = load_again(checkpoint.data, request.data_root).validation
-        except DataError as error:
-            raise DataError(f"{error}; or add --no-data") from error
+    data = None if request.no_data else _data(checkpoint, request.data_root)
+    choice = Choice(checkpoint=checkpoint)
+    if data is not None:
+        choice = choose(checkpoint, data, request.wishes, say)
+    if choice.tuned is not None:  # what the certificate is about has to be there to be checked
+        path = tuned_file(request.outputs.compact)
+        if not request.dry_run:
+            choice.checkpoint.save(path)
     try:
-        return compact_checkpoint(
-            checkpoint,
-            heldout,
+        done = compact_checkpoint(
+            choice.checkpoint,
+            data.validation if data is not None else None,
             checkpoint_path=_relative(path, request.outputs.compact.parent),
             folding=not request.no_fold,
             closed_at_least=request.closed_at_least,
-            report=lambda line: log.print(line, markup=False),
+            also=choice.also,
+            report=say,
         )
     except FileFormatError as error:
         raise FileFormatError(f"{path}: {error}") from error
+    done.artifact.certificate |= choice.to_dict()
+    if choice.sweep is not None:
+        from eps_compact import pareto
+
+        log.print(pareto.table(choice.sweep))
+    if request.wishes.ledger:
+        assert data is not None
+        from eps_compact import ledger
+
+        seconds = request.wishes.seconds or ledger.SECONDS
+        found = ledger.ledger(
+            choice.checkpoint, data.validation, live=done.live, seconds=seconds, report=say
+        )
+        log.print(ledger.table(found))
+        done.artifact.certificate["ledger"] = found.to_dict()
+    return done, choice
+
+
+def _data(checkpoint: Checkpoint, root: Path | None) -> Data:
+    from eps_train.data import load_again
+    from eps_train.errors import DataError
+
+    try:
+        return load_again(checkpoint.data, root)
+    except DataError as error:
+        raise DataError(f"{error}; or add --no-data") from error
 
 
 def _relative(path: Path, folder: Path) -> str:
@@ -152,10 +249,27 @@ def _relative(path: Path, folder: Path) -> str:
         return path.name
 
 
-def _write(done: Compaction, outputs: Outputs) -> None:
+def _write(request: Request, done: Compaction, choice: Choice) -> dict[str, str]:
+    """Write everything; returns the files by what they are."""
     from eps_compact import summary
     from eps_compact.picture import draw
+    from eps_train.sealed import replace_file
 
+    title = summary.title(done)
     # Drawn first: what fails here leaves nothing behind.
-    picture = draw(done.blocks, summary.title(done))
-    write(done.artifact, picture, outputs)
+    write(done.artifact, draw(done.blocks, title), request.outputs)
+    written = request.outputs.to_dict()
+    for kind in request.exports:
+        from eps_compact.exporting import export
+
+        (target, *_) = export_files(request.outputs.compact, kind)
+        export(done.artifact, target, kind, force=request.force)
+    if choice.sweep is not None:
+        from eps_compact import pareto_picture
+
+        picture = pareto_picture.draw(choice.sweep, title, choice.point)
+        replace_file(pareto_file(request.outputs.compact), picture)
+    for what, files in request.extras.items():
+        if all(file.exists() for file in files):  # tuned.pt is not where training on was no gain
+            written[what] = str(files[0])
+    return written

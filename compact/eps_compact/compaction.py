@@ -113,7 +113,7 @@ def compact_checkpoint(
     compaction = Compaction(
         artifact=artifact,
         blocks=_block_map(checkpoint, seen),
-        before=cost(gated, shape),
+        before=cost(checkpoint.network.skeleton(), shape),
         after=cost(plain, shape),
         proofs=proofs,
         findings=seen,
@@ -143,9 +143,14 @@ def _artifact(
 ) -> CompactArtifact:
     """Without tensors and certificate."""
     removed = {*checkpoint.network.removed, *checkpoint.dead, *beyond}
-    order = tuple(block for block in graph.gates(gated) if block in removed)
+    # A network that was trained on after its compaction has no gates where blocks are gone.
+    order = checkpoint.network.all_blocks() if checkpoint.network.removed else graph.gates(gated)
     return CompactArtifact(
-        network=replace(checkpoint.network, gated=(), removed=order),
+        network=replace(
+            checkpoint.network,
+            gated=(),
+            removed=tuple(block for block in order if block in removed),
+        ),
         state={},
         data=checkpoint.data,
         certificate={},
@@ -164,9 +169,10 @@ def _counts(compaction: Compaction) -> dict[str, dict[str, int]]:
 
 
 def _block_map(checkpoint: Checkpoint, seen: Findings) -> tuple[Block, ...]:
-    """With what was removed although it had not died."""
+    """With what was removed although it had not died, now or before training on."""
+    removed = {*seen.beyond, *checkpoint.network.removed}
     return tuple(
-        replace(block, state="dead") if block.name in seen.beyond else block
+        replace(block, state="dead") if block.name in removed else block
         for block in block_map(checkpoint, seen.live)
     )
 

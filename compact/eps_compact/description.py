@@ -133,4 +133,3 @@ class _Writer:
             for size in value.shape
         ]
         return {"dtype": str(value.dtype).removeprefix("torch."), "shape": shape}
-

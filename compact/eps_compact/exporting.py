@@ -23,6 +23,7 @@ from torch.export import ExportedProgram
 
 from eps_compact.artifact import CompactArtifact
 from eps_compact.description import Step, steps, tensors
+from eps_compact.outputs import export_files
 from eps_train.data import DataIdentity
 from eps_train.errors import ConfigError, GraphError
 from eps_train.networks import Normalize
@@ -60,7 +61,7 @@ def files(path: Path, kind: str) -> tuple[Path, ...]:
         raise ConfigError(f"--export {kind}: no such format; choose {' or '.join(KINDS)}")
     if path.suffix != f".{kind}":
         raise ConfigError(f"{path}: not a {kind} file's name; end it in .{kind}")
-    return (path,) if kind == "pt2" else (path, path.with_name(f"{path.name}.json"))
+    return export_files(path, kind)
 
 
 def export(

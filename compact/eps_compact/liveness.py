@@ -114,7 +114,7 @@ def observe(
 
 def _liveness(checkpoint: Checkpoint, record: GateRecord, response: Response | None) -> Liveness:
     # A run may end with its live gates held open; they are then measured against its own epsilon.
-    epsilon = record.epsilon or float(checkpoint.config.get("epsilon", 0.0))
+    epsilon = record.epsilon or float(checkpoint.config.get("epsilon") or 0.0)
     quiet = None
     if response is not None:
         quiet = (response.per_sample <= epsilon).double().mean().item() if epsilon else 0.0

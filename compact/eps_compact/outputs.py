@@ -60,6 +60,16 @@ class Outputs:
         }
 
 
+def export_files(compact: Path, kind: str) -> tuple[Path, ...]:
+    """The files of `--export kind`, beside the artifact; the network itself is the first."""
+    network = compact.with_suffix(f".{kind}")
+    return (
+        (network, network.with_name(f"{network.name}.json"))
+        if kind == "safetensors"
+        else (network,)
+    )
+
+
 def write(artifact: CompactArtifact, picture: bytes, outputs: Outputs) -> None:
     """Write the three files: first all aside, then all renamed into place.
 

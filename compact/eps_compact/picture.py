@@ -21,7 +21,7 @@ COLORS: dict[State, str] = {"alive": "#0b3c6f", "flickering": "#e8922a", "dead":
 LABELS: dict[State, str] = {
     "alive": "alive",
     "flickering": "alive, but closed on steps of the last epoch",
-    "dead": "dead: removed (response when it died)",
+    "dead": "removed (response when it died)",
 }
 EDGE = "#6f6f6f"
 RANGE = (0.5, 2.0)  # the least span of the logarithmic axis, in units of epsilon

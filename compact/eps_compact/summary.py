@@ -22,7 +22,9 @@ def title(done: Compaction) -> str:
     parameters, blocks = done.counts["parameters"], done.counts["blocks"]
     if not done.removed:
         return f"{blocks['before']} blocks, none removed: {parameters['before']:,} parameters"
-    lossy = "" if done.artifact.certificate["lossless"] else ", not lossless"
+    certificate = done.artifact.certificate
+    exact = certificate["lossless"] and "finetune" not in certificate
+    lossy = "" if exact else ", not lossless"
     return (
         f"{parameters['before']:,} → {parameters['after']:,} parameters ({_left(parameters)}),"
         f" {blocks['before']} → {blocks['after']} blocks{lossy}"
@@ -60,6 +62,8 @@ def to_dict(done: Compaction, checkpoint: str, written: dict[str, str] | None) -
 
 def _lossy(done: Compaction) -> list[str]:
     certificate = done.artifact.certificate
+    if "finetune" in certificate:
+        return _tuned(certificate["finetune"])
     if certificate["lossless"]:
         return []
     removed = certificate["removed_live"]
@@ -73,6 +77,17 @@ def _lossy(done: Compaction) -> list[str]:
         *lines,
         f"accuracy on {accuracy['samples']:,} held-out images: {accuracy['before']:.2%} before,"
         f" {accuracy['after']:.2%} after",
+    ]
+
+
+def _tuned(told: dict[str, Any]) -> list[str]:
+    blocks = ", ".join(told["removed"]) or "none"
+    return [
+        f"NOT lossless: trained on for {told['epochs']} epochs; removed although they had not died:"
+        f" {blocks}",
+        f"accuracy on {told['samples']:,} held-out images: {told['whole']:.2%} with them,"
+        f" {told['before']:.2%} without, {told['after']:.2%} trained on;"
+        f" {told['test']['accuracy']:.2%} of {told['test']['samples']:,} test images",
     ]
 
 

@@ -248,7 +248,7 @@ def _counts(
     if told is None:
         return Check("counts", None, "the certificate has none")
     shape = source.data.input_shape
-    before, after = cost(source.build_gated(), shape), cost(plain, shape)
+    before, after = cost(source.network.skeleton(), shape), cost(plain, shape)
     blocks = len(source.network.all_blocks())
     counted = {
         "blocks": {"before": blocks, "after": blocks - len(artifact.network.removed)},

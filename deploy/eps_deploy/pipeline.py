@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from eps_compact.certificate import BOUND as FOLDING_LIMIT
 from eps_deploy import contents, latency, parity, report
 from eps_deploy.accuracy import Drop, accuracy_drop, correct
 from eps_deploy.bundle_writer import BundleWriter
@@ -107,14 +108,14 @@ def deploy(options: Options, say: Say) -> dict[str, Any]:
 
 def _build(sources: Sources) -> _Networks:
     identity = sources.compact.data
-    gated = sources.checkpoint.build_gated()
     if sources.baseline is None:
-        baseline: nn.Module = graph.drop_taps(graph.drop_gates(gated))
+        whole = sources.checkpoint.build_gated()
+        baseline: nn.Module = graph.drop_taps(graph.drop_gates(whole))
     else:
         baseline = graph.drop_taps(sources.baseline.build_gated())
         identity = sources.baseline.data
     return _Networks(
-        gated=Deployed(gated, sources.compact.data),
+        gated=Deployed(sources.compact.gated(sources.checkpoint), sources.compact.data),
         compact=Deployed(sources.compact.build(), sources.compact.data),
         baseline=Deployed(baseline, identity),
     )
@@ -145,7 +146,7 @@ def _measure(
     say: Say,
 ) -> dict[str, Any]:
     with _timed(say, "compared the logits of every stage"), _one_torch_thread():
-        stages = _parity(networks, part, engine, baseline)
+        stages = _parity(sources, networks, part, engine, baseline)
     with _timed(say, f"measured the accuracy on {len(part.labels)} test images"):
         accuracies, drop = _accuracy(options, sources, networks, part, engine)
     with _timed(say, "measured the latency"):
@@ -157,6 +158,7 @@ def _measure(
     return {
         "schema": report.SCHEMA,
         "passed": report.verdict(checks),
+        "lossless": sources.compact.certificate.get("lossless", True),
         "checks": [report.check_entry(check) for check in checks],
         **_size(sources, networks),
         "accuracy": accuracies,
@@ -178,13 +180,14 @@ _NO_BASELINE = {
 
 
 def _parity(
-    networks: _Networks, part: _TestPart, engine: Engine, baseline: Engine
+    sources: Sources, networks: _Networks, part: _TestPart, engine: Engine, baseline: Engine
 ) -> list[parity.Parity]:
     picked = parity.pick_samples(len(part.labels))
     images = part.images[picked]
     compact = parity.passes(networks.compact.infer, images)
+    folding = FOLDING_LIMIT if sources.compact.folded else 0.0
     chain = (
-        ("gated-compact", parity.passes(networks.gated.infer, images), compact, 0.0),
+        ("gated-compact", parity.passes(networks.gated.infer, images), compact, folding),
         ("compact-onnx", compact, parity.passes(engine.infer, images), ONNX_LIMIT),
         (
             "baseline-onnx",

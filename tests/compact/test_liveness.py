@@ -104,8 +104,10 @@ def test_gates_held_open_are_measured_by_the_epsilon_of_the_run() -> None:
     assert first.ratio == pytest.approx(first.peak / 4)
 
 
-def test_no_epsilon_at_all() -> None:
+@pytest.mark.parametrize("run", [{}, {"epsilon": None}], ids=["unknown", "led"])
+def test_no_epsilon_at_all(run: dict[str, None]) -> None:
     checkpoint = with_record(make_checkpoint(), "stages.0.0", epsilon=0.0, closed_steps=0)
+    checkpoint.config = dict(run)
     model = checkpoint.build_gated()
     first = measure(checkpoint, model, uint8_images(8))[0]
     assert (first.epsilon, first.ratio, first.quiet) == (0.0, None, 0.0)

@@ -69,7 +69,7 @@ def test_train_resume_and_compact(
     checkpoint = Checkpoint.load(tmp_path / "ckpt.pt")
     block = checkpoint.network.gated[-1]
     bury(tmp_path / "ckpt.pt", block)
-    compacted = run("eps-compact", compact_main, "ckpt.pt", cwd=tmp_path)
+    compacted = run("eps-compact", compact_main, "ckpt.pt", "--no-fold", cwd=tmp_path)
     assert compacted.code == 0, compacted.stderr
     plain = eps_compact.load(tmp_path / "compact.pt")
     gated = checkpoint.build_gated().eval()

@@ -124,14 +124,14 @@ class _Gentle(nn.Module):
 @pytest.mark.parametrize(("layer", "writes"), [(_Shifted(), True), (_Gentle(), False)])
 def test_layers_of_somebodys_own_that_work_in_place(layer: nn.Module, writes: bool) -> None:
     model = Rectified()
-    model.relu = layer
+    model.add_module("relu", layer)
     left = graph.remove_blocks(model, ["gate"])
     model.gate.latch()
     for expected, found in zip(gradient(model), gradient(left), strict=True):
         assert torch.equal(expected, found)
     assert (layer in left.modules()) == writes
     after = Network(lambda n, x: n.relu(x))
-    after.relu = layer
+    after.add_module("relu", layer)
     assert ("clone" in graph.remove_blocks(after, ["gate"]).code) == writes
 
 
@@ -157,6 +157,10 @@ def test_dropout_in_place_at_the_start_of_a_branch() -> None:
 
 def test_a_gate_between_needs_no_copy() -> None:
     class Two(Rectified):
+        def __init__(self) -> None:
+            super().__init__()
+            self.second = EpsilonGate()
+
         def forward(self, x: Tensor) -> Tensor:
             x = self.gate(x, self.layer(x))
             x = self.second(x, self.layer(x))
@@ -164,7 +168,6 @@ def test_a_gate_between_needs_no_copy() -> None:
             return out
 
     model = Two()
-    model.second = EpsilonGate()
     assert "clone" not in graph.remove_blocks(model, ["gate"]).code
     assert "clone" in graph.remove_blocks(model, ["second"]).code
     assert "clone" in graph.remove_blocks(model, ["gate", "second"]).code
