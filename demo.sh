@@ -49,6 +49,7 @@ printf '\n$ cd demo/run-%s\n' "$number"
 
 step train "eps-train --with-baseline"
 step compact "eps-compact ckpt.pt"
+step verify "eps-verify compact.pt"
 step deploy "eps-deploy --engine ort"
 step predict "eps-predict bundle bundle/examples/*.png"
 finish 0

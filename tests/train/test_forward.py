@@ -85,6 +85,7 @@ def test_the_compiled_network_answers_and_counts_as_the_other(
             assert torch.allclose(gradient, gradients[name], rtol=loose, atol=loose), name
 
 
+@pytest.mark.slow
 def test_a_compiled_run_removes_the_same_blocks_and_forgets_its_old_graphs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
