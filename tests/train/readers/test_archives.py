@@ -37,7 +37,7 @@ def test_missing_files_are_named_with_the_place_to_put_them(
 ) -> None:
     with pytest.raises(DataError) as refusal:
         data.load(name, tmp_path)
-    message = rf"data set {name}: .*{re.escape(file)}.*--data-root.*--download$"
+    message = rf"data set {name}: .*{re.escape(file)}.*--data-root.*--download fetch them$"
     assert re.fullmatch(message, str(refusal.value))
     assert "True" not in str(refusal.value), "torchvision's advice is for Python programs"
     assert not list(tmp_path.iterdir()), "nothing is fetched unasked"

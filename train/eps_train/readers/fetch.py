@@ -39,7 +39,7 @@ def fetched(name: str, root: Path, files: str, work: Callable[[], T], *, downloa
         )
     raise DataError(
         f"data set {name}: not found whole in {root} ({reason}); put {files} there, name its folder"
-        " with --data-root, or add --download"
+        " with --data-root, or have eps-train --download fetch them"
     )
 
 

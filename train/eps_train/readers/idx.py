@@ -73,8 +73,8 @@ def _array(name: str, root: Path, stem: str, dimensions: int) -> Tensor:
     if path is None:
         raise DataError(
             f"data set {name}: no {stem}.gz in {root} (nor in {_FOLDERS[name]}/raw or {name} below"
-            " it); put the four original files there, name their folder with --data-root, or add"
-            " --download"
+            " it); put the four original files there, name their folder with --data-root, or have"
+            " eps-train --download fetch them"
         )
     content = path.read_bytes()
     if path.suffix == ".gz":
