@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from eps_train import graph
-from eps_train.branches import branch_parameters
+from eps_train.branches import branch_nodes, branch_parameters
 from eps_train.checkpoint import Checkpoint
 from eps_train.gate import EpsilonGate
 
@@ -70,8 +69,8 @@ def branch_costs(model: fx.GraphModule, input_shape: tuple[int, int, int]) -> li
         shapes.run(torch.empty((1, *input_shape), device="meta"))
     parameters = branch_parameters(model)
     found = []
-    for node, block in gate_nodes(skeleton).items():
-        branch = _only_for(node)
+    for node, block in graph.gate_nodes(skeleton).items():
+        branch = branch_nodes(node)
         found.append(
             BranchCost(
                 block=block,
@@ -85,31 +84,6 @@ def branch_costs(model: fx.GraphModule, input_shape: tuple[int, int, int]) -> li
             )
         )
     return found
-
-
-def gate_nodes(model: fx.GraphModule) -> dict[fx.Node, str]:
-    """The nodes of the gates and the names of their blocks, in the order of computation."""
-    modules = dict(model.named_modules())
-    return {
-        node: graph.block_name(str(node.target))
-        for node in model.graph.nodes
-        if node.op == "call_module" and isinstance(modules[str(node.target)], EpsilonGate)
-    }
-
-
-def _only_for(gate: fx.Node) -> list[fx.Node]:
-    """The nodes that nothing but the gate's branch needs, last ones first."""
-    shortcut, branch = gate.all_input_nodes
-    members: list[fx.Node] = []
-    waiting = [branch]
-    while waiting:
-        node = waiting.pop()
-        needed: Iterable[fx.Node] = [*members, gate] if node is branch else members
-        inside = node is not shortcut and node.op != "placeholder" and node not in members
-        if inside and set(node.users) <= set(needed):
-            members.append(node)
-            waiting += node.all_input_nodes
-    return members
 
 
 class _Shapes(fx.Interpreter):

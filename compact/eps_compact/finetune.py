@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from eps_train import graph
 from eps_train.checkpoint import Checkpoint
 from eps_train.config import TrainingConfig
 from eps_train.data import Data
+from eps_train.devices import cpu_threads
 from eps_train.epoch_report import EpochReport
 from eps_train.errors import ConfigError
 from eps_train.evaluate import Score
@@ -121,7 +121,7 @@ def finetune(
     beyond = tuple(removed)
     spec = without(checkpoint, beyond)
     config = tuning_config(TrainingConfig.from_dict(checkpoint.config), epochs, device)
-    with tempfile.TemporaryDirectory() as folder, _threads(config.cpu_threads):
+    with tempfile.TemporaryDirectory() as folder, cpu_threads(config.cpu_threads):
         trainer = Trainer(
             config,
             data,
@@ -174,14 +174,3 @@ def tuning_config(config: TrainingConfig, epochs: int, device: torch.device) -> 
         sync_batchnorm=False,
         gate_scope="replica",
     )
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """As eps-train: sums depend on the number of threads, and 0 leaves it to torch."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from eps_compact.branch_costs import gate_nodes
+from eps_train import graph
 from eps_train.evaluate import BATCH, logits
 from eps_train.images import ImageSet, Part
 
@@ -33,7 +33,7 @@ class Forking:
     def __init__(self, model: fx.GraphModule) -> None:
         self._run = fx.Interpreter(model)
         self._nodes = list(model.graph.nodes)
-        self._gates = gate_nodes(model)
+        self._gates = graph.gate_nodes(model)
         self.blocks = tuple(self._gates.values())
         rests = sum(
             len(self._nodes) - place

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -16,6 +15,7 @@ from torch import Tensor, fx, nn
 from eps_compact.branch_costs import BranchCost
 from eps_compact.intervals import Interval, difference_of_medians
 from eps_train import graph
+from eps_train.devices import cpu_threads
 
 Runs = npt.NDArray[np.float64]  # milliseconds
 
@@ -68,7 +68,7 @@ class TorchTimer:
             if image.is_cuda:
                 torch.cuda.synchronize(image.device)
 
-        with _one_thread():
+        with cpu_threads(1):
             return interleaved([partial(call, network) for network in networks], seconds)
 
 
@@ -143,17 +143,6 @@ def block_times(
 def plain(model: fx.GraphModule, without: Iterable[str] = ()) -> fx.GraphModule:
     """The network as it would ship, without these blocks; it shares its tensors with `model`."""
     return graph.drop_taps(graph.drop_gates(graph.remove_blocks(model, without))).eval()
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """More threads make small networks no faster; on a busy machine they wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _times(call: Callable[[], object], runs: int) -> Runs:

@@ -12,34 +12,24 @@ from pathlib import Path
 
 import onnx
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from eps_compact.exporting import FromPixels
 from eps_deploy.engines.base import INPUT_NAME, OUTPUT_NAME, Images, Logits
 from eps_train.data import DataIdentity
 from eps_train.errors import GraphError
-from eps_train.networks import Normalize
 
 # The lowest opset that torch's exporter writes: the more runtimes read the file.
 OPSET = 18
 _BATCH = "N"
 
 
-class Deployed(nn.Module):
-    """What ships: images uint8 `[N, C, H, W]` to logits float32 `[N, classes]`."""
-
-    def __init__(self, network: nn.Module, identity: DataIdentity) -> None:
-        super().__init__()
-        self.normalize = Normalize(list(identity.mean), list(identity.std))
-        self.network = network
-        self.eval()
-
-    def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.network(self.normalize(images))
-        return logits
+class Deployed(FromPixels):
+    """What ships, and the reference that engines are held to."""
 
     @torch.inference_mode()
     def infer(self, images: Images) -> Logits:
-        """As `Engine.infer`, in torch: the reference that engines are held to."""
+        """As `Engine.infer`, in torch."""
         logits: Logits = self(torch.from_numpy(images)).float().numpy()
         return logits
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import nn
 
 from eps_compact.certificate import BOUND as FOLDING_LIMIT
@@ -27,6 +26,7 @@ from eps_deploy.sources import Sources, find_sources
 from eps_train import graph
 from eps_train.cost import cost
 from eps_train.data import load_again
+from eps_train.devices import cpu_threads
 from eps_train.errors import ConfigError
 
 ONNX_LIMIT = 1e-4  # relative to the largest logit: float32 sums in another order
@@ -145,7 +145,7 @@ def _measure(
     baseline: Engine,
     say: Say,
 ) -> dict[str, Any]:
-    with _timed(say, "compared the logits of every stage"), _one_torch_thread():
+    with _timed(say, "compared the logits of every stage"), cpu_threads(1):
         stages = _parity(sources, networks, part, engine, baseline)
     with _timed(say, f"measured the accuracy on {len(part.labels)} test images"):
         accuracies, drop = _accuracy(options, sources, networks, part, engine)
@@ -257,17 +257,6 @@ def _write_samples(folder: Path, sources: Sources, networks: _Networks, part: _T
     contents.write_examples(
         folder / "examples", part.images, part.labels, sources.compact.data.classes
     )
-
-
-@contextmanager
-def _one_torch_thread() -> Iterator[None]:
-    """Small batches gain nothing from threads, and lose minutes to them on busy cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 @contextmanager

@@ -7,7 +7,6 @@ from collections import Counter
 from torch import fx, nn
 
 from eps_train import graph
-from eps_train.gate import EpsilonGate
 
 
 def branch_parameters(model: nn.Module) -> dict[str, int]:
@@ -24,32 +23,29 @@ def branch_parameters(model: nn.Module) -> dict[str, int]:
         for parameter in _parameters(traced, node, modules)
     )
     found = {}
-    for node in traced.graph.nodes:
-        module = modules.get(str(node.target)) if node.op == "call_module" else None
-        if isinstance(module, EpsilonGate):
-            uses: Counter[int] = Counter()
-            sizes = {}
-            for member in _branch(node):
-                for parameter in _parameters(traced, member, modules):
-                    uses[id(parameter)] += 1
-                    sizes[id(parameter)] = parameter.numel()
-            name = graph.block_name(str(node.target))
-            found[name] = sum(size for key, size in sizes.items() if uses[key] == users[key])
+    for gate, block in graph.gate_nodes(traced).items():
+        uses: Counter[int] = Counter()
+        sizes = {}
+        for member in branch_nodes(gate):
+            for parameter in _parameters(traced, member, modules):
+                uses[id(parameter)] += 1
+                sizes[id(parameter)] = parameter.numel()
+        found[block] = sum(size for key, size in sizes.items() if uses[key] == users[key])
     return found
 
 
-def _branch(gate: fx.Node) -> set[fx.Node]:
-    """The nodes that nothing but the gate's branch needs."""
-    shortcut, branch = gate.all_input_nodes
-    members: set[fx.Node] = set()
+def branch_nodes(gate: fx.Node) -> list[fx.Node]:
+    """The nodes that nothing but the branch of this gate needs, last ones first."""
+    _, branch = gate.all_input_nodes
+    members: dict[fx.Node, None] = {}
     waiting = [branch]
     while waiting:
         node = waiting.pop()
-        needed = members | {gate} if node is branch else members
-        if node.op != "placeholder" and needed.issuperset(node.users):
-            members.add(node)
-            waiting += [operand for operand in node.all_input_nodes if operand not in members]
-    return members - {shortcut}
+        needed = {gate} if node is branch else members.keys()
+        if node not in members and node.op != "placeholder" and node.users.keys() <= needed:
+            members[node] = None
+            waiting += node.all_input_nodes
+    return list(members)
 
 
 def _parameters(

@@ -117,7 +117,8 @@ def cli(
     if dry_run:
         summary.show_plan(chosen, data.outline(chosen.dataset, data_root, chosen.image_size))
         return
-    with distributed.joined(devices.choose(device)) as group:
+    place = devices.choose(device)
+    with distributed.joined(place) as group:
         images = group.first(
             lambda: data.load(
                 chosen.dataset,
@@ -130,7 +131,7 @@ def cli(
         run = partial(
             Run,
             data=images,
-            device=devices.choose(device),
+            device=place,
             resume=resume,
             weights=weights,
             keep=keep,

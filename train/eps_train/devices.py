@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -66,3 +68,18 @@ def _mps() -> torch.device:
 def wide_float(device: torch.device) -> torch.dtype:
     """The type in which a long sum is kept: float64, but for Apple GPUs, which have none."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+@contextmanager
+def cpu_threads(count: int) -> Iterator[None]:
+    """Have torch use so many threads on the CPU in this block; 0 leaves their number as it is.
+
+    Sums depend on it. More than one make small networks no faster, and on a busy machine they
+    wait for each other.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

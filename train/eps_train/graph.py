@@ -36,13 +36,22 @@ def stage_name(block: str) -> str:
 def gates(model: nn.Module) -> dict[str, EpsilonGate]:
     """The network's gates by block name, in the order in which they are computed."""
     traced = trace(model)
-    modules = dict(traced.named_modules())
     found = {}
-    for node in traced.graph.nodes:
-        module = modules.get(str(node.target)) if node.op == "call_module" else None
-        if isinstance(module, EpsilonGate):
-            found[block_name(str(node.target))] = module
+    for node, block in gate_nodes(traced).items():
+        gate = traced.get_submodule(str(node.target))
+        assert isinstance(gate, EpsilonGate)
+        found[block] = gate
     return found
+
+
+def gate_nodes(model: fx.GraphModule) -> dict[fx.Node, str]:
+    """The nodes of the gates and the names of their blocks, in the order of computation."""
+    modules = dict(model.named_modules())
+    return {
+        node: block_name(str(node.target))
+        for node in model.graph.nodes
+        if node.op == "call_module" and isinstance(modules.get(str(node.target)), EpsilonGate)
+    }
 
 
 def taps(model: nn.Module) -> list[Tap]:
