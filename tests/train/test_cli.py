@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from eps_train import sealed
+from eps_train.atomic import replace_file
 from eps_train.checkpoint import FORMAT, Checkpoint
 from eps_train.cli import main
 from eps_train.config import TrainingConfig
@@ -356,7 +357,7 @@ def test_resume_without_the_best_checkpoint_is_refused_before_training(folder: P
 
 def test_a_full_disk_says_what_is_safe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second epoch cannot be saved: the first one is what --resume goes on from."""
-    replace_file, saves = sealed.replace_file, []
+    saves: list[Path] = []
 
     def full(path: Path, content: bytes) -> None:
         if path.name == "last.pt":

@@ -211,9 +211,9 @@ def test_a_disk_that_returns_other_bytes_is_noticed(file: Path) -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from eps_train import sealed
+from eps_train.atomic import replace_file
 os.fsync = lambda handle: os.kill(os.getpid(), signal.SIGKILL)
-sealed.replace_file(Path(sys.argv[1]), b"new" * 1000)
+replace_file(Path(sys.argv[1]), b"new" * 1000)
 """
 
 

@@ -14,11 +14,11 @@ from rich.cells import cell_len
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn
 
+from eps_train.atomic import replace_file
 from eps_train.checkpoint import GateRecord
 from eps_train.epoch_report import EpochReport
 from eps_train.errors import FileFormatError, naming
 from eps_train.graph import stage_name
-from eps_train.sealed import replace_file
 
 LEGEND = "█ alive  ▒ flickering  ░ closed all epoch  · dead"
 RECENT = 5  # epochs that the time left is judged by: an epoch gets shorter when blocks leave

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from eps_train import agreement, console, outlook
+from eps_train.atomic import replace_file
 from eps_train.board import Board, require
 from eps_train.checkpoint import Checkpoint
 from eps_train.config import TrainingConfig
@@ -23,7 +24,6 @@ from eps_train.loop import Stopped, Trainer
 from eps_train.picture import draw
 from eps_train.progress import LEGEND, EpochPrinter, MetricsLog
 from eps_train.runfiles import RunFiles
-from eps_train.sealed import replace_file
 from eps_train.signals import AgreedStop, StopRequest
 from eps_train.summary import summarize
 

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from eps_train.errors import FileFormatError, naming
+from eps_train.atomic import replace_file
+from eps_train.errors import FileFormatError
 
 _END_OF_ARCHIVE = b"PK\x05\x06"  # end of central directory record, 22 bytes when uncommented
 _SEAL_LENGTH = 64  # hexadecimal digits of a SHA-256
@@ -48,28 +48,6 @@ def write(path: Path, payload: Payload) -> str:
     content += digest.encode("ascii")
     replace_file(path, bytes(content))
     return digest
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Put `content` at `path` in one step: temporary file, fsync, read back, rename.
-
-    The temporary file's name is always the same, so that what a killed process leaves behind is
-    taken up by the next one.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    with naming(path):
-        try:
-            with part.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            if part.read_bytes() != content:
-                raise OSError(f"{path}: what was read back differs from what was written")
-            part.replace(path)
-            _sync_folder(path.parent)
-        finally:
-            part.unlink(missing_ok=True)
 
 
 def read(path: Path, *, format: str, version: int) -> tuple[Payload, str]:
@@ -141,14 +119,3 @@ def read_bytes(path: Path) -> bytes:
 
 def _article(format: str) -> str:
     return f"an {format} file" if format[0] in "aeiou" else f"a {format} file"
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the rename itself durable (POSIX only; other systems do so by themselves)."""
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
