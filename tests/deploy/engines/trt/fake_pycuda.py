@@ -1,0 +1,224 @@
+"""What looks like `pycuda.driver` (2026.1), on a `FakeGpu`; names and parameters are its own."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .fake_gpu import POISON, Block, FakeGpu, Queue, Violation
+
+_NON_BLOCKING = 1
+
+
+class Error(Exception):
+    """pycuda's own; LogicError, MemoryError and the others are derived from it."""
+
+
+class Context:
+    def __init__(self, gpu: FakeGpu) -> None:
+        self._gpu = gpu
+
+    def push(self) -> None:
+        self._gpu.stack.append(self)
+
+    def detach(self) -> None:
+        pass  # the process is about to end
+
+
+class Device:
+    gpu: FakeGpu
+
+    def __init__(self, ordinal: int) -> None:
+        if ordinal:
+            raise Error("cuDeviceGet failed: invalid device ordinal")
+
+    @staticmethod
+    def count() -> int:
+        return 1
+
+    def name(self) -> str:
+        return "NVIDIA Fake GPU"
+
+    def compute_capability(self) -> tuple[int, int]:
+        return self.gpu.capability
+
+    def total_memory(self) -> int:
+        return self.gpu.memory
+
+    def retain_primary_context(self) -> Context:
+        self.gpu.live["retained primary context"] += 1
+        return Context(self.gpu)
+
+
+class _Mortal:
+    """What pycuda frees in its destructor, which does nothing where the context is not current."""
+
+    gpu: FakeGpu
+    kind: str
+
+    def __init__(self) -> None:
+        self.gpu.require_context(self.kind)
+        self.gpu.live[self.kind] += 1
+
+    def __del__(self) -> None:
+        if self.gpu.stack:
+            self.gpu.live[self.kind] -= 1
+            self.gpu.order.append(self.kind)
+        else:
+            self.gpu.leaks.append(f"{self.kind} destroyed where no context is current")
+
+
+class Stream(_Mortal):
+    kind = "stream"
+
+    def __init__(self, flags: int = 0) -> None:
+        super().__init__()
+        if flags != _NON_BLOCKING:
+            raise Violation("a stream that waits for the default stream")
+        self.handle = self.gpu.handle()
+        self._queue = self.gpu.queues[self.handle] = Queue(self.handle)
+
+    def synchronize(self) -> None:
+        self.gpu.require_context("synchronize")
+        with self.gpu.lock:
+            if self._queue.recorded is not None:
+                self._queue.spoilt = True
+                raise Error("cuStreamSynchronize failed: not permitted when stream is capturing")
+            if self.gpu.refused("synchronize"):
+                raise Error("cuStreamSynchronize failed: an illegal memory access was encountered")
+            self.gpu.wait(self._queue)
+
+    def __del__(self) -> None:
+        super().__del__()
+        if self._queue.waiting:
+            self.gpu.leaks.append("a stream destroyed with work in it")
+        self.gpu.queues.pop(self.handle)
+
+
+class Event(_Mortal):
+    kind = "event"
+
+    def __init__(self, flags: int = 0) -> None:
+        super().__init__()
+        self.time: float | None = None
+
+    def record(self, stream: Stream) -> Event:
+        self.gpu.require_context("record")
+
+        def happen() -> None:
+            self.time = self.gpu.clock
+
+        self.gpu.queue(stream.handle).add(happen)
+        return self
+
+    def time_till(self, end: Event) -> float:
+        if self.time is None or end.time is None:
+            raise Error("cuEventElapsedTime failed: device not ready")
+        return end.time - self.time
+
+
+class DeviceAllocation:
+    def __init__(self, gpu: FakeGpu, block: Block) -> None:
+        self._gpu, self._block = gpu, block
+
+    def __int__(self) -> int:
+        return self._block.address
+
+    def free(self) -> None:
+        self._gpu.free(self._block)
+
+
+class PagelockedHostAllocation(DeviceAllocation):
+    """The `base` of a page-locked array."""
+
+    def __init__(self, gpu: FakeGpu, block: Block, shape: tuple[int, ...], kind: str) -> None:
+        super().__init__(gpu, block)
+        data = (block.address, False)
+        self.__array_interface__ = {"data": data, "shape": shape, "typestr": kind, "version": 3}
+
+
+class _Pycuda(ModuleType):
+    Error = Error
+
+    def __init__(self, gpu: FakeGpu) -> None:
+        super().__init__("pycuda.driver")
+        self._gpu = gpu
+        for kind in (Device, Stream, Event):
+            setattr(self, kind.__name__, type(kind.__name__, (kind,), {"gpu": gpu}))
+
+        class ThisContext(Context):
+            @staticmethod
+            def pop() -> None:
+                if not gpu.stack:
+                    raise Error("context::pop failed: invalid device context")
+                gpu.stack.pop()
+
+        self.Context = ThisContext
+
+    def init(self, flags: int = 0) -> None:
+        self._attempt("init", "no CUDA-capable device is detected")
+
+    def get_driver_version(self) -> int:
+        return 13050
+
+    def mem_get_info(self) -> tuple[int, int]:
+        self._gpu.require_context("mem_get_info")
+        living = [b for b in self._gpu.blocks if b.alive and b.kind == "device"]
+        return self._gpu.memory - sum(len(b.content) for b in living), self._gpu.memory
+
+    def mem_alloc(self, nbytes: int) -> DeviceAllocation:
+        self._attempt("mem_alloc", "out of memory")
+        if nbytes < 1:
+            raise Error("cuMemAlloc failed: invalid argument")
+        return DeviceAllocation(self._gpu, self._gpu.allocate("device", nbytes))
+
+    def pagelocked_empty(
+        self, shape: tuple[int, ...], dtype: Any, order: str = "C", mem_flags: int = 0
+    ) -> npt.NDArray[Any]:
+        self._attempt("pagelocked_empty", "out of memory")
+        kind = np.dtype(dtype)
+        block = self._gpu.allocate("page-locked", int(np.prod(shape)) * kind.itemsize)
+        return np.asarray(PagelockedHostAllocation(self._gpu, block, shape, kind.str))
+
+    def memcpy_htod_async(self, dest: int, src: npt.NDArray[Any], stream: Stream) -> None:
+        gpu = self._gpu
+        gpu.require_context("memcpy_htod_async")
+        self._attempt("memcpy_htod_async", "invalid argument")
+        source = gpu.host(src)
+        before = source.tobytes()
+        address = source.ctypes.data
+        gpu.at(int(dest), len(before), "device")
+        gpu.claim(int(dest), stream.handle)
+
+        def copy() -> None:
+            if gpu.at(address, len(before), "page-locked").tobytes() != before:
+                raise Violation("what was to be copied has changed before the copy was made")
+            gpu.at(int(dest), len(before), "device")[:] = source
+
+        gpu.queue(stream.handle).add(copy)
+
+    def memcpy_dtoh_async(self, dest: npt.NDArray[Any], src: int, stream: Stream) -> None:
+        gpu = self._gpu
+        gpu.require_context("memcpy_dtoh_async")
+        self._attempt("memcpy_dtoh_async", "invalid argument")
+        target = gpu.host(dest)
+        address = target.ctypes.data
+        gpu.at(int(src), len(target), "device")
+        gpu.claim(int(src), stream.handle)
+        target[:] = POISON
+
+        def copy() -> None:
+            gpu.at(address, len(target), "page-locked")[:] = gpu.at(int(src), len(target), "device")
+
+        gpu.queue(stream.handle).add(copy)
+
+    def _attempt(self, name: str, reason: str) -> None:
+        if self._gpu.refused(name):
+            raise Error(f"{name} failed: {reason}")
+
+
+def make_pycuda(gpu: FakeGpu) -> ModuleType:
+    return _Pycuda(gpu)

@@ -1,0 +1,120 @@
+"""A machine with a fake GPU, and a small network with its plan, for the tests of running plans."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from eps_deploy.engines.base import Images, Logits
+from eps_deploy.engines.ort import OrtEngine
+from eps_deploy.engines.trt.cuda import Cuda, host_facts
+from eps_deploy.engines.trt.sidecar import Host, Sidecar
+
+from .contract import FakeModule, Version
+from .fake_bindings import make_bindings
+from .fake_gpu import FakeGpu
+from .fake_pycuda import make_pycuda
+from .semantic_fake import FakeTensorRT, make_plan
+
+PROFILE = (1, 4, 8)
+SHAPE, CLASSES = (3, 6, 6), 5
+
+
+@cache
+def network(seed: int = 0) -> bytes:
+    """An ONNX file as eps-deploy exports it: normalisation, convolution, mean, linear layer.
+
+    Each pixel and each channel has a weight of its own, so that nothing can change places unseen.
+    """
+    draw = np.random.default_rng(seed)
+
+    def constant(name: str, *shape: int) -> onnx.TensorProto:
+        return numpy_helper.from_array(draw.normal(size=shape).astype(np.float32), name)
+
+    nodes = [
+        helper.make_node("Cast", ["images"], ["float"], to=TensorProto.FLOAT),
+        helper.make_node("Sub", ["float", "mean"], ["centred"]),
+        helper.make_node("Conv", ["centred", "kernels"], ["features"], pads=[1, 1, 1, 1]),
+        helper.make_node("Relu", ["features"], ["active"]),
+        helper.make_node("Flatten", ["active"], ["flat"]),
+        helper.make_node("Gemm", ["flat", "matrix", "bias"], ["logits"]),
+    ]
+    constants = [
+        constant("mean", 1, 3, 1, 1),
+        constant("kernels", 4, 3, 3, 3),
+        constant("matrix", 4 * 6 * 6, CLASSES),
+        constant("bias", CLASSES),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "small",
+        [helper.make_tensor_value_info("images", TensorProto.UINT8, ["N", *SHAPE])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", CLASSES])],
+        constants,
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    onnx.checker.check_model(model)
+    return bytes(model.SerializeToString())
+
+
+def images(count: int, seed: int = 0) -> Images:
+    return np.random.default_rng(seed).integers(0, 256, (count, *SHAPE), dtype=np.uint8)
+
+
+def expected(batch: Images, model: bytes | None = None) -> Logits:
+    """What ONNX Runtime says."""
+    with OrtEngine(network() if model is None else model) as engine:
+        return engine.infer(batch)
+
+
+def sidecar_of(plan: bytes, host: Host, **changes: Any) -> Sidecar:
+    facts: dict[str, Any] = {
+        "host": host,
+        "onnx_sha256": "0" * 64,
+        "plan_sha256": hashlib.sha256(plan).hexdigest(),
+        "precision": "fp32",
+        "profile": PROFILE,
+        "flags": (),
+        "hardware_compatibility": "none",
+        "version_compatible": False,
+        "layers": {},
+        "seconds": 1.0,
+        "log": (),
+    }
+    return Sidecar(**{**facts, **changes})
+
+
+@dataclass
+class Machine:
+    """A fake GPU with its TensorRT, pycuda and cuda-bindings."""
+
+    version: Version = "11.4"
+    gpu: FakeGpu = field(default_factory=FakeGpu)
+    trt: FakeModule = field(init=False)
+    pycuda: ModuleType = field(init=False)
+    cuda: Cuda = field(init=False)
+    host: Host = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.trt = FakeTensorRT(self.gpu, self.version).module
+        self.pycuda = make_pycuda(self.gpu)
+        self.cuda = Cuda(driver=self.pycuda, bindings=make_bindings(self.gpu))
+        self.host = host_facts(self.trt, self.cuda)
+
+    def engine(self, kind: Any, plan: bytes | None = None, **arguments: Any) -> Any:
+        """A `TrtEngine` of this class, of the small network unless `plan` is given."""
+        plan = make_plan(network(), profile=PROFILE) if plan is None else plan
+        sidecar = arguments.pop("sidecar", None) or sidecar_of(plan, self.host)
+        return kind(plan, sidecar, trt=self.trt, cuda=self.cuda, **arguments)
+
+
+def close(found: npt.NDArray[Any], wanted: npt.NDArray[Any]) -> bool:
+    return found.dtype == np.float32 and np.allclose(found, wanted, rtol=1e-5, atol=1e-4)

@@ -1,0 +1,104 @@
+"""Each way of breaking the build that was ever thought of must fail a check."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import ModuleType
+
+import pytest
+
+from eps_deploy.engines.base import EngineError
+from eps_deploy.engines.trt import build, parse, sidecar, worker
+
+from .builder import HOST, PLAN, Builder
+from .checks import noticed, run
+from .contract import VERSIONS, Version
+from .mutation import install, mutated
+
+STRONG = "1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)"
+TF32 = "    _set_flag(config, trt.BuilderFlag.TF32, precision.tf32)"
+
+BREAKS: dict[str, tuple[ModuleType, tuple[tuple[str, str], ...]]] = {
+    "a None plan written": (
+        build,
+        (
+            ("    if serialized is None:\n", "    if False:\n"),
+            ("plan = bytes(serialized)", "plan = bytes(serialized or b'')"),
+        ),
+    ),
+    "network freed before parsing": (
+        parse,
+        (("trt.OnnxParser(network,", "trt.OnnxParser(builder.create_network(strongly_typed),"),),
+    ),
+    "parser freed before building": (
+        parse,
+        (("Parsed(builder, network, parser)", "Parsed(builder, network, None)"),),
+    ),
+    "progress monitor returning None": (
+        worker,
+        (("return not worker.cancelled.is_set()", "return None"),),
+    ),
+    "progress monitor that never stops": (
+        worker,
+        (("return not worker.cancelled.is_set()", "return True"),),
+    ),
+    "the flag itself in place of its bit": (
+        parse,
+        ((STRONG, "trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED"),),
+    ),
+    "a removed flag": (
+        build,
+        ((TF32, "    config.set_flag(trt.BuilderFlag.FP16)\n" + TF32),),
+    ),
+    "types not checked": (
+        parse,
+        (("if found != wanted:", "if False:"),),
+    ),
+    "no profile": (
+        build,
+        (("    _add_profile(parsed, config, options, log)\n", ""),),
+    ),
+}
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_what_is_not_broken_passes(version: Version) -> None:
+    assert not noticed(build, version)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("name", BREAKS)
+def test_it_is_noticed(name: str, version: Version, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, edits = BREAKS[name]
+    broken = mutated(original, *edits)
+    if original is not build:
+        install(monkeypatch, build, original, broken)
+    assert noticed(broken if original is build else build, version)
+
+
+def checks_the_sidecar(module: ModuleType) -> None:
+    """Another plan, another TensorRT, another GPU: none of them is loaded."""
+    written = module.Sidecar.from_dict(run(build, Builder()).sidecar(HOST).to_dict())
+    written.check(PLAN, HOST)
+    hosts = [replace(HOST, tensorrt="11.5.0.1"), replace(HOST, compute_capability="8.0")]
+    for plan, host in [(b"another", HOST), *((PLAN, host) for host in hosts)]:
+        with pytest.raises(EngineError, match="rebuild it"):
+            written.check(plan, host)
+
+
+def test_the_sidecar_is_checked() -> None:
+    checks_the_sidecar(sidecar)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        ("if hashlib.sha256(plan).hexdigest() != self.plan_sha256:", "if False:"),
+        ("if not fits:", "if False:"),
+        ("and self._version_fits(host)", ""),
+        ("and self._device_fits(host)", ""),
+    ],
+)
+def test_an_unchecked_sidecar_is_noticed(edit: tuple[str, str]) -> None:
+    with pytest.raises(pytest.fail.Exception):
+        checks_the_sidecar(mutated(sidecar, edit))

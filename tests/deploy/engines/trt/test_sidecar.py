@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eps_deploy.engines.base import EngineError
+from eps_deploy.engines.trt.sidecar import Sidecar
+from eps_train.errors import FileFormatError
+
+from .builder import HOST, PLAN
+
+SIDECAR = Sidecar(
+    host=HOST,
+    onnx_sha256="0" * 64,
+    plan_sha256=hashlib.sha256(PLAN).hexdigest(),
+    precision="fp16",
+    profile=(1, 16, 32),
+    flags=("TF32",),
+    hardware_compatibility="none",
+    version_compatible=False,
+    layers={"fp16": 30, "fp32": 2},
+    seconds=12.5,
+    log=("info: done",),
+)
+
+
+def test_a_plan_is_loaded_where_it_was_built() -> None:
+    SIDECAR.check(PLAN, HOST)
+    newer_driver = replace(HOST, driver="590.10", cuda="13.1")
+    SIDECAR.check(PLAN, newer_driver)
+    assert SIDECAR.remark(newer_driver) is None
+
+
+def test_the_refusal_says_what_is_there_and_what_was_needed() -> None:
+    here = replace(HOST, tensorrt="10.16.1.11", compute_capability="8.0", device="NVIDIA A100")
+    with pytest.raises(EngineError) as caught:
+        SIDECAR.check(PLAN, here)
+    assert str(caught.value) == (
+        "model.plan: built for TensorRT 11.4.0.106 on compute capability 9.0"
+        " (NVIDIA H100 80GB HBM3), linux-x86_64; this machine has TensorRT 10.16.1.11 on compute"
+        " capability 8.0 (NVIDIA A100), linux-x86_64; rebuild it with eps-deploy --engine trt"
+    )
+
+
+def test_another_plan_is_refused() -> None:
+    with pytest.raises(EngineError, match=r"cache/model\.plan: not the plan that"):
+        SIDECAR.check(PLAN + b"!", HOST, name="cache/model.plan")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tensorrt": "11.4.0.107"},
+        {"compute_capability": "9.1"},
+        {"platform": "linux-aarch64"},
+        {"flavour": "tensorrt_rtx"},
+    ],
+)
+def test_each_difference_counts(change: dict[str, Any]) -> None:
+    with pytest.raises(EngineError, match="this machine has"):
+        SIDECAR.check(PLAN, replace(HOST, **change))
+
+
+@pytest.mark.parametrize(
+    ("built", "here", "fits"),
+    [
+        ("11.0.0.1", "11.4.0.106", True),
+        ("11.4.0.106", "11.4.0.106", True),
+        ("11.4.0.106", "11.3.0.1", False),
+        ("10.16.1.11", "11.4.0.106", True),
+        ("11.4.0.106", "12.0.0.1", False),
+        ("11.4.0.106", "10.16.1.11", False),
+    ],
+)
+def test_version_compatible_plans_go_forward_as_nvidia_says(
+    built: str, here: str, fits: bool
+) -> None:
+    sidecar = replace(SIDECAR, host=replace(HOST, tensorrt=built), version_compatible=True)
+    if fits:
+        sidecar.check(PLAN, replace(HOST, tensorrt=here))
+    else:
+        with pytest.raises(EngineError, match="built for"):
+            sidecar.check(PLAN, replace(HOST, tensorrt=here))
+
+
+@pytest.mark.parametrize(
+    ("level", "capability", "fits"),
+    [
+        ("ampere-plus", "8.0", True),
+        ("ampere-plus", "12.0", True),
+        ("ampere-plus", "7.5", False),
+        ("same-compute-capability", "9.0", True),
+        ("same-compute-capability", "8.9", False),
+    ],
+)
+def test_hardware_compatible_plans_go_where_nvidia_says(
+    level: Any, capability: str, fits: bool
+) -> None:
+    sidecar = replace(SIDECAR, hardware_compatibility=level)
+    here = replace(HOST, compute_capability=capability, device="another")
+    if fits:
+        sidecar.check(PLAN, here)
+        assert sidecar.remark(here) is None
+    else:
+        with pytest.raises(EngineError, match="built for"):
+            sidecar.check(PLAN, here)
+
+
+def test_another_model_of_the_same_capability_is_remarked() -> None:
+    here = replace(HOST, device="NVIDIA H200")
+    SIDECAR.check(PLAN, here)
+    assert "was built on NVIDIA H100 80GB HBM3, this is NVIDIA H200" in str(SIDECAR.remark(here))
+
+
+def test_it_is_read_as_it_was_written(tmp_path: Path) -> None:
+    path = tmp_path / "model.plan.json"
+    path.write_bytes(SIDECAR.to_json())
+    assert Sidecar.load(path) == SIDECAR
+    assert json.loads(path.read_text())["host"]["compute_capability"] == "9.0"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "no such file, and a plan is not loaded without it"),
+        (b"{", "damaged or not JSON"),
+        (b"[]", "not a usable sidecar"),
+        (b'{"schema": 2}', "schema 2 is newer"),
+        (b'{"schema": 1}', "not a usable sidecar"),
+        ({"schema": "1"}, "not a usable sidecar"),
+        ({"profile": [1, 16, 8]}, "not a usable sidecar"),
+        ({"profile": [1, 16]}, "not a usable sidecar"),
+        ({"hardware_compatibility": "volta"}, "not a usable sidecar"),
+        ({"version_compatible": "no"}, "not a usable sidecar"),
+        ({"host": {"tensorrt": "11.4"}}, "not a usable sidecar"),
+        ({"layers": ["fp16"]}, "not a usable sidecar"),
+    ],
+)
+def test_a_damaged_one_is_one_line(tmp_path: Path, content: Any, said: str) -> None:
+    path = tmp_path / "model.plan.json"
+    if isinstance(content, dict):
+        content = json.dumps({**SIDECAR.to_dict(), **content}).encode()
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(FileFormatError, match=said) as caught:
+        Sidecar.load(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from eps_deploy.engines.base import EngineError
+from eps_deploy.engines.trt import build as module
+from eps_deploy.engines.trt.worker import Worker
+
+from .builder import Builder
+from .checks import run
+from .contract import VERSIONS, Version
+
+both = pytest.mark.parametrize("version", VERSIONS)
+
+
+@both
+def test_progress_is_reported_on_the_callers_thread(version: Version) -> None:
+    seen = []
+
+    def progress(phase: str, done: int, steps: int) -> bool:
+        seen.append((phase, done, steps, threading.current_thread()))
+        return True
+
+    run(module, Builder(version), progress=progress)
+    here = threading.current_thread()
+    assert seen == [
+        *(("Building engine", done, 3, here) for done in range(4)),
+        ("Building engine", 3, 3, here),
+    ]
+
+
+def test_progress_can_call_the_build_off() -> None:
+    with pytest.raises(EngineError, match="called off"):
+        run(module, Builder(steps=1000), progress=lambda phase, done, steps: False)
+
+
+def test_what_the_callers_functions_raise_goes_on() -> None:
+    def say(text: str) -> None:
+        raise LookupError(text)
+
+    with pytest.raises(LookupError, match="warning: a slow kernel"):
+        run(module, Builder(), say=say)
+
+
+def test_the_result_comes_after_all_that_was_told() -> None:
+    worker: Worker[int] = Worker()
+    heard: list[object] = []
+
+    def work() -> int:
+        worker.tell("one")
+        worker.tell(None)
+        return 7
+
+    assert worker.run(work, heard.append) == 7
+    assert heard == ["one", None]
+
+
+def test_what_the_work_raises_comes_out_here() -> None:
+    worker: Worker[None] = Worker()
+
+    def work() -> None:
+        raise LookupError("there")
+
+    with pytest.raises(LookupError, match="there"):
+        worker.run(work, print)
