@@ -6,7 +6,9 @@ Rewriting (blocks out, gates away) must not move a bit; folding may move what ro
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,12 +18,15 @@ from torch import Tensor, nn
 from eps_compact.findings import Findings
 from eps_compact.liveness import Liveness
 from eps_train.checkpoint import Checkpoint, current_versions
+from eps_train.devices import cpu_threads
 from eps_train.errors import EpsError
 from eps_train.evaluate import logits
+from eps_train.modes import in_mode
 
 BATCHES = (1, 7, 32)  # kernels are chosen by batch size, so each is compared with itself
 ROUNDS = 2  # batches of each size and each kind of input
 SEED = 0  # of the random images
+AT_ONCE = 4  # batches that are computed beside each other, which takes their memory
 BOUND = 1e-5  # of the folding, relative to the largest logit
 ALL_EVIDENCE = "training record and held-out images"
 RECORD_ALONE = "training record alone"
@@ -92,17 +97,40 @@ def compare(
 
     All lie on one device. They are shown `heldout` (uint8 `[N, C, H, W]`; N may be 0) and random
     images, at every batch size of `BATCHES`. All rewriting comes before all folding.
+
+    On the CPU every batch is computed on one thread, several batches beside each other: threads
+    that work on one small layer spend their time waiting for each other.
     """
+    networks = [gated, plain] if folded is None else [gated, plain, folded]
+    # The largest first, so that none of them is left over at the end.
+    shown = [(size, *named) for size in reversed(BATCHES) for named in _inputs(heldout, size)]
+
+    def answers(batch: Tensor) -> list[Tensor]:
+        return [logits(network, normalize, batch) for network in networks]
+
+    with ExitStack() as modes:
+        for network in networks:  # before threads share them: `logits` restores what it finds
+            modes.enter_context(in_mode(network, False))
+        said = iter(_each(answers, [b for size, _, images in shown for b in images.split(size)]))
     proofs = []
-    for size in BATCHES:
-        for inputs, images in _inputs(heldout, size):
-            expected = _answers(gated, normalize, images, size)
-            found = _answers(plain, normalize, images, size)
-            proofs.append(_proof("rewriting", inputs, size, expected, found))
-            if folded is not None:
-                rounded = _answers(folded, normalize, images, size)
-                proofs.append(_proof("folding", inputs, size, found, rounded))
-    return tuple(sorted(proofs, key=lambda proof: proof.step, reverse=True))
+    for size, inputs, images in shown:
+        batches = [next(said) for _ in images.split(size)]
+        expected, found, *others = (torch.cat(each) for each in zip(*batches, strict=True))
+        proofs.append(_proof("rewriting", inputs, size, expected, found))
+        proofs += [_proof("folding", inputs, size, found, rounded) for rounded in others]
+    return tuple(sorted(proofs, key=lambda proof: (proof.step == "folding", proof.batch)))
+
+
+def _each(
+    answers: Callable[[Tensor], list[Tensor]], batches: Sequence[Tensor]
+) -> list[list[Tensor]]:
+    """What `answers` says to each batch, in their order; on the CPU several at a time."""
+    if batches[0].device.type != "cpu":
+        return [answers(batch) for batch in batches]
+    workers = min(torch.get_num_threads(), AT_ONCE)
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+    with cpu_threads(1), pool:
+        return list(pool.map(answers, batches))
 
 
 def prove(
@@ -217,10 +245,6 @@ def _inputs(heldout: Tensor, size: int) -> Iterator[tuple[str, Tensor]]:
     generator = torch.Generator().manual_seed(SEED + size)
     noise = torch.randint(0, 256, (count, *heldout.shape[1:]), generator=generator)
     yield "random uint8 images", noise.to(torch.uint8).to(heldout.device)
-
-
-def _answers(model: nn.Module, normalize: nn.Module, images: Tensor, size: int) -> Tensor:
-    return torch.cat([logits(model, normalize, batch) for batch in images.split(size)])
 
 
 def _proof(step: str, inputs: str, size: int, expected: Tensor, found: Tensor) -> Proof:

@@ -12,6 +12,7 @@ from eps_train.errors import ConfigError
 if TYPE_CHECKING:
     from eps_compact.finetune import Finetuned
     from eps_compact.pareto import Point, Sweep
+    from eps_compact.timing import Timer
     from eps_train.checkpoint import Checkpoint
     from eps_train.data import Data
 
@@ -29,12 +30,18 @@ class Wishes:
     max_accuracy_drop: float | None = None
     finetune_epochs: int = 0
     seconds: float | None = None
+    timer: str | None = None
 
     @property
     def picks(self) -> bool:
         """Whether a point of a sweep is asked for."""
         limits = (self.target_parameters, self.target_flops, self.max_accuracy_drop)
         return any(limit is not None for limit in limits)
+
+    @property
+    def times(self) -> bool:
+        """Whether networks have to be timed."""
+        return self.ledger or self.sweeps
 
     @property
     def sweeps(self) -> bool:
@@ -53,8 +60,9 @@ class Wishes:
         given = [option for option, wanted in named.items() if wanted]
         if no_data and given:
             raise ConfigError(f"--no-data: {given[0]} needs the held-out images; leave one out")
-        if self.seconds is not None and not (self.ledger or self.sweeps):
-            raise ConfigError("--seconds: is for --ledger and --sweep; give one of them too")
+        for option in ("seconds", "timer"):
+            if getattr(self, option) is not None and not self.times:
+                raise ConfigError(f"--{option}: is for --ledger and --sweep; give one of them too")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,8 +92,10 @@ class Choice:
         return told
 
 
-def choose(checkpoint: Checkpoint, data: Data, wishes: Wishes, report: Report) -> Choice:
-    """Sweep, pick and train on, as far as `wishes` goes.
+def choose(
+    checkpoint: Checkpoint, data: Data, wishes: Wishes, timer: Timer | None, report: Report
+) -> Choice:
+    """Sweep, pick and train on, as far as `wishes` goes; `timer` times the networks of the sweep.
 
     Raises:
         ConfigError: no point of the sweep has what is asked for, or there is nothing to sweep.
@@ -103,6 +113,7 @@ def choose(checkpoint: Checkpoint, data: Data, wishes: Wishes, report: Report) -
             if wishes.target_flops and not wishes.target_parameters
             else "parameters",
             seconds=wishes.seconds or SECONDS,
+            timer=timer,
             report=report,
         )
     if swept is not None and wishes.picks:

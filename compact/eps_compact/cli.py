@@ -107,6 +107,12 @@ class Request:
     help="Time for the ledger, and for the sweep.  [default: 60 and 120]",
 )
 @click.option(
+    "--timer",
+    type=click.Choice(("ort", "torch")),
+    help="What runs the networks when they are timed: ONNX Runtime or PyTorch, on one thread."
+    "  [default: ort where it is installed]",
+)
+@click.option(
     "--export",
     "exports",
     type=click.Choice(("pt2", "safetensors")),
@@ -192,9 +198,14 @@ def _compact(request: Request, log: Console) -> tuple[Compaction, Choice]:
     path = request.checkpoint
     checkpoint = Checkpoint.load(path)
     data = None if request.no_data else _data(checkpoint, request.data_root)
+    timer = None
+    if request.wishes.times:
+        from eps_compact.timers import make_timer
+
+        timer = make_timer(request.wishes.timer, checkpoint.data, say)
     choice = Choice(checkpoint=checkpoint)
     if data is not None:
-        choice = choose(checkpoint, data, request.wishes, say)
+        choice = choose(checkpoint, data, request.wishes, timer, say)
     if choice.tuned is not None:  # what the certificate is about has to be there to be checked
         path = tuned_file(request.outputs.compact)
         if not request.dry_run:
@@ -220,9 +231,13 @@ def _compact(request: Request, log: Console) -> tuple[Compaction, Choice]:
         assert data is not None
         from eps_compact import ledger
 
-        seconds = request.wishes.seconds or ledger.SECONDS
         found = ledger.ledger(
-            choice.checkpoint, data.validation, live=done.live, seconds=seconds, report=say
+            choice.checkpoint,
+            data.validation,
+            live=done.live,
+            seconds=request.wishes.seconds or ledger.SECONDS,
+            timer=timer,
+            report=say,
         )
         log.print(ledger.table(found))
         done.artifact.certificate["ledger"] = found.to_dict()
@@ -253,7 +268,7 @@ def _write(request: Request, done: Compaction, choice: Choice) -> dict[str, str]
     """Write everything; returns the files by what they are."""
     from eps_compact import summary
     from eps_compact.picture import draw
-    from eps_train.sealed import replace_file
+    from eps_train.atomic import replace_file
 
     title = summary.title(done)
     # Drawn first: what fails here leaves nothing behind.

@@ -12,13 +12,13 @@ from eps_compact import certificate, findings
 from eps_compact.artifact import CompactArtifact
 from eps_compact.blocks import Block, block_map
 from eps_compact.certificate import Proof
+from eps_compact.counts import Counts, counts
 from eps_compact.findings import Findings
 from eps_compact.folding import fold
 from eps_compact.liveness import Liveness
 from eps_compact.rewrite import compact
 from eps_train import graph
 from eps_train.checkpoint import Checkpoint
-from eps_train.cost import Cost, cost
 from eps_train.images import Part
 from eps_train.networks import Normalize
 
@@ -32,16 +32,12 @@ class Compaction:
     Attributes:
         artifact: what is to be saved; its network has passed every proof.
         blocks: the block map of the network as it was built.
-        before, after: cost of the gated network at full depth, and of the compact one, not folded;
-            without the side head, which is never deployed.
         proofs: the comparisons behind the certificate.
         findings: what held-out images showed.
     """
 
     artifact: CompactArtifact
     blocks: tuple[Block, ...]
-    before: Cost
-    after: Cost
     proofs: tuple[Proof, ...]
     findings: Findings
 
@@ -56,10 +52,10 @@ class Compaction:
         return tuple(b for b in self.findings.live if b.block not in self.findings.beyond)
 
     @property
-    def counts(self) -> dict[str, dict[str, int]]:
-        """`blocks`, `parameters` and `flops` (of one image), each `before` and `after`."""
-        counts: dict[str, dict[str, int]] = self.artifact.certificate["counts"]
-        return counts
+    def counts(self) -> Counts:
+        """As `counts.counts` has them."""
+        found: Counts = self.artifact.certificate["counts"]
+        return found
 
 
 def compact_checkpoint(
@@ -113,29 +109,18 @@ def compact_checkpoint(
     compaction = Compaction(
         artifact=artifact,
         blocks=_block_map(checkpoint, seen),
-        before=cost(checkpoint.network.skeleton(), shape),
-        after=cost(plain, shape),
         proofs=proofs,
         findings=seen,
     )
-    _certify(compaction, checkpoint, closed_at_least, folded_counts(artifact, shipped))
-    return compaction
-
-
-def _certify(
-    done: Compaction,
-    checkpoint: Checkpoint,
-    closed_at_least: float,
-    folded: dict[str, int] | None,
-) -> None:
-    done.artifact.certificate = certificate.certificate(
+    artifact.certificate = certificate.certificate(
         checkpoint,
-        proofs=done.proofs,
-        findings=done.findings,
+        proofs=proofs,
+        findings=seen,
         closed_at_least=closed_at_least,
-        counts=_counts(done),
-        folded=folded,
+        counts=counts(checkpoint.network, compaction.removed, plain, shape),
+        folded=folded_counts(artifact, shipped),
     )
+    return compaction
 
 
 def _artifact(
@@ -156,16 +141,6 @@ def _artifact(
         certificate={},
         checkpoint={"path": checkpoint_path, "digest": checkpoint.digest},
     )
-
-
-def _counts(compaction: Compaction) -> dict[str, dict[str, int]]:
-    before, after = compaction.before, compaction.after
-    left = sum(block.state != "dead" for block in compaction.blocks)
-    return {
-        "blocks": {"before": len(compaction.blocks), "after": left},
-        "parameters": {"before": before.parameters, "after": after.parameters},
-        "flops": {"before": before.flops, "after": after.flops},
-    }
 
 
 def _block_map(checkpoint: Checkpoint, seen: Findings) -> tuple[Block, ...]:

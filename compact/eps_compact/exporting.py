@@ -24,10 +24,10 @@ from torch.export import ExportedProgram
 from eps_compact.artifact import CompactArtifact
 from eps_compact.description import Step, steps, tensors
 from eps_compact.outputs import export_files
+from eps_train.atomic import replace_file
 from eps_train.data import DataIdentity
 from eps_train.errors import ConfigError, GraphError
 from eps_train.networks import Normalize
-from eps_train.sealed import replace_file
 
 KINDS = ("pt2", "safetensors")
 ABOUT = "eps_resnet.json"  # name of the description inside a pt2 archive

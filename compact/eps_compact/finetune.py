@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from eps_compact.forking import answer
+from eps_compact.forking import Answers, answer
 from eps_compact.intervals import Interval
 from eps_compact.ledger import CPU, accuracy_drop
 from eps_train import graph
@@ -136,11 +137,7 @@ def finetune(
         spec.build(checkpoint.state),
         tuned.network.build(tuned.state),
     )
-    normalize = Normalize(list(data.identity.mean), list(data.identity.std)).to(device)
-    validation = data.validation.to(device)
-    whole, before, after = (
-        answer(graph.drop_taps(network).to(device), normalize, validation) for network in networks
-    )
+    whole, before, after = _answers(networks, data, device)
     return Finetuned(
         checkpoint=tuned,
         removed=beyond,
@@ -155,6 +152,15 @@ def finetune(
         samples=len(data.validation),
         seconds=trainer.seconds,
     )
+
+
+def _answers(networks: Iterable[nn.Module], data: Data, device: torch.device) -> list[Answers]:
+    """What each says to the validation part."""
+    normalize = Normalize(list(data.identity.mean), list(data.identity.std)).to(device)
+    validation = data.validation.to(device)
+    return [
+        answer(graph.drop_taps(network).to(device), normalize, validation) for network in networks
+    ]
 
 
 def tuning_config(config: TrainingConfig, epochs: int, device: torch.device) -> TrainingConfig:

@@ -2,8 +2,9 @@
 
 In evaluation mode a batch norm is `y = scale * x + shift` per channel, so behind a convolution it
 is a matter of that one's weight and bias. That is exact algebra, whatever the padding, but other
-rounding: float32 logits move in their last digits. Not foldable is a batch norm in front of a
-convolution (the zeros of the padding would have to be shifted too) or behind an addition.
+rounding: float32 logits move in their last digits. Of timm's batch norms with an activation, the
+activation stays. Not foldable is a batch norm in front of a convolution (the zeros of the padding
+would have to be shifted too) or behind an addition.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ _NORMS: dict[type[nn.Module], type[nn.Module]] = {
 }
 # What hands on its input as it is, in evaluation mode.
 _NOTHING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+# timm's batch norm with an activation, by name: timm need not be installed.
+_WITH_ACTIVATION = ("timm.layers.norm_act", "BatchNormAct2d")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
@@ -146,14 +149,26 @@ def _places(model: fx.GraphModule) -> Iterable[_Place]:
             continue
         names = Pair(str(source.target), str(node.target))
         conv = modules[names.conv]
+        norm = modules[names.norm]
         alone = calls[id(conv)] == 1 and owners[id(conv._parameters.get("weight"))] == 1
+        if _activation(norm) is not None:  # which takes the place of this norm
+            alone = alone and calls[id(norm)] == 1
         read = any(name.startswith(f"{names.conv}.") for name in readings)
-        if alone and not read and _fit(conv, modules[names.norm]):
+        if alone and not read and _fit(conv, norm):
             yield _Place(names, source, node)
 
 
+def _activation(norm: nn.Module) -> nn.Module | None:
+    """What a batch norm hands its answer to, when that is a part of it and keeps no numbers."""
+    if (type(norm).__module__, type(norm).__name__) != _WITH_ACTIVATION:
+        return None
+    drop, activation = norm.get_submodule("drop"), norm.get_submodule("act")
+    return activation if type(drop) in _NOTHING and not activation.state_dict() else None
+
+
 def _fit(conv: nn.Module, norm: nn.Module) -> bool:
-    if _NORMS.get(type(conv)) is not type(norm) or _hooked(conv) or _hooked(norm):
+    kind = type(norm) if _activation(norm) is None else nn.BatchNorm2d
+    if _NORMS.get(type(conv)) is not kind or _hooked(conv) or _hooked(norm):
         return False
     assert isinstance(conv, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
     assert isinstance(norm, BatchNorms)
@@ -194,6 +209,10 @@ def _merge(
 ) -> None:
     conv.weight = nn.Parameter(weight)
     conv.bias = nn.Parameter(bias)
+    activation = _activation(model.get_submodule(place.names.norm))
+    if activation is not None:
+        model.add_submodule(place.names.norm, activation)
+        return
     place.norm.replace_all_uses_with(place.conv)
     model.graph.erase_node(place.norm)
 

@@ -76,7 +76,7 @@ class Ledger:
         samples: held-out images that each block was left out on.
         available: held-out images that there are.
         timer: what the times were measured with.
-        seconds: what all of it took.
+        seconds: what all of it took, once the timer was ready.
     """
 
     entries: tuple[Entry, ...]
@@ -109,17 +109,17 @@ def ledger(
         validation: its validation part.
         live: responses as `liveness.liveness` measured them, for `ratio`.
         seconds: a quarter goes into the times, the rest into leaving blocks out, on as many
-            held-out images, drawn at random, as fit.
+            held-out images, drawn at random, as fit. What `timer` takes to make ready is on top.
         device: where to compute.
-        timer: measures the times; `TorchTimer` if not given.
+        timer: measures the times; `timing.TorchTimer` if not given.
         report: told what is being done, a line at a time.
 
     Raises:
         ConfigError: no block is left, or `seconds` is too little for even a few images.
         FileFormatError: the checkpoint's tensors are not those of its network.
+        GraphError: `timer` cannot run the network.
     """
-    began = time.perf_counter()
-    timer = timer or TorchTimer()
+    timer = timer or TorchTimer(checkpoint.data)
     model = live_network(checkpoint)
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     costs = branch_costs(model, checkpoint.data.input_shape)
@@ -127,10 +127,11 @@ def ledger(
         raise ConfigError("every block is dead: there is none left for a ledger to weigh")
     normalize = Normalize(list(checkpoint.data.mean), list(checkpoint.data.std)).to(device)
     heldout = ordered(validation)
-    image = normalize(pixels(heldout, range(1), device).images)
     kinds = len({cost.kind for cost in costs})
     report(f"ledger: timing {len(costs)} blocks of {kinds} kinds ({timer.name})")
-    times = block_times(model, costs, timer, image, seconds * TIMING_SHARE)
+    measure = timer.load(model, pixels(heldout, range(1), device).images)
+    began = time.perf_counter()
+    times = block_times(costs, measure, seconds * TIMING_SHARE)
     left = seconds - (time.perf_counter() - began)
     report(f"ledger: leaving out each of {len(costs)} blocks, for {max(left, 0):.0f} s at most")
     answers = leave_one_out(Forking(model), normalize, heldout, seconds=left)

@@ -75,7 +75,7 @@ def write(artifact: CompactArtifact, picture: bytes, outputs: Outputs) -> None:
 
     What fails leaves the folder as it was, earlier files too.
     """
-    from eps_train.sealed import replace_file
+    from eps_train.atomic import replace_file
 
     staged = {path: path.with_name(f".{path.name}.new") for path in outputs.all}
     placed = []

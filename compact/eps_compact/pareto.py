@@ -62,7 +62,7 @@ class Sweep:
             image serves both.
         complete: whether it came to the last block within its time.
         timer: what the times were measured with.
-        seconds: what all of it took.
+        seconds: what all of it took, once the timer was ready.
     """
 
     points: tuple[Point, ...]
@@ -191,7 +191,7 @@ def table(found: Sweep) -> Table:
                 f"{point.parameters_share:.1%}",
                 scaled(point.flops),
                 f"{point.flops_share:.1%}",
-                f"{point.ms.value:.2f}",
+                f"{point.ms.value:.3f}",
                 f"{point.speedup.value:.2f}x",
                 f"{point.accuracy:.2%}",
                 points(point.drop),

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eps_compact.blocks import Block, State, stages
+from eps_train.atomic import replace_file
 from eps_train.errors import ConfigError
-from eps_train.sealed import replace_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -25,10 +25,15 @@ def compact(model: nn.Module, dead: Iterable[str] | None = None) -> fx.GraphModu
     Raises:
         GraphError: `model` cannot be traced, or has no gated block of that name.
     """
-    plain = copy.deepcopy(model).eval()
-    plain.zero_grad(set_to_none=True)  # the gradients of the last step are no part of a network
-    # In evaluation mode alone: what reads `self.training` is frozen as it ships.
-    traced = graph.trace(plain, one_mode=True)
+    # A graph is copied once it is small; a module is traced as a copy, in evaluation mode alone:
+    # what reads `self.training` is frozen as it ships.
+    traced = model if isinstance(model, fx.GraphModule) else _trace(model)
     latched = {name for name, gate in graph.gates(traced).items() if bool(gate.dead)}
-    traced = graph.remove_blocks(traced, latched.union(dead or ()))
-    return graph.drop_taps(graph.drop_gates(traced)).eval()
+    less = graph.remove_blocks(traced, latched.union(dead or ()))
+    plain = copy.deepcopy(graph.drop_taps(graph.drop_gates(less))).eval()
+    plain.zero_grad(set_to_none=True)  # the gradients of the last step are no part of a network
+    return plain
+
+
+def _trace(model: nn.Module) -> fx.GraphModule:
+    return graph.trace(copy.deepcopy(model).eval(), one_mode=True)

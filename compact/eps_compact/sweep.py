@@ -8,15 +8,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
-from eps_compact.branch_costs import branch_costs, live_network
+from eps_compact.branch_costs import BranchCost, branch_costs, live_network
 from eps_compact.forking import Answers, Forking, answer, answer_all
 from eps_compact.heldout import PROBE, ordered, pass_seconds, pixels
 from eps_compact.intervals import median, ratio_of_medians
 from eps_compact.ledger import CPU, accuracy_drop
 from eps_compact.pareto import Point, Sweep, Weight, knee
-from eps_compact.timing import Runs, Timer, TorchTimer, block_times, plain
+from eps_compact.timing import Measure, Runs, Timer, TorchTimer, block_times
 from eps_train import graph
 from eps_train.checkpoint import Checkpoint
 from eps_train.cost import Cost, cost
@@ -30,6 +30,7 @@ CHOOSING_SHARE = 0.5
 MEASURING_SHARE = 0.25
 TIMED = 0.8  # of what is left for times; intervals take the rest
 LEAST = 64  # images to choose on, before blocks go several at a time
+TOGETHER = 24  # networks that are timed, and held in memory, at once
 
 
 def sweep(
@@ -54,41 +55,40 @@ def sweep(
         checkpoint: gated, or plain: then all of its residual blocks take part.
         validation: its validation part.
         weight: what a block saves: `parameters`, `flops`, or `ms`.
-        seconds: to spend in all.
+        seconds: to spend in all. What `timer` takes to make ready is on top.
         device: where to compute.
-        timer: measures the times; `TorchTimer` if not given.
+        timer: measures the times; `timing.TorchTimer` if not given.
         report: told what is being done, a line at a time.
 
     Raises:
         ConfigError: no block is left, or `seconds` is too little for even one step.
         FileFormatError: the checkpoint's tensors are not those of its network.
+        GraphError: `timer` cannot run the network.
     """
-    began = time.perf_counter()
-    timer = timer or TorchTimer()
+    timer = timer or TorchTimer(checkpoint.data)
     model = live_network(checkpoint)
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     normalize = Normalize(list(checkpoint.data.mean), list(checkpoint.data.std)).to(device)
     heldout = ordered(validation)
-    image = normalize(pixels(heldout, range(1), device).images)
     shape = checkpoint.data.input_shape
+    costs = branch_costs(model, shape)
+    if not costs:
+        raise ConfigError("every block is dead: there is none left for a sweep to take out")
+    report(f"sweep: making ready to time the networks ({timer.name})")
+    measure = timer.load(model, pixels(heldout, range(1), device).images)
+    began = time.perf_counter()
     walk = _Walk(
         normalize,
         shape,
-        saved=_saved(model, shape, weight, timer, image, seconds * TIMING_SHARE / 2),
+        saved=_saved(costs, weight, measure, seconds * TIMING_SHARE / 2),
         deadline=began + seconds * (1 - TIMING_SHARE),
         report=report,
     )
     walk.plan(model, heldout, seconds)
     stages, complete = walk.go(model)
-    networks = [plain(stage.model) for stage in stages]
-    whole = cost(checkpoint.network.skeleton(), shape)
-    report(f"sweep: timing {len(networks)} networks ({timer.name})")
+    report(f"sweep: timing {len(stages)} networks")
     left = seconds - (time.perf_counter() - began)
-    times = timer(networks, image, TIMED * left)
-    found = tuple(
-        _point(stage, stages[0], whole, runs, times[0])
-        for stage, runs in zip(stages, times, strict=True)
-    )
+    found = _points(stages, cost(checkpoint.network.skeleton(), shape), measure, TIMED * left)
     return Sweep(
         points=found,
         knee=knee([(point.parameters, point.accuracy) for point in found]),
@@ -206,20 +206,28 @@ def cheapness(rise: float, saved: float) -> tuple[float, float]:
 
 
 def _saved(
-    model: fx.GraphModule,
-    shape: tuple[int, int, int],
-    weight: Weight,
-    timer: Timer,
-    image: Tensor,
-    seconds: float,
+    costs: list[BranchCost], weight: Weight, measure: Measure, seconds: float
 ) -> dict[str, float]:
-    costs = branch_costs(model, shape)
-    if not costs:
-        raise ConfigError("every block is dead: there is none left for a sweep to take out")
     if weight == "ms":
-        times = block_times(model, costs, timer, image, seconds)
+        times = block_times(costs, measure, seconds)
         return {block: interval.value for block, interval in times.items()}
     return {found.block: getattr(found, weight) for found in costs}
+
+
+def _points(
+    stages: list[_Stage], whole: Cost, measure: Measure, seconds: float
+) -> tuple[Point, ...]:
+    """The stages with their times, each measured beside the first one."""
+    first, *rest = stages
+    groups = [rest[at : at + TOGETHER] for at in range(0, len(rest), TOGETHER)] or [[]]
+    found: list[Point] = []
+    for group in groups:
+        times = measure([stage.removed for stage in (first, *group)], seconds / len(groups))
+        if not found:
+            found.append(_point(first, first, whole, times[0], times[0]))
+        for stage, runs in zip(group, times[1:], strict=True):
+            found.append(_point(stage, first, whole, runs, times[0]))
+    return tuple(found)
 
 
 def _point(

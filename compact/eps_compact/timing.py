@@ -1,9 +1,12 @@
-"""Times of several networks against each other: interleaved, one image a call."""
+"""Times of several networks against each other: interleaved, one image a call.
+
+What is timed is what ships: folded, behind its normalisation, without gates and taps.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -13,8 +16,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from eps_compact.branch_costs import BranchCost
+from eps_compact.exporting import FromPixels
+from eps_compact.folding import fold
 from eps_compact.intervals import Interval, difference_of_medians
 from eps_train import graph
+from eps_train.data import DataIdentity
 from eps_train.devices import cpu_threads
 
 Runs = npt.NDArray[np.float64]  # milliseconds
@@ -28,7 +34,7 @@ _DISCARDED = 1  # first run in a round: the caches are still another network's
 
 
 class Timer(Protocol):
-    """Times networks side by side.
+    """Times a network against what is left of it without some of its blocks.
 
     Attributes:
         name: what it runs them with, as a report says it.
@@ -36,44 +42,66 @@ class Timer(Protocol):
 
     name: str
 
-    def __call__(
-        self, networks: Sequence[nn.Module], image: Tensor, seconds: float
-    ) -> list[list[Runs]]:
+    def load(self, model: fx.GraphModule, image: Tensor) -> Measure:
+        """Make all ready that does not depend on which blocks are to be left out.
+
+        Args:
+            model: a network with gates at all blocks that may be left out.
+            image: one raw image, uint8 `[1, C, H, W]`, on the network's device.
+
+        Raises:
+            GraphError: what runs them cannot run this network.
+        """
+
+
+class Measure(Protocol):
+    """Times the networks that are left of one network without some of its blocks."""
+
+    def __call__(self, without: Sequence[Collection[str]], seconds: float) -> list[list[Runs]]:
         """Milliseconds of every run, by network and round; a round holds runs of every network.
 
         Args:
-            networks: plain networks, in evaluation mode.
-            image: one normalised float32 image `[1, C, H, W]`, on their device.
+            without: of each network, the blocks that it lacks.
             seconds: to spend; a few rounds are made in any case.
         """
 
 
 class TorchTimer:
-    """Times networks as PyTorch runs them: eager, channels-last, one thread, one image a call."""
+    """Times networks as PyTorch runs them: eager, channels-last, one thread, one image a call.
+
+    Args:
+        identity: the data that the networks were trained on.
+    """
 
     name = f"torch {torch.__version__} eager, one thread, batch 1"
 
-    @torch.no_grad()
-    def __call__(
-        self, networks: Sequence[nn.Module], image: Tensor, seconds: float
-    ) -> list[list[Runs]]:
-        image = image.contiguous(memory_format=torch.channels_last)
-        for network in networks:
-            # The tensors stay the same to whoever else holds them; only their order in memory
-            # changes.
-            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    def __init__(self, identity: DataIdentity) -> None:
+        self._identity = identity
+
+    def load(self, model: fx.GraphModule, image: Tensor) -> Measure:
+        """As `Timer` has it."""
+        folded, _ = fold(model)
+        folded.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
         def call(network: nn.Module) -> None:
             network(image)
             if image.is_cuda:
                 torch.cuda.synchronize(image.device)
 
-        with cpu_threads(1):
-            return interleaved([partial(call, network) for network in networks], seconds)
+        @torch.no_grad()
+        def measure(without: Sequence[Collection[str]], seconds: float) -> list[list[Runs]]:
+            networks = [
+                FromPixels(plain(folded, blocks), self._identity).to(image.device)
+                for blocks in without
+            ]
+            with cpu_threads(1):
+                return interleaved([partial(call, network) for network in networks], seconds)
+
+        return measure
 
 
 def interleaved(calls: Sequence[Callable[[], object]], seconds: float) -> list[list[Runs]]:
-    """Time calls that return when their work is done, in turns: as :class:`Timer` gives them.
+    """Time calls that return when their work is done, in turns: as :class:`Measure` gives them.
 
     All are warmed up first. `seconds` are for all of it; `MIN_ROUNDS` are made in any case.
     """
@@ -108,11 +136,7 @@ def plan(turns: int) -> tuple[int, int]:
 
 
 def block_times(
-    model: fx.GraphModule,
-    costs: Iterable[BranchCost],
-    timer: Timer,
-    image: Tensor,
-    seconds: float,
+    costs: Iterable[BranchCost], measure: Measure, seconds: float
 ) -> dict[str, Interval]:
     """Milliseconds that each block takes, by name, with 95 % intervals.
 
@@ -120,8 +144,7 @@ def block_times(
     once: the whole network against the one without any block of that kind, divided by their number.
 
     Args:
-        model: a network with the gates of all `costs`.
-        image: as :class:`Timer` takes it.
+        costs: of all blocks of the network that `measure` was loaded with.
         seconds: to spend.
     """
     kinds: dict[str, list[str]] = {}
@@ -129,8 +152,7 @@ def block_times(
         kinds.setdefault(cost.kind, []).append(cost.block)
     if not kinds:
         return {}
-    networks = [plain(model), *(plain(model, blocks) for blocks in kinds.values())]
-    whole, *less = timer(networks, image, seconds)
+    whole, *less = measure([(), *kinds.values()], seconds)
     found: dict[str, Interval] = {}
     for blocks, runs in zip(kinds.values(), less, strict=True):
         joint = difference_of_medians(whole, runs)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import fx
@@ -13,48 +11,19 @@ from torch import fx
 from eps_compact import certificate
 from eps_compact.artifact import CompactArtifact
 from eps_compact.certificate import Proof, ProofError
+from eps_compact.checks import Check, Verification
 from eps_compact.compaction import folded_counts, proof_images
+from eps_compact.counts import counts
 from eps_compact.folding import fold
 from eps_compact.outputs import Outputs, certificate_file, read_certificate
 from eps_compact.rewrite import compact
 from eps_train.checkpoint import Checkpoint
-from eps_train.cost import cost
 from eps_train.data import load_again
 from eps_train.errors import ConfigError, DataError, FileFormatError
 from eps_train.images import Part
 from eps_train.networks import Normalize
 
 _ON_CHECKPOINT = ("network", "evidence", "tensors", "rewriting", "folding", "counts")
-
-
-@dataclass(frozen=True, slots=True)
-class Check:
-    """One thing that was looked at.
-
-    Attributes:
-        name: what.
-        passed: None: it was not, or could not be, looked at.
-        detail: what was found, or why it was not looked at; one line.
-    """
-
-    name: str
-    passed: bool | None
-    detail: str
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-@dataclass(slots=True)
-class Verification:
-    """All checks of one file; `lossless` is what its certificate says."""
-
-    lossless: bool
-    checks: list[Check] = field(default_factory=list)
-
-    @property
-    def passed(self) -> bool:
-        return all(check.passed is not False for check in self.checks)
 
 
 def verify(
@@ -247,23 +216,17 @@ def _counts(
     told = artifact.certificate.get("counts")
     if told is None:
         return Check("counts", None, "the certificate has none")
-    shape = source.data.input_shape
-    before, after = cost(source.network.skeleton(), shape), cost(plain, shape)
-    blocks = len(source.network.all_blocks())
-    counted = {
-        "blocks": {"before": blocks, "after": blocks - len(artifact.network.removed)},
-        "parameters": {"before": before.parameters, "after": after.parameters},
-        "flops": {"before": before.flops, "after": after.flops},
-    }
+    counted = counts(source.network, artifact.network.removed, plain, source.data.input_shape)
     folding = artifact.certificate.get("folding") or {}
     folded = folded_counts(artifact, shipped) or {}
-    wrong = [name for name, counts in counted.items() if counts != told.get(name)]
+    wrong = [name for name, count in counted.items() if count != told.get(name)]
     wrong += [f"folding {name}" for name, count in folded.items() if folding.get(name) != count]
     if wrong:
         return Check("counts", False, f"the certificate is wrong about {', '.join(wrong)}")
+    parameters, flops = counted["parameters"], counted["flops"]
     return Check(
         "counts",
         True,
-        f"{before.parameters:,} to {after.parameters:,} parameters, {before.flops:,} to"
-        f" {after.flops:,} FLOPs an image",
+        f"{parameters['before']:,} to {parameters['after']:,} parameters, {flops['before']:,} to"
+        f" {flops['after']:,} FLOPs an image",
     )

@@ -12,7 +12,6 @@ from eps_compact.intervals import Interval, paired_difference
 from eps_deploy.engines.base import Images, Logits
 
 METHOD = "paired difference, 95 % score interval (Tango 1998)"
-_BATCH = 128
 
 Correct = npt.NDArray[np.bool_]
 
@@ -48,11 +47,14 @@ class Drop:
 
 
 def correct(
-    infer: Callable[[Images], Logits], images: Images, labels: npt.NDArray[np.int64]
+    infer: Callable[[Images], Logits],
+    images: Images,
+    labels: npt.NDArray[np.int64],
+    batch: int,
 ) -> Correct:
     """Which images (uint8 `[N, C, H, W]`) `infer` gives their label: bool `[N]`."""
-    starts = range(0, len(images), _BATCH)
-    predicted = [infer(images[start : start + _BATCH]).argmax(axis=1) for start in starts]
+    starts = range(0, len(images), batch)
+    predicted = [infer(images[start : start + batch]).argmax(axis=1) for start in starts]
     right: Correct = np.concatenate(predicted) == labels
     return right
 

@@ -37,6 +37,8 @@ class BundleWriter:
         self.output = Path(os.path.abspath(output))
         self.folder = self.output.with_name(f".{self.output.name}.eps-deploy.part")
         self._old = self.output.with_name(f".{self.output.name}.eps-deploy.old")
+        # What a killed run had finished; the next one may go on from there.
+        self.stages = self.output.with_name(f".{self.output.name}.eps-deploy.stages")
         self._named = output
         self._force = force
         self._check_place()

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import io
+import json
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 from PIL import Image
 
-from eps_deploy.engines.base import INPUT_NAME, OUTPUT_NAME, Engine, Images, Logits
+from eps_deploy import report
+from eps_deploy.engines.base import INPUT_NAME, OUTPUT_NAME, Images, Logits
+from eps_deploy.engines.trt.sidecar import SIDECAR, Sidecar
+from eps_deploy.latency import Picture
+from eps_deploy.networks import Models
+from eps_deploy.onnx_types import executed_types, layer_types
+from eps_deploy.options import Options
+from eps_deploy.runtimes import Sides
 from eps_deploy.sources import Sources
+from eps_deploy.triton import Served
 from eps_train import normalization
 from eps_train.data import DataIdentity
 
@@ -47,14 +59,65 @@ def write_examples(
         if len(members):
             name = re.sub(r"[^A-Za-z0-9_-]+", "_", classes[label])
             path = folder / f"label-{name}-test-{members[0]:04d}.png"
-            pixels = images[members[0]]
-            Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)).save(path)
+            path.write_bytes(png(images[members[0]]))
             written.append(path)
     return written
 
 
-def manifest_fields(sources: Sources, engine: Engine, *, precision: str) -> dict[str, Any]:
-    """`manifest.json` but for the files' hashes, which the writer adds."""
+def png(pixels: npt.NDArray[np.uint8]) -> bytes:
+    """Raw pixels `[C, H, W]` as a picture, without loss."""
+    file = io.BytesIO()
+    Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)).save(file, "PNG")
+    return file.getvalue()
+
+
+def picture(pixels: npt.NDArray[np.uint8], data: DataIdentity) -> Picture:
+    """A test image as a server gets it."""
+    return Picture(content=png(pixels), preprocessing=data.preprocessing, labels=data.classes)
+
+
+def precision_entry(
+    options: Options, sources: Sources, models: Models, sides: Sides
+) -> dict[str, Any]:
+    """What was asked for, what stands in `model.onnx`, and what the runtime makes of it."""
+    types = layer_types(onnx.load_from_string(models.compact))
+    executed = None
+    if options.engine == "ort":
+        executed = executed_types(models.compact, provider=options.provider)
+    elif sides.files:
+        executed = dict(Sidecar.from_dict(json.loads(sides.files[SIDECAR])).layers)
+    return report.precision_entry(
+        options.precision,
+        graph=dict(sorted(Counter(types.values()).items())),
+        executed=executed,
+        calibration=models.calibration,
+    )
+
+
+def served(options: Options, data: DataIdentity, sides: Sides) -> Served:
+    """What Triton has to know."""
+    capability = None
+    if SIDECAR in sides.files:
+        sidecar = Sidecar.from_dict(json.loads(sides.files[SIDECAR]))
+        capability = sidecar.host.compute_capability
+    on_cpu = options.engine == "ort" and options.provider == "cpu"
+    return Served(
+        input_shape=data.input_shape,
+        labels=data.classes,
+        max_batch=options.max_batch,
+        kind="KIND_CPU" if on_cpu else "KIND_GPU",
+        threads=options.threads if on_cpu else None,
+        capability=capability,
+    )
+
+
+def manifest_fields(
+    options: Options, sources: Sources, engine: Mapping[str, Any], file: str
+) -> dict[str, Any]:
+    """`manifest.json` but for the files' hashes, which the writer adds.
+
+    `engine` is what the engine says of itself, `file` what it loads.
+    """
     data: DataIdentity = sources.compact.data
     return {
         "input": {
@@ -70,8 +133,8 @@ def manifest_fields(sources: Sources, engine: Engine, *, precision: str) -> dict
         # Applied inside the network; recorded for whoever wants to know.
         "normalization": normalization.summary(data.mean, data.std),
         "labels": list(data.classes),
-        "precision": precision,
-        "engine": {**engine.describe(), "file": "model.onnx"},
+        "precision": options.precision.name,
+        "engine": {**engine, "file": file},
         "source": {
             "compact_digest": sources.compact.digest,
             "checkpoint_digest": sources.checkpoint.digest,

@@ -6,26 +6,53 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from importlib.metadata import version as package_version
 from pathlib import Path
 
 import onnx
 import torch
-from torch import nn
+from torch import Tensor, fx, nn
 
+from eps_compact import folding
 from eps_compact.exporting import FromPixels
+from eps_deploy import onnx_writer
 from eps_deploy.engines.base import INPUT_NAME, OUTPUT_NAME, Images, Logits
+from eps_deploy.narrowing import narrowed
+from eps_deploy.onnx_types import check_types
+from eps_deploy.onnx_writer import BATCH
+from eps_deploy.precision import PRECISIONS, Precision
 from eps_train.data import DataIdentity
 from eps_train.errors import GraphError
 
-# The lowest opset that torch's exporter writes: the more runtimes read the file.
-OPSET = 18
-_BATCH = "N"
+OPSET = 18  # the lowest that torch's exporter writes
+# What an exported file is before anything in it is quantised.
+_FLOATS: dict[str, Precision] = {
+    choice.float: choice for choice in (PRECISIONS["fp32"], PRECISIONS["fp16"], PRECISIONS["bf16"])
+}
 
 
 class Deployed(FromPixels):
-    """What ships, and the reference that engines are held to."""
+    """What ships, and the reference that engines are held to.
+
+    Args:
+        network: of normalised float32 images, or of such images as `dtype` if that is another.
+        identity: the data it was trained on.
+        dtype: type that the network computes in, between the normalisation and the logits.
+    """
+
+    def __init__(
+        self, network: nn.Module, identity: DataIdentity, dtype: torch.dtype = torch.float32
+    ) -> None:
+        super().__init__(network, identity)
+        self.identity = identity
+        self._dtype = dtype
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self._dtype is torch.float32:
+            return super().forward(images)
+        logits: Tensor = self.network(self.normalize(images).to(self._dtype))
+        return logits.float()
 
     @torch.inference_mode()
     def infer(self, images: Images) -> Logits:
@@ -34,27 +61,65 @@ class Deployed(FromPixels):
         return logits
 
 
-def export_onnx(model: nn.Module, identity: DataIdentity, path: Path, *, source: str = "") -> None:
+def in_precision(network: nn.Module, identity: DataIdentity, precision: Precision) -> Deployed:
+    """`network` in torch with the float type of `precision`; a copy, unless that is float32.
+
+    The only way to compute bfloat16 where no runtime has it. Raises GraphError when a number does
+    not fit in that type.
+    """
+    dtype = dtype_of(precision)
+    if dtype is torch.float32:
+        return Deployed(network, identity)
+    return Deployed(narrowed(network, dtype), identity, dtype)
+
+
+def dtype_of(precision: Precision) -> torch.dtype:
+    """The torch type of what is not quantised."""
+    found: torch.dtype = getattr(torch, precision.float)
+    return found
+
+
+def export_onnx(
+    model: nn.Module,
+    identity: DataIdentity,
+    path: Path,
+    *,
+    precision: Precision = PRECISIONS["fp32"],
+    source: str = "",
+    kept: Collection[str] = (),
+) -> None:
     """Write `model` behind its normalisation to `path`, checked, with the weights inside.
 
     The graph takes `images` uint8 `[N, C, H, W]`, N dynamic, and gives `logits` float32
-    `[N, classes]`. The same network gives the same bytes.
+    `[N, classes]`; what is between, but for the normalisation, is in the float type of `precision`.
+    A quantised one is exported in that type too, for `quantize` to go on with. The same network
+    gives the same bytes.
 
     Args:
-        model: a network of normalised images, in any mode; it is exported in evaluation mode.
+        model: a float32 network of normalised images, in any mode; it is exported in evaluation
+            mode.
         identity: the data it was trained on: image shape, mean, std, classes.
         path: the file to write.
+        precision: the float type that it takes; see `eps_deploy.precision`.
         source: digest of the file that the network came from, kept in the ONNX metadata.
+        kept: blocks, by name, that stay in float32 for the sake of accuracy.
 
     Raises:
-        GraphError: torch cannot express the network in ONNX, or ONNX finds the result unsound.
+        GraphError: torch cannot express the network in ONNX, a number does not fit in the type, or
+            ONNX finds the result unsound.
     """
     was_training = model.training
+    model.eval()
     try:
-        proto = _convert(Deployed(model, identity), identity.input_shape)
-        _tidy(proto, source)
+        proto = _written(model, identity, precision, kept)
+        if proto is None:
+            proto = _traced(model, identity, precision, kept)
+        _label(proto, source, precision, kept)
         _verify(proto, identity)
-    except (GraphError, ModuleNotFoundError):
+        check_types(proto, _FLOATS[precision.float], kept)
+    except GraphError as error:
+        raise GraphError(f"{path.name}: {error}") from error
+    except ModuleNotFoundError:
         raise
     except Exception as error:  # torch, onnxscript and onnx raise dozens of unrelated types
         cause = str(error.__cause__ or error).strip().partition("\n")[0]
@@ -64,10 +129,29 @@ def export_onnx(model: nn.Module, identity: DataIdentity, path: Path, *, source:
     path.write_bytes(proto.SerializeToString(deterministic=True))
 
 
-def _convert(deployed: Deployed, input_shape: tuple[int, int, int]) -> onnx.ModelProto:
+def _written(
+    model: nn.Module, identity: DataIdentity, precision: Precision, kept: Collection[str]
+) -> onnx.ModelProto | None:
+    """By the short way, for networks of the usual operators; None for any other."""
+    if not isinstance(model, fx.GraphModule):
+        return None
+    folded, _ = folding.fold(model)
+    return onnx_writer.write(folded, identity, dtype_of(precision), _opset(precision), kept)
+
+
+def _traced(
+    model: nn.Module, identity: DataIdentity, precision: Precision, kept: Collection[str]
+) -> onnx.ModelProto:
+    """By torch's own exporter, for every network that it takes."""
+    if kept:
+        raise GraphError(
+            f"{min(kept)} cannot be kept in float32: the network has operators that torch's own"
+            " exporter writes, as a whole in one type; use --fp32"
+        )
+    deployed = in_precision(model, identity, precision)
     # Two images, because torch.export takes a size of 1 for a constant.
-    example = torch.zeros((2, *input_shape), dtype=torch.uint8)
-    batch = torch.export.Dim(_BATCH, min=1)
+    example = torch.zeros((2, *identity.input_shape), dtype=torch.uint8)
+    batch = torch.export.Dim(BATCH, min=1)
     with _quiet():
         program = torch.onnx.export(
             deployed,
@@ -75,7 +159,7 @@ def _convert(deployed: Deployed, input_shape: tuple[int, int, int]) -> onnx.Mode
             input_names=[INPUT_NAME],
             output_names=[OUTPUT_NAME],
             dynamic_shapes=({0: batch},),
-            opset_version=OPSET,
+            opset_version=_opset(precision),
             dynamo=True,
             external_data=False,
             optimize=True,
@@ -83,7 +167,17 @@ def _convert(deployed: Deployed, input_shape: tuple[int, int, int]) -> onnx.Mode
         )
     assert program is not None
     proto: onnx.ModelProto = program.model_proto
+    _tidy(proto)
     return proto
+
+
+def _opset(precision: Precision) -> int:
+    """The oldest that has what is needed: the more runtimes read the file."""
+    if precision.float == "bfloat16":
+        return 22  # the first with bfloat16 convolutions
+    if precision.float == "float16" and precision.quantized:
+        return 19  # the first with float16 scales of quantisation
+    return OPSET
 
 
 @contextlib.contextmanager
@@ -98,8 +192,8 @@ def _quiet() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-def _tidy(proto: onnx.ModelProto, source: str) -> None:
-    """Drop the exporter's notes (they hold stack traces with paths of this machine), add ours."""
+def _tidy(proto: onnx.ModelProto) -> None:
+    """Drop the exporter's notes: they hold stack traces with paths of this machine."""
     graph = proto.graph
     for item in (*graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
         del item.metadata_props[:]
@@ -110,13 +204,23 @@ def _tidy(proto: onnx.ModelProto, source: str) -> None:
     # Names that do not follow the counters of one torch version.
     for index, node in enumerate(graph.node):
         node.name = f"{index:04d}_{node.op_type}"
+
+
+def _label(
+    proto: onnx.ModelProto, source: str, precision: Precision, kept: Collection[str]
+) -> None:
+    """Say what the file is and where it comes from."""
+    version = package_version("eps-resnet")
     proto.producer_name = "eps-resnet"
-    proto.producer_version = package_version("eps-resnet")
+    proto.producer_version = version
     del proto.metadata_props[:]
-    onnx.helper.set_model_props(
-        proto,
-        {"eps_resnet.version": package_version("eps-resnet"), "eps_resnet.source_sha256": source},
-    )
+    props = {
+        "eps_resnet.version": version,
+        "eps_resnet.source_sha256": source,
+        "eps_resnet.precision": _FLOATS[precision.float].name,
+        "eps_resnet.kept": ",".join(sorted(kept)),
+    }
+    onnx.helper.set_model_props(proto, props)
 
 
 def _verify(proto: onnx.ModelProto, identity: DataIdentity) -> None:
@@ -125,7 +229,7 @@ def _verify(proto: onnx.ModelProto, identity: DataIdentity) -> None:
         proto, check_type=True, strict_mode=True, data_prop=True
     )
     shapes = [_shape(port) for port in (*inferred.graph.input, *inferred.graph.output)]
-    wanted = [[_BATCH, *identity.input_shape], [_BATCH, len(identity.classes)]]
+    wanted = [[BATCH, *identity.input_shape], [BATCH, len(identity.classes)]]
     if shapes != wanted:
         raise GraphError(f"the exported network has the shapes {shapes}, not {wanted}")
 

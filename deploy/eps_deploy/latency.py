@@ -1,51 +1,74 @@
 """Latency of two engines measured against each other: warmed up, interleaved, with an interval.
 
-The two run in alternating blocks in one process, so that whatever else the machine does meets both
-alike; the order within a pair of blocks alternates too. Times are of whole calls of `Engine.infer`.
+See :mod:`eps_deploy.interleaving` for how. Three things are timed apart: whole calls of
+`Engine.infer`; the way from a picture's bytes to a label; and, for an engine that has
+`time_on_device`, its work on the GPU alone.
 """
 
 from __future__ import annotations
 
+import io
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from eps_compact.intervals import Interval, ratio_of_medians
-from eps_deploy.engines.base import Engine, Images
+from eps_deploy.clocks import Conditions, Watch
+from eps_deploy.engines.base import Engine, Images, Logits
+from eps_deploy.interleaving import Block, Clock, Runs, interleave, wall
+from eps_train.preprocess import Preprocessing
 
 BATCHES = (1, 16)
-MIN_BLOCKS = 5
-MAX_BLOCKS = 20
-MAX_RUNS = 200  # in a block
-_GOOD_RUNS = 20  # blocks are added before they get longer than this
 P99_RUNS = 200  # below this the 99th percentile is one or two runs
-_PERCENTILES = (50, 90, 95, 99)
+PERCENTILES = (50, 90, 95, 99)
+SPREAD = 0.10  # of the blocks' medians, above which a measurement is called noisy
 
-# Warm-up ends when, after ten windows of runs, two in a row have medians within 5 %, or when a
-# fifth of the budget is spent.
-_WINDOW = 5
-_MIN_WINDOWS = 10
-_FLAT = 0.05
-_WARM_UP_SHARE = 0.2
-_DISCARDED = 2  # first runs of a block: the other engine's caches and spinning threads are about
+Verdict = Literal["faster", "slower", "cannot tell"]
 
-Clock = Callable[[], float]
-Runs = npt.NDArray[np.float64]
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    """One way of timing both engines: milliseconds a call by percentile name (`p50`, ...).
+
+    Attributes:
+        baseline_ms, compact_ms: percentiles over all blocks.
+        speedup: median of the baseline over median of the compact network, with its interval.
+        baseline_rate, compact_rate: images a second over all timed runs, one call after another.
+    """
+
+    baseline_ms: dict[str, float]
+    compact_ms: dict[str, float]
+    speedup: Interval
+    baseline_rate: float
+    compact_rate: float
+
+    @property
+    def verdict(self) -> Verdict:
+        """Of the compact network."""
+        return verdict(self.speedup)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Latency:
-    """Times of one batch size in milliseconds a call, by percentile name (`p50`, ...).
+    """Times of one batch size. The first five attributes are of whole calls of `Engine.infer`.
 
     Attributes:
         batch: images in a call.
-        baseline_ms, compact_ms: percentiles over all blocks.
-        speedup: median of the baseline over median of the compact network, with its interval.
+        baseline_ms, compact_ms, speedup, baseline_rate, compact_rate: as in :class:`Comparison`.
         blocks, runs: blocks of each engine, and runs in each block.
-        warm: whether the warm-up became flat before its time was over.
+        warm: whether every warm-up became flat before its time was over.
+        end_to_end: from a picture's bytes to a label; None when no picture was given.
+        device: the GPU's own time by its events; None when an engine cannot tell.
+        conditions: what else the machine did meanwhile; None when nobody looked.
+        spread: of the blocks' medians of either engine, whichever is more: highest less lowest
+            over the median.
+        samples: milliseconds of every run, float64 `[blocks, runs]`, by `baseline`, `compact`,
+            `baseline_end_to_end`, `compact_end_to_end`, `baseline_device`, `compact_device`.
     """
 
     batch: int
@@ -55,10 +78,77 @@ class Latency:
     blocks: int
     runs: int
     warm: bool
+    baseline_rate: float = 0.0
+    compact_rate: float = 0.0
+    end_to_end: Comparison | None = None
+    device: Comparison | None = None
+    conditions: Conditions | None = None
+    spread: float = 0.0
+    samples: Mapping[str, npt.NDArray[np.float64]] = field(default_factory=dict, compare=False)
 
     @property
     def p99_reliable(self) -> bool:
         return self.blocks * self.runs >= P99_RUNS
+
+    @property
+    def verdict(self) -> Verdict:
+        """Of the compact network."""
+        return verdict(self.speedup)
+
+    @property
+    def noise(self) -> str:
+        """A plain sentence on how far these times can be trusted."""
+        return noise(self.conditions, self.spread)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, without the samples."""
+        entry = {
+            name: getattr(self, name)
+            for name in ("batch", "baseline_ms", "compact_ms", "blocks", "runs", "warm", "spread")
+        }
+        return entry | {
+            "speedup": asdict(self.speedup),
+            "baseline_rate": self.baseline_rate,
+            "compact_rate": self.compact_rate,
+            "verdict": self.verdict,
+            "p99_reliable": self.p99_reliable,
+            "end_to_end": _comparison_dict(self.end_to_end),
+            "device": _comparison_dict(self.device),
+            "conditions": None if self.conditions is None else self.conditions.to_dict(),
+            "noise": self.noise,
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Picture:
+    """What a server gets, and what it needs to answer with a label.
+
+    Attributes:
+        content: bytes of an image file.
+        preprocessing: from that to the network's input.
+        labels: names of the classes.
+    """
+
+    content: bytes
+    preprocessing: Preprocessing
+    labels: Sequence[str]
+
+    def end_to_end(self, infer: Callable[[Images], Logits], batch: int) -> Callable[[], list[str]]:
+        """A call that takes the picture `batch` times from its bytes to a label.
+
+        Everything is in memory; decoding and preprocessing run one picture after another.
+        """
+        from PIL import Image
+
+        def call() -> list[str]:
+            pixels = []
+            for _ in range(batch):
+                with Image.open(io.BytesIO(self.content)) as image:
+                    pixels.append(self.preprocessing.apply(image))
+            best = infer(np.stack(pixels)).argmax(axis=1)
+            return [self.labels[index] for index in best.tolist()]
+
+        return call
 
 
 def measure(
@@ -67,6 +157,8 @@ def measure(
     images: Images,
     *,
     budget: float,
+    picture: Picture | None = None,
+    gpu: int | None = None,
     clock: Clock = time.perf_counter,
 ) -> Latency:
     """Time both engines on `images` (uint8 `[N, C, H, W]`), the whole batch in each call.
@@ -74,75 +166,130 @@ def measure(
     Args:
         baseline, compact: the engines, with the same settings.
         images: one batch.
-        budget: seconds to spend, warm-up included; five blocks of one run are made in any case.
+        budget: seconds to spend at most, warm-up included; a fast network needs far less. Five
+            blocks of one run are made in any case.
+        picture: time the way from its bytes to its label too.
+        gpu: number of the CUDA device that the engines run on, None for none; its clocks are read.
         clock: seconds; a test passes its own.
     """
-    deadline = clock() + budget
-    timers = [_Timer(engine, images, clock) for engine in (baseline, compact)]
-    warm = [timer.warm_up(budget * _WARM_UP_SHARE / 2) for timer in timers]
-    pair = sum(timer.typical for timer in timers)
-    blocks, runs = plan(deadline - clock(), pair)
-    times: list[list[Runs]] = [[], []]
-    for index in range(blocks):
-        if index >= MIN_BLOCKS and clock() > deadline:
-            break
-        order = (0, 1) if index % 2 == 0 else (1, 0)
-        for which in order:
-            times[which].append(timers[which].block(runs))
+    engines = {"baseline": baseline, "compact": compact}
+    sides = {name: wall(_infer(engine, images), clock) for name, engine in engines.items()}
+    if picture is not None:
+        for name, engine in engines.items():
+            sides[f"{name}_end_to_end"] = wall(picture.end_to_end(engine.infer, len(images)), clock)
+    on_device = {name: on_gpu(engine, images) for name, engine in engines.items()}
+    if all(on_device.values()):
+        sides |= {f"{name}_device": side for name, side in on_device.items() if side}
+    with Watch(gpu) as watch:
+        watch.look()
+        turns = interleave(list(sides.values()), budget=budget, clock=clock, between=watch.look)
+        conditions = watch.conditions()
+    times = dict(zip(sides, turns.times, strict=True))
+    whole = _compare(times, "", len(images))
     return Latency(
         batch=len(images),
-        baseline_ms=_percentiles(times[0]),
-        compact_ms=_percentiles(times[1]),
-        speedup=ratio_of_medians(times[0], times[1]),
-        blocks=len(times[0]),
-        runs=runs,
-        warm=all(warm),
+        **{name: getattr(whole, name) for name in Comparison.__slots__},
+        blocks=turns.blocks,
+        runs=turns.runs,
+        warm=all(turns.warm),
+        end_to_end=_compare(times, "_end_to_end", len(images)) if picture else None,
+        device=_compare(times, "_device", len(images)) if "baseline_device" in times else None,
+        conditions=conditions,
+        spread=max(spread(times["baseline"]), spread(times["compact"])),
+        samples={name: np.stack(blocks) * 1000 for name, blocks in times.items()},
     )
 
 
-def plan(seconds: float, pair: float) -> tuple[int, int]:
-    """Blocks of each engine and runs in each, when one run of both takes `pair` seconds.
+def on_gpu(engine: object, images: Images) -> Block | None:
+    """A block of runs timed by the GPU's own events, for an engine that has `time_on_device`."""
+    timed = getattr(engine, "time_on_device", None)
+    if timed is None:
+        return None
 
-    More blocks come first (the interval lives on them), then longer ones.
+    def block(runs: int) -> Runs:
+        milliseconds: Runs = timed(images, runs)
+        return milliseconds / 1000
+
+    return block
+
+
+def percentiles(blocks: Sequence[Runs]) -> dict[str, float]:
+    """Of seconds, in milliseconds: `p50`, `p90`, `p95`, `p99`."""
+    values = np.percentile(np.concatenate(blocks) * 1000, PERCENTILES)
+    return {f"p{p}": float(value) for p, value in zip(PERCENTILES, values, strict=True)}
+
+
+def rate(blocks: Sequence[Runs], batch: int) -> float:
+    """Images a second: all images over the time of all runs, slow ones included."""
+    times = np.concatenate(blocks)
+    return float(batch * len(times) / times.sum())
+
+
+def spread(blocks: Sequence[Runs]) -> float:
+    """Highest less lowest median of a block, over the median of the blocks' medians."""
+    medians = [float(np.median(block)) for block in blocks]
+    return (max(medians) - min(medians)) / float(np.median(medians))
+
+
+def verdict(speedup: Interval) -> Verdict:
+    """What the ratio of the reference's median to a network's own says of that network.
+
+    "faster" and "slower" only when the whole interval lies on that side of 1.
     """
-    total = int(max(seconds, 0.0) / max(pair, 1e-9))
-    blocks = min(max(total // (_GOOD_RUNS + _DISCARDED), MIN_BLOCKS), MAX_BLOCKS)
-    return blocks, min(max(total // blocks - _DISCARDED, 1), MAX_RUNS)
+    if speedup.low > 1:
+        return "faster"
+    return "slower" if speedup.high < 1 else "cannot tell"
 
 
-class _Timer:
-    def __init__(self, engine: Engine, images: Images, clock: Clock) -> None:
-        self._engine = engine
-        self._images = images
-        self._clock = clock
-        self.typical = 0.0  # seconds of a run, known after warm_up
+def noise(conditions: Conditions | None, spread: float, *, alone: bool = False) -> str:
+    """A plain sentence on how far times can be trusted that were measured in these conditions.
 
-    def warm_up(self, budget: float) -> bool:
-        """Run until two windows in a row take as long; False if they never did in `budget`."""
-        deadline = self._clock() + budget
-        windows = 0
-        while True:
-            previous, self.typical = self.typical, float(np.median(self._window(_WINDOW)))
-            windows += 1
-            flat = abs(self.typical - previous) <= _FLAT * previous
-            if flat and windows >= _MIN_WINDOWS:
-                return True
-            if self._clock() >= deadline and windows >= 2:
-                return flat
-
-    def block(self, runs: int) -> Runs:
-        self._window(min(_DISCARDED, runs))
-        return self._window(runs)
-
-    def _window(self, runs: int) -> Runs:
-        times = np.empty(runs)
-        for index in range(runs):
-            began = self._clock()
-            self._engine.infer(self._images)
-            times[index] = self._clock() - began
-        return times
+    `alone`: nothing else was timed in turns with it, so there is no ratio to fall back upon.
+    """
+    found = [] if conditions is None else conditions.disturbances()
+    blocks = f"the medians of the blocks lie within {100 * spread:.0f} %"
+    if spread > SPREAD:
+        found.append(f"the medians of the blocks differ by up to {100 * spread:.0f} %")
+    if not found:
+        return f"Quiet: {blocks} of each other."
+    if conditions is not None and conditions.starved:
+        advice = "long calls suffer more from that than short ones: measure on a quiet machine"
+    elif alone:
+        advice = "measure again"
+    else:
+        advice = "all sides met the same, so trust the ratios first"
+    return f"Noisy: {'; '.join(found)}. {advice.capitalize()}."
 
 
-def _percentiles(blocks: list[Runs]) -> dict[str, float]:
-    values = np.percentile(np.concatenate(blocks) * 1000, _PERCENTILES)
-    return {f"p{p}": float(value) for p, value in zip(_PERCENTILES, values, strict=True)}
+def save_samples(path: Path, timings: Sequence[Latency]) -> None:
+    """Write every run of `timings` to an `.npz` file.
+
+    Arrays: `batch-N.baseline` and so on, for each of `Latency.samples`: milliseconds, float32
+    `[blocks, runs]`, in the order in which they were measured.
+    """
+    arrays = {
+        f"batch-{timing.batch}.{name}": values.astype(np.float32)
+        for timing in timings
+        for name, values in timing.samples.items()
+    }
+    with path.open("wb") as file:
+        np.savez_compressed(file, allow_pickle=False, **arrays)
+
+
+def _infer(engine: Engine, images: Images) -> Callable[[], object]:
+    return lambda: engine.infer(images)
+
+
+def _compare(times: Mapping[str, list[Runs]], suffix: str, batch: int) -> Comparison:
+    baseline, compact = times[f"baseline{suffix}"], times[f"compact{suffix}"]
+    return Comparison(
+        baseline_ms=percentiles(baseline),
+        compact_ms=percentiles(compact),
+        speedup=ratio_of_medians(baseline, compact),
+        baseline_rate=rate(baseline, batch),
+        compact_rate=rate(compact, batch),
+    )
+
+
+def _comparison_dict(found: Comparison | None) -> dict[str, Any] | None:
+    return None if found is None else {**asdict(found), "verdict": found.verdict}

@@ -10,9 +10,7 @@ import numpy.typing as npt
 
 from eps_deploy.engines.base import Images, Logits
 
-BATCHES = (1, 2, 7, 32)
 _TINY = 1e-30  # all logits of the reference may be 0
-SAMPLES = 33  # the last batch is a ragged one at 2, 7 and 32
 
 Infer = Callable[[Images], Logits]
 
@@ -22,10 +20,11 @@ class Parity:
     """How far one stage's logits are from the stage's before, over all batches.
 
     Attributes:
-        stage: which two are compared: `gated-compact`, `compact-onnx` or `baseline-onnx`.
+        stage: which two are compared: `gated-compact`, `compact-onnx`, `onnx-engine`,
+            `baseline-onnx` or `baseline-engine`.
         max_abs: largest difference of two logits; None if a logit was not finite.
         relative: `max_abs` over the largest magnitude among the reference's logits.
-        limit: largest `relative` that passes; 0 demands equality.
+        limit: largest `relative` that passes; 0 demands equality; None: told, not judged.
         top1_agreement: share of images on which both name the same class, 0..1.
         worst_sample: index in the test part of the image with the largest difference.
         worst_batch: batch size at which that was.
@@ -36,7 +35,7 @@ class Parity:
     stage: str
     max_abs: float | None
     relative: float | None
-    limit: float
+    limit: float | None
     top1_agreement: float
     worst_sample: int
     worst_batch: int
@@ -44,20 +43,22 @@ class Parity:
     batches: tuple[int, ...]
 
     @property
-    def passed(self) -> bool:
+    def passed(self) -> bool | None:
+        if self.limit is None:
+            return None
         return self.relative is not None and self.relative <= self.limit
 
 
-def pick_samples(total: int, count: int = SAMPLES) -> npt.NDArray[np.int64]:
+def pick_samples(total: int, count: int) -> npt.NDArray[np.int64]:
     """`count` indices spread evenly over `total` images, with repetitions if there are fewer."""
     return np.linspace(0, total - 1, count).round().astype(np.int64)
 
 
-def passes(infer: Infer, images: Images) -> list[Logits]:
+def passes(infer: Infer, images: Images, batches: Sequence[int]) -> list[Logits]:
     """The logits `[N, classes]` of all `images` (uint8 `[N, C, H, W]`), once a batch size."""
     return [
         np.concatenate([infer(images[at : at + batch]) for at in range(0, len(images), batch)])
-        for batch in BATCHES
+        for batch in batches
     ]
 
 
@@ -66,7 +67,8 @@ def compare(
     reference: Sequence[Logits],
     candidate: Sequence[Logits],
     indices: Sequence[int],
-    limit: float,
+    limit: float | None,
+    batches: Sequence[int],
 ) -> Parity:
     """Compare what :func:`passes` gave for two stages; `indices` are those of the images."""
     expected, found = np.stack(reference), np.stack(candidate)  # [batch size, image, class]
@@ -83,7 +85,7 @@ def compare(
         limit=limit,
         top1_agreement=float((expected.argmax(axis=2) == found.argmax(axis=2)).mean()),
         worst_sample=int(indices[int(at_image)]),
-        worst_batch=BATCHES[int(at_batch)],
+        worst_batch=batches[int(at_batch)],
         samples=len(indices),
-        batches=BATCHES,
+        batches=tuple(batches),
     )

@@ -2,84 +2,33 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-from torch import nn
 
-from eps_compact.certificate import BOUND as FOLDING_LIMIT
-from eps_deploy import contents, latency, parity, report
-from eps_deploy.accuracy import Drop, accuracy_drop, correct
+from eps_deploy import contents, measures, networks, plans, report, reproduction, runtimes, triton
 from eps_deploy.bundle_writer import BundleWriter
-from eps_deploy.engines.base import Engine, Images
-from eps_deploy.engines.ort import OrtEngine
-from eps_deploy.export import Deployed, export_onnx
-from eps_deploy.report_markdown import render
+from eps_deploy.engines.trt.sidecar import PLAN
+from eps_deploy.latency import Latency, save_samples
+from eps_deploy.measures import TestPart
+from eps_deploy.networks import Models, Networks
+from eps_deploy.options import Options
+from eps_deploy.parity import Parity
+from eps_deploy.report import Check
+from eps_deploy.report_html import render as render_html
+from eps_deploy.report_markdown import render as render_markdown
+from eps_deploy.runtimes import Sides
 from eps_deploy.sources import Sources, find_sources
-from eps_train import graph
-from eps_train.cost import cost
+from eps_deploy.stages import Stages, digest_of
 from eps_train.data import load_again
 from eps_train.devices import cpu_threads
-from eps_train.errors import ConfigError
 
-ONNX_LIMIT = 1e-4  # relative to the largest logit: float32 sums in another order
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Options:
-    """What `eps-deploy` was asked for.
-
-    Attributes:
-        model: the compact network.
-        checkpoint, baseline: where they are; None: where they are expected.
-        data_root: as `--data-root`.
-        output: folder of the bundle.
-        max_accuracy_drop: percentage points.
-        min_speedup: ratio that the speed-up's interval must reach.
-        latency_budget: seconds for all latency measurements together.
-        force: replace a bundle at `output`.
-    """
-
-    model: Path
-    checkpoint: Path | None = None
-    baseline: Path | None = None
-    data_root: Path | None = None
-    output: Path = Path("bundle")
-    max_accuracy_drop: float = 0.5
-    min_speedup: float = 1.0
-    latency_budget: float = 20.0
-    force: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("max_accuracy_drop", "min_speedup", "latency_budget"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise ConfigError(
-                    f"--{name.replace('_', '-')} {value}: give a number of at least 0"
-                )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Networks:
-    """Each takes uint8 images; `baseline` is the trained one or the ε-network's full depth."""
-
-    gated: Deployed
-    compact: Deployed
-    baseline: Deployed
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _TestPart:
-    images: Images
-    labels: npt.NDArray[np.int64]
 
 
 def deploy(options: Options, say: Say) -> dict[str, Any]:
@@ -88,86 +37,172 @@ def deploy(options: Options, say: Say) -> dict[str, Any]:
     Raises EpsError, with nothing written, when something that was given cannot be used.
     """
     writer = BundleWriter(options.output, force=options.force)
+    if options.engine == "trt" and not options.defer_build:
+        plans.require(options)
+    sources, part = _read(options, say)
+    with writer:
+        stages = Stages(writer.stages, resume=options.resume)
+        job = _Job(options, sources, part, networks.build(sources), stages, say)
+        with _timed(say, "exported model.onnx and baseline.onnx"):
+            models = networks.export(options, sources, job.networks, stages)
+        with runtimes.opened(options, job.networks, models, stages, say) as sides:
+            found = job.measure(models, sides)
+        job.write(writer.folder, models, sides, found)
+        file = PLAN if PLAN in sides.files else "model.onnx"
+        writer.commit(contents.manifest_fields(options, sources, sides.describe(options), file))
+        stages.clear()
+    return found.report
+
+
+def plan(options: Options) -> list[str]:
+    """What `deploy` would do, a line a step; raises as it would before any work is done."""
+    BundleWriter(options.output, force=options.force)
+    lines: list[str] = []
+    if options.engine == "trt" and not options.defer_build:
+        plans.require(options)
+    _, part = _read(options, lines.append)
+    name = options.precision.name
+    lines.append(f"would export model.onnx and baseline.onnx in {name}")
+    if options.precision.quantized:
+        lines.append(f"would calibrate int8 on {options.calibration_samples} training images")
+    if options.engine == "trt":
+        lines.append(
+            "would build no plan (--defer-build)"
+            if options.defer_build
+            else "would build two plans"
+        )
+    batches = ", ".join(map(str, options.batches))
+    lines.append(f"would compare the logits of every stage at batches {batches}")
+    lines.append(f"would measure the accuracy on {len(part.labels)} test images")
+    why = runtimes.why_no_times(options)
+    lines.append(
+        f"would measure no latency: {why}"
+        if why
+        else f"would measure the latency for up to {options.latency_budget:g} s a batch size"
+    )
+    lines.append(f"would write {options.output}")
+    return lines
+
+
+def _read(options: Options, say: Say) -> tuple[Sources, TestPart]:
     sources = find_sources(options.model, options.checkpoint, options.baseline)
     say(f"baseline: {sources.baseline_path or 'none trained; full depth, for latency only'}")
     test = load_again(sources.compact.data, options.data_root).test
-    part = _TestPart(images=test.images.numpy(), labels=test.labels.numpy())
-    networks = _build(sources)
-    with writer:
-        with _timed(say, "exported model.onnx and baseline.onnx"):
-            _export(sources, networks, writer.folder)
-        with _engine(writer.folder, "model.onnx") as engine:
-            with _engine(writer.folder, "baseline.onnx") as baseline:
-                found = _measure(options, sources, networks, part, engine, baseline, say)
-            _write_samples(writer.folder, sources, networks, part)
-            report.write_json(writer.folder / "report.json", found)
-            (writer.folder / "report.md").write_text(render(found), encoding="utf-8")
-            writer.commit(contents.manifest_fields(sources, engine, precision="fp32"))
-    return found
+    return sources, TestPart(images=test.images.numpy(), labels=test.labels.numpy())
 
 
-def _build(sources: Sources) -> _Networks:
-    identity = sources.compact.data
-    if sources.baseline is None:
-        whole = sources.checkpoint.build_gated()
-        baseline: nn.Module = graph.drop_taps(graph.drop_gates(whole))
-    else:
-        baseline = graph.drop_taps(sources.baseline.build_gated())
-        identity = sources.baseline.data
-    return _Networks(
-        gated=Deployed(sources.compact.gated(sources.checkpoint), sources.compact.data),
-        compact=Deployed(sources.compact.build(), sources.compact.data),
-        baseline=Deployed(baseline, identity),
-    )
+@dataclass(slots=True)
+class _Found:
+    """What was measured, and the report on it."""
+
+    report: dict[str, Any]
+    timings: list[Latency] = field(default_factory=list)
 
 
-def _export(sources: Sources, networks: _Networks, folder: Path) -> None:
-    identity = sources.compact.data
-    export_onnx(
-        networks.compact.network, identity, folder / "model.onnx", source=sources.compact.digest
-    )
-    origin = sources.baseline or sources.checkpoint
-    export_onnx(
-        networks.baseline.network, origin.data, folder / "baseline.onnx", source=origin.digest
-    )
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One deployment, from its networks to its bundle's content."""
 
+    options: Options
+    sources: Sources
+    part: TestPart
+    networks: Networks
+    stages: Stages
+    say: Say
 
-def _engine(folder: Path, name: str) -> OrtEngine:
-    return OrtEngine((folder / name).read_bytes(), name=name)
+    def measure(self, models: Models, sides: Sides) -> _Found:
+        options, sources = self.options, self.sources
+        with _timed(self.say, "compared the logits of every stage"), cpu_threads(1):
+            proven = self._once("parity", models, lambda: self._parity(sides))
+        with _timed(self.say, f"measured the accuracy on {len(self.part.labels)} test images"):
+            right = self._once("accuracy", models, lambda: self._accuracy(sides))
+        not_run = [*runtimes.not_run(options), *([] if sources.baseline else [_NO_BASELINE])]
+        checks = [Check(**check) for check in (*proven["checks"], *right["checks"])]
+        if options.defer_build:
+            with _timed(self.say, "tried NVIDIA's parser and builder without a GPU"):
+                tried = plans.rehearse(options, models.compact)
+            checks += [tried] if tried else []
+            not_run += [] if tried else [plans.NO_REHEARSAL]
+        timings: list[Latency] = []
+        if why := runtimes.why_no_times(options):
+            not_run.append({"what": "latency", "why": why})
+        else:
+            picture = contents.picture(self.part.images[0], sources.compact.data)
+            timings = measures.timed(options, sides, self.part, picture, self.say)
+            checks.append(report.speedup_check(timings[0], options.min_speedup))
+        found = {
+            "schema": report.SCHEMA,
+            "passed": report.verdict(checks, deferred=sides.compact.engine is None),
+            "lossless": sources.compact.certificate.get("lossless", True),
+            "engine": options.engine,
+            "precision": contents.precision_entry(options, sources, models, sides),
+            "goals": {
+                "max_accuracy_drop": options.max_accuracy_drop,
+                "min_speedup": options.min_speedup,
+            },
+            "checks": [asdict(check) for check in checks],
+            **networks.size(sources, self.networks),
+            "blocks": _blocks(sources),
+            "accuracy": right["entry"],
+            "parity": proven["entry"],
+            "latency": [report.latency_entry(timing) for timing in timings],
+            "latency_baseline": (
+                "trained plain network" if sources.baseline else "full depth of the ε-network"
+            ),
+            "environment": report.environment(sides.describe(options)),
+            "resumed": self.stages.resumed,
+            "command": options.command,
+            "not_run": not_run,
+        }
+        return _Found(found, timings)
 
+    def _once(self, name: str, models: Models, make: Callable[[], Any]) -> Any:
+        """A measurement that a killed run may have made already."""
+        asked = (self.options.engine, self.options.precision.name, self.options.batches)
+        key = {
+            "models": models.digests(),
+            "gated": self.sources.checkpoint.digest,
+            "data": self.sources.compact.data.sha256,
+            "asked": [*map(str, asked), self.options.provider, self.options.max_accuracy_drop],
+            "environment": digest_of(report.environment({})),
+        }
+        return self.stages.data(name, key, make)
 
-def _measure(
-    options: Options,
-    sources: Sources,
-    networks: _Networks,
-    part: _TestPart,
-    engine: Engine,
-    baseline: Engine,
-    say: Say,
-) -> dict[str, Any]:
-    with _timed(say, "compared the logits of every stage"), cpu_threads(1):
-        stages = _parity(sources, networks, part, engine, baseline)
-    with _timed(say, f"measured the accuracy on {len(part.labels)} test images"):
-        accuracies, drop = _accuracy(options, sources, networks, part, engine)
-    with _timed(say, "measured the latency"):
-        timings = _latency(options, part, engine, baseline)
-    checks = [report.parity_check(stage) for stage in stages]
-    if drop is not None:
-        checks.append(report.accuracy_check(drop))
-    checks.append(report.speedup_check(timings[0], options.min_speedup))
-    return {
-        "schema": report.SCHEMA,
-        "passed": report.verdict(checks),
-        "lossless": sources.compact.certificate.get("lossless", True),
-        "checks": [report.check_entry(check) for check in checks],
-        **_size(sources, networks),
-        "accuracy": accuracies,
-        "parity": [report.parity_entry(stage) for stage in stages],
-        "latency": [report.latency_entry(timing) for timing in timings],
-        "latency_baseline": "trained plain network" if drop else "full depth of the ε-network",
-        "environment": report.environment(engine),
-        "not_run": [] if drop else [_NO_BASELINE],
-    }
+    def _parity(self, sides: Sides) -> dict[str, Any]:
+        chain: list[Parity] = measures.chain(
+            self.options, self.sources, self.networks.gated.infer, sides, self.part
+        )
+        checks = [check for stage in chain if (check := report.parity_check(stage)) is not None]
+        return {
+            "entry": [report.parity_entry(stage) for stage in chain],
+            "checks": [asdict(check) for check in checks],
+        }
+
+    def _accuracy(self, sides: Sides) -> dict[str, Any]:
+        entry, checks = measures.accuracy(self.options, self.sources, sides, self.part)
+        return {"entry": entry, "checks": [asdict(check) for check in checks]}
+
+    def write(self, folder: Path, models: Models, sides: Sides, found: _Found) -> None:
+        """All of the bundle but its manifest."""
+        data = self.sources.compact.data
+        for name, content in {**models.files(), **sides.files}.items():
+            (folder / name).write_bytes(content)
+        picked = np.unique(self.part.spread(self.options.max_batch + 1))
+        images = self.part.images[picked]
+        logits = self.networks.compact.infer(images)
+        labels = self.part.labels
+        contents.write_samples(folder / "samples.npz", images, labels[picked], picked, logits)
+        contents.write_examples(folder / "examples", self.part.images, labels, data.classes)
+        if found.timings:
+            save_samples(folder / "latency.npz", found.timings)
+        triton.write_repository(folder, contents.served(self.options, data, sides), images)
+        report.write_json(folder / "report.json", found.report)
+        for name, text in (
+            ("report.md", render_markdown(found.report)),
+            ("report.html", render_html(found.report)),
+            ("reproduce.sh", reproduction.script(self.options, self.sources, found.report)),
+        ):
+            (folder / name).write_text(text, encoding="utf-8")
 
 
 _NO_BASELINE = {
@@ -179,84 +214,10 @@ _NO_BASELINE = {
 }
 
 
-def _parity(
-    sources: Sources, networks: _Networks, part: _TestPart, engine: Engine, baseline: Engine
-) -> list[parity.Parity]:
-    picked = parity.pick_samples(len(part.labels))
-    images = part.images[picked]
-    compact = parity.passes(networks.compact.infer, images)
-    folding = FOLDING_LIMIT if sources.compact.folded else 0.0
-    chain = (
-        ("gated-compact", parity.passes(networks.gated.infer, images), compact, folding),
-        ("compact-onnx", compact, parity.passes(engine.infer, images), ONNX_LIMIT),
-        (
-            "baseline-onnx",
-            parity.passes(networks.baseline.infer, images),
-            parity.passes(baseline.infer, images),
-            ONNX_LIMIT,
-        ),
-    )
-    return [
-        parity.compare(stage, reference, candidate, picked.tolist(), limit)
-        for stage, reference, candidate, limit in chain
-    ]
-
-
-def _accuracy(
-    options: Options, sources: Sources, networks: _Networks, part: _TestPart, engine: Engine
-) -> tuple[dict[str, Any], Drop | None]:
-    by_engine = correct(engine.infer, part.images, part.labels)
-    found = {
-        "baseline": None,
-        "compact": float(correct(networks.compact.infer, part.images, part.labels).mean()),
-        "engine": float(by_engine.mean()),
-        "samples": len(part.labels),
-        "drop": None,
-    }
-    if sources.baseline is None:
-        return found, None
-    by_baseline = correct(networks.baseline.infer, part.images, part.labels)
-    drop = accuracy_drop(by_baseline, by_engine, options.max_accuracy_drop)
-    entry = report.drop_entry(drop)
-    return {**found, "baseline": float(by_baseline.mean()), "drop": entry}, drop
-
-
-def _latency(
-    options: Options, part: _TestPart, engine: Engine, baseline: Engine
-) -> list[latency.Latency]:
-    budget = options.latency_budget / len(latency.BATCHES)
-    timings = []
-    for batch in latency.BATCHES:
-        images = part.images[parity.pick_samples(len(part.labels), batch)]
-        timings.append(latency.measure(baseline, engine, images, budget=budget))
-    return timings
-
-
-def _size(sources: Sources, networks: _Networks) -> dict[str, Any]:
-    shape = sources.compact.data.input_shape
-    baseline = cost(networks.baseline.network, shape)
-    compact = cost(networks.compact.network, shape)
-    blocks = sources.compact.network.all_blocks()
-    removed = sources.compact.network.removed
-    return {
-        "parameters": {"baseline": baseline.parameters, "compact": compact.parameters},
-        "flops": {"baseline": baseline.flops, "compact": compact.flops},
-        "blocks": {
-            "baseline": len(blocks),
-            "compact": len(blocks) - len(removed),
-            "removed": [block for block in blocks if block in removed],
-        },
-    }
-
-
-def _write_samples(folder: Path, sources: Sources, networks: _Networks, part: _TestPart) -> None:
-    picked = np.unique(parity.pick_samples(len(part.labels), max(parity.BATCHES)))
-    images = part.images[picked]
-    logits = networks.compact.infer(images)
-    contents.write_samples(folder / "samples.npz", images, part.labels[picked], picked, logits)
-    contents.write_examples(
-        folder / "examples", part.images, part.labels, sources.compact.data.classes
-    )
+def _blocks(sources: Sources) -> dict[str, Any]:
+    network = sources.compact.network
+    live = [entry["block"] for entry in sources.compact.certificate.get("removed_live", [])]
+    return report.blocks_entry(network.all_blocks(), network.removed, live)
 
 
 @contextmanager

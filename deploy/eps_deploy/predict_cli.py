@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from eps_train import console
-from eps_train.errors import DataError, FileFormatError
+from eps_train.errors import DataError
 
 if TYPE_CHECKING:
     from eps_deploy.bundle import Bundle
@@ -39,15 +39,13 @@ def cli(bundle: Path, images: tuple[Path, ...], top: int, as_json: bool) -> int:
     exit code is 1.
     """
     from eps_deploy.bundle import load_bundle
-    from eps_deploy.engines.ort import OrtEngine
+    from eps_deploy.loading import open_engine
 
     # Pillow warns of pictures that are large or untidy, and reads them all the same.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     loaded = load_bundle(bundle)
     predictions, errors = [], []
-    with OrtEngine(loaded.read(loaded.model), name=str(bundle / loaded.model)) as engine:
-        if engine.classes != len(loaded.labels):
-            raise FileFormatError(f"{bundle}: the model and the labels do not agree")
+    with open_engine(loaded) as engine:
         for answer in predict(loaded, engine, images, top):
             if "error" in answer:
                 errors.append(answer)
@@ -67,8 +65,9 @@ def predict(
     """For each path, in order: `{image, top: [{label, probability}, ...]}` or `{image, error}`."""
     import numpy as np
 
-    for start in range(0, len(paths), _BATCH):
-        group = paths[start : start + _BATCH]
+    batch = min(_BATCH, engine.max_batch)
+    for start in range(0, len(paths), batch):
+        group = paths[start : start + batch]
         pixels: dict[Path, Images] = {}
         problems: dict[Path, str] = {}
         for path in group:

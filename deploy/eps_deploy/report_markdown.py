@@ -3,168 +3,157 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
-_STAGES = {
-    "gated-compact": "gated network → compact network (torch)",
-    "compact-onnx": "compact network (torch) → model.onnx",
-    "baseline-onnx": "baseline (torch) → baseline.onnx",
-}
+from eps_deploy import report_words as words
+from eps_deploy.report_words import PERCENTILES, Report, verdict_line
+
+__all__ = ["render", "verdict_line"]
 
 
-def render(report: dict[str, Any]) -> str:
+def render(report: Report) -> str:
     """The text of `report.md` for the data of `report.json`."""
     sections = (
         _verdict(report),
         _size(report),
         _accuracy(report),
         _latency(report),
+        _blocks(report),
         _parity(report),
+        _precision(report),
         _not_run(report),
         _environment(report),
     )
     return "\n\n".join(sections) + "\n"
 
 
-def verdict_line(report: dict[str, Any]) -> str:
-    """The outcome in one sentence."""
-    checks = report["checks"]
-    failed = [check["name"] for check in checks if not check["passed"]]
-    if failed:
-        return f"FAILED: {', '.join(failed)} ({len(failed)} of {len(checks)} checks)"
-    unsure = [check["name"] for check in checks if not check["conclusive"]]
-    line = f"passed: all {len(checks)} checks"
-    if unsure:
-        line += f" (too few images to be sure: {', '.join(unsure)})"
-    if report["not_run"]:
-        line += f"; not run: {', '.join(entry['what'] for entry in report['not_run'])}"
-    return line
-
-
-def _verdict(report: dict[str, Any]) -> str:
+def _verdict(report: Report) -> str:
     rows = [
-        (check["name"], "passed" if check["passed"] else "**FAILED**", check["text"])
+        (
+            _plain(check["name"]),
+            "passed" if check["passed"] else "**FAILED**",
+            _plain(check["text"]),
+        )
         for check in report["checks"]
     ]
-    return f"# Deployment report\n\n**{_capital(verdict_line(report))}.**\n\n" + _table(
-        ("check", "outcome", "measured"), rows
-    )
+    line = _plain(words.capital(verdict_line(report)))
+    text = f"# Deployment report\n\n**{line}.**\n\n{_plain(words.subtitle(report))}\n\n"
+    return text + _table(("check", "outcome", "measured"), rows) + f"\n\n{words.goals(report)}"
 
 
-def _size(report: dict[str, Any]) -> str:
+def _size(report: Report) -> str:
     rows = [
-        (title, f"{old:,}", f"{new:,}", f"{100 * (1 - new / old):.1f} %")
-        for title, key in (
-            ("residual blocks", "blocks"),
-            ("parameters", "parameters"),
-            ("FLOPs per image", "flops"),
-        )
+        (title, f"{old:,}", f"{new:,}", words.removed(old, new))
+        for key, title in words.SIZES.items()
         for old, new in [(report[key]["baseline"], report[key]["compact"])]
     ]
-    return "## Size\n\n" + _table(("", "baseline", "compact", "removed"), rows)
+    return "## Size\n\n" + _table(("", "unpruned", "compact", "removed"), rows)
 
 
-def _accuracy(report: dict[str, Any]) -> str:
+def _accuracy(report: Report) -> str:
     found = report["accuracy"]
     rows = [
-        (title, _percent(found[key]))
-        for title, key in (
-            ("trained baseline (torch)", "baseline"),
-            ("compact network (torch)", "compact"),
-            ("engine (model.onnx)", "engine"),
-        )
+        (title + (" (judged)" if key == found["judged"] else ""), words.percent(found[key]))
+        for key, title in words.ACCURACIES.items()
     ]
-    text = f"## Accuracy\n\nOn all {found['samples']} images of the test part.\n\n"
+    text = f"## Accuracy\n\nOn all {found['samples']:,} images of the test part.\n\n"
     text += _table(("", "accuracy"), rows)
-    drop = found["drop"]
-    if drop is not None:
-        text += (
-            f"\n\nDrop from baseline to engine: {drop['points']:+.2f} percentage points, 95 %"
-            f" interval {drop['low']:+.2f} to {drop['high']:+.2f} ({drop['method']};"
-            f" {drop['only_baseline_right']} images only the baseline got right,"
-            f" {drop['only_engine_right']} only the engine)."
-        )
-        if not drop["conclusive"]:
-            text += (
-                " The interval reaches across the limit: there are too few images to tell for sure,"
-                " and the check judges the measured drop."
-            )
+    return text + "\n\n" + _plain(" ".join(words.drop_sentences(found)))
+
+
+def _latency(report: Report) -> str:
+    if not report["latency"]:
+        return "## Latency\n\nNot measured."
+    rows = []
+    for entry in report["latency"]:
+        for timed, found in words.comparisons(entry):
+            for title in ("baseline", "compact"):
+                times = [words.milliseconds(found[f"{title}_ms"][p]) for p in PERCENTILES]
+                if not entry["p99_reliable"]:
+                    times[-1] += " (unreliable)"
+                compact = title == "compact"
+                rows.append(
+                    (
+                        str(entry["batch"]),
+                        timed,
+                        "compact" if compact else "unpruned",
+                        *times,
+                        words.rate(found["throughput"][title]),
+                        f"{words.ratio(found['speedup'])}: {found['verdict']}" if compact else "",
+                    )
+                )
+    columns = ("batch", "timed", "network", *PERCENTILES, "images/s", "speed-up")
+    text = (
+        "## Latency\n\nMilliseconds. Speed-up: ratio of the medians with its 95 % bootstrap"
+        ' interval; "faster" and "slower" only when the whole interval lies on that side of 1.\n\n'
+    )
+    return text + _table(columns, rows) + "\n\n" + _list(words.latency_notes(report))
+
+
+def _blocks(report: Report) -> str:
+    blocks = report["blocks"]
+    stages: dict[str, list[str]] = {}
+    signs = {"alive": "■", "dead": "·", "removed": "×"}
+    for block in blocks["map"]:
+        stages.setdefault(block["stage"], []).append(signs[block["state"]])
+    rows = [
+        (_plain(stage), f"{row.count('■')} of {len(row)}", f"`{''.join(row)}`")
+        for stage, row in stages.items()
+    ]
+    text = "## Blocks\n\n" + _table(("stage", "kept", "■ kept, · dead, × removed alive"), rows)
+    if not report["lossless"]:
+        text += "\n\nLive blocks were removed too: this is not lossless."
     return text
 
 
-def _latency(report: dict[str, Any]) -> str:
-    percentiles = ("p50", "p90", "p95", "p99")
-    rows = []
-    for entry in report["latency"]:
-        for title, key in (("baseline", "baseline_ms"), ("compact", "compact_ms")):
-            times = [f"{entry[key][p]:.3f}" for p in percentiles]
-            if not entry["p99_reliable"]:
-                times[-1] += " (unreliable)"
-            speedup = entry["speedup"]
-            ratio = f"{speedup['median']:.2f} ({speedup['low']:.2f} to {speedup['high']:.2f})"
-            rows.append((str(entry["batch"]), title, *times, ratio if key == "compact_ms" else ""))
-    flops = report["flops"]
-    text = (
-        f"## Latency\n\nMilliseconds a call; the baseline is the {report['latency_baseline']}."
-        " Speed-up: ratio of the medians with its 95 % bootstrap interval.\n\n"
-    )
-    text += _table(("batch", "network", *percentiles, "speed-up"), rows)
-    notes = [
-        f"Ratio of the FLOPs: {flops['baseline'] / flops['compact']:.2f}.",
-        *(
-            f"Batch {entry['batch']}: {entry['blocks']} blocks of {entry['runs_per_block']} runs of"
-            " each network, alternating."
-            + ("" if entry["warm"] else " The warm-up did not become flat in its time.")
-            + ("" if entry["p99_reliable"] else " Fewer than 200 runs: p99 is unreliable.")
-            for entry in report["latency"]
-        ),
-    ]
-    return text + "\n\n" + "\n".join(f"- {note}" for note in notes)
-
-
-def _parity(report: dict[str, Any]) -> str:
-    rows = []
-    for stage in report["parity"]:
-        worst = "not finite" if stage["max_abs"] is None else f"{stage['max_abs']:.3g}"
-        relative = "" if stage["relative"] is None else f"{stage['relative']:.2g}"
-        limit = "equal" if stage["limit"] == 0 else f"{stage['limit']:g}"
-        rows.append(
-            (
-                _STAGES[stage["stage"]],
-                worst,
-                relative,
-                limit,
-                _percent(stage["top1_agreement"]),
-                f"{stage['worst_sample']} (batch {stage['worst_batch']})",
-            )
+def _parity(report: Report) -> str:
+    if not report["parity"]:
+        return "## Chain of proof\n\nNot run."
+    rows = [
+        (
+            _plain(words.stage(stage["stage"])),
+            words.outcome(stage["passed"]),
+            words.difference(stage["max_abs"]),
+            "" if stage["relative"] is None else words.difference(stage["relative"]),
+            words.limit(stage["limit"]),
+            words.percent(stage["top1_agreement"]),
+            f"{stage['worst_sample']} (batch {stage['worst_batch']})",
         )
+        for stage in report["parity"]
+    ]
     first = report["parity"][0]
     batches = ", ".join(str(batch) for batch in first["batches"])
+    columns = (
+        "stage",
+        "outcome",
+        "largest difference",
+        "relative",
+        "limit",
+        "same class",
+        "worst image",
+    )
     return (
         f"## Chain of proof\n\nLogits of {first['samples']} test images at batches {batches};"
         " relative: to the largest logit.\n\n"
-    ) + _table(
-        ("stage", "largest difference", "relative", "limit", "same class", "worst image"), rows
-    )
+    ) + _table(columns, rows)
 
 
-def _not_run(report: dict[str, Any]) -> str:
-    lines = [f"- {entry['what']}: {entry['why']}" for entry in report["not_run"]]
-    return "## Not run\n\n" + ("\n".join(lines) or "Nothing was left out.")
+def _precision(report: Report) -> str:
+    rows = [f"{words.capital(title)}: {text}" for title, text in words.precision_rows(report)]
+    return "## Precision\n\n" + _list(rows)
 
 
-def _environment(report: dict[str, Any]) -> str:
-    facts = report["environment"]
-    engine = facts["engine"]
-    packages = (f"{name} {version}" for name, version in facts["packages"].items() if version)
-    lines = (
-        f"Engine: {engine['runtime']} {engine['version']}, {engine['provider']},"
-        f" {engine['threads']} thread{'s' if engine['threads'] > 1 else ''}",
-        f"Processor: {facts['processor']}, {facts['cores']} cores",
-        f"System: {facts['system']}, Python {facts['python']}",
-        f"Packages: {', '.join(packages)}",
-    )
-    return "## Environment\n\n" + "\n".join(f"- {line}" for line in lines)
+def _not_run(report: Report) -> str:
+    lines = [f"{entry['what']}: {entry['why']}" for entry in report["not_run"]]
+    return "## Not run\n\n" + (_list(lines) or "Nothing was left out.")
+
+
+def _environment(report: Report) -> str:
+    rows = [f"{title}: {text}" for title, text in words.environment_rows(report)]
+    return "## Environment\n\n" + _list(rows)
+
+
+def _list(lines: Iterable[str]) -> str:
+    return "\n".join(f"- {_plain(line)}" for line in lines)
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -172,9 +161,8 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _percent(share: float | None) -> str:
-    return "not measured" if share is None else f"{100 * share:.2f} %"
-
-
-def _capital(text: str) -> str:
-    return text[0].upper() + text[1:]
+def _plain(text: str) -> str:
+    """Text on one line that is no markup, whatever names stand in it."""
+    for sign, escaped in (("\\", "\\\\"), ("|", "\\|"), ("<", "&lt;"), ("*", "\\*"), ("`", "\\`")):
+        text = text.replace(sign, escaped)
+    return " ".join(text.split())

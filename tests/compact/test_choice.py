@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from eps_compact import verify_cli
 from eps_compact.artifact import CompactArtifact
 from eps_compact.cli import main
+from eps_deploy import verify_cli
 from tests.checkpoints import make_checkpoint
 from tests.commands import Result, files_in, run
 
-QUICK = ("--seconds", "4")
+QUICK = ("--seconds", "4", "--timer", "torch")
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +42,13 @@ def certificate(folder: Path) -> dict[str, Any]:
 
 
 def test_a_ledger_weighs_every_live_block(folder: Path) -> None:
-    result = compact(folder, "--ledger", *QUICK)
+    """Timed on ONNX Runtime, which the networks will run on, unless something else is asked for."""
+    result = compact(folder, "--ledger", "--seconds", 4)
     assert result.code == 0, result.stderr
-    listed = [entry["block"] for entry in certificate(folder)["ledger"]["entries"]]
+    found = certificate(folder)["ledger"]
+    assert found["timer"].startswith("onnxruntime ")
+    assert "times: onnxruntime " in result.stderr
+    listed = [entry["block"] for entry in found["entries"]]
     assert len(listed) == 8
     assert "stages.2.1" not in listed
     assert all(block in result.stderr for block in listed)
@@ -53,6 +57,7 @@ def test_a_ledger_weighs_every_live_block(folder: Path) -> None:
 def test_a_sweep_alone_shows_the_curve_and_removes_nothing_more(folder: Path) -> None:
     result = compact(folder, "--sweep", *QUICK, "--json")
     assert result.code == 0, result.stderr
+    assert certificate(folder)["sweep"]["timer"].startswith("torch ")
     points = certificate(folder)["sweep"]["points"]
     assert points[0]["removed"] == []
     assert points[-1]["parameters"] < points[0]["parameters"]
@@ -136,6 +141,7 @@ def test_a_checkpoint_is_not_tuned_over(folder: Path) -> None:
         (("--no-data", "--ledger"), "--no-data: --ledger needs the held-out images"),
         (("--no-data", "--target-flops", 0.5), "--no-data: --target-flops needs the held-out"),
         (("--seconds", 5), "--seconds: is for --ledger and --sweep"),
+        (("--timer", "ort"), "--timer: is for --ledger and --sweep"),
     ],
 )
 def test_options_that_cannot_go_together(

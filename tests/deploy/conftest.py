@@ -8,11 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from eps_compact import CompactArtifact, compact
 from eps_deploy.cli import main
-from eps_train.data import DataIdentity
 from eps_train.network import NetworkSpec
 from tests.checkpoints import make_checkpoint
 from tests.commands import Result, run
@@ -71,16 +69,6 @@ def workshop(deployed: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "workshop"
     shutil.copytree(deployed, folder, ignore=shutil.ignore_patterns("bundle"))
     return folder
-
-
-@pytest.fixture
-def quick_export(deployed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Exports become copies of what was exported from the same networks before."""
-
-    def copy(model: nn.Module, identity: DataIdentity, path: Path, *, source: str = "") -> None:
-        shutil.copy(deployed / "bundle" / path.name, path)
-
-    monkeypatch.setattr("eps_deploy.pipeline.export_onnx", copy)
 
 
 @pytest.fixture(autouse=True, scope="session")

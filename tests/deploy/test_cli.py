@@ -28,7 +28,7 @@ def test_a_run_with_a_baseline(first_run: tuple[Path, Result]) -> None:
     folder, result = first_run
     assert result.code == 0, result.stderr
     assert "Verdict: passed: all 5 checks" in result.stderr
-    assert "bundle/report.md" in result.stderr
+    assert "bundle/report.html" in result.stderr
     assert sorted(files_in(folder)) == sorted(
         [
             "baseline.pt",
@@ -47,7 +47,7 @@ def test_json_is_the_report_alone_on_stdout(first_run: tuple[Path, Result]) -> N
 
 def test_the_keys_that_other_programs_read(deployed: Path) -> None:
     report = report_of(deployed)
-    assert report["schema"] == 1
+    assert report["schema"] == 2
     assert report["passed"] is True
     assert [check["name"] for check in report["checks"]] == [
         "parity-gated-compact",
@@ -60,7 +60,9 @@ def test_the_keys_that_other_programs_read(deployed: Path) -> None:
         assert check.keys() >= {"name", "passed", "value", "limit"}
     for key in ("parameters", "flops", "blocks"):
         assert report[key]["baseline"] > report[key]["compact"] > 0
-    assert report["blocks"] == {"baseline": 6, "compact": 3, "removed": list(DEAD)}
+    blocks = report["blocks"]
+    assert (blocks["baseline"], blocks["compact"], blocks["removed"]) == (6, 3, list(DEAD))
+    assert [block["state"] for block in blocks["map"]].count("dead") == 3
     accuracy = report["accuracy"]
     assert accuracy["samples"] == 359
     assert accuracy["compact"] == accuracy["engine"]
@@ -71,7 +73,7 @@ def test_the_keys_that_other_programs_read(deployed: Path) -> None:
     for stage in report["parity"]:
         assert stage.keys() >= {"stage", "max_abs", "top1_agreement", "worst_sample"}
         assert 0 <= stage["worst_sample"] < 359
-        assert stage["batches"] == [1, 2, 7, 32]
+        assert stage["batches"] == [1, 2, 16, 32]
     assert report["parity"][0]["max_abs"] == 0
     assert [entry["batch"] for entry in report["latency"]] == [1, 16]
     for entry in report["latency"]:
@@ -110,7 +112,6 @@ def test_without_a_baseline_the_accuracy_is_not_run_and_a_failed_check_exits_wit
     assert sizes["baseline.onnx"] > 1.2 * sizes["model.onnx"]
 
 
-@pytest.mark.usefixtures("quick_export")
 def test_an_existing_output_needs_force(workshop: Path, deployed: Path) -> None:
     shutil.copytree(deployed / "bundle", workshop / "bundle")
     before = files_in(workshop)
@@ -126,7 +127,6 @@ def test_an_existing_output_needs_force(workshop: Path, deployed: Path) -> None:
     load_bundle(workshop / "bundle")
 
 
-@pytest.mark.usefixtures("quick_export")
 def test_another_output_and_everything_named(workshop: Path, tmp_path: Path) -> None:
     for name in ("ckpt.pt", "baseline.pt", "compact.pt"):
         (workshop / name).rename(workshop / f"my-{name}")
@@ -145,17 +145,17 @@ def test_another_output_and_everything_named(workshop: Path, tmp_path: Path) -> 
         "100",
     )
     assert result.code == 0, result.stderr
-    assert "out/[odd] name/report.md" in result.stderr
+    assert "out/[odd] name/report.html" in result.stderr
     assert load_bundle(tmp_path / "out" / "[odd] name").manifest["source"]["baseline_digest"]
 
 
 def test_a_model_that_computes_something_else_fails_the_parity_check(
     workshop: Path, deployed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def wrong(model: nn.Module, identity: DataIdentity, path: Path, *, source: str = "") -> None:
+    def wrong(model: nn.Module, identity: DataIdentity, path: Path, **options: Any) -> None:
         shutil.copy(deployed / "bundle" / "baseline.onnx", path)
 
-    monkeypatch.setattr("eps_deploy.pipeline.export_onnx", wrong)
+    monkeypatch.setattr("eps_deploy.networks.export_onnx", wrong)
     result = deploy(workshop, "--min-speedup", "0", "--max-accuracy-drop", "100")
     assert result.code == 3
     assert "Verdict: FAILED: parity-compact-onnx (1 of 5 checks)" in result.stderr
@@ -168,12 +168,14 @@ def test_a_model_that_computes_something_else_fails_the_parity_check(
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--engine", "trt"], "--engine trt: this version of eps-resnet has only ONNX Runtime"),
+        (["--engine", "ort", "--bf16"], "--bf16: ONNX Runtime has no bfloat16 convolutions"),
+        (["--engine", "ort", "--tf32"], "--tf32: only NVIDIA GPUs have it"),
+        (["--engine", "ort", "--repair"], "--repair: nothing to repair in fp32"),
+        (["--engine", "ort", "--opt-batch", "9", "--max-batch", "8"], "--opt-batch 9 --max-batch"),
         (
-            ["--engine", "trt", "--fp16"],
-            "--engine trt: this version of eps-resnet has only ONNX Runtime",
+            ["--engine", "ort", "--int8", "--calibration-samples", "3"],
+            "--calibration-samples 3: ",
         ),
-        (["--engine", "ort", "--fp16"], "--fp16: this version of eps-resnet has only ONNX Runtime"),
         (["nowhere.pt", "--engine", "ort"], "nowhere.pt: no such file"),
         (["ckpt.pt", "--engine", "ort"], "expected an eps-resnet-compact file"),
         (["--engine", "ort", "--checkpoint", "nowhere.pt"], "nowhere.pt: no such file"),
@@ -206,7 +208,13 @@ def test_refusals_are_one_line_and_write_nothing(
         ["--engine", "cuda"],
         ["--engine", "ort", "--min-speedup", "fast"],
         ["--engine", "ort", "--fp32", "--fp16"],
-        ["--engine", "ort", "--int8"],
+        ["--engine", "ort", "--fp16", "--bf16"],
+        ["--engine", "ort", "--fp32", "--int8"],
+        ["--engine", "ort", "--max-batch", "0"],
+        ["--engine", "ort", "--defer-build"],
+        ["--engine", "ort", "--workspace", "64"],
+        ["--engine", "ort", "--calibration-samples", "64"],
+        ["--engine", "trt", "--threads", "2"],
         ["--engine", "ort", "a.pt", "b.pt"],
     ],
 )

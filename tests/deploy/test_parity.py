@@ -10,6 +10,7 @@ from eps_deploy.engines.base import Images, Logits
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (33, 1, 8, 8), dtype=np.uint8)
 INDICES = list(range(100, 133))
+BATCHES = (1, 2, 7, 32)
 
 
 def reference(images: Images) -> Logits:
@@ -21,8 +22,8 @@ def shifted(offset: float) -> parity.Infer:
 
 
 def compare(candidate: parity.Infer, limit: float = 1e-4) -> parity.Parity:
-    stages = [parity.passes(infer, IMAGES) for infer in (reference, candidate)]
-    return parity.compare("compact-onnx", stages[0], stages[1], INDICES, limit)
+    stages = [parity.passes(infer, IMAGES, BATCHES) for infer in (reference, candidate)]
+    return parity.compare("compact-onnx", stages[0], stages[1], INDICES, limit, BATCHES)
 
 
 def test_every_batch_size_sees_every_image() -> None:
@@ -32,7 +33,7 @@ def test_every_batch_size_sees_every_image() -> None:
         seen.append(len(images))
         return reference(images)
 
-    parity.passes(watch, IMAGES)
+    parity.passes(watch, IMAGES, BATCHES)
     assert seen == [1] * 33 + [2] * 16 + [1] + [7] * 4 + [5] + [32, 1]
 
 
@@ -56,7 +57,7 @@ def test_the_worst_image_is_named_by_its_index_in_the_test_part() -> None:
 
 
 def test_the_limit_is_relative_to_the_largest_logit() -> None:
-    largest = max(float(np.abs(logits).max()) for logits in parity.passes(reference, IMAGES))
+    largest = max(float(np.abs(logits).max()) for logits in parity.passes(reference, IMAGES, BATCHES))
     for share, passed in ((0.9e-2, True), (1.1e-2, False)):
         assert compare(shifted(share * largest), limit=1e-2).passed is passed
 
@@ -79,13 +80,13 @@ def test_logits_that_are_not_finite_fail(bad: float) -> None:
 
 
 def test_logits_of_zero_compare() -> None:
-    zero = parity.passes(lambda images: np.zeros((len(images), 3), np.float32), IMAGES)
-    assert parity.compare("compact-onnx", zero, zero, INDICES, 0.0).passed
+    zero = parity.passes(lambda images: np.zeros((len(images), 3), np.float32), IMAGES, BATCHES)
+    assert parity.compare("compact-onnx", zero, zero, INDICES, 0.0, BATCHES).passed
 
 
 @pytest.mark.parametrize("total", [1, 5, 33, 359, 10_000])
 def test_samples_spread_over_the_whole_test_part(total: int) -> None:
-    picked = parity.pick_samples(total)
+    picked = parity.pick_samples(total, 33)
     assert len(picked) == 33
     assert picked.min() == 0
     assert picked.max() == total - 1

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnxruntime
@@ -17,40 +20,60 @@ from eps_deploy.engines.base import (
     check_images,
 )
 
-PROVIDER = "CPUExecutionProvider"
+Provider = Literal["cpu", "cuda", "tensorrt"]
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
 # A second thread bought nothing on deep, narrow networks, and threads that wait
 # in a loop for one another cost far more than they bring on cores that others use too.
 THREADS = 1
 MAX_BATCH = 256  # the graph itself has no limit; this one bounds the memory of a request
-_ERRORS_ONLY = 3  # severity below which ONNX Runtime stays silent
+_FATAL_ONLY = 4  # severity below which ONNX Runtime stays silent: errors are raised as well
+_NOT_IMPLEMENTED = "NOT_IMPLEMENTED"
 
 
 class OrtEngine:
-    """An exported network on ONNX Runtime's CPU provider; an `Engine` (see `engines.base`).
+    """An exported network on ONNX Runtime; an `Engine` (see `engines.base`).
 
     Args:
         model: the bytes of an ONNX file as `eps-deploy` exports it.
-        threads: threads within one operator.
+        provider: what runs it: the processor, or an NVIDIA GPU by CUDA or TensorRT.
+        threads: threads within one operator, on the processor.
+        max_batch: largest batch that `infer` takes.
+        exact_qdq: compute a quantised network as its file says: round to int8 and back, multiply
+            in float. Else ONNX Runtime takes int8 kernels where it has them, which round otherwise
+            and, on processors without VNNI, saturate. TensorRT's arithmetic is the exact one.
+        tf32: let an NVIDIA GPU round float32 products to TF32.
         name: what error messages call the model.
 
     Raises:
-        EngineError: not such a model, or ONNX Runtime did not give the provider that was asked for.
+        EngineError: not such a model, one that the provider cannot run, or ONNX Runtime did not
+            give the provider that was asked for.
     """
 
-    def __init__(self, model: bytes, *, threads: int = THREADS, name: str = "model.onnx") -> None:
+    def __init__(
+        self,
+        model: bytes,
+        *,
+        provider: Provider = "cpu",
+        threads: int = THREADS,
+        max_batch: int = MAX_BATCH,
+        exact_qdq: bool = False,
+        tf32: bool = False,
+        name: str = "model.onnx",
+    ) -> None:
+        if max_batch < 1:
+            raise EngineError(f"{name}: the largest batch must be at least 1, not {max_batch}")
+        self._session: Any = open_session(
+            model, provider=provider, threads=threads, exact_qdq=exact_qdq, tf32=tf32, name=name
+        )
         self.threads = threads
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = self.threads
-        options.inter_op_num_threads = 1  # a residual network is one chain: nothing to overlap
-        options.log_severity_level = _ERRORS_ONLY
-        try:
-            session = onnxruntime.InferenceSession(model, options, providers=[PROVIDER])
-        except Exception as error:  # the binding raises its own types, none of them public
-            raise EngineError(f"{name}: ONNX Runtime cannot load it: {error}") from error
-        granted = session.get_providers()
-        if granted[:1] != [PROVIDER]:
-            raise EngineError(f"{name}: ONNX Runtime runs it on {granted}, not on {PROVIDER}")
-        self._session: Any = session
+        self._provider = provider
+        self._max_batch = max_batch
+        self._exact_qdq = exact_qdq
+        self._tf32 = tf32
         self._name = name
         self._read_signature()
 
@@ -79,17 +102,17 @@ class OrtEngine:
 
     @property
     def max_batch(self) -> int:
-        return MAX_BATCH
+        return self._max_batch
 
     def infer(self, images: Images) -> Logits:
         """Logits float32 `[N, classes]` of images uint8 `[N, C, H, W]`, 1 <= N <= max_batch."""
-        check_images(images, self._input_shape, MAX_BATCH)
+        check_images(images, self._input_shape, self._max_batch)
         if self._session is None:
             raise EngineError(f"{self._name}: the engine was closed")
         try:
             logits = self._session.run([OUTPUT_NAME], {INPUT_NAME: images})[0]
         except Exception as error:
-            raise EngineError(f"{self._name}: ONNX Runtime failed: {error}") from error
+            raise EngineError(f"{self._name}: ONNX Runtime failed: {_reason(error)}") from error
         assert isinstance(logits, np.ndarray)
         assert logits.dtype == np.float32
         return logits
@@ -99,9 +122,11 @@ class OrtEngine:
             "name": "ort",
             "runtime": "onnxruntime",
             "version": onnxruntime.__version__,
-            "provider": PROVIDER,
+            "provider": PROVIDERS[self._provider],
             "threads": self.threads,
-            "max_batch": MAX_BATCH,
+            "max_batch": self._max_batch,
+            "exact_qdq": self._exact_qdq,
+            "tf32": self._tf32 and self._provider != "cpu",
         }
 
     def __enter__(self) -> OrtEngine:
@@ -114,3 +139,99 @@ class OrtEngine:
         trace: TracebackType | None,
     ) -> None:
         self._session = None
+
+
+def open_session(
+    model: bytes,
+    *,
+    provider: Provider,
+    threads: int,
+    exact_qdq: bool = False,
+    tf32: bool = False,
+    name: str = "model.onnx",
+    optimized: Path | None = None,
+) -> Any:
+    """An ONNX Runtime session that runs where it was told to; raises EngineError as `OrtEngine`.
+
+    `optimized`: file to write the graph to that ONNX Runtime has made of the model.
+    """
+    wanted = PROVIDERS[provider]
+    if wanted not in onnxruntime.get_available_providers():
+        raise EngineError(f"{name}: {_MISSING[provider]}")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1  # a residual network is one chain: nothing to overlap
+    options.log_severity_level = _FATAL_ONLY
+    if exact_qdq:
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
+    if provider != "cpu":
+        _load_libraries()
+    try:
+        session = onnxruntime.InferenceSession(
+            model, options, providers=_providers(provider, tf32), enable_fallback=0
+        )
+    except Exception as error:  # the binding raises its own types, none of them public
+        raise EngineError(f"{name}: {_complaint(error, provider)}") from error
+    granted = session.get_providers()
+    if granted[:1] != [wanted]:
+        raise EngineError(
+            f"{name}: ONNX Runtime runs it on {granted[0]}, not on {wanted}; {_REMEDY[provider]}"
+        )
+    return session
+
+
+def _providers(provider: Provider, tf32: bool) -> list[tuple[str, dict[str, str]]]:
+    """What ONNX Runtime shall try, in order; the last one takes what the others cannot do."""
+    if provider == "cpu":
+        return [(PROVIDERS["cpu"], {})]
+    cuda: tuple[str, dict[str, str]] = (PROVIDERS["cuda"], {"use_tf32": str(int(tf32))})
+    both = [cuda, (PROVIDERS["cpu"], {})]
+    return [(PROVIDERS["tensorrt"], {}), *both] if provider == "tensorrt" else both
+
+
+def _load_libraries() -> None:
+    """Load CUDA and cuDNN from Python packages, where they lie beside onnxruntime-gpu."""
+    preload = getattr(onnxruntime, "preload_dlls", None)  # since 1.21
+    if preload is not None:
+        # It prints what it misses; whether that matters, the session's providers show.
+        with contextlib.redirect_stdout(io.StringIO()):
+            preload()
+
+
+_REMEDY = {
+    "cpu": "install the extra eps-resnet[ort]",
+    "cuda": (
+        "the CUDA or cuDNN libraries of its version do not load, or there is no NVIDIA GPU;"
+        " run eps-doctor, or use --provider cpu"
+    ),
+    "tensorrt": (
+        "its TensorRT provider needs the libraries of TensorRT 10 (libnvinfer.so.10) and an NVIDIA"
+        " GPU; use --engine trt for TensorRT 11, or --provider cuda"
+    ),
+}
+_NO_GPU = (
+    "this onnxruntime has no {} provider; install the extra eps-resnet[ort-gpu] in place of"
+    " eps-resnet[ort] (not beside it), or use --provider cpu"
+)
+_MISSING = {
+    "cpu": "this onnxruntime has no CPU provider; install the extra eps-resnet[ort]",
+    "cuda": _NO_GPU.format("CUDA"),
+    "tensorrt": _NO_GPU.format("TensorRT"),
+}
+
+
+def _complaint(error: Exception, provider: Provider) -> str:
+    reason = _reason(error)
+    if _NOT_IMPLEMENTED in reason and provider == "cpu":
+        return (
+            "ONNX Runtime has no such layers for the CPU, as of bfloat16 convolutions"
+            f" ({reason}); use --fp32 or --fp16 here, or an NVIDIA GPU"
+        )
+    return f"ONNX Runtime cannot load it: {reason}"
+
+
+def _reason(error: Exception) -> str:
+    """What ONNX Runtime says, in one line."""
+    return " ".join(str(error).split())

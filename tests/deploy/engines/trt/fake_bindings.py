@@ -28,12 +28,10 @@ _DONE, _FAILED = CUresult.CUDA_SUCCESS, CUresult.CUDA_ERROR_OUT_OF_MEMORY
 class _Bindings(ModuleType):
     """Parameters are passed by position: the real functions take them in no other way."""
 
-    CUresult = CUresult
-    CUstreamCaptureMode = CUstreamCaptureMode
-
     def __init__(self, gpu: FakeGpu) -> None:
         super().__init__("cuda.bindings.driver")
         self._gpu = gpu
+        self.CUresult, self.CUstreamCaptureMode = CUresult, CUstreamCaptureMode
 
     def cuStreamBeginCapture(self, stream: int, mode: Any, /) -> tuple[CUresult]:
         gpu = self._gpu

@@ -58,12 +58,16 @@ class _Mortal:
 
     gpu: FakeGpu
     kind: str
+    born = False
 
     def __init__(self) -> None:
         self.gpu.require_context(self.kind)
         self.gpu.live[self.kind] += 1
+        self.born = True
 
     def __del__(self) -> None:
+        if not self.born:
+            return
         if self.gpu.stack:
             self.gpu.live[self.kind] -= 1
             self.gpu.order.append(self.kind)
@@ -75,9 +79,9 @@ class Stream(_Mortal):
     kind = "stream"
 
     def __init__(self, flags: int = 0) -> None:
-        super().__init__()
         if flags != _NON_BLOCKING:
             raise Violation("a stream that waits for the default stream")
+        super().__init__()
         self.handle = self.gpu.handle()
         self._queue = self.gpu.queues[self.handle] = Queue(self.handle)
 
@@ -93,9 +97,10 @@ class Stream(_Mortal):
 
     def __del__(self) -> None:
         super().__del__()
-        if self._queue.waiting:
+        if self.born and self._queue.waiting:
             self.gpu.leaks.append("a stream destroyed with work in it")
-        self.gpu.queues.pop(self.handle)
+        if self.born:
+            self.gpu.queues.pop(self.handle)
 
 
 class Event(_Mortal):

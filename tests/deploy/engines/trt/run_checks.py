@@ -79,15 +79,25 @@ def serves_threads(kind: Any, version: Version) -> None:
     machine.gpu.check_clean()
 
 
+_REFUSALS = {
+    "set_input_shape": r"does not take images of the shape \[2, 3, 6, 6\]",
+    "set_tensor_address": "does not take the address of images",
+    "infer_shapes": r"does not know the shape of \['images'\]",
+    "execute_async_v3": "queues no inference",
+}
+
+
 def heeds_every_answer(kind: Any, version: Version) -> None:
     """What TensorRT refuses is an error, and what comes after works again."""
-    for call in ("set_input_shape", "set_tensor_address", "infer_shapes", "execute_async_v3"):
+    for call, told in _REFUSALS.items():
         for use_graphs in (True, False):
             machine = Machine(version)
             with machine.engine(kind, use_graphs=use_graphs) as engine:
                 assert close(engine.infer(images(8)), expected(images(8)))
                 machine.gpu.refuse[call] = 1
-                with pytest.raises(EngineError, match=f"model.plan: TensorRT .*{call} was told"):
+                with pytest.raises(
+                    EngineError, match=f"model.plan: TensorRT {told}: {call} was told"
+                ):
                     engine.infer(images(2))
                 assert close(engine.infer(images(2)), expected(images(2)))
                 assert close(engine.infer(images(8)), expected(images(8)))

@@ -5,6 +5,7 @@ What this cannot show: that a real plan loads, is right, or is fast. That is for
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 
 from eps_deploy.engines.base import Engine, EngineError
 from eps_deploy.engines.trt import lane, run
+from eps_deploy.engines.trt.graphs import capture
 from eps_deploy.engines.trt.run import LANES, TrtEngine
 from eps_train.errors import DataError
 
@@ -221,11 +223,10 @@ def test_no_graph_is_said_and_made_up_for(call: str) -> None:
 def test_a_network_that_cannot_be_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     """TensorRT refuses to queue it while the stream records; the stream must come out of that."""
     machine = Machine()
-    record = lane.capture
 
     def refusing(*arguments: Any) -> Any:
         machine.gpu.refuse["execute_async_v3"] = 1
-        return record(*arguments)
+        return capture(*arguments)
 
     monkeypatch.setattr(lane, "capture", refusing)
     with machine.engine(TrtEngine) as engine:
@@ -236,7 +237,7 @@ def test_a_network_that_cannot_be_recorded(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_without_cuda_bindings(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine()
-    monkeypatch.setitem(__import__("sys").modules, "cuda.bindings", None)
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     machine.cuda._bindings = None
     with machine.engine(TrtEngine) as engine:
         assert close(engine.infer(images(2)), expected(images(2)))
@@ -396,8 +397,14 @@ MUTATIONS: dict[str, tuple[Any, list[tuple[str, str]]]] = {
     "shape set for a larger batch alone": (
         lane,
         [
-            (_SET, _SET.replace("self._set", "if batch > getattr(self, 'most', 0): self._set")),
-            ("        batch = len(images)\n", "        batch = self.most = len(images)\n"),
+            (
+                _SET,
+                _SET.replace(
+                    "self._set(self._common, batch, log)",
+                    "if batch > getattr(self, 'most', 0):"
+                    " self._set(self._common, batch, log); self.most = batch",
+                ),
+            )
         ],
     ),
     "shape set once": (
@@ -424,6 +431,10 @@ MUTATIONS: dict[str, tuple[Any, list[tuple[str, str]]]] = {
     "images buffer for the optimal batch": (
         lane,
         [("images = (plan.profile[2]", "images = (plan.profile[1]")],
+    ),
+    "memory of the GPU for the optimal batch": (
+        lane,
+        [("math.prod(images))", "math.prod(images) // 8 * plan.profile[1])")],
     ),
     "logits buffer for the optimal batch": (
         lane,

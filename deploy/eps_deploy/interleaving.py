@@ -1,0 +1,148 @@
+"""Timing several things in turns: warmed up until flat, then alternating blocks of runs.
+
+All run in alternating blocks in one process, so that whatever else the machine does meets all of
+them alike; their order is reversed from round to round.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+MIN_BLOCKS = 5
+MAX_BLOCKS = 20
+MAX_RUNS = 200  # in a block
+_GOOD_RUNS = 20  # blocks are added before they get longer than this
+
+# Warm-up ends when, after ten windows of runs and the time that a GPU needs to raise its clocks
+# (trtexec waits as long), two windows in a row have medians within 5 %; or when its share of the
+# budget is spent.
+_WINDOW = 5
+_MIN_WINDOWS = 10
+_LEAST_WINDOWS = 3  # whatever the budget
+_MIN_SECONDS = 0.2
+_FLAT = 0.05
+_WARM_UP_SHARE = 0.2
+_DISCARDED = 2  # first runs of a block: the caches and spinning threads of another are about
+
+Clock = Callable[[], float]
+Runs = npt.NDArray[np.float64]
+Block = Callable[[int], Runs]
+"""Does something so many times, and returns what each time took, in seconds `[runs]`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Turns:
+    """What was measured.
+
+    Attributes:
+        times: for each of what was timed, its blocks, each the seconds of its runs `[runs]`.
+        runs: in each block.
+        warm: for each, whether the warm-up became flat before its time was over.
+    """
+
+    times: list[list[Runs]]
+    runs: int
+    warm: list[bool]
+
+    @property
+    def blocks(self) -> int:
+        return len(self.times[0])
+
+
+def wall(call: Callable[[], object], clock: Clock = time.perf_counter) -> Block:
+    """A block of calls that return when their work is done, timed from outside."""
+
+    def block(runs: int) -> Runs:
+        times = np.empty(runs)
+        for index in range(runs):
+            began = clock()
+            call()
+            times[index] = clock() - began
+        return times
+
+    return block
+
+
+def interleave(
+    sides: Sequence[Block],
+    *,
+    budget: float,
+    clock: Clock = time.perf_counter,
+    between: Callable[[], object] | None = None,
+) -> Turns:
+    """Time `sides` in turns.
+
+    Args:
+        sides: what is timed, at least one. A side may measure on a clock of its own (a GPU's
+            events); `clock` is only asked how the budget stands.
+        budget: seconds to spend, warm-up included; five blocks of one run are made in any case.
+        clock: seconds; a test passes its own.
+        between: called after each round of blocks, while the machine is as busy as it gets.
+    """
+    deadline = clock() + budget
+    timers = [_Timer(side, clock) for side in sides]
+    warm = [timer.warm_up(budget * _WARM_UP_SHARE / len(sides)) for timer in timers]
+    blocks, runs = plan(deadline - clock(), sum(timer.typical for timer in timers))
+    times: list[list[Runs]] = [[] for _ in sides]
+    for index in range(blocks):
+        if index >= MIN_BLOCKS and clock() > deadline:
+            break
+        order = range(len(sides))
+        for which in order if index % 2 == 0 else reversed(order):
+            times[which].append(timers[which].block(runs))
+        if between is not None:
+            between()
+    return Turns(times=times, runs=runs, warm=warm)
+
+
+def plan(seconds: float, turn: float) -> tuple[int, int]:
+    """Blocks of each side and runs in each, when one run of all sides takes `turn` seconds.
+
+    More blocks come first (the interval lives on them), then longer ones.
+    """
+    total = int(max(seconds, 0.0) / max(turn, 1e-9))
+    blocks = min(max(total // (_GOOD_RUNS + _DISCARDED), MIN_BLOCKS), MAX_BLOCKS)
+    return blocks, min(max(total // blocks - _DISCARDED, 1), MAX_RUNS)
+
+
+class _Timer:
+    def __init__(self, side: Block, clock: Clock) -> None:
+        self._side = side
+        self._clock = clock
+        # Seconds of the budget that a run costs, known after warm_up; more than what a side says
+        # that measures on a clock of its own.
+        self.typical = 0.0
+
+    def warm_up(self, budget: float) -> bool:
+        """Run until two windows in a row take as long; False if they never did in `budget`."""
+        began = self._clock()
+        deadline, earliest = began + budget, began + min(_MIN_SECONDS, budget)
+        previous = self._window(1)
+        # A slow network gets shorter windows: it must not spend the whole budget on warming up.
+        width = int(budget / (_MIN_WINDOWS * max(self.typical, 1e-9)))
+        costs: list[float] = []
+        while True:
+            median = self._window(min(max(width, 1), _WINDOW))
+            costs.append(self.typical)
+            flat = abs(median - previous) <= _FLAT * previous
+            previous, now = median, self._clock()
+            settled = flat and len(costs) >= _MIN_WINDOWS and now >= earliest
+            if settled or (now >= deadline and len(costs) >= _LEAST_WINDOWS):
+                self.typical = float(np.median(costs[-_LEAST_WINDOWS:]))
+                return flat
+
+    def _window(self, runs: int) -> float:
+        """Median of so many runs as the side measures it; `typical` is what one costs in all."""
+        began = self._clock()
+        median = float(np.median(self._side(runs)))
+        self.typical = (self._clock() - began) / runs
+        return median
+
+    def block(self, runs: int) -> Runs:
+        self._side(min(_DISCARDED, runs))
+        return self._side(runs)

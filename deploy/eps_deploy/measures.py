@@ -1,0 +1,140 @@
+"""What is measured of a deployment: the chain of proof, the accuracy, the latency.
+
+Each function gives plain data: an entry of `report.json` and the checks that follow from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from eps_compact.certificate import BOUND as FOLDING_LIMIT
+from eps_deploy import latency, parity, report
+from eps_deploy.accuracy import Correct, accuracy_drop, correct
+from eps_deploy.engines.base import Images, Logits
+from eps_deploy.latency import Latency, Picture
+from eps_deploy.limits import PARITY_LIMITS
+from eps_deploy.options import Options
+from eps_deploy.parity import Infer, Parity
+from eps_deploy.runtimes import Side, Sides
+from eps_deploy.sources import Sources
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TestPart:
+    """All test images, uint8 `[N, C, H, W]`, and their labels, int64 `[N]`."""
+
+    __test__ = False  # no test, whatever pytest thinks of the name
+
+    images: Images
+    labels: npt.NDArray[np.int64]
+
+    def spread(self, count: int) -> npt.NDArray[np.int64]:
+        """Indices of `count` images spread over the whole part."""
+        return parity.pick_samples(len(self.labels), count)
+
+
+def chain(
+    options: Options, sources: Sources, gated: Infer, sides: Sides, part: TestPart
+) -> list[Parity]:
+    """Every form of each network against the form that it was made from.
+
+    One image more than the largest batch, so that the last batch of most sizes is a ragged one.
+    """
+    picked = part.spread(options.max_batch + 1)
+    images = part.images[picked]
+    limit = PARITY_LIMITS[options.precision.name]
+    told: list[Parity] = []
+
+    def passes(infer: Infer) -> list[Logits]:
+        return parity.passes(infer, images, options.batches)
+
+    def compare(
+        stage: str,
+        reference: list[Logits],
+        candidate: list[Logits],
+        limit: float | None,
+    ) -> None:
+        told.append(
+            parity.compare(stage, reference, candidate, picked.tolist(), limit, options.batches)
+        )
+
+    def follow(name: str, side: Side) -> None:
+        """From torch over the ONNX file to the engine."""
+        reference = passes(side.reference)
+        compare(f"{name}-onnx", torch_passes[name], reference, limit)
+        if side.engine is not None and not side.same:
+            stage = "onnx-engine" if name == "compact" else f"{name}-engine"
+            judged = None if side.rounds_otherwise else limit
+            compare(stage, reference, passes(side.engine.infer), judged)
+
+    torch_passes = {
+        "compact": passes(sides.compact.torch.infer),
+        "baseline": passes(sides.baseline.torch.infer),
+    }
+    folding = FOLDING_LIMIT if sources.compact.folded else 0.0
+    compare("gated-compact", passes(gated), torch_passes["compact"], folding)
+    follow("compact", sides.compact)
+    follow("baseline", sides.baseline)
+    return told
+
+
+def accuracy(
+    options: Options, sources: Sources, sides: Sides, part: TestPart
+) -> tuple[dict[str, Any], list[report.Check]]:
+    """Each form of the compact network on the whole test part, and the drop from the baseline."""
+
+    def right(infer: Infer) -> Correct:
+        return correct(infer, part.images, part.labels, options.max_batch)
+
+    compact = sides.compact
+    by_form = {"compact": right(compact.torch.infer), "onnx": right(compact.reference)}
+    if compact.engine is not None:
+        by_form["engine"] = by_form["onnx"] if compact.same else right(compact.engine.infer)
+    # Fused int8 kernels of a processor are not what the file says, nor what a GPU computes.
+    judged = "onnx" if compact.engine is None or compact.rounds_otherwise else "engine"
+    found: dict[str, Any] = {
+        "baseline": None,
+        **{form: _share(by_form.get(form)) for form in ("compact", "onnx", "engine")},
+        "samples": len(part.labels),
+        "judged": judged,
+        "drop": None,
+    }
+    if sources.baseline is None:
+        return found, []
+    by_baseline = right(sides.baseline.torch.infer)
+    drop = accuracy_drop(by_baseline, by_form[judged], options.max_accuracy_drop)
+    found |= {"baseline": _share(by_baseline), "drop": report.drop_entry(drop)}
+    return found, [report.accuracy_check(drop)]
+
+
+def _share(right: Correct | None) -> float | None:
+    return None if right is None else float(right.mean())
+
+
+def timed(
+    options: Options, sides: Sides, part: TestPart, picture: Picture, say: Callable[[str], None]
+) -> list[Latency]:
+    """Both engines in turns, at batch 1 and 16, or the largest that they take."""
+    baseline, compact = sides.baseline.engine, sides.compact.engine
+    assert baseline is not None
+    assert compact is not None
+    timings = []
+    for batch in sorted({min(size, options.max_batch) for size in latency.BATCHES}):
+        say(f"measuring the latency at batch {batch}")
+        images = part.images[part.spread(batch)]
+        timings.append(
+            latency.measure(
+                baseline,
+                compact,
+                images,
+                budget=options.latency_budget,
+                picture=picture,
+                gpu=options.gpu,
+            )
+        )
+    return timings

@@ -1,0 +1,47 @@
+"""A network's numbers in a smaller type, with a word when they do not fit."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, fx, nn
+
+from eps_compact import folding
+from eps_train.errors import GraphError
+
+
+def narrow(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor` on the CPU as `dtype`, contiguous and detached; integers stay what they are.
+
+    Raises GraphError that names the tensor when a number in it is not finite in `dtype`.
+    """
+    value = tensor.detach().cpu().contiguous()
+    if not value.is_floating_point():
+        return value
+    cast = value.to(dtype)
+    if cast.isfinite().all():
+        return cast
+    if not value.isfinite().all():
+        raise GraphError(
+            f"{name}: holds a number that is not finite; train again from an earlier checkpoint"
+        )
+    raise GraphError(
+        f"{name}: its largest number, {value.abs().max().item():.4g}, does not fit in"
+        f" {str(dtype).removeprefix('torch.')} (at most {torch.finfo(dtype).max:.5g});"
+        " use --bf16 or --fp32"
+    )
+
+
+def narrowed(network: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy of `network` in evaluation mode whose parameters and buffers are of type `dtype`.
+
+    A graph's batch norms are folded first where they can be, in float32: then they are rounded
+    once, and torch's exporter leaves no float32 weight behind. Raises GraphError as `narrow` does.
+    """
+    if isinstance(network, fx.GraphModule):
+        network, _ = folding.fold(network)
+    network = copy.deepcopy(network).eval()
+    for name, tensor in (*network.named_parameters(), *network.named_buffers()):
+        narrow(name, tensor, dtype)
+    return network.to(dtype)

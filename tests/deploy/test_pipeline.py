@@ -1,0 +1,182 @@
+"""`eps-deploy` in every precision, for both engines, dry, deferred, killed and resumed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from eps_deploy import load_bundle, measures
+from eps_deploy.cli import main
+from tests.commands import Result, files_in, run
+
+ANYTHING_GOES = ("--min-speedup", "0", "--max-accuracy-drop", "100", "--latency-budget", "0.4")
+DEFERRED = ("--engine", "trt", "--defer-build")
+FULL_CHAIN = ["gated-compact", "compact-onnx", "onnx-engine", "baseline-onnx", "baseline-engine"]
+
+
+def deploy(folder: Path, *args: object) -> Result:
+    return run("eps-deploy", main, *ANYTHING_GOES, *args, cwd=folder)
+
+
+def report_of(folder: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((folder / "bundle" / "report.json").read_bytes())
+    return loaded
+
+
+def test_int8_is_judged_by_the_arithmetic_of_the_file(workshop: Path) -> None:
+    """ONNX Runtime's fused kernels round otherwise: their figures are told, and not judged."""
+    result = deploy(workshop, "--engine", "ort", "--int8", "--calibration-samples", "128")
+    assert result.code == 0, result.stderr
+    report = report_of(workshop)
+    assert [stage["stage"] for stage in report["parity"]] == FULL_CHAIN
+    assert [stage["limit"] is None for stage in report["parity"]] == [False, False, True] * 1 + [
+        False,
+        True,
+    ]
+    assert "parity-onnx-engine" not in [check["name"] for check in report["checks"]]
+    assert report["accuracy"]["judged"] == "onnx"
+    assert report["accuracy"]["engine"] is not None
+    precision = report["precision"]
+    assert (precision["name"], precision["calibration"]["samples"]) == ("int8", 128)
+    assert set(precision["graph"]) == {"int8"}
+    assert len(report["latency"]) == 2
+    assert load_bundle(workshop / "bundle").manifest["precision"] == "int8"
+
+
+def test_fp16_on_the_processor_is_a_check_of_accuracy_alone(workshop: Path) -> None:
+    result = deploy(workshop, "--engine", "ort", "--fp16")
+    assert result.code == 0, result.stderr
+    report = report_of(workshop)
+    assert report["passed"] is True
+    assert set(report["precision"]["graph"]) == {"float16"}
+    assert set(report["precision"]["executed"]) == {"float32"}
+    assert report["latency"] == []
+    assert "speedup" not in [check["name"] for check in report["checks"]]
+    (left,) = report["not_run"]
+    assert left["what"] == "latency"
+    assert "float32, with casts" in left["why"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "precision", "graph"),
+    [
+        (["--bf16"], "bf16", {"bfloat16"}),
+        (["--int8", "--calibration-samples", "128"], "int8-fp16", {"int8"}),
+    ],
+)
+def test_a_deferred_plan_leaves_the_verdict_open(
+    workshop: Path, flags: list[str], precision: str, graph: set[str]
+) -> None:
+    result = deploy(workshop, *DEFERRED, *flags)
+    assert result.code == 0, result.stderr
+    assert "Verdict: NOT JUDGED YET" in result.stderr
+    report = report_of(workshop)
+    assert report["passed"] is None
+    assert report["precision"]["name"] == precision
+    assert set(report["precision"]["graph"]) == graph
+    assert report["accuracy"]["engine"] is None
+    assert report["latency"] == []
+    assert "latency" in [entry["what"] for entry in report["not_run"]]
+    engine = load_bundle(workshop / "bundle").manifest["engine"]
+    assert engine.items() >= {"name": "trt", "deferred": True, "file": "model.onnx"}.items()
+    assert (engine["opt_batch"], engine["max_batch"]) == (16, 32)
+
+
+@pytest.mark.trt_rtx
+@pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="no tensorrt_rtx")
+def test_a_deferred_bundle_has_been_through_nvidias_builder(workshop: Path) -> None:
+    assert deploy(workshop, *DEFERRED, "--fp16").code == 0
+    (builder,) = [check for check in report_of(workshop)["checks"] if check["name"] == "builder"]
+    assert builder["passed"]
+    assert "TensorRT for RTX" in builder["text"]
+
+
+def test_a_failed_goal_of_a_deferred_bundle_exits_with_3(workshop: Path) -> None:
+    result = deploy(workshop, *DEFERRED, "--fp16", "--max-accuracy-drop", "0", "--min-speedup", "9")
+    report = report_of(workshop)
+    missed = report["accuracy"]["drop"]["points"] > 0
+    assert result.code == (3 if missed else 0)
+    assert report["passed"] is (False if missed else None)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorrt") is not None, reason="has TensorRT")
+def test_without_tensorrt_the_refusal_names_the_ways_out(workshop: Path) -> None:
+    before = files_in(workshop)
+    result = deploy(workshop, "--engine", "trt", "--fp16")
+    assert result.code == 1
+    assert len(result.stderr.splitlines()) == 1
+    assert "TensorRT is not installed; pip install 'eps-resnet[trt]'" in result.error
+    assert "--defer-build" in result.error
+    assert files_in(workshop) == before
+
+
+def test_a_dry_run_checks_and_writes_nothing(workshop: Path) -> None:
+    before = files_in(workshop)
+    result = deploy(workshop, "--engine", "ort", "--int8", "--dry-run", "--json")
+    assert result.code == 0, result.stderr
+    steps = json.loads(result.stdout)["steps"]
+    assert "would calibrate int8 on 512 training images" in steps
+    assert "would write bundle" in steps
+    assert files_in(workshop) == before
+    (workshop / "compact.pt").unlink()
+    assert deploy(workshop, "--engine", "ort", "--dry-run").code == 1
+
+
+def test_a_killed_run_is_resumed_where_it_was(
+    workshop: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(measures, "timed", killed)
+        assert deploy(workshop, "--engine", "ort").code == 130
+    assert not (workshop / "bundle").exists()
+    assert (workshop / ".bundle.eps-deploy.stages").is_dir()
+
+    with monkeypatch.context() as patch:
+        patch.setattr("eps_deploy.networks.export_onnx", killed)
+        result = deploy(workshop, "--engine", "ort", "--resume")
+    assert result.code == 0, result.stderr
+    report = report_of(workshop)
+    assert report["resumed"] == ["export-model", "export-baseline", "parity", "accuracy"]
+    assert report["passed"] is True
+    assert len(report["latency"]) == 2
+    assert not (workshop / ".bundle.eps-deploy.stages").exists()
+
+
+def test_a_smaller_largest_batch_holds_everywhere(workshop: Path) -> None:
+    result = deploy(workshop, "--engine", "ort", "--opt-batch", "3", "--max-batch", "5")
+    assert result.code == 0, result.stderr
+    report = report_of(workshop)
+    assert report["parity"][0]["batches"] == [1, 2, 3, 5]
+    assert [entry["batch"] for entry in report["latency"]] == [1, 5]
+    assert load_bundle(workshop / "bundle").manifest["engine"]["max_batch"] == 5
+    assert (
+        "max_batch_size: 5"
+        in (workshop / "bundle" / "triton" / "eps_resnet" / "config.pbtxt").read_text()
+    )
+
+
+def test_every_run_of_the_latency_measurement_is_kept(deployed: Path) -> None:
+    report = report_of(deployed)
+    with np.load(deployed / "bundle" / "latency.npz") as samples:
+        for entry in report["latency"]:
+            runs = samples[f"batch-{entry['batch']}.compact"]
+            assert runs.shape == (entry["blocks"], entry["runs_per_block"])
+            assert np.median(runs) == pytest.approx(entry["compact_ms"]["p50"], rel=1e-5)
+
+
+def test_the_script_that_makes_the_bundle_again(deployed: Path) -> None:
+    script = (deployed / "bundle" / "reproduce.sh").read_text()
+    manifest = load_bundle(deployed / "bundle").manifest
+    assert manifest["source"]["compact_digest"] in script
+    assert "torch==" in script
+    assert "+cpu" not in script
+    assert "eps-deploy --engine ort --max-accuracy-drop 100.0 --min-speedup 0" in script
+    assert str(deployed) not in script
