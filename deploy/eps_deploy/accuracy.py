@@ -13,6 +13,7 @@ from eps_deploy.engines.base import Images, Logits
 
 METHOD = "paired difference, 95 % score interval (Tango 1998)"
 
+Classes = npt.NDArray[np.int64]
 Correct = npt.NDArray[np.bool_]
 
 
@@ -46,17 +47,10 @@ class Drop:
         return self.points.high <= self.limit or self.points.low > self.limit
 
 
-def correct(
-    infer: Callable[[Images], Logits],
-    images: Images,
-    labels: npt.NDArray[np.int64],
-    batch: int,
-) -> Correct:
-    """Which images (uint8 `[N, C, H, W]`) `infer` gives their label: bool `[N]`."""
+def classes(infer: Callable[[Images], Logits], images: Images, batch: int) -> Classes:
+    """The class that `infer` gives each image (uint8 `[N, C, H, W]`): int64 `[N]`."""
     starts = range(0, len(images), batch)
-    predicted = [infer(images[start : start + batch]).argmax(axis=1) for start in starts]
-    right: Correct = np.concatenate(predicted) == labels
-    return right
+    return np.concatenate([infer(images[at : at + batch]).argmax(axis=1) for at in starts])
 
 
 def accuracy_drop(baseline: Correct, engine: Correct, limit: float) -> Drop:

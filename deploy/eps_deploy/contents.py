@@ -25,7 +25,7 @@ from eps_deploy.onnx_types import executed_types, layer_types
 from eps_deploy.options import Options
 from eps_deploy.runtimes import Sides
 from eps_deploy.sources import Sources
-from eps_deploy.triton import Served
+from eps_deploy.triton import Kind, Served
 from eps_train import normalization
 from eps_train.data import DataIdentity
 
@@ -105,10 +105,17 @@ def served(options: Options, data: DataIdentity, sides: Sides) -> Served:
         input_shape=data.input_shape,
         labels=data.classes,
         max_batch=options.max_batch,
-        kind="KIND_CPU" if on_cpu else "KIND_GPU",
+        kind=_kind(options),
         threads=options.threads if on_cpu else None,
         capability=capability,
     )
+
+
+def _kind(options: Options) -> Kind:
+    """Where Triton's ONNX Runtime runs `model.onnx`; beside a plan, wherever there is room."""
+    if options.engine == "trt":
+        return "KIND_AUTO"
+    return "KIND_CPU" if options.provider == "cpu" else "KIND_GPU"
 
 
 def manifest_fields(

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator
 from importlib.metadata import version as package_version
 from pathlib import Path
 
+import numpy as np
 import onnx
 import torch
 from torch import Tensor, fx, nn
@@ -111,6 +112,7 @@ def export_onnx(
     was_training = model.training
     model.eval()
     try:
+        _check_ends(model, identity)
         proto = _written(model, identity, precision, kept)
         if proto is None:
             proto = _traced(model, identity, precision, kept)
@@ -127,6 +129,16 @@ def export_onnx(
     finally:
         model.train(was_training)
     path.write_bytes(proto.SerializeToString(deterministic=True))
+
+
+@torch.inference_mode()
+def _check_ends(model: nn.Module, identity: DataIdentity) -> None:
+    logits = Deployed(model, identity).infer(np.zeros((1, *identity.input_shape), np.uint8))
+    if logits.shape != (1, len(identity.classes)):
+        raise GraphError(
+            f"the network gives logits of shape {list(logits.shape)} for an image, where the data"
+            f" set {identity.name} has {len(identity.classes)} classes"
+        )
 
 
 def _written(

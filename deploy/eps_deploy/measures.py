@@ -14,10 +14,10 @@ import numpy.typing as npt
 
 from eps_compact.certificate import BOUND as FOLDING_LIMIT
 from eps_deploy import latency, parity, report
-from eps_deploy.accuracy import Correct, accuracy_drop, correct
+from eps_deploy.accuracy import Classes, accuracy_drop, classes
 from eps_deploy.engines.base import Images, Logits
 from eps_deploy.latency import Latency, Picture
-from eps_deploy.limits import PARITY_LIMITS
+from eps_deploy.limits import AGREEMENT_LIMITS, PARITY_LIMITS
 from eps_deploy.options import Options
 from eps_deploy.parity import Infer, Parity
 from eps_deploy.runtimes import Side, Sides
@@ -88,32 +88,37 @@ def accuracy(
 ) -> tuple[dict[str, Any], list[report.Check]]:
     """Each form of the compact network on the whole test part, and the drop from the baseline."""
 
-    def right(infer: Infer) -> Correct:
-        return correct(infer, part.images, part.labels, options.max_batch)
+    def named(infer: Infer) -> Classes:
+        return classes(infer, part.images, options.max_batch)
+
+    def share(found: Classes | None) -> float | None:
+        return None if found is None else float((found == part.labels).mean())
 
     compact = sides.compact
-    by_form = {"compact": right(compact.torch.infer), "onnx": right(compact.reference)}
+    by_form = {"compact": named(compact.torch.infer), "onnx": named(compact.reference)}
     if compact.engine is not None:
-        by_form["engine"] = by_form["onnx"] if compact.same else right(compact.engine.infer)
+        by_form["engine"] = by_form["onnx"] if compact.same else named(compact.engine.infer)
     # Fused int8 kernels of a processor are not what the file says, nor what a GPU computes.
     judged = "onnx" if compact.engine is None or compact.rounds_otherwise else "engine"
+    agreement = float((by_form[judged] == by_form["compact"]).mean())
+    limit = AGREEMENT_LIMITS[options.precision.name]
     found: dict[str, Any] = {
         "baseline": None,
-        **{form: _share(by_form.get(form)) for form in ("compact", "onnx", "engine")},
+        **{form: share(by_form.get(form)) for form in ("compact", "onnx", "engine")},
         "samples": len(part.labels),
         "judged": judged,
+        "agreement": agreement,
         "drop": None,
     }
+    checks = [report.agreement_check(agreement, limit, len(part.labels))]
     if sources.baseline is None:
-        return found, []
-    by_baseline = right(sides.baseline.torch.infer)
-    drop = accuracy_drop(by_baseline, by_form[judged], options.max_accuracy_drop)
-    found |= {"baseline": _share(by_baseline), "drop": report.drop_entry(drop)}
-    return found, [report.accuracy_check(drop)]
-
-
-def _share(right: Correct | None) -> float | None:
-    return None if right is None else float(right.mean())
+        return found, checks
+    by_baseline = named(sides.baseline.torch.infer)
+    drop = accuracy_drop(
+        by_baseline == part.labels, by_form[judged] == part.labels, options.max_accuracy_drop
+    )
+    found |= {"baseline": share(by_baseline), "drop": report.drop_entry(drop)}
+    return found, [*checks, report.accuracy_check(drop)]
 
 
 def timed(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from eps_compact import folding
+from eps_train import graph
 from eps_train.errors import GraphError
 
 
@@ -36,12 +38,12 @@ def narrow(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def narrowed(network: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A copy of `network` in evaluation mode whose parameters and buffers are of type `dtype`.
 
-    A graph's batch norms are folded first where they can be, in float32: then they are rounded
-    once, and torch's exporter leaves no float32 weight behind. Raises GraphError as `narrow` does.
+    Batch norms are folded first where they can be, in float32: then they are rounded once, and
+    torch's exporter leaves no float32 weight behind. Raises GraphError as `narrow` does.
     """
-    if isinstance(network, fx.GraphModule):
-        network, _ = folding.fold(network)
-    network = copy.deepcopy(network).eval()
-    for name, tensor in (*network.named_parameters(), *network.named_buffers()):
+    copied = copy.deepcopy(network).eval()
+    with contextlib.suppress(GraphError):  # what cannot be traced is not folded
+        copied, _ = folding.fold(graph.trace(copied, one_mode=True))
+    for name, tensor in (*copied.named_parameters(), *copied.named_buffers()):
         narrow(name, tensor, dtype)
-    return network.to(dtype)
+    return copied.to(dtype)

@@ -111,11 +111,15 @@ def _flatten(out: OnnxGraph, name: str, layer: nn.Flatten, value: str) -> str:
     return _flat(out, name, value, layer.start_dim, layer.end_dim)
 
 
+# The functions' rules have their other arguments under torch's names, since they may come by them.
+
+
 def _average(
     out: OnnxGraph,
     name: str,
-    value: str,
-    kernel: Any,
+    operand: str,
+    /,
+    kernel_size: Any,
     stride: Any = None,
     padding: Any = 0,
     ceil_mode: bool = False,
@@ -124,33 +128,33 @@ def _average(
 ) -> str:
     if divisor_override is not None:
         raise UnknownStep
-    window = _window(kernel, stride, padding, ceil=ceil_mode)
+    window = _window(kernel_size, stride, padding, ceil=ceil_mode)
     counted = count_include_pad and any(window["pads"])
-    return out.add("AveragePool", name, [value], **window, count_include_pad=int(counted))
+    return out.add("AveragePool", name, [operand], **window, count_include_pad=int(counted))
 
 
-def _global_average(out: OnnxGraph, name: str, value: str, size: Any) -> str:
-    if _pair(size) != [1, 1]:
+def _global_average(out: OnnxGraph, name: str, operand: str, /, output_size: Any) -> str:
+    if _pair(output_size) != [1, 1]:
         raise UnknownStep
-    return out.add("GlobalAveragePool", name, [out.shaped(value, flat=False)])
+    return out.add("GlobalAveragePool", name, [out.shaped(operand, flat=False)])
 
 
-def _flat(out: OnnxGraph, name: str, value: str, start: int = 0, end: int = -1) -> str:
-    if start != 1 or end not in (-1, 3):
+def _flat(out: OnnxGraph, name: str, operand: str, /, start_dim: int = 0, end_dim: int = -1) -> str:
+    if start_dim != 1 or end_dim not in (-1, 3):
         raise UnknownStep
-    return out.add("Flatten", name, [out.shaped(value, flat=False)], flat=True, axis=1)
+    return out.add("Flatten", name, [out.shaped(operand, flat=False)], flat=True, axis=1)
 
 
 def _padded(
-    out: OnnxGraph, name: str, value: str, pad: Any, mode: str = "constant", fill: Any = None
+    out: OnnxGraph, name: str, operand: str, /, pad: Any, mode: str = "constant", value: Any = None
 ) -> str:
     sizes = list(pad)
-    if mode != "constant" or fill not in (None, 0) or len(sizes) % 2 or len(sizes) > 8:
+    if mode != "constant" or value not in (None, 0) or len(sizes) % 2 or len(sizes) > 8:
         raise UnknownStep
     sizes += [0] * (8 - len(sizes))
     # torch counts from the last dimension, a pair each; ONNX has all begins, then all ends.
     pads = torch.tensor([*sizes[-2::-2], *sizes[-1::-2]], dtype=torch.int64)
-    return out.add("Pad", name, [value, out.tensor(f"{name}.pads", pads)])
+    return out.add("Pad", name, [operand, out.tensor(f"{name}.pads", pads)])
 
 
 def _downsampled(out: OnnxGraph, name: str, layer: Downsample, value: str) -> str:
@@ -205,12 +209,12 @@ def _on(
     return apply
 
 
-def _rectified(out: OnnxGraph, name: str, value: str, inplace: bool = False) -> str:
-    return _relu(out, name, nn.ReLU(), value)
+def _rectified(out: OnnxGraph, name: str, operand: str, /, inplace: bool = False) -> str:
+    return _relu(out, name, nn.ReLU(), operand)
 
 
-def _copied(out: OnnxGraph, name: str, value: str) -> str:
-    return value
+def _copied(out: OnnxGraph, name: str, operand: str, /) -> str:
+    return operand
 
 
 # Exact types: a subclass may compute something else.

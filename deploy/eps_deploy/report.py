@@ -78,6 +78,20 @@ def parity_check(parity: Parity) -> Check | None:
     )
 
 
+def agreement_check(share: float, limit: float, samples: int) -> Check:
+    """How often the engine names the class that the compact network names in torch."""
+    return Check(
+        name="agreement",
+        passed=share >= limit,
+        value=share,
+        limit=limit,
+        text=(
+            f"the class of the compact network on {100 * share:.2f} % of {samples} images,"
+            f" limit {100 * limit:g} %"
+        ),
+    )
+
+
 def accuracy_check(drop: Drop) -> Check:
     """The engine's accuracy against the trained baseline's, in percentage points."""
     points = drop.points

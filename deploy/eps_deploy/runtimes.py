@@ -77,7 +77,10 @@ def why_no_times(options: Options) -> str | None:
 
 def not_run(options: Options) -> list[dict[str, str]]:
     """What of the engines does not run here, and why."""
-    return [_IN_TORCH] if options.precision.float == "bfloat16" else []
+    return [
+        *([_IN_TORCH] if options.precision.float == "bfloat16" else []),
+        *([{"what": "TensorRT engine", "why": plans.DEFERRED}] if options.defer_build else []),
+    ]
 
 
 @contextmanager

@@ -166,6 +166,7 @@ def make_report(
             "engine": float(engine.mean()),
             "samples": samples,
             "judged": "engine",
+            "agreement": 1.0,
             "drop": report.drop_entry(drop),
         },
         "parity": [report.parity_entry(stage) for stage in parities],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from eps_deploy.accuracy import Correct, accuracy_drop, correct
+from eps_deploy.accuracy import Correct, accuracy_drop, classes
 from eps_deploy.engines.base import Images, Logits
 
 
@@ -24,7 +24,7 @@ def test_every_image_counts_once_also_in_the_last_batch() -> None:
         guess[batch[:, 0, 0, 0] == 149] = 0  # 149 % 3 is 2
         return np.eye(3, dtype=np.float32)[guess]
 
-    assert np.flatnonzero(~correct(infer, images, labels, 128)).tolist() == [149]
+    assert np.flatnonzero(classes(infer, images, 128) != labels).tolist() == [149]
 
 
 def test_the_drop_is_paired() -> None:

@@ -69,7 +69,8 @@ def test_a_network_with_other_additions_and_products() -> None:
         def forward(self, x: Tensor) -> Tensor:
             found = self.act(self.conv(x))
             squeezed: Tensor = self.squeeze(found.mean((2, 3), keepdim=True))
-            return x + found * squeezed.sigmoid() * 3.0
+            out: Tensor = x + found * squeezed.sigmoid() * 3.0
+            return out
 
     class Network(nn.Module):
         def __init__(self) -> None:

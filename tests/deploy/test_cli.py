@@ -27,7 +27,7 @@ def report_of(folder: Path) -> dict[str, Any]:
 def test_a_run_with_a_baseline(first_run: tuple[Path, Result]) -> None:
     folder, result = first_run
     assert result.code == 0, result.stderr
-    assert "Verdict: passed: all 5 checks" in result.stderr
+    assert "Verdict: passed: all 6 checks" in result.stderr
     assert "bundle/report.html" in result.stderr
     assert sorted(files_in(folder)) == sorted(
         [
@@ -53,6 +53,7 @@ def test_the_keys_that_other_programs_read(deployed: Path) -> None:
         "parity-gated-compact",
         "parity-compact-onnx",
         "parity-baseline-onnx",
+        "agreement",
         "accuracy",
         "speedup",
     ]
@@ -158,7 +159,7 @@ def test_a_model_that_computes_something_else_fails_the_parity_check(
     monkeypatch.setattr("eps_deploy.networks.export_onnx", wrong)
     result = deploy(workshop, "--min-speedup", "0", "--max-accuracy-drop", "100")
     assert result.code == 3
-    assert "Verdict: FAILED: parity-compact-onnx (1 of 5 checks)" in result.stderr
+    assert "Verdict: FAILED: parity-compact-onnx, agreement (2 of 6 checks)" in result.stderr
     stage = report_of(workshop)["parity"][1]
     assert stage["passed"] is False
     assert math.isfinite(stage["max_abs"])

@@ -22,7 +22,7 @@ def test_the_samples_are_test_images_with_the_logits_of_torch(deployed: Path) ->
     compact = CompactArtifact.load(deployed / "compact.pt")
     with np.load(deployed / "bundle" / "samples.npz") as samples:
         indices = samples["indices"]
-        assert len(set(indices.tolist())) == len(indices) == 32
+        assert len(set(indices.tolist())) == len(indices) == 33
         assert (samples["images"] == test.images[indices].numpy()).all()
         assert (samples["labels"] == test.labels[indices].numpy()).all()
         expected = Deployed(compact.build(), compact.data).infer(samples["images"])

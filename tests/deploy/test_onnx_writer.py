@@ -59,7 +59,8 @@ class Shared(Ends):
         self.conv = nn.Conv2d(6, 6, 1)
 
     def between(self, x: Tensor) -> Tensor:
-        return self.relu(self.conv(self.relu(x))) + x * 0 if False else self.relu(self.conv(x))
+        rectified: Tensor = self.relu(self.conv(self.relu(x)))
+        return rectified
 
 
 def norm(**arguments: bool) -> nn.BatchNorm2d:

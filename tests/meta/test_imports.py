@@ -22,6 +22,8 @@ TORCH_FREE = (
     "eps_deploy.engines",
     "eps_deploy.predict_cli",
     "eps_deploy.serving",
+    "eps_deploy.triton",
+    "eps_deploy.verification",
 )
 
 # Seconds to import each; `--help` has no use for them.

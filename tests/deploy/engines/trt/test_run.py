@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from eps_deploy.engines.base import Engine, EngineError
-from eps_deploy.engines.trt import lane, run
+from eps_deploy.engines.trt import lane
 from eps_deploy.engines.trt.graphs import capture
 from eps_deploy.engines.trt.run import LANES, TrtEngine
 from eps_train.errors import DataError
@@ -32,8 +32,7 @@ from .machine import (
     network,
     sidecar_of,
 )
-from .mutation import install, mutated
-from .run_checks import EVERY_CHECK, noticed
+from .run_checks import EVERY_CHECK
 from .semantic_fake import make_plan
 
 
@@ -266,89 +265,6 @@ def test_a_graph_is_launched_not_recorded_again() -> None:
         assert len(machine.trt.calls) == before
 
 
-@pytest.mark.parametrize("call", ["memcpy_htod_async", "memcpy_dtoh_async", "cuGraphLaunch"])
-def test_after_a_failed_call_it_goes_on(call: str) -> None:
-    machine = Machine()
-    with machine.engine(TrtEngine) as engine:
-        engine.infer(images(2))
-        machine.gpu.refuse[call] = 1
-        with pytest.raises(EngineError, match=r"CUDA|cuGraphLaunch"):
-            engine.infer(images(2, 1))
-        assert close(engine.infer(images(2, 2)), expected(images(2, 2)))
-    machine.gpu.check_clean()
-
-
-def test_a_gpu_that_failed_is_not_used_again() -> None:
-    """After an illegal access nothing works in this process; each call says so, and close ends."""
-    machine = Machine()
-    with machine.engine(TrtEngine) as engine:
-        engine.infer(images(2))
-        machine.gpu.refuse["synchronize"] = 10
-        with pytest.raises(EngineError, match=r"illegal memory access.*start it again"):
-            engine.infer(images(2))
-        with pytest.raises(EngineError, match="start it again"):
-            engine.infer(images(2))
-        assert machine.gpu.refuse["synchronize"] == 8  # the second call did not try
-    with pytest.raises(EngineError, match="closed"):
-        engine.infer(images(2))
-
-
-@pytest.mark.parametrize(
-    ("call", "other_calls"),
-    [*(("mem_alloc", n) for n in range(3)), *(("pagelocked_empty", n) for n in range(2))],
-)
-def test_too_little_memory(call: str, other_calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Found out when the engine is made, in one line, and what there was of it is freed."""
-    machine = Machine()
-    original = getattr(machine.pycuda, call)
-    calls = 0
-
-    def last_fails(*arguments: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls > other_calls:
-            machine.gpu.refuse[call] = 1
-        return original(*arguments)
-
-    monkeypatch.setattr(machine.pycuda, call, last_fails, raising=False)
-    with pytest.raises(EngineError, match=r"CUDA: cannot have .* out of memory"):
-        machine.engine(TrtEngine)
-    machine.gpu.check_clean()
-
-
-def test_no_context(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine = Machine()
-    with machine.engine(TrtEngine) as engine:
-        machine.gpu.refuse["create_execution_context"] = 1
-        with pytest.raises(EngineError, match="makes no execution context: create_execution"):
-            engine.infer(images(2))
-        assert close(engine.infer(images(2)), expected(images(2)))
-
-
-def test_what_is_no_plan_is_refused() -> None:
-    machine = Machine()
-    with pytest.raises(EngineError, match=r"model\.plan: TensorRT does not load it: .*stdVersion"):
-        machine.engine(TrtEngine, b"garbage")
-    machine.gpu.check_clean()
-
-
-@pytest.mark.parametrize(
-    ("changes", "told"),
-    [
-        ({"input_type": "FLOAT"}, "not a plan of eps-deploy"),
-        ({"profiles": 2}, "not a plan of eps-deploy"),
-        ({"profile": (1, 4, 16)}, "where its sidecar says"),
-        ({"profile": (2, 4, 8)}, "where its sidecar says"),
-    ],
-)
-def test_a_stranger_s_plan_is_refused(changes: dict[str, Any], told: str) -> None:
-    machine = Machine()
-    plan = make_plan(network(), **{"profile": PROFILE, **changes})
-    with pytest.raises(EngineError, match=told):
-        machine.engine(TrtEngine, plan)
-    machine.gpu.check_clean()
-
-
 def test_host_code_is_allowed_to_version_compatible_plans_alone() -> None:
     for compatible in (True, False):
         machine = Machine()
@@ -378,140 +294,3 @@ def test_many_lives_leave_nothing() -> None:
     machine.gpu.check_clean()
     with machine.cuda.current():
         assert machine.cuda.free_memory() == machine.gpu.memory
-
-
-_SET = """            self._set(self._common, batch, log)
-            return _Pass"""
-_READ = """            self._stream.synchronize()
-            logits"""
-_STAGED = "staged = self._host_images.array[: len(images)]"
-_OWN = """        self._spare = None
-        return own"""
-
-# Each by what breaks: which module, which text in it, what stands there instead.
-MUTATIONS: dict[str, tuple[Any, list[tuple[str, str]]]] = {
-    "addresses swapped": (
-        lane,
-        [("(INPUT_NAME, self._images), (OUTPUT_NAME", "(OUTPUT_NAME, self._images), (INPUT_NAME")],
-    ),
-    "shape set for a larger batch alone": (
-        lane,
-        [
-            (
-                _SET,
-                _SET.replace(
-                    "self._set(self._common, batch, log)",
-                    "if batch > getattr(self, 'most', 0):"
-                    " self._set(self._common, batch, log); self.most = batch",
-                ),
-            )
-        ],
-    ),
-    "shape set once": (
-        lane,
-        [
-            (
-                _SET,
-                _SET.replace("self._set", "if not hasattr(self, 'once'): self.once = self._set"),
-            )
-        ],
-    ),
-    "not waited for": (lane, [(_READ, "            logits")]),
-    "float32 for uint8": (
-        lane,
-        [
-            ("cuda.page_locked(images, np.uint8)", "cuda.page_locked(images, np.float32)"),
-            ('casting="no"', 'casting="unsafe"'),
-        ],
-    ),
-    "a refused shape ignored": (lane, [("self._require(accepted,", "self._require(True,")]),
-    "a refused address ignored": (lane, [("self._require(taken,", "self._require(True,")]),
-    "a refused run ignored": (lane, [("self._require(done,", "self._require(True,")]),
-    "unknown shapes ignored": (lane, [("self._require(not unknown,", "self._require(True,")]),
-    "images buffer for the optimal batch": (
-        lane,
-        [("images = (plan.profile[2]", "images = (plan.profile[1]")],
-    ),
-    "memory of the GPU for the optimal batch": (
-        lane,
-        [("math.prod(images))", "math.prod(images) // 8 * plan.profile[1])")],
-    ),
-    "logits buffer for the optimal batch": (
-        lane,
-        [("logits = (plan.profile[2]", "logits = (plan.profile[1]")],
-    ),
-    "copied from memory that is not page-locked": (
-        lane,
-        [(_STAGED, "staged = np.empty(images.shape, np.uint8)")],
-    ),
-    "copied from memory that is freed early": (
-        lane,
-        [
-            (
-                "self._cuda.copy_in(self._images, staged, self._stream)",
-                "early = self._cuda.page_locked(images.shape, np.uint8); early.array[:] = images;"
-                " self._cuda.copy_in(self._images, early.array, self._stream); early.free()",
-            )
-        ],
-    ),
-    "the caller gets the buffer itself": (lane, [("found.copy()", "found")]),
-    "recorded without a first run": (
-        lane,
-        [("self._enqueue(_Pass(context, None), log)  # once", "pass  # once")],
-    ),
-    "one context for all graphs": (lane, [(_OWN, "        return own")]),
-    "sidecar not checked": (run, [("        sidecar.check(plan, self._host, name=name)\n", "")]),
-    "memory freed before the contexts": (
-        run,
-        [
-            ("steps.callback(lane.free)", "steps.callback(lane.release)"),
-            (
-                "                steps.callback(lane.release)\n\n    @",
-                "                steps.callback(lane.free)\n\n    @",
-            ),
-        ],
-    ),
-    "plan freed before the contexts": (
-        run,
-        [
-            ("            steps.callback(self._plan.free)\n", ""),
-            (
-                "steps.callback(lane.release)",
-                "steps.callback(lane.release)\n            steps.callback(self._plan.free)",
-            ),
-        ],
-    ),
-    "one lane for all threads": (
-        run,
-        [
-            ("return self._idle.pop()", "return self._lanes[0]"),
-            ("self._idle.append(lane)", "pass"),
-        ],
-    ),
-    "no context in the thread": (
-        run,
-        [("with self._cuda.current():\n            lane", "if True:\n            lane")],
-    ),
-    "nothing freed": (run, [("            self._free()\n", "            pass\n")]),
-    "default stream": (
-        lane,
-        [("self._stream.handle)\n            self._require", "0)\n            self._require")],
-    ),
-}
-
-
-@pytest.mark.parametrize("name", MUTATIONS)
-def test_a_broken_engine_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    module, edits = MUTATIONS[name]
-    broken = mutated(module, *edits)
-    if module is lane:
-        install(monkeypatch, run, lane, broken)
-        kind = run.TrtEngine
-    else:
-        kind = broken.TrtEngine
-    assert noticed(kind), f"{name}: no check fails"
-
-
-def test_the_engine_as_it_is_is_not() -> None:
-    """Or the test above would prove nothing."""
-    assert not noticed(TrtEngine)
