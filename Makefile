@@ -2,14 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+GPU := .venv-gpu/bin/python
+JOBS ?= 2
 TORCH := $(shell grep '^torch==' constraints.txt)
 BENCHMARKS := $(sort $(wildcard benchmarks/[!_]*.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench wheel clean
+.PHONY: help setup demo test check bench gpu-report wheel clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 
 setup: $(READY) ## Make .venv with all that the other targets need (PYTHON=python3.12 picks another Python)
 
@@ -25,8 +27,8 @@ $(READY): pyproject.toml constraints.txt
 demo: ## Train, compact, deploy and predict on digits, in a fresh folder demo/run-N
 	@./demo.sh
 
-test: $(READY) ## Run the tests, but for those marked slow (ARGS='-k gate' passes options to pytest)
-	$(BIN)/pytest -m 'not slow' $(ARGS)
+test: $(READY) ## Run the tests, but for those marked slow, JOBS files at a time (ARGS='-k gate' goes to pytest)
+	$(BIN)/pytest -m 'not slow' -n $(JOBS) --dist loadfile $(ARGS)
 
 check: $(READY) ## Lint, format check, types
 	$(BIN)/ruff check .
@@ -35,6 +37,17 @@ check: $(READY) ## Lint, format check, types
 
 bench: $(READY) ## Run every benchmark, one after another
 	@set -e; for script in $(BENCHMARKS); do echo "$$script"; $(BIN)/python "$$script"; done
+
+# pycuda is compiled here, which needs nvcc; where it does not compile the report says so.
+gpu-report: ## On an NVIDIA GPU: run all that needs one, write one report to send back
+	@nvidia-smi -L >/dev/null 2>&1 || { echo "gpu-report: nvidia-smi lists no NVIDIA GPU here; nothing was run" >&2; exit 1; }
+	test -x $(GPU) || $(PYTHON) -m venv .venv-gpu
+	$(GPU) -m pip install --quiet --disable-pip-version-check -c constraints.txt $(TORCH) hatchling
+	$(GPU) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	-$(GPU) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[trt]'
+	$(GPU) -m pip uninstall --quiet -y onnxruntime
+	$(GPU) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ort-gpu]'
+	$(GPU) benchmarks/_gpu_report.py
 
 wheel: $(READY) ## Build the wheel into dist/
 	$(BIN)/hatchling build -t wheel -d dist

@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import onnx
+import torch
 
 from eps_deploy.engines.base import INPUT_NAME, Images
 from eps_deploy.engines.ort import open_session
@@ -27,7 +28,7 @@ METHODS: tuple[Method, ...] = ("minmax", "entropy", "percentile")
 # times with 32, 1.5 times with 100.
 MIN_SAMPLES = 100
 SEED = 0
-_BATCH = 8  # images in flight: the activations of all layers lie in memory
+_BATCH = 4  # images in flight: the activations of all layers lie in memory
 _BINS = 2048
 _LEVELS = 128  # magnitudes 0..127
 _STRIDE = 16  # bins between the candidates of the entropy method
@@ -61,8 +62,6 @@ def pick(data: Data, samples: int, seed: int = SEED) -> Images:
     Raises:
         DataError: too few images.
     """
-    import torch  # here, because who merely quantises needs none
-
     _enough(samples, f"--calibration-samples {samples}")
     part = data.train
     _enough(len(part), f"data set {data.identity.name}: {len(part)} training images")

@@ -23,6 +23,7 @@ from eps_deploy.latency import Picture
 from eps_deploy.networks import Models
 from eps_deploy.onnx_types import executed_types, layer_types
 from eps_deploy.options import Options
+from eps_deploy.repair import Repair
 from eps_deploy.runtimes import Sides
 from eps_deploy.sources import Sources
 from eps_deploy.triton import Kind, Served
@@ -77,7 +78,7 @@ def picture(pixels: npt.NDArray[np.uint8], data: DataIdentity) -> Picture:
 
 
 def precision_entry(
-    options: Options, sources: Sources, models: Models, sides: Sides
+    options: Options, models: Models, sides: Sides, repair: Repair | None
 ) -> dict[str, Any]:
     """What was asked for, what stands in `model.onnx`, and what the runtime makes of it."""
     types = layer_types(onnx.load_from_string(models.compact))
@@ -91,6 +92,8 @@ def precision_entry(
         graph=dict(sorted(Counter(types.values()).items())),
         executed=executed,
         calibration=models.calibration,
+        kept=models.kept,
+        repair=repair,
     )
 
 

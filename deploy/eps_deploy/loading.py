@@ -41,10 +41,10 @@ def open_onnx(bundle: Bundle, *, provider: str = "", threads: int | None = None)
     On the processor, and with the arithmetic of the file, unless `provider` is the execution
     provider of the manifest.
     """
-    from eps_deploy.engines.ort import PROVIDERS, OrtEngine
+    from eps_deploy.engines.ort import PROVIDERS, OrtEngine, Provider
 
     recorded = bundle.manifest["engine"]
-    known = {full: short for short, full in PROVIDERS.items()}
+    known: dict[str, Provider] = {full: short for short, full in PROVIDERS.items()}
     engine = OrtEngine(
         bundle.read(ONNX),
         name=str(bundle.root / ONNX),

@@ -17,6 +17,7 @@ from eps_deploy.engines.base import Images
 from eps_deploy.export import Deployed, export_onnx
 from eps_deploy.options import Options
 from eps_deploy.quantize import quantize
+from eps_deploy.repair import units
 from eps_deploy.sources import Sources
 from eps_deploy.stages import Stages
 from eps_train import graph
@@ -40,12 +41,14 @@ class Networks:
 class Models:
     """The bytes of `model.onnx` and `baseline.onnx`, both in the same precision.
 
-    `calibration` says on what int8 was calibrated: `samples`, `method`, `sha256` of the pixels.
+    `calibration` says on what int8 was calibrated: `samples`, `method`, `sha256` of the pixels;
+    `kept` names the blocks that are in higher precision.
     """
 
     compact: bytes
     baseline: bytes
     calibration: dict[str, Any] | None = None
+    kept: tuple[str, ...] = ()
 
     def files(self) -> dict[str, bytes]:
         """By their names in the bundle."""
@@ -72,20 +75,33 @@ def build(sources: Sources) -> Networks:
 
 
 def export(
-    options: Options, sources: Sources, networks: Networks, stages: Stages, kept: Sequence[str] = ()
+    options: Options,
+    sources: Sources,
+    networks: Networks,
+    calibration: Images | None,
+    stages: Stages,
+    kept: Sequence[str] = (),
 ) -> Models:
     """Both networks as ONNX files in the precision asked for, calibrated on the same images.
 
-    Blocks `kept` of the compact network stay in higher precision.
+    Args:
+        calibration: raw training images, uint8 `[N, C, H, W]`, for int8.
+        kept: blocks of the compact network that stay in higher precision.
     """
     origin = sources.baseline or sources.checkpoint
-    compact = _Source(networks.compact, sources.compact.data, sources.compact.digest, tuple(kept))
-    baseline = _Source(networks.baseline, origin.data, origin.digest, ())
-    calibration = _calibration(options, sources)
+    compact = _Source(
+        networks.compact,
+        sources.compact.data,
+        sources.compact.digest,
+        tuple(kept),
+        sources.blocks(),
+    )
+    baseline = _Source(networks.baseline, origin.data, origin.digest)
     return Models(
         compact=_model(options, "model", compact, calibration, stages),
         baseline=_model(options, "baseline", baseline, calibration, stages),
         calibration=None if calibration is None else _described(options, calibration),
+        kept=tuple(kept),
     )
 
 
@@ -94,15 +110,8 @@ class _Source:
     network: Deployed
     identity: DataIdentity
     digest: str
-    kept: tuple[str, ...]
-
-
-def _calibration(options: Options, sources: Sources) -> Images | None:
-    if not options.precision.quantized:
-        return None
-    return calibrating.calibration_images(
-        sources.compact.data, options.data_root, options.calibration_samples
-    )
+    kept: tuple[str, ...] = ()
+    blocks: tuple[str, ...] = ()
 
 
 def _described(options: Options, calibration: Images) -> dict[str, Any]:
@@ -119,7 +128,7 @@ def _model(
     key = {
         "digest": source.digest,
         "precision": options.precision.name,
-        "kept": source.kept,
+        "kept": () if options.precision.quantized else source.kept,
         "versions": {name: version(name) for name in _EXPORTERS},
     }
     path = f"{name}.onnx"
@@ -132,15 +141,18 @@ def _model(
                 Path(folder) / path,
                 precision=options.precision,
                 source=source.digest,
+                kept=() if options.precision.quantized else source.kept,
             )
             return (Path(folder) / path).read_bytes()
 
     model = stages.content(f"export-{name}", key, exported)
-    if calibration is None:
+    if calibration is None or (
+        source.kept and set(source.kept) >= set(units(model, source.blocks))
+    ):
         return model
     return stages.content(
         f"quantize-{name}",
-        key | _described(options, calibration) | {"onnxruntime": version("onnxruntime")},
+        key | _described(options, calibration) | {"kept": source.kept},
         lambda: quantize(model, calibration, options.precision, method=options.calibration_method),
     )
 

@@ -11,14 +11,28 @@ from typing import Any
 
 import numpy as np
 
-from eps_deploy import contents, measures, networks, plans, report, reproduction, runtimes, triton
+from eps_deploy import (
+    contents,
+    measures,
+    networks,
+    plans,
+    repairing,
+    report,
+    reproduction,
+    runtimes,
+    triton,
+)
 from eps_deploy.bundle_writer import BundleWriter
+from eps_deploy.calibration import pick
+from eps_deploy.engines.base import Images
 from eps_deploy.engines.trt.sidecar import PLAN
 from eps_deploy.latency import Latency, save_samples
 from eps_deploy.measures import TestPart
 from eps_deploy.networks import Models, Networks
 from eps_deploy.options import Options
 from eps_deploy.parity import Parity
+from eps_deploy.repair import Repair
+from eps_deploy.repairing import repaired
 from eps_deploy.report import Check
 from eps_deploy.report_html import render as render_html
 from eps_deploy.report_markdown import render as render_markdown
@@ -39,14 +53,21 @@ def deploy(options: Options, say: Say) -> dict[str, Any]:
     writer = BundleWriter(options.output, force=options.force)
     if options.engine == "trt" and not options.defer_build:
         plans.require(options)
-    sources, part = _read(options, say)
+    sources, part, calibration = _read(options, say)
     with writer:
         stages = Stages(writer.stages, resume=options.resume)
-        job = _Job(options, sources, part, networks.build(sources), stages, say)
+        built = networks.build(sources)
+        job = _Job(options, sources, part, built, stages, say)
         with _timed(say, "exported model.onnx and baseline.onnx"):
-            models = networks.export(options, sources, job.networks, stages)
-        with runtimes.opened(options, job.networks, models, stages, say) as sides:
-            found = job.measure(models, sides)
+            models = networks.export(options, sources, built, calibration, stages)
+        repair: Repair | None = None
+        if options.repair:
+            with _timed(say, "looked for blocks to keep in higher precision"):
+                models, repair = repaired(
+                    options, sources, built, models, calibration, part, stages, say
+                )
+        with runtimes.opened(options, built, models, stages, say) as sides:
+            found = job.measure(models, sides, repair)
         job.write(writer.folder, models, sides, found)
         file = PLAN if PLAN in sides.files else "model.onnx"
         writer.commit(contents.manifest_fields(options, sources, sides.describe(options), file))
@@ -60,7 +81,7 @@ def plan(options: Options) -> list[str]:
     lines: list[str] = []
     if options.engine == "trt" and not options.defer_build:
         plans.require(options)
-    _, part = _read(options, lines.append)
+    _, part, _ = _read(options, lines.append)
     name = options.precision.name
     lines.append(f"would export model.onnx and baseline.onnx in {name}")
     if options.precision.quantized:
@@ -84,11 +105,16 @@ def plan(options: Options) -> list[str]:
     return lines
 
 
-def _read(options: Options, say: Say) -> tuple[Sources, TestPart]:
+def _read(options: Options, say: Say) -> tuple[Sources, TestPart, Images | None]:
+    """The files, the test images, and for int8 the images to calibrate on."""
     sources = find_sources(options.model, options.checkpoint, options.baseline)
     say(f"baseline: {sources.baseline_path or 'none trained; full depth, for latency only'}")
-    test = load_again(sources.compact.data, options.data_root).test
-    return sources, TestPart(images=test.images.numpy(), labels=test.labels.numpy())
+    if options.repair:
+        repairing.require(sources)
+    data = load_again(sources.compact.data, options.data_root)
+    part = TestPart(images=data.test.images.numpy(), labels=data.test.labels.numpy())
+    quantized = options.precision.quantized
+    return sources, part, pick(data, options.calibration_samples) if quantized else None
 
 
 @dataclass(slots=True)
@@ -110,7 +136,7 @@ class _Job:
     stages: Stages
     say: Say
 
-    def measure(self, models: Models, sides: Sides) -> _Found:
+    def measure(self, models: Models, sides: Sides, repair: Repair | None) -> _Found:
         options, sources = self.options, self.sources
         with _timed(self.say, "compared the logits of every stage"), cpu_threads(1):
             proven = self._once("parity", models, lambda: self._parity(sides))
@@ -135,7 +161,7 @@ class _Job:
             "passed": report.verdict(checks, deferred=sides.compact.engine is None),
             "lossless": sources.compact.certificate.get("lossless", True),
             "engine": options.engine,
-            "precision": contents.precision_entry(options, sources, models, sides),
+            "precision": contents.precision_entry(options, models, sides, repair),
             "goals": {
                 "max_accuracy_drop": options.max_accuracy_drop,
                 "min_speedup": options.min_speedup,

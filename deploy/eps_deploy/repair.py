@@ -63,7 +63,8 @@ def repair(candidates: Sequence[str], attempt: Callable[[tuple[str, ...]], Trial
 
     Args:
         candidates: what may be kept, in the order of computation: see :func:`units`.
-        attempt: builds the network with these kept (in the order of `candidates`) and measures it.
+        attempt: builds the network with these kept (in the order of `candidates`) and measures it;
+            with all of them kept nothing is reduced any more, which `quantize` refuses to do.
     """
     search = _Search(candidates, attempt)
     before = search.keeping(())

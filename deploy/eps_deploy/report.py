@@ -18,6 +18,7 @@ from eps_deploy.latency import Comparison, Latency
 from eps_deploy.machine import machine
 from eps_deploy.parity import Parity
 from eps_deploy.precision import Precision
+from eps_deploy.repair import Repair
 
 SCHEMA = 2
 _PACKAGES = (
@@ -146,6 +147,7 @@ def precision_entry(
     executed: Mapping[str, int] | None,
     calibration: Mapping[str, Any] | None = None,
     kept: Sequence[str] = (),
+    repair: Repair | None = None,
 ) -> dict[str, Any]:
     """What was asked for, and what the model file and the runtime made of it.
 
@@ -155,13 +157,21 @@ def precision_entry(
         executed: the same of what the runtime really runs; None where it does not tell.
         calibration: `samples`, `method` and `sha256`, for int8.
         kept: blocks that `--repair` kept in higher precision.
+        repair: how they were found; None without `--repair`.
     """
+    found = repair and {
+        "trials": repair.trials,
+        "drop_before": repair.before.value,
+        "drop_after": repair.after.value,
+        "passed": repair.after.passed,
+    }
     return {
         **asdict(precision),
         "graph": dict(graph),
         "executed": None if executed is None else dict(executed),
         "calibration": None if calibration is None else dict(calibration),
         "kept": list(kept),
+        "repair": found,
     }
 
 

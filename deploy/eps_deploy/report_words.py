@@ -222,7 +222,15 @@ def precision_rows(report: Report) -> list[tuple[str, str]]:
         text = f"{calibration['samples']:,} training images, method {calibration['method']}"
         rows.append(("int8 calibration", f"{text}, SHA-256 {calibration['sha256'][:12]}…"))
     if found["kept"]:
-        rows.append(("blocks kept in higher precision", ", ".join(found["kept"])))
+        whole = found["quantized"] and "int8" not in found["graph"]
+        all_of_it = " (that is all of it: nothing is left in int8)" if whole else ""
+        names = ", ".join(found["kept"]) + all_of_it
+        rows.append(("blocks kept in higher precision", names))
+    if repair := found["repair"]:
+        drops = f"{repair['drop_before']:+.2f} to {repair['drop_after']:+.2f} points"
+        outcome = "" if repair["passed"] else "; the limit does not hold even so"
+        text = f"the drop went from {drops} in {repair['trials']} trials{outcome}"
+        rows.append(("repair", text))
     return rows
 
 

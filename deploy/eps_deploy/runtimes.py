@@ -117,7 +117,7 @@ def _ort(
             return Side(torch=torch, reference=engine.infer, engine=engine, same=True)
         return Side(
             torch=torch,
-            reference=_reference(options, torch, model, name, stack),
+            reference=reference(options, torch, model, name, stack),
             engine=engine,
             rounds_otherwise=quantized,
         )
@@ -146,8 +146,8 @@ def _trt(
             engine = stack.enter_context(plan.open(options, f"{name}.plan"))
             if name == "model":
                 files.update(plan.files())
-        reference = _reference(options, torch, model, f"{name}.onnx", stack)
-        return Side(torch=torch, reference=reference, engine=engine)
+        held = reference(options, torch, model, f"{name}.onnx", stack)
+        return Side(torch=torch, reference=held, engine=engine)
 
     return Sides(
         compact=side(networks.compact, models.compact, "model"),
@@ -156,7 +156,7 @@ def _trt(
     )
 
 
-def _reference(
+def reference(
     options: Options, torch: Deployed, model: bytes, name: str, stack: ExitStack
 ) -> Infer:
     """What the ONNX file says, on the CPU."""

@@ -29,6 +29,11 @@ class Sources:
     baseline: Checkpoint | None
     baseline_path: Path | None
 
+    def blocks(self) -> tuple[str, ...]:
+        """The residual blocks that the compact network has, in the order of computation."""
+        network = self.compact.network
+        return tuple(name for name in network.all_blocks() if name not in network.removed)
+
 
 def find_sources(
     model: Path, checkpoint: Path | None = None, baseline: Path | None = None

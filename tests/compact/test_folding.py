@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from eps_compact import compact
 from eps_compact.folding import BatchNorms, Pair, fold, refold, unfolded_state
 from eps_train import graph
+from eps_train.vision import import_torchvision
 from tests.checkpoints import make_checkpoint
 
 BOUND = 2e-6  # of these networks, which are shallow
@@ -181,6 +182,50 @@ def test_weights_that_two_convolutions_share_do_not_fold() -> None:
     model = Steps(in_turn)
     model.other.weight = model.conv.weight
     check(model, images(), [])
+
+
+def with_activation(**options: Any) -> nn.Module:
+    import_torchvision()  # which timm imports
+    from timm.layers.norm_act import BatchNormAct2d
+
+    return BatchNormAct2d(8, **options)
+
+
+def test_of_a_batch_norm_with_an_activation_the_activation_stays() -> None:
+    layers = nn.Sequential(
+        nn.Conv2d(4, 8, 3, bias=False),
+        with_activation(act_layer=nn.SiLU),
+        nn.Conv2d(8, 8, 1),
+        with_activation(apply_act=False),
+    )
+    folded = check(layers, images(), [("0", "1"), ("2", "3")])
+    assert isinstance(folded.get_submodule("1"), nn.SiLU)
+    assert sorted(folded.state_dict()) == ["0.bias", "0.weight", "2.bias", "2.weight"]
+    model = lively(layers)
+    pairs = fold(model)[1]
+    again = lively(layers)
+    filled = unfolded_state(folded.state_dict(), pairs)
+    again.load_state_dict({name: filled[name] for name in again.state_dict()})
+    refold(again, pairs, folded.state_dict())
+    assert torch.equal(again(images()), folded(images()))
+
+
+def test_an_activation_with_numbers_of_its_own_does_not_fold() -> None:
+    check(nn.Sequential(nn.Conv2d(4, 8, 3), with_activation(act_layer=nn.PReLU)), images(), [])
+
+
+def test_a_batch_norm_with_an_activation_behind_two_convolutions_stays() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 1)
+            self.norm = with_activation()
+
+        def forward(self, x: Tensor) -> Tensor:
+            found: Tensor = self.norm(self.b(self.norm(self.a(x))))
+            return found
+
+    check(Twice(), images(), [])
 
 
 def test_hooks_do_not_fold() -> None:

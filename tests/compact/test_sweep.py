@@ -104,6 +104,18 @@ def test_where_time_is_short_several_blocks_go_at_once(monkeypatch: pytest.Monke
     assert found.chosen_on == 64
 
 
+def test_each_network_is_timed_beside_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few at once, so that many networks do not have to be in memory together."""
+    monkeypatch.setattr(module, "TOGETHER", 2)
+    timer = LayerTimer()
+    found = sweep(make_checkpoint(depth=14), DIGITS.validation, timer=timer, seconds=60)
+    assert [len(without) for without in timer.calls] == [3, 3, 3]
+    assert all(without[0] == () for without in timer.calls)
+    assert [p.speedup.value for p in found.points] == [
+        found.points[0].ms.value / p.ms.value for p in found.points
+    ]
+
+
 def test_no_time_for_a_step_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"^the sweep's 0\.001 seconds are too few: .* more$"):
         sweep(make_checkpoint(), DIGITS.validation, timer=LayerTimer(), seconds=0.001)

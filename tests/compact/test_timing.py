@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from eps_compact.branch_costs import branch_costs
-from eps_compact.timing import MAX_ROUNDS, MIN_ROUNDS, Runs, TorchTimer, block_times, plain, plan
-from eps_train import graph
+from eps_compact.timing import (
+    MAX_ROUNDS,
+    MIN_ROUNDS,
+    Measure,
+    Runs,
+    TorchTimer,
+    block_times,
+    plain,
+    plan,
+)
+from eps_train import data, graph
 from eps_train.gate import EpsilonGate
 from eps_train.networks import CifarResNet
 
@@ -22,13 +31,16 @@ class LayerTimer:
     name = "a millisecond a convolution"
 
     def __init__(self) -> None:
-        self.networks: Sequence[nn.Module] = ()
+        self.calls: list[Sequence[Collection[str]]] = []
 
-    def __call__(
-        self, networks: Sequence[nn.Module], image: Tensor, seconds: float
-    ) -> list[list[Runs]]:
-        self.networks = networks
-        return [[np.full(3, self._time(network))] * 4 for network in networks]
+    def load(self, model: fx.GraphModule, image: Tensor) -> Measure:
+        assert image.dtype == torch.uint8
+
+        def measure(without: Sequence[Collection[str]], seconds: float) -> list[list[Runs]]:
+            self.calls.append(without)
+            return [[np.full(3, self._time(plain(model, blocks)))] * 4 for blocks in without]
+
+        return measure
 
     def _time(self, network: nn.Module) -> float:
         convolutions = [m for m in network.modules() if isinstance(m, nn.Conv2d)]
@@ -38,9 +50,10 @@ class LayerTimer:
 def test_each_kind_is_timed_once_and_shared_out() -> None:
     model = graph.trace(CifarResNet(depth=20, width=4).eval())
     timer = LayerTimer()
-    image = torch.zeros(1, 3, 32, 32)
-    times = block_times(model, branch_costs(model, (3, 32, 32)), timer, image, 1.0)
-    assert len(timer.networks) == 1 + 6, "the whole network, and one without each kind"
+    measure = timer.load(model, torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+    times = block_times(branch_costs(model, (3, 32, 32)), measure, 1.0)
+    (without,) = timer.calls
+    assert len(without) == 1 + 6, "the whole network, and one without each kind"
     assert {b: t.value for b, t in times.items()} == {
         b: 4.0 if b.startswith("stages.2") else 2.0 for b in graph.gates(model)
     }
@@ -56,13 +69,18 @@ def test_what_is_timed_is_what_ships() -> None:
 
 
 def test_torch_times_every_network_as_often_as_the_others() -> None:
-    """Even without any time, a few rounds are made; threads are as before."""
+    """Even without any time, a few rounds are made; threads and network are as before."""
     threads = torch.get_num_threads()
-    networks = [nn.Conv2d(1, 1, 3).eval(), nn.Conv2d(1, 2, 3).eval()]
-    found = TorchTimer()(networks, torch.zeros(1, 1, 8, 8), seconds=0.0)
+    model = graph.trace(CifarResNet(depth=8, width=4, in_channels=1).eval())
+    before = dict(model.named_modules())
+    timer = TorchTimer(data.load("digits").identity)
+    measure = timer.load(model, torch.zeros(1, 1, 8, 8, dtype=torch.uint8))
+    found = measure([(), ("stages.1.0",)], 0.0)
     assert [len(rounds) for rounds in found] == [MIN_ROUNDS, MIN_ROUNDS]
     assert all((runs > 0).all() for rounds in found for runs in rounds)
     assert torch.get_num_threads() == threads
+    assert dict(model.named_modules()) == before
+    assert "torch" in timer.name
 
 
 @pytest.mark.parametrize(
@@ -76,9 +94,22 @@ def test_more_rounds_come_before_longer_ones(turns: int, expected: tuple[int, in
 @pytest.mark.gpu
 def test_torch_waits_for_the_gpu() -> None:
     """A large product takes long on any GPU; a timer that did not wait would see microseconds."""
-    layer = nn.Linear(8192, 8192, device="cuda").eval()
-    work = nn.Sequential(*[layer] * 50)
-    found = TorchTimer()([work], torch.zeros(1, 1, 4096, 8192, device="cuda"), seconds=0.5)
+
+    class Products(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8192, 8192)
+
+        def forward(self, images: Tensor) -> Tensor:
+            rows = images.reshape(4096, 8192)
+            for _ in range(50):
+                rows = self.layer(rows)
+            return rows
+
+    model = graph.trace(Products().eval()).to("cuda")
+    image = torch.zeros(1, 1, 4096, 8192, dtype=torch.uint8, device="cuda")
+    measure = TorchTimer(data.load("digits").identity).load(model, image)
+    ((*rounds,),) = measure([()], 0.5)
     flops = 50 * 2 * 4096 * 8192**2
-    fastest = min(float(runs.min()) for runs in found[0]) / 1000
+    fastest = min(float(runs.min()) for runs in rounds) / 1000
     assert flops / fastest < 2e15, "faster than any GPU there is"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,8 @@ def digits() -> Data:
 
 def test_images_are_distinct_ones_of_the_training_part(digits: Data) -> None:
     images = calibration.pick(digits, COUNT)
-    assert (images.shape, images.dtype) == ((COUNT, 1, 8, 8), np.uint8)
+    assert images.shape == (COUNT, 1, 8, 8)
+    assert images.dtype == np.uint8
     train = [image.tobytes() for image in digits.train.images.numpy()]
     chosen = [image.tobytes() for image in images]
     places = [train.index(image) for image in chosen]
@@ -56,8 +58,11 @@ def test_too_few_are_refused_with_the_number_that_is_enough(digits: Data, sample
         calibration.pick(digits, samples)
 
 
-def magnitude_model() -> onnx.ModelProto:
-    """`pixels` as float, and `layer`: each pixel sum times 2."""
+SIDE = 4
+
+
+def magnitude_model(weights: Sequence[float] = (-2.0,) + (0.0,) * 15) -> onnx.ModelProto:
+    """`pixels` as float, and `layer`, their weighted sum: of the first one, doubled."""
     nodes = [
         helper.make_node("Cast", ["images"], ["pixels"], to=TensorProto.FLOAT),
         helper.make_node("Flatten", ["pixels"], ["flat"]),
@@ -67,10 +72,10 @@ def magnitude_model() -> onnx.ModelProto:
     graph = helper.make_graph(
         nodes,
         "magnitudes",
-        [helper.make_tensor_value_info("images", TensorProto.UINT8, ["N", 1, 1, 1])],
+        [helper.make_tensor_value_info("images", TensorProto.UINT8, ["N", 1, SIDE, SIDE])],
         [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", 1])],
         [
-            helper.make_tensor("weight", TensorProto.FLOAT, [1, 1], [-2.0]),
+            helper.make_tensor("weight", TensorProto.FLOAT, [SIDE * SIDE, 1], weights),
             helper.make_tensor("offset", TensorProto.FLOAT, [1], [0.0]),
         ],
     )
@@ -78,7 +83,10 @@ def magnitude_model() -> onnx.ModelProto:
 
 
 def pixels(values: list[int]) -> Images:
-    return np.array(values, np.uint8).reshape(-1, 1, 1, 1)
+    """Images of which the first pixel has these values."""
+    images = np.zeros((len(values), 1, SIDE, SIDE), np.uint8)
+    images[:, 0, 0, 0] = values
+    return images
 
 
 def test_minmax_is_the_largest_magnitude_over_all_batches() -> None:
@@ -91,11 +99,16 @@ def test_minmax_is_the_largest_magnitude_over_all_batches() -> None:
 
 @pytest.mark.parametrize("method", ["percentile", "entropy"])
 def test_an_outlier_is_cut_off_but_not_of_the_pixels(method: Method) -> None:
-    """Of 30,000 values one is five times as large as all others."""
-    images = pixels([*np.random.default_rng(0).integers(0, 50, 30_000).tolist(), 250])
-    found = ranges(magnitude_model(), ["layer", "pixels"], images, method)
+    """Of 30,000 values one is five times as large as nearly all others."""
+    random = np.random.default_rng(0)
+    images = random.integers(0, 50, (30_000, 1, SIDE, SIDE), dtype=np.uint8)
+    weights = random.standard_normal(SIDE * SIDE)
+    images[-1] = np.where(weights > 0, 250, 0).reshape(1, SIDE, SIDE)
+    model = magnitude_model(weights.tolist())
+    most = ranges(model, ["layer"], images[:-1], "minmax")["layer"]
+    found = ranges(model, ["layer", "pixels"], images, method)
     assert found["pixels"] == 250
-    assert 49 <= found["layer"] <= 110
+    assert 0.5 * most < found["layer"] < 1.2 * most
 
 
 @pytest.mark.parametrize("method", ["minmax", "percentile", "entropy"])

@@ -216,4 +216,4 @@ def test_the_machine_that_runs_this_test() -> None:
         watch.look()
         found = watch.conditions()
     assert found.seconds > 0
-    assert found.others is None or 0 <= found.others <= found.cores + 1
+    assert found.others is None or found.others >= 0  # in ticks of 10 ms: no more can be said

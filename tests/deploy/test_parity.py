@@ -57,7 +57,9 @@ def test_the_worst_image_is_named_by_its_index_in_the_test_part() -> None:
 
 
 def test_the_limit_is_relative_to_the_largest_logit() -> None:
-    largest = max(float(np.abs(logits).max()) for logits in parity.passes(reference, IMAGES, BATCHES))
+    largest = max(
+        float(np.abs(logits).max()) for logits in parity.passes(reference, IMAGES, BATCHES)
+    )
     for share, passed in ((0.9e-2, True), (1.1e-2, False)):
         assert compare(shifted(share * largest), limit=1e-2).passed is passed
 

@@ -13,6 +13,7 @@ import pytest
 from eps_deploy import load_bundle, measures
 from eps_deploy.cli import main
 from tests.commands import Result, files_in, run
+from tests.deploy.conftest import make_workshop
 
 ANYTHING_GOES = ("--min-speedup", "0", "--max-accuracy-drop", "100", "--latency-budget", "0.4")
 DEFERRED = ("--engine", "trt", "--defer-build")
@@ -46,6 +47,31 @@ def test_int8_is_judged_by_the_arithmetic_of_the_file(workshop: Path) -> None:
     assert set(precision["graph"]) == {"int8"}
     assert len(report["latency"]) == 2
     assert load_bundle(workshop / "bundle").manifest["precision"] == "int8"
+
+
+def test_repair_keeps_blocks_until_the_accuracy_holds(tmp_path: Path) -> None:
+    """In int8 this untrained network answers 3.1 points worse than its baseline, in float 1.7."""
+    folder = make_workshop(tmp_path, seed=6)
+    flags = ("--int8", "--calibration-samples", "100", "--repair", "--max-accuracy-drop", "2.8")
+    deploy(folder, "--engine", "ort", *flags)
+    report = report_of(folder)
+    precision, repair = report["precision"], report["precision"]["repair"]
+    assert repair["drop_before"] > 2.8 >= repair["drop_after"]
+    assert repair["passed"]
+    assert repair["trials"] > 2
+    assert precision["kept"]
+    assert "float32" in precision["graph"]
+    assert report["accuracy"]["drop"]["points"] == pytest.approx(repair["drop_after"])
+    (check,) = [check for check in report["checks"] if check["name"] == "accuracy"]
+    assert check["passed"]
+    assert "blocks kept in higher precision" in (folder / "bundle" / "report.md").read_text()
+
+
+def test_repair_wants_something_to_measure_against(workshop: Path) -> None:
+    (workshop / "baseline.pt").unlink()
+    result = deploy(workshop, "--engine", "ort", "--int8", "--repair")
+    assert result.code == 1
+    assert "--repair: there is no trained baseline" in result.error
 
 
 def test_fp16_on_the_processor_is_a_check_of_accuracy_alone(workshop: Path) -> None:

@@ -143,6 +143,7 @@ _EXTRAS = {
     "PIL": "ort",
     "tensorrt": "trt",
     "pycuda": "trt",
+    "cuda": "trt",
 }
 
 

@@ -21,7 +21,7 @@ from eps_deploy.engines.base import (
 )
 
 Provider = Literal["cpu", "cuda", "tensorrt"]
-PROVIDERS = {
+PROVIDERS: dict[Provider, str] = {
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",

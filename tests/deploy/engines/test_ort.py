@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnx.reference
+import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
 from eps_deploy.engines.base import Engine, EngineError
-from eps_deploy.engines.ort import OrtEngine
+from eps_deploy.engines.ort import OrtEngine, Provider
+from eps_deploy.export import export_onnx
+from eps_deploy.precision import PRECISIONS
+from eps_deploy.quantize import quantize
 from eps_train.errors import DataError
+
+from ..test_export import identity, network
 
 
 def tiny_model(
@@ -98,14 +106,114 @@ def test_image_size_must_be_fixed() -> None:
         OrtEngine(tiny_model(height="H"))
 
 
-def test_the_provider_that_really_runs_is_asserted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """ONNX Runtime falls back in silence when a provider cannot be had."""
-    monkeypatch.setattr("eps_deploy.engines.ort.PROVIDER", "CUDAExecutionProvider")
-    with (
-        pytest.warns(UserWarning, match="CUDAExecutionProvider"),
-        pytest.raises(EngineError, match="not on CUDAExecutionProvider"),
-    ):
-        OrtEngine(tiny_model())
+GPU = ("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider")
+
+
+class FakeSession:
+    """Takes what it is given, and says that it runs on the providers `granted`."""
+
+    granted: Sequence[str] = GPU
+    providers: Sequence[tuple[str, dict[str, str]]] = ()
+
+    def __init__(self, model: bytes, options: object, **arguments: Any) -> None:
+        assert arguments["enable_fallback"] == 0
+        type(self).providers = arguments["providers"]
+        self._real = RealSession(model, options, providers=["CPUExecutionProvider"])
+
+    def get_providers(self) -> list[str]:
+        return list(self.granted)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+
+RealSession = onnxruntime.InferenceSession
+
+
+@pytest.fixture
+def with_gpu(monkeypatch: pytest.MonkeyPatch) -> type[FakeSession]:
+    """An ONNX Runtime with all of its providers."""
+    session = type("Session", (FakeSession,), {})
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: list(GPU))
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: print("what is missing"))
+    return session
+
+
+@pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
+def test_an_onnxruntime_without_gpu_names_the_one_that_has_it(
+    monkeypatch: pytest.MonkeyPatch, provider: Provider
+) -> None:
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(EngineError, match=r"a\.onnx: .*eps-resnet\[ort-gpu\]") as refusal:
+        OrtEngine(tiny_model(), provider=provider, name="a.onnx")
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("provider", "remedy"), [("cuda", "eps-doctor"), ("tensorrt", "libnvinfer.so.10")]
+)
+def test_the_provider_that_really_runs_is_asserted(
+    with_gpu: type[FakeSession], provider: Provider, remedy: str
+) -> None:
+    """ONNX Runtime falls back in silence when a provider's libraries do not load."""
+    with_gpu.granted = ["CPUExecutionProvider"]
+    with pytest.raises(EngineError, match=f"runs it on CPU.*, not on .*{remedy}") as refusal:
+        OrtEngine(tiny_model(), provider=provider)
+    assert "\n" not in str(refusal.value)
+
+
+def test_cuda_rounds_to_tf32_only_when_asked(
+    with_gpu: type[FakeSession], capfd: pytest.CaptureFixture[str]
+) -> None:
+    with_gpu.granted = GPU[1:]
+    for tf32, flag in ((False, "0"), (True, "1")):
+        with OrtEngine(tiny_model(), provider="cuda", tf32=tf32) as engine:
+            told = engine.describe()
+        assert with_gpu.providers[0] == ("CUDAExecutionProvider", {"use_tf32": flag})
+        assert (told["provider"], told["tf32"]) == ("CUDAExecutionProvider", tf32)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_tensorrt_is_tried_before_cuda(with_gpu: type[FakeSession]) -> None:
+    with OrtEngine(tiny_model(), provider="tensorrt") as engine:
+        assert engine.describe()["provider"] == "TensorrtExecutionProvider"
+    assert tuple(name for name, _ in with_gpu.providers) == GPU
+
+
+def test_the_largest_batch_is_a_choice() -> None:
+    images = np.zeros((3, 3, 2, 2), np.uint8)
+    with OrtEngine(tiny_model(), max_batch=2) as engine:
+        assert (engine.max_batch, engine.describe()["max_batch"]) == (2, 2)
+        with pytest.raises(DataError, match="1 to 2 images, not 3"):
+            engine.infer(images)
+    with pytest.raises(EngineError, match="at least 1, not 0"):
+        OrtEngine(tiny_model(), max_batch=0)
+
+
+def test_bfloat16_cannot_run_on_the_cpu(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "model.onnx"
+    export_onnx(network(3), identity((8, 8), 3), path, precision=PRECISIONS["bf16"])
+    with pytest.raises(EngineError, match=r"bfloat16 .* use --fp32 or --fp16") as refusal:
+        OrtEngine(path.read_bytes())
+    assert "\n" not in str(refusal.value)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_exact_arithmetic_is_that_of_the_file(tmp_path: Path) -> None:
+    """Not ONNX Runtime's int8 kernels, which round biases too; TensorRT does as the file says."""
+    path = tmp_path / "model.onnx"
+    export_onnx(network(3), identity((8, 8), 3), path)
+    images = np.random.default_rng(0).integers(0, 256, (100, 3, 8, 8), dtype=np.uint8)
+    model = quantize(path.read_bytes(), images, PRECISIONS["int8"])
+    reference = onnx.load_from_string(model)
+    reference.opset_import[0].version = 19  # the first that the evaluator knows; it means the same
+    evaluator = onnx.reference.ReferenceEvaluator(reference)
+    expected = np.asarray(next(iter(evaluator.run(None, {"images": images[:4]}))))
+    with OrtEngine(model, exact_qdq=True) as engine:
+        assert engine.describe()["exact_qdq"]
+        found = engine.infer(images[:4])
+    assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
 def test_a_closed_engine_says_so(tmp_path: Path) -> None:

@@ -1,0 +1,100 @@
+# Images that serve a bundle, one target for each engine:
+#   cpu   ONNX Runtime on the processor
+#   cuda  ONNX Runtime on an NVIDIA GPU
+#   trt   TensorRT; pycuda is compiled in a stage of its own
+#
+#   docker build --target cpu -t eps-resnet:cpu .
+#   docker run --read-only -p 8000:8000 -v ./bundle:/models:ro eps-resnet:cpu
+#
+# A bundle of the build context can be baked in: --build-arg BUNDLE=bundle
+# What a GPU needs beside its driver comes from Python packages, so that one base serves all targets.
+# Another base needs Python 3.11 or later and its venv module; give it for each target that is built:
+#   --build-arg BASE_IMAGE=...
+ARG BASE_IMAGE=python:3.11-slim-bookworm
+
+
+# pip stands apart from what it installs: no image has it.
+FROM ${BASE_IMAGE} AS tools
+SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
+ENV PIP_CACHE_DIR=/var/cache/pip \
+    PIP_CONSTRAINT=/build/deploy/image/constraints.txt \
+    PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    PIP_ROOT_USER_ACTION=ignore
+WORKDIR /build
+RUN python3 -m venv /opt/pip && python3 -m venv --without-pip /opt/eps
+COPY deploy/image/constraints.txt deploy/image/
+COPY pyproject.toml ./
+# The extras' packages without our own, so that a change of our code installs none of them again.
+RUN python3 -c "import tomllib; \
+project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+extras = {'cpu': ['ort'], 'cuda': ['ort-gpu'], 'trt': ['ort', 'trt']}; \
+[open(target + '.txt', 'w').write('\n'.join(project['dependencies'] + \
+[line for extra in names + ['serve'] for line in project['optional-dependencies'][extra]])) \
+for target, names in extras.items()]"
+
+
+FROM tools AS wheel
+RUN --mount=type=cache,target=/var/cache/pip \
+    /opt/pip/bin/pip install hatchling
+COPY LICENSE README.md ./
+COPY train train
+COPY compact compact
+COPY deploy/eps_deploy deploy/eps_deploy
+RUN /opt/pip/bin/pip wheel --no-deps --no-build-isolation --wheel-dir /wheels .
+
+
+FROM tools AS cpu-packages
+RUN --mount=type=cache,target=/var/cache/pip \
+    /opt/pip/bin/pip --python /opt/eps/bin/python install -r cpu.txt
+RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
+    /opt/pip/bin/pip --python /opt/eps/bin/python install --no-deps /wheels/*.whl \
+    && /opt/pip/bin/pip --python /opt/eps/bin/python check
+
+
+# CUDA and cuDNN come with the package's own extras; ONNX Runtime finds them beside itself.
+FROM tools AS cuda-packages
+RUN --mount=type=cache,target=/var/cache/pip \
+    /opt/pip/bin/pip --python /opt/eps/bin/python install -r cuda.txt 'onnxruntime-gpu[cuda,cudnn]'
+RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
+    /opt/pip/bin/pip --python /opt/eps/bin/python install --no-deps /wheels/*.whl \
+    && /opt/pip/bin/pip --python /opt/eps/bin/python check
+
+
+# What every image has around its packages.
+FROM ${BASE_IMAGE} AS serving
+RUN useradd --uid 10001 --no-log-init --no-create-home --shell /usr/sbin/nologin eps
+ENV PATH=/opt/eps/bin:$PATH \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONUNBUFFERED=1
+# By number: Kubernetes can tell then that it is not root.
+USER 10001:10001
+WORKDIR /
+EXPOSE 8000
+# Not through urllib, which would ask a proxy that the environment names.
+HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 \
+    CMD ["python", "-I", "-c", "import http.client, sys; server = http.client.HTTPConnection('127.0.0.1', 8000, timeout=4); server.request('GET', '/v2/health/ready'); sys.exit(server.getresponse().status != 200)"]
+ENTRYPOINT ["eps-serve", "--host", "0.0.0.0"]
+CMD ["/models"]
+ARG VERSION=unknown
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="eps-resnet" \
+      org.opencontainers.image.description="Serves a network that eps-deploy made, by the Open Inference Protocol." \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}"
+
+
+# The container runtime of NVIDIA reads these, and brings the driver.
+FROM serving AS cuda
+ENV NVIDIA_VISIBLE_DEVICES=all \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility
+COPY --from=cuda-packages /opt/eps /opt/eps
+ARG BUNDLE=deploy/image/models
+COPY ${BUNDLE} /models
+
+
+# Last, so that it is what is built without --target.
+FROM serving AS cpu
+COPY --from=cpu-packages /opt/eps /opt/eps
+ARG BUNDLE=deploy/image/models
+COPY ${BUNDLE} /models

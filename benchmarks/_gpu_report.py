@@ -1,0 +1,200 @@
+"""What a machine with an NVIDIA GPU can tell us: `make gpu-report` runs this and nothing else does.
+
+It runs `eps-doctor`, all tests that need a GPU, the chain from training to a bundle with TensorRT
+in every precision and with ONNX Runtime on CUDA, and the benchmarks that take `--device cuda`. All
+of it goes into one JSON file to send back: results, reports, times, and what the steps that failed
+printed. Exit codes: 0 all went well, 1 no GPU (nothing was run), 3 something failed (the file is
+written all the same).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from eps_deploy import nvidia
+from eps_train.atomic import replace_file
+
+SCHEMA = 1
+ROOT = Path(__file__).resolve().parents[1]
+_TAIL = 200  # lines of what a step printed that the report keeps
+_DEVICE = "--device"
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One command, and the file that it leaves for the report, if any.
+
+    Attributes:
+        name: in the report.
+        command: the words.
+        folder: where it runs.
+        result: JSON or JUnit XML that it writes; None: a last line of JSON, if it prints one.
+        allowed: exit codes that are no failure of the machine's.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    folder: Path
+    result: Path | None = None
+    allowed: tuple[int, ...] = (0,)
+
+
+def main() -> int:
+    gpus = nvidia.gpus()
+    if not gpus:
+        say("gpu-report: nvidia-smi lists no NVIDIA GPU here; nothing was run")
+        return 1
+    target = Path(f"gpu-report-{time.strftime('%Y%m%d-%H%M%S')}.json")
+    report: dict[str, Any] = {"schema": SCHEMA, "gpus": [asdict(gpu) for gpu in gpus], "steps": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        for step in steps(Path(folder)):
+            report["steps"][step.name] = run(step)
+            # After each: a machine that goes down half-way has still told something.
+            replace_file(target, json.dumps(report, indent=1).encode())
+    failed = [name for name, told in report["steps"].items() if not told["passed"]]
+    say(f"\n{len(report['steps'])} steps, failed: {', '.join(failed) or 'none'}")
+    say(f"Report: {target} (please send it back whatever it says)")
+    return 3 if failed else 0
+
+
+def steps(folder: Path) -> Iterator[Step]:
+    """All of them, cheapest first; each is run before the next one is asked for."""
+    python = sys.executable
+    tests = folder / "tests.xml"
+    yield Step("doctor", (script("eps-doctor"), "--json"), folder)
+    yield Step(
+        "tests",
+        (python, "-m", "pytest", "-m", "gpu", "-rs", "--timeout", "1800", f"--junitxml={tests}"),
+        ROOT,
+        tests,
+    )
+    yield from chain(folder)
+    for path in sorted((ROOT / "benchmarks").glob("[!_]*.py")):
+        if takes_device(path):
+            yield Step(path.stem, (python, str(path), _DEVICE, "cuda"), ROOT)
+
+
+def chain(folder: Path) -> Iterator[Step]:
+    """As a user would: digits, trained on the GPU, to bundles with a verdict each."""
+    train = (script("eps-train"), "--with-baseline", _DEVICE, "cuda")
+    yield Step("train", train, folder)
+    yield Step("compact", (script("eps-compact"), "ckpt.pt"), folder)
+    for name, options in {
+        "trt-fp32": ("trt", "--fp32"),
+        "trt-tf32": ("trt", "--tf32"),
+        "trt-fp16": ("trt", "--fp16"),
+        "trt-bf16": ("trt", "--bf16"),
+        "trt-int8": ("trt", "--int8"),
+        "ort-cuda-fp32": ("ort", "--fp32", "--provider", "cuda"),
+        "ort-cuda-fp16": ("ort", "--fp16", "--provider", "cuda"),
+    }.items():
+        bundle = folder / name
+        command = (script("eps-deploy"), "--engine", *options, "-o", str(bundle))
+        # 3: a goal was missed. That is a finding about the network, not about the machine.
+        yield Step(f"deploy-{name}", command, folder, bundle / "report.json", allowed=(0, 3))
+
+
+def script(name: str) -> str:
+    """The command of the environment that this runs in."""
+    return str(Path(sys.executable).parent / name)
+
+
+def takes_device(path: Path) -> bool:
+    """Whether a benchmark can be told to run on a GPU."""
+    asked = subprocess.run(
+        [sys.executable, str(path), "--help"], capture_output=True, text=True, check=False
+    )
+    return _DEVICE in asked.stdout
+
+
+def run(step: Step) -> dict[str, Any]:
+    """Run it, showing what it prints, and what came of it."""
+    say(f"\n$ {' '.join(step.command)}")
+    began = time.monotonic()
+    printed, code = _printed(step)
+    result = _result(step, printed)
+    return {
+        "command": [Path(step.command[0]).name, *step.command[1:]],
+        "exit": code,
+        "passed": code in step.allowed and _answered(step, result),
+        "seconds": round(time.monotonic() - began, 1),
+        "result": result,
+        "printed": [] if code == 0 and result is not None else printed[-_TAIL:],
+    }
+
+
+def _printed(step: Step) -> tuple[list[str], int | None]:
+    """Everything that it prints, line by line, and its exit code; None when it does not start."""
+    lines: list[str] = []
+    try:
+        process = subprocess.Popen(
+            step.command,
+            cwd=step.folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        )
+    except OSError as error:
+        return [f"{step.command[0]}: {error.strerror}"], None
+    with process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            say(line.rstrip("\n"))
+            lines.append(line.rstrip("\n"))
+    return lines, process.returncode
+
+
+def _answered(step: Step, result: Any) -> bool:
+    """Whether it left what it was to leave; tests that were all skipped have shown nothing."""
+    if step.result is None:
+        return True
+    if step.result.suffix == ".xml":
+        return result is not None and result["counts"]["passed"] > 0
+    return result is not None
+
+
+def _result(step: Step, printed: Sequence[str]) -> Any:
+    """The JSON that it left or printed last, or the outcome of each test; None: neither."""
+    try:
+        if step.result is None:
+            return json.loads(printed[-1]) if printed else None
+        if step.result.suffix == ".xml":
+            return outcomes(step.result)
+        return json.loads(step.result.read_bytes())
+    except (OSError, ValueError, ElementTree.ParseError):
+        return None
+
+
+def outcomes(path: Path) -> dict[str, Any]:
+    """Of pytest's JUnit file: how many tests had which outcome, and what those that failed said."""
+    found: dict[str, list[Any]] = {"passed": [], "failed": [], "skipped": []}
+    for case in ElementTree.parse(path).iter("testcase"):
+        name = f"{case.get('classname')}::{case.get('name')}"
+        problem = case.find("failure") if case.find("error") is None else case.find("error")
+        if problem is not None:
+            found["failed"].append({"test": name, "said": problem.text})
+        elif (skip := case.find("skipped")) is not None:
+            found["skipped"].append({"test": name, "why": skip.get("message")})
+        else:
+            found["passed"].append(name)
+    return {"counts": {outcome: len(names) for outcome, names in found.items()}, **found}
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,67 @@
+"""A deep network and what is left of it, for benchmarks of deployment: untrained, deaths made up.
+
+Neither time nor size depend on what the weights are.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import torch
+from _steps import random_images
+from torch import nn
+
+from eps_compact import folding
+from eps_deploy.export import Deployed
+from eps_train import graph
+from eps_train.cost import cost
+from eps_train.data import DataIdentity
+from eps_train.network import NetworkSpec
+from eps_train.recipes import cifar
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pair:
+    """Both take uint8 images `[N, 3, 32, 32]`, and ship as `eps-deploy` makes them.
+
+    Attributes:
+        full: all blocks, a plain network.
+        compact: without the dead blocks, batch norms folded.
+        flops: of one image, by `full` and `compact`.
+    """
+
+    full: Deployed
+    compact: Deployed
+    flops: dict[str, int]
+
+    @property
+    def identity(self) -> DataIdentity:
+        return self.full.identity
+
+
+def pair(depth: int, dead: int) -> Pair:
+    """A network of the CIFAR family of this depth, and the same without so many of its blocks."""
+    torch.manual_seed(0)
+    spec = NetworkSpec.parse(f"cifar:{depth}x16", in_channels=3, classes=10)
+    gated = spec.build()
+    for module in gated.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.running_mean is not None
+            assert module.running_var is not None
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.2)
+            nn.init.normal_(module.running_mean, std=0.2)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    gated.eval()
+    doomed = random.Random(0).sample(spec.gated, dead)
+    full = graph.drop_taps(graph.drop_gates(gated)).eval()
+    rest = graph.drop_taps(graph.drop_gates(graph.remove_blocks(gated, doomed))).eval()
+    compact, _ = folding.fold(rest)
+    identity = random_images(cifar("cifar10-110", dataset="cifar10", depth=depth), 64).identity
+    shape = identity.input_shape
+    return Pair(
+        full=Deployed(full, identity),
+        compact=Deployed(compact, identity),
+        flops={"full": cost(full, shape).flops, "compact": cost(compact, shape).flops},
+    )

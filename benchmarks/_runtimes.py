@@ -1,0 +1,132 @@
+"""One network in five runtimes, each set to the same number of threads, and the machine's GEMM.
+
+- `ours`: the ONNX file that `eps-deploy` writes, in the session that it opens.
+- `plain`: what `torch.onnx.export` writes without options, in ONNX Runtime with its defaults.
+- `eager`, `compile`: torch, channels-last; `compile` is `torch.compile` with its defaults.
+- `openvino`: OpenVINO on our ONNX file, tuned for latency, in float32. Left to itself it would take
+  bfloat16 on this kind of processor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from torch import Tensor, nn
+
+from eps_deploy.engines.base import Images
+from eps_deploy.engines.ort import OrtEngine
+
+Call = Callable[[], object]
+GEMM = 1024  # rows and columns of both matrices
+
+
+def ours(path: Path, images: Images, threads: int) -> Call:
+    engine = OrtEngine(path.read_bytes(), threads=threads)
+    return lambda: engine.infer(images)
+
+
+def write_plain(network: nn.Module, images: Images, path: Path) -> None:
+    """As a user of torch's exporter would, with a batch of any size."""
+    with _quiet():
+        torch.onnx.export(
+            network,
+            (torch.from_numpy(images[:2]),),
+            str(path),
+            dynamo=True,
+            dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+            verbose=False,
+        )
+
+
+def plain(path: Path, images: Images, threads: int) -> Call:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda: session.run(None, {name: images})
+
+
+def eager(network: nn.Module, images: Images) -> Call:
+    """On as many threads as torch is set to."""
+    pixels = torch.from_numpy(images)
+    return lambda: _infer(network, pixels)
+
+
+def compiled(network: nn.Module, images: Images) -> Call:
+    """Compiled for this batch size. It takes a minute or so."""
+    torch._dynamo.reset()
+    work = torch.compile(network, dynamic=False)
+    pixels = torch.from_numpy(images)
+    with _quiet():
+        _infer(work, pixels)
+    return lambda: _infer(work, pixels)
+
+
+def openvino(path: Path, images: Images, threads: int) -> Call | None:
+    """None where it is not installed."""
+    try:
+        module: Any = import_module("openvino")
+    except ModuleNotFoundError:
+        return None
+    core = module.Core()
+    model = core.read_model(str(path))
+    model.reshape(list(images.shape))
+    settings = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": threads,
+        "INFERENCE_PRECISION_HINT": "f32",
+        "NUM_STREAMS": 1,
+    }
+    request = core.compile_model(model, "CPU", settings).create_infer_request()
+
+    def call() -> object:
+        return np.array(request.infer([images], share_inputs=True)[0])
+
+    return call
+
+
+def gemm() -> tuple[Call, int]:
+    """A product of float32 matrices by torch, and its FLOPs."""
+    chance = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(GEMM, GEMM, generator=chance) for _ in range(2))
+    out = torch.empty(GEMM, GEMM)
+    return lambda: torch.mm(a, b, out=out), 2 * GEMM**3
+
+
+def versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
+    for name in ("torch", "onnxruntime", "openvino"):
+        try:
+            found[name] = version(name)
+        except ModuleNotFoundError:
+            found[name] = None
+    return found
+
+
+@torch.inference_mode()
+def _infer(network: Callable[[Tensor], Tensor], pixels: Tensor) -> object:
+    return network(pixels).numpy()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Exporter and compiler talk about their own workings."""
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)

@@ -1,0 +1,261 @@
+"""What deployment gives: the pruned network's speed, ours beside other runtimes, and the export.
+
+Sections:
+
+    pruned    the unpruned network over the pruned one on ONNX Runtime, beside the FLOPs of both
+    runtimes  the pruned network in our ONNX path, in torch, torch.compile, OpenVINO, and as
+              torch.onnx.export writes it; with the machine's matrix product in the same turns
+    export    seconds of our ONNX export, and of torch's own on the smaller network
+
+Each side is warmed up, then all take turns in blocks. Times are by the clock on the wall; on one
+thread also by the processor's time, which other programs of a busy machine disturb far less. The
+networks are untrained and their deaths made up: neither matters to time. The last line printed is
+one JSON object.
+
+    python benchmarks/deploy.py [--sections pruned,runtimes] [--threads 1,2] [--seconds S]
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import _runtimes
+import click
+import numpy as np
+import torch
+from _pruned import Pair, pair
+from _rounds import machine, say
+
+from eps_compact.intervals import ratio_of_medians
+from eps_deploy.clocks import Watch
+from eps_deploy.engines.base import Images
+from eps_deploy.export import export_onnx
+from eps_deploy.interleaving import Clock, Runs, interleave, wall
+from eps_deploy.latency import noise, spread, verdict
+
+BATCHES = (1, 16)
+DEPTH, DEAD = 110, 43
+DEEPER = 752
+WITHIN = {1: 0.25, 16: 0.15}  # of the FLOPs' ratio
+CPU = torch.device("cpu")
+
+Times = dict[str, list[Runs]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Setting:
+    """Where and how long to measure."""
+
+    folder: Path
+    seconds: float
+    threads: tuple[int, ...]
+
+
+def pruned(networks: Pair, setting: Setting) -> list[dict[str, Any]]:
+    """Unpruned over pruned: latency, and what the FLOPs promise. One thread."""
+    torch.set_num_threads(1)
+    paths = _export(networks, setting.folder)
+    promised = networks.flops["full"] / networks.flops["compact"]
+    found = []
+    for batch in BATCHES:
+        images = _images(batch)
+        calls = {side: _runtimes.ours(path, images, 1) for side, path in paths.items()}
+        row: dict[str, Any] = {"batch": batch, "flops_ratio": promised, "within": WITHIN[batch]}
+        for clock, times in _both(calls, setting, row).items():
+            ratio = ratio_of_medians(times["full"], times["compact"])
+            row[clock] = {
+                "milliseconds": _medians(times),
+                "ratio": ratio.value,
+                "interval": [ratio.low, ratio.high],
+                "over_flops_ratio": ratio.value / promised,
+                "passed": _judged(row, clock, abs(ratio.value / promised - 1) <= WITHIN[batch]),
+            }
+        say(json.dumps(row))
+        found.append(row)
+    return found
+
+
+def runtimes(networks: Pair, setting: Setting) -> list[dict[str, Any]]:
+    """The pruned network in every runtime, on as many threads each."""
+    path = _export(networks, setting.folder)["compact"]
+    plain = setting.folder / "plain.onnx"
+    _runtimes.write_plain(networks.compact, _images(2), plain)
+    in_torch = networks.compact.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    found = []
+    for threads in setting.threads:
+        torch.set_num_threads(threads)
+        for batch in BATCHES:
+            images = _images(batch)
+            say(f"compiling for batch {batch} on {threads} threads")
+            made = {
+                "ours": _runtimes.ours(path, images, threads),
+                "plain": _runtimes.plain(plain, images, threads),
+                "eager": _runtimes.eager(in_torch, images),
+                "compile": _runtimes.compiled(in_torch, images),
+                "openvino": _runtimes.openvino(path, images, threads),
+            }
+            product, product_flops = _runtimes.gemm()
+            calls = {side: call for side, call in made.items() if call is not None}
+            flops = dict.fromkeys(calls, batch * networks.flops["compact"])
+            row: dict[str, Any] = {"threads": threads, "batch": batch}
+            both = _both({**calls, "gemm": product}, setting, row, processor=threads == 1)
+            for clock, times in both.items():
+                beside = _beside_ours(times, {**flops, "gemm": product_flops})
+                row[clock] = {**beside, "ours_is": _judged(row, clock, beside["ours_is"])}
+            say(json.dumps(row))
+            found.append(row)
+    return found
+
+
+def _beside_ours(times: Times, flops: Mapping[str, int]) -> dict[str, Any]:
+    medians = _medians(times)
+    sides: dict[str, dict[str, Any]] = {}
+    verdicts: dict[str, str] = {}
+    for side, ms in medians.items():
+        sides[side] = {"milliseconds": ms, "gflops_per_second": flops[side] / ms / 1e6}
+        if side not in ("ours", "gemm"):
+            ratio = ratio_of_medians(times[side], times["ours"])
+            sides[side] |= {"over_ours": ratio.value, "interval": [ratio.low, ratio.high]}
+            verdicts[side] = verdict(ratio)
+    # A whole interval above 1 makes ours faster than that side, one below 1 slower.
+    return {
+        "sides": sides,
+        "best_other": min(verdicts, key=lambda side: medians[side]),
+        "ours_is": verdicts,
+    }
+
+
+def export(networks: Pair, setting: Setting) -> list[dict[str, Any]]:
+    """Seconds to write the unpruned network's ONNX file, checked."""
+    torch.set_num_threads(1)
+    found = []
+    for depth in (DEPTH, DEEPER):
+        whole = networks if depth == DEPTH else pair(depth, 0)
+        path = setting.folder / f"{depth}.onnx"
+        row: dict[str, Any] = {
+            "depth": depth,
+            "seconds": _seconds(
+                lambda whole=whole, path=path: export_onnx(whole.full.network, whole.identity, path)  # type: ignore[misc]
+            ),
+            "bytes": path.stat().st_size,
+        }
+        if depth == DEPTH:
+            theirs = setting.folder / "theirs.onnx"
+            row["torch_seconds"] = _seconds(
+                lambda theirs=theirs: _runtimes.write_plain(networks.full, _images(2), theirs)  # type: ignore[misc]
+            )
+        say(json.dumps(row))
+        found.append(row)
+    return found
+
+
+SECTIONS: dict[str, Callable[[Pair, Setting], list[dict[str, Any]]]] = {
+    "pruned": pruned,
+    "runtimes": runtimes,
+    "export": export,
+}
+
+
+def _both(
+    calls: Mapping[str, Callable[[], object]],
+    setting: Setting,
+    row: dict[str, Any],
+    *,
+    processor: bool = True,
+) -> dict[str, Times]:
+    """Times by `wall` and by `processor`; notes in `row` what else the machine did."""
+    clocks: dict[str, Clock] = {"wall": time.perf_counter}
+    if processor:
+        clocks["processor"] = time.process_time
+    found = {}
+    with Watch() as watch:
+        watch.look()
+        for name, clock in clocks.items():
+            turns = interleave(
+                [wall(call, clock) for call in calls.values()],
+                budget=setting.seconds,
+                between=watch.look,
+            )
+            found[name] = dict(zip(calls, turns.times, strict=True))
+            row[f"{name}_runs"] = [turns.blocks, turns.runs]
+        conditions = watch.conditions()
+    row["starved"] = conditions.starved
+    row["noise"] = noise(conditions, max(spread(blocks) for blocks in found["wall"].values()))
+    return found
+
+
+def _judged(row: Mapping[str, Any], clock: str, found: Any) -> Any:
+    """None, for no judgement: by the clock on the wall, but without a core to run on."""
+    return None if clock == "wall" and row["starved"] else found
+
+
+def _medians(times: Times) -> dict[str, float]:
+    return {side: 1e3 * float(np.median(np.stack(blocks))) for side, blocks in times.items()}
+
+
+def _export(networks: Pair, folder: Path) -> dict[str, Path]:
+    paths = {side: folder / f"{side}.onnx" for side in ("full", "compact")}
+    export_onnx(networks.full.network, networks.identity, paths["full"])
+    export_onnx(networks.compact.network, networks.identity, paths["compact"])
+    return paths
+
+
+def _images(batch: int) -> Images:
+    chance = np.random.default_rng(0)
+    return chance.integers(0, 256, size=(batch, 3, 32, 32), dtype=np.uint8)
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def _names(context: click.Context, option: click.Parameter, value: str) -> tuple[str, ...]:
+    names = tuple(value.split(","))
+    if unknown := [name for name in names if name not in SECTIONS]:
+        raise click.BadParameter(f"{unknown[0]}: the sections are {', '.join(SECTIONS)}")
+    return names
+
+
+@click.command()
+@click.option("--sections", default=",".join(SECTIONS), callback=_names, help="Which to run.")
+@click.option("--threads", default="1,2", show_default=True, help="runtimes: of each side.")
+@click.option("--seconds", default=20.0, show_default=True, help="For each batch and clock.")
+def main(sections: tuple[str, ...], threads: str, seconds: float) -> None:
+    """Measure the pruned network against the unpruned one, other runtimes, and the export."""
+    conditions = machine(CPU)
+    networks = pair(DEPTH, DEAD)
+    versions = _runtimes.versions()
+    not_run = [
+        {"what": name, "why": "not among --sections"} for name in SECTIONS if name not in sections
+    ]
+    if versions["openvino"] is None:
+        why = "it is not installed: pip install openvino"
+        not_run.append({"what": "openvino", "why": why})
+        say(f"openvino: not run: {why}")
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as name:
+        counts = tuple(int(count) for count in threads.split(","))
+        setting = Setting(folder=Path(name), seconds=seconds, threads=counts)
+        for section in sections:
+            results[section] = SECTIONS[section](networks, setting)
+    result = {
+        "machine": {**conditions, "threads": None},  # each section sets its own
+        "versions": versions,
+        "network": {"model": f"cifar:{DEPTH}x16", "image": [3, 32, 32], "dead": DEAD},
+        "flops": networks.flops,
+        **results,
+        "not_run": not_run,
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
