@@ -60,6 +60,34 @@ RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
     && /opt/pip/bin/pip --python /opt/eps/bin/python check
 
 
+# pycuda has no wheels. It is compiled against NVIDIA's headers and an empty stand-in for the driver's
+# library, which the container runtime brings; its random numbers, which would need curand, are not
+# used here.
+FROM tools AS pycuda
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends g++ python3-dev \
+    && rm -rf /var/lib/apt/lists/*
+RUN --mount=type=cache,target=/var/cache/pip \
+    /opt/pip/bin/pip install numpy setuptools wheel \
+    && /opt/pip/bin/pip install --target /cuda nvidia-cuda-profiler-api nvidia-cuda-runtime
+WORKDIR /cuda/driver
+RUN gcc -shared -x c /dev/null -Wl,-soname,libcuda.so.1 -o libcuda.so \
+    && printf '%s\n' 'CUDA_INC_DIR = ["/cuda/nvidia/cu13/include"]' \
+    'CUDADRV_LIB_DIR = ["/cuda/driver"]' 'CUDA_ENABLE_CURAND = False' > ~/.aksetup-defaults.py \
+    && LDFLAGS=-Wl,--no-as-needed /opt/pip/bin/pip wheel --no-deps --no-build-isolation \
+    --no-binary pycuda --wheel-dir /wheels pycuda
+
+
+FROM tools AS trt-packages
+RUN --mount=type=cache,target=/var/cache/pip \
+    --mount=type=bind,from=pycuda,source=/wheels,target=/wheels \
+    /opt/pip/bin/pip --python /opt/eps/bin/python install --find-links /wheels -r trt.txt
+RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
+    /opt/pip/bin/pip --python /opt/eps/bin/python install --no-deps /wheels/*.whl \
+    && /opt/pip/bin/pip --python /opt/eps/bin/python check
+
+
 # What every image has around its packages.
 FROM ${BASE_IMAGE} AS serving
 RUN useradd --uid 10001 --no-log-init --no-create-home --shell /usr/sbin/nologin eps
@@ -91,6 +119,17 @@ ENV NVIDIA_VISIBLE_DEVICES=all \
 COPY --from=cuda-packages /opt/eps /opt/eps
 ARG BUNDLE=deploy/image/models
 COPY ${BUNDLE} /models
+
+
+# A plan that is still to be built is built at the first start, and kept in /cache: mount a volume.
+FROM serving AS trt
+ENV NVIDIA_VISIBLE_DEVICES=all \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility
+COPY --from=trt-packages /opt/eps /opt/eps
+COPY --chown=10001:10001 deploy/image/cache /cache
+ARG BUNDLE=deploy/image/models
+COPY ${BUNDLE} /models
+CMD ["/models", "--engine-cache", "/cache"]
 
 
 # Last, so that it is what is built without --target.

@@ -34,6 +34,7 @@ class Options:
     seeds: tuple[int, ...]
     timm_checkout: Path | None
     timm_python: Path | None
+    timm_note: str | None
     timm_model: str
 
 

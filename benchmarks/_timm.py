@@ -1,8 +1,9 @@
 """Time of an epoch: `eps-train` beside timm's training script, on the same network and images.
 
-Each is a command of its own, timm's in an environment of its own. An epoch is what two more epochs
-add to a run, halved: start-up is no part of it, validation and checkpoints are. Both read the same
-folder of PNG files, 32x32: scikit-learn's digits, enlarged and repeated.
+Each is a command of its own, timm's in an environment of its own. An epoch lasts from one line of
+the run's log to the next, from the end of the first epoch on: start-up is no part of it, validation
+and checkpoints are. Both read the same folder of PNG files, 32x32: scikit-learn's digits, enlarged
+and repeated.
 
 Both: SGD with momentum, batch 128, float32, channels-last, mirroring. timm's images are scaled by a
 random resized crop that is fixed to the whole image, ours are shifted by up to 4 pixels. All of our
@@ -30,8 +31,10 @@ from eps_train import data
 
 SIZE = 32
 BATCH = 128
-EPOCHS = (1, 3)  # of the short run and of the long one
-ROUNDS = 3
+EPOCHS = 3
+ROUNDS = 8
+LOGS = {"ours": "metrics.jsonl", "timm": "*/summary.csv"}  # they grow once an epoch
+_LOOK = 0.01  # seconds between two looks at a log
 COPIES = {"cpu": 2, "cuda": 40}  # of 1,295 training images; 40 make a set of CIFAR's size
 OUTPUT = Path("output")  # stands for the folder of a run, which is another each time
 
@@ -53,25 +56,22 @@ def timm(options: Options) -> Plan:
         "ours": _ours(images, options),
         "timm": [python, script, *_theirs(images, options), *device],
     }
-    sides = {
-        f"{side}_{epochs}": partial(_seconds, [*command, "--epochs", epochs])
-        for side, command in commands.items()
-        for epochs in EPOCHS
-    }
+    whole: dict[str, list[float]] = {side: [] for side in commands}  # seconds of each run
+
+    def epoch(side: str) -> float:
+        began = time.perf_counter()
+        ends = _ends([*commands[side], "--epochs", EPOCHS], LOGS[side])
+        whole[side].append(time.perf_counter() - began)
+        return (ends[-1] - ends[0]) / (len(ends) - 1)
+
     # Not counted: the first runs of all compile Python files and fill the system's caches.
-    once = sum(run() for run in sides.values())
+    for side in commands:
+        epoch(side)
+    once = sum(whole[side].pop() for side in commands)
 
     def measure() -> dict[str, Any]:
         with folder:
-            runs = in_turns(sides, rounds=ROUNDS)
-        short, long = EPOCHS
-        epoch = {
-            side: [
-                (more - fewer) / (long - short)
-                for fewer, more in zip(runs[f"{side}_{short}"], runs[f"{side}_{long}"], strict=True)
-            ]
-            for side in commands
-        }
+            epochs = in_turns({side: partial(epoch, side) for side in commands}, rounds=ROUNDS)
         version = "import timm, torch; print(timm.__version__, torch.__version__)"
         return {
             "model": options.timm_model,
@@ -79,9 +79,11 @@ def timm(options: Options) -> Plan:
             "batch_size": BATCH,
             "workers": _workers(),
             "timm_and_its_torch": _output([python, "-c", version], cwd=checkout).split(),
-            "seconds_of_an_epoch": {side: statistics.median(e) for side, e in epoch.items()},
-            "seconds_of_a_run": {name: statistics.median(found) for name, found in runs.items()},
-            **ratio(epoch["ours"], epoch["timm"]),
+            "note": options.timm_note,
+            "seconds_of_an_epoch": {side: statistics.median(s) for side, s in epochs.items()},
+            "seconds_of_a_run": {side: statistics.median(s) for side, s in whole.items()},
+            "epochs_of_a_run": EPOCHS,
+            **ratio(epochs["ours"], epochs["timm"]),
         }
 
     return Plan(once * ROUNDS, measure)
@@ -94,7 +96,7 @@ def _ours(images: Path, options: Options) -> list[Argument]:
         *(sys.executable, "-m", "eps_train", "--recipe", "cifar10-110"),
         *("--dataset", f"folder:{images}", "--model", f"timm:{options.timm_model}"),
         *("--batch-size", BATCH, "--rates", "0:0.01", "--normalization", "channel"),
-        *("--epsilon", 2.5, "--epsilon-from", max(EPOCHS)),  # judged, and open in every epoch
+        *("--epsilon", 2.5, "--epsilon-from", EPOCHS),  # judged, and open in every epoch
         *("--device", options.device.type, "--precision", "tf32" if on_gpu else "fp32"),
         *("--output", OUTPUT),
     ]
@@ -112,12 +114,23 @@ def _theirs(images: Path, options: Options) -> list[Argument]:
     ]
 
 
-def _seconds(command: list[Argument]) -> float:
-    """Wall seconds of a command that writes into a fresh folder."""
-    with tempfile.TemporaryDirectory() as output:
-        began = time.perf_counter()
-        _output([output if part is OUTPUT else part for part in command], cwd=output)
-        return time.perf_counter() - began
+def _ends(command: list[Argument], log: str) -> list[float]:
+    """When each epoch of a run ended, which writes into a fresh folder, in wall seconds."""
+    ends: list[float] = []
+    with tempfile.TemporaryDirectory() as output, tempfile.TemporaryFile("w+") as printed:
+        arguments = [output if part is OUTPUT else str(part) for part in command]
+        run = subprocess.Popen(arguments, cwd=output, stdout=printed, stderr=subprocess.STDOUT)
+        seen = 0
+        while run.poll() is None:
+            size = sum(path.stat().st_size for path in Path(output).glob(log))
+            if size > seen:
+                ends.append(time.perf_counter())
+            seen = size
+            time.sleep(_LOOK)
+        if run.returncode or len(ends) != EPOCHS:
+            printed.seek(0)
+            raise click.ClickException(f"{' '.join(arguments)}\n{printed.read()}")
+    return ends
 
 
 def _output(command: Sequence[Argument], cwd: Path | str | None = None) -> str:

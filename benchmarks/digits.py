@@ -118,11 +118,12 @@ def _accuracy(epsilon: Checkpoint, plain: Checkpoint) -> dict[str, Any]:
 def _saved(compaction: Compaction, plain: Checkpoint) -> dict[str, Any]:
     shape = plain.data.input_shape
     whole = cost(plain.build_gated(), shape)
+    counts = compaction.counts
     return {
-        "blocks": compaction.counts["blocks"],
-        "parameters": {"plain": whole.parameters, "compact": compaction.after.parameters},
-        "parameters_removed": 1 - compaction.after.parameters / whole.parameters,
-        "flops_ratio": whole.flops / compaction.after.flops,
+        "blocks": counts["blocks"],
+        "parameters": {"plain": whole.parameters, "compact": counts["parameters"]["after"]},
+        "parameters_removed": 1 - counts["parameters"]["after"] / whole.parameters,
+        "flops_ratio": whole.flops / counts["flops"]["after"],
     }
 
 

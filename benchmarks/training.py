@@ -55,7 +55,7 @@ def _sections(context: click.Context, option: click.Parameter, value: str) -> tu
 @click.option("--sections", default=",".join(SECTIONS), callback=_sections, help="Which to run.")
 @click.option("--depth", default=110, show_default=True, help="gate, memory: of the network.")
 @click.option("--batch-size", default=128, show_default=True, help="gate, memory: images a step.")
-@click.option("--rounds", default=30, show_default=True, help="gate: rounds of both sides.")
+@click.option("--rounds", default=60, show_default=True, help="gate: rounds of both sides.")
 @click.option(
     "--precision",
     type=click.Choice(CHOICES["precision"]),
@@ -67,6 +67,7 @@ def _sections(context: click.Context, option: click.Parameter, value: str) -> tu
 @click.option("--seeds", default="0,1,2", show_default=True, help="removal: one run each.")
 @click.option("--timm-checkout", type=_EXISTING, help="timm: its repository, with train.py.")
 @click.option("--timm-python", type=_EXISTING, help="timm: python of its own environment.")
+@click.option("--timm-note", help="timm: about that checkout, kept with its figures.")
 @click.option("--timm-model", default="resnet18", show_default=True, help="timm: for both sides.")
 def main(
     device: str,

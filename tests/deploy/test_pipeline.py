@@ -64,7 +64,7 @@ def test_repair_keeps_blocks_until_the_accuracy_holds(tmp_path: Path) -> None:
     assert report["accuracy"]["drop"]["points"] == pytest.approx(repair["drop_after"])
     (check,) = [check for check in report["checks"] if check["name"] == "accuracy"]
     assert check["passed"]
-    assert "blocks kept in higher precision" in (folder / "bundle" / "report.md").read_text()
+    assert "kept in higher precision: stem.0" in (folder / "bundle" / "report.md").read_text()
 
 
 def test_repair_wants_something_to_measure_against(workshop: Path) -> None:
