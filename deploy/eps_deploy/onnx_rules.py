@@ -217,6 +217,13 @@ def _copied(out: OnnxGraph, name: str, operand: str, /) -> str:
     return operand
 
 
+def _scaled(out: OnnxGraph, name: str, operand: str, /, other: Any) -> str:
+    if not isinstance(other, (int, float)):
+        raise UnknownStep
+    factor = out.tensor(f"{name}.factor", torch.tensor(float(other)))
+    return out.add("Mul", name, [operand, factor], flat=operand in out.flat)
+
+
 # Exact types: a subclass may compute something else.
 LAYERS: dict[type[nn.Module], LayerRule] = {
     nn.Conv2d: _conv,
@@ -242,4 +249,6 @@ FUNCTIONS: dict[Any, FunctionRule] = {
     F.pad: _on(_padded),
     torch.flatten: _on(_flat),
     torch.clone: _on(_copied, None),
+    torch.mul: _on(_scaled, None),
+    operator.mul: _on(_scaled, None),
 }

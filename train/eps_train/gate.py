@@ -125,6 +125,8 @@ class EpsilonGate(nn.Module):
 
     def _set_limits(self) -> None:
         """The largest response that counts as closed, as finite and as a step, in this order."""
+        if self.epsilon.is_meta:
+            return  # set when the network gets its numbers
         # At epsilon 0 even an all-zero branch (zero-initialised, say) must stay open.
         closed = torch.where(self.epsilon > 0, self.epsilon, -1.0)
         finite = torch.full_like(closed, torch.finfo(torch.float32).max)

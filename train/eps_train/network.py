@@ -132,7 +132,7 @@ class NetworkSpec:
             raise FileFormatError(
                 f"unknown network {self.family} {dict(self.arguments)} ({error})"
             ) from error
-        built = graph.remove_blocks(model, self.removed)
+        built = graph.remove_blocks(model, self.removed) if self.removed else model
         built = graph.drop_gates(built, keep=self.gated)
         if state is not None:
             needed = built.state_dict()

@@ -141,6 +141,8 @@ class SideHead(nn.Module):
 def initialise(model: nn.Module) -> None:
     """He initialisation, fan-out, for convolutions; zero bias for linear layers."""
     for module in model.modules():
+        if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+            continue  # nothing to fill; torch would work out a standard deviation all the same
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         elif isinstance(module, nn.Linear):
