@@ -100,27 +100,21 @@ def compact_checkpoint(
     shape = checkpoint.data.input_shape
     normalize = Normalize(list(checkpoint.data.mean), list(checkpoint.data.std))
     rewritten, refolded = (plain, shipped) if artifact.folded else (shipped, None)
-    images = proof_images(heldout, shape)
-    proofs = certificate.prove(shut, rewritten, normalize, images, refolded)
+    proofs = certificate.prove(shut, rewritten, normalize, proof_images(heldout, shape), refolded)
     if heldout is not None:
         live = len(checkpoint.gates) - len(checkpoint.dead)
         report(f"measuring {live} live blocks on {len(heldout):,} held-out images")
     seen = findings.look(checkpoint, gated, shut, normalize, heldout, beyond)
-    compaction = Compaction(
-        artifact=artifact,
-        blocks=_block_map(checkpoint, seen),
-        proofs=proofs,
-        findings=seen,
-    )
     artifact.certificate = certificate.certificate(
         checkpoint,
         proofs=proofs,
         findings=seen,
         closed_at_least=closed_at_least,
-        counts=counts(checkpoint.network, compaction.removed, plain, shape),
+        counts=counts(checkpoint.network, artifact.network.removed, plain, shape),
         folded=folded_counts(artifact, shipped),
     )
-    return compaction
+    blocks = _block_map(checkpoint, seen)
+    return Compaction(artifact=artifact, blocks=blocks, proofs=proofs, findings=seen)
 
 
 def _artifact(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from eps_compact.forking import Answers, answer
 from eps_compact.intervals import Interval
@@ -122,16 +122,7 @@ def finetune(
     beyond = tuple(removed)
     spec = without(checkpoint, beyond)
     config = tuning_config(TrainingConfig.from_dict(checkpoint.config), epochs, device)
-    with tempfile.TemporaryDirectory() as folder, cpu_threads(config.cpu_threads):
-        trainer = Trainer(
-            config,
-            data,
-            best_path=Path(folder) / "best.pt",
-            last_path=Path(folder) / "last.pt",
-            device=device,
-            start=(spec, checkpoint.state),
-        )
-        tuned = trainer.run(report)
+    tuned, seconds = _trained(config, data, device, (spec, checkpoint.state), report)
     networks = (
         without(checkpoint, ()).build(checkpoint.state),
         spec.build(checkpoint.state),
@@ -150,8 +141,28 @@ def finetune(
         drop_after=accuracy_drop(whole, after),
         test=Score(**tuned.metrics["test"]),
         samples=len(data.validation),
-        seconds=trainer.seconds,
+        seconds=seconds,
     )
+
+
+def _trained(
+    config: TrainingConfig,
+    data: Data,
+    device: torch.device,
+    start: tuple[NetworkSpec, Mapping[str, Tensor]],
+    report: Callable[[EpochReport], None],
+) -> tuple[Checkpoint, float]:
+    """The best checkpoint of a run from `start`, and the seconds of training."""
+    with tempfile.TemporaryDirectory() as folder, cpu_threads(config.cpu_threads):
+        trainer = Trainer(
+            config,
+            data,
+            best_path=Path(folder) / "best.pt",
+            last_path=Path(folder) / "last.pt",
+            device=device,
+            start=start,
+        )
+        return trainer.run(report), trainer.seconds
 
 
 def _answers(networks: Iterable[nn.Module], data: Data, device: torch.device) -> list[Answers]:

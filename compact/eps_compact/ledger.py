@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -140,12 +140,9 @@ def ledger(
             f"the ledger's {seconds:g} seconds are too few to leave out each of {len(costs)} blocks"
             " even on the first images; give it more"
         )
-    responses = {block.block: block.ratio for block in live}
+    ratios = {block.block: block.ratio for block in live}
     return Ledger(
-        entries=tuple(
-            _entry(checkpoint, cost, times[cost.block], answers, responses.get(cost.block))
-            for cost in costs
-        ),
+        entries=tuple(_entry(checkpoint, cost, times, answers, ratios) for cost in costs),
         accuracy=answers.whole.accuracy,
         loss=answers.whole.mean_loss,
         samples=answers.samples,
@@ -166,9 +163,9 @@ def accuracy_drop(before: Answers, after: Answers) -> Interval:
 def _entry(
     checkpoint: Checkpoint,
     cost: BranchCost,
-    ms: Interval,
+    times: Mapping[str, Interval],
     answers: LeaveOneOut,
-    ratio: float | None,
+    ratios: Mapping[str, float | None],
 ) -> Entry:
     record = next((gate for gate in checkpoint.gates if gate.block == cost.block), None)
     without = answers.without[cost.block]
@@ -177,14 +174,14 @@ def _entry(
         parameters=cost.parameters,
         flops=cost.flops,
         activation_bytes=cost.activation_bytes,
-        ms=ms,
+        ms=times[cost.block],
         drop=accuracy_drop(answers.whole, without),
         loss=paired_mean(without.loss - answers.whole.loss),
         epsilon=None if record is None else record.epsilon,
         steps=None if record is None else record.steps,
         closed_steps=None if record is None else record.closed_steps,
         peak=None if record is None else record.peak,
-        ratio=ratio,
+        ratio=ratios.get(cost.block),
     )
 
 

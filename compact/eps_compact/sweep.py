@@ -69,21 +69,14 @@ def sweep(
     model = live_network(checkpoint)
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     normalize = Normalize(list(checkpoint.data.mean), list(checkpoint.data.std)).to(device)
-    heldout = ordered(validation)
-    shape = checkpoint.data.input_shape
-    costs = branch_costs(model, shape)
-    if not costs:
-        raise ConfigError("every block is dead: there is none left for a sweep to take out")
+    heldout, shape = ordered(validation), checkpoint.data.input_shape
+    costs = _costs(model, shape)
     report(f"sweep: making ready to time the networks ({timer.name})")
     measure = timer.load(model, pixels(heldout, range(1), device).images)
     began = time.perf_counter()
-    walk = _Walk(
-        normalize,
-        shape,
-        saved=_saved(costs, weight, measure, seconds * TIMING_SHARE / 2),
-        deadline=began + seconds * (1 - TIMING_SHARE),
-        report=report,
-    )
+    saved = _saved(costs, weight, measure, seconds * TIMING_SHARE / 2)
+    deadline = began + seconds * (1 - TIMING_SHARE)
+    walk = _Walk(normalize, shape, saved=saved, deadline=deadline, report=report)
     walk.plan(model, heldout, seconds)
     stages, complete = walk.go(model)
     report(f"sweep: timing {len(stages)} networks")
@@ -203,6 +196,13 @@ def cheapness(rise: float, saved: float) -> tuple[float, float]:
     as one that stays: a gain below the noise is no reason to prefer a block that saves little.
     """
     return max(rise, 0.0) / max(saved, 1e-9), -saved
+
+
+def _costs(model: fx.GraphModule, shape: tuple[int, int, int]) -> list[BranchCost]:
+    costs = branch_costs(model, shape)
+    if not costs:
+        raise ConfigError("every block is dead: there is none left for a sweep to take out")
+    return costs
 
 
 def _saved(
