@@ -4,7 +4,7 @@
 #   trt   TensorRT; pycuda is compiled in a stage of its own
 #
 #   docker build --target cpu -t eps-resnet:cpu .
-#   docker run --read-only -p 8000:8000 -v ./bundle:/models:ro eps-resnet:cpu
+#   docker run --read-only -p 127.0.0.1:8000:8000 -v ./bundle:/models:ro eps-resnet:cpu
 #
 # A bundle of the build context can be baked in: --build-arg BUNDLE=bundle
 # What a GPU needs beside its driver comes from Python packages, so that one base serves all targets.
@@ -91,7 +91,9 @@ RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
 # What every image has around its packages.
 FROM ${BASE_IMAGE} AS serving
 RUN useradd --uid 10001 --no-log-init --no-create-home --shell /usr/sbin/nologin eps
+# ONNX Runtime reports its use to its makers unless it is told not to.
 ENV PATH=/opt/eps/bin:$PATH \
+    ORT_DISABLE_TELEMETRY=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1
 # By number: Kubernetes can tell then that it is not root.

@@ -8,7 +8,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 BENCHMARKS := $(sort $(wildcard benchmarks/[!_]*.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench gpu-report wheel clean
+.PHONY: help setup demo test check image-test bench gpu-report wheel clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -30,10 +30,15 @@ demo: ## Train, compact, deploy and predict on digits, in a fresh folder demo/ru
 test: $(READY) ## Run the tests, but for those marked slow, JOBS files at a time (ARGS='-k gate' goes to pytest)
 	$(BIN)/pytest -m 'not slow' -n $(JOBS) --dist loadfile $(ARGS)
 
-check: $(READY) ## Lint, format check, types
+check: $(READY) ## Lint, format check, types, Dockerfile, compose file
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/hadolint Dockerfile
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec compose.yaml
+
+image-test: $(READY) ## Build the serving image, start it, ask it, stop it (Docker; or podman, runc, debootstrap as root)
+	$(BIN)/pytest -m image tests/image $(ARGS)
 
 bench: $(READY) ## Run every benchmark, one after another
 	@set -e; for script in $(BENCHMARKS); do echo "$$script"; $(BIN)/python "$$script"; done

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
 from collections.abc import Callable
 
 import pytest
@@ -30,13 +29,19 @@ def _has_trt_rtx() -> bool:
 
 
 def _has_image_builder() -> bool:
-    return any(shutil.which(tool) for tool in ("docker", "podman", "buildah"))
+    from tests.image.containers import NoBuilderError, find
+
+    try:
+        find()
+    except NoBuilderError:
+        return False
+    return True
 
 
 NEEDS: dict[str, tuple[Callable[[], bool], str]] = {
     "gpu": (_has_cuda, "needs a CUDA device"),
     "trt_rtx": (_has_trt_rtx, "needs the package tensorrt_rtx"),
-    "image": (_has_image_builder, "needs docker, podman or buildah"),
+    "image": (_has_image_builder, "needs Docker, or podman, runc and debootstrap as root"),
 }
 
 

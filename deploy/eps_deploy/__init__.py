@@ -5,11 +5,16 @@ Public names are loaded on first use, so that importing the package (and `--help
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from eps_deploy.bundle import Bundle, load_bundle
+
+# ONNX Runtime reports on its use by default (Privacy.md in its wheel); what is deployed with this
+# package does not, unless its owner wants it to. It is read when onnxruntime is imported.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _HOMES = {"Bundle": "bundle", "load_bundle": "bundle"}
 
