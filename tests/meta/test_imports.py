@@ -34,6 +34,7 @@ OPTIONAL = (
     *HEAVY,
     "PIL",
     "cuda",
+    "httptools",
     "jinja2",
     "onnxscript",
     "prometheus_client",

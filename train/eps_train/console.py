@@ -144,6 +144,10 @@ _EXTRAS = {
     "tensorrt": "trt",
     "pycuda": "trt",
     "cuda": "trt",
+    "starlette": "serve",
+    "uvicorn": "serve",
+    "httptools": "serve",
+    "prometheus_client": "serve",
 }
 
 

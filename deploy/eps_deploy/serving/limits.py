@@ -1,0 +1,114 @@
+"""How much of the machine clients may take, and reading a body within these limits."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+from eps_deploy.serving.refusals import Refusal, busy, too_large
+
+MIB = 1 << 20
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Headers = dict[bytes, bytes]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """The largest that is accepted of everything that a client chooses.
+
+    Attributes:
+        body: bytes of a request's body.
+        json: bytes of JSON in it; a parsed number takes far more memory than a raw pixel.
+        memory: bytes of all bodies together that are held at one time.
+        pixels: of a picture, before and after it is scaled.
+        header: bytes of the request line and all headers.
+        header_seconds: from the first byte to the end of the headers.
+        body_seconds: from there to the end of the body.
+        write_seconds: that a client may leave an answer unread.
+        idle_seconds: that a connection may stay open between requests; longer than load balancers
+            keep theirs (60 s is usual), so that they are never the second to close one.
+        connections: open at one time.
+    """
+
+    body: int = 32 * MIB
+    json: int = 8 * MIB
+    memory: int = 256 * MIB
+    pixels: int = 50_000_000
+    header: int = 32 << 10
+    header_seconds: float = 10.0
+    body_seconds: float = 30.0
+    write_seconds: float = 30.0
+    idle_seconds: int = 75
+    connections: int = 1000
+
+
+class Memory:
+    """Counts the bytes of all bodies that are held. For one thread: the event loop's."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self.used = 0
+
+    def take(self, size: int) -> None:
+        """Raise Refusal when there is no room for `size` bytes more."""
+        if self.used + size > self._limit:
+            raise busy("the server holds as many requests as it has memory for", reason="memory")
+        self.used += size
+
+    def give_back(self, size: int) -> None:
+        self.used -= size
+        assert self.used >= 0
+
+
+class Body:
+    """The body of one request; a context manager, because its memory is counted until the end.
+
+    Raises Refusal: larger than `limit`, or no memory for it.
+    """
+
+    def __init__(self, headers: Headers, receive: Receive, limit: int, memory: Memory) -> None:
+        self._receive = receive
+        self._limit = limit
+        self._memory = memory
+        self._held = 0
+        announced = headers.get(b"content-length", b"")
+        self._announced = int(announced) if announced.isdigit() else None
+        self._encoding = headers.get(b"content-encoding", b"identity").lower()
+
+    async def read(self) -> bytes:
+        """All of it."""
+        if self._encoding != b"identity":  # unpacked, it could be of any size (RFC 9110, 15.5.16)
+            raise Refusal(
+                "send the body uncompressed",
+                status=415,
+                reason="encoding",
+                headers=((b"accept-encoding", b"identity"),),
+            )
+        if self._announced is not None:
+            self._take(self._announced)  # all at once, so that two halves never wait for room
+        chunks, size = [], 0
+        while True:
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                raise Refusal("the client went away", status=499, reason="disconnected")
+            chunk = message.get("body", b"")
+            size += len(chunk)
+            self._take(size - self._held)
+            chunks.append(chunk)
+            if not message.get("more_body", False):
+                return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+    def _take(self, size: int) -> None:
+        if size <= 0:
+            return
+        if self._held + size > self._limit:
+            raise too_large(f"the body is larger than the {self._limit} bytes that are accepted")
+        self._memory.take(size)
+        self._held += size
+
+    def __enter__(self) -> Body:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._memory.give_back(self._held)

@@ -1,0 +1,160 @@
+"""A bundle that is loaded, warm and proven, ready to be asked."""
+
+from __future__ import annotations
+
+import io
+import json
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eps_deploy.bundle import Bundle, load_bundle
+from eps_deploy.engines.base import Engine
+from eps_deploy.loading import open_engine
+from eps_deploy.parity import Parity
+from eps_deploy.serving.limits import Limits
+from eps_deploy.serving.pictures import decode
+from eps_deploy.serving.plan_cache import PlanCache
+from eps_deploy.serving.protocol import Signature
+from eps_deploy.serving.proving import prove
+from eps_deploy.triton import NAME
+from eps_train.errors import ConfigError
+
+REPORT = "report.json"
+VERSION = "1"
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Model:
+    """What one load has made.
+
+    Attributes:
+        bundle: verified.
+        engines: one for each instance.
+        signature: for the protocol.
+        platform: in Triton's words, `onnxruntime_onnx` or `tensorrt_plan`.
+        max_batch: the engine's largest batch.
+        card: plain data for the page: what the network is, and what its report says.
+    """
+
+    bundle: Bundle
+    engines: tuple[Engine, ...]
+    signature: Signature
+    platform: str
+    max_batch: int
+    card: dict[str, Any]
+
+    def close(self) -> None:
+        with ExitStack() as stack:
+            for engine in self.engines:
+                stack.push(engine.__exit__)
+
+
+def read_bundle(path: Path, engine_cache: Path | None) -> Bundle:
+    """Read and verify a bundle. Raises FileFormatError; ConfigError: it needs an engine cache."""
+    bundle = load_bundle(path)
+    if is_deferred(bundle) and engine_cache is None:
+        raise ConfigError(
+            f"{path}: its plan is still to be built, on this machine; name a folder for it with"
+            " --engine-cache DIR"
+        )
+    return bundle
+
+
+def is_deferred(bundle: Bundle) -> bool:
+    """Whether the plan was left to the server (`eps-deploy --defer-build`)."""
+    return bool(bundle.manifest["engine"].get("deferred"))
+
+
+def open_model(
+    bundle: Bundle,
+    *,
+    instances: int,
+    max_images: int,
+    engine_cache: Path | None,
+    say: Say,
+    stop: threading.Event,
+) -> Model:
+    """Open the bundle's engines, warm them up on the stored samples and prove them. Takes its time.
+
+    Raises EngineError: an engine does not run here, or does not answer what torch answered.
+    """
+    opener = _opener(bundle, engine_cache, say, stop)
+    with ExitStack() as undo:
+        engines = []
+        for index in range(instances):
+            engine = undo.enter_context(opener())
+            proof = prove(bundle, engine, f"engine {index}")
+            engines.append(engine)
+        say(
+            f"warm: {proof.samples} samples in batches of {min(proof.batches)} to"
+            f" {max(proof.batches)}, largest difference from torch {proof.relative:.2g} of the"
+            " largest logit"
+        )
+        undo.pop_all()
+    told = engines[0].describe()
+    _warm_pillow(bundle)
+    return Model(
+        bundle=bundle,
+        engines=tuple(engines),
+        signature=Signature(
+            name=NAME,
+            version=VERSION,
+            input_shape=bundle.input_shape,
+            labels=bundle.labels,
+            max_images=max_images,
+        ),
+        platform="tensorrt_plan" if told["name"] == "trt" else "onnxruntime_onnx",
+        max_batch=engines[0].max_batch,
+        card=_card(bundle, told, proof),
+    )
+
+
+def _warm_pillow(bundle: Bundle) -> None:
+    """Its first picture costs the time of importing it."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "PNG")
+    decode(file.getvalue(), bundle.preprocessing, Limits().pixels)
+
+
+def _opener(
+    bundle: Bundle, engine_cache: Path | None, say: Say, stop: threading.Event
+) -> Callable[[], Engine]:
+    if not is_deferred(bundle):
+        return lambda: open_engine(bundle)
+    assert engine_cache is not None, "read_bundle has seen to it"
+    cache = PlanCache(engine_cache, say=say, stop=stop)
+    return lambda: cache.open(bundle)
+
+
+def _card(bundle: Bundle, told: dict[str, Any], proof: Parity) -> dict[str, Any]:
+    """Nothing that names a file of this machine."""
+    report = json.loads(bundle.read(REPORT))
+    manifest = bundle.manifest
+    blocks = report.get("blocks", {})
+    kept = ("runtime", "version", "provider", "threads", "max_batch", "device")
+    return {
+        "name": NAME,
+        "version": VERSION,
+        "digest": manifest["digest"],
+        "data": manifest.get("data", {}).get("name"),
+        "labels": list(bundle.labels),
+        "input_shape": list(bundle.input_shape),
+        "precision": manifest["precision"],
+        "engine": {key: told[key] for key in kept if told.get(key) is not None},
+        "passed": report.get("passed"),
+        "lossless": report.get("lossless", True),
+        "blocks": {key: blocks.get(key) for key in ("baseline", "compact")},
+        "parameters": report.get("parameters", {}),
+        "flops": report.get("flops", {}),
+        "accuracy": report.get("accuracy", {}),
+        "latency": report.get("latency", []),
+        "latency_baseline": report.get("latency_baseline"),
+        "proof": {"samples": proof.samples, "difference": proof.relative, "limit": proof.limit},
+    }

@@ -1,0 +1,54 @@
+"""Warm-up and proof in one: the stored samples through an engine, before a client is let in."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+
+from eps_deploy import parity
+from eps_deploy.bundle import Bundle
+from eps_deploy.engines.base import Engine, EngineError
+from eps_deploy.limits import PARITY_LIMITS
+from eps_deploy.parity import Parity
+from eps_deploy.precision import PRECISIONS
+
+SAMPLES = "samples.npz"
+
+
+def prove(bundle: Bundle, engine: Engine, stage: str) -> Parity:
+    """Run the bundle's samples in batches of several sizes and compare with torch's logits.
+
+    TensorRT makes something of each batch size when it first comes, so it gets all of them.
+
+    Raises EngineError when the engine fails, or answers something else than torch did.
+    """
+    with np.load(io.BytesIO(bundle.read(SAMPLES)), allow_pickle=False) as samples:
+        images, logits, indices = samples["images"], samples["logits"], samples["indices"]
+    if len(images) < engine.max_batch:  # so that the largest batch is a full one
+        repeat = np.arange(engine.max_batch) % len(images)
+        images, logits, indices = images[repeat], logits[repeat], indices[repeat]
+    on_gpu = engine.describe()["name"] == "trt"
+    sizes = range(1, engine.max_batch + 1) if on_gpu else {1, 2, engine.max_batch}
+    batches = sorted(sizes)
+    answers = parity.passes(engine.infer, images, batches)
+    expected = [logits] * len(batches)
+    told = parity.compare(stage, expected, answers, indices.tolist(), _limit(bundle), batches)
+    if told.relative is None:
+        raise EngineError("on the stored samples some of the engine's logits are not finite")
+    if told.passed is False:
+        raise EngineError(
+            f"on the stored samples the engine differs from torch by {told.relative:.2g} of the"
+            f" largest logit, and {told.limit:g} is the limit for {bundle.manifest['precision']};"
+            " deploy the network again on this machine"
+        )
+    return told
+
+
+def _limit(bundle: Bundle) -> float | None:
+    """None for int8 kernels of ONNX Runtime, which round otherwise than the file says."""
+    name = bundle.manifest["precision"]
+    engine = bundle.manifest["engine"]
+    if PRECISIONS[name].quantized and engine["name"] == "ort":
+        return None
+    return PARITY_LIMITS[name]

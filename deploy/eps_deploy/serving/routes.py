@@ -1,0 +1,191 @@
+"""What is served under which path: KServe v2, pictures, figures, the page."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from starlette.routing import Route, Router
+
+from eps_deploy.serving import descriptions, openapi, page
+from eps_deploy.serving.frame import ENDPOINT, Receive, Scope, Send, send_bytes, send_json
+from eps_deploy.serving.inference import Inference, check_model
+from eps_deploy.serving.limits import Body, Limits, Memory
+from eps_deploy.serving.metrics import CONTENT_TYPE, Metrics
+from eps_deploy.serving.protocol import parse_json
+from eps_deploy.serving.refusals import Refusal, not_found
+from eps_deploy.serving.service import Served, Service
+from eps_train.errors import EpsError
+
+_SMALL = 64 << 10  # bytes of a body that says little
+
+Handler = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+class _Endpoint:
+    """An ASGI application; Starlette would take a plain function for one of requests."""
+
+    def __init__(self, name: str, handler: Handler) -> None:
+        self._name = name
+        self._handler = handler
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope[ENDPOINT] = self._name
+        await self._handler(scope, receive, send)
+
+
+class Api:
+    """The handlers.
+
+    Args:
+        service: what answers.
+        metrics: counts.
+        limits: see there.
+        memory: counts the bodies that are held.
+        allow_load: whether clients may have the bundle loaded again.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        metrics: Metrics,
+        *,
+        limits: Limits,
+        memory: Memory,
+        allow_load: bool,
+    ) -> None:
+        self._service = service
+        self._metrics = metrics
+        self._memory = memory
+        self._allow_load = allow_load
+        self._inference = Inference(service, metrics, limits=limits, memory=memory)
+
+    def router(self) -> Handler:
+        """An ASGI application; it raises what `Frame` makes answers of."""
+        get, post = ("GET",), ("POST",)
+        table: list[tuple[str, tuple[str, ...], str, Handler]] = [
+            ("/v2/models/{model}/infer", post, "infer", self._inference.infer),
+            ("/v2/models/{model}/versions/{version}/infer", post, "infer", self._inference.infer),
+            ("/v1/classify", post, "classify", self._inference.classify),
+            ("/v2/health/live", get, "live", self.live),
+            ("/v2/health/ready", get, "ready", self.ready),
+            ("/metrics", get, "metrics", self.metrics),
+            ("/v2", get, "server", self.server),
+            ("/v2/models/stats", get, "stats", self.stats),
+            ("/v2/repository/index", post, "index", self.index),
+            ("/v2/repository/models/{model}/load", post, "load", self.load),
+            ("/v1/card", get, "card", self.card),
+            ("/v1/figures", get, "figures", self.figures),
+            ("/openapi.json", get, "openapi", self.openapi),
+            ("/", get, "page", self.page),
+            ("/favicon.ico", get, "icon", self.icon),
+        ]
+        for prefix in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
+            table += [
+                (prefix, get, "model", self.model),
+                (f"{prefix}/ready", get, "model-ready", self.model_ready),
+                (f"{prefix}/config", get, "config", self.config),
+                (f"{prefix}/stats", get, "stats", self.stats),
+            ]
+        router = Router(
+            routes=[
+                Route(path, _Endpoint(name, handler), methods=methods)
+                for path, methods, name, handler in table
+            ],
+            redirect_slashes=False,
+            default=_nothing_here,
+        )
+
+        async def routed(scope: Scope, receive: Receive, send: Send) -> None:
+            scope["app"] = router  # then a wrong method is raised, not answered by Starlette
+            await router(scope, receive, send)
+
+        return routed
+
+    async def live(self, scope: Scope, receive: Receive, send: Send) -> None:
+        live = self._service.live
+        await send_json({"live": live}, send, status=200 if live else 503)
+
+    async def ready(self, scope: Scope, receive: Receive, send: Send) -> None:
+        ready = self._service.ready
+        await send_json({"ready": ready}, send, status=200 if ready else 503)
+
+    async def server(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send_json(descriptions.server(self._allow_load), send)
+
+    async def model(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send_json(descriptions.model(self._model(scope)), send)
+
+    async def model_ready(self, scope: Scope, receive: Receive, send: Send) -> None:
+        name, ready = self._model(scope).signature.name, self._service.ready
+        await send_json({"name": name, "ready": ready}, send, status=200 if ready else 503)
+
+    async def config(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send_json(descriptions.config(self._model(scope)), send)
+
+    async def stats(self, scope: Scope, receive: Receive, send: Send) -> None:
+        served = self._model(scope)
+        await send_json(descriptions.statistics(served, self._metrics.totals), send)
+
+    def _model(self, scope: Scope) -> Served:
+        served = self._service.current
+        check_model(scope, served.signature)
+        return served
+
+    async def index(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._parameters(scope, receive)
+        await send_json(descriptions.index(self._service.ready), send)
+
+    async def load(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The bundle's folder is read again: no client may name another one."""
+        if not self._allow_load:
+            raise Refusal(
+                "loading is off; start the server with --allow-load",
+                status=403,
+                reason="not-allowed",
+            )
+        check_model(scope, self._service.current.signature)
+        if await self._parameters(scope, receive):
+            raise Refusal("load takes no parameters: the server reads its own bundle again")
+        try:
+            await self._service.load()
+        except Refusal:
+            raise
+        except (EpsError, OSError) as error:
+            self._service.say(f"the bundle was not loaded: {error}")
+            raise Refusal(
+                "the bundle cannot be loaded, and the one before is served on; the server's log"
+                " says why",
+                reason="load-failed",
+            ) from None
+        await send_json({}, send)
+
+    async def _parameters(self, scope: Scope, receive: Receive) -> dict[str, Any]:
+        with Body(dict(scope["headers"]), receive, _SMALL, self._memory) as body:
+            content = await body.read()
+        parameters = parse_json(content).get("parameters") if content.strip() else {}
+        if parameters is not None and not isinstance(parameters, dict):
+            raise Refusal("parameters must be an object")
+        return parameters or {}
+
+    async def metrics(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send_bytes(self._metrics.exposition(), CONTENT_TYPE.encode(), send)
+
+    async def card(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send_json(self._service.current.model.card, send)
+
+    async def figures(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send_json({"ready": self._service.ready, **self._metrics.figures()}, send)
+
+    async def openapi(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send_json(openapi.document(), send)
+
+    async def page(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send_bytes(page.html(), b"text/html; charset=utf-8", send, headers=page.headers())
+
+    async def icon(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send_bytes(b"", b"image/x-icon", send, status=204)
+
+
+async def _nothing_here(scope: Scope, receive: Receive, send: Send) -> None:
+    raise not_found("no such path; GET /v2 says what this server is")

@@ -1,0 +1,246 @@
+"""The process: from the socket to the last answer.
+
+SIGTERM and SIGINT: nothing new is accepted, what was accepted is answered, exit 0. The second
+signal ends the process at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+
+from eps_deploy.bundle import Bundle
+from eps_deploy.serving import logs
+from eps_deploy.serving.connections import limited
+from eps_deploy.serving.frame import Frame
+from eps_deploy.serving.limits import Limits, Memory
+from eps_deploy.serving.metrics import Metrics
+from eps_deploy.serving.model import read_bundle
+from eps_deploy.serving.routes import Api
+from eps_deploy.serving.service import Service, Source
+from eps_train.errors import ConfigError
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_DRAIN = 25  # seconds for the last answers; Kubernetes kills after 30
+_BACKLOG = 1024
+_SPARE_FILES = 64  # beside connections: models, libraries, logs
+_LEAST_TOKEN = 16  # bytes; shorter ones can be guessed
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """What `eps-serve` was asked for.
+
+    Attributes:
+        source: the model, and how it is run.
+        host, port: where to listen; port 0: any that is free.
+        limits: of what clients send.
+        token_file: holds the token that clients must send; None: they need none.
+        allow_load: whether clients may have the bundle loaded again.
+        log_requests: log every request.
+    """
+
+    source: Source
+    host: str = "127.0.0.1"
+    port: int = 8000
+    limits: Limits = field(default_factory=Limits)
+    token_file: Path | None = None
+    allow_load: bool = False
+    log_requests: bool = False
+
+
+def run(settings: Settings) -> None:
+    """Serve until a signal comes. Raises EpsError or OSError for what cannot be served."""
+    bundle = read_bundle(settings.source.path, settings.source.engine_cache)
+    token = read_token(settings.token_file) if settings.token_file is not None else None
+    with contextlib.closing(listen(settings.host, settings.port)) as listener:
+        _allow_files(settings.limits.connections)
+        logs.set_up()
+        finished = asyncio.run(serve(settings, bundle, token, listener))
+    if not finished:  # a thread is in the middle of something that cannot be interrupted
+        sys.stderr.flush()
+        os._exit(0)
+
+
+async def serve(
+    settings: Settings,
+    bundle: Bundle,
+    token: bytes | None,
+    listener: socket.socket,
+    *,
+    started: Callable[[uvicorn.Server], None] = lambda server: None,
+) -> bool:
+    """Serve until the server is told to end; False when the model was not even loaded by then.
+
+    `started` is told of the server, whose `should_exit` ends it, for who has no signals to send.
+    """
+    limits = settings.limits
+    memory = Memory(limits.memory)
+    service = Service(settings.source, say=logs.say, observe=lambda ran: metrics.ran(ran))
+    metrics = Metrics(
+        queued=lambda: service.queued,
+        connections=lambda: len(server.server_state.connections),
+        ready=lambda: service.ready,
+        held=lambda: memory.used,
+    )
+    api = Api(service, metrics, limits=limits, memory=memory, allow_load=settings.allow_load)
+    frame = Frame(api.router(), metrics, token=token, log_requests=settings.log_requests)
+    server = _Server(_config(frame, limits), service, listener)
+    loading = asyncio.create_task(_load(service, bundle, server))
+    host, port = listener.getsockname()[:2]
+    logs.say(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}")
+    started(server)
+    await server.serve(sockets=[listener.dup()])
+    if not loading.done():
+        loading.cancel()
+        return False
+    await loading  # raises why the model could not be loaded
+    await service.close()
+    logs.say("stopped")
+    return True
+
+
+def _config(frame: Frame, limits: Limits) -> uvicorn.Config:
+    return uvicorn.Config(
+        frame,
+        http=limited(limits),
+        ws="none",
+        lifespan="off",
+        loop="asyncio",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        timeout_keep_alive=limits.idle_seconds,
+        timeout_graceful_shutdown=_DRAIN,
+    )
+
+
+async def _load(service: Service, bundle: Bundle, server: _Server) -> None:
+    try:
+        await service.load(bundle)
+    except Exception:
+        if server.should_exit:
+            return  # called off, because the server was told to end
+        server.should_exit = True
+        raise
+    logs.say("ready")
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn's server with our signals: its own re-raises them, so that the exit code is not 0."""
+
+    def __init__(self, config: uvicorn.Config, service: Service, listener: socket.socket) -> None:
+        super().__init__(config)
+        self._service = service
+        self._listener = listener
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self.handle_exit) for number in _SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.should_exit:
+            os._exit(128 + sig)
+        self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._service.drain()
+        logs.say("stopping: answering what was accepted")
+        for server in self.servers:
+            server.close()  # a copy of the listener; the kernel goes on as long as there is one
+        for connection in _accepted(self._listener):
+            await asyncio.get_running_loop().connect_accepted_socket(self._protocol, connection)
+        await super().shutdown(sockets)
+
+    def _protocol(self) -> asyncio.Protocol:
+        made: asyncio.Protocol = self.config.http_protocol_class(  # type: ignore[call-arg]
+            config=self.config, server_state=self.server_state, app_state={}
+        )
+        return made
+
+
+def _accepted(listener: socket.socket) -> list[socket.socket]:
+    """Close the listener, and return the connections that clients believe to be open already.
+
+    The kernel resets those that come between the last `accept` and `close`: nothing stands there.
+    """
+    connections = []
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            connections.append(listener.accept()[0])
+    listener.close()
+    return connections
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises ConfigError: no such address, or somebody else has the port."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = found[0]
+        listener = socket.socket(family, kind, protocol)
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"--host {host}: {_told(error)}") from None
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(_BACKLOG)
+        listener.setblocking(False)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(f"--host {host} --port {port}: {_told(error)}; choose another") from None
+    return listener
+
+
+def _told(error: Exception) -> str:
+    return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+
+
+def read_token(path: Path) -> bytes:
+    """The token in a file, without space around it. Raises ConfigError."""
+    try:
+        token = path.read_bytes().strip()
+    except OSError as error:
+        raise ConfigError(f"--token-file {path}: cannot be read: {error.strerror}") from None
+    if len(token) < _LEAST_TOKEN or not all(0x21 <= byte <= 0x7E for byte in token):
+        raise ConfigError(
+            f"--token-file {path}: must hold one token of at least {_LEAST_TOKEN} visible ASCII"
+            " characters, such as `openssl rand -hex 32` gives"
+        )
+    return token
+
+
+def _allow_files(connections: int) -> None:
+    """Have as many files open as there may be connections. Raises ConfigError."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = connections + _SPARE_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        if hard != resource.RLIM_INFINITY and hard < wanted:
+            raise ConfigError(
+                f"{connections} connections need {wanted} open files, and this process may have"
+                f" {hard}; raise the limit (ulimit -n {wanted})"
+            )
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -1,0 +1,185 @@
+"""The model that is served now, and how another one takes its place without losing a request."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from eps_deploy.bundle import Bundle
+from eps_deploy.serving.batching import Batcher, Batching, Ran
+from eps_deploy.serving.model import Model, open_model, read_bundle
+from eps_deploy.serving.refusals import busy
+
+T = TypeVar("T")
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """Where the model comes from, and how it is to be run.
+
+    Attributes:
+        path: the bundle's folder.
+        engine_cache: for a plan that is built here; None: there is none.
+        batching: see there.
+    """
+
+    path: Path
+    engine_cache: Path | None = None
+    batching: Batching = field(default_factory=Batching)
+
+
+class Served:
+    """A model with its batcher, and the requests that use it."""
+
+    def __init__(self, model: Model, batching: Batching, observe: Callable[[Ran], None]) -> None:
+        self.model = model
+        self.signature = model.signature
+        self.batcher = Batcher(model.engines, batching, observe)
+        self._users = 0
+        self._unused = asyncio.Event()
+        self._unused.set()
+
+    @contextmanager
+    def used(self) -> Iterator[Served]:
+        """For the length of one request: until its end the engine stays."""
+        self._users += 1
+        self._unused.clear()
+        try:
+            yield self
+        finally:
+            self._users -= 1
+            if not self._users:
+                self._unused.set()
+
+    async def retire(self) -> None:
+        """Answer what is under way, then free the engine."""
+        await self._unused.wait()
+        self.batcher.close()
+        await self.batcher.join()
+        await asyncio.to_thread(self.model.close)
+
+
+class Service:
+    """What HTTP and gRPC ask; everything here belongs to the event loop.
+
+    Args:
+        source: see :class:`Source`.
+        say: told, on any thread, what is being done.
+        observe: told of every batch, on the event loop.
+    """
+
+    def __init__(self, source: Source, *, say: Say, observe: Callable[[Ran], None]) -> None:
+        self._source = source
+        self._say = say
+        self._observe = observe
+        self._current: Served | None = None
+        self._loading = False
+        self._draining = False
+        self._stop = threading.Event()
+        self._retiring: set[asyncio.Task[None]] = set()
+
+    @property
+    def ready(self) -> bool:
+        """Whether a request would be answered."""
+        served = self._current
+        return served is not None and not served.batcher.broken and not self._draining
+
+    @property
+    def live(self) -> bool:
+        """False when nothing but a new process would help."""
+        return self._current is None or not self._current.batcher.broken
+
+    @property
+    def loading(self) -> bool:
+        """Whether a model is being loaded; whoever ends the process then cannot wait for it."""
+        return self._loading
+
+    @property
+    def queued(self) -> int:
+        """Images that wait now."""
+        return self._current.batcher.queue.images if self._current is not None else 0
+
+    def say(self, message: str) -> None:
+        self._say(message)
+
+    @property
+    def current(self) -> Served:
+        """The model that is served. Raises Refusal before there is one."""
+        if self._current is None:
+            raise busy("the model is still being loaded", reason="not-ready")
+        return self._current
+
+    async def load(self, bundle: Bundle | None = None) -> None:
+        """Load the bundle (as it is on the disk now, unless given) and serve it from then on.
+
+        The model that was served goes on until the new one is proven; requests that it has
+        accepted it still answers. Raises EpsError or OSError; then nothing has changed.
+        """
+        if self._loading:
+            raise busy("a model is being loaded already", reason="loading")
+        self._loading = True
+        try:
+            model = await _in_thread(lambda: self._open(bundle))
+        finally:
+            self._loading = False
+        before = self._current
+        self._current = Served(model, self._source.batching, self._observe)
+        if before is not None:
+            task = asyncio.create_task(before.retire())
+            self._retiring.add(task)
+            task.add_done_callback(self._retiring.discard)
+
+    def drain(self) -> None:
+        """Say from now on that the server is not ready; call off what is being built."""
+        self._draining = True
+        self._stop.set()
+
+    async def close(self) -> None:
+        """Answer everything that was accepted, then free the engines."""
+        self.drain()
+        if self._current is not None:
+            await self._current.retire()
+        await asyncio.gather(*self._retiring)
+
+    def _open(self, bundle: Bundle | None) -> Model:
+        source = self._source
+        return open_model(
+            read_bundle(source.path, source.engine_cache) if bundle is None else bundle,
+            instances=source.batching.instances,
+            max_images=source.batching.max_queue,
+            engine_cache=source.engine_cache,
+            say=self._say,
+            stop=self._stop,
+        )
+
+
+async def _in_thread(work: Callable[[], T]) -> T:
+    """The result of `work`, done on a daemon thread: a process that ends does not wait for it."""
+    loop = asyncio.get_running_loop()
+    result: asyncio.Future[T] = loop.create_future()
+
+    def deliver(value: Any, error: BaseException | None) -> None:
+        if result.done():
+            return
+        if error is not None:
+            result.set_exception(error)
+        else:
+            result.set_result(value)
+
+    def run() -> None:
+        value, error = None, None
+        try:
+            value = work()
+        except Exception as raised:
+            error = raised
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(deliver, value, error)
+
+    threading.Thread(target=run, name="eps-load", daemon=True).start()
+    return await result

@@ -1,0 +1,63 @@
+"""No client is let in to an engine that does not answer what the network answered in torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from eps_deploy.bundle import load_bundle
+from eps_deploy.engines.base import EngineError, Images, Logits
+from eps_deploy.loading import open_engine
+from eps_deploy.serving.proving import prove
+
+
+class Bent:
+    """An engine whose logits are bent; it remembers the sizes of its batches."""
+
+    def __init__(self, inner: Any, bend: Any, name: str = "ort") -> None:
+        self._inner, self._bend, self._name = inner, bend, name
+        self.max_batch, self.classes = inner.max_batch, inner.classes
+        self.input_shape = inner.input_shape
+        self.sizes: set[int] = set()
+
+    def infer(self, images: Images) -> Logits:
+        self.sizes.add(len(images))
+        logits: Logits = self._bend(self._inner.infer(images))
+        return logits
+
+    def describe(self) -> dict[str, Any]:
+        return {"name": self._name}
+
+    def __enter__(self) -> Bent:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def test_an_engine_that_is_right(deployed: Path) -> None:
+    bundle = load_bundle(deployed / "bundle")
+    with open_engine(bundle) as engine:
+        watched = Bent(engine, lambda logits: logits)
+        told = prove(bundle, watched, "here")
+        assert told.passed
+        assert {1, 2, 32} <= watched.sizes
+        every = Bent(engine, lambda logits: logits, name="trt")
+        prove(bundle, every, "here")
+        assert every.sizes == set(range(1, 33))
+
+
+@pytest.mark.parametrize(
+    ("bend", "told"),
+    [
+        (lambda logits: logits * 1.001, "differs from torch by"),
+        (lambda logits: np.roll(logits, 1, axis=1), "differs from torch by"),
+        (lambda logits: np.full_like(logits, np.nan), "not finite"),
+    ],
+)
+def test_an_engine_that_is_wrong(deployed: Path, bend: Any, told: str) -> None:
+    bundle = load_bundle(deployed / "bundle")
+    with open_engine(bundle) as engine, pytest.raises(EngineError, match=told):
+        prove(bundle, Bent(engine, bend), "here")
