@@ -35,7 +35,7 @@ EPOCHS = 3
 ROUNDS = 8
 LOGS = {"ours": "metrics.jsonl", "timm": "*/summary.csv"}  # they grow once an epoch
 _LOOK = 0.01  # seconds between two looks at a log
-COPIES = {"cpu": 2, "cuda": 40}  # of 1,295 training images; 40 make a set of CIFAR's size
+COPIES = {"cpu": 4, "cuda": 40}  # of 1,295 training images; 40 make a set of CIFAR's size
 OUTPUT = Path("output")  # stands for the folder of a run, which is another each time
 
 Argument = str | int | float | Path
