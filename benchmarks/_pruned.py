@@ -13,7 +13,7 @@ from _steps import random_images
 from torch import nn
 
 from eps_compact import folding
-from eps_deploy.export import Deployed
+from eps_deploy.exporting.export import Deployed
 from eps_train import graph
 from eps_train.cost import cost
 from eps_train.data import DataIdentity

@@ -24,9 +24,9 @@ import click
 import torch
 
 from eps_compact.compaction import Compaction, compact_checkpoint
-from eps_deploy import latency
 from eps_deploy.engines.ort import OrtEngine
-from eps_deploy.export import export_onnx
+from eps_deploy.exporting.export import export_onnx
+from eps_deploy.measuring import latency
 from eps_train import data, graph
 from eps_train.checkpoint import Checkpoint
 from eps_train.config import TrainingConfig

@@ -26,7 +26,7 @@ from torch import Tensor, fx
 from eps_compact.folding import fold
 from eps_compact.timing import Measure, Runs, interleaved
 from eps_deploy.engines.ort import THREADS, OrtEngine
-from eps_deploy.export import export_onnx
+from eps_deploy.exporting.export import export_onnx
 from eps_train import graph
 from eps_train.data import DataIdentity
 from eps_train.errors import GraphError

@@ -279,7 +279,7 @@ def _refuse_unused(context: click.Context, engine: str, precision: Precision) ->
 
 def show_summary(report: dict[str, Any], output: Path) -> None:
     """Table of checks, the verdict, and where the bundle is."""
-    from eps_deploy.report_markdown import verdict_line
+    from eps_deploy.reporting.markdown import verdict_line
 
     words = {True: "passed", False: "FAILED", None: "not run"}
     rows = [(check["name"], words[check["passed"]], check["text"]) for check in report["checks"]]

@@ -16,14 +16,14 @@ import numpy.typing as npt
 import onnx
 from PIL import Image
 
-from eps_deploy import report
 from eps_deploy.engines.base import INPUT_NAME, OUTPUT_NAME, Images, Logits
 from eps_deploy.engines.trt.sidecar import SIDECAR, Sidecar
-from eps_deploy.latency import Picture
+from eps_deploy.exporting.onnx_types import executed_types, layer_types
+from eps_deploy.exporting.repair import Repair
+from eps_deploy.measuring.latency import Picture
 from eps_deploy.networks import Models
-from eps_deploy.onnx_types import executed_types, layer_types
 from eps_deploy.options import Options
-from eps_deploy.repair import Repair
+from eps_deploy.reporting import report
 from eps_deploy.runtimes import Sides
 from eps_deploy.sources import Sources
 from eps_deploy.triton import Kind, Served

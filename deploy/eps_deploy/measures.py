@@ -13,13 +13,14 @@ import numpy as np
 import numpy.typing as npt
 
 from eps_compact.certificate import BOUND as FOLDING_LIMIT
-from eps_deploy import latency, parity, report
-from eps_deploy.accuracy import Classes, accuracy_drop, classes
 from eps_deploy.engines.base import Images, Logits
-from eps_deploy.latency import Latency, Picture
-from eps_deploy.limits import AGREEMENT_LIMITS, PARITY_LIMITS
+from eps_deploy.measuring import latency, parity
+from eps_deploy.measuring.accuracy import Classes, accuracy_drop, classes
+from eps_deploy.measuring.latency import Latency, Picture
+from eps_deploy.measuring.limits import AGREEMENT_LIMITS, PARITY_LIMITS
+from eps_deploy.measuring.parity import Infer, Parity
 from eps_deploy.options import Options
-from eps_deploy.parity import Infer, Parity
+from eps_deploy.reporting import report
 from eps_deploy.runtimes import Side, Sides
 from eps_deploy.sources import Sources
 

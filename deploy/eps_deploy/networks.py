@@ -12,12 +12,12 @@ from typing import Any
 
 from torch import nn
 
-from eps_deploy import calibration as calibrating
 from eps_deploy.engines.base import Images
-from eps_deploy.export import Deployed, export_onnx
+from eps_deploy.exporting import calibration as calibrating
+from eps_deploy.exporting.export import Deployed, export_onnx
+from eps_deploy.exporting.quantize import quantize
+from eps_deploy.exporting.repair import units
 from eps_deploy.options import Options
-from eps_deploy.quantize import quantize
-from eps_deploy.repair import units
 from eps_deploy.sources import Sources
 from eps_deploy.stages import Stages
 from eps_train import graph

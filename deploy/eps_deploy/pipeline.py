@@ -17,25 +17,25 @@ from eps_deploy import (
     networks,
     plans,
     repairing,
-    report,
     reproduction,
     runtimes,
     triton,
 )
 from eps_deploy.bundle_writer import BundleWriter
-from eps_deploy.calibration import pick
 from eps_deploy.engines.base import Images
 from eps_deploy.engines.trt.sidecar import PLAN
-from eps_deploy.latency import Latency, save_samples
+from eps_deploy.exporting.calibration import pick
+from eps_deploy.exporting.repair import Repair
 from eps_deploy.measures import TestPart
+from eps_deploy.measuring.latency import Latency, save_samples
+from eps_deploy.measuring.parity import Parity
 from eps_deploy.networks import Models, Networks
 from eps_deploy.options import Options
-from eps_deploy.parity import Parity
-from eps_deploy.repair import Repair
 from eps_deploy.repairing import repaired
-from eps_deploy.report import Check
-from eps_deploy.report_html import render as render_html
-from eps_deploy.report_markdown import render as render_markdown
+from eps_deploy.reporting import report
+from eps_deploy.reporting.html import render as render_html
+from eps_deploy.reporting.markdown import render as render_markdown
+from eps_deploy.reporting.report import Check
 from eps_deploy.runtimes import Sides
 from eps_deploy.sources import Sources, find_sources
 from eps_deploy.stages import Stages, digest_of

@@ -27,7 +27,7 @@ from eps_deploy.engines.trt.sidecar import (
     this_platform,
 )
 from eps_deploy.options import Options
-from eps_deploy.report import Check
+from eps_deploy.reporting.report import Check
 from eps_deploy.stages import Stages
 
 DEFERRED = "--defer-build: the plan is built by the machine that serves the bundle"

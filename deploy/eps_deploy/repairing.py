@@ -6,13 +6,13 @@ from collections.abc import Callable
 from contextlib import ExitStack
 
 from eps_deploy import networks, runtimes
-from eps_deploy.accuracy import Classes, accuracy_drop, classes
 from eps_deploy.engines.base import Images
+from eps_deploy.exporting.repair import Repair, Trial, repair, units
 from eps_deploy.measures import TestPart
+from eps_deploy.measuring.accuracy import Classes, accuracy_drop, classes
+from eps_deploy.measuring.parity import Infer
 from eps_deploy.networks import Models, Networks
 from eps_deploy.options import Options
-from eps_deploy.parity import Infer
-from eps_deploy.repair import Repair, Trial, repair, units
 from eps_deploy.sources import Sources
 from eps_deploy.stages import Stages
 from eps_train.errors import ConfigError

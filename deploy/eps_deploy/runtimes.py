@@ -10,10 +10,10 @@ from typing import Any
 from eps_deploy import plans
 from eps_deploy.engines.base import Engine
 from eps_deploy.engines.ort import OrtEngine
-from eps_deploy.export import Deployed, in_precision
+from eps_deploy.exporting.export import Deployed, in_precision
+from eps_deploy.measuring.parity import Infer
 from eps_deploy.networks import Models, Networks
 from eps_deploy.options import Options
-from eps_deploy.parity import Infer
 from eps_deploy.stages import Stages
 
 _CASTS = (

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from eps_compact.checks import Check, Verification
-from eps_deploy import parity
 from eps_deploy.bundle import Bundle, load_bundle
 from eps_deploy.engines.base import Engine, EngineError
-from eps_deploy.limits import PARITY_LIMITS
 from eps_deploy.loading import open_engine, open_onnx
+from eps_deploy.measuring import parity
+from eps_deploy.measuring.limits import PARITY_LIMITS
 
 SAMPLES = "samples.npz"
 REPORT = "report.json"

@@ -16,7 +16,7 @@ from eps_compact.timing import MIN_ROUNDS, block_times, plain
 from eps_deploy import block_timer
 from eps_deploy.block_timer import OrtTimer, Removable
 from eps_deploy.engines.ort import OrtEngine
-from eps_deploy.export import export_onnx
+from eps_deploy.exporting.export import export_onnx
 from eps_train import data, graph
 from eps_train.errors import GraphError
 from eps_train.networks import Normalize

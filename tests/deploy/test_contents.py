@@ -12,7 +12,7 @@ from eps_compact import CompactArtifact
 from eps_deploy import load_bundle
 from eps_deploy.contents import write_examples
 from eps_deploy.engines.ort import OrtEngine
-from eps_deploy.export import Deployed
+from eps_deploy.exporting.export import Deployed
 from eps_train import data
 
 

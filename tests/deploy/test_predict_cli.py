@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from eps_compact import CompactArtifact
-from eps_deploy.export import Deployed
+from eps_deploy.exporting.export import Deployed
 from eps_deploy.predict_cli import main
 from tests.commands import Result, run
 

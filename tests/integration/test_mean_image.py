@@ -9,7 +9,7 @@ import numpy as np
 from eps_compact.artifact import CompactArtifact
 from eps_compact.cli import main as compact
 from eps_deploy.engines.ort import OrtEngine
-from eps_deploy.export import export_onnx
+from eps_deploy.exporting.export import export_onnx
 from eps_train import data
 from eps_train.evaluate import logits
 from eps_train.networks import Normalize

@@ -14,7 +14,7 @@ from typing import Any
 from eps_deploy.bundle import Bundle, load_bundle
 from eps_deploy.engines.base import Engine
 from eps_deploy.loading import open_engine
-from eps_deploy.parity import Parity
+from eps_deploy.measuring.parity import Parity
 from eps_deploy.serving.limits import Limits
 from eps_deploy.serving.pictures import decode
 from eps_deploy.serving.plan_cache import PlanCache

@@ -6,11 +6,11 @@ import io
 
 import numpy as np
 
-from eps_deploy import parity
 from eps_deploy.bundle import Bundle
 from eps_deploy.engines.base import Engine, EngineError
-from eps_deploy.limits import PARITY_LIMITS
-from eps_deploy.parity import Parity
+from eps_deploy.measuring import parity
+from eps_deploy.measuring.limits import PARITY_LIMITS
+from eps_deploy.measuring.parity import Parity
 from eps_deploy.precision import PRECISIONS
 
 SAMPLES = "samples.npz"

@@ -15,12 +15,12 @@ from onnx import TensorProto, helper
 
 from eps_deploy.engines.base import Engine, EngineError
 from eps_deploy.engines.ort import OrtEngine, Provider
-from eps_deploy.export import export_onnx
+from eps_deploy.exporting.export import export_onnx
+from eps_deploy.exporting.quantize import quantize
 from eps_deploy.precision import PRECISIONS
-from eps_deploy.quantize import quantize
 from eps_train.errors import DataError
 
-from ..test_export import identity, network
+from ..exporting.test_export import identity, network
 
 
 def tiny_model(

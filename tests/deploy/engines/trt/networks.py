@@ -16,11 +16,11 @@ from onnxruntime.quantization import (
 )
 
 from eps_compact import CompactArtifact, compact
-from eps_deploy.calibration import calibration_images
 from eps_deploy.engines.base import Images
-from eps_deploy.export import export_onnx
+from eps_deploy.exporting.calibration import calibration_images
+from eps_deploy.exporting.export import export_onnx
+from eps_deploy.exporting.quantize import quantize
 from eps_deploy.precision import PRECISIONS
-from eps_deploy.quantize import quantize
 from eps_train.network import NetworkSpec
 from tests.checkpoints import make_checkpoint
 

@@ -26,8 +26,8 @@ from eps_deploy.engines.trt.cuda import Cuda, host_facts
 from eps_deploy.engines.trt.module import load_tensorrt
 from eps_deploy.engines.trt.run import LANES, TrtEngine
 from eps_deploy.engines.trt.sidecar import AMPERE, Host, Sidecar
-from eps_deploy.export import in_precision
-from eps_deploy.limits import PARITY_LIMITS
+from eps_deploy.exporting.export import in_precision
+from eps_deploy.measuring.limits import PARITY_LIMITS
 from eps_deploy.precision import PRECISIONS
 from eps_train.errors import DataError
 from tests.checkpoints import make_checkpoint

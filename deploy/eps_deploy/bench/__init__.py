@@ -1,0 +1,1 @@
+"""`eps-bench`: honest latency of any model files, side by side."""

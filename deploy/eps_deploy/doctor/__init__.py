@@ -1,0 +1,1 @@
+"""`eps-doctor`: what this machine can do."""
