@@ -129,7 +129,8 @@ class BundleWriter:
         folder_lock.release(self._lock)
 
     def _is_ours(self, name: str | None) -> bool:
-        return name is None or Path(name).is_relative_to(self.folder)
+        ours = (self.folder, self.stages)
+        return name is None or any(Path(name).is_relative_to(folder) for folder in ours)
 
 
 def _files(folder: Path) -> set[str]:

@@ -56,23 +56,29 @@ def deploy(options: Options, say: Say) -> dict[str, Any]:
     sources, part, calibration = _read(options, say)
     with writer:
         stages = Stages(writer.stages, resume=options.resume)
-        built = networks.build(sources)
-        job = _Job(options, sources, part, built, stages, say)
-        with _timed(say, "exported model.onnx and baseline.onnx"):
-            models = networks.export(options, sources, built, calibration, stages)
-        repair: Repair | None = None
-        if options.repair:
-            with _timed(say, "looked for blocks to keep in higher precision"):
-                models, repair = repaired(
-                    options, sources, built, models, calibration, part, stages, say
-                )
-        with runtimes.opened(options, built, models, stages, say) as sides:
-            found = job.measure(models, sides, repair)
-        job.write(writer.folder, models, sides, found)
-        file = PLAN if PLAN in sides.files else "model.onnx"
-        writer.commit(contents.manifest_fields(options, sources, sides.describe(options), file))
+        with _kept(stages, writer.stages, say):
+            job = _Job(options, sources, part, networks.build(sources), stages, say)
+            models, repair = job.export(calibration)
+            with runtimes.opened(options, job.networks, models, stages, say) as sides:
+                found = job.measure(models, sides, repair)
+            job.write(writer.folder, models, sides, found)
+            file = PLAN if PLAN in sides.files else "model.onnx"
+            writer.commit(contents.manifest_fields(options, sources, sides.describe(options), file))
         stages.clear()
     return found.report
+
+
+@contextmanager
+def _kept(stages: Stages, folder: Path, say: Say) -> Iterator[None]:
+    """When the block fails, say what is left of the work done, and how to go on from it."""
+    try:
+        yield
+    except BaseException:
+        if stages.left():
+            say(f"what was finished is kept in {folder.name}; --resume goes on from there")
+        else:
+            stages.clear()
+        raise
 
 
 def plan(options: Options) -> list[str]:
@@ -135,6 +141,18 @@ class _Job:
     networks: Networks
     stages: Stages
     say: Say
+
+    def export(self, calibration: Images | None) -> tuple[Models, Repair | None]:
+        """The ONNX files, and with `--repair` what was kept in higher precision."""
+        options, sources, built, stages = self.options, self.sources, self.networks, self.stages
+        with _timed(self.say, "exported model.onnx and baseline.onnx"):
+            models = networks.export(options, sources, built, calibration, stages)
+        if not options.repair:
+            return models, None
+        with _timed(self.say, "looked for blocks to keep in higher precision"):
+            return repaired(
+                options, sources, built, models, calibration, self.part, stages, self.say
+            )
 
     def measure(self, models: Models, sides: Sides, repair: Repair | None) -> _Found:
         options, sources = self.options, self.sources

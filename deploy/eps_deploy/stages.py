@@ -61,6 +61,10 @@ class Stages:
         """Whether an earlier run left the result of this stage."""
         return self._resume and _intact(self._path(name, inputs)) is not None
 
+    def left(self) -> bool:
+        """Whether there is anything that a later run could take up."""
+        return self._folder.is_dir() and any(self._folder.iterdir())
+
     def clear(self) -> None:
         """The deployment is done: nothing of it will be resumed."""
         shutil.rmtree(self._folder, ignore_errors=True)

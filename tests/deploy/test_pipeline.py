@@ -161,7 +161,9 @@ def test_a_killed_run_is_resumed_where_it_was(
 
     with monkeypatch.context() as patch:
         patch.setattr(measures, "timed", killed)
-        assert deploy(workshop, "--engine", "ort").code == 130
+        stopped = deploy(workshop, "--engine", "ort")
+    assert stopped.code == 130
+    assert "kept in .bundle.eps-deploy.stages; --resume goes on from there" in stopped.stderr
     assert not (workshop / "bundle").exists()
     assert (workshop / ".bundle.eps-deploy.stages").is_dir()
 
@@ -174,6 +176,21 @@ def test_a_killed_run_is_resumed_where_it_was(
     assert report["passed"] is True
     assert len(report["latency"]) == 2
     assert not (workshop / ".bundle.eps-deploy.stages").exists()
+
+
+def test_a_full_disk_is_told_of_the_bundle_not_of_a_hidden_file(
+    workshop: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    before = files_in(workshop)
+    monkeypatch.setattr("eps_deploy.stages.replace_file", full)
+    result = deploy(workshop, "--engine", "ort")
+    assert result.code == 1
+    assert "bundle: No space left on device; free some space" in result.error
+    assert ".stages" not in result.error
+    assert files_in(workshop) == before
 
 
 def test_a_smaller_largest_batch_holds_everywhere(workshop: Path) -> None:
