@@ -21,7 +21,7 @@ checks = report["checks"]
 failed = [check["name"] for check in checks if check["passed"] is False]
 passed = sum(check["passed"] is True for check in checks)
 verdict = "passed" if report["passed"] else f"FAILED ({', '.join(failed) or 'see the report'})"
-print(f"Report   {sys.argv[1].removesuffix('json')}md")
+print(f"Report   {sys.argv[1].removesuffix('json')}html")
 print(f"Verdict  {verdict}: {passed} checks passed, {len(report['not_run'])} not run")
 PY
     fi
@@ -50,6 +50,6 @@ printf '\n$ cd demo/run-%s\n' "$number"
 step train "eps-train --with-baseline"
 step compact "eps-compact ckpt.pt"
 step verify "eps-verify compact.pt"
-step deploy "eps-deploy --engine ort"
+step deploy "eps-deploy --engine ort --latency-budget 15"
 step predict "eps-predict bundle bundle/examples/*.png"
 finish 0

@@ -35,8 +35,10 @@ def open_engine(bundle: Bundle, *, threads: int | None = None) -> Engine:
     return _agreeing(bundle, TrtEngine(bundle.read(bundle.model), sidecar, name=name))
 
 
-def open_onnx(bundle: Bundle, *, provider: str = "", threads: int | None = None) -> Engine:
-    """`model.onnx` of any bundle on ONNX Runtime; raises as :func:`open_engine` does.
+def open_onnx(
+    bundle: Bundle, *, file: str = ONNX, provider: str = "", threads: int | None = None
+) -> Engine:
+    """A network in any bundle on ONNX Runtime; raises as :func:`open_engine` does.
 
     On the processor, and with the arithmetic of the file, unless `provider` is the execution
     provider of the manifest.
@@ -46,8 +48,8 @@ def open_onnx(bundle: Bundle, *, provider: str = "", threads: int | None = None)
     recorded = bundle.manifest["engine"]
     known: dict[str, Provider] = {full: short for short, full in PROVIDERS.items()}
     engine = OrtEngine(
-        bundle.read(ONNX),
-        name=str(bundle.root / ONNX),
+        bundle.read(file),
+        name=str(bundle.root / file),
         provider=known.get(provider, "cpu"),
         threads=threads or int(recorded.get("threads", 1)),
         max_batch=int(recorded["max_batch"]),

@@ -87,7 +87,7 @@ def agreement_check(share: float, limit: float, samples: int) -> Check:
         value=share,
         limit=limit,
         text=(
-            f"the class of the compact network on {100 * share:.2f} % of {samples} images,"
+            f"the class of the compact network on {100 * share:.2f} % of {samples:,} images,"
             f" limit {100 * limit:g} %"
         ),
     )
