@@ -85,6 +85,20 @@ def _finite(context: click.Context, parameter: click.Parameter, value: float) ->
     help="Keep the plan here that --defer-build left to this machine.",
 )
 @click.option(
+    "--shadow",
+    metavar="DIR|baseline",
+    help="Run this bundle, or BUNDLE's unpruned network, beside it, and compare.",
+)
+@click.option(
+    "--shadow-share",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=0.1,
+    show_default=True,
+    callback=_finite,
+    metavar="X",
+    help="Share of the batches that --shadow gets.",
+)
+@click.option(
     "--max-body",
     type=click.IntRange(1, 4096),
     default=32,
@@ -120,6 +134,8 @@ def cli(
     token_file: Path | None,
     allow_load: bool,
     engine_cache: Path | None,
+    shadow: str | None,
+    shadow_share: float,
     max_body: int,
     max_pixels: int,
     max_connections: int,
@@ -133,6 +149,7 @@ def cli(
     from eps_deploy.serving.limits import Limits
     from eps_deploy.serving.server import Settings, run
     from eps_deploy.serving.service import Source
+    from eps_deploy.serving.shadow import Shadowing
 
     # Pillow warns of pictures that are large or untidy, and reads them all the same.
     warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -142,6 +159,10 @@ def cli(
         merge=not no_batching,
         instances=instances,
     )
+    shadowing = None
+    if shadow is not None:
+        other = Path(shadow) if shadow != "baseline" else None
+        shadowing = Shadowing(path=other, share=shadow_share)
     limits = Limits(
         body=max_body * _MIB,
         memory=8 * max_body * _MIB,
@@ -150,7 +171,12 @@ def cli(
     )
     run(
         Settings(
-            source=Source(path=bundle, engine_cache=engine_cache, batching=batching),
+            source=Source(
+                path=bundle,
+                engine_cache=engine_cache,
+                batching=batching,
+                shadow=shadowing,
+            ),
             host=host,
             port=port,
             limits=limits,

@@ -64,6 +64,8 @@ class Batcher:
         engines: one thread is started for each; they are not closed here.
         options: see :class:`Batching`.
         observe: told of every batch, on the event loop.
+        after: gets every batch that ran, with its logits and the engine's seconds, when its answers
+            are on their way; on an engine's thread, so it must be quick.
     """
 
     def __init__(
@@ -71,9 +73,11 @@ class Batcher:
         engines: Sequence[Engine],
         options: Batching,
         observe: Callable[[Ran], None],
+        after: Callable[[Images, Logits, float], None] | None = None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._observe = observe
+        self._after = after
         self._failures = 0
         self._seconds_per_image = 0.0
         self._engines = len(engines)
@@ -173,6 +177,8 @@ class Batcher:
                 self._loop.call_soon_threadsafe(self._deliver, pieces, logits, failed, seconds)
             except RuntimeError:  # the loop is closed: the process was told to end at once
                 return
+            if logits is not None and self._after is not None:
+                self._after(batch, logits, seconds)
 
     def _deliver(
         self,

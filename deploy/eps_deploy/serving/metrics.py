@@ -13,6 +13,8 @@ from prometheus_client.core import Metric
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from eps_deploy.serving.batching import Ran
+from eps_deploy.serving.shadow import Compared
+from eps_deploy.serving.shadow_metrics import ShadowMetrics
 
 CONTENT_TYPE = prometheus.CONTENT_TYPE_PLAIN_0_0_4
 _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
@@ -58,6 +60,7 @@ class Metrics:
         connections: open now.
         ready: whether the server would answer.
         held: bytes of bodies that are held now.
+        shadow: whether there is one.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class Metrics:
         connections: Callable[[], int],
         ready: Callable[[], bool],
         held: Callable[[], int],
+        shadow: bool = False,
     ) -> None:
         self.totals = Totals()
         self.refused: dict[str, int] = {}
@@ -86,6 +90,7 @@ class Metrics:
         self._gauge("connections", "Open connections.", connections)
         self._gauge("ready", "1 when requests are answered.", lambda: float(ready()))
         self._gauge("body_bytes", "Bytes of request bodies held.", held)
+        self._shadow = ShadowMetrics(self._registry, _SECONDS) if shadow else None
         self._registry.register(_TritonNames(self.totals, queued))
 
     def _counter(self, name: str, text: str, *labels: str) -> prometheus.Counter:
@@ -114,6 +119,11 @@ class Metrics:
         for seconds in batch.waited:
             totals.queue.add(seconds)
             self._waited.observe(seconds)
+
+    def compared(self, batch: Compared) -> None:
+        """A batch of the shadow's."""
+        if self._shadow is not None:
+            self._shadow.compared(batch)
 
     def inferred(self, seconds: float, images: int) -> None:
         """A request that asked the engine was answered."""
@@ -151,6 +161,7 @@ class Metrics:
             "p99_ms": _percentile(times, 0.99),
             "queued_images": self._queued(),
             "refused": dict(sorted(self.refused.items())),
+            "shadow": self._shadow.figures() if self._shadow is not None else None,
         }
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from eps_deploy.bundle import Bundle, load_bundle
 from eps_deploy.engines.base import Engine
-from eps_deploy.loading import open_engine
+from eps_deploy.loading import ONNX, open_engine, open_onnx
 from eps_deploy.measuring.parity import Parity
 from eps_deploy.serving.limits import Limits
 from eps_deploy.serving.pictures import decode
@@ -83,11 +83,11 @@ def open_model(
 
     Raises EngineError: an engine does not run here, or does not answer what torch answered.
     """
-    opener = _opener(bundle, engine_cache, say, stop)
+    opened = opener(bundle, engine_cache, say, stop)
     with ExitStack() as undo:
         engines = []
         for index in range(instances):
-            engine = undo.enter_context(opener())
+            engine = undo.enter_context(opened())
             proof = prove(bundle, engine, f"engine {index}")
             engines.append(engine)
         say(
@@ -123,14 +123,22 @@ def _warm_pillow(bundle: Bundle) -> None:
     decode(file.getvalue(), bundle.preprocessing, Limits().pixels)
 
 
-def _opener(
-    bundle: Bundle, engine_cache: Path | None, say: Say, stop: threading.Event
+def opener(
+    bundle: Bundle,
+    engine_cache: Path | None,
+    say: Say,
+    stop: threading.Event,
+    file: str = ONNX,
 ) -> Callable[[], Engine]:
+    """Opens another engine at each call; `file` names another network than the bundle's model."""
     if not is_deferred(bundle):
+        if file != ONNX:
+            provider = bundle.manifest["engine"].get("provider", "")
+            return lambda: open_onnx(bundle, file=file, provider=provider)
         return lambda: open_engine(bundle)
     assert engine_cache is not None, "read_bundle has seen to it"
     cache = PlanCache(engine_cache, say=say, stop=stop)
-    return lambda: cache.open(bundle)
+    return lambda: cache.open(bundle, file)
 
 
 def _card(bundle: Bundle, told: dict[str, Any], proof: Parity) -> dict[str, Any]:

@@ -65,14 +65,16 @@ class PlanCache:
         self._gpu = Gpu.first() if gpu is None else gpu
         self._host = host_facts(self._gpu.trt, self._gpu.cuda)
 
-    def open(self, bundle: Bundle) -> Engine:
+    def open(self, bundle: Bundle, file: str = ONNX) -> Engine:
         """The engine of a bundle with a deferred plan, built now if it was not built before.
+
+        `file` names the network in the bundle.
 
         Raises:
             EngineError: TensorRT cannot build or load it.
             OSError: the folder cannot be written.
         """
-        model = bundle.read(ONNX)
+        model = bundle.read(file)
         place = self._place(bundle, model)
         lock = self._lock(place)
         try:

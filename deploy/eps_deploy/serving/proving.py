@@ -5,9 +5,10 @@ from __future__ import annotations
 import io
 
 import numpy as np
+import numpy.typing as npt
 
 from eps_deploy.bundle import Bundle
-from eps_deploy.engines.base import Engine, EngineError
+from eps_deploy.engines.base import Engine, EngineError, Images, Logits
 from eps_deploy.measuring import parity
 from eps_deploy.measuring.limits import PARITY_LIMITS
 from eps_deploy.measuring.parity import Parity
@@ -17,20 +18,12 @@ SAMPLES = "samples.npz"
 
 
 def prove(bundle: Bundle, engine: Engine, stage: str) -> Parity:
-    """Run the bundle's samples in batches of several sizes and compare with torch's logits.
-
-    TensorRT makes something of each batch size when it first comes, so it gets all of them.
+    """Warm up, and compare with torch's logits.
 
     Raises EngineError when the engine fails, or answers something else than torch did.
     """
-    with np.load(io.BytesIO(bundle.read(SAMPLES)), allow_pickle=False) as samples:
-        images, logits, indices = samples["images"], samples["logits"], samples["indices"]
-    if len(images) < engine.max_batch:  # so that the largest batch is a full one
-        repeat = np.arange(engine.max_batch) % len(images)
-        images, logits, indices = images[repeat], logits[repeat], indices[repeat]
-    on_gpu = engine.describe()["name"] == "trt"
-    sizes = range(1, engine.max_batch + 1) if on_gpu else {1, 2, engine.max_batch}
-    batches = sorted(sizes)
+    images, logits, indices = _samples(bundle, engine)
+    batches = _batches(engine)
     answers = parity.passes(engine.infer, images, batches)
     expected = [logits] * len(batches)
     told = parity.compare(stage, expected, answers, indices.tolist(), _limit(bundle), batches)
@@ -43,6 +36,27 @@ def prove(bundle: Bundle, engine: Engine, stage: str) -> Parity:
             " deploy the network again on this machine"
         )
     return told
+
+
+def warm(bundle: Bundle, engine: Engine) -> None:
+    """Run the bundle's samples, of which nobody knows what this engine must answer."""
+    parity.passes(engine.infer, _samples(bundle, engine)[0], _batches(engine))
+
+
+def _samples(bundle: Bundle, engine: Engine) -> tuple[Images, Logits, npt.NDArray[np.int64]]:
+    """Images, torch's logits and indices; so many that the largest batch is a full one."""
+    with np.load(io.BytesIO(bundle.read(SAMPLES)), allow_pickle=False) as samples:
+        images, logits, indices = samples["images"], samples["logits"], samples["indices"]
+    if len(images) < engine.max_batch:
+        repeat = np.arange(engine.max_batch) % len(images)
+        images, logits, indices = images[repeat], logits[repeat], indices[repeat]
+    return images, logits, indices
+
+
+def _batches(engine: Engine) -> list[int]:
+    """TensorRT makes something of each batch size when it first comes, so it gets all of them."""
+    on_gpu = engine.describe()["name"] == "trt"
+    return sorted(range(1, engine.max_batch + 1) if on_gpu else {1, 2, engine.max_batch})
 
 
 def _limit(bundle: Bundle) -> float | None:

@@ -29,6 +29,7 @@ from eps_deploy.serving.metrics import Metrics
 from eps_deploy.serving.model import read_bundle
 from eps_deploy.serving.routes import Api
 from eps_deploy.serving.service import Service, Source
+from eps_deploy.serving.shadow import read_shadow
 from eps_train.errors import ConfigError
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -62,7 +63,10 @@ class Settings:
 
 def run(settings: Settings) -> None:
     """Serve until a signal comes. Raises EpsError or OSError for what cannot be served."""
-    bundle = read_bundle(settings.source.path, settings.source.engine_cache)
+    source = settings.source
+    bundle = read_bundle(source.path, source.engine_cache)
+    if source.shadow is not None:
+        read_shadow(bundle, source.shadow, source.engine_cache)
     token = read_token(settings.token_file) if settings.token_file is not None else None
     with contextlib.closing(listen(settings.host, settings.port)) as listener:
         _allow_files(settings.limits.connections)
@@ -81,18 +85,24 @@ async def serve(
     *,
     started: Callable[[uvicorn.Server], None] = lambda server: None,
 ) -> bool:
-    """Serve until the server is told to end; False when the model was not even loaded by then.
+    """Serve until the server is told to end; False when a thread is still busy by then.
 
     `started` is told of the server, whose `should_exit` ends it, for who has no signals to send.
     """
     limits = settings.limits
     memory = Memory(limits.memory)
-    service = Service(settings.source, say=logs.say, observe=lambda ran: metrics.ran(ran))
+    service = Service(
+        settings.source,
+        say=logs.say,
+        observe=lambda ran: metrics.ran(ran),
+        compared=lambda batch: metrics.compared(batch),
+    )
     metrics = Metrics(
         queued=lambda: service.queued,
         connections=lambda: len(server.server_state.connections),
         ready=lambda: service.ready,
         held=lambda: memory.used,
+        shadow=settings.source.shadow is not None,
     )
     api = Api(service, metrics, limits=limits, memory=memory, allow_load=settings.allow_load)
     frame = Frame(api.router(), metrics, token=token, log_requests=settings.log_requests)
@@ -106,9 +116,9 @@ async def serve(
         loading.cancel()
         return False
     await loading  # raises why the model could not be loaded
-    await service.close()
+    finished = await service.close()
     logs.say("stopped")
-    return True
+    return finished
 
 
 def _config(frame: Frame, limits: Limits) -> uvicorn.Config:

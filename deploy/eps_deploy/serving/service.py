@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from eps_deploy.bundle import Bundle
+from eps_deploy.engines.base import Engine
 from eps_deploy.serving.batching import Batcher, Batching, Ran
 from eps_deploy.serving.model import Model, open_model, read_bundle
 from eps_deploy.serving.refusals import busy
+from eps_deploy.serving.shadow import Compared, Shadow, Shadowing, open_shadow
 
 T = TypeVar("T")
 Say = Callable[[str], None]
@@ -27,20 +29,30 @@ class Source:
         path: the bundle's folder.
         engine_cache: for a plan that is built here; None: there is none.
         batching: see there.
+        shadow: what runs beside it; None: nothing.
     """
 
     path: Path
     engine_cache: Path | None = None
     batching: Batching = field(default_factory=Batching)
+    shadow: Shadowing | None = None
 
 
 class Served:
     """A model with its batcher, and the requests that use it."""
 
-    def __init__(self, model: Model, batching: Batching, observe: Callable[[Ran], None]) -> None:
+    def __init__(
+        self,
+        model: Model,
+        batching: Batching,
+        observe: Callable[[Ran], None],
+        shadow: Shadow | None = None,
+    ) -> None:
         self.model = model
         self.signature = model.signature
-        self.batcher = Batcher(model.engines, batching, observe)
+        self._shadow = shadow
+        after = shadow.offer if shadow is not None else None
+        self.batcher = Batcher(model.engines, batching, observe, after)
         self._users = 0
         self._unused = asyncio.Event()
         self._unused.set()
@@ -57,12 +69,13 @@ class Served:
             if not self._users:
                 self._unused.set()
 
-    async def retire(self) -> None:
-        """Answer what is under way, then free the engine."""
+    async def retire(self) -> bool:
+        """Answer what is under way, then free the engines; False: the shadow's is held up."""
         await self._unused.wait()
         self.batcher.close()
         await self.batcher.join()
         await asyncio.to_thread(self.model.close)
+        return self._shadow is None or await self._shadow.end()
 
 
 class Service:
@@ -72,12 +85,22 @@ class Service:
         source: see :class:`Source`.
         say: told, on any thread, what is being done.
         observe: told of every batch, on the event loop.
+        compared: told of every batch of the shadow, on the event loop.
     """
 
-    def __init__(self, source: Source, *, say: Say, observe: Callable[[Ran], None]) -> None:
+    def __init__(
+        self,
+        source: Source,
+        *,
+        say: Say,
+        observe: Callable[[Ran], None],
+        compared: Callable[[Compared], None] = lambda batch: None,
+    ) -> None:
         self._source = source
         self._say = say
         self._observe = observe
+        self._compared = compared
+        self._held_up = False
         self._current: Served | None = None
         self._loading = False
         self._draining = False
@@ -125,13 +148,14 @@ class Service:
             raise busy("a model is being loaded already", reason="loading")
         self._loading = True
         try:
-            model = await _in_thread(lambda: self._open(bundle))
+            model, engine = await _in_thread(lambda: self._open(bundle))
         finally:
             self._loading = False
         before = self._current
-        self._current = Served(model, self._source.batching, self._observe)
+        shadow = self._shadow(engine) if engine is not None else None
+        self._current = Served(model, self._source.batching, self._observe, shadow)
         if before is not None:
-            task = asyncio.create_task(before.retire())
+            task = asyncio.create_task(self._retire(before))
             self._retiring.add(task)
             task.add_done_callback(self._retiring.discard)
 
@@ -140,16 +164,30 @@ class Service:
         self._draining = True
         self._stop.set()
 
-    async def close(self) -> None:
-        """Answer everything that was accepted, then free the engines."""
+    async def close(self) -> bool:
+        """Answer everything that was accepted, then free the engines.
+
+        False when a shadow is held up in a batch: the process must not wait for its thread.
+        """
         self.drain()
         if self._current is not None:
-            await self._current.retire()
+            await self._retire(self._current)
         await asyncio.gather(*self._retiring)
+        return not self._held_up
 
-    def _open(self, bundle: Bundle | None) -> Model:
+    async def _retire(self, served: Served) -> None:
+        if not await served.retire():
+            self._held_up = True
+
+    def _shadow(self, engine: Engine) -> Shadow:
+        assert self._source.shadow is not None
+        share = self._source.shadow.share
+        return Shadow(engine, share, observe=self._compared, say=self._say)
+
+    def _open(self, bundle: Bundle | None) -> tuple[Model, Engine | None]:
+        """The model, and the shadow's engine if there is to be one."""
         source = self._source
-        return open_model(
+        model = open_model(
             read_bundle(source.path, source.engine_cache) if bundle is None else bundle,
             instances=source.batching.instances,
             max_images=source.batching.max_queue,
@@ -157,6 +195,19 @@ class Service:
             say=self._say,
             stop=self._stop,
         )
+        if source.shadow is None:
+            return model, None
+        with ExitStack() as undo:
+            undo.callback(model.close)
+            engine = open_shadow(
+                model,
+                source.shadow,
+                engine_cache=source.engine_cache,
+                say=self._say,
+                stop=self._stop,
+            )
+            undo.pop_all()
+        return model, engine
 
 
 async def _in_thread(work: Callable[[], T]) -> T:

@@ -105,6 +105,20 @@ def test_built_once_and_then_taken_from_the_cache(
     assert files_in(bundle) == before
 
 
+def test_the_unpruned_network_gets_a_plan_of_its_own(
+    bundle: Path, tmp_path: Path, builds: Builds
+) -> None:
+    """For `--shadow baseline`: built as the other one is, and kept beside it."""
+    deferred = defer(bundle)
+    for file in ("model.onnx", "baseline.onnx", "baseline.onnx", "model.onnx"):
+        with cache(tmp_path / "cache", Machine()).open(deferred, file):
+            pass
+    assert builds.count == 2
+    kept = {json.loads(path.read_text())["onnx_sha256"] for path in tmp_path.rglob("*.plan.json")}
+    networks = [(bundle / name).read_bytes() for name in ("model.onnx", "baseline.onnx")]
+    assert kept == {hashlib.sha256(content).hexdigest() for content in networks}
+
+
 def test_what_does_not_fit_is_built_anew(bundle: Path, tmp_path: Path, builds: Builds) -> None:
     machine, folder = Machine(), tmp_path / "cache"
     with cache(folder, machine).open(defer(bundle)):
