@@ -43,8 +43,13 @@ class Start:
             self.result = error
 
     def end(self) -> bool | BaseException | None:
+        """Tell it to end."""
         if self._servers:
             self._servers[0].should_exit = True
+        return self.ended()
+
+    def ended(self) -> bool | BaseException | None:
+        """Wait for it to end by itself."""
         self._thread.join(60)
         assert not self._thread.is_alive()
         self.listener.close()
@@ -83,7 +88,7 @@ def test_a_model_that_cannot_be_loaded_ends_the_server(
     def load(bundle: Any, **_: Any) -> Any:
         raise EngineError("no such GPU")
 
-    result = Start(deployed / "bundle", monkeypatch, load).end()
+    result = Start(deployed / "bundle", monkeypatch, load).ended()
     assert isinstance(result, EngineError)
     assert str(result) == "no such GPU"
 
