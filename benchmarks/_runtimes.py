@@ -9,12 +9,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -25,6 +20,7 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
+from eps_compact.exporting import quiet
 from eps_deploy.engines.base import Images
 from eps_deploy.engines.ort import OrtEngine
 
@@ -39,7 +35,7 @@ def ours(path: Path, images: Images, threads: int) -> Call:
 
 def write_plain(network: nn.Module, images: Images, path: Path) -> None:
     """As a user of torch's exporter would, with a batch of any size."""
-    with _quiet():
+    with quiet():
         torch.onnx.export(
             network,
             (torch.from_numpy(images[:2]),),
@@ -69,7 +65,7 @@ def compiled(network: nn.Module, images: Images) -> Call:
     torch._dynamo.reset()
     work = torch.compile(network, dynamic=False)
     pixels = torch.from_numpy(images)
-    with _quiet():
+    with quiet():
         _infer(work, pixels)
     return lambda: _infer(work, pixels)
 
@@ -118,15 +114,3 @@ def versions() -> dict[str, str | None]:
 @torch.inference_mode()
 def _infer(network: Callable[[Tensor], Tensor], pixels: Tensor) -> object:
     return network(pixels).numpy()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Exporter and compiler talk about their own workings."""
-    logging.disable(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(logging.NOTSET)

@@ -13,7 +13,7 @@ import json
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,7 @@ def capture(artifact: CompactArtifact) -> ExportedProgram:
     example = torch.zeros((2, *artifact.data.input_shape), dtype=torch.uint8)
     batch = torch.export.Dim("N", min=1)
     try:
-        with _quiet():
+        with quiet():
             program = torch.export.export(model, (example,), dynamic_shapes=({0: batch},))
     except Exception as error:  # it raises dozens of unrelated types
         cause = " ".join(str(error).strip().partition("\n")[0].split())
@@ -118,7 +118,7 @@ def capture(artifact: CompactArtifact) -> ExportedProgram:
 
 def _pt2(program: ExportedProgram, artifact: CompactArtifact) -> tuple[bytes]:
     buffer = io.BytesIO()
-    with _quiet():
+    with quiet():
         torch.export.save(program, buffer, extra_files={ABOUT: _json(_about(artifact))})
     return (buffer.getvalue(),)
 
@@ -132,7 +132,7 @@ def _safetensors(
         raise ConfigError(
             "--export safetensors: the package is not installed; pip install safetensors"
         ) from None
-    with _quiet():
+    with quiet():
         # No decompositions: this only does away with steps in place.
         program = program.run_decompositions({})
     found, output = steps(program)
@@ -183,11 +183,11 @@ def _json(value: dict[str, Any], lines: list[Step] | None = None) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter talks in warnings and in its log about its own workings."""
+def quiet() -> Iterator[None]:
+    """Torch's exporters talk on stdout, in warnings and in logs about their own workings."""
     logging.disable(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from importlib.metadata import version as package_version
 from pathlib import Path
 
@@ -16,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from eps_compact import folding
-from eps_compact.exporting import FromPixels
+from eps_compact.exporting import FromPixels, quiet
 from eps_deploy.engines.base import INPUT_NAME, OUTPUT_NAME, Images, Logits
 from eps_deploy.exporting import onnx_writer
 from eps_deploy.exporting.narrowing import narrowed
@@ -164,7 +160,7 @@ def _traced(
     # Two images, because torch.export takes a size of 1 for a constant.
     example = torch.zeros((2, *identity.input_shape), dtype=torch.uint8)
     batch = torch.export.Dim(BATCH, min=1)
-    with _quiet():
+    with quiet():
         program = torch.onnx.export(
             deployed,
             (example,),
@@ -190,18 +186,6 @@ def _opset(precision: Precision) -> int:
     if precision.float == "float16" and precision.quantized:
         return 19  # the first with float16 scales of quantisation
     return OPSET
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter talks on stdout, in warnings and in its log about its own workings."""
-    logging.disable(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
 
 
 def _tidy(proto: onnx.ModelProto) -> None:

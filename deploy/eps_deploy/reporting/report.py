@@ -132,10 +132,6 @@ def speedup_check(latency: Latency, limit: float) -> Check:
     )
 
 
-def check_entry(check: Check) -> dict[str, Any]:
-    return asdict(check)
-
-
 def parity_entry(parity: Parity) -> dict[str, Any]:
     return {**asdict(parity), "batches": list(parity.batches), "passed": parity.passed}
 

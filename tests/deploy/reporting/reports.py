@@ -6,6 +6,7 @@ The numbers are those of a Fashion-MNIST network of 27 blocks; what differs is p
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -155,7 +156,7 @@ def make_report(
             PRECISIONS["fp32"], graph={"float32": 24}, executed={"float32": 24}
         ),
         "goals": {"max_accuracy_drop": limit, "min_speedup": goal},
-        "checks": [report.check_entry(check) for check in checks],
+        "checks": [asdict(check) for check in checks],
         "parameters": {"baseline": 214_402, "compact": 89_762},
         "flops": {"baseline": 13_205_440, "compact": 5_549_248},
         "blocks": report.blocks_entry(blocks, dead, live),
