@@ -5,7 +5,6 @@ What is timed is what ships: folded, behind its normalisation, without gates and
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from typing import Protocol
@@ -18,19 +17,13 @@ from torch import Tensor, fx, nn
 from eps_compact.branch_costs import BranchCost
 from eps_compact.exporting import FromPixels
 from eps_compact.folding import fold
+from eps_compact.interleaving import interleave, wall
 from eps_compact.intervals import Interval, difference_of_medians
 from eps_train import graph
 from eps_train.data import DataIdentity
 from eps_train.devices import cpu_threads
 
 Runs = npt.NDArray[np.float64]  # milliseconds
-
-MIN_ROUNDS = 5
-MAX_ROUNDS = 100
-_WARM_UP = 3  # runs of each network before any counts
-_GOOD_RUNS = 5  # of one network in a round; rounds are added before they get longer than this
-_MAX_RUNS = 20
-_DISCARDED = 1  # first run in a round: the caches are still another network's
 
 
 class Timer(Protocol):
@@ -58,11 +51,11 @@ class Measure(Protocol):
     """Times the networks that are left of one network without some of its blocks."""
 
     def __call__(self, without: Sequence[Collection[str]], seconds: float) -> list[list[Runs]]:
-        """Milliseconds of every run, by network and round; a round holds runs of every network.
+        """Milliseconds of every run, by network and block; see :mod:`eps_compact.interleaving`.
 
         Args:
             without: of each network, the blocks that it lacks.
-            seconds: to spend; a few rounds are made in any case.
+            seconds: to spend; a few runs are made in any case.
         """
 
 
@@ -101,38 +94,9 @@ class TorchTimer:
 
 
 def interleaved(calls: Sequence[Callable[[], object]], seconds: float) -> list[list[Runs]]:
-    """Time calls that return when their work is done, in turns: as :class:`Measure` gives them.
-
-    All are warmed up first. `seconds` are for all of it; `MIN_ROUNDS` are made in any case.
-    """
-    deadline = time.perf_counter() + seconds
-    for call in calls:
-        _times(call, _WARM_UP)
-    began = time.perf_counter()
-    for call in calls:
-        _times(call, 1)
-    turn = time.perf_counter() - began
-    left = max(0.0, deadline - time.perf_counter())
-    rounds, runs = plan(int(left / max(turn, 1e-9)))
-    found: list[list[Runs]] = [[] for _ in calls]
-    for number in range(rounds):
-        if number >= MIN_ROUNDS and time.perf_counter() + turn * runs > deadline:
-            break
-        # There and back: what a call does to those after it meets not always the same ones.
-        order = range(len(calls))
-        for which in order if number % 2 == 0 else reversed(order):
-            _times(calls[which], _DISCARDED)
-            found[which].append(_times(calls[which], runs))
-    return found
-
-
-def plan(turns: int) -> tuple[int, int]:
-    """Rounds, and runs of each call in a round, when there is time for so many turns of all.
-
-    More rounds come first (the interval lives on them), then longer ones.
-    """
-    rounds = min(max(turns // (_GOOD_RUNS + _DISCARDED), MIN_ROUNDS), MAX_ROUNDS)
-    return rounds, min(max(turns // rounds - _DISCARDED, 1), _MAX_RUNS)
+    """Time calls that return when their work is done, in turns: as :class:`Measure` gives them."""
+    turns = interleave([wall(call) for call in calls], budget=seconds)
+    return [[1000 * block for block in blocks] for blocks in turns.times]
 
 
 def block_times(
@@ -165,12 +129,3 @@ def block_times(
 def plain(model: fx.GraphModule, without: Iterable[str] = ()) -> fx.GraphModule:
     """The network as it would ship, without these blocks; it shares its tensors with `model`."""
     return graph.drop_taps(graph.drop_gates(graph.remove_blocks(model, without))).eval()
-
-
-def _times(call: Callable[[], object], runs: int) -> Runs:
-    times = np.empty(runs)
-    for index in range(runs):
-        began = time.perf_counter()
-        call()
-        times[index] = 1000 * (time.perf_counter() - began)
-    return times

@@ -10,15 +10,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from eps_compact.branch_costs import branch_costs
+from eps_compact.interleaving import MIN_BLOCKS
 from eps_compact.timing import (
-    MAX_ROUNDS,
-    MIN_ROUNDS,
     Measure,
     Runs,
     TorchTimer,
     block_times,
     plain,
-    plan,
 )
 from eps_train import data, graph
 from eps_train.gate import EpsilonGate
@@ -69,26 +67,18 @@ def test_what_is_timed_is_what_ships() -> None:
 
 
 def test_torch_times_every_network_as_often_as_the_others() -> None:
-    """Even without any time, a few rounds are made; threads and network are as before."""
+    """Even without any time, a few blocks are made; threads and network are as before."""
     threads = torch.get_num_threads()
     model = graph.trace(CifarResNet(depth=8, width=4, in_channels=1).eval())
     before = dict(model.named_modules())
     timer = TorchTimer(data.load("digits").identity)
     measure = timer.load(model, torch.zeros(1, 1, 8, 8, dtype=torch.uint8))
     found = measure([(), ("stages.1.0",)], 0.0)
-    assert [len(rounds) for rounds in found] == [MIN_ROUNDS, MIN_ROUNDS]
-    assert all((runs > 0).all() for rounds in found for runs in rounds)
+    assert [len(blocks) for blocks in found] == [MIN_BLOCKS, MIN_BLOCKS]
+    assert all((runs > 0).all() for blocks in found for runs in blocks)
     assert torch.get_num_threads() == threads
     assert dict(model.named_modules()) == before
     assert "torch" in timer.name
-
-
-@pytest.mark.parametrize(
-    ("turns", "expected"),
-    [(0, (MIN_ROUNDS, 1)), (60, (10, 5)), (600, (MAX_ROUNDS, 5)), (10**6, (MAX_ROUNDS, 20))],
-)
-def test_more_rounds_come_before_longer_ones(turns: int, expected: tuple[int, int]) -> None:
-    assert plan(turns) == expected
 
 
 @pytest.mark.gpu

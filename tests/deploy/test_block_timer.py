@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from eps_compact.branch_costs import branch_costs, live_network
-from eps_compact.timing import MIN_ROUNDS, block_times, plain
+from eps_compact.interleaving import MIN_BLOCKS
+from eps_compact.timing import block_times, plain
 from eps_deploy import block_timer
 from eps_deploy.block_timer import OrtTimer, Removable
 from eps_deploy.engines.ort import OrtEngine
@@ -99,7 +100,7 @@ def test_every_network_is_timed_as_often(model: fx.GraphModule) -> None:
     timer = OrtTimer(DIGITS.identity)
     measure = timer.load(model, torch.from_numpy(IMAGES[:1]))
     found = measure([(), tuple(graph.gates(model))], 0)
-    assert [len(rounds) for rounds in found] == [MIN_ROUNDS, MIN_ROUNDS]
+    assert [len(rounds) for rounds in found] == [MIN_BLOCKS, MIN_BLOCKS]
     times = block_times(branch_costs(model, DIGITS.identity.input_shape), measure, 0.5)
     assert list(times) == list(graph.gates(model))
     assert timer.name.startswith("onnxruntime ")

@@ -88,9 +88,10 @@ def cli(
     """Time each FILE: a bundle, a .onnx, a .plan with its .plan.json, or a .pt of ours.
 
     The first FILE is the reference; the others are timed in turns with it, in this process, and
-    called faster or slower when the whole interval of the ratio says so. Files that differ in more
-    than the network (images, classes, precision, runtime, provider, threads) are refused unless
-    --allow-unlike is given. Exit status 3: no batch size keeps the limit of --slo-ms.
+    called faster or slower when the whole interval of the ratio lies 3 % or more from 1. Files that
+    differ in more than the network (images, classes, precision, runtime, provider, threads) are
+    refused unless --allow-unlike is given. Exit status 3: no batch size keeps the limit of
+    --slo-ms.
     """
     if slo_ms is not None and batches:
         raise click.UsageError("--slo-ms and --batch: the first chooses the batch size itself.")

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from eps_compact.interleaving import Block
 from eps_deploy.bench.subject import BenchError, Facts, Subject
 from eps_deploy.bundle import Bundle, load_bundle
 from eps_deploy.engines.base import Engine
 from eps_deploy.engines.ort import Provider
-from eps_deploy.measuring.interleaving import Block
 from eps_deploy.measuring.latency import Picture, on_gpu
 
 _PLANS = (".plan", ".engine")

@@ -11,10 +11,10 @@ import numpy.typing as npt
 import onnx
 import onnxruntime
 
+from eps_compact.interleaving import Block
 from eps_deploy.bench.subject import BenchError, Facts
 from eps_deploy.engines.ort import Provider, open_session
 from eps_deploy.exporting.onnx_types import executed_types, layer_types
-from eps_deploy.measuring.interleaving import Block
 from eps_deploy.measuring.latency import Picture
 from eps_train.errors import FileFormatError
 

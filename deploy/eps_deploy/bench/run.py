@@ -1,7 +1,7 @@
 """The latency of model files against each other: the work behind `eps-bench`.
 
 The first file is the reference. All are loaded in one process and timed in turns; see
-:mod:`eps_deploy.measuring.interleaving`.
+:mod:`eps_compact.interleaving`.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from eps_compact.interleaving import Clock, Runs, interleave, wall
 from eps_compact.intervals import Interval, ratio_of_medians
 from eps_deploy.bench.subject import BenchError, Subject, refuse_batch
 from eps_deploy.measuring.clocks import Conditions, Watch
-from eps_deploy.measuring.interleaving import Clock, Runs, interleave, wall
 from eps_deploy.measuring.latency import (
     BATCHES,
     P99_RUNS,
@@ -137,7 +137,7 @@ def compare(
     Args:
         subjects: at least one.
         batch: images in a call, one that all take.
-        seconds: to spend at most; five blocks of one run are made in any case.
+        seconds: to spend at most; six blocks of one run are made in any case.
         clock: seconds; a test passes its own.
     """
     ways = _ways(subjects, batch, clock)

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from eps_compact.interleaving import Clock, interleave, wall
 from eps_deploy.bench.subject import BenchError, Subject
-from eps_deploy.measuring.interleaving import Clock, interleave, wall
 from eps_deploy.measuring.latency import P99_RUNS, percentiles, rate
 
 LARGEST = 1024  # images in a batch

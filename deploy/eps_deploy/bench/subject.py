@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
-from eps_deploy.measuring.interleaving import Block
+from eps_compact.interleaving import Block
 from eps_train.errors import EpsError
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from eps_compact import CompactArtifact
+from eps_compact.interleaving import Block
 from eps_deploy.bench.subject import BenchError, Facts
 from eps_deploy.exporting.export import Deployed
-from eps_deploy.measuring.interleaving import Block
 from eps_train import devices, graph
 from eps_train.checkpoint import FORMAT, Checkpoint
 from eps_train.data import DataIdentity

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from eps_deploy.measuring.latency import LEAST
 from eps_deploy.reporting import words
 from eps_deploy.reporting.words import PERCENTILES, Report, verdict_line
 
@@ -83,8 +84,9 @@ def _latency(report: Report) -> str:
                 )
     columns = ("batch", "timed", "network", *PERCENTILES, "images/s", "speed-up")
     text = (
-        "## Latency\n\nMilliseconds. Speed-up: ratio of the medians with its 95 % bootstrap"
-        ' interval; "faster" and "slower" only when the whole interval lies on that side of 1.\n\n'
+        "## Latency\n\nMilliseconds. Speed-up: median of the ratios of blocks measured beside each"
+        ' other, with its 95 % interval; "faster" and "slower" only when all of that lies'
+        f" {100 * LEAST:.0f} % or more from 1.\n\n"
     )
     return text + _table(columns, rows) + "\n\n" + _list(words.latency_notes(report))
 

@@ -91,21 +91,20 @@ def test_the_budget_is_kept() -> None:
         assert spent <= budget * 1.05
 
 
-def test_a_budget_of_nothing_still_makes_five_blocks() -> None:
+def test_a_budget_of_nothing_still_makes_six_blocks() -> None:
     found, _, _ = measure(lambda run: 1.0, lambda run: 0.5, budget=0)
-    assert (found.blocks, found.runs) == (5, 1)
+    assert (found.blocks, found.runs) == (6, 1)
     assert found.speedup.value == pytest.approx(2)
     assert not found.p99_reliable
 
 
 def test_the_two_engines_take_turns() -> None:
-    """After the warm-up: BB.. CC.. CC.. BB.. BB.., so that a drift of the machine meets both."""
-    found, diary, _ = measure(lambda run: 0.004, lambda run: 0.002, budget=1)
+    """After the warm-up: BB.. CC.. BB.. CC.., so that what the machine does meets both."""
+    found, diary, _ = measure(lambda run: 0.02, lambda run: 0.01, budget=5)
     length = found.runs + 2  # two runs at the start of each block are not counted
     timed = diary[-2 * found.blocks * length :]
     blocks = ["".join(sorted(set(timed[at : at + length]))) for at in range(0, len(timed), length)]
-    assert "".join(blocks[:8]) == "BCCBBCCB"
-    assert blocks.count("B") == blocks.count("C") == found.blocks
+    assert "".join(blocks) == "BC" * found.blocks
 
 
 def test_a_steady_drift_of_the_machine_does_not_bias_the_ratio() -> None:
@@ -143,7 +142,7 @@ def test_times_that_never_settle_are_reported() -> None:
 
 
 def test_a_slow_network_does_not_spend_the_budget_on_warming_up() -> None:
-    """At 1.5 s for a run of both, 60 s are enough for more than five single runs."""
+    """At 1.5 s for a run of both, 60 s are enough for more than six single runs."""
     found, _, spent = measure(lambda run: 1.0, lambda run: 0.5, budget=60)
     assert spent <= 63
     assert found.blocks * found.runs > 10
@@ -152,8 +151,8 @@ def test_a_slow_network_does_not_spend_the_budget_on_warming_up() -> None:
 
 def test_a_fast_network_needs_far_less_than_the_budget() -> None:
     found, _, spent = measure(lambda run: 0.0004, lambda run: 0.0002, budget=60)
-    assert spent < 5
-    assert found.blocks * found.runs == 4000
+    assert spent < 10
+    assert found.blocks * found.runs == 5000
 
 
 def test_images_a_second_count_the_slow_runs_too() -> None:
@@ -167,11 +166,11 @@ def test_images_a_second_count_the_slow_runs_too() -> None:
 @pytest.mark.parametrize(
     ("interval", "verdict"),
     [
-        (Interval(1.2, 1.01, 1.4), "faster"),
-        (Interval(1.2, 0.99, 1.4), "cannot tell"),
+        (Interval(1.2, 1.04, 1.4), "faster"),
+        (Interval(1.2, 1.02, 1.4), "cannot tell"),
         (Interval(1.0, 1.0, 1.0), "cannot tell"),
-        (Interval(0.9, 0.8, 1.01), "cannot tell"),
-        (Interval(0.9, 0.8, 0.99), "slower"),
+        (Interval(0.9, 0.8, 0.98), "cannot tell"),
+        (Interval(0.9, 0.8, 0.96), "slower"),
     ],
 )
 def test_faster_only_when_the_whole_interval_is(interval: Interval, verdict: str) -> None:

@@ -1,11 +1,14 @@
 """Timing several things in turns: warmed up until flat, then alternating blocks of runs.
 
 All run in alternating blocks in one process, so that whatever else the machine does meets all of
-them alike; their order is reversed from round to round.
+them alike. The blocks are short, as what disturbs a machine comes and goes within a tenth of a
+second, and has to meet both blocks of a pair. Each of them follows on a block of something else,
+which has taken the caches: runs at its start are not counted until it has got them back.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,10 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-MIN_BLOCKS = 5
-MAX_BLOCKS = 20
-MAX_RUNS = 200  # in a block
-_GOOD_RUNS = 20  # blocks are added before they get longer than this
+MIN_BLOCKS = 6  # fewer than that have no 95 % interval
+MAX_BLOCKS = 500
+MAX_RUNS = 10  # in a block
 
 # Warm-up ends when, after ten windows of runs and the time that a GPU needs to raise its clocks
 # (trtexec waits as long), two windows in a row have medians within 5 %; or when its share of the
@@ -27,7 +29,13 @@ _LEAST_WINDOWS = 3  # whatever the budget
 _MIN_SECONDS = 0.2
 _FLAT = 0.05
 _WARM_UP_SHARE = 0.2
-_DISCARDED = 2  # first runs of a block: the caches and spinning threads of another are about
+
+# Runs at the start of a block that are not counted. A network of 1 ms and 7 MB took 1.7 times as
+# long in its first run after another such network, and ten runs until it was as fast as ever.
+_SETTLING = 0.015  # seconds
+_LEAST_DISCARDED = 2
+_LOOK = 0.1  # seconds between two looks at the machine
+_INSTANT = 1e-9
 
 Clock = Callable[[], float]
 Runs = npt.NDArray[np.float64]
@@ -80,39 +88,50 @@ def interleave(
     Args:
         sides: what is timed, at least one. A side may measure on a clock of its own (a GPU's
             events); `clock` is only asked how the budget stands.
-        budget: seconds to spend, warm-up included; five blocks of one run are made in any case.
+        budget: seconds to spend, warm-up included; six blocks of one run are made in any case.
         clock: seconds; a test passes its own.
-        between: called after each round of blocks, while the machine is as busy as it gets.
+        between: called between blocks now and then, and at the end, while the machine is as busy as
+            it gets.
     """
     deadline = clock() + budget
-    timers = [_Timer(side, clock) for side in sides]
+    timers = [_Timer(side, clock, alone=len(sides) == 1) for side in sides]
     warm = [timer.warm_up(budget * _WARM_UP_SHARE / len(sides)) for timer in timers]
-    blocks, runs = plan(deadline - clock(), sum(timer.typical for timer in timers))
+    turn = sum(timer.typical for timer in timers)
+    settling = sum(timer.discarded * timer.typical for timer in timers) / max(turn, _INSTANT)
+    blocks, runs = plan(deadline - clock(), turn, settling)
     times: list[list[Runs]] = [[] for _ in sides]
+    looked = clock()
     for index in range(blocks):
         if index >= MIN_BLOCKS and clock() > deadline:
             break
-        order = range(len(sides))
-        for which in order if index % 2 == 0 else reversed(order):
-            times[which].append(timers[which].block(runs))
-        if between is not None:
+        for timer, found in zip(timers, times, strict=True):
+            found.append(timer.block(runs))
+        if between is not None and clock() - looked >= _LOOK:
             between()
+            looked = clock()
+    if between is not None:
+        between()
     return Turns(times=times, runs=runs, warm=warm)
 
 
-def plan(seconds: float, turn: float) -> tuple[int, int]:
-    """Blocks of each side and runs in each, when one run of all sides takes `turn` seconds.
+def plan(seconds: float, turn: float, settling: float) -> tuple[int, int]:
+    """Blocks of each side, and runs in each.
 
-    More blocks come first (the interval lives on them), then longer ones.
+    Args:
+        seconds: to spend.
+        turn: seconds of one run of all sides.
+        settling: runs at the start of a block that are not counted.
     """
-    total = int(max(seconds, 0.0) / max(turn, 1e-9))
-    blocks = min(max(total // (_GOOD_RUNS + _DISCARDED), MIN_BLOCKS), MAX_BLOCKS)
-    return blocks, min(max(total // blocks - _DISCARDED, 1), MAX_RUNS)
+    turns = max(seconds, 0.0) / max(turn, _INSTANT)
+    blocks = min(max(int(turns / (MAX_RUNS + settling)), MIN_BLOCKS), MAX_BLOCKS)
+    room = turns / blocks
+    return blocks, min(max(int(max(room - settling, room / 2)), 1), MAX_RUNS)
 
 
 class _Timer:
-    def __init__(self, side: Block, clock: Clock) -> None:
+    def __init__(self, side: Block, clock: Clock, *, alone: bool) -> None:
         self._side = side
+        self._alone = alone
         self._clock = clock
         # Seconds of the budget that a run costs, known after warm_up; more than what a side says
         # that measures on a clock of its own.
@@ -124,7 +143,7 @@ class _Timer:
         deadline, earliest = began + budget, began + min(_MIN_SECONDS, budget)
         previous = self._window(1)
         # A slow network gets shorter windows: it must not spend the whole budget on warming up.
-        width = int(budget / (_MIN_WINDOWS * max(self.typical, 1e-9)))
+        width = int(budget / (_MIN_WINDOWS * max(self.typical, _INSTANT)))
         costs: list[float] = []
         while True:
             median = self._window(min(max(width, 1), _WINDOW))
@@ -143,6 +162,15 @@ class _Timer:
         self.typical = (self._clock() - began) / runs
         return median
 
+    @property
+    def discarded(self) -> int:
+        """Runs at the start of a block that are not counted."""
+        if self._alone:
+            return 0  # nothing else takes the caches
+        wanted = math.ceil(_SETTLING / max(self.typical, _INSTANT))
+        return min(max(wanted, _LEAST_DISCARDED), MAX_RUNS)
+
     def block(self, runs: int) -> Runs:
-        self._side(min(_DISCARDED, runs))
+        if self.discarded:
+            self._side(min(self.discarded, runs))
         return self._side(runs)
