@@ -12,6 +12,7 @@ import os
 import resource
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -224,3 +225,10 @@ def _mirror() -> str:
             if len(words) > 1 and words[0] in ("URIs:", "deb"):
                 return next(word for word in words if "://" in word)
     raise NoBuilderError("apt's sources name no Debian mirror to make a base image from")
+
+
+if __name__ == "__main__":  # for scripts that ask whether images can be built here
+    try:
+        find()
+    except NoBuilderError as error:
+        sys.exit(str(error))
