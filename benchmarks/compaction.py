@@ -82,7 +82,7 @@ def _checkpoint(data: Data, depth: int, dead: int) -> Checkpoint:
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = None  # the mean over all that it sees
     identity = data.identity
-    normalize = Normalize(list(identity.mean), list(identity.std))
+    normalize = Normalize.of(identity)
     with torch.no_grad():
         model.train()(normalize(_images(HELDOUT)))
     doomed = set(random.Random(0).sample(spec.gated, dead))
@@ -183,7 +183,7 @@ def _latency(done: Compaction, checkpoint: Checkpoint, rounds: int) -> list[dict
     }
     for side in sides.values():
         side.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    normalize = Normalize(list(data.mean), list(data.std))
+    normalize = Normalize.of(data)
     found = []
     for batch in BATCHES:
         images = _images(batch).contiguous(memory_format=torch.channels_last)

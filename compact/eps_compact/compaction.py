@@ -98,7 +98,7 @@ def compact_checkpoint(
     sizes = ", ".join(map(str, certificate.BATCHES))
     report(f"proving that the logits stay equal at batches {sizes}")
     shape = checkpoint.data.input_shape
-    normalize = Normalize(list(checkpoint.data.mean), list(checkpoint.data.std))
+    normalize = Normalize.of(checkpoint.data)
     rewritten, refolded = (plain, shipped) if artifact.folded else (shipped, None)
     proofs = certificate.prove(shut, rewritten, normalize, proof_images(heldout, shape), refolded)
     if heldout is not None:

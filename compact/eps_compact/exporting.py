@@ -43,7 +43,7 @@ class FromPixels(nn.Module):
 
     def __init__(self, network: nn.Module, identity: DataIdentity) -> None:
         super().__init__()
-        self.normalize = Normalize(list(identity.mean), list(identity.std))
+        self.normalize = Normalize.of(identity)
         self.network = network
         self.eval()
 

@@ -167,7 +167,7 @@ def _trained(
 
 def _answers(networks: Iterable[nn.Module], data: Data, device: torch.device) -> list[Answers]:
     """What each says to the validation part."""
-    normalize = Normalize(list(data.identity.mean), list(data.identity.std)).to(device)
+    normalize = Normalize.of(data.identity).to(device)
     validation = data.validation.to(device)
     return [
         answer(graph.drop_taps(network).to(device), normalize, validation) for network in networks

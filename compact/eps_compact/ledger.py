@@ -125,7 +125,7 @@ def ledger(
     costs = branch_costs(model, checkpoint.data.input_shape)
     if not costs:
         raise ConfigError("every block is dead: there is none left for a ledger to weigh")
-    normalize = Normalize(list(checkpoint.data.mean), list(checkpoint.data.std)).to(device)
+    normalize = Normalize.of(checkpoint.data).to(device)
     heldout = ordered(validation)
     kinds = len({cost.kind for cost in costs})
     report(f"ledger: timing {len(costs)} blocks of {kinds} kinds ({timer.name})")

@@ -68,7 +68,7 @@ def sweep(
     timer = timer or TorchTimer(checkpoint.data)
     model = live_network(checkpoint)
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    normalize = Normalize(list(checkpoint.data.mean), list(checkpoint.data.std)).to(device)
+    normalize = Normalize.of(checkpoint.data).to(device)
     heldout, shape = ordered(validation), checkpoint.data.input_shape
     costs = _costs(model, shape)
     report(f"sweep: making ready to time the networks ({timer.name})")

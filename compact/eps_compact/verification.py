@@ -166,7 +166,7 @@ def _proven(artifact: CompactArtifact, source: Checkpoint, heldout: Part | None)
     proofs = certificate.compare(
         shut,
         plain if folded else shipped,
-        Normalize(list(source.data.mean), list(source.data.std)),
+        Normalize.of(source.data),
         images,
         shipped if folded else None,
     )

@@ -41,7 +41,7 @@ def compaction(made: Checkpoint, heldout: Tensor) -> Compaction:
 
 def normalize() -> Normalize:
     identity = data.load("digits").identity
-    return Normalize(list(identity.mean), list(identity.std))
+    return Normalize.of(identity)
 
 
 def networks(made: Checkpoint) -> tuple[fx.GraphModule, fx.GraphModule]:

@@ -41,7 +41,7 @@ def flickering(epsilon: float = 2.5, closed: int = 3) -> Checkpoint:
 
 
 def normalize(checkpoint: Checkpoint) -> Normalize:
-    return Normalize(list(checkpoint.data.mean), list(checkpoint.data.std))
+    return Normalize.of(checkpoint.data)
 
 
 def seen(

@@ -35,7 +35,7 @@ DIGITS = data.load("digits")
 
 
 def normalize(checkpoint: Checkpoint) -> Normalize:
-    return Normalize(list(checkpoint.data.mean), list(checkpoint.data.std))
+    return Normalize.of(checkpoint.data)
 
 
 def test_every_live_block_is_weighed_on_all_images_when_there_is_time() -> None:

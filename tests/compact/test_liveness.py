@@ -26,7 +26,7 @@ def uint8_images(count: int) -> Tensor:
 
 
 def normalize(checkpoint: Checkpoint) -> nn.Module:
-    return Normalize(list(checkpoint.data.mean), list(checkpoint.data.std))
+    return Normalize.of(checkpoint.data)
 
 
 def responses(

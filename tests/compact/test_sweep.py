@@ -38,7 +38,7 @@ def test_every_point_is_the_network_without_its_blocks() -> None:
     gated = checkpoint.build_gated().eval()
     shape = checkpoint.data.input_shape
     whole = cost(gated, shape)
-    normalize = Normalize(list(checkpoint.data.mean), list(checkpoint.data.std))
+    normalize = Normalize.of(checkpoint.data)
     others = pixels(
         ordered(DIGITS.validation),
         range(found.chosen_on, len(DIGITS.validation)),
@@ -65,7 +65,7 @@ def test_the_first_to_go_is_missed_least_for_what_it_saves() -> None:
     checkpoint = make_checkpoint(depth=14)
     found = sweep(checkpoint, DIGITS.validation, timer=LayerTimer(), seconds=60)
     gated = checkpoint.build_gated().eval()
-    normalize = Normalize(list(checkpoint.data.mean), list(checkpoint.data.std))
+    normalize = Normalize.of(checkpoint.data)
     choosing = pixels(ordered(DIGITS.validation), range(found.chosen_on), torch.device("cpu"))
     whole = answer(compact(gated), normalize, choosing).mean_loss
     rises = {

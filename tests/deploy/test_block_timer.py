@@ -89,7 +89,7 @@ def test_a_network_with_other_additions_and_products() -> None:
     model = graph.insert_gates(Network().eval())
     exported = Removable(model, DIGITS.identity)
     identity = DIGITS.identity
-    normalize = Normalize(list(identity.mean), list(identity.std))
+    normalize = Normalize.of(identity)
     for blocks in ((), ("blocks.0",), ("blocks.1",), ("blocks.0", "blocks.1")):
         with OrtEngine(exported.without(blocks)) as engine, torch.no_grad():
             expected = plain(model, blocks)(normalize(torch.from_numpy(IMAGES)))

@@ -28,7 +28,7 @@ def test_it_ships_inside_the_network(tmp_path: Path) -> None:
     assert artifact.data == made.identity
     export_onnx(artifact.build(), artifact.data, tmp_path / "model.onnx")
     images = made.test.images[:50]
-    normalize = Normalize(list(made.identity.mean), list(made.identity.std))
+    normalize = Normalize.of(made.identity)
     expected = logits(checkpoint.build_gated(), normalize, images).numpy()
     with OrtEngine((tmp_path / "model.onnx").read_bytes(), name="model.onnx") as engine:
         found = engine.infer(images.numpy())

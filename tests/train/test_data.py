@@ -82,7 +82,7 @@ def test_pixel_normalisation_takes_off_the_mean_image_and_divides_by_128() -> No
     assert made.identity.std == (128.0, 128.0, 128.0)
     assert made.identity.normalization == "pixel"
     assert made.identity.sha256 == split(whole, 2).identity.sha256, "the images are the same"
-    normalize = Normalize(list(made.identity.mean), list(made.identity.std))
+    normalize = Normalize.of(made.identity)
     found = normalize(made.train.images).double()
     np.testing.assert_allclose(found.mean(dim=0), np.zeros((3, 2, 2)), atol=1e-6)
     pixel = (made.train.images[5, 2, 1, 0].item() - expected[2, 1, 0]) / 128

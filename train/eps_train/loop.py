@@ -73,7 +73,7 @@ class Trainer:
         self.network = build(self.spec, config, group, device, classes=len(identity.classes))
         if start:
             self.model.load_state_dict({name: start[1][name] for name in self.model.state_dict()})
-        self.normalize = Normalize(list(identity.mean), list(identity.std)).to(device)
+        self.normalize = Normalize.of(identity).to(device)
         self.batches: Batches = make(data, config, device, group.part)
         self.validation = data.validation.to(device)
         self.gates = graph.gates(self.model)

@@ -8,12 +8,16 @@ epsilon 0: open), and a :class:`Tap` marks where the training loop may attach th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eps_train.gate import EpsilonGate
+
+if TYPE_CHECKING:
+    from eps_train.data import DataIdentity
 
 
 class Tap(nn.Identity):
@@ -163,6 +167,11 @@ class Normalize(nn.Module):
         center = torch.tensor(mean, dtype=torch.float32)
         self.register_buffer("mean", center[None] if center.dim() == 3 else _by_channel(center))
         self.register_buffer("std", _by_channel(torch.tensor(std, dtype=torch.float32)))
+
+    @classmethod
+    def of(cls, identity: DataIdentity) -> Normalize:
+        """The one of a data set."""
+        return cls(list(identity.mean), list(identity.std))
 
     def forward(self, images: Tensor) -> Tensor:
         return (images.to(torch.float32) - self.mean) / self.std

@@ -97,7 +97,7 @@ def _is_kept(node: fx.Node, kept: Collection[str]) -> bool:
 
 
 def _normalised(out: OnnxGraph, identity: DataIdentity) -> str:
-    normalize = Normalize(list(identity.mean), list(identity.std))
+    normalize = Normalize.of(identity)
     mean = out.tensor("normalize.mean", normalize.mean)
     std = out.tensor("normalize.std", normalize.std)
     pixels = out.add("Cast", out.unused("normalize.cast"), [INPUT_NAME], to=TensorProto.FLOAT)
