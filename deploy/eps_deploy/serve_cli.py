@@ -42,6 +42,12 @@ def _finite(context: click.Context, parameter: click.Parameter, value: float) ->
     help="0: any that is free.",
 )
 @click.option(
+    "--grpc-port",
+    type=click.IntRange(0, 65535),
+    metavar="PORT",
+    help="Listen for gRPC as well; 0: any that is free.",
+)
+@click.option(
     "--max-queue",
     type=click.IntRange(1, 1_000_000),
     default=256,
@@ -120,13 +126,14 @@ def _finite(context: click.Context, parameter: click.Parameter, value: float) ->
     default=1000,
     show_default=True,
     metavar="N",
-    help="Open at one time.",
+    help="Open at one time, on each port.",
 )
 @click.option("--log-requests", is_flag=True, help="Log every request.")
 def cli(
     bundle: Path,
     host: str,
     port: int,
+    grpc_port: int | None,
     max_queue: int,
     max_delay_ms: float,
     no_batching: bool,
@@ -142,6 +149,8 @@ def cli(
     log_requests: bool,
 ) -> None:
     """Serve the network in BUNDLE over HTTP: KServe v2, pictures, metrics, and a page at /.
+
+    With --grpc-port also over gRPC, by the same protocol.
 
     SIGTERM and Ctrl-C: what was accepted is answered, then exit 0. Again: at once.
     """
@@ -179,6 +188,7 @@ def cli(
             ),
             host=host,
             port=port,
+            grpc_port=grpc_port,
             limits=limits,
             token_file=token_file,
             allow_load=allow_load,

@@ -154,7 +154,8 @@ def test_the_documented_curl(served: Process, deployed: Path) -> None:
 
 
 def test_the_documented_client(served: Process) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", document(), re.DOTALL)
+    codes = re.findall(r"```python\n(.*?)```", document(), re.DOTALL)
+    (code,) = (code for code in codes if "tritonclient.http" in code)
     done = subprocess.run(
         [sys.executable, "-c", code.replace(":8000", f":{served.port}")],
         capture_output=True,

@@ -144,6 +144,8 @@ _EXTRAS = {
     "tensorrt": "trt",
     "pycuda": "trt",
     "cuda": "trt",
+    "grpc": "serve",
+    "open_inference": "serve",
     "starlette": "serve",
     "uvicorn": "serve",
     "httptools": "serve",

@@ -23,6 +23,8 @@ class EngineError(EpsError):
 class Engine(Protocol):
     """A loaded network, ready to run; a context manager that frees it.
 
+    Any thread may call it, and several at once.
+
     Attributes:
         input_shape: shape `[C, H, W]` of one image.
         classes: number of logits.

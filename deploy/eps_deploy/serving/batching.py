@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from queue import SimpleQueue
 
 import numpy as np
 
@@ -21,6 +22,8 @@ from eps_deploy.serving.refusals import InferenceFailed, Refusal, busy
 
 _TOO_MANY_FAILURES = 3  # batches in a row: then it is not the batch
 _SMOOTHING = 0.2
+
+_Result = tuple[list[Piece], Logits | None, Exception | None, float]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,8 +67,8 @@ class Batcher:
         engines: one thread is started for each; they are not closed here.
         options: see :class:`Batching`.
         observe: told of every batch, on the event loop.
-        after: gets every batch that ran, with its logits and the engine's seconds, when its answers
-            are on their way; on an engine's thread, so it must be quick.
+        after: gets every batch that ran, with its logits, when its answers are on their way; on an
+            engine's thread, so it must be quick.
     """
 
     def __init__(
@@ -73,7 +76,7 @@ class Batcher:
         engines: Sequence[Engine],
         options: Batching,
         observe: Callable[[Ran], None],
-        after: Callable[[Images, Logits, float], None] | None = None,
+        after: Callable[[Images, Logits], None] | None = None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._observe = observe
@@ -93,7 +96,9 @@ class Batcher:
             )
             for index, engine in enumerate(engines)
         ]
-        for thread in self._threads:
+        self._results: SimpleQueue[_Result | None] = SimpleQueue()
+        self._courier = threading.Thread(target=self._carry, name="eps-courier", daemon=True)
+        for thread in (self._courier, *self._threads):
             thread.start()
 
     @property
@@ -108,12 +113,16 @@ class Batcher:
         """
         job = Job(images, self._loop.create_future())
         if not self.queue.put(job):
-            raise busy(
-                f"{self.queue.images} images are waiting, and {self.queue.limit} may",
-                reason="queue-full",
-                retry_after=self._retry_after(),
-            )
+            raise self.refusal()
         return job
+
+    def refusal(self) -> Refusal:
+        """What a request is told for which the queue has no room."""
+        return busy(
+            f"{self.queue.images} images are waiting, and {self.queue.limit} may",
+            reason="queue-full",
+            retry_after=self._retry_after(),
+        )
 
     def cancel(self, job: Job) -> None:
         """The client went away: out of the queue; what an engine has of it is thrown away."""
@@ -144,6 +153,8 @@ class Batcher:
         """Wait until the threads have answered all jobs and ended."""
         for thread in self._threads:
             await asyncio.to_thread(thread.join)
+        self._results.put(None)
+        await asyncio.to_thread(self._courier.join)
 
     def _expire(self, job: Job) -> None:
         self._fail(job, Refusal("no answer within the timeout", status=503, reason="deadline"))
@@ -172,13 +183,22 @@ class Batcher:
                 logits = engine.infer(batch)
             except Exception as error:  # whatever it is, the requests must be answered
                 failed = error
-            seconds = time.perf_counter() - began
+            self._results.put((pieces, logits, failed, time.perf_counter() - began))
+            if logits is not None and self._after is not None:
+                self._after(batch, logits)
+
+    def _carry(self) -> None:
+        """The thread that hands results to the event loop, so that no engine has to wait for it.
+
+        To wake the loop means to write to a socket, and Python lets go of the GIL for that: the
+        loop takes it, and whoever woke it stands still while the loop sends answers. A put into a
+        SimpleQueue lets go of nothing, so the engine is at work on the next batch before that.
+        """
+        while (result := self._results.get()) is not None:
             try:
-                self._loop.call_soon_threadsafe(self._deliver, pieces, logits, failed, seconds)
+                self._loop.call_soon_threadsafe(self._deliver, *result)
             except RuntimeError:  # the loop is closed: the process was told to end at once
                 return
-            if logits is not None and self._after is not None:
-                self._after(batch, logits, seconds)
 
     def _deliver(
         self,

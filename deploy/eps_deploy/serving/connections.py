@@ -8,8 +8,8 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, MutableMapping
+from typing import TYPE_CHECKING, Any, cast
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
@@ -20,6 +20,7 @@ from eps_deploy.serving.limits import Limits
 if TYPE_CHECKING:
     from uvicorn._types import ASGI3Application
 
+Shed = Callable[[bytes, bytes, MutableMapping[str, Any], bool], bytes | None]
 _UPGRADE = re.compile(rb"\r\nupgrade[ \t]*:", re.IGNORECASE)
 _LAST_CHANCE = 0.2  # seconds that an idle connection gets for a request that is on its way
 _REASONS = {
@@ -31,9 +32,10 @@ _REASONS = {
 
 
 class LimitedProtocol(HttpToolsProtocol):
-    """One connection. `limits` is set by :func:`limited`."""
+    """One connection. `limits` and `shed` are set by :func:`limited`."""
 
     limits: Limits
+    shed: Shed
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -42,6 +44,8 @@ class LimitedProtocol(HttpToolsProtocol):
         self._header_bytes = 0
         self._in_header = True
         self._refused = False
+        self._shed = False  # the request whose body is being read was answered by `shed`
+        self._reading: RequestResponseCycle | None = None  # whose body is being read
         self._ending = False  # the server is
         self._running: RequestResponseCycle | None = None
 
@@ -66,6 +70,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self._unset_keepalive_if_required()
         self._in_header = True
 
     def on_headers_complete(self) -> None:
@@ -75,15 +80,35 @@ class LimitedProtocol(HttpToolsProtocol):
         if size > self.limits.header:
             self._refuse(431, self._too_large())
             raise httptools.HttpParserError("headers too large")
-        super().on_headers_complete()
-        if self._ending:
-            self.cycle.keep_alive = False
+        answer = self._answer_at_once()
+        if answer is not None:
+            self._shed = True
+            self.transport.write(answer)
+        else:
+            super().on_headers_complete()
+            self._reading = self.cycle
+            if self._ending:
+                self.cycle.keep_alive = False
         self._set_timer(self.limits.body_seconds, "the request's body took too long")
 
+    def on_body(self, body: bytes) -> None:
+        if not self._shed:
+            super().on_body(body)
+
     def on_message_complete(self) -> None:
-        super().on_message_complete()
         self._clear_timer()
         self._in_header = True  # of the next request on this connection
+        self._reading = None
+        if not self._shed:
+            super().on_message_complete()
+            return
+        self._shed = False
+        if self._ending or not self._stays():
+            self.transport.close()
+        else:
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(400, "not a valid HTTP/1.1 request")
@@ -119,9 +144,21 @@ class LimitedProtocol(HttpToolsProtocol):
         self._ending = True
         if self.cycle is not None and not self.cycle.response_complete:
             self.cycle.keep_alive = False
-        elif self._in_header and not self._header_bytes:
+        elif self._shed or (self._in_header and not self._header_bytes):
             self._unset_keepalive_if_required()
             self._set_timer(_LAST_CHANCE, "the server is shutting down")
+
+    def _answer_at_once(self) -> bytes | None:
+        """An answer that needs no application; None where it would come out of turn."""
+        in_turn = self.cycle is None or self.cycle.response_complete
+        if not in_turn or self._ending or self.expect_100_continue or self.flow.write_paused:
+            return None
+        scope = cast("dict[str, Any]", self.scope)
+        return self.shed(self.parser.get_method(), self.url, scope, self._stays())
+
+    def _stays(self) -> bool:
+        """Whether the client wants the connection kept after the request that is being read."""
+        return bool(self.parser.get_http_version() == "1.1" and self.parser.should_keep_alive())
 
     def _close_an_idle_one(self) -> bool:
         """Make room by closing a connection on which no request is under way."""
@@ -158,6 +195,9 @@ class LimitedProtocol(HttpToolsProtocol):
             return
         self._refused = True
         self._clear_timer()
+        if self._shed or (self._reading is not None and self._reading.response_complete):
+            self.transport.close()  # the request was answered before its body came
+            return
         cycle = self._running
         if cycle is not None and not cycle.response_complete:
             cycle.disconnected = True
@@ -189,6 +229,10 @@ def _without_upgrade(data: bytes) -> bytes:
     return _UPGRADE.sub(b"\r\nx-not-taken:", head) + data[len(head) :]
 
 
-def limited(limits: Limits) -> type[LimitedProtocol]:
-    """The protocol's class with these limits, as uvicorn wants it."""
-    return type("Limited", (LimitedProtocol,), {"limits": limits})
+def limited(limits: Limits, shed: Shed) -> type[LimitedProtocol]:
+    """The protocol's class with these limits, as uvicorn wants it.
+
+    `shed` gets method, URL and ASGI scope of a request, and whether the connection is kept after
+    it, and returns the answer if that is certain already.
+    """
+    return type("Limited", (LimitedProtocol,), {"limits": limits, "shed": staticmethod(shed)})

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from eps_deploy.engines.base import INPUT_NAME, OUTPUT_NAME
+from eps_deploy.serving.contract import DATATYPE
 from eps_deploy.serving.metrics import Statistic, Totals
 from eps_deploy.serving.model import VERSION
-from eps_deploy.serving.protocol import DATATYPE
 from eps_deploy.serving.service import Served
 from eps_deploy.triton import NAME
 
@@ -15,9 +15,17 @@ _EXTENSIONS = ("binary_tensor_data", "classification", "model_configuration", "s
 
 
 def server(allow_load: bool) -> dict[str, Any]:
+    return _server([*_EXTENSIONS, *(["model_repository"] if allow_load else [])])
+
+
+def rpc_server() -> dict[str, Any]:
+    """As :func:`server`; gRPC has the calls of the protocol itself and none of Triton's."""
+    return _server(["classification"])
+
+
+def _server(extensions: list[str]) -> dict[str, Any]:
     from importlib.metadata import version
 
-    extensions = [*_EXTENSIONS, *(["model_repository"] if allow_load else [])]
     return {"name": "eps-serve", "version": version("eps-resnet"), "extensions": extensions}
 
 

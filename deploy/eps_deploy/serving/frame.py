@@ -1,21 +1,18 @@
-"""What happens around every request: token, identifiers, errors as JSON, counting, logging.
+"""What happens around every HTTP request: errors as JSON, and what `envelope` has.
 
 A plain ASGI application, so that it costs microseconds.
 """
 
 from __future__ import annotations
 
-import hmac
 import json
-import re
-import secrets
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from starlette.exceptions import HTTPException
 
-from eps_deploy.serving.logs import logger
+from eps_deploy.serving.envelope import Account, check_token, identify, log_mistake
 from eps_deploy.serving.metrics import Metrics
 from eps_deploy.serving.refusals import InferenceFailed, Refusal
 
@@ -28,8 +25,6 @@ Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 OPEN = ("/", "/favicon.ico", "/v2/health/live", "/v2/health/ready")  # need no token, hold no data
 GONE = "eps.gone"  # in the scope: what is to be called when the client goes away
 ENDPOINT = "eps.endpoint"  # in the scope: the name that metrics have for the route
-_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
-_TRACEPARENT = re.compile(rb"[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 
 
 class Frame:
@@ -46,21 +41,15 @@ class Frame:
         self, inner: Application, metrics: Metrics, *, token: bytes | None, log_requests: bool
     ) -> None:
         self._inner = inner
-        self._metrics = metrics
         self._token = token
-        self._log_requests = log_requests
+        self._account = Account(metrics, log_requests=log_requests)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
         began = time.perf_counter()
         headers = dict(scope["headers"])
-        given = headers.get(b"x-request-id", b"")
-        request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8).encode()
-        marks = [(b"x-request-id", request_id)]
-        trace = headers.get(b"traceparent", b"")
-        if _TRACEPARENT.fullmatch(trace):
-            marks.append((b"traceparent", trace))
+        marks = identify(headers.get(b"x-request-id", b""), headers.get(b"traceparent", b""))
         status = 0
 
         async def marked(message: Message) -> None:
@@ -72,7 +61,8 @@ class Frame:
 
         reason = ""
         try:
-            self._check_token(scope["path"], headers)
+            if self._token is not None and scope["path"] not in OPEN:
+                check_token(self._token, headers.get(b"authorization", b""))
             await self._inner(scope, receive, marked)
         except (Refusal, HTTPException, InferenceFailed) as error:
             refusal = as_refusal(error)
@@ -81,50 +71,19 @@ class Frame:
                 await _send_refusal(refusal, marked)
         except Exception:
             reason = "internal"
-            facts = {"request_id": request_id.decode()}
-            logger.exception("a request failed, which must not happen", extra={"facts": facts})
+            log_mistake(marks)
             if not status:
                 await _send_refusal(Refusal("internal error", status=500, reason=reason), marked)
-        self._finish(scope, status, reason, began, marks)
-
-    def _check_token(self, path: str, headers: dict[bytes, bytes]) -> None:
-        if self._token is None or path in OPEN:
-            return
-        scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
-        # compare_digest first and always: the time shall not tell how much of it was right.
-        right = hmac.compare_digest(given.strip(), self._token)
-        if not right or scheme.lower() != b"bearer":
-            raise Refusal(
-                "this server wants a token: send the header Authorization: Bearer TOKEN",
-                status=401,
-                reason="token",
-                headers=((b"www-authenticate", b"Bearer"),),
-            )
-
-    def _finish(
-        self,
-        scope: Scope,
-        status: int,
-        reason: str,
-        began: float,
-        marks: list[tuple[bytes, bytes]],
-    ) -> None:
-        seconds = time.perf_counter() - began
-        self._metrics.answered(scope.get(ENDPOINT, "none"), status)
-        if reason:
-            self._metrics.refuse(reason, seconds)
-        if not self._log_requests and (status < 500 or status == 503):
-            return  # metrics count them; an overload shall not fill a disk as well
-        facts: dict[str, Any] = {
-            "method": scope["method"],
-            "path": scope["path"],
-            "status": status,
-            "ms": round(1e3 * seconds, 3),
-            **{name.decode().replace("-", "_"): value.decode() for name, value in marks},
-        }
-        if reason:
-            facts["reason"] = reason
-        logger.info("request", extra={"facts": facts})
+        self._account.close(
+            scope.get(ENDPOINT, "none"),
+            status,
+            began=began,
+            reason=reason,
+            failed=status >= 500 and status != 503,
+            marks=marks,
+            method=scope["method"],
+            path=scope["path"],
+        )
 
 
 def as_refusal(error: Refusal | HTTPException | InferenceFailed) -> Refusal:

@@ -10,22 +10,18 @@ from urllib.parse import parse_qs
 
 from eps_deploy.engines.base import Images, Logits
 from eps_deploy.predict_cli import best
+from eps_deploy.serving.contract import Request, Signature
 from eps_deploy.serving.frame import GONE, Receive, Scope, Send, send_bytes, send_json
 from eps_deploy.serving.limits import Body, Limits, Memory
 from eps_deploy.serving.metrics import Metrics
+from eps_deploy.serving.parsing import Parser
 from eps_deploy.serving.pictures import decode
-from eps_deploy.serving.protocol import (
-    JSON_LENGTH,
-    Request,
-    Signature,
-    read_request,
-    write_answer,
-)
-from eps_deploy.serving.refusals import Refusal, busy, not_found
+from eps_deploy.serving.protocol import JSON_LENGTH, read_request, write_answer
+from eps_deploy.serving.refusals import Refusal, busy
 from eps_deploy.serving.service import Served, Service
 
 _JSON_LENGTH = JSON_LENGTH.lower().encode()
-_INLINE = 256 << 10  # bytes of a body that are parsed at once; more would hold up everybody
+_JSON = ("of JSON", "as raw bytes after the JSON")
 _WORKERS = 2
 _TOP = 5
 
@@ -48,6 +44,7 @@ class Inference:
         self._limits = limits
         self._memory = memory
         self._workers = ThreadPoolExecutor(_WORKERS, thread_name_prefix="eps-decode")
+        self._parser = Parser(self._workers, limits.json, _JSON)
         self._pictures = 0  # that wait for a worker or are with one
 
     async def infer(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -82,18 +79,8 @@ class Inference:
         self, content: bytes, json_length: int | None, signature: Signature
     ) -> Request:
         size = len(content) if json_length is None else json_length
-        if size > self._limits.json:
-            raise Refusal(
-                f"{size} bytes of JSON; at most {self._limits.json} are accepted: send the"
-                " tensor as raw bytes after the JSON",
-                status=413,
-                reason="too-large",
-            )
-        if size <= _INLINE:
-            return read_request(content, json_length, signature)
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(
-            self._workers, read_request, content, json_length, signature
+        return await self._parser.parse(
+            size, partial(read_request, content, json_length, signature)
         )
 
     async def classify(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -132,10 +119,7 @@ class Inference:
 
 def check_model(scope: Scope, signature: Signature) -> None:
     asked = scope.get("path_params", {})
-    if asked.get("model", signature.name) != signature.name:
-        raise not_found(f"unknown model; this server has one, {signature.name!r}")
-    if asked.get("version", signature.version) != signature.version:
-        raise not_found(f"unknown version; {signature.name!r} has one, {signature.version!r}")
+    signature.check(asked.get("model", signature.name), asked.get("version", signature.version))
 
 
 async def _run(scope: Scope, served: Served, images: Images, timeout: float | None) -> Logits:

@@ -34,10 +34,15 @@ class _Text(logging.Formatter):
 
 
 def set_up() -> None:
-    """Send what the server and uvicorn have to say to stderr."""
+    """Send what the server, uvicorn and grpcio have to say to stderr."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Text() if sys.stderr.isatty() else _Json())
-    for name, level in ((NAME, logging.INFO), ("uvicorn.error", logging.ERROR)):
+    levels = {
+        NAME: logging.INFO,
+        "uvicorn.error": logging.ERROR,
+        "grpc": logging.CRITICAL,  # what it logs as errors, any client can cause
+    }
+    for name, level in levels.items():
         found = logging.getLogger(name)
         found.handlers, found.propagate = [handler], False
         found.setLevel(level)

@@ -57,7 +57,7 @@ class Metrics:
 
     Args:
         queued: images that wait now.
-        connections: open now.
+        connections: of HTTP that are open now.
         ready: whether the server would answer.
         held: bytes of bodies that are held now.
         shadow: whether there is one.
@@ -87,7 +87,7 @@ class Metrics:
         self._computed = self._histogram("inference_seconds", "Engine time of a batch.", _SECONDS)
         self._batch = self._histogram("batch_size", "Images in a batch.", _BATCHES)
         self._gauge("queue_images", "Images that are waiting.", queued)
-        self._gauge("connections", "Open connections.", connections)
+        self._gauge("connections", "Open connections of HTTP.", connections)
         self._gauge("ready", "1 when requests are answered.", lambda: float(ready()))
         self._gauge("body_bytes", "Bytes of request bodies held.", held)
         self._shadow = ShadowMetrics(self._registry, _SECONDS) if shadow else None
@@ -131,7 +131,7 @@ class Metrics:
         self._recent.append((time.monotonic(), seconds, images))
         self._took.observe(seconds)
 
-    def answered(self, endpoint: str, code: int) -> None:
+    def answered(self, endpoint: str, code: int | str) -> None:
         self._requests.labels(endpoint, str(code)).inc()
 
     def refuse(self, reason: str, seconds: float) -> None:

@@ -15,10 +15,10 @@ from eps_deploy.bundle import Bundle, load_bundle
 from eps_deploy.engines.base import Engine
 from eps_deploy.loading import ONNX, open_engine, open_onnx
 from eps_deploy.measuring.parity import Parity
+from eps_deploy.serving.contract import Signature
 from eps_deploy.serving.limits import Limits
 from eps_deploy.serving.pictures import decode
 from eps_deploy.serving.plan_cache import PlanCache
-from eps_deploy.serving.protocol import Signature
 from eps_deploy.serving.proving import prove
 from eps_deploy.triton import NAME
 from eps_train.errors import ConfigError

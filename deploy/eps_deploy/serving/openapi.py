@@ -7,7 +7,8 @@ from importlib.metadata import version
 from typing import Any
 
 from eps_deploy.engines.base import INPUT_NAME, OUTPUT_NAME
-from eps_deploy.serving.protocol import DATATYPE, JSON_LENGTH
+from eps_deploy.serving.contract import DATATYPE
+from eps_deploy.serving.protocol import JSON_LENGTH
 from eps_deploy.triton import NAME
 
 _ERROR = {

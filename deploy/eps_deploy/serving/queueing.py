@@ -86,6 +86,7 @@ class Queue:
         self._max_batch = max_batch
         self._max_delay = max_delay if merge else 0.0
         self._merge = merge
+        self._gap = max_batch if merge else 1  # images, of the smallest batch under an overload
         self._changed = threading.Condition(threading.Lock())
         self._jobs: deque[Job] = deque()
         self._images = 0
@@ -98,10 +99,15 @@ class Queue:
         return self._images
 
     def put(self, job: Job) -> bool:
-        """Whether there was room for the job."""
+        """Whether there was room for the job.
+
+        It needs no more than a batch leaves when it is taken out: as long as small jobs fill every
+        gap at once there is never more, and a large one would never get in. So up to `limit` and
+        the rest of one job are waiting.
+        """
         with self._changed:
             assert not self._closed
-            if self._images + len(job.images) > self.limit:
+            if self._images + min(len(job.images), self._gap) > self.limit:
                 return False
             self._jobs.append(job)
             self._images += len(job.images)

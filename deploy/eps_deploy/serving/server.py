@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import uvicorn
 
@@ -25,17 +26,20 @@ from eps_deploy.serving import logs
 from eps_deploy.serving.connections import limited
 from eps_deploy.serving.frame import Frame
 from eps_deploy.serving.limits import Limits, Memory
+from eps_deploy.serving.listening import accepted, allow_files, listen
 from eps_deploy.serving.metrics import Metrics
 from eps_deploy.serving.model import read_bundle
 from eps_deploy.serving.routes import Api
 from eps_deploy.serving.service import Service, Source
 from eps_deploy.serving.shadow import read_shadow
+from eps_deploy.serving.shedding import Shedder
 from eps_train.errors import ConfigError
+
+if TYPE_CHECKING:
+    from eps_deploy.serving.rpc.server import RpcServer
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _DRAIN = 25  # seconds for the last answers; Kubernetes kills after 30
-_BACKLOG = 1024
-_SPARE_FILES = 64  # beside connections: models, libraries, logs
 _LEAST_TOKEN = 16  # bytes; shorter ones can be guessed
 
 
@@ -46,6 +50,7 @@ class Settings:
     Attributes:
         source: the model, and how it is run.
         host, port: where to listen; port 0: any that is free.
+        grpc_port: for gRPC; None: there is none.
         limits: of what clients send.
         token_file: holds the token that clients must send; None: they need none.
         allow_load: whether clients may have the bundle loaded again.
@@ -55,6 +60,7 @@ class Settings:
     source: Source
     host: str = "127.0.0.1"
     port: int = 8000
+    grpc_port: int | None = None
     limits: Limits = field(default_factory=Limits)
     token_file: Path | None = None
     allow_load: bool = False
@@ -69,7 +75,12 @@ def run(settings: Settings) -> None:
         read_shadow(bundle, source.shadow, source.engine_cache)
     token = read_token(settings.token_file) if settings.token_file is not None else None
     with contextlib.closing(listen(settings.host, settings.port)) as listener:
-        _allow_files(settings.limits.connections)
+        wires = 1
+        if settings.grpc_port is not None:
+            # grpcio, which will listen there, does not say what is wrong.
+            listen(settings.host, settings.grpc_port, "--grpc-port").close()
+            wires = 2
+        allow_files(wires * settings.limits.connections)
         logs.set_up()
         finished = asyncio.run(serve(settings, bundle, token, listener))
     if not finished:  # a thread is in the middle of something that cannot be interrupted
@@ -106,12 +117,17 @@ async def serve(
     )
     api = Api(service, metrics, limits=limits, memory=memory, allow_load=settings.allow_load)
     frame = Frame(api.router(), metrics, token=token, log_requests=settings.log_requests)
-    server = _Server(_config(frame, limits), service, listener)
-    loading = asyncio.create_task(_load(service, bundle, server))
+    shedder = Shedder(service, metrics, token=token, log_requests=settings.log_requests)
+    server = _Server(_config(frame, limits, shedder), service, listener)
     host, port = listener.getsockname()[:2]
-    logs.say(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}")
+    if settings.grpc_port is not None:
+        server.rpc = _rpc_server(settings, bundle, service, metrics, memory, token)
+        await server.rpc.start(host, settings.grpc_port)
+        logs.say(f"listening on grpc://{_in_url(host)}:{server.rpc.port}")
+    loading = asyncio.create_task(_load(service, bundle, server))
+    logs.say(f"listening on http://{_in_url(host)}:{port}")
     started(server)
-    await server.serve(sockets=[listener.dup()])
+    await _run_both(server, listener)
     if not loading.done():
         loading.cancel()
         return False
@@ -121,10 +137,56 @@ async def serve(
     return finished
 
 
-def _config(frame: Frame, limits: Limits) -> uvicorn.Config:
+def _rpc_server(
+    settings: Settings,
+    bundle: Bundle,
+    service: Service,
+    metrics: Metrics,
+    memory: Memory,
+    token: bytes | None,
+) -> RpcServer:
+    from eps_deploy.serving.rpc.server import RpcServer
+
+    return RpcServer(
+        service,
+        metrics,
+        limits=settings.limits,
+        memory=memory,
+        # grpcio cannot change it later: a bundle with larger images needs a new process.
+        images=(settings.source.batching.max_queue, *bundle.input_shape),
+        token=token,
+        log_requests=settings.log_requests,
+    )
+
+
+async def _run_both(server: _Server, listener: socket.socket) -> None:
+    """HTTP, and gRPC if it is wanted: they end together, whichever is the first."""
+    if server.rpc is None:
+        await server.serve(sockets=[listener.dup()])
+        return
+    watching = asyncio.create_task(_watch(server.rpc, server))
+    try:
+        await server.serve(sockets=[listener.dup()])
+    finally:
+        await server.rpc.stop(_DRAIN)
+    await watching
+
+
+async def _watch(rpc: RpcServer, server: _Server) -> None:
+    try:
+        await rpc.wait()
+    finally:
+        server.should_exit = True
+
+
+def _in_url(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _config(frame: Frame, limits: Limits, shedder: Shedder) -> uvicorn.Config:
     return uvicorn.Config(
         frame,
-        http=limited(limits),
+        http=limited(limits, shedder.answer),
         ws="none",
         lifespan="off",
         loop="asyncio",
@@ -153,6 +215,7 @@ class _Server(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config, service: Service, listener: socket.socket) -> None:
         super().__init__(config)
+        self.rpc: RpcServer | None = None
         self._service = service
         self._listener = listener
 
@@ -178,51 +241,18 @@ class _Server(uvicorn.Server):
         logs.say("stopping: answering what was accepted")
         for server in self.servers:
             server.close()  # a copy of the listener; the kernel goes on as long as there is one
-        for connection in _accepted(self._listener):
+        for connection in accepted(self._listener):
             await asyncio.get_running_loop().connect_accepted_socket(self._protocol, connection)
-        await super().shutdown(sockets)
+        ending = [super().shutdown(sockets)]
+        if self.rpc is not None:
+            ending.append(self.rpc.stop(_DRAIN))
+        await asyncio.gather(*ending)
 
     def _protocol(self) -> asyncio.Protocol:
         made: asyncio.Protocol = self.config.http_protocol_class(  # type: ignore[call-arg]
             config=self.config, server_state=self.server_state, app_state={}
         )
         return made
-
-
-def _accepted(listener: socket.socket) -> list[socket.socket]:
-    """Close the listener, and return the connections that clients believe to be open already.
-
-    The kernel resets those that come between the last `accept` and `close`: nothing stands there.
-    """
-    connections = []
-    with contextlib.suppress(BlockingIOError):
-        while True:
-            connections.append(listener.accept()[0])
-    listener.close()
-    return connections
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises ConfigError: no such address, or somebody else has the port."""
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, kind, protocol, _, address = found[0]
-        listener = socket.socket(family, kind, protocol)
-    except (OSError, UnicodeError) as error:
-        raise ConfigError(f"--host {host}: {_told(error)}") from None
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(_BACKLOG)
-        listener.setblocking(False)
-    except OSError as error:
-        listener.close()
-        raise ConfigError(f"--host {host} --port {port}: {_told(error)}; choose another") from None
-    return listener
-
-
-def _told(error: Exception) -> str:
-    return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
 
 
 def read_token(path: Path) -> bytes:
@@ -237,20 +267,3 @@ def read_token(path: Path) -> bytes:
             " characters, such as `openssl rand -hex 32` gives"
         )
     return token
-
-
-def _allow_files(connections: int) -> None:
-    """Have as many files open as there may be connections. Raises ConfigError."""
-    try:
-        import resource
-    except ImportError:  # Windows has no such limit
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = connections + _SPARE_FILES
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        if hard != resource.RLIM_INFINITY and hard < wanted:
-            raise ConfigError(
-                f"{connections} connections need {wanted} open files, and this process may have"
-                f" {hard}; raise the limit (ulimit -n {wanted})"
-            )
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -70,12 +70,14 @@ class Served:
                 self._unused.set()
 
     async def retire(self) -> bool:
-        """Answer what is under way, then free the engines; False: the shadow's is held up."""
+        """Answer what is under way, then free the engines; False: the shadow is held up in one."""
         await self._unused.wait()
         self.batcher.close()
         await self.batcher.join()
+        if self._shadow is not None and not await self._shadow.end():
+            return False
         await asyncio.to_thread(self.model.close)
-        return self._shadow is None or await self._shadow.end()
+        return True
 
 
 class Service:
@@ -128,6 +130,11 @@ class Service:
         """Images that wait now."""
         return self._current.batcher.queue.images if self._current is not None else 0
 
+    @property
+    def room(self) -> int:
+        """Images that would be accepted now."""
+        return self._source.batching.max_queue - self.queued
+
     def say(self, message: str) -> None:
         self._say(message)
 
@@ -152,7 +159,7 @@ class Service:
         finally:
             self._loading = False
         before = self._current
-        shadow = self._shadow(engine) if engine is not None else None
+        shadow = self._shadow(engine, model.engines[0]) if engine is not None else None
         self._current = Served(model, self._source.batching, self._observe, shadow)
         if before is not None:
             task = asyncio.create_task(self._retire(before))
@@ -179,10 +186,10 @@ class Service:
         if not await served.retire():
             self._held_up = True
 
-    def _shadow(self, engine: Engine) -> Shadow:
+    def _shadow(self, engine: Engine, served: Engine) -> Shadow:
         assert self._source.shadow is not None
         share = self._source.shadow.share
-        return Shadow(engine, share, observe=self._compared, say=self._say)
+        return Shadow(engine, served, share, observe=self._compared, say=self._say)
 
     def _open(self, bundle: Bundle | None) -> tuple[Model, Engine | None]:
         """The model, and the shadow's engine if there is to be one."""

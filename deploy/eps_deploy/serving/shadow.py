@@ -1,8 +1,9 @@
 """A second engine that gets a share of the batches after they were answered, to be compared.
 
-It runs whole batches of the served engine, so the times of the two are of the same images in
-batches of the same size. Nothing here can hold up or change an answer: what the second engine has
-no room for is dropped, and what it fails at is counted.
+It runs whole batches of the served engine, and times both engines on them, one right after the
+other on its own thread: what the served engine took for the answer depends on whether it had just
+run before, and is nothing to compare with. Nothing here can hold up or change an answer: what the
+second engine has no room for is dropped, and what it fails at is counted.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class Compared:
         images: in the batch.
         disagreed: images of which the two engines' best labels differ.
         seconds: of the shadow's engine.
-        served: seconds of the served engine, for the same batch.
+        served: seconds of the served engine, for the same batch on the same thread.
     """
 
     outcome: Literal["compared", "dropped", "failed"]
@@ -142,7 +143,6 @@ def open_shadow(
 class _Batch:
     images: Images
     top: npt.NDArray[np.intp]
-    seconds: float
 
 
 class Shadow:
@@ -150,16 +150,24 @@ class Shadow:
 
     Args:
         engine: is closed in the end, by the thread that runs it.
+        served: what it is compared with; must stay open until :meth:`end` returned True.
         share: of the batches; which ones is drawn with a fixed seed.
         observe: told of every batch that was drawn, on the event loop.
         say: told, on any thread, that the engine has begun to fail.
     """
 
     def __init__(
-        self, engine: Engine, share: float, *, observe: Callable[[Compared], None], say: Say
+        self,
+        engine: Engine,
+        served: Engine,
+        share: float,
+        *,
+        observe: Callable[[Compared], None],
+        say: Say,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._engine = engine
+        self._served = served
         self._share = share
         self._observe = observe
         self._say = say
@@ -172,7 +180,7 @@ class Shadow:
         self._thread = threading.Thread(target=self._work, name="eps-shadow", daemon=True)
         self._thread.start()
 
-    def offer(self, images: Images, logits: Logits, seconds: float) -> None:
+    def offer(self, images: Images, logits: Logits) -> None:
         """A batch that the served engine has run, and whose answers are on their way.
 
         On any thread; takes no longer than a copy of the images.
@@ -188,7 +196,7 @@ class Shadow:
                 except MemoryError:  # raised here, it would end the thread of the served engine
                     room = False
                 else:
-                    self._waiting.append(_Batch(kept, logits.argmax(axis=1), seconds))
+                    self._waiting.append(_Batch(kept, logits.argmax(axis=1)))
                     self._images += len(images)
                     self._changed.notify()
         if not room:
@@ -219,12 +227,8 @@ class Shadow:
         with self._engine as engine:
             while batch := self._take():
                 try:
-                    # The first run warms up: an engine that runs now and then finds its weights
-                    # gone from the caches, and would be compared with one that always runs.
-                    engine.infer(batch.images)
-                    began = time.perf_counter()
-                    logits = engine.infer(batch.images)
-                    seconds = time.perf_counter() - began
+                    served, _ = _timed(self._served, batch.images)
+                    seconds, logits = _timed(engine, batch.images)
                     if not np.isfinite(logits).all():
                         raise EngineError("some of its logits are not finite")
                 except Exception as error:  # whatever it is, the server goes on
@@ -240,13 +244,21 @@ class Shadow:
                         images=len(batch.images),
                         disagreed=int(np.count_nonzero(logits.argmax(axis=1) != batch.top)),
                         seconds=seconds,
-                        served=batch.seconds,
+                        served=served,
                     )
                 )
 
     def _tell(self, compared: Compared) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: the process is ending
             self._loop.call_soon_threadsafe(self._observe, compared)
+
+
+def _timed(engine: Engine, images: Images) -> tuple[float, Logits]:
+    """Seconds and logits of its second run: in the first, it finds the other one in the caches."""
+    engine.infer(images)
+    began = time.perf_counter()
+    logits = engine.infer(images)
+    return time.perf_counter() - began, logits
 
 
 def _be_nice() -> None:

@@ -1,8 +1,9 @@
-"""Pixels from a request: raw bytes, or numbers in JSON, nested or flat."""
+"""Pixels from a request: raw bytes, or numbers, nested or flat."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
@@ -27,16 +28,26 @@ def from_json(data: Any, shape: tuple[int, ...]) -> Images:
     if not isinstance(data, list):
         raise Refusal(f"{INPUT_NAME!r} needs data, a list of pixels, or binary_data_size")
     flat = _flat(data, shape) if data and isinstance(data[0], list) else data
-    wanted = math.prod(shape)
-    if len(flat) != wanted:
-        raise Refusal(f"{INPUT_NAME!r} of shape {list(shape)} has {wanted} pixels, not {len(flat)}")
+    _check_count(len(flat), shape)
     if set(map(type, flat)) != {int}:  # True would pass for 1
         raise Refusal(f"the pixels of {INPUT_NAME!r} must be whole numbers")
+    return from_numbers(flat, shape)
+
+
+def from_numbers(numbers: Sequence[int], shape: tuple[int, ...]) -> Images:
+    """Pixels from a flat row of numbers. Raises Refusal for another number of them, or range."""
+    _check_count(len(numbers), shape)
     try:
-        pixels = bytes(flat)
+        pixels = bytes(numbers)
     except ValueError:
         raise Refusal(f"the pixels of {INPUT_NAME!r} must lie between 0 and 255") from None
     return np.frombuffer(pixels, dtype=np.uint8).reshape(shape)
+
+
+def _check_count(count: int, shape: tuple[int, ...]) -> None:
+    wanted = math.prod(shape)
+    if count != wanted:
+        raise Refusal(f"{INPUT_NAME!r} of shape {list(shape)} has {wanted} pixels, not {count}")
 
 
 def _flat(data: list[Any], shape: tuple[int, ...]) -> list[Any]:

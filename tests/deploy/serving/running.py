@@ -21,6 +21,7 @@ from typing import Any
 from eps_deploy.bundle import load_bundle
 from eps_deploy.serving import server
 from eps_deploy.serving.limits import Limits
+from eps_deploy.serving.listening import listen
 from eps_deploy.serving.service import Source
 
 COMMAND = "import sys; sys.argv[0] = 'eps-serve'; from eps_deploy.serve_cli import main; main()"
@@ -138,9 +139,10 @@ class Process(Client):
 
 
 @contextmanager
-def command(*args: object) -> Iterator[Process]:
-    """`eps-serve` with these arguments, on a port that is free."""
-    arguments = [sys.executable, "-c", COMMAND, *map(str, args), "--port", "0"]
+def command(*args: object, before: str = "") -> Iterator[Process]:
+    """`eps-serve` with these arguments, on a port that is free; `before` is run before it."""
+    program = f"{before}\n{COMMAND}"
+    arguments = [sys.executable, "-c", program, *map(str, args), "--port", "0"]
     process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
     try:
         yield Process(process)
@@ -157,7 +159,7 @@ def thread(bundle: Path, *, limits: Limits, **source: Any) -> Iterator[Client]:
     settings = server.Settings(
         source=Source(path=bundle, **source), port=0, limits=limits, allow_load=True
     )
-    listener = server.listen("127.0.0.1", 0)
+    listener = listen("127.0.0.1", 0)
     ended: list[bool | BaseException] = []
     found: list[Any] = []
 

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from eps_deploy.serving.protocol import Request, Signature, read_request, write_answer
+from eps_deploy.serving.contract import Request, Signature
+from eps_deploy.serving.protocol import read_request, write_answer
 from eps_deploy.serving.refusals import InferenceFailed, Refusal
 
 SIGNATURE = Signature(

@@ -13,8 +13,8 @@ from eps_deploy.bundle import load_bundle
 from eps_deploy.engines.base import EngineError
 from eps_deploy.serving import server
 from eps_deploy.serving import service as service_module
+from eps_deploy.serving.listening import listen
 from eps_deploy.serving.service import Source
-from eps_train.errors import ConfigError
 
 from .running import MODEL, Client
 
@@ -24,7 +24,7 @@ class Start:
 
     def __init__(self, bundle: Path, monkeypatch: pytest.MonkeyPatch, load: Any) -> None:
         monkeypatch.setattr(service_module, "open_model", load)
-        self.listener = server.listen("127.0.0.1", 0)
+        self.listener = listen("127.0.0.1", 0)
         self.client = Client(self.listener.getsockname()[1])
         self._settings = server.Settings(source=Source(path=bundle), port=0)
         self._bundle = load_bundle(bundle)
@@ -91,13 +91,6 @@ def test_a_model_that_cannot_be_loaded_ends_the_server(
     result = Start(deployed / "bundle", monkeypatch, load).ended()
     assert isinstance(result, EngineError)
     assert str(result) == "no such GPU"
-
-
-def test_a_port_of_its_own() -> None:
-    with server.listen("localhost", 0) as first:
-        port = first.getsockname()[1]
-        with pytest.raises(ConfigError, match=f"--port {port}: Address already in use"):
-            server.listen("localhost", port)
 
 
 def test_a_token_without_the_space_around_it(tmp_path: Path) -> None:

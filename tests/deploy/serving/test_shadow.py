@@ -229,7 +229,8 @@ def beginning(share: float, test: Callable[[Shadow, Beside], None]) -> tuple[boo
     engine = Beside()
 
     async def everything() -> bool:
-        shadow = Shadow(engine, share, observe=lambda batch: None, say=lambda line: None)
+        said: dict[str, Any] = {"observe": lambda batch: None, "say": lambda line: None}
+        shadow = Shadow(engine, FakeEngine(), share, **said)
         await asyncio.to_thread(test, shadow, engine)
         return await shadow.end()
 
@@ -238,7 +239,7 @@ def beginning(share: float, test: Callable[[Shadow, Beside], None]) -> tuple[boo
 
 def offer(shadow: Shadow, *values: int) -> None:
     logits = np.zeros((len(values), 2), dtype=np.float32)
-    shadow.offer(numbered(*values), logits, 0.001)
+    shadow.offer(numbered(*values), logits)
 
 
 def test_the_share_is_kept_and_the_same_each_time() -> None:

@@ -1,0 +1,211 @@
+"""What is around every call, and above all what happens when something goes wrong inside."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+import grpc
+import pytest
+from grpc import aio
+
+from eps_deploy.serving.refusals import InferenceFailed, Refusal, busy
+from eps_deploy.serving.rpc.frame import Frame
+
+from ..test_frame import make_metrics
+
+CODE = grpc.StatusCode
+
+
+class Context:
+    """In place of grpcio's."""
+
+    def __init__(self, metadata: dict[str, str], remaining: float | None) -> None:
+        self._metadata = metadata
+        self._remaining = remaining
+        self.code, self.details = CODE.OK, ""
+        self.trailing: dict[str, str] = {}
+
+    def invocation_metadata(self) -> Any:
+        return tuple(self._metadata.items())
+
+    def time_remaining(self) -> float | None:
+        return self._remaining
+
+    def set_trailing_metadata(self, trailing: Any) -> None:
+        self.trailing = dict(trailing)
+
+    async def abort(self, code: Any, details: str, trailing: Any) -> None:
+        self.code, self.details, self.trailing = code, details, dict(trailing)
+        raise aio.AbortError
+
+
+class Asked(Context):
+    """One call of a method that raises `error`, or answers."""
+
+    def __init__(
+        self,
+        error: BaseException | None = None,
+        *,
+        token: bytes | None = None,
+        log_requests: bool = False,
+        open: bool = False,
+        remaining: float | None = None,
+        **metadata: str,
+    ) -> None:
+        named = {name.replace("_", "-"): value for name, value in metadata.items()}
+        super().__init__(named, remaining)
+        self.metrics = make_metrics()
+        self.answer: bytes | None = None
+        self._error = error
+        asyncio.run(self._ask(token, log_requests, open))
+
+    async def _ask(self, token: bytes | None, log_requests: bool, open: bool) -> None:
+        frame = Frame(self.metrics, token=token, log_requests=log_requests, most=1)
+        handler = frame.handler("ModelInfer", self._inner, open=open)
+        try:
+            self.answer = await handler.stream_unary(None, self)
+        except (aio.AbortError, asyncio.CancelledError):
+            assert self._error is not None or token is not None
+
+    async def _inner(self, context: Any) -> bytes:
+        if self._error is not None:
+            raise self._error
+        return b"answer"
+
+    def counted(self, code: str) -> bool:
+        line = f'eps_requests_total{{code="{code}",endpoint="ModelInfer"}} 1.0'
+        return line in self.metrics.exposition().decode()
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(logging.getLogger("eps_serve"), "propagate", True)
+    caplog.set_level(logging.INFO)
+    return caplog
+
+
+def test_an_answer() -> None:
+    asked = Asked(x_request_id="a.b-C_7", traceparent=f"00-{'a' * 32}-{'b' * 16}-01")
+    assert asked.answer == b"answer"
+    assert asked.counted("OK")
+    assert asked.metrics.refused == {}
+    assert asked.trailing["x-request-id"] == "a.b-C_7"
+    assert asked.trailing["traceparent"].startswith("00-aaa")
+
+
+@pytest.mark.parametrize(
+    ("refusal", "code"),
+    [
+        (Refusal("wrong"), CODE.INVALID_ARGUMENT),
+        (Refusal("no", status=404, reason="unknown"), CODE.NOT_FOUND),
+        (Refusal("large", status=413, reason="too-large"), CODE.RESOURCE_EXHAUSTED),
+        (Refusal("slow", status=408, reason="slow"), CODE.DEADLINE_EXCEEDED),
+        (Refusal("late", status=503, reason="deadline"), CODE.DEADLINE_EXCEEDED),
+        (busy("full", reason="queue-full", retry_after=7), CODE.UNAVAILABLE),
+        (InferenceFailed("the engine failed"), CODE.INTERNAL),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_a_refusal_as_a_status(refusal: Exception, code: Any) -> None:
+    asked = Asked(refusal, x_request_id="mine")
+    assert (asked.code, asked.details) == (code, str(refusal))
+    assert asked.counted(code.name)
+    assert asked.trailing["x-request-id"] == "mine"
+    assert list(asked.metrics.refused) == [getattr(refusal, "reason", "engine")]
+    # Clients that retry by themselves wait for as long as this says (gRFC A6).
+    again = "7000" if code is CODE.UNAVAILABLE else None
+    assert asked.trailing.get("grpc-retry-pushback-ms") == again
+
+
+def test_our_own_mistake_is_logged_and_not_told(log: Any) -> None:
+    asked = Asked(KeyError("/a/path/of/this/host"))
+    assert (asked.code, asked.details) == (CODE.INTERNAL, "internal error")
+    assert "/a/path/of/this/host" in str(log.records[0].exc_info)
+
+
+@pytest.mark.parametrize(
+    ("remaining", "code", "reason"),
+    [(None, "CANCELLED", "disconnected"), (0.0, "DEADLINE_EXCEEDED", "deadline")],
+)
+def test_a_client_that_goes_away(remaining: float | None, code: str, reason: str) -> None:
+    """Which is how grpcio tells that its deadline has passed as well."""
+    asked = Asked(asyncio.CancelledError(), remaining=remaining)
+    assert asked.counted(code)
+    assert asked.metrics.refused == {reason: 1}
+
+
+def test_a_token_is_asked_for_before_anything_else() -> None:
+    error = AssertionError("must not be reached")
+    for given in ("", "secret", "Bearer wrong", "Bearer sécret", "Basic secret"):
+        asked = Asked(error, token=b"secret", authorization=given)
+        assert asked.code is CODE.UNAUTHENTICATED
+        assert "token" in asked.details
+    assert Asked(token=b"secret", authorization="Bearer secret").answer == b"answer"
+    assert Asked(token=b"secret", open=True).answer == b"answer"
+
+
+def test_what_is_logged(log: Any) -> None:
+    for error in (None, Refusal("wrong"), busy("full", reason="queue-full")):
+        Asked(error)
+    assert not log.records
+    for error in (None, Refusal("wrong")):
+        Asked(error, log_requests=True)
+    facts = [record.facts for record in log.records]
+    assert [entry["status"] for entry in facts] == ["OK", "INVALID_ARGUMENT"]
+    assert facts[0]["path"] == "/inference.GRPCInferenceService/ModelInfer"
+    assert facts[1]["reason"] == "invalid"
+
+
+def test_more_calls_than_there_may_be() -> None:
+    async def body() -> None:
+        frame = Frame(make_metrics(), token=None, log_requests=False, most=1)
+        go = asyncio.Event()
+
+        async def wait(context: Any) -> bytes:
+            await go.wait()
+            return b"answer"
+
+        handler, probe = frame.handler("ModelInfer", wait), frame.handler("Live", wait, open=True)
+        first = asyncio.create_task(handler.stream_unary(None, Context({}, None)))
+        await asyncio.sleep(0)
+        second = Context({}, None)
+        with pytest.raises(aio.AbortError):
+            await asyncio.wait_for(handler.stream_unary(None, second), 10)
+        assert second.code is CODE.UNAVAILABLE
+        assert second.trailing["grpc-retry-pushback-ms"] == "1000"
+        last = asyncio.create_task(probe.stream_unary(None, Context({}, None)))
+        go.set()
+        assert await first == await last == b"answer"
+        assert await handler.stream_unary(None, Context({}, None)) == b"answer"
+
+    asyncio.run(body())
+
+
+def test_answers_are_kept_back_while_the_server_ends() -> None:
+    async def body() -> None:
+        frame = Frame(make_metrics(), token=None, log_requests=False, most=9)
+        asked: list[Context] = [Context({}, None), Context({}, None)]
+
+        async def fine(context: Any) -> bytes:
+            return b"answer"
+
+        async def wrong(context: Any) -> bytes:
+            raise Refusal("wrong")
+
+        frame.hold()
+        held = [
+            asyncio.create_task(frame.handler("ModelInfer", answer).stream_unary(None, context))
+            for answer, context in zip((fine, wrong), asked, strict=True)
+        ]
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert not any(task.done() for task in held)
+        assert asked[1].code is CODE.OK
+        frame.release()
+        assert await held[0] == b"answer"
+        with pytest.raises(aio.AbortError):
+            await held[1]
+
+    asyncio.run(body())

@@ -1,0 +1,36 @@
+"""Sockets that listen, and the files that connections need."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+
+from eps_deploy.serving.listening import accepted, allow_files, listen
+from eps_train.errors import ConfigError
+
+
+def test_a_port_of_its_own() -> None:
+    with listen("localhost", 0) as first:
+        port = first.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"--port {port}: Address already in use"):
+            listen("localhost", port)
+        with pytest.raises(ConfigError, match=f"--grpc-port {port}: Address already in use"):
+            listen("localhost", port, "--grpc-port")
+
+
+def test_connections_that_wait_when_the_listener_is_closed() -> None:
+    listener = listen("127.0.0.1", 0)
+    with socket.create_connection(listener.getsockname()) as client:
+        (connection,) = accepted(listener)
+        with connection:
+            connection.sendall(b"x")
+            assert client.recv(1) == b"x"
+    assert listener.fileno() == -1
+
+
+def test_more_files_than_there_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    resource = pytest.importorskip("resource")
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (256, 1000))
+    with pytest.raises(ConfigError, match=r"2000 connections need 2064 .* \(ulimit -n 2064\)"):
+        allow_files(2000)
