@@ -75,6 +75,14 @@ def test_stops_at_once(server: Container, capsys: pytest.CaptureFixture[str]) ->
     say(capsys, f"stopped in {time.perf_counter() - began:.2f} s")
 
 
+def test_speaks_grpc(tool: Tool, image: str, bundle: Path) -> None:
+    options = ("--volume", f"{bundle}:/models:ro")
+    with tool.start(image, "/models", "--grpc-port", "8001", options=options) as container:
+        container.wait()
+        assert "listening on grpc://" in container.logs
+        assert container.stop(STOP) == 0, container.logs
+
+
 def test_stops_while_it_starts(tool: Tool, image: str, bundle: Path) -> None:
     """The first process of a container is deaf to signals that it does not handle yet."""
     options = ("--volume", f"{bundle}:/models:ro")
