@@ -176,10 +176,7 @@ class Batcher:
             logits: Logits | None = None
             failed: Exception | None = None
             try:
-                if len(pieces) == 1:
-                    batch = pieces[0].images
-                else:
-                    batch = np.concatenate([piece.images for piece in pieces])
+                batch = _joined(pieces)
                 logits = engine.infer(batch)
             except Exception as error:  # whatever it is, the requests must be answered
                 failed = error
@@ -224,3 +221,15 @@ class Batcher:
         begun = [piece.job for piece in pieces if piece.start == 0]
         waited = tuple(job.begun - job.arrived for job in begun)
         self._observe(Ran(at, seconds, waited, failed))
+
+
+def _joined(pieces: Sequence[Piece]) -> Images:
+    """The images of all pieces, in one array.
+
+    numpy.concatenate lets go of the GIL for each of them, and a busy event loop takes it each time.
+    """
+    first = pieces[0].images
+    if len(pieces) == 1:
+        return first
+    pixels = b"".join(np.ascontiguousarray(piece.images).data for piece in pieces)
+    return np.frombuffer(pixels, dtype=np.uint8).reshape(-1, *first.shape[1:])
