@@ -168,8 +168,8 @@ def test_the_documented_client(served: Process) -> None:
 def test_the_openapi_document_names_paths_that_are_there(served: Process) -> None:
     told = served.get("/openapi.json").json
     for path, operations in told["paths"].items():
-        (method,) = operations
-        answer = served.ask(method.upper(), path, b"")
+        (method,) = operations.keys() - {"parameters"}
+        answer = served.ask(method.upper(), path.format(version=1), b"")
         assert answer.status not in (404, 405), path
         if answer.status != 200:
             assert answer.error

@@ -78,7 +78,7 @@ class Inference:
     async def _parse(
         self, content: bytes, json_length: int | None, signature: Signature
     ) -> Request:
-        size = len(content) if json_length is None else json_length
+        size = len(content) if json_length is None else min(json_length, len(content))
         return await self._parser.parse(
             size, partial(read_request, content, json_length, signature)
         )
@@ -133,7 +133,8 @@ async def _run(scope: Scope, served: Served, images: Images, timeout: float | No
 
 
 def _top(scope: Scope) -> int:
-    given = parse_qs(scope["query_string"].decode("latin-1")).get("top", [str(_TOP)])[-1]
+    query = parse_qs(scope["query_string"].decode("latin-1"), keep_blank_values=True)
+    given = query.get("top", [str(_TOP)])[-1]
     if not (given.isascii() and given.isdigit()) or len(given) > 6 or int(given) < 1:
         raise Refusal("top must be a number of labels, at least 1")
     return int(given)

@@ -78,6 +78,7 @@ class Metrics:
         self._recent: deque[tuple[float, float, int]] = deque(maxlen=_RECENT)
         prometheus.disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each, of use to nobody here
         self._registry = CollectorRegistry()
+        prometheus.ProcessCollector(registry=self._registry)  # memory, files, CPU time; on Linux
         self._requests = self._counter("requests", "Answers sent.", "endpoint", "code")
         self._refusals = self._counter("refusals", "Requests refused.", "reason")
         self._images = self._counter("images", "Images answered by the engine.")

@@ -178,7 +178,8 @@ class Api:
         await send_json({"ready": self._service.ready, **self._metrics.figures()}, send)
 
     async def openapi(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send_json(openapi.document(), send)
+        signature = self._service.current.signature if self._service.ready else None
+        await send_json(openapi.document(signature), send)
 
     async def page(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send_bytes(page.html(), b"text/html; charset=utf-8", send, headers=page.headers())

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,15 @@ import pytest
 from eps_deploy.engines.base import Engine, Images, Logits
 from eps_deploy.serving import model as model_module
 from eps_deploy.serving import service as service_module
+from eps_deploy.serving.batching import Batching
 from eps_deploy.serving.limits import Limits
 
-from .running import Client, thread
+from .load import infer_request
+from .running import Client, thread, until
+
+ONE = infer_request((1, 1, 8, 8))
+PLACES = 3
+LIMITS = Limits(body=20_000, header_seconds=5, body_seconds=0.3, idle_seconds=5)
 
 
 class HeldEngine:
@@ -57,3 +64,51 @@ def held(
             yield client, engines[0]
         finally:
             engines[0].gate.set()
+
+
+def read_one(connection: socket.socket) -> tuple[int, dict[str, str], bytes]:
+    """One answer, whole, and not a byte more."""
+    received = b""
+    while b"\r\n\r\n" not in received:
+        received += connection.recv(1)
+    head, _, body = received.partition(b"\r\n\r\n")
+    first, *lines = head.decode().split("\r\n")
+    headers = dict(line.split(": ", 1) for line in lines)
+    while len(body) < int(headers["content-length"]):
+        body += connection.recv(1)
+    return int(first.split()[1]), headers, body
+
+
+class Full:
+    """A server whose engine is held in a batch of one, with a full queue behind that."""
+
+    def __init__(self, client: Client, engine: HeldEngine, stack: ExitStack) -> None:
+        self.client = client
+        self.engine = engine
+        self.accepted = [stack.enter_context(client.open()) for _ in range(PLACES + 1)]
+        self.accepted[0].sendall(ONE)
+        engine.entered.acquire()
+        for connection in self.accepted[1:]:
+            connection.sendall(ONE)
+        until(lambda: self.queued == PLACES)
+
+    @property
+    def queued(self) -> int:
+        return int(self.client.get("/v1/figures").json["queued_images"])
+
+    def refused(self) -> int:
+        """How many requests, by the server's own count."""
+        return int(self.client.get("/v1/figures").json["refused"].get("queue-full", 0))
+
+
+@contextmanager
+def filled(monkeypatch: pytest.MonkeyPatch, deployed: Path) -> Iterator[Full]:
+    batching = Batching(max_queue=PLACES)
+    with (
+        held(monkeypatch, deployed / "bundle", limits=LIMITS, batching=batching) as (
+            client,
+            engine,
+        ),
+        ExitStack() as stack,
+    ):
+        yield Full(client, engine, stack)

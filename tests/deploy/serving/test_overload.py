@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +18,13 @@ import numpy.typing as npt
 import pytest
 
 from eps_compact import CompactArtifact, compact
+from eps_deploy.serving.limits import Limits
 from eps_train.network import NetworkSpec
 from tests.checkpoints import make_checkpoint
 from tests.deploy.conftest import deploy
 
 from .load import Crowd, Outcome, infer_request
-from .running import MODEL, Process, command, until
+from .running import MODEL, Process, command, read_all, thread, until
 from .test_fuzz import attack
 from .usage import Usage, usage
 
@@ -87,6 +88,28 @@ def test_more_than_can_be_answered(deployed: Path) -> None:
         check_refusals(outcome)
         assert outcome.good == figure(process, "eps_images_total") - 1
         assert process.stop() == 0
+
+
+def test_five_hundred_slow_clients(deployed: Path) -> None:
+    """Slowloris: half of them drip headers, half bodies; others are served, as many as ever."""
+    limits = Limits(header_seconds=2.0, body_seconds=2.0)
+    heads = (
+        b"GET /v2 HTTP/1.1\r\nx: ",
+        b"POST /v1/classify HTTP/1.1\r\ncontent-length: 99\r\n\r\n",
+    )
+    with thread(deployed / "bundle", limits=limits) as client, ExitStack() as stack:
+        slow = [stack.enter_context(client.open()) for _ in range(500)]
+        for index, connection in enumerate(slow):
+            connection.sendall(heads[index % 2])
+        with Crowd(client, [ONE], 4) as crowd:
+            for _ in range(5):
+                outcome = crowd.offer(0.1)
+                assert set(outcome.status.tolist()) == {200}
+                for connection in slow:
+                    connection.sendall(b"x")
+        for connection in slow:
+            assert read_all(connection).startswith(b"HTTP/1.1 408 ")
+        assert client.get("/v2/health/ready").status == 200
 
 
 @pytest.fixture(scope="module")
