@@ -18,14 +18,20 @@ from eps_deploy.measuring.clocks import Conditions, Watch
 SETTLING = 1  # seconds of load that are not counted
 FLOOR = 0.5  # seconds for each of its batch sizes
 IDLING = 2.0  # seconds
+RESTLESS = 0.05  # cores that a server uses for nothing, from which on it would disturb the others
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Contender:
-    """A server that runs, and how it is asked."""
+    """A server that runs, and how it is asked.
+
+    Attributes:
+        idle_cores: that it uses while nobody asks it.
+    """
 
     server: Server
     side: Side
+    idle_cores: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,27 +80,36 @@ def in_turns(
 ) -> dict[str, list[Turn]]:
     """Load all servers, one after another, `repeats` times; which one begins rotates.
 
-    All but the one that is loaded are held.
+    Those that are restless are held meanwhile. Not all, since Triton does not survive it.
     """
     found: dict[str, list[Turn]] = {name: [] for name in contenders}
     names = list(contenders)
-    servers = [contender.server for contender in contenders.values()]
+    restless = {
+        name: contender.server
+        for name, contender in contenders.items()
+        if contender.idle_cores > RESTLESS
+    }
     for index in range(repeats):
         start = index % len(names)
         for name in (*names[start:], *names[:start]):
             loaded = contenders[name]
-            with held(servers):
+            with held(restless.values()):
                 rate = floor()
-            with held(server for server in servers if server is not loaded.server):
+            with held(server for other, server in restless.items() if other != name):
                 found[name].append(_turn(loaded, rate, image, connections, seconds))
     return found
 
 
-def idle_cores(contenders: Mapping[str, Contender]) -> dict[str, float]:
-    """Cores that each server uses while nobody asks it."""
-    before = _used(contenders)
+def watch_idle(servers: Mapping[str, tuple[Server, Side]]) -> dict[str, Contender]:
+    """Servers to be loaded, after a look at what each does while nobody asks it."""
+    before = {name: server.used() for name, (server, _) in servers.items()}
     time.sleep(IDLING)
-    return {name: (used - before[name]) / IDLING for name, used in _used(contenders).items()}
+    return {
+        name: Contender(
+            server=server, side=side, idle_cores=(server.used() - before[name]) / IDLING
+        )
+        for name, (server, side) in servers.items()
+    }
 
 
 def _turn(loaded: Contender, floor: float, image: Images, connections: int, seconds: int) -> Turn:
@@ -118,10 +133,6 @@ def _turn(loaded: Contender, floor: float, image: Images, connections: int, seco
         # That threads of a loaded server wait for a core is no disturbance: wrk is on one.
         conditions=replace(conditions, others=others, waited=None),
     )
-
-
-def _used(contenders: Mapping[str, Contender]) -> dict[str, float]:
-    return {name: contender.server.used() for name, contender in contenders.items()}
 
 
 def _of_children() -> float:

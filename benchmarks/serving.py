@@ -2,10 +2,10 @@
 
 One ONNX file, written by `eps-deploy`, in every server; wrk sends requests of one image over 1, 16
 and 64 connections from one thread. All servers are started once and loaded in turns, for a second
-that is not counted and then for the time that is; those whose turn it is not are held (SIGSTOP).
-Right before each turn all are held, and the same file runs in this process with the batch size that
-it is best at: the floor, from pixels to logits (with one connection: at batch 1). One ONNX Runtime
-thread everywhere.
+that is not counted and then for the time that is; servers that keep a core busy even when nobody
+asks them are held (SIGSTOP) until it is their turn. Right before each turn the same file runs in
+this process with the batch size that it is best at: the floor, from pixels to logits (with one
+connection: at batch 1). One ONNX Runtime thread everywhere.
 
 `eps-serve` runs with its defaults, asked by KServe v2 with binary tensors. The others run each in
 an environment of its own in the folder PEERS, in the settings that were found best for it:
@@ -39,7 +39,7 @@ from _rounds import machine, say
 from _served import SIZE, make_bundle, script
 from _servers import free_port, started
 from _standings import OURS, judge, row, table
-from _turns import Contender, Floor, idle_cores, in_turns
+from _turns import Contender, Floor, in_turns, watch_idle
 from _wrk import need_wrk
 
 from eps_deploy.engines.base import Images, Logits
@@ -76,7 +76,6 @@ def measure(
         say(f"the network: {milliseconds:.2f} ms an image, best in batches of {best}")
         contenders, versions, absent = start_all(stack, bundle, peers, folder)
         check(contenders, image, engine.infer(image)[0])
-        idle = idle_cores(contenders)
         rows = []
         for count in counts:
             batches = {1} if count == 1 else {1, best}
@@ -94,7 +93,7 @@ def measure(
         "network": {"images_per_second_by_batch": rates, "milliseconds": milliseconds},
         "versions": {"onnxruntime": engine.describe()["version"], **versions},
         "wires": {name: contender.side.wire for name, contender in contenders.items()},
-        "idle_cores": idle,
+        "idle_cores": {name: contender.idle_cores for name, contender in contenders.items()},
         "seconds": seconds,
         "repeats": repeats,
         "rows": rows,
@@ -125,7 +124,7 @@ def start_all(
     for name, server in servers.items():
         server.wait_ready(sides[name].ready)
         say(f"{name}: ready")
-    contenders = {name: Contender(server=servers[name], side=sides[name]) for name in servers}
+    contenders = watch_idle({name: (servers[name], sides[name]) for name in servers})
     return contenders, versions, absent
 
 

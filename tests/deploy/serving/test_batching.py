@@ -73,6 +73,22 @@ def test_each_request_gets_its_own_logits() -> None:
     bench(test)
 
 
+def test_images_are_joined_however_they_lie_in_memory() -> None:
+    async def test(it: Bench) -> None:
+        it.engine.open_gate.clear()
+        first = asyncio.create_task(it.infer(1))
+        await it.entered()
+        backwards = it.batcher.submit(numbered(2, 3)[::-1])
+        other = asyncio.create_task(it.infer(4))
+        await asyncio.sleep(0)
+        it.engine.open_gate.set()
+        assert (await it.batcher.infer(backwards)).tolist() == rows(3, 2)
+        assert [await first, await other] == [rows(1), rows(4)]
+        assert it.engine.batches == [[1], [3, 2, 4]]
+
+    bench(test)
+
+
 def test_a_large_request_is_split_and_joined() -> None:
     async def test(it: Bench) -> None:
         values = range(11)

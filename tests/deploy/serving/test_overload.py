@@ -92,7 +92,7 @@ def test_more_than_can_be_answered(deployed: Path) -> None:
 
 def test_five_hundred_slow_clients(deployed: Path) -> None:
     """Slowloris: half of them drip headers, half bodies; others are served, as many as ever."""
-    limits = Limits(header_seconds=2.0, body_seconds=2.0)
+    limits = Limits(header_seconds=3.0, body_seconds=3.0)
     heads = (
         b"GET /v2 HTTP/1.1\r\nx: ",
         b"POST /v1/classify HTTP/1.1\r\ncontent-length: 99\r\n\r\n",
