@@ -83,6 +83,7 @@ PEERS: dict[str, Peer] = {
         # Its Triton brings a libpython of Debian's 3.11.2 and fails on the modules of a later one.
         python="/usr/bin/python3",
         arguments=(str(SCRIPTS / "pytriton_server.py"), "MODEL", "PORT"),
+        environment={"PYTRITON_HOME": "."},
         side=Side(
             wire="KServe v2, binary",
             ready=f"/v2/models/{_MODEL}/ready",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from typing import Any
 
@@ -22,6 +23,8 @@ def run(images: Any) -> dict[str, Any]:
     return {"logits": infer(session, images)}
 
 
+# It clears up after Ctrl-C alone: its shared memory stays behind else.
+signal.signal(signal.SIGTERM, signal.default_int_handler)
 config = TritonConfig(
     http_address="127.0.0.1", http_port=int(port), allow_grpc=False, allow_metrics=False
 )
