@@ -25,6 +25,7 @@ from eps_deploy.loading import open_engine
 from eps_deploy.serve_cli import main
 from tests.commands import run
 
+from .serving.documented import document, run_client
 from .serving.running import COMMAND, MODEL, Process, command, read_all, until
 
 NAME = "eps_resnet"
@@ -141,10 +142,6 @@ def test_pictures(served: Process, deployed: Path) -> None:
         assert answer.json["model_name"] == NAME
 
 
-def document() -> str:
-    return (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
-
-
 def test_the_documented_curl(served: Process, deployed: Path) -> None:
     (line,) = re.findall(r"^curl --data-binary .*$", document(), re.MULTILINE)
     picture = sorted((deployed / "bundle" / "examples").glob("label-3-*.png"))[0]
@@ -154,15 +151,7 @@ def test_the_documented_curl(served: Process, deployed: Path) -> None:
 
 
 def test_the_documented_client(served: Process) -> None:
-    codes = re.findall(r"```python\n(.*?)```", document(), re.DOTALL)
-    (code,) = (code for code in codes if "tritonclient.http" in code)
-    done = subprocess.run(
-        [sys.executable, "-c", code.replace(":8000", f":{served.port}")],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout == "(3, 10) float32\n"
+    assert run_client("tritonclient.http", 8000, served.port) == "(3, 10) float32\n"
 
 
 def test_the_openapi_document_names_paths_that_are_there(served: Process) -> None:

@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 
 from eps_deploy.serving.envelope import Account, check_token, identify, log_mistake
 from eps_deploy.serving.metrics import Metrics
-from eps_deploy.serving.refusals import InferenceFailed, Refusal
+from eps_deploy.serving.refusals import InferenceFailed, Refusal, as_refusal
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -65,7 +65,7 @@ class Frame:
                 check_token(self._token, headers.get(b"authorization", b""))
             await self._inner(scope, receive, marked)
         except (Refusal, HTTPException, InferenceFailed) as error:
-            refusal = as_refusal(error)
+            refusal = _as_refusal(error)
             reason = refusal.reason
             if not status:
                 await _send_refusal(refusal, marked)
@@ -86,11 +86,9 @@ class Frame:
         )
 
 
-def as_refusal(error: Refusal | HTTPException | InferenceFailed) -> Refusal:
-    if isinstance(error, Refusal):
-        return error
-    if isinstance(error, InferenceFailed):
-        return Refusal(str(error), status=500, reason="engine")
+def _as_refusal(error: Refusal | HTTPException | InferenceFailed) -> Refusal:
+    if not isinstance(error, HTTPException):
+        return as_refusal(error)
     headers = tuple(
         (name.lower().encode(), value.encode()) for name, value in (error.headers or {}).items()
     )

@@ -47,3 +47,10 @@ def busy(message: str, *, reason: str, retry_after: int = 1) -> Refusal:
 
 class InferenceFailed(EpsError):
     """The engine failed at a request that was right: the only error with status 500."""
+
+
+def as_refusal(error: Refusal | InferenceFailed) -> Refusal:
+    """What a client is told of it, on either wire."""
+    if isinstance(error, Refusal):
+        return error
+    return Refusal(str(error), status=500, reason="engine")

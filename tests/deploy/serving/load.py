@@ -14,7 +14,6 @@ import time
 from array import array
 from collections import deque
 from collections.abc import Callable, Sequence
-from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
@@ -175,12 +174,7 @@ class Crowd:
     def __enter__(self) -> Crowd:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for made in self._sockets.values():
             made.close()
         self._poll.close()

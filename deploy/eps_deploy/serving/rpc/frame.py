@@ -11,7 +11,7 @@ import grpc
 
 from eps_deploy.serving.envelope import Account, Marks, check_token, identify, log_mistake
 from eps_deploy.serving.metrics import Metrics
-from eps_deploy.serving.refusals import InferenceFailed, Refusal, busy
+from eps_deploy.serving.refusals import InferenceFailed, Refusal, as_refusal, busy
 
 SERVICE = "inference.GRPCInferenceService"
 Answer = Callable[[Any], Awaitable[bytes]]
@@ -94,7 +94,7 @@ class Frame:
                 content = await self._counted(answer, context)
             await self._released.wait()
         except (Refusal, InferenceFailed) as error:
-            refusal = _as_refusal(error)
+            refusal = as_refusal(error)
         except asyncio.CancelledError:
             expired = context.time_remaining() == 0
             code = grpc.StatusCode.DEADLINE_EXCEEDED if expired else grpc.StatusCode.CANCELLED
@@ -146,12 +146,6 @@ def _header(metadata: dict[str, str], name: str) -> bytes:
 
 def _texts(marks: Marks) -> tuple[tuple[str, str], ...]:
     return tuple((name.decode(), value.decode()) for name, value in marks)
-
-
-def _as_refusal(error: Refusal | InferenceFailed) -> Refusal:
-    if isinstance(error, Refusal):
-        return error
-    return Refusal(str(error), status=500, reason="engine")
 
 
 def _code(refusal: Refusal) -> grpc.StatusCode:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from queue import SimpleQueue
@@ -21,6 +18,7 @@ from eps_deploy.engines.base import Images, Logits
 from eps_deploy.loading import open_engine
 from eps_deploy.measuring.limits import PARITY_LIMITS
 
+from ..documented import run_client
 from ..running import Process, command
 from .asking import NAME, grpc_port
 
@@ -156,13 +154,4 @@ def test_what_is_refused(client: Any) -> None:
 
 
 def test_the_documented_client(served: Process) -> None:
-    text = (Path(__file__).parents[4] / "docs" / "serving.md").read_text(encoding="utf-8")
-    codes = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    (code,) = (code for code in codes if "tritonclient.grpc" in code)
-    done = subprocess.run(
-        [sys.executable, "-c", code.replace(":8001", f":{grpc_port(served)}")],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout == "(3, 10) float32\n"
+    assert run_client("tritonclient.grpc", 8001, grpc_port(served)) == "(3, 10) float32\n"
