@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from eps_train import precision
 from eps_train.checkpoint import Checkpoint
 from eps_train.epoch_report import EpochReport
 from eps_train.errors import ConfigError, TrainingError
@@ -86,6 +87,31 @@ def test_the_forward_pass_of_a_step_is_in_the_chosen_type(tmp_path: Path) -> Non
     assert {(training, output.dtype) for training, output in seen} == {
         (True, torch.bfloat16),
         (False, torch.float32),
+    }
+
+
+def test_tf32_is_allowed_in_the_steps_of_training_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward and backward pass have it; validation, and the test at the end, do not."""
+    monkeypatch.setattr(precision, "_refuse_tf32", lambda device: None)
+    run = trainer(tmp_path, model="cifar:8x4", precision="tf32", epochs=1)
+    seen = set()
+
+    def note(where: str) -> None:
+        allowed = torch.backends.cudnn.allow_tf32
+        seen.add((where, allowed, torch.get_float32_matmul_precision()))
+
+    stem = run.model.get_submodule("stem.0")
+    stem.register_forward_hook(
+        lambda module, args, output: note("steps" if module.training else "validation")
+    )
+    run.model.get_parameter("stem.0.weight").register_hook(lambda gradient: note("steps"))
+    run.run(lambda report: note("end"))
+    assert seen == {
+        ("steps", True, "high"),
+        ("validation", False, "highest"),
+        ("end", False, "highest"),
     }
 
 

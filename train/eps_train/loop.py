@@ -182,15 +182,16 @@ class Trainer:
         steps = self.batches.steps
         if not self.step:
             self.totals.zero_()
-        for batch in self.batches.epoch(epoch, first=self.step):
-            self.totals += self.take_step(batch)
-            self.step += 1
-            if self.step % CHECK_EVERY == 0 or self.step == steps:
-                self._refuse_nonfinite()
-            elif self._stop():
-                self._refuse_nonfinite()
-                snapshot.save_midway(self)
-                raise Stopped
+        with self.take_step.precision.training():
+            for batch in self.batches.epoch(epoch, first=self.step):
+                self.totals += self.take_step(batch)
+                self.step += 1
+                if self.step % CHECK_EVERY == 0 or self.step == steps:
+                    self._refuse_nonfinite()
+                elif self._stop():
+                    self._refuse_nonfinite()
+                    snapshot.save_midway(self)
+                    raise Stopped
         loss, correct = self.group.add(self.totals.clone()).tolist()
         images = steps * self.batches.size
         return loss / (steps * self.group.size), correct / images, images
