@@ -29,6 +29,9 @@ PROVIDERS: dict[Provider, str] = {
 # in a loop for one another cost far more than they bring on cores that others use too.
 THREADS = 1
 MAX_BATCH = 256  # the graph itself has no limit; this one bounds the memory of a request
+# ONNX Runtime's default, EXHAUSTIVE, times every algorithm of every convolution at each new batch
+# size: about a tenth of a second a convolution, in the middle of serving.
+_ALGORITHM_SEARCH = "HEURISTIC"
 _FATAL_ONLY = 4  # severity below which ONNX Runtime stays silent: errors are raised as well
 _NOT_IMPLEMENTED = "NOT_IMPLEMENTED"
 
@@ -180,8 +183,8 @@ def _providers(provider: Provider, tf32: bool) -> list[tuple[str, dict[str, str]
     """What ONNX Runtime shall try, in order; the last one takes what the others cannot do."""
     if provider == "cpu":
         return [(PROVIDERS["cpu"], {})]
-    cuda: tuple[str, dict[str, str]] = (PROVIDERS["cuda"], {"use_tf32": str(int(tf32))})
-    both = [cuda, (PROVIDERS["cpu"], {})]
+    settings = {"use_tf32": str(int(tf32)), "cudnn_conv_algo_search": _ALGORITHM_SEARCH}
+    both = [(PROVIDERS["cuda"], settings), (PROVIDERS["cpu"], {})]
     return [(PROVIDERS["tensorrt"], {}), *both] if provider == "tensorrt" else both
 
 

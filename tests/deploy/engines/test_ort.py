@@ -170,9 +170,21 @@ def test_cuda_rounds_to_tf32_only_when_asked(
     for tf32, flag in ((False, "0"), (True, "1")):
         with OrtEngine(tiny_model(), provider="cuda", tf32=tf32) as engine:
             told = engine.describe()
-        assert with_gpu.providers[0] == ("CUDAExecutionProvider", {"use_tf32": flag})
+        name, settings = with_gpu.providers[0]
+        assert (name, settings["use_tf32"]) == ("CUDAExecutionProvider", flag)
         assert (told["provider"], told["tf32"]) == ("CUDAExecutionProvider", tf32)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
+def test_cuda_does_not_time_every_algorithm_at_each_batch_size(
+    with_gpu: type[FakeSession], provider: Provider
+) -> None:
+    """ONNX Runtime's default does: a server would stall at each size that it has not seen."""
+    with_gpu.granted = GPU if provider == "tensorrt" else GPU[1:]
+    with OrtEngine(tiny_model(), provider=provider):
+        settings = dict(with_gpu.providers)["CUDAExecutionProvider"]
+    assert settings["cudnn_conv_algo_search"] == "HEURISTIC"
 
 
 def test_tensorrt_is_tried_before_cuda(with_gpu: type[FakeSession]) -> None:
