@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from eps_deploy.engines.base import Engine, EngineError
-from eps_deploy.engines.trt.build import BuildOptions, build
+from eps_deploy.engines.trt.build import BuildOptions, build, check_possible
 from eps_deploy.engines.trt.cuda import Cuda, host_facts
 from eps_deploy.engines.trt.module import load_tensorrt
 from eps_deploy.engines.trt.run import TrtEngine
@@ -81,7 +81,8 @@ class Plan:
 def require(options: Options) -> None:
     """Raise EngineError, in one line with the remedy, unless plans can be built here."""
     try:
-        _machine(options)
+        trt, _, host = _machine(options)
+        check_possible(options.precision, options.plan, host, trt)
     except EngineError as error:
         raise EngineError(
             f"--engine trt: {error}; or add --defer-build to have the plan built by the machine"

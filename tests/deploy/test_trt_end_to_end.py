@@ -16,7 +16,7 @@ import pytest
 from eps_deploy import load_bundle, measures, verify_cli
 from eps_deploy.cli import main
 from eps_deploy.loading import open_engine, open_onnx
-from tests.commands import Result, run
+from tests.commands import Result, files_in, run
 
 from .engines.trt.fake_gpu import FakeGpu
 from .engines.trt.machine import Machine, OnnxBuilder
@@ -85,6 +85,29 @@ def test_a_bundle_with_its_plan(
     assert proven.code == 0, proven.stderr
     assert {c["name"]: c["passed"] for c in json.loads(proven.stdout)["checks"]}["plan"] is True
     machine.gpu.check_clean()
+
+
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)], ids=["", "dry"])
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (("--fp16", "--device", "2"), "GPU 2: CUDA sees 2 here"),
+        (("--bf16",), "--bf16 needs compute capability 8.0"),
+        (("--fp16", "--hardware-compatibility", "ampere-plus"), "needs compute capability 8.0"),
+    ],
+    ids=["device", "precision", "compatibility"],
+)
+def test_what_this_gpu_cannot_do_is_refused_before_any_work(
+    workshop: Path, machine: Machine, flags: tuple[str, ...], told: str, dry: tuple[str, ...]
+) -> None:
+    machine.gpu.capability = (7, 5)
+    before = files_in(workshop)
+    result = deploy(workshop, *flags, *dry)
+    assert result.code == 1
+    (line,) = result.stderr.splitlines()
+    assert told in line
+    assert "--defer-build" in line
+    assert files_in(workshop) == before
 
 
 def test_a_killed_run_builds_no_plan_again(

@@ -36,6 +36,13 @@ _FATAL_ONLY = 4  # severity below which ONNX Runtime stays silent: errors are ra
 _NOT_IMPLEMENTED = "NOT_IMPLEMENTED"
 
 
+# y = Relu(x), float32 [1, 4], opset 13: the whole file, so that the package onnx is not needed.
+_RELU = bytes.fromhex(
+    "080712003a3b0a0c0a0178120179220452656c751201675a130a0178120e0a0c"
+    "080112080a0208010a02080462130a0179120e0a0c080112080a0208010a02080442040a00100d"
+)
+
+
 class OrtEngine:
     """An exported network on ONNX Runtime; an `Engine` (see `engines.base`).
 
@@ -177,6 +184,15 @@ def open_session(
             f"{name}: ONNX Runtime runs it on {granted[0]}, not on {wanted}; {_REMEDY[provider]}"
         )
     return session
+
+
+def try_provider(provider: Provider) -> None:
+    """Raise EngineError, in one line with the remedy, unless a small model really runs on it."""
+    name = f"--provider {provider}"
+    session = open_session(_RELU, provider=provider, threads=1, name=name)
+    values = np.array([[-1, 0, 1, 2]], np.float32)
+    if session.run(None, {"x": values})[0].tolist() != [[0, 0, 1, 2]]:
+        raise EngineError(f"{name}: it computes wrong numbers")
 
 
 def _providers(provider: Provider, tf32: bool) -> list[tuple[str, dict[str, str]]]:

@@ -128,7 +128,7 @@ def build(
             a GPU that cannot do it, a failed build; in TensorRT's own words where it has some.
     """
     trt = load_tensorrt() if trt is None else trt
-    _check_hardware(precision, options, host)
+    check_possible(precision, options, host, trt)
     worker: Worker[Built] = Worker()
 
     def work() -> Built:
@@ -167,8 +167,13 @@ def write_plan(folder: Path, built: Built, host: Host) -> Sidecar:
     return sidecar
 
 
-def _check_hardware(precision: Precision, options: BuildOptions, host: Host) -> None:
-    """What TensorRT would do in another way, without a word, where the GPU cannot do it."""
+def check_possible(precision: Precision, options: BuildOptions, host: Host, trt: Any) -> None:
+    """Raise EngineError for what this TensorRT does not have, or this GPU cannot do.
+
+    TensorRT would do the latter in another way, without a word.
+    """
+    if options.hardware_compatibility != "none":
+        _level(options.hardware_compatibility, trt)
     if host.capability >= AMPERE:
         return
     gpu = f"{host.device} has compute capability {host.compute_capability}"

@@ -5,6 +5,7 @@ What this cannot show: that a real plan loads, is right, or is fast. That is for
 
 from __future__ import annotations
 
+import atexit
 import gc
 import subprocess
 import sys
@@ -337,13 +338,19 @@ def test_a_process_that_ends_frees_its_engines_and_then_the_context(end: str) ->
     assert (done.returncode, done.stdout, done.stderr) == (0, "[] {}\n", "")
 
 
-def test_what_is_closed_is_not_kept_for_the_end_of_the_process() -> None:
+def test_what_is_closed_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the engine nor what would close it stays until the end of the process."""
     machine = Machine()
+    at_exit: list[Any] = []
+    monkeypatch.setattr(atexit, "register", at_exit.append)
+    monkeypatch.setattr(atexit, "unregister", at_exit.remove)
     with machine.engine(TrtEngine) as engine:
         left = weakref.ref(engine)
+        assert len(at_exit) == 1
     del engine
     gc.collect()
     assert left() is None
+    assert not at_exit
 
 
 def test_many_lives_leave_nothing() -> None:
