@@ -163,7 +163,12 @@ def _with_cache(wanted: BuildOptions) -> BuildOptions:
     """With the user's own cache folder (XDG Base Directory Specification), unless one is named."""
     if wanted.timing_cache is not None:
         return wanted
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    base = os.environ.get("XDG_CACHE_HOME")
+    if not base:
+        try:
+            base = str(Path.home() / ".cache")
+        except RuntimeError:  # a user without a home, as containers have: no cache is kept
+            return wanted
     return replace(wanted, timing_cache=Path(base) / "eps-resnet" / "tensorrt")
 
 

@@ -13,13 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from eps_deploy import load_bundle, measures, verify_cli
+from eps_deploy import load_bundle, measures, plans, verify_cli
 from eps_deploy.cli import main
 from eps_deploy.loading import open_engine, open_onnx
+from eps_deploy.options import Options
+from eps_deploy.stages import Stages
 from tests.commands import Result, files_in, run
 
 from .engines.trt.fake_gpu import FakeGpu
-from .engines.trt.machine import Machine, OnnxBuilder
+from .engines.trt.machine import Machine, OnnxBuilder, network
 
 ANYTHING_GOES = ("--min-speedup", "0", "--max-accuracy-drop", "100", "--latency-budget", "0.2")
 
@@ -108,6 +110,23 @@ def test_what_this_gpu_cannot_do_is_refused_before_any_work(
     assert told in line
     assert "--defer-build" in line
     assert files_in(workshop) == before
+
+
+def test_a_user_without_a_home_gets_a_plan_and_no_timing_cache(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As in containers that run under any number."""
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", homeless)
+    options = Options(model=tmp_path, engine="trt")
+    plan = plans.build_plan(options, network(), "model", Stages(tmp_path, resume=False), print)
+    with plan.open(options, "model.plan") as engine:
+        assert engine.max_batch == options.max_batch
+    assert not machine.trt.count("IBuilderConfig", "create_timing_cache")
 
 
 def test_a_killed_run_builds_no_plan_again(

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,14 @@ def test_where_everything_works() -> None:
     told = lines(found)
     assert any("H100" in line and "81,046 of 81,559 MiB free" in line for line in told)
     assert not any("What is missing" in line for line in told)
+
+
+def test_a_gpu_without_memory_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = replace(H100, name="NVIDIA GB10", memory=None, free=None)
+    monkeypatch.setattr("eps_deploy.nvidia.gpus", lambda: (shared,))
+    found = examine(Pretended())
+    assert any("GB10" in line and "no memory of its own" in line for line in lines(found))
+    assert {part.name: part.works for part in found.parts}["NVIDIA driver"]
 
 
 @pytest.mark.usefixtures("no_gpu")
