@@ -9,6 +9,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+CUDA_13_DRIVER = 580  # the first that runs it
 _KERNEL_MODULE = Path("/proc/driver/nvidia/version")
 _FIELDS = ("index", "name", "compute_cap", "memory.total", "memory.free", "driver_version")
 _SECONDS = 30.0  # a driver that was just loaded takes some to answer
@@ -32,6 +33,12 @@ class Gpu:
     memory: int | None
     free: int | None
     driver: str
+
+
+def is_too_old(driver: str) -> bool:
+    """Whether a driver (`570.86.15`) is older than CUDA 13 needs, which pip installs by default."""
+    major = driver.partition(".")[0]
+    return major.isdecimal() and int(major) < CUDA_13_DRIVER
 
 
 def gpus() -> tuple[Gpu, ...]:

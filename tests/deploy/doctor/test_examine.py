@@ -81,6 +81,36 @@ def test_a_gpu_without_memory_of_its_own(monkeypatch: pytest.MonkeyPatch) -> Non
     assert {part.name: part.works for part in found.parts}["NVIDIA driver"]
 
 
+def old_driver(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    monkeypatch.setattr("eps_deploy.nvidia.gpus", lambda: (replace(H100, driver=version),))
+
+
+def test_a_driver_that_is_too_old_for_cuda_13(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What pip installs needs 580; packages for CUDA 12 do not."""
+    old_driver(monkeypatch, "570.86.15")
+    found = examine(Pretended(tensorrt="does not load"))
+    assert found.parts[0].found == "570.86.15, 1 GPU; too old for CUDA 13, which needs 580"
+    told = "\n".join(lines(found))
+    assert "update it to 580 or later" in told
+    assert "tensorrt-cu12" in told
+    assert "onnxruntime-gpu[cuda,cudnn]<1.27" in told
+
+
+@pytest.mark.parametrize(
+    ("version", "problems"),
+    [
+        ("570.86.15", {}),  # with packages for CUDA 12
+        ("580.65.06", {"tensorrt": "does not load"}),
+        ("1000.1", {"tensorrt": "does not load"}),
+    ],
+)
+def test_a_driver_that_is_no_trouble(
+    version: str, problems: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old_driver(monkeypatch, version)
+    assert examine(Pretended(**problems)).parts[0].remedy is None
+
+
 @pytest.mark.usefixtures("no_gpu")
 def test_without_a_gpu_the_rest_is_still_possible() -> None:
     able = missing(examine(Pretended()))
