@@ -4,6 +4,8 @@ BIN := .venv/bin
 READY := .venv/.ready
 GPU := .venv-gpu/bin/python
 JOBS ?= 2
+CUDA := $(CURDIR)/.venv-gpu/cuda
+TRT := $(shell sed -n '/^trt = /,/^]/s/^ *"\([^;"]*\).*/\1/p' pyproject.toml)
 TORCH := $(shell grep '^torch==' constraints.txt)
 BENCHMARKS := $(sort $(wildcard benchmarks/[!_]*.py))
 
@@ -43,13 +45,23 @@ image-test: $(READY) ## Build the serving image, start it, ask it, stop it (Dock
 bench: $(READY) ## Run every benchmark, one after another
 	@set -e; for script in $(BENCHMARKS); do echo "$$script"; $(BIN)/python "$$script"; done
 
-# pycuda is compiled here, which needs nvcc; where it does not compile the report says so.
+# pycuda has no wheels: it is compiled with g++ against the headers that came with torch and a stand-in
+# for the driver's library, as in the Dockerfile. By itself, so that a failure leaves TensorRT there.
 gpu-report: ## On an NVIDIA GPU: run all that needs one, write one report to send back
 	@nvidia-smi -L >/dev/null 2>&1 || { echo "gpu-report: nvidia-smi lists no NVIDIA GPU here; nothing was run" >&2; exit 1; }
 	test -x $(GPU) || $(PYTHON) -m venv .venv-gpu
 	$(GPU) -m pip install --quiet --disable-pip-version-check -c constraints.txt $(TORCH) hatchling
 	$(GPU) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	-$(GPU) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[trt]'
+	-$(GPU) -m pip install --quiet --disable-pip-version-check -c constraints.txt $(patsubst %,'%',$(filter-out pycuda%,$(TRT)))
+	-$(GPU) -m pip install --quiet --disable-pip-version-check nvidia-cuda-profiler-api
+	mkdir -p $(CUDA)
+	-gcc -shared -x c /dev/null -Wl,-soname,libcuda.so.1 -o $(CUDA)/libcuda.so
+	$(GPU) -c 'import pathlib, sysconfig; \
+		headers = pathlib.Path(sysconfig.get_path("purelib"), "nvidia").glob("*/include/cuda.h"); \
+		print("CUDA_INC_DIR =", [str(path.parent) for path in headers]); \
+		print("CUDADRV_LIB_DIR = [\"$(CUDA)\"]\nCUDA_ENABLE_CURAND = False")' > $(CUDA)/.aksetup-defaults.py
+	-XDG_CONFIG_HOME="$${XDG_CONFIG_HOME:-$$HOME/.config}" HOME=$(CUDA) LDFLAGS=-Wl,--no-as-needed $(GPU) -m pip install \
+		--quiet --disable-pip-version-check -c constraints.txt --no-binary pycuda $(patsubst %,'%',$(filter pycuda%,$(TRT)))
 	$(GPU) -m pip uninstall --quiet -y onnxruntime
 	$(GPU) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ort-gpu]'
 	$(GPU) benchmarks/_gpu_report.py

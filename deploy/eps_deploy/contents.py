@@ -16,7 +16,7 @@ import numpy.typing as npt
 import onnx
 from PIL import Image
 
-from eps_deploy.engines.base import INPUT_NAME, OUTPUT_NAME, Images, Logits
+from eps_deploy.engines.base import INPUT_NAME, OUTPUT_NAME, EngineError, Images, Logits
 from eps_deploy.engines.trt.sidecar import SIDECAR, Sidecar
 from eps_deploy.exporting.onnx_types import executed_types, layer_types
 from eps_deploy.exporting.repair import Repair
@@ -84,9 +84,9 @@ def precision_entry(
     types = layer_types(onnx.load_from_string(models.compact))
     executed = None
     if options.engine == "ort":
-        executed = executed_types(models.compact, provider=options.provider)
+        executed = _executed(options, models)
     elif sides.files:
-        executed = dict(Sidecar.from_dict(json.loads(sides.files[SIDECAR])).layers)
+        executed = dict(Sidecar.from_dict(json.loads(sides.files[SIDECAR])).layers) or None
     return report.precision_entry(
         options.precision,
         graph=dict(sorted(Counter(types.values()).items())),
@@ -95,6 +95,16 @@ def precision_entry(
         kept=models.kept,
         repair=repair,
     )
+
+
+def _executed(options: Options, models: Models) -> dict[str, int] | None:
+    """None where ONNX Runtime does not tell: it refuses to save what TensorRT compiled."""
+    if options.provider == "tensorrt":
+        return None
+    try:
+        return executed_types(models.compact, provider=options.provider)
+    except EngineError:
+        return None  # everything was measured by now: no reason to end a deployment
 
 
 def served(options: Options, data: DataIdentity, sides: Sides) -> Served:

@@ -51,8 +51,7 @@ def deploy(options: Options, say: Say) -> dict[str, Any]:
     Raises EpsError, with nothing written, when something that was given cannot be used.
     """
     writer = BundleWriter(options.output, force=options.force)
-    if options.engine == "trt" and not options.defer_build:
-        plans.require(options)
+    runtimes.require(options)
     sources, part, calibration = _read(options, say)
     with writer:
         stages = Stages(writer.stages, resume=options.resume)
@@ -85,9 +84,9 @@ def plan(options: Options) -> list[str]:
     """What `deploy` would do, a line a step; raises as it would before any work is done."""
     BundleWriter(options.output, force=options.force)
     lines: list[str] = []
-    if options.engine == "trt" and not options.defer_build:
-        plans.require(options)
-    _, part, _ = _read(options, lines.append)
+    runtimes.require(options)
+    sources, part, _ = _read(options, lines.append)
+    networks.build(sources)
     name = options.precision.name
     lines.append(f"would export model.onnx and baseline.onnx in {name}")
     if options.precision.quantized:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from eps_deploy.engines.base import Engine, EngineError
-from eps_deploy.engines.trt.build import BuildOptions, build
+from eps_deploy.engines.trt.build import BuildOptions, build, check_possible
 from eps_deploy.engines.trt.cuda import Cuda, host_facts
 from eps_deploy.engines.trt.module import load_tensorrt
 from eps_deploy.engines.trt.run import TrtEngine
@@ -81,7 +81,8 @@ class Plan:
 def require(options: Options) -> None:
     """Raise EngineError, in one line with the remedy, unless plans can be built here."""
     try:
-        _machine(options)
+        trt, _, host = _machine(options)
+        check_possible(options.precision, options.plan, host, trt)
     except EngineError as error:
         raise EngineError(
             f"--engine trt: {error}; or add --defer-build to have the plan built by the machine"
@@ -162,7 +163,12 @@ def _with_cache(wanted: BuildOptions) -> BuildOptions:
     """With the user's own cache folder (XDG Base Directory Specification), unless one is named."""
     if wanted.timing_cache is not None:
         return wanted
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    base = os.environ.get("XDG_CACHE_HOME")
+    if not base:
+        try:
+            base = str(Path.home() / ".cache")
+        except RuntimeError:  # a user without a home, as containers have: no cache is kept
+            return wanted
     return replace(wanted, timing_cache=Path(base) / "eps-resnet" / "tensorrt")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from eps_deploy import plans
 from eps_deploy.engines.base import Engine
-from eps_deploy.engines.ort import OrtEngine
+from eps_deploy.engines.ort import OrtEngine, try_provider
 from eps_deploy.exporting.export import Deployed, in_precision
 from eps_deploy.measuring.parity import Infer
 from eps_deploy.networks import Models, Networks
@@ -65,6 +65,14 @@ class Sides:
             "max_batch": options.max_batch,
             **plans.wishes(options),
         }
+
+
+def require(options: Options) -> None:
+    """Raise EngineError, in one line with the remedy, unless this machine has what is asked for."""
+    if options.engine == "ort":
+        try_provider(options.provider)
+    elif not options.defer_build:
+        plans.require(options)
 
 
 def why_no_times(options: Options) -> str | None:

@@ -64,7 +64,7 @@ def _parity(bundle: Bundle, name: str, open_it: Callable[[], Engine]) -> Check:
     limit = PARITY_LIMITS[bundle.manifest["precision"]]
     try:
         with open_it() as engine:
-            batches = sorted({1, 2, engine.max_batch})
+            batches = sorted({min(size, engine.max_batch) for size in (1, 2, engine.max_batch)})
             answers = parity.passes(engine.infer, images, batches)
     except EngineError as error:
         return Check(name, None, str(error))

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import pytest
 import torch
 
@@ -14,6 +15,8 @@ from eps_deploy.cli import main
 from eps_train.network import NetworkSpec
 from tests.checkpoints import make_checkpoint
 from tests.commands import Result, run
+
+from .fake_ort import GPU, FakeSession
 
 DEPTH = 14
 DEAD = ("stages.0.1", "stages.1.0", "stages.2.1")
@@ -69,6 +72,16 @@ def workshop(deployed: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "workshop"
     shutil.copytree(deployed, folder, ignore=shutil.ignore_patterns("bundle"))
     return folder
+
+
+@pytest.fixture
+def with_gpu(monkeypatch: pytest.MonkeyPatch) -> type[FakeSession]:
+    """An ONNX Runtime with all of its providers."""
+    session = type("Session", (FakeSession,), {})
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: list(GPU))
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: print("what is missing"))
+    return session
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,12 +43,51 @@ def test_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+@pytest.mark.parametrize("unknown", ["[N/A]", "[Not Supported]"])
+def test_a_gpu_that_shares_the_processor_s_memory(
+    unknown: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nvidia_smi(tmp_path, monkeypatch, f"0, NVIDIA GB10, 12.1, {unknown}, {unknown}, 580.95.05")
+    (found,) = gpus()
+    assert (found.name, found.memory, found.free) == ("NVIDIA GB10", None, None)
+
+
+class Libcuda:
+    """The driver's library, for two GPUs, the second of which CUDA puts first."""
+
+    def cuInit(self, flags: int) -> int:
+        return 0
+
+    def cuDeviceGet(self, device: Any, ordinal: int) -> int:
+        device._obj.value = ordinal
+        return 0 if ordinal < 2 else 101
+
+    def cuDeviceGetPCIBusId(self, text: Any, size: int, device: Any) -> int:
+        text.value = (b"0000:65:00.0", b"0000:17:00.0")[device.value]
+        return 0 if size >= 13 else 1
+
+
+def test_pci_bus_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: {"libcuda.so.1": Libcuda()}[name])
+    assert [nvidia.pci_bus_id(n) for n in range(3)] == ["0000:65:00.0", "0000:17:00.0", None]
+
+
+def test_pci_bus_id_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(ctypes, "CDLL", missing)
+    assert nvidia.pci_bus_id(0) is None
+
+
 @pytest.mark.parametrize(
     ("lines", "status"),
     [
         ((), 0),
         (("No devices were found",), 6),
         (("0, NVIDIA H100, [N/A], [GPU is lost], [GPU is lost], 580.95.05",), 0),
+        (("0, NVIDIA H100, 9.0, [GPU is lost], [GPU is lost], 580.95.05",), 0),
+        (("0, NVIDIA H100, [N/A], [N/A], [N/A], 580.95.05",), 0),
         ((H100,), 9),
     ],
 )

@@ -10,10 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from eps_deploy import load_bundle, measures
+from eps_deploy import contents, load_bundle, measures
 from eps_deploy.cli import main
+from eps_deploy.engines.base import EngineError
 from tests.commands import Result, files_in, run
 from tests.deploy.conftest import make_workshop
+
+from .fake_ort import FakeSession
 
 ANYTHING_GOES = ("--min-speedup", "0", "--max-accuracy-drop", "100", "--latency-budget", "0.4")
 DEFERRED = ("--engine", "trt", "--defer-build")
@@ -151,6 +154,45 @@ def test_a_dry_run_checks_and_writes_nothing(workshop: Path) -> None:
     assert files_in(workshop) == before
     (workshop / "compact.pt").unlink()
     assert deploy(workshop, "--engine", "ort", "--dry-run").code == 1
+
+
+def test_onnx_runtime_on_tensorrt_is_deployed_to_the_end(
+    workshop: Path, with_gpu: type[FakeSession]
+) -> None:
+    """It does not save the graph that it compiled: the types of its layers are not known."""
+    result = deploy(workshop, "--engine", "ort", "--provider", "tensorrt")
+    assert result.code == 0, result.stderr
+    report = report_of(workshop)
+    assert report["precision"]["executed"] is None
+    assert "it does not tell" in (workshop / "bundle" / "report.md").read_text()
+    assert report["environment"]["engine"]["provider"] == "TensorrtExecutionProvider"
+    assert len(report["latency"]) == 2
+
+
+def test_a_graph_that_is_not_saved_ends_no_deployment(
+    workshop: Path, with_gpu: type[FakeSession], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(model: bytes, **options: object) -> None:
+        raise EngineError("the graph cannot be saved")
+
+    monkeypatch.setattr(contents, "executed_types", refuse)
+    assert deploy(workshop, "--engine", "ort", "--provider", "cuda").code == 0
+    assert report_of(workshop)["precision"]["executed"] is None
+
+
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)], ids=["", "dry"])
+@pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
+def test_a_provider_that_is_not_here_is_refused_before_any_work(
+    workshop: Path, with_gpu: type[FakeSession], provider: str, dry: tuple[str, ...]
+) -> None:
+    """ONNX Runtime lists it, and runs on the processor in silence."""
+    with_gpu.granted = ["CPUExecutionProvider"]
+    before = files_in(workshop)
+    result = deploy(workshop, "--engine", "ort", "--provider", provider, *dry)
+    assert result.code == 1
+    (line,) = result.stderr.splitlines()
+    assert f"--provider {provider}: ONNX Runtime runs it on CPUExecutionProvider, not on" in line
+    assert files_in(workshop) == before
 
 
 def test_a_killed_run_is_resumed_where_it_was(

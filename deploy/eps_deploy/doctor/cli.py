@@ -10,6 +10,7 @@ import click
 from eps_train import console
 
 if TYPE_CHECKING:
+    from eps_deploy import nvidia
     from eps_deploy.doctor.examine import Findings
 
 _GIB = 2**30
@@ -45,7 +46,7 @@ def lines(found: Findings) -> list[str]:
     ]
     told += [
         f"GPU {gpu.index}: {gpu.name}, compute capability {gpu.compute_capability},"
-        f" {gpu.free:,} of {gpu.memory:,} MiB free, driver {gpu.driver}"
+        f" {_free(gpu)}, driver {gpu.driver}"
         for gpu in found.gpus
     ]
     told += ["", *_columns([(p.name, "works" if p.works else "no", p.found) for p in found.parts])]
@@ -59,6 +60,12 @@ def lines(found: Findings) -> list[str]:
         told += ["", "What is missing, and what helps:"]
         told += [f"  {name}: {remedy}" for name, remedy in remedies]
     return told
+
+
+def _free(gpu: nvidia.Gpu) -> str:
+    if gpu.memory is None or gpu.free is None:
+        return "no memory of its own"
+    return f"{gpu.free:,} of {gpu.memory:,} MiB free"
 
 
 def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:

@@ -24,6 +24,11 @@ _PROVIDERS = {
     "cuda": "ONNX Runtime on CUDA",
     "tensorrt": "ONNX Runtime on TensorRT",
 }
+_UPDATE_DRIVER = (
+    f"update it to {nvidia.CUDA_13_DRIVER} or later, which CUDA 13 needs; or install what is built"
+    " for CUDA 12: torch from its web site's index, 'onnxruntime-gpu[cuda,cudnn]<1.27',"
+    " tensorrt-cu12 in place of tensorrt, 'cuda-bindings<13'"
+)
 _INSTALL_DRIVER = (
     "takes a GPU from NVIDIA and its driver (in a container: start that with --gpus all)"
 )
@@ -48,10 +53,16 @@ _REMEDIES = {
         " or use --engine trt, which does without ONNX Runtime"
     ),
     "TensorRT": _extra("trt"),
-    "pycuda": f"{_extra('trt')}, with the CUDA toolkit's nvcc on the PATH: pip compiles it",
+    "pycuda": (
+        f"{_extra('trt')}: pip compiles it, with g++ and the CUDA toolkit (nvcc on the PATH), or"
+        " with the headers of pip's CUDA packages, as the Dockerfile and `make gpu-report` do"
+    ),
     "cuda-bindings": f"{_extra('trt')}; without it TensorRT engines run without CUDA graphs",
     "TensorRT for RTX": "pip install tensorrt-rtx-cu13 (Linux x86-64)",
 }
+
+# What the driver's version matters to.
+_ON_GPU = {"torch on a GPU", "ONNX Runtime on CUDA", "TensorRT", "pycuda"}
 
 # What can be done, and the parts that it needs.
 _ABILITIES = {
@@ -137,7 +148,9 @@ def examine(ask: Ask | None = None) -> Findings:
     """
     ask = ask_process if ask is None else ask
     gpus = nvidia.gpus()
-    parts = (_driver(gpus), *_torch(ask), *_onnx(ask), *_onnxruntime(ask), *_trt(ask))
+    others = (*_torch(ask), *_onnx(ask), *_onnxruntime(ask), *_trt(ask))
+    on_gpu = {part.name for part in others if not part.works} & _ON_GPU
+    parts = (_driver(gpus, complete=not on_gpu), *others)
     working = {part.name for part in parts if part.works}
     abilities = tuple(
         Ability(name=name, missing=tuple(part for part in needs if part not in working))
@@ -183,10 +196,15 @@ def _part(name: str, answer: Mapping[str, Any], found: str | None = None) -> Par
     )
 
 
-def _driver(gpus: tuple[nvidia.Gpu, ...]) -> Part:
+def _driver(gpus: tuple[nvidia.Gpu, ...], *, complete: bool) -> Part:
+    """`complete`: all that needs it works, so that an old one is no trouble."""
     driver = nvidia.driver_version()
     if gpus:
-        return _part(_DRIVER, {"found": f"{gpus[0].driver}, {_plural(len(gpus), 'GPU')}"})
+        found = f"{gpus[0].driver}, {_plural(len(gpus), 'GPU')}"
+        if complete or not nvidia.is_too_old(gpus[0].driver):
+            return _part(_DRIVER, {"found": found})
+        found += f"; too old for CUDA 13, which needs {nvidia.CUDA_13_DRIVER}"
+        return Part(name=_DRIVER, works=True, found=found, remedy=_UPDATE_DRIVER)
     if driver is None:
         return _part(_DRIVER, {"problem": "none"})
     return _part(_DRIVER, {"problem": f"{driver} is loaded, but nvidia-smi lists no GPU"})

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+from eps_deploy import nvidia
+
 CLOCK_MOVED = 0.02  # of the lowest to the highest GPU clock: one step of them is under 1 %
 
 # Bits of nvmlClocksEventReasons (nvml.h); idleness and clocks that somebody set are no throttling.
@@ -141,7 +143,10 @@ def open_gpu(ordinal: int, nvml: Any) -> GpuWatch | None:
 
 
 def _handle(ordinal: int, nvml: Any) -> Any:
-    """CUDA numbers the devices that CUDA_VISIBLE_DEVICES leaves it; NVML sees all of them."""
+    """By its address where CUDA tells it; else by its number, as if both counted alike."""
+    address = nvidia.pci_bus_id(ordinal)
+    if address is not None:
+        return nvml.nvmlDeviceGetHandleByPciBusId(address)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     name = visible.split(",")[ordinal].strip() if visible else str(ordinal)
     if name.isdecimal():

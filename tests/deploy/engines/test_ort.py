@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from eps_deploy.precision import PRECISIONS
 from eps_train.errors import DataError
 
 from ..exporting.test_export import identity, network
+from ..fake_ort import GPU, FakeSession
 
 
 def tiny_model(
@@ -106,40 +106,6 @@ def test_image_size_must_be_fixed() -> None:
         OrtEngine(tiny_model(height="H"))
 
 
-GPU = ("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider")
-
-
-class FakeSession:
-    """Takes what it is given, and says that it runs on the providers `granted`."""
-
-    granted: Sequence[str] = GPU
-    providers: Sequence[tuple[str, dict[str, str]]] = ()
-
-    def __init__(self, model: bytes, options: object, **arguments: Any) -> None:
-        assert arguments["enable_fallback"] == 0
-        type(self).providers = arguments["providers"]
-        self._real = RealSession(model, options, providers=["CPUExecutionProvider"])
-
-    def get_providers(self) -> list[str]:
-        return list(self.granted)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._real, name)
-
-
-RealSession = onnxruntime.InferenceSession
-
-
-@pytest.fixture
-def with_gpu(monkeypatch: pytest.MonkeyPatch) -> type[FakeSession]:
-    """An ONNX Runtime with all of its providers."""
-    session = type("Session", (FakeSession,), {})
-    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: list(GPU))
-    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
-    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: print("what is missing"))
-    return session
-
-
 @pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
 def test_an_onnxruntime_without_gpu_names_the_one_that_has_it(
     monkeypatch: pytest.MonkeyPatch, provider: Provider
@@ -166,13 +132,23 @@ def test_the_provider_that_really_runs_is_asserted(
 def test_cuda_rounds_to_tf32_only_when_asked(
     with_gpu: type[FakeSession], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with_gpu.granted = GPU[1:]
     for tf32, flag in ((False, "0"), (True, "1")):
         with OrtEngine(tiny_model(), provider="cuda", tf32=tf32) as engine:
             told = engine.describe()
-        assert with_gpu.providers[0] == ("CUDAExecutionProvider", {"use_tf32": flag})
+        name, settings = with_gpu.providers[0]
+        assert (name, settings["use_tf32"]) == ("CUDAExecutionProvider", flag)
         assert (told["provider"], told["tf32"]) == ("CUDAExecutionProvider", tf32)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
+def test_cuda_does_not_time_every_algorithm_at_each_batch_size(
+    with_gpu: type[FakeSession], provider: Provider
+) -> None:
+    """ONNX Runtime's default does: a server would stall at each size that it has not seen."""
+    with OrtEngine(tiny_model(), provider=provider):
+        settings = dict(with_gpu.providers)["CUDAExecutionProvider"]
+    assert settings["cudnn_conv_algo_search"] == "HEURISTIC"
 
 
 def test_tensorrt_is_tried_before_cuda(with_gpu: type[FakeSession]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from eps_deploy import nvidia
 from eps_deploy.measuring.clocks import Conditions, Watch
 from eps_deploy.measuring.nvml import Range
 
@@ -45,6 +46,10 @@ class FakeNvml:
         self.asked.append(uuid)
         return "handle"
 
+    def nvmlDeviceGetHandleByPciBusId(self, address: str) -> str:
+        self.asked.append(address)
+        return "handle"
+
     def nvmlDeviceGetName(self, handle: str) -> str:
         return "NVIDIA H100"
 
@@ -65,6 +70,12 @@ class FakeNvml:
 
     def nvmlDeviceGetComputeRunningProcesses(self, handle: str) -> list[Any]:
         return [SimpleNamespace(pid=4711), SimpleNamespace(pid=4712)]  # of the host
+
+
+@pytest.fixture(autouse=True)
+def no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever this machine has: CUDA does not tell where its GPUs are."""
+    monkeypatch.setattr(nvidia, "pci_bus_id", lambda ordinal: None)
 
 
 def watched(nvml: Any, gpu: int = 0) -> Conditions:
@@ -106,6 +117,17 @@ def test_an_older_nvml_has_another_name_for_the_reasons() -> None:
     gpu = watched(Older()).gpu
     assert gpu is not None
     assert gpu.throttled == ("hardware thermal slowdown",)
+
+
+def test_the_gpu_that_is_watched_is_the_one_that_cuda_runs_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """CUDA counts the fastest GPU first, NVML by address: the same number may be another GPU."""
+    monkeypatch.setattr(nvidia, "pci_bus_id", ["0000:65:00.0", "0000:17:00.0"].__getitem__)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,0")
+    nvml = FakeNvml()
+    assert watched(nvml, 1).gpu is not None
+    assert nvml.asked == ["0000:17:00.0"]
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ class Built:
     Attributes:
         plan: what `Runtime.deserialize_cuda_engine` takes.
         facts: all that :class:`Sidecar` holds but the host, and `information`, the inspector's
-            JSON (empty when the plan was not loaded).
+            JSON (empty when the plan was not loaded, or the inspector gave none).
     """
 
     plan: bytes
@@ -128,7 +128,7 @@ def build(
             a GPU that cannot do it, a failed build; in TensorRT's own words where it has some.
     """
     trt = load_tensorrt() if trt is None else trt
-    _check_hardware(precision, options, host)
+    check_possible(precision, options, host, trt)
     worker: Worker[Built] = Worker()
 
     def work() -> Built:
@@ -167,8 +167,13 @@ def write_plan(folder: Path, built: Built, host: Host) -> Sidecar:
     return sidecar
 
 
-def _check_hardware(precision: Precision, options: BuildOptions, host: Host) -> None:
-    """What TensorRT would do in another way, without a word, where the GPU cannot do it."""
+def check_possible(precision: Precision, options: BuildOptions, host: Host, trt: Any) -> None:
+    """Raise EngineError for what this TensorRT does not have, or this GPU cannot do.
+
+    TensorRT would do the latter in another way, without a word.
+    """
+    if options.hardware_compatibility != "none":
+        _level(options.hardware_compatibility, trt)
     if host.capability >= AMPERE:
         return
     gpu = f"{host.device} has compute capability {host.compute_capability}"
@@ -208,8 +213,9 @@ def _build(
     seconds = time.perf_counter() - start
     if folder is not None:
         timing_cache.keep(config, folder, host, before, worker.tell)
-    # TensorRT for RTX builds without a GPU, and cannot load there.
-    information = "" if host.flavour == "tensorrt_rtx" else _load(plan, options, trt)
+    information, layers = "", {}
+    if host.flavour != "tensorrt_rtx":  # which builds without a GPU, and cannot load there
+        information, layers = _load(plan, options, trt, worker)
     return Built(
         plan,
         {
@@ -220,7 +226,7 @@ def _build(
             "flags": _flags(config, trt),
             "hardware_compatibility": options.hardware_compatibility,
             "version_compatible": options.version_compatible,
-            "layers": summarize(information).all if information else {},
+            "layers": layers,
             "seconds": round(seconds, 3),
             "log": tuple(log.tail(_TAIL)),
             "information": information,
@@ -280,8 +286,13 @@ def _flags(config: Any, trt: Any) -> tuple[str, ...]:
     return tuple(sorted(name for name, flag in members.items() if config.get_flag(flag)))
 
 
-def _load(plan: bytes, options: BuildOptions, trt: Any) -> str:
-    """Load the plan as whoever runs it will, and return what the inspector says of it."""
+def _load(
+    plan: bytes, options: BuildOptions, trt: Any, worker: Worker[Built]
+) -> tuple[str, dict[str, int]]:
+    """Load the plan as whoever runs it will: the inspector's JSON and the layers by type.
+
+    Both are empty where the inspector cannot be read: that is no reason to throw a plan away.
+    """
     with listening(trt) as log:
         runtime = trt.Runtime(logger_of(trt))
         if options.version_compatible:
@@ -289,4 +300,9 @@ def _load(plan: bytes, options: BuildOptions, trt: Any) -> str:
         engine = runtime.deserialize_cuda_engine(plan)
         if engine is None:
             raise EngineError(f"TensorRT does not load the plan that it just built: {log.why()}")
-        return information_of(engine, trt)
+        try:
+            information = information_of(engine, trt)
+            return information, summarize(information).all
+        except EngineError as error:
+            worker.tell(f"the plan is built; which types its layers have is not known: {error}")
+            return "", {}

@@ -40,7 +40,8 @@ def load_pycuda() -> Any:
     except ModuleNotFoundError as error:
         raise EngineError(
             f"{error.name} is not installed; pip install 'eps-resnet[trt]'"
-            " (pycuda is compiled then: the CUDA toolkit's nvcc must be on the PATH)"
+            " (pycuda is compiled then: the CUDA toolkit's nvcc must be on the PATH, or its"
+            " headers be set up as in the Dockerfile)"
         ) from error
     except ImportError as error:
         raise EngineError(

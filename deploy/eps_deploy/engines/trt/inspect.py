@@ -65,7 +65,8 @@ def summarize(information: str) -> Layers:
         EngineError: not the inspector's JSON.
     """
     try:
-        layers = json.loads(information)["Layers"]
+        # TensorRT has put control characters into names.
+        layers = json.loads(information, strict=False)["Layers"]
         kinds = [(_name(layer), _is_product(layer), _kind_of(layer)) for layer in layers]
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise EngineError(

@@ -74,18 +74,20 @@ class LoadedPlan:
                 f"{self.name}: not a plan of eps-deploy (its inputs and outputs are {found}, with"
                 f" {self._engine.num_optimization_profiles} profiles, not {_PORTS} with 1)"
             )
+        shapes = self._engine.get_tensor_profile_shape(INPUT_NAME, _PROFILE)
+        smallest, optimal, largest = (int(shape[0]) for shape in shapes)
+        self.profile = (smallest, optimal, largest)
         batch, *image = tuple(self._engine.get_tensor_shape(INPUT_NAME))
         rows, *classes = tuple(self._engine.get_tensor_shape(OUTPUT_NAME))
-        if (batch, rows) != (-1, -1) or len(image) != 3 or len(classes) != 1:
+        # TensorRT may fix a size that the profile leaves no choice of.
+        free = {-1, smallest} if smallest == largest else {-1}
+        if not {batch, rows} <= free or len(image) != 3 or len(classes) != 1:
             raise EngineError(
                 f"{self.name}: not a plan of eps-deploy (it takes {[batch, *image]} and gives"
                 f" {[rows, *classes]})"
             )
         self.input_shape = (int(image[0]), int(image[1]), int(image[2]))
         self.classes = int(classes[0])
-        shapes = self._engine.get_tensor_profile_shape(INPUT_NAME, _PROFILE)
-        smallest, optimal, largest = (int(shape[0]) for shape in shapes)
-        self.profile = (smallest, optimal, largest)
         self.scratch = int(self._engine.device_memory_size_v2)
 
     def create_context(self) -> Any:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -72,6 +75,10 @@ class TrtEngine:
         self._broken: str | None = None
         self._one_lane: str | None = None  # why there is no second one
         self._load(plan)
+        # After the primary context's release was registered (see `cuda`), so before it at exit:
+        # TensorRT's objects must not outlive the context. Weakly: this must not keep the engine.
+        self._at_exit = partial(_close_living, weakref.ref(self))
+        atexit.register(self._at_exit)
 
     def _load(self, plan: bytes) -> None:
         with self._cuda.current(), ExitStack() as undo:
@@ -149,6 +156,7 @@ class TrtEngine:
             if self._closing:
                 return
             self._closing = True
+            atexit.unregister(self._at_exit)
             self._changed.notify_all()
             self._changed.wait_for(lambda: len(self._idle) == len(self._lanes))
         # On a GPU that failed, freeing fails too, and there is nothing left to be freed.
@@ -204,6 +212,11 @@ class TrtEngine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _close_living(engine: weakref.ref[TrtEngine]) -> None:
+    if (living := engine()) is not None:
+        living.close()
 
 
 def _bindings(cuda: Cuda, use_graphs: bool) -> tuple[Any | None, str | None]:

@@ -82,7 +82,7 @@ class Sidecar:
         flags: TensorRT's builder flags that were set, by name.
         hardware_compatibility, version_compatible: what it was built to be loaded by.
         layers: how many layers of the engine compute in which type, `{"fp16": 30, "fp32": 2}`;
-            empty when the plan was not loaded after the build.
+            empty when the plan was not loaded after the build, or TensorRT did not tell.
         seconds: what the build took.
         log: the last that TensorRT said.
     """

@@ -44,6 +44,7 @@ class Builder:
         steps: of the build's only phase.
         information: what the inspector says; None: of `kinds`, in this version's form.
         cache: content of the timing cache after the build.
+        on_start: called when a `Builder` is made.
     """
 
     version: Version = "11.4"
@@ -53,6 +54,7 @@ class Builder:
     steps: int = 3
     information: str | None = None
     cache: bytes = b"times"
+    on_start: Callable[[], None] = lambda: None
     ports: tuple[tuple[str, str, tuple[int, ...]], ...] = (
         ("images", "UINT8", (-1, 3, 8, 8)),
         ("logits", FLOAT, (-1, 10)),
@@ -70,6 +72,7 @@ class Builder:
     def _behaviour(self) -> dict[str, dict[str, Callable[..., Any]]]:
         return {
             "Builder": {
+                "__init__": lambda builder, logger: self.on_start(),
                 "create_network": self._create_network,
                 "create_builder_config": self._create_config,
                 "create_optimization_profile": self._create_profile,
@@ -110,7 +113,7 @@ class Builder:
                 "get_flag": lambda config, flag: flag.name in config._flags,
                 "add_optimization_profile": self._add_profile,
                 "create_timing_cache": self._create_cache,
-                "set_timing_cache": lambda config, cache, ignore: self._set_cache(config, cache),
+                "set_timing_cache": self._set_cache,
                 "get_timing_cache": lambda config: self._given("get_timing_cache", config._cache),
             },
             "ITimingCache": {"serialize": self._serialize, "combine": self._combine},
@@ -159,6 +162,7 @@ class Builder:
         parser._network, parser._errors = weakref.ref(network), 0
 
     def _parse(self, parser: Any, model: bytes, path: str | None) -> bool:
+        assert path is None, "our files hold their weights"
         network = parser._network()
         assert network is not None, "segmentation fault: the parser's network was freed"
         if bytes(model) != MODEL or "parse" in self.refuse:
@@ -240,7 +244,8 @@ class Builder:
             "create_timing_cache", self.trt.make("ITimingCache", _content=bytes(content))
         )
 
-    def _set_cache(self, config: Any, cache: Any) -> bool:
+    def _set_cache(self, config: Any, cache: Any, ignore_mismatch: bool) -> bool:
+        assert not ignore_mismatch, "times of another GPU"
         if "set_timing_cache" in self.refuse and cache._content:
             return False
         config._cache = cache
@@ -249,7 +254,8 @@ class Builder:
     def _serialize(self, cache: Any) -> Any:
         return self._given("serialize", self.trt.make("IHostMemory", _content=cache._content))
 
-    def _combine(self, cache: Any, other: Any, ignore: bool) -> bool:
+    def _combine(self, cache: Any, other: Any, ignore_mismatch: bool) -> bool:
+        assert not ignore_mismatch, "times of another GPU"
         self.combined.append(other._content)
         cache._content += other._content
         return "combine" not in self.refuse

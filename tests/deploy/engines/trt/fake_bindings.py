@@ -55,6 +55,8 @@ class _Bindings(ModuleType):
         return _DONE, recorded
 
     def cuGraphInstantiate(self, graph: Any, flags: int, /) -> tuple[CUresult, Any]:
+        if flags:
+            raise Violation("a graph that is launched from the device, or uploaded by itself")
         if self._gpu.refused("cuGraphInstantiate"):
             return _FAILED, None
         self._gpu.live["executable graph"] += 1

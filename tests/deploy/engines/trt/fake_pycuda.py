@@ -1,4 +1,7 @@
-"""What looks like `pycuda.driver` (2026.1), on a `FakeGpu`; names and parameters are its own."""
+"""What looks like `pycuda.driver` (2026.1), on a `FakeGpu`; names and parameters are its own.
+
+A flag that an engine has no use for is a `Violation`: it would cost time or fail on a real GPU.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,8 @@ import numpy.typing as npt
 from .fake_gpu import POISON, Block, FakeGpu, Queue, Violation
 
 _NON_BLOCKING = 1
+_TIMED = 0  # CU_EVENT_DEFAULT; CU_EVENT_DISABLE_TIMING is 2
+_CACHED = 0  # page-locked memory that the processor reads quickly; write-combined is 4
 
 
 class Error(Exception):
@@ -18,26 +23,32 @@ class Error(Exception):
 
 
 class Context:
-    def __init__(self, gpu: FakeGpu) -> None:
-        self._gpu = gpu
+    def __init__(self, gpu: FakeGpu, ordinal: int) -> None:
+        self._gpu, self._ordinal = gpu, ordinal
 
     def push(self) -> None:
+        self._gpu.entered.add(self._ordinal)
         self._gpu.stack.append(self)
 
     def detach(self) -> None:
-        pass  # the process is about to end
+        kind = "retained primary context"
+        left = {name for name, count in self._gpu.live.items() if count} - {kind}
+        if left:
+            self._gpu.leaks.append(f"the context was detached before {', '.join(sorted(left))}")
+        self._gpu.live[kind] -= 1
 
 
 class Device:
     gpu: FakeGpu
 
     def __init__(self, ordinal: int) -> None:
-        if ordinal:
+        if not 0 <= ordinal < self.gpu.devices:
             raise Error("cuDeviceGet failed: invalid device ordinal")
+        self._ordinal = ordinal
 
-    @staticmethod
-    def count() -> int:
-        return 1
+    @classmethod
+    def count(cls) -> int:
+        return cls.gpu.devices
 
     def name(self) -> str:
         return "NVIDIA Fake GPU"
@@ -50,7 +61,7 @@ class Device:
 
     def retain_primary_context(self) -> Context:
         self.gpu.live["retained primary context"] += 1
-        return Context(self.gpu)
+        return Context(self.gpu, self._ordinal)
 
 
 class _Mortal:
@@ -107,6 +118,8 @@ class Event(_Mortal):
     kind = "event"
 
     def __init__(self, flags: int = 0) -> None:
+        if flags != _TIMED:
+            raise Violation("an event that keeps no time")
         super().__init__()
         self.time: float | None = None
 
@@ -164,6 +177,8 @@ class _Pycuda(ModuleType):
         self.Context = ThisContext
 
     def init(self, flags: int = 0) -> None:
+        if flags:
+            raise Error("cuInit failed: invalid argument")
         self._attempt("init", "no CUDA-capable device is detected")
 
     def get_driver_version(self) -> int:
@@ -183,6 +198,10 @@ class _Pycuda(ModuleType):
     def pagelocked_empty(
         self, shape: tuple[int, ...], dtype: Any, order: str = "C", mem_flags: int = 0
     ) -> npt.NDArray[Any]:
+        if mem_flags != _CACHED:
+            raise Violation("page-locked memory that is slow to read, or mapped for nothing")
+        if order != "C":
+            raise Violation("an array whose rows are not in one piece")
         self._attempt("pagelocked_empty", "out of memory")
         kind = np.dtype(dtype)
         block = self._gpu.allocate("page-locked", int(np.prod(shape)) * kind.itemsize)

@@ -1,23 +1,30 @@
-"""A machine with a fake GPU, and a small network with its plan, for the tests of running plans."""
+"""A machine with a fake GPU, and a small network with its plan, for the tests of running plans.
+
+With an `OnnxBuilder` it builds plans too, and `Machine.install` lets the commands find all of it.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import sys
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx
+import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from eps_deploy.engines.base import Images, Logits
 from eps_deploy.engines.ort import OrtEngine
 from eps_deploy.engines.trt.cuda import Cuda, host_facts
 from eps_deploy.engines.trt.sidecar import Host, Sidecar
+from eps_deploy.exporting.onnx_types import layer_types
 
+from .builder import FLOAT, HALF, MODEL, Builder
 from .contract import FakeModule, Version
 from .fake_bindings import make_bindings
 from .fake_gpu import FakeGpu
@@ -93,21 +100,73 @@ def sidecar_of(plan: bytes, host: Host, **changes: Any) -> Sidecar:
 
 
 @dataclass
+class OnnxBuilder(Builder):
+    """Builds plans that the `semantic_fake` runs, of the ONNX files that it is given.
+
+    Attributes:
+        built: how many so far.
+    """
+
+    built: int = field(init=False, default=0)
+
+    def _parse(self, parser: Any, model: bytes, path: str | None) -> bool:
+        proto = onnx.load_from_string(model)
+        types = [*layer_types(proto).values()]
+        high = HALF if TensorProto.FLOAT16 in _element_types(proto) else FLOAT
+        self._model, self.quantized = bytes(model), "int8" in types
+        self.kinds = tuple({"float32": FLOAT, "float16": HALF}.get(kind, high) for kind in types)
+        self.ports = tuple(
+            (port.name, kind, (-1, *(dim.dim_value for dim in port.type.tensor_type.shape.dim[1:])))
+            for port, kind in ((proto.graph.input[0], "UINT8"), (proto.graph.output[0], FLOAT))
+        )
+        return super()._parse(parser, MODEL, path)
+
+    def _build(self, builder: Any, network: Any, config: Any) -> Any:
+        self.built += 1
+        if super()._build(builder, network, config) is None:
+            return None
+        assert self.profile is not None
+        smallest, optimal, largest = (shape[0] for shape in self.profile[1:])
+        plan = make_plan(self._model, profile=(smallest, optimal, largest))
+        return self.trt.make("IHostMemory", _content=plan)
+
+
+def _element_types(proto: onnx.ModelProto) -> set[int]:
+    return {tensor.data_type for tensor in proto.graph.initializer}
+
+
+@dataclass
 class Machine:
     """A fake GPU with its TensorRT, pycuda and cuda-bindings."""
 
     version: Version = "11.4"
     gpu: FakeGpu = field(default_factory=FakeGpu)
+    builder: OnnxBuilder | None = None
     trt: FakeModule = field(init=False)
     pycuda: ModuleType = field(init=False)
+    bindings: ModuleType = field(init=False)
     cuda: Cuda = field(init=False)
     host: Host = field(init=False)
 
     def __post_init__(self) -> None:
-        self.trt = FakeTensorRT(self.gpu, self.version).module
+        behaviour = None
+        if self.builder is not None:
+            self.builder.on_start = partial(self.gpu.require_context, "Builder")
+            behaviour = self.builder._behaviour()
+        self.trt = FakeTensorRT(self.gpu, self.version, behaviour).module
+        if self.builder is not None:
+            self.builder.trt = self.trt
         self.pycuda = make_pycuda(self.gpu)
-        self.cuda = Cuda(driver=self.pycuda, bindings=make_bindings(self.gpu))
+        self.bindings = make_bindings(self.gpu)
+        self.cuda = Cuda(driver=self.pycuda, bindings=self.bindings)
         self.host = host_facts(self.trt, self.cuda)
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Have everything in this process that imports TensorRT, pycuda or cuda-bindings get it."""
+        package = ModuleType("pycuda")
+        package.__dict__["driver"] = self.pycuda
+        for module in (self.trt, package, self.pycuda, self.bindings):
+            monkeypatch.setitem(sys.modules, module.__name__, module)
 
     def engine(self, kind: Any, plan: bytes | None = None, **arguments: Any) -> Any:
         """A `TrtEngine` of this class, of the small network unless `plan` is given."""

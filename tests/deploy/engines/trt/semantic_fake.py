@@ -54,8 +54,10 @@ class _Network:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The batch is -1, but where the profile has one size alone: TensorRT fixes it."""
         ports = (*self.session.get_inputs(), *self.session.get_outputs())
-        return {port.name: (-1, *port.shape[1:]) for port in ports}
+        batch = self.profile[0] if len({*self.profile}) == 1 else -1
+        return {port.name: (batch, *port.shape[1:]) for port in ports}
 
 
 @dataclass(eq=False)
@@ -74,14 +76,19 @@ class _State:
 
 
 class FakeTensorRT:
-    """The module (`module`) and what its calls do."""
+    """The module (`module`) and what its calls do; `builder` adds what builds plans."""
 
-    def __init__(self, gpu: FakeGpu, version: Version = "11.4") -> None:
+    def __init__(
+        self, gpu: FakeGpu, version: Version = "11.4", builder: Behaviour | None = None
+    ) -> None:
         self.gpu = gpu
-        self.module: FakeModule = make_fake(version, self._behaviour())
+        behaviour = self._behaviour()
+        for name, described in (builder or {}).items():
+            behaviour[name] = {**described, **behaviour.get(name, {})}
+        self.module: FakeModule = make_fake(version, behaviour)
         self._logger: Any = None
 
-    def _behaviour(self) -> Behaviour:
+    def _behaviour(self) -> dict[str, dict[str, Any]]:
         def port(kind: str) -> Any:
             return lambda engine, name: getattr(self.module, kind)[self._port(engine, kind, name)]
 
@@ -165,6 +172,7 @@ class FakeTensorRT:
         told = json.loads(head)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
+        options.add_session_config_entry("session.disable_quant_qdq", "1")  # as TensorRT rounds
         session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         types = {INPUT_NAME: told["type"], OUTPUT_NAME: "FLOAT"}
         profile = tuple(told["profile"])
@@ -194,7 +202,7 @@ class FakeTensorRT:
         batch, *rest = tuple(shape)
         if self._refused("set_input_shape"):
             return False
-        if not smallest <= batch <= largest or (-1, *rest) != state.network.shapes[name]:
+        if not smallest <= batch <= largest or tuple(rest) != state.network.shapes[name][1:]:
             self._say(f"setInputShape: {list(shape)} does not satisfy any optimization profile")
             return False
         state.shape, state.warm = tuple(shape), False

@@ -69,7 +69,6 @@ def test_tf32_is_off_unless_asked_for(version: Version) -> None:
         ("add_optimization_profile", "refuses the batch sizes (1, 4, 8): the profile is bad"),
         ("clear_flag", "TensorRT does not clear its flag TF32"),
         ("deserialize_cuda_engine", "does not load the plan that it just built: deserialize_cuda"),
-        ("create_engine_inspector", "TensorRT gives no inspector"),
     ],
 )
 def test_what_tensorrt_refuses_is_said_in_its_words(version: Version, call: str, said: str) -> None:
@@ -84,6 +83,25 @@ def test_warnings_reach_the_user_and_all_but_the_verbose_the_log() -> None:
     built = run(module, Builder(), say=said.append)
     assert said == ["warning: a slow kernel"]
     assert built.facts["log"] == ("info: building", "warning: a slow kernel")
+
+
+@pytest.mark.parametrize(
+    ("fake", "why"),
+    [
+        (Builder(information="{ no JSON"), "gave no usable JSON"),
+        (Builder(information='{"Layers": [{"LayerType": "gemm"}]}'), "KeyError: 'Name'"),
+        (Builder(refuse=("create_engine_inspector",)), "gives no inspector"),
+    ],
+    ids=["not JSON", "no names", "no inspector"],
+)
+def test_a_plan_is_not_thrown_away_for_what_its_inspector_says(fake: Builder, why: str) -> None:
+    """It took many minutes, perhaps, and runs whatever its layers are called."""
+    said: list[str] = []
+    built = run(module, fake, say=said.append)
+    assert built.plan == PLAN
+    assert (built.facts["layers"], built.facts["information"]) == ({}, "")
+    assert "the plan is built; which types its layers have is not known" in said[-1]
+    assert why in said[-1]
 
 
 def test_the_gpu_is_made_current_where_the_building_is_done() -> None:

@@ -166,6 +166,10 @@ def test_the_fake_is_as_strict_as_it_says() -> None:
             memory.free()
         with pytest.raises(Violation, match="default stream"):
             driver.Stream()
+        with pytest.raises(Violation, match="keeps no time"):
+            driver.Event(2)
+        with pytest.raises(Violation, match="slow to read"):
+            driver.pagelocked_empty((8,), np.uint8, "C", 4)
     del stream
     with pytest.raises(AssertionError, match="stream destroyed where no context is current"):
         gpu.check_clean()

@@ -70,6 +70,12 @@ def test_the_form_of_tensorrt_11() -> None:
     assert layers.by_name == {"stem": "bf16"}
 
 
+def test_control_characters_in_names() -> None:
+    """TensorRT 8.6 wrote some."""
+    text = '{"Layers": [{"Name": "stem\x01\n", "LayerType": "gemm", "Inputs": []}]}'
+    assert summarize(text).by_name == {"stem\x01\n": "other"}
+
+
 def test_names_alone_tell_no_types() -> None:
     layers = summarize(json.dumps({"Layers": ["/stem/Conv + /relu", "reshape"]}))
     assert layers.all == {"other": 2}

@@ -5,8 +5,12 @@ What this cannot show: that a real plan loads, is right, or is fast. That is for
 
 from __future__ import annotations
 
+import atexit
+import gc
+import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -275,6 +279,21 @@ def test_host_code_is_allowed_to_version_compatible_plans_alone() -> None:
         assert machine.trt.count("Runtime", "set engine_host_code_allowed") == compatible
 
 
+def test_a_plan_for_one_image_alone() -> None:
+    """TensorRT fixes the batch in its signature then."""
+    machine = Machine()
+    one = (1, 1, 1)
+    plan = make_plan(network(), profile=one)
+    with machine.engine(
+        TrtEngine, plan, sidecar=sidecar_of(plan, machine.host, profile=one)
+    ) as engine:
+        assert engine.max_batch == 1
+        assert close(engine.infer(images(1)), expected(images(1)))
+        with pytest.raises(DataError, match="1 to 1 images, not 2"):
+            engine.infer(images(2))
+    machine.gpu.check_clean()
+
+
 def test_two_engines_side_by_side() -> None:
     """As baseline and compact network are measured; each has its own memory and its own answers."""
     machine = Machine()
@@ -284,6 +303,54 @@ def test_two_engines_side_by_side() -> None:
             assert close(first.infer(images(batch)), expected(images(batch)))
             assert close(second.infer(images(batch)), expected(images(batch), network(1)))
     machine.gpu.check_clean()
+
+
+_UNCLOSED = """
+import atexit, sys
+from eps_deploy.engines.trt.run import TrtEngine
+from tests.deploy.engines.trt.machine import Machine, images
+
+gpus = []
+def tell():  # the last of all that happens at exit, as the first to be registered
+    for gpu in gpus:
+        print(gpu.leaks, {kind: count for kind, count in gpu.live.items() if count})
+atexit.register(tell)
+machine = Machine()
+gpus.append(machine.gpu)
+engines = [machine.engine(TrtEngine) for _ in range(2)]
+for engine in engines:
+    engine.infer(images(2))
+if sys.argv[1] == "close":
+    engines[0].close()
+"""
+
+
+@pytest.mark.parametrize("end", ["close", "no close"])
+def test_a_process_that_ends_frees_its_engines_and_then_the_context(end: str) -> None:
+    """TensorRT's objects that die after their context do so with complaints, or a crash."""
+    done = subprocess.run(
+        [sys.executable, "-c", _UNCLOSED, end],
+        cwd=Path(__file__).parents[4],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[] {}\n", "")
+
+
+def test_what_is_closed_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the engine nor what would close it stays until the end of the process."""
+    machine = Machine()
+    at_exit: list[Any] = []
+    monkeypatch.setattr(atexit, "register", at_exit.append)
+    monkeypatch.setattr(atexit, "unregister", at_exit.remove)
+    with machine.engine(TrtEngine) as engine:
+        left = weakref.ref(engine)
+        assert len(at_exit) == 1
+    del engine
+    gc.collect()
+    assert left() is None
+    assert not at_exit
 
 
 def test_many_lives_leave_nothing() -> None:
