@@ -232,7 +232,8 @@ class Trainer:
             yield
         finally:
             for block, gate in gates.items():
-                gate.dead.fill_(block in self.registry.dead)
+                if block not in self.registry.dead:
+                    gate.unlatch()
 
     def _better(self, new: Score, old: Score) -> bool:
         """Higher accuracy; at equal accuracy (small validation parts tie often) the lower loss.
