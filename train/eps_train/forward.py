@@ -47,7 +47,9 @@ class TrainedNetwork(nn.Module):
 
     def join_records(self) -> None:
         """Have the gates' records updated together at the end of every pass (same records)."""
-        gates = [self.model.get_submodule(str(node.target)) for node in graph.gate_nodes(self.model)]
+        gates = [
+            self.model.get_submodule(str(node.target)) for node in graph.gate_nodes(self.model)
+        ]
         calls = Counter(map(id, gates))
         once = [g for g in gates if isinstance(g, EpsilonGate) and calls[id(g)] == 1]
         self._records = GateRecords(once)

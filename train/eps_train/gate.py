@@ -124,7 +124,7 @@ class EpsilonGate(nn.Module):
             return shortcut + branch  # hands the gradient on as it is, where a factor copies it
         if torch.compiler.is_compiling():  # which fuses operations by itself
             return torch.addcmul(shortcut, branch, opened)
-        out: Tensor = _GatedAddition.apply(shortcut, branch, opened)
+        out: Tensor = _GatedAddition.apply(shortcut, branch, opened)  # type: ignore[no-untyped-call]
         return out
 
     def _judge(self, branch: Tensor) -> Tensor:
@@ -213,7 +213,7 @@ class EpsilonGate(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         state = {n: v for n, v in self.__dict__.items() if n not in ("_group", "_response")}
         if self._response is not None:  # a copy keeps its record alone
-            own = {name: self._buffers[name].clone() for name in _RECORD}
+            own = {name: getattr(self, name).clone() for name in _RECORD}
             state["_buffers"] = {**self._buffers, **own}
         return state
 
@@ -278,7 +278,7 @@ class _GatedAddition(torch.autograd.Function):
         ctx.save_for_backward(inputs[2])
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (opened,) = ctx.saved_tensors
         return gradient, gradient * opened if ctx.needs_input_grad[1] else None, None
 
