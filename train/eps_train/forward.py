@@ -102,7 +102,9 @@ class Forward:
                 network, [name for name, _ in network.named_buffers()]
             )
             network = DistributedDataParallel(
-                network, device_ids=[self._device.index] if self._device.type == "cuda" else None
+                network,
+                device_ids=[self._device.index] if self._device.type == "cuda" else None,
+                gradient_as_bucket_view=True,  # a gradient is sent from where it is, not copied
             )
         return torch.compile(network, dynamic=False) if self._compile else network
 
@@ -121,6 +123,29 @@ def synchronise_batchnorm(module: nn.Module, group: Group, device: torch.device)
         return module
     converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
     return converted
+
+
+def drop_batch_counts(module: nn.Module) -> None:
+    """Have its batch norms no longer count batches, which costs a GPU a kernel each and step.
+
+    The count only matters to a batch norm without momentum, which keeps it. State dicts have the
+    others as 0, and may have any when they are loaded.
+    """
+    for norm in module.modules():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.momentum is not None:
+            if norm.num_batches_tracked is None:
+                continue
+            norm.num_batches_tracked = None
+            norm.register_state_dict_post_hook(_add_count)
+            norm.register_load_state_dict_pre_hook(_pass_over_count)
+
+
+def _add_count(norm: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    state[f"{prefix}num_batches_tracked"] = torch.tensor(0)
+
+
+def _pass_over_count(norm: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    state.pop(f"{prefix}num_batches_tracked", None)
 
 
 def refuse_compile(device: torch.device) -> None:

@@ -10,7 +10,7 @@ from eps_train import graph
 from eps_train.config import TrainingConfig
 from eps_train.devices import wide_float
 from eps_train.distributed import Group
-from eps_train.forward import Forward, TrainedNetwork, synchronise_batchnorm
+from eps_train.forward import Forward, TrainedNetwork, drop_batch_counts, synchronise_batchnorm
 from eps_train.images import ImageSet
 from eps_train.network import NetworkSpec
 from eps_train.networks import Normalize, SideHead
@@ -27,6 +27,7 @@ def build(
     network = TrainedNetwork(model, side_head)
     if config.sync_batchnorm:
         synchronise_batchnorm(network, group, device)
+    drop_batch_counts(network)
     if config.gate_scope == "global":
         for gate in graph.gates(model).values():
             gate.process_group = group.world
