@@ -31,6 +31,8 @@ class Options:
     rounds: int
     precision: str
     compile: bool
+    cuda_graph: bool
+    contiguous: bool
     seeds: tuple[int, ...]
     timm_checkout: Path | None
     timm_python: Path | None

@@ -13,27 +13,36 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from _rounds import Options, Plan, in_turns, ratio, seconds_of
 from torch import Tensor
 
+from eps_train import step
 from eps_train.config import TrainingConfig
+from eps_train.cuda_graph import GraphedStep
 from eps_train.data import Data, split
 from eps_train.images import ImageSet, Source
 from eps_train.loop import Trainer
+from eps_train.optimizer import set_rate
 from eps_train.preprocess import Preprocessing
 from eps_train.recipes import cifar
+from eps_train.step import TrainingStep
 
 LIMIT = 1.04  # of a step with gates over one without
 OPEN = 1e-30  # an epsilon that no branch stays below
 _GPU_STEPS = 10  # timed together: waiting for the device after each would be part of the time
-_WARM_UP = 3
+_WARM_UP = 5  # of them the last is a replay, where there is a CUDA graph
 
 
 def gate(options: Options) -> Plan:
-    """Time of a step with open gates over the time of one without gates."""
+    """Time of a step with open gates over the time of one without gates, and images a second."""
     sides = {side: _Stepper(_trainer(side, options), options) for side in ("with", "without")}
+    if options.cuda_graph:
+        for side in ("with", "without"):
+            stepper = _Stepper(_trainer(side, options), options, graph=True)
+            sides[f"graph {side}"] = stepper
     steps = _GPU_STEPS if options.device.type == "cuda" else 1
     for _ in range(_WARM_UP):
         once = sum(seconds_of(stepper, options.device) for stepper in sides.values())
@@ -47,12 +56,18 @@ def gate(options: Options) -> Plan:
 
     def measure() -> dict[str, Any]:
         times = in_turns({n: timed(s) for n, s in sides.items()}, rounds=options.rounds)
-        return {
+        seconds = {side: statistics.median(found) for side, found in times.items()}
+        found = {
             **_what(options),
-            "milliseconds": {side: 1e3 * statistics.median(found) for side, found in times.items()},
+            "milliseconds": {side: 1e3 * value for side, value in seconds.items()},
+            "images_per_second": {n: options.batch_size / value for n, value in seconds.items()},
             **ratio(times["with"], times["without"]),
             "limit": LIMIT,
         }
+        if options.cuda_graph:
+            found["graph"] = ratio(times["graph with"], times["graph without"])
+            found["graph_over_eager"] = ratio(times["graph with"], times["with"])
+        return found
 
     return Plan(once * steps * options.rounds, measure)
 
@@ -76,19 +91,21 @@ def memory(options: Options) -> Plan:
 class _Stepper:
     """Takes the same step again and again."""
 
-    def __init__(self, trainer: Trainer, options: Options) -> None:
-        self._trainer = trainer
+    def __init__(self, trainer: Trainer, options: Options, *, graph: bool = False) -> None:
+        self._trainer, self._step = trainer, trainer.take_step
+        if graph:
+            assert isinstance(self._step, TrainingStep)
+            self._step = GraphedStep(self._step, options.device, required=True)
         self._batch = next(iter(trainer.batches.epoch(0, first=0)))
         assert len(self._batch) == options.batch_size
         trainer.model.train()
-        for group in trainer.optimizer.param_groups:
-            group["lr"] = 0.0
+        set_rate(trainer.optimizer, 0.0)
         for gate in trainer.gates.values():
             gate.set_epsilon(OPEN)
 
     def __call__(self) -> None:
-        with self._trainer.take_step.precision.training():
-            self._trainer.take_step(self._batch)
+        with self._step.precision.training():
+            self._step(self._batch)
 
     @property
     def kept(self) -> set[int]:
@@ -135,6 +152,7 @@ def _what(options: Options) -> dict[str, Any]:
         "batch_size": options.batch_size,
         "precision": options.precision,
         "compile": options.compile,
+        "memory_format": "contiguous" if options.contiguous else "channels_last",
     }
 
 
@@ -146,13 +164,16 @@ def _trainer(side: str, options: Options) -> Trainer:
         precision=options.precision,
         compile=options.compile,
     )
-    return Trainer(
-        config if side == "with" else config.baseline(),
-        random_images(config, options.batch_size),
-        best_path=Path("unused"),
-        last_path=Path("unused"),
-        device=options.device,
-    )
+    order = torch.contiguous_format if options.contiguous else torch.channels_last
+    with mock.patch.object(step, "memory_format", return_value=order):
+        return Trainer(
+            config if side == "with" else config.baseline(),
+            random_images(config, options.batch_size),
+            best_path=Path("unused"),
+            last_path=Path("unused"),
+            device=options.device,
+            cuda_graph="off",
+        )
 
 
 def random_images(config: TrainingConfig, train: int) -> Data:

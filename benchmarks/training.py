@@ -2,7 +2,8 @@
 
 Sections, each with both sides in turns after a warm-up:
 
-    gate     time of a step with open gates over one without, `cifar10-110`
+    gate     time of a step with open gates over one without, `cifar10-110`; with --cuda-graph also
+             of both as CUDA graphs, and of graph over eager
     memory   memory of the same steps
     inputs   images a second: ours, and a torchvision DataLoader with the same augmentation
     removal  whole digits runs: live removal of dead blocks, and the plain network
@@ -64,6 +65,8 @@ def _sections(context: click.Context, option: click.Parameter, value: str) -> tu
     help="gate, memory: as eps-train --precision.",
 )
 @click.option("--compile", is_flag=True, help="gate, memory: as eps-train --compile.")
+@click.option("--cuda-graph", is_flag=True, help="gate: CUDA graphs too (on a CPU, their buffers).")
+@click.option("--contiguous", is_flag=True, help="gate, memory: NCHW in place of channels-last.")
 @click.option("--seeds", default="0,1,2", show_default=True, help="removal: one run each.")
 @click.option("--timm-checkout", type=_EXISTING, help="timm: its repository, with train.py.")
 @click.option("--timm-python", type=_EXISTING, help="timm: python of its own environment.")

@@ -58,6 +58,7 @@ def trainer(
     device: str = "cpu",
     stop: Callable[[], bool] = lambda: False,
     group: Group = ALONE,
+    cuda_graph: str = "auto",
     **changes: Any,
 ) -> Trainer:
     """A trainer of `run` on digits, with `changes` to it, whose files are in `folder`."""
@@ -69,6 +70,7 @@ def trainer(
         device=torch.device(device),
         stop=stop,
         group=group,
+        cuda_graph=cuda_graph,
     )
 
 

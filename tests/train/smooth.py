@@ -22,3 +22,11 @@ class Smooth(nn.Module):
         x = x + torch.relu(self.two(x))
         logits: Tensor = self.head(nn.functional.avg_pool2d(x, 2).flatten(1))
         return logits
+
+
+class Dropping(Smooth):
+    """The same with dropout, which draws a new mask in every step."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.head = nn.Sequential(nn.Dropout(0.5), self.head)

@@ -11,11 +11,13 @@ import torch
 
 from eps_train import graph
 from eps_train.checkpoint import Checkpoint
+from eps_train.cuda_graph import WARM_UP, GraphedStep
 from eps_train.distributed import Group
 from eps_train.epoch_report import EpochReport
 from eps_train.evaluate import logits, score
 from eps_train.gate import EpsilonGate, relu_gate
 from eps_train.loop import Stopped, Trainer
+from eps_train.optimizer import set_rate
 from tests.train import processes
 from tests.train.runs import DEATHS, digits, dying
 
@@ -140,6 +142,56 @@ def test_a_step_waits_for_nothing(tmp_path: Path, precision: str) -> None:
         run.take_step(batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+# -- the step as a CUDA graph ----------------------------------------------------------------------
+
+
+def two_epochs(run: Trainer) -> dict[str, torch.Tensor]:
+    """Two epochs with a removal between them; the weights after that."""
+    run.run_epoch()
+    block = next(iter(run.gates))
+    run.adopt(graph.remove_blocks(run.model, [block]))
+    run.run_epoch()
+    return {name: tensor.clone() for name, tensor in run.network.state_dict().items()}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+@pytest.mark.parametrize("model", ["cifar:20x4", "tests.train.smooth:Dropping"])
+def test_a_replayed_step_is_the_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, precision: str
+) -> None:
+    """Its masks of dropout too; over a removal, after which it is captured again."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    found = {}
+    for choice in ("off", "on"):
+        run = trainer(
+            tmp_path, model=model, precision=precision, closed_epochs=9, cuda_graph=choice
+        )
+        found[choice] = two_epochs(run)
+        captures = run.take_step.captures if isinstance(run.take_step, GraphedStep) else 0
+        assert captures == {"off": 0, "on": 2}[choice]
+    for name, tensor in found["on"].items():
+        assert torch.allclose(tensor, found["off"][name], rtol=1e-3, atol=1e-4), name
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+def test_a_replayed_step_waits_for_nothing(tmp_path: Path, precision: str) -> None:
+    run = trainer(tmp_path, precision=precision, cuda_graph="on")
+    run.network.train()
+    batches = run.batches.epoch(0, first=0)
+    for _ in range(WARM_UP + 1):
+        run.take_step(next(batches))
+    run.totals.zero_()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            run.totals += run.take_step(next(batches))
+            set_rate(run.optimizer, 0.01)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert bool(run.totals.isfinite().all())
+    assert {int(gate.steps) for gate in run.gates.values()} == {WARM_UP + 4}
 
 
 # -- resuming --------------------------------------------------------------------------------------

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from eps_train import forward
+from eps_train import forward, graph
 from eps_train.config import TrainingConfig
 from eps_train.distributed import ALONE
 from eps_train.epoch_report import EpochReport
@@ -17,6 +17,7 @@ from eps_train.errors import ConfigError
 from eps_train.forward import TrainedNetwork
 from eps_train.gate import EpsilonGate
 from eps_train.network import NetworkSpec
+from eps_train.networks import BasicBlock
 from eps_train.step import build
 from tests.train.runs import DYING, trainer
 
@@ -59,6 +60,7 @@ def test_the_compiled_network_answers_and_counts_as_the_other(
     answers, states = [], []
     for compiled in (False, True):
         made = network().train(training)
+        made.join_records()
         call = torch.compile(made, backend="aot_eager", fullgraph=True) if compiled else made
         autocast = torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None)
         for _ in range(2):
@@ -83,6 +85,29 @@ def test_the_compiled_network_answers_and_counts_as_the_other(
     if dtype is None:
         for name, gradient in eager_gradients.items():
             assert torch.allclose(gradient, gradients[name], rtol=loose, atol=loose), name
+
+
+class Twice(nn.Module):
+    """One block that is called twice, then one of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared, self.own = BasicBlock(2, 2), BasicBlock(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.own(self.shared(self.shared(x)))
+        return out
+
+
+def test_a_gate_that_is_called_twice_counts_both_calls() -> None:
+    made = TrainedNetwork(graph.trace(Twice()), None).train()
+    made.join_records()
+    for _ in range(3):
+        made(torch.randn(2, 2, 8, 8))
+    shared, own = made.model.get_submodule("shared.gate"), made.model.get_submodule("own.gate")
+    assert isinstance(shared, EpsilonGate)
+    assert isinstance(own, EpsilonGate)
+    assert (int(shared.steps), int(own.steps)) == (6, 3)
 
 
 @pytest.mark.slow
@@ -138,3 +163,19 @@ def test_no_compiler_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_synchronised_batch_norm_is_refused_on_a_cpu(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--sync-batchnorm: torch's SyncBatchNorm takes tensors"):
         trainer(tmp_path, sync_batchnorm=True)
+
+
+def test_batch_norms_count_no_batches_and_their_state_is_that_of_others(tmp_path: Path) -> None:
+    """Also where a batch norm has no momentum, and needs its count."""
+    counted = trainer(tmp_path).spec.build()
+    made = trainer(tmp_path).model
+    assert made.state_dict().keys() == counted.state_dict().keys()
+    assert not any("num_batches_tracked" in name for name, _ in made.named_buffers())
+    counted.get_submodule("stem.1").num_batches_tracked.fill_(7)  # type: ignore[operator]
+    made.load_state_dict(counted.state_dict())
+    made.load_state_dict(dict(counted.state_dict()))
+    counted.load_state_dict(made.state_dict())
+    averaging = nn.BatchNorm2d(2, momentum=None)
+    forward.drop_batch_counts(averaging)
+    averaging(torch.randn(2, 2, 4, 4))
+    assert averaging.state_dict()["num_batches_tracked"] == 1

@@ -13,10 +13,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from eps_train import graph
-from eps_train.gate import EpsilonGate, relu_gate, response
+from eps_train.deaths import read_counters
+from eps_train.gate import EpsilonGate, GateRecords, relu_gate, response
 from eps_train.networks import CifarResNet
+from tests.train.runs import trainer
 
 EPSILON = 2.5
 SHAPES = [(1, 4, 5, 3), (128, 4, 2, 2)]
@@ -313,6 +316,140 @@ def test_compiles_without_a_graph_break(epsilon: float) -> None:
         assert theirs_grad is not None
         assert torch.allclose(parameter.grad, theirs_grad, atol=1e-4), name
     torch.compiler.reset()
+
+
+# -- what it costs, and the records of many gates --------------------------------------------------
+
+
+class Operations(TorchDispatchMode):
+    """The operations that are dispatched, but for views: on a GPU each is a kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view:
+            self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_gate_is_four_operations_a_pass_and_the_records_four_for_all() -> None:
+    """On the meta device, whose path is the one of GPUs."""
+    gates = [EpsilonGate(EPSILON).to("meta").train() for _ in range(9)]
+    records = GateRecords(gates)
+    shortcut = torch.empty(2, 3, device="meta", requires_grad=True)
+    branch = torch.empty(2, 3, device="meta", requires_grad=True)
+    with Operations() as forward:
+        outs = [gate(shortcut, branch) for gate in gates]
+        records.update()
+    counted = {name: forward.names.count(name) for name in set(forward.names)}
+    assert counted.pop("linalg_vector_norm.out") == 9
+    assert counted.pop("gt.Tensor") == 9
+    assert counted.pop("addcmul.default") == 9
+    assert sum(counted.values()) == 4
+    for out in outs:
+        with Operations() as backward:
+            torch.autograd.grad(out, branch, torch.empty_like(out))
+        assert backward.names.count("mul.Tensor") == 1
+        assert len(backward.names) <= 2, backward.names  # `empty_like` above is one of them
+
+
+def judge(gates: list[EpsilonGate], peaks: tuple[float, ...]) -> None:
+    for gate, peak in zip(gates, peaks, strict=True):
+        gate(torch.zeros(1, 2), torch.tensor([[-peak, 0.25]]))
+
+
+STEPS = ((1.0, 3.0, 2.5), (4.0, math.inf, 0.5), (math.nan, 1.0, 2.0))
+
+
+def test_records_kept_together_are_those_of_each_gate() -> None:
+    alone = [EpsilonGate(EPSILON).train() for _ in range(3)]
+    joined = copy.deepcopy(alone)
+    for gates in (alone, joined):
+        judge(gates, (2.0, 2.0, 5.0))  # a record that is there is gone on with
+    records = GateRecords(joined)
+    for gates in (alone, joined):
+        gates[2].latch()
+        gates[0].set_epsilon(0.5)
+    for step in STEPS:
+        judge(alone, step)
+        judge(joined, step)
+        records.update()
+    for one, other in zip(alone, joined, strict=True):
+        assert one.state_dict() == other.state_dict()
+    for gates in (alone, joined):
+        gates[1].reset_record()
+        gates[2].unlatch()
+    judge(alone, STEPS[0])
+    judge(joined, STEPS[0])
+    records.update()
+    for one, other in zip(alone, joined, strict=True):
+        assert one.state_dict() == other.state_dict()
+
+
+@pytest.mark.parametrize("way", ["copy", "pickle", "load", "assign", "move"])
+def test_a_gate_that_leaves_counts_every_step_once(way: str) -> None:
+    """Also where the vectors go on to be updated: its record is its own again."""
+    gates = [EpsilonGate(EPSILON).train() for _ in range(2)]
+    records = GateRecords(gates)
+    judge(gates, (1.0, 3.0))
+    records.update()
+    if way == "copy":
+        gates, records = copy.deepcopy((gates, records))
+    elif way == "pickle":
+        gates, records = pickle.loads(pickle.dumps((gates, records)))
+    elif way == "move":
+        gates = [gate.double() for gate in gates]
+    else:
+        for gate in gates:
+            state = {name: tensor.clone() for name, tensor in gate.state_dict().items()}
+            gate.load_state_dict(state, assign=way == "assign")
+    judge(gates, (4.0, 2.0))
+    records.update()
+    assert [int(gate.steps) for gate in gates] == [2, 2]
+    assert [int(gate.closed_steps) for gate in gates] == [1, 1]
+    assert [float(gate.peak) for gate in gates] == [4.0, 3.0]
+
+
+class FormerGate(EpsilonGate):
+    """The gate as it was before: seven operations forward, two backward, its record in each call.
+
+    It has no part in the decisions and numbers of the one that took its place but as a reference.
+    """
+
+    def forward(self, shortcut: Tensor, branch: Tensor) -> Tensor:
+        peak = response(branch.detach()).nan_to_num(nan=math.inf, posinf=math.inf)
+        within = peak <= self._limits
+        self._counts.add_(within)
+        torch.maximum(self.peak, peak, out=self.peak)
+        shut = within[0] | self.dead
+        return torch.addcmul(shortcut, branch, shut.logical_not()) if shut else shortcut + branch
+
+
+def test_training_is_that_of_the_former_gate_to_the_last_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With gates that are open, shut, dead, and that epsilon decides about."""
+    states, records = [], []
+    for former in (False, True):
+        run = trainer(tmp_path)
+        if former:
+            monkeypatch.setattr(run.network, "join_records", lambda: None)
+            for gate in run.gates.values():
+                gate.__class__ = FormerGate
+        for gate, epsilon in zip(run.gates.values(), (0.0, 1e9, 3.0) * 3, strict=True):
+            gate.set_epsilon(epsilon)
+        list(run.gates.values())[4].latch()
+        run.network.train()
+        batches = run.batches.epoch(0, first=0)
+        for _ in range(15):
+            run.take_step(next(batches))
+        states.append(run.network.state_dict())
+        records.append(read_counters(run.gates))
+    assert records[0] == records[1]
+    for name, tensor in states[0].items():
+        assert torch.equal(tensor, states[1][name]), name
 
 
 # Two processes; the second one's branch decides. It prints: shut or open, closed, finite, peak.

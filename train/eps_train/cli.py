@@ -57,6 +57,12 @@ if TYPE_CHECKING:
 @click.option("--resume", is_flag=True, help="Go on from last.pt where a run was stopped.")
 @click.option("--force", is_flag=True, help="Start anew over an earlier run's files.")
 @click.option("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps.")
+@click.option(
+    "--cuda-graph",
+    type=click.Choice(("auto", "on", "off")),
+    default="auto",
+    help="Replay the training step from a CUDA graph; auto: on one GPU, without --compile or fp16.",
+)
 @click.option("--with-baseline", is_flag=True, help="Then train the plain twin: baseline.pt.")
 @click.option("--dry-run", is_flag=True, help="Show what would be trained, and stop.")
 @click.option("--list-recipes", is_flag=True, help="List the recipes, and stop.")
@@ -74,6 +80,7 @@ def cli(
     resume: bool,
     force: bool,
     device: str,
+    cuda_graph: str,
     with_baseline: bool,
     dry_run: bool,
     list_recipes: bool,
@@ -137,6 +144,7 @@ def cli(
             keep=keep,
             tensorboard=tensorboard,
             group=group,
+            cuda_graph=cuda_graph,
         )
         summaries = _train(runs, run, output, group, resume, force)
     summary.show(summaries)

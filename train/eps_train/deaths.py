@@ -131,7 +131,7 @@ class Registry:
                 self.records[block] = replace(record, death=death)
                 died.append(block)
             else:
-                gate.dead.fill_(False)
+                gate.unlatch()
                 self._streaks[block] = _Streak()
         return tuple(died)
 

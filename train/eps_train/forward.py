@@ -6,6 +6,7 @@ import importlib.util
 import os
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from eps_train import graph
 from eps_train.config import TrainingConfig
 from eps_train.distributed import Group, running_statistics
 from eps_train.errors import ConfigError
+from eps_train.gate import EpsilonGate, GateRecords
 from eps_train.networks import SideHead
 
 Answers = tuple[Tensor, Tensor | None]  # logits of the network and of its side head
@@ -29,16 +31,28 @@ class TrainedNetwork(nn.Module):
         super().__init__()
         self.model, self.side_head = model, side_head
         self._tapped: Tensor | None = None
+        self._records = GateRecords([])
         if side_head is not None:
             graph.taps(model)[0].register_forward_hook(self._read_tap)
 
     def forward(self, images: Tensor) -> Answers:
         """Logits `[N, classes]` of normalised images `[N, C, H, W]`; of the side head, or None."""
         logits = self.model(images)
+        if self.training:
+            self._records.update()
         tapped, self._tapped = self._tapped, None
         if self.side_head is None or tapped is None:
             return logits, None
         return logits, self.side_head(tapped)
+
+    def join_records(self) -> None:
+        """Have the gates' records updated together at the end of every pass (same records)."""
+        gates = [
+            self.model.get_submodule(str(node.target)) for node in graph.gate_nodes(self.model)
+        ]
+        calls = Counter(map(id, gates))
+        once = [g for g in gates if isinstance(g, EpsilonGate) and calls[id(g)] == 1]
+        self._records = GateRecords(once)
 
     def _read_tap(self, module: nn.Module, args: Any, output: Tensor) -> None:
         if module.training:
@@ -78,6 +92,7 @@ class Forward:
             torch.compiler.reset()
 
     def _wrap(self) -> Callable[[Tensor], Answers]:
+        self._network.join_records()
         network: nn.Module = self._network
         if self._group.world is not None:
             # Each process's gates have records of their own. The running statistics of batch norm,
@@ -87,7 +102,9 @@ class Forward:
                 network, [name for name, _ in network.named_buffers()]
             )
             network = DistributedDataParallel(
-                network, device_ids=[self._device.index] if self._device.type == "cuda" else None
+                network,
+                device_ids=[self._device.index] if self._device.type == "cuda" else None,
+                gradient_as_bucket_view=True,  # a gradient is sent from where it is, not copied
             )
         return torch.compile(network, dynamic=False) if self._compile else network
 
@@ -106,6 +123,29 @@ def synchronise_batchnorm(module: nn.Module, group: Group, device: torch.device)
         return module
     converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
     return converted
+
+
+def drop_batch_counts(module: nn.Module) -> None:
+    """Have its batch norms no longer count batches, which costs a GPU a kernel each and step.
+
+    The count only matters to a batch norm without momentum, which keeps it. State dicts have the
+    others as 0, and may have any when they are loaded.
+    """
+    for norm in module.modules():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.momentum is not None:
+            if norm.num_batches_tracked is None:
+                continue
+            norm.num_batches_tracked = None
+            norm.register_state_dict_post_hook(_add_count)
+            norm.register_load_state_dict_pre_hook(_pass_over_count)
+
+
+def _add_count(norm: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    state[f"{prefix}num_batches_tracked"] = torch.tensor(0)
+
+
+def _pass_over_count(norm: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    state.pop(f"{prefix}num_batches_tracked", None)
 
 
 def refuse_compile(device: torch.device) -> None:

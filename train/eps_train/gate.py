@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 RELU_SCALE = 1e6  # L in the paper's construction
 
 _COUNTERS = ("closed_steps", "finite_steps", "steps")
-_FLOATS = ("epsilon", "peak", "_limits")
+_FLOATS = ("epsilon", "peak", "_limits", "_threshold")
+_RECORD = ("peak", "_counts", "_limits")
 
 
 class EpsilonGate(nn.Module):
@@ -27,11 +28,13 @@ class EpsilonGate(nn.Module):
     which is what ships; a dead gate is shut in both modes.
 
     The decision is made in float32 and never leaves an accelerator. A non-finite response is never
-    hidden: it opens the gate, and `finite_steps` stops counting at that step.
+    hidden: infinity opens the gate, NaN passes a shut one too (`0 * NaN`), and `finite_steps` stops
+    counting at that step.
 
     The state dict holds, 0-dim, to be read once an epoch: `epsilon` float32; `dead` bool; and the
     training record `steps`, `closed_steps`, `finite_steps` int64, `peak` float32 (largest
-    `max |F_i|`; infinite from the first response on that was not finite).
+    `max |F_i|`; infinite from the first response on that was not finite). A gate updates its record
+    in every call, unless a :class:`GateRecords` does so for all gates of a network.
 
     Attributes:
         process_group: where several processes train on parts of one batch, each gate judges its
@@ -45,6 +48,8 @@ class EpsilonGate(nn.Module):
     peak: Tensor
     _counts: Tensor
     _limits: Tensor
+    _threshold: Tensor
+    _response: Tensor | None = None  # where a GateRecords finds the response of the last call
     # Weak: a group that outlives `destroy_process_group()` aborts the process at its exit (gloo).
     _group: weakref.ref[ProcessGroup] | None = None
 
@@ -57,6 +62,8 @@ class EpsilonGate(nn.Module):
         # every operation counts, however small.
         self.register_buffer("_counts", torch.zeros(len(_COUNTERS), dtype=torch.int64))
         self.register_buffer("_limits", torch.zeros(len(_COUNTERS)), persistent=False)
+        # A training step is decided by one comparison: a response above this opens the gate.
+        self.register_buffer("_threshold", torch.tensor(-1.0), persistent=False)
         self.set_epsilon(epsilon)
 
     @property
@@ -98,6 +105,12 @@ class EpsilonGate(nn.Module):
     def latch(self) -> None:
         """Shut the gate for good, in training and in evaluation."""
         self.dead.fill_(True)
+        self._set_limits()
+
+    def unlatch(self) -> None:
+        """Undo :meth:`latch`: epsilon decides again."""
+        self.dead.fill_(False)
+        self._set_limits()
 
     def reset_record(self) -> None:
         """Forget the training record; called at the start of an epoch."""
@@ -106,38 +119,59 @@ class EpsilonGate(nn.Module):
 
     def forward(self, shortcut: Tensor, branch: Tensor) -> Tensor:
         """Return `shortcut + S(branch)`; both `[N, ...]`, same shape and dtype."""
-        shut = self._judge(branch.detach()) if self.training else self.dead
-        if _host_knows(shut) and not shut:
+        opened = self._judge(branch.detach()) if self.training else self.dead.logical_not()
+        if _host_knows(opened) and opened:
             return shortcut + branch  # hands the gradient on as it is, where a factor copies it
-        # One pass: the factor, false or true, rides along in the addition, forward and backward.
-        # A shut gate's branch gets a gradient of zeros, not none: weight decay has to act on it.
-        return torch.addcmul(shortcut, branch, shut.logical_not())
+        if torch.compiler.is_compiling():  # which fuses operations by itself
+            return torch.addcmul(shortcut, branch, opened)
+        out: Tensor = _GatedAddition.apply(shortcut, branch, opened)  # type: ignore[no-untyped-call]
+        return out
 
     def _judge(self, branch: Tensor) -> Tensor:
-        """Decide on a detached branch and keep the record; a few scalar operations in all."""
-        peak = response(branch).nan_to_num(nan=math.inf, posinf=math.inf)
+        """Decide on a detached branch, whether the gate opens; keep the record, or leave it."""
+        peak = response(branch, out=self._response)
         if (group := self.process_group) is not None:
+            peak.nan_to_num_(nan=math.inf, posinf=math.inf)  # NaN would get lost on the way
             torch.distributed.all_reduce(peak, op=torch.distributed.ReduceOp.MAX, group=group)
-        within = peak <= self._limits
-        self._counts.add_(within)
-        torch.maximum(self.peak, peak, out=self.peak)
-        return within[0] | self.dead
+        if self._response is None:
+            _record(peak, self._limits, self._counts, self.peak)
+        return peak > self._threshold
 
     def _set_limits(self) -> None:
-        """The largest response that counts as closed, as finite and as a step, in this order."""
+        """The largest response that counts as closed, as finite and as a step, in this order.
+
+        Whether the gate is dead decides with them, but does not count.
+        """
         if self.epsilon.is_meta:
             return  # set when the network gets its numbers
         # At epsilon 0 even an all-zero branch (zero-initialised, say) must stay open.
         closed = torch.where(self.epsilon > 0, self.epsilon, -1.0)
         finite = torch.full_like(closed, torch.finfo(torch.float32).max)
-        limits = torch.stack([closed, finite, torch.full_like(closed, math.inf)])
+        endless = torch.full_like(closed, math.inf)
+        limits = torch.stack([closed, finite, endless])
+        threshold = torch.where(self.dead, endless, closed)
         if self._limits.device == limits.device:
             self._limits.copy_(limits)  # in place: a CUDA graph knows a tensor by its address
+            self._threshold.copy_(threshold)
         else:
-            self._limits = limits
+            self._limits, self._threshold = limits, threshold
+
+    def _join(self, response: Tensor, **record: Tensor) -> None:
+        """Keep the record in these tensors, and leave it to their owner to update it."""
+        self._response = response
+        for name, tensor in record.items():
+            setattr(self, name, tensor)
+
+    def _leave(self) -> None:
+        """Keep the record alone again; a no-op for a gate that does."""
+        if self._response is not None:
+            self._response = None
+            for name in _RECORD:
+                setattr(self, name, getattr(self, name).clone())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EpsilonGate:
         """Follow the network to a device, but not to half precision, where epsilon would round."""
+        self._leave()
         before = {name: getattr(self, name) for name in _FLOATS}
         nn.Module._apply(self, fn, recurse)
         for name, tensor in before.items():
@@ -163,6 +197,8 @@ class EpsilonGate(nn.Module):
         missing_keys: list[str],
         *rest: Any,
     ) -> None:
+        if local_metadata.get("assign_to_params_buffers", False):
+            self._leave()
         found = {n: state_dict.pop(prefix + n) for n in _COUNTERS if prefix + n in state_dict}
         missing_keys += [prefix + name for name in _COUNTERS if name not in found]
         complete = len(found) == len(_COUNTERS)
@@ -175,11 +211,76 @@ class EpsilonGate(nn.Module):
         self._set_limits()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_group"}
+        state = {n: v for n, v in self.__dict__.items() if n not in ("_group", "_response")}
+        if self._response is not None:  # a copy keeps its record alone
+            own = {name: getattr(self, name).clone() for name in _RECORD}
+            state["_buffers"] = {**self._buffers, **own}
+        return state
 
     def extra_repr(self) -> str:
         state = "meta" if self.epsilon.is_meta else f"epsilon={float(self.epsilon):g}"
         return state + (", dead" if not self.dead.is_meta and bool(self.dead) else "")
+
+
+class GateRecords:
+    """The training records of many gates in a few tensors, updated by four operations in all.
+
+    From then on the gates keep their records here, as views, and do not update them in a call:
+    :meth:`update` does, once after each forward pass in training mode. A gate that is moved to
+    another device, is loaded into by assignment, or is copied, keeps its own record again.
+
+    Args:
+        gates: those that are called exactly once in every pass; all on one device.
+    """
+
+    def __init__(self, gates: Sequence[EpsilonGate]) -> None:
+        self._size = len(gates)
+        if not gates:
+            return
+        self._peaks = torch.stack([gate.peak for gate in gates])
+        self._counts = torch.stack([gate._counts for gate in gates])
+        self._limits = torch.stack([gate._limits for gate in gates])
+        self._responses = torch.zeros_like(self._peaks)
+        rows = zip(self._responses, self._peaks, self._counts, self._limits, strict=True)
+        for gate, (found, peak, counts, limits) in zip(gates, rows, strict=True):
+            gate._join(found, peak=peak, _counts=counts, _limits=limits)
+
+    def update(self) -> None:
+        """Add the responses of the pass that was just made; nothing waits for the device."""
+        if self._size:
+            _record(self._responses, self._limits, self._counts, self._peaks)
+
+
+def _record(responses: Tensor, limits: Tensor, counts: Tensor, peaks: Tensor) -> None:
+    """Add one step to the records of gates, in place.
+
+    Args:
+        responses, peaks: float32 `[...]`, of the step, and the largest so far.
+        limits, counts: float32 and int64 `[..., 3]`, in the order of `_COUNTERS`.
+    """
+    found = responses.nan_to_num(nan=math.inf, posinf=math.inf)
+    counts.add_(found.unsqueeze(-1) <= limits)
+    torch.maximum(peaks, found, out=peaks)
+
+
+class _GatedAddition(torch.autograd.Function):
+    """`shortcut + opened * branch` in one pass over each, forward and backward.
+
+    A shut gate's branch gets a gradient of zeros, not none: weight decay has to act on it.
+    """
+
+    @staticmethod
+    def forward(shortcut: Tensor, branch: Tensor, opened: Tensor) -> Tensor:
+        return torch.addcmul(shortcut, branch, opened)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[2])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (opened,) = ctx.saved_tensors
+        return gradient, gradient * opened if ctx.needs_input_grad[1] else None, None
 
 
 def _host_knows(decision: Tensor) -> bool:
@@ -192,20 +293,24 @@ def _host_knows(decision: Tensor) -> bool:
     return type(decision) is Tensor and decision.device.type == "cpu"
 
 
-def response(branch: Tensor) -> Tensor:
+def response(branch: Tensor, *, out: Tensor | None = None) -> Tensor:
     """Largest magnitude in `branch`, a float32 scalar on its device; NaN when any element is NaN.
 
     One read of the tensor (`abs().max()` writes a temporary): on GPUs in one kernel. On CPUs that
     one is twenty times slower than `aminmax`, which in turn is slow on a strided view; hence the
     detour over memory order for channels-last tensors.
+
+    Args:
+        branch: any shape and floating-point type; not part of a graph when `out` is given.
+        out: float32 scalar to put the result into.
     """
-    if branch.is_cuda:
-        peak: Tensor = torch.linalg.vector_norm(branch, math.inf, dtype=torch.float32)
+    if branch.is_cuda or branch.is_meta:
+        peak: Tensor = torch.linalg.vector_norm(branch, math.inf, dtype=torch.float32, out=out)
         return peak
     if branch.dim() == 4 and branch.is_contiguous(memory_format=torch.channels_last):
         branch = branch.permute(0, 2, 3, 1)
     low, high = torch.aminmax(branch)
-    return torch.maximum(high, low.neg()).float()
+    return torch.maximum(high, low.neg(), out=out).float()
 
 
 def relu_gate(branch: Tensor, epsilon: float) -> Tensor:

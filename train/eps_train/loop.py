@@ -17,6 +17,7 @@ from eps_train.batches import Batches, make
 from eps_train.branches import branch_parameters
 from eps_train.checkpoint import Checkpoint
 from eps_train.config import TrainingConfig
+from eps_train.cuda_graph import GraphedStep, graphed
 from eps_train.data import Data, Outline
 from eps_train.deaths import Registry
 from eps_train.devices import wide_float
@@ -27,7 +28,7 @@ from eps_train.kept import KeptCheckpoints
 from eps_train.lead import EpsilonLead
 from eps_train.network import NetworkSpec
 from eps_train.networks import Normalize, SideHead
-from eps_train.optimizer import keep_only, make_sgd
+from eps_train.optimizer import keep_only, make_sgd, set_rate
 from eps_train.schedule import RateSchedule
 from eps_train.step import TrainingStep, build, parameters_of
 
@@ -48,7 +49,7 @@ class Trainer:
     middle of the epoch, and :meth:`run` raises :class:`Stopped`.
 
     `start` is a network to go on with, and its tensors, in the place of a fresh one as `config`
-    names it.
+    names it. `cuda_graph` is `auto`, `on` or `off`; see :func:`cuda_graph.graphed`.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Trainer:
         kept: KeptCheckpoints | None = None,
         group: Group = ALONE,
         start: tuple[NetworkSpec, Mapping[str, Tensor]] | None = None,
+        cuda_graph: str = "auto",
     ) -> None:
         self._stop, self.group = stop, group
         self.config, self.data, self.device = config, data, device
@@ -78,9 +80,12 @@ class Trainer:
         self.validation = data.validation.to(device)
         self.gates = graph.gates(self.model)
         self.optimizer = make_sgd(self.named_parameters(), config)
-        self.take_step = TrainingStep(
+        self.take_step: TrainingStep | GraphedStep = TrainingStep(
             self.network, self.normalize, self.optimizer, config, group, device
         )
+        if graphed(cuda_graph, config, group, device):
+            required = cuda_graph == "on"
+            self.take_step = GraphedStep(self.take_step, device, required=required)
         self.schedule = RateSchedule(
             epochs=config.epochs, rates=config.rates, restart=config.restart, descent=config.descent
         )
@@ -174,8 +179,7 @@ class Trainer:
         self, epoch: int, rate: float, thresholds: Mapping[str, float]
     ) -> tuple[float, float, int]:
         self._seed(epoch)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        set_rate(self.optimizer, rate)
         for block, gate in self.gates.items():
             gate.set_epsilon(thresholds[block])
         self.network.train()
@@ -233,7 +237,8 @@ class Trainer:
             yield
         finally:
             for block, gate in gates.items():
-                gate.dead.fill_(block in self.registry.dead)
+                if block not in self.registry.dead:
+                    gate.unlatch()
 
     def _better(self, new: Score, old: Score) -> bool:
         """Higher accuracy; at equal accuracy (small validation parts tie often) the lower loss.
@@ -263,7 +268,7 @@ class Trainer:
 
     def adopt(self, model: fx.GraphModule) -> None:
         """Go on with `model`, which is the network so far without some of its blocks."""
-        self.take_step.forward.renew(model)
+        self.take_step.renew(model)
         self.gates = graph.gates(model)
         keep_only(self.optimizer, self.named_parameters())
 

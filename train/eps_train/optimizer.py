@@ -35,6 +35,15 @@ def make_sgd(named: Named, config: TrainingConfig) -> torch.optim.SGD:
     return optimizer
 
 
+def set_rate(optimizer: torch.optim.SGD, rate: float) -> None:
+    """Set the learning rate of all parameters, in place where it is a tensor."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
 def keep_only(optimizer: torch.optim.SGD, named: Named) -> None:
     """Forget every parameter that is not among `named`, and its momentum."""
     kept = {id(parameter) for _, parameter in named}
@@ -53,5 +62,4 @@ def momentum(optimizer: torch.optim.SGD, named: Named) -> dict[str, Tensor]:
 def restore_momentum(optimizer: torch.optim.SGD, named: Named, saved: Mapping[str, Tensor]) -> None:
     """Inverse of :func:`momentum`."""
     for name, parameter in named:
-        buffer = torch.empty_like(parameter).copy_(saved[name])
-        optimizer.state[parameter]["momentum_buffer"] = buffer
+        optimizer.state[parameter]["momentum_buffer"].copy_(saved[name])

@@ -15,6 +15,7 @@ from eps_train.atomic import replace_file
 from eps_train.board import Board, require
 from eps_train.checkpoint import Checkpoint
 from eps_train.config import TrainingConfig
+from eps_train.cuda_graph import obstacle
 from eps_train.data import Data
 from eps_train.distributed import ALONE, Group
 from eps_train.epoch_report import EpochReport
@@ -40,6 +41,7 @@ class Run:
         keep: how many of the last epochs' checkpoints stay; see :class:`kept.KeptCheckpoints`.
         tensorboard: whether TensorBoard's event files are written.
         group: the processes that train together; their leader alone writes and prints.
+        cuda_graph: `auto`, `on` or `off`; see :func:`cuda_graph.graphed`.
 
     Raises:
         EpsError: what is given cannot be used.
@@ -57,6 +59,7 @@ class Run:
         keep: int = 0,
         tensorboard: bool = False,
         group: Group = ALONE,
+        cuda_graph: str = "auto",
     ) -> None:
         self._group = group
         self.config, self.files, self._tensorboard = config, files, tensorboard
@@ -77,7 +80,11 @@ class Run:
             stop=self._agreed_stop,
             kept=self._kept,
             group=group,
+            cuda_graph=cuda_graph,
         )
+        if cuda_graph == "auto" and device.type == "cuda":
+            reason = obstacle(config, group, device)
+            self._log.print(f"CUDA graph: {'on' if reason is None else f'off, {reason}'}")
         self._parameters = self.trainer.parameters()  # of the whole network: nothing has left yet
         if resume and files.last.exists():
             self.trainer.resume()
