@@ -12,16 +12,23 @@ PROVIDER=${PROVIDER:-cuda}
 mkdir -p "$OUT" "$work"
 cd "$root" || exit 1
 
-# A virtual environment over the machine's own Python, which has torch.
+# A virtual environment over the machine's own Python, which has torch; made by hand, because a bare
+# machine may lack ensurepip.
 if [ ! -e "$venv/.ready" ]; then
-    base=$(command -v python3)
-    python3 -m venv --without-pip "$venv"
+    base=$(python3 -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    real=$(python3 -c 'import os, sys; print(os.path.realpath(sys.executable))')
+    mkdir -p "$venv/bin"
+    ln -sfn "$real" "$venv/bin/python"
+    ln -sfn python "$venv/bin/python3"
+    printf 'home = %s\ninclude-system-site-packages = false\n' "$(dirname "$real")" > "$venv/pyvenv.cfg"
     site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-    "$base" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$site/base.pth"
+    mkdir -p "$site"
+    echo "$base" > "$site/base.pth"
     # onnxruntime.preload_dlls() looks for CUDA and cuDNN beside its own package.
-    nvidia=$("$base" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/nvidia
-    [ -d "$nvidia" ] && ln -sfn "$nvidia" "$site/nvidia"
-    [ ! -e "$kit/onnxruntime-gpu.tar.xz" ] || tar -xJf "$kit/onnxruntime-gpu.tar.xz" -C "$site"
+    [ ! -d "$base/nvidia" ] || ln -sfn "$base/nvidia" "$site/nvidia"
+    [ ! -e "$kit/onnxruntime-gpu.tar.xz" ] || "$venv/bin/python" -c \
+        'import sys, tarfile; tarfile.open(sys.argv[1]).extractall(sys.argv[2], filter="data")' \
+        "$kit/onnxruntime-gpu.tar.xz" "$site"
     "$venv/bin/python" -m pip install -q --no-index --no-deps --no-compile "$kit"/site/*.whl &&
         "$venv/bin/python" -m pip install -q --no-index --no-deps --no-build-isolation --no-compile -e . &&
         touch "$venv/.ready" || { echo "run.sh: setting up $venv failed" >&2; exit 1; }
