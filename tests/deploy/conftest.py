@@ -84,9 +84,9 @@ def overflowing(deployed: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
             node.output[index] = "sound" if name == "logits" else name
 
     def constant(name: str, value: float) -> None:
-        model.graph.initializer.append(numpy_helper.from_array(np.float32(value), name))
+        model.graph.initializer.append(numpy_helper.from_array(np.array(value, np.float32), name))
 
-    model.graph.initializer.append(numpy_helper.from_array(np.int64([1]), "axes"))
+    model.graph.initializer.append(numpy_helper.from_array(np.array([1]), "axes"))
     constant("nan", np.nan)
     constant("inf", np.inf)
     constant("nearly white", 254.5)

@@ -56,7 +56,7 @@ class Engine(Protocol):
 
 def finite_rows(logits: Logits) -> npt.NDArray[np.bool_]:
     """bool `[N]`: whether all logits of an image are finite. What is not must never be answered."""
-    rows: npt.NDArray[np.bool_] = np.isfinite(logits).all(axis=1)
+    rows: npt.NDArray[np.bool_] = np.logical_and.reduce(np.isfinite(logits), axis=1)
     return rows
 
 

@@ -75,7 +75,7 @@ def _pixels(rest: memoryview, tensor: Tensor, shape: Shape) -> Images:
         if len(rest):
             raise Refusal(f"{len(rest)} bytes after the JSON belong to no tensor")
         return tensors.from_json(tensor.get("data"), shape)
-    if "data" in tensor:
+    if tensor.get("data") is not None:
         raise Refusal(f"{INPUT_NAME!r} has both data and binary_data_size")
     if isinstance(size, bool) or not isinstance(size, int) or size != len(rest):
         raise Refusal(

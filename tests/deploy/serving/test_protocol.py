@@ -70,6 +70,52 @@ def test_what_is_wanted_back() -> None:
     assert read({"inputs": [tensor()], "parameters": {"priority": 3}}).timeout is None
 
 
+# As MLServer's types write a request (pydantic's `model_dump_json`), and Jackson does.
+NULLS = {
+    "id": None,
+    "parameters": {
+        "content_type": None,
+        "headers": None,
+        "timeout": None,
+        "binary_data_output": None,
+    },
+    "inputs": [
+        tensor(
+            parameters={
+                "content_type": None,
+                "headers": None,
+                "binary_data_size": None,
+                "shared_memory_region": None,
+            }
+        )
+    ],
+    "outputs": [
+        {
+            "name": "logits",
+            "parameters": {
+                "content_type": None,
+                "binary_data": None,
+                "classification": None,
+                "shared_memory_region": None,
+            },
+        }
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    "document",
+    [NULLS, {**NULLS, "parameters": None, "outputs": None, "inputs": [tensor(parameters=None)]}],
+)
+def test_null_means_not_given(document: Any) -> None:
+    request = read(document)
+    np.testing.assert_array_equal(request.images, PIXELS)
+    found = (request.id, request.binary, request.classification, request.timeout)
+    assert found == ("", False, 0, None)
+    request = read({**document, "inputs": [{**binary(), "data": None}]}, PIXELS.tobytes())
+    np.testing.assert_array_equal(request.images, PIXELS)
+
+
 WRONG: list[tuple[Any, str]] = [
     (b"", "not JSON"),
     (b"{", "not JSON"),
