@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -102,12 +103,14 @@ def overflowing(deployed: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
             helper.make_node("Where", ["white", "nan", "brighter"], ["logits"]),
         ]
     )
-    reseal(folder, **{"model.onnx": model.SerializeToString()})
+    reseal(folder, files={"model.onnx": model.SerializeToString()})
     return folder
 
 
 def reseal(
-    bundle: Path, change: Callable[[dict[str, Any]], object] | None = None, **files: bytes
+    bundle: Path,
+    change: Callable[[dict[str, Any]], object] = lambda fields: None,
+    files: Mapping[str, bytes] = MappingProxyType({}),
 ) -> None:
     """Forge a bundle: other files, another manifest, and digests that match them, as anyone can."""
     fields = json.loads((bundle / MANIFEST).read_bytes())
@@ -115,8 +118,7 @@ def reseal(
         (bundle / name).write_bytes(content)
         digest = hashlib.sha256(content).hexdigest()
         fields["files"][name] = {"sha256": digest, "bytes": len(content)}
-    if change is not None:
-        change(fields)
+    change(fields)
     (bundle / MANIFEST).write_bytes(encode_manifest({**fields, "digest": NO_DIGEST}))
 
 

@@ -265,7 +265,7 @@ def test_when_one_ends_both_do(bundle: Path) -> None:
     with command(bundle, "--grpc-port", "0", before=BROKEN) as process:
         assert process.wait() == 1
         assert "grpcio is broken" in process.lines[-1]
-    reseal(bundle, **{"model.onnx": b"no model"})
+    reseal(bundle, files={"model.onnx": b"no model"})
     with command(bundle, "--grpc-port", "0") as process:
         assert process.wait() == 1
         assert process.lines[-1].startswith("eps-serve: error: ")
