@@ -4,7 +4,7 @@
 #   trt   TensorRT; pycuda is compiled in a stage of its own
 #
 #   docker build --target cpu -t eps-resnet:cpu .
-#   docker run --read-only -p 127.0.0.1:8000:8000 -v ./bundle:/models:ro eps-resnet:cpu
+#   docker run --read-only --tmpfs /tmp -p 127.0.0.1:8000:8000 -v ./bundle:/models:ro eps-resnet:cpu
 #
 # A bundle of the build context can be baked in: --build-arg BUNDLE=bundle
 # What a GPU needs beside its driver comes from Python packages, so that one base serves all targets.
@@ -100,9 +100,8 @@ ENV PATH=/opt/eps/bin:$PATH \
 USER 10001:10001
 WORKDIR /
 EXPOSE 8000
-# Not through urllib, which would ask a proxy that the environment names.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 \
-    CMD ["python", "-I", "-c", "import http.client, sys; server = http.client.HTTPConnection('127.0.0.1', 8000, timeout=4); server.request('GET', '/v2/health/ready'); sys.exit(server.getresponse().status != 200)"]
+    CMD ["python", "-I", "-m", "eps_deploy.serving.healthcheck"]
 ENTRYPOINT ["eps-serve", "--host", "0.0.0.0"]
 CMD ["/models"]
 ARG VERSION=unknown
@@ -121,6 +120,9 @@ ENV NVIDIA_VISIBLE_DEVICES=all \
 COPY --from=cuda-packages /opt/eps /opt/eps
 ARG BUNDLE=deploy/image/models
 COPY ${BUNDLE} /models
+# Without a GPU that ONNX Runtime can use, it refuses; `--provider cpu` after the bundle overrides.
+ENTRYPOINT ["eps-serve", "--host", "0.0.0.0", "--provider", "cuda"]
+CMD ["/models"]
 
 
 # A plan that is still to be built is built at the first start, and kept in /cache: mount a volume.
@@ -131,6 +133,9 @@ COPY --from=trt-packages /opt/eps /opt/eps
 COPY --chown=10001:10001 deploy/image/cache /cache
 ARG BUNDLE=deploy/image/models
 COPY ${BUNDLE} /models
+# The first start may build a plan, which takes from seconds to many minutes.
+HEALTHCHECK --interval=10s --timeout=5s --start-period=30m --retries=3 \
+    CMD ["python", "-I", "-m", "eps_deploy.serving.healthcheck"]
 CMD ["/models", "--engine-cache", "/cache"]
 
 

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -20,6 +23,7 @@ from eps_train.preprocess import Preprocessing
 FORMAT = "eps-resnet-bundle"
 SCHEMA = 1
 MANIFEST = "manifest.json"
+NAME = "eps_resnet"  # of a model that was given none
 NO_DIGEST = "0" * 64
 _AGAIN = "restore it from a good copy or run eps-deploy again"
 
@@ -30,6 +34,7 @@ class Bundle:
 
     Attributes:
         root: its folder.
+        name: of the model; clients ask for it.
         manifest: `manifest.json` as plain data.
         preprocessing: from a picture to the network's input.
         labels: names of the classes, by index.
@@ -38,6 +43,7 @@ class Bundle:
     """
 
     root: Path
+    name: str
     manifest: Mapping[str, Any]
     preprocessing: Preprocessing
     labels: tuple[str, ...]
@@ -64,6 +70,7 @@ def load_bundle(path: Path | str) -> Bundle:
         channels, height, width = manifest["input"]["shape"][1:]
         bundle = Bundle(
             root=root,
+            name=check_name(manifest.get("name", NAME)),
             manifest=manifest,
             preprocessing=Preprocessing.from_dict(manifest["preprocessing"]),
             labels=tuple(str(label) for label in manifest["labels"]),
@@ -81,6 +88,22 @@ def load_bundle(path: Path | str) -> Bundle:
     for name, listed in files.items():
         _verified(root, name, listed)
     return bundle
+
+
+def check_name(name: Any) -> str:
+    """A model's name that paths, folders, Triton and KServe take. Raises ConfigError for another.
+
+    It is one part of a URL and one folder, as both write it without escapes; `v2/models/stats` has
+    a meaning of its own.
+    """
+    if not (isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}", name)):
+        raise ConfigError(
+            f"model name {name!r}: use up to 63 letters, digits, '_', '-' and '.', a letter or"
+            " digit first"
+        )
+    if name == "stats":
+        raise ConfigError("model name 'stats': the protocol has a path of this name; use another")
+    return name
 
 
 def is_bundle(folder: Path) -> bool:
@@ -136,31 +159,32 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def _verified(root: Path, name: str, listed: Any) -> bytes:
-    """The content of a listed file. A manifest can be forged: its names must stay in the bundle."""
+    """The content of a listed file.
+
+    A manifest can be forged, so its names must stay in the bundle. Links may lead anywhere, as into
+    the store of a Hugging Face cache or of DVC: the SHA-256 proves what is read through them.
+    """
     pure = PurePosixPath(name)
     path = root / pure
-    outside = pure.is_absolute() or ".." in pure.parts or any(sign in name for sign in "\\:\0")
-    if outside or not _lies_in(path, root):
+    if pure.is_absolute() or ".." in pure.parts or any(sign in name for sign in "\\:\0"):
         raise FileFormatError(f"{root / MANIFEST}: lists {name}, which lies outside the bundle")
+    wanted = listed if isinstance(listed, dict) else {}
     try:
+        # Before a byte is read: a link may lead to a device without end.
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise FileFormatError(f"{path}: not a file; {_AGAIN}")
+        if found.st_size != wanted.get("bytes"):
+            raise FileFormatError(
+                f"{path}: {found.st_size} bytes where the manifest says {wanted.get('bytes')};"
+                f" {_AGAIN}"
+            )
         content = path.read_bytes()
     except FileNotFoundError:
-        raise FileFormatError(f"{path}: missing from the bundle; {_AGAIN}") from None
+        where = f" (its link leads to {os.readlink(path)})" if path.is_symlink() else ""
+        raise FileFormatError(f"{path}: missing from the bundle{where}; {_AGAIN}") from None
     except OSError as error:
         raise FileFormatError(f"{path}: cannot be read: {error.strerror}") from None
-    wanted = listed if isinstance(listed, dict) else {}
-    if len(content) != wanted.get("bytes"):
-        raise FileFormatError(
-            f"{path}: {len(content)} bytes where the manifest says {wanted.get('bytes')}; {_AGAIN}"
-        )
     if hashlib.sha256(content).hexdigest() != wanted.get("sha256"):
         raise FileFormatError(f"{path}: changed: its SHA-256 is not the manifest's; {_AGAIN}")
     return content
-
-
-def _lies_in(path: Path, root: Path) -> bool:
-    """Whether `path` is below `root`, all links followed; links in a circle lead nowhere."""
-    try:
-        return path.resolve().is_relative_to(root.resolve())
-    except (OSError, RuntimeError):
-        return False

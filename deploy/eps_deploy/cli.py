@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import click
 from click.core import ParameterSource
 
+from eps_deploy.bundle import NAME
 from eps_deploy.engines.trt.build import BuildOptions
 from eps_deploy.options import Options
 from eps_deploy.precision import PRECISIONS, Precision
@@ -91,6 +92,13 @@ _CALIBRATION = ("calibration_samples", "calibration_method")
     show_default=True,
     metavar="DIR",
     help="Folder to write.",
+)
+@click.option(
+    "--name",
+    default=NAME,
+    show_default=True,
+    metavar="NAME",
+    help="Model name that clients ask for; also its folder in a Triton repository.",
 )
 @click.option(
     "--max-accuracy-drop",

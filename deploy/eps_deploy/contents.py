@@ -117,6 +117,7 @@ def served(options: Options, data: DataIdentity, sides: Sides) -> Served:
     return Served(
         input_shape=data.input_shape,
         labels=data.classes,
+        preprocessing=data.preprocessing.described(),
         max_batch=options.max_batch,
         kind=_kind(options),
         threads=options.threads if on_cpu else None,
@@ -140,6 +141,7 @@ def manifest_fields(
     """
     data: DataIdentity = sources.compact.data
     return {
+        "name": options.name,
         "input": {
             "name": INPUT_NAME,
             "dtype": "uint8",
@@ -150,6 +152,12 @@ def manifest_fields(
         },
         "output": {"name": OUTPUT_NAME, "dtype": "float32", "shape": ["N", len(data.classes)]},
         "preprocessing": data.preprocessing.to_dict(),
+        # For clients that send raw pixels: other libraries call something else by this name.
+        "resampling": {
+            "interpolation": data.preprocessing.interpolation,
+            "antialias": data.preprocessing.antialias,
+            "reference": "Pillow",
+        },
         # Applied inside the network; recorded for whoever wants to know.
         "normalization": normalization.summary(data.mean, data.std),
         "labels": list(data.classes),

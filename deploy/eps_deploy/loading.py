@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from typing import Literal
 
 from eps_deploy.bundle import Bundle
-from eps_deploy.engines.base import Engine
+from eps_deploy.engines.base import Engine, EngineError
 from eps_train.errors import FileFormatError
 
 ONNX = "model.onnx"
+Choice = Literal["auto", "cpu", "cuda"]
 
 
 def open_engine(bundle: Bundle, *, threads: int | None = None) -> Engine:
@@ -57,6 +60,38 @@ def open_onnx(
         exact_qdq=not provider,
     )
     return _agreeing(bundle, engine)
+
+
+def open_served(bundle: Bundle, file: str, choice: Choice, say: Callable[[str], None]) -> Engine:
+    """A network in a bundle on the ONNX Runtime provider that a server chooses.
+
+    Args:
+        bundle: as `load_bundle` gives it.
+        file: name of the ONNX file in the bundle.
+        choice: `auto`: the GPU where ONNX Runtime really runs the network on it, else the CPU.
+        say: told why a GPU is not used although the bundle or the installed package is for one.
+
+    Raises:
+        EngineError: ONNX Runtime does not run the network on the provider.
+        FileFormatError: the model and the labels do not agree.
+    """
+    from onnxruntime import get_available_providers
+
+    from eps_deploy.engines.ort import PROVIDERS
+
+    cpu, cuda = PROVIDERS["cpu"], PROVIDERS["cuda"]
+    if choice != "auto":
+        return open_onnx(bundle, file=file, provider=PROVIDERS[choice])
+    recorded = bundle.manifest["engine"].get("provider", cpu)
+    for provider in dict.fromkeys((recorded, cuda)):
+        if provider == cpu:
+            continue
+        try:
+            return open_onnx(bundle, file=file, provider=provider)
+        except EngineError as error:
+            if provider == recorded or provider in get_available_providers():
+                say(f"not served by {provider}: {error}")
+    return open_onnx(bundle, file=file, provider=cpu)
 
 
 def _agreeing(bundle: Bundle, engine: Engine) -> Engine:

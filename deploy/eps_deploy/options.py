@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from eps_deploy.bundle import NAME, check_name
 from eps_deploy.engines.trt.build import BuildOptions
 from eps_deploy.precision import PRECISIONS, Precision
 from eps_train.errors import ConfigError
@@ -24,6 +25,7 @@ class Options:
         checkpoint, baseline: where they are; None: where they are expected.
         data_root: as `--data-root`.
         output: folder of the bundle.
+        name: of the model, for clients and for Triton's repository.
         engine: `ort` or `trt`.
         precision: see `eps_deploy.precision`.
         calibration_samples, calibration_method: for int8.
@@ -48,6 +50,7 @@ class Options:
     baseline: Path | None = None
     data_root: Path | None = None
     output: Path = Path("bundle")
+    name: str = NAME
     engine: Literal["ort", "trt"] = "ort"
     precision: Precision = PRECISIONS["fp32"]
     calibration_samples: int = 512
@@ -66,6 +69,10 @@ class Options:
     command: str = "eps-deploy"
 
     def __post_init__(self) -> None:
+        try:
+            check_name(self.name)
+        except ConfigError as error:
+            raise ConfigError(f"--name: {error}") from None
         for name in ("max_accuracy_drop", "min_speedup", "latency_budget"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):

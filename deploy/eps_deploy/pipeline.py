@@ -238,7 +238,8 @@ class _Job:
         contents.write_examples(folder / "examples", self.part.images, labels, data.classes)
         if found.timings:
             save_samples(folder / "latency.npz", found.timings)
-        triton.write_repository(folder, contents.served(self.options, data, sides), images)
+        served = contents.served(self.options, data, sides)
+        triton.write_repository(folder, served, images, name=self.options.name)
         report.write_json(folder / "report.json", found.report)
         for name, text in (
             ("report.md", render_markdown(found.report)),

@@ -35,8 +35,8 @@ _BATCH = 32
 def cli(bundle: Path, images: tuple[Path, ...], top: int, as_json: bool) -> int:
     """Label each IMAGE with the network in BUNDLE.
 
-    A picture that cannot be read is named on stderr; the others are labelled all the same, and the
-    exit code is 1.
+    A picture that cannot be read, or for which the network gives no finite numbers, is named on
+    stderr; the others are labelled all the same, and the exit code is 1.
     """
     from eps_deploy.bundle import load_bundle
     from eps_deploy.loading import open_engine
@@ -65,6 +65,8 @@ def predict(
     """For each path, in order: `{image, top: [{label, probability}, ...]}` or `{image, error}`."""
     import numpy as np
 
+    from eps_deploy.engines.base import finite_rows
+
     batch = min(_BATCH, engine.max_batch)
     for start in range(0, len(paths), batch):
         group = paths[start : start + batch]
@@ -79,6 +81,9 @@ def predict(
         if pixels:
             logits = engine.infer(np.stack(list(pixels.values())))
             answers = dict(zip(pixels, logits, strict=True))
+            for path, finite in zip(pixels, finite_rows(logits), strict=True):
+                if not finite:
+                    problems[path] = f"{path}: the network's logits are not finite for this image"
         for path in group:
             if path in problems:
                 yield {"image": str(path), "error": problems[path]}

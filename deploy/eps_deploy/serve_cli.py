@@ -7,11 +7,14 @@ import os
 import signal
 import warnings
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
 from eps_train import console
+
+if TYPE_CHECKING:
+    from eps_deploy.loading import Choice
 
 _PATH = click.Path(path_type=Path)
 _MIB = 1 << 20
@@ -46,6 +49,13 @@ def _finite(context: click.Context, parameter: click.Parameter, value: float) ->
     type=click.IntRange(0, 65535),
     metavar="PORT",
     help="Listen for gRPC as well; 0: any that is free.",
+)
+@click.option(
+    "--provider",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="ONNX Runtime execution provider; auto: cuda where it runs the network, else cpu.",
 )
 @click.option(
     "--max-queue",
@@ -134,6 +144,7 @@ def cli(
     host: str,
     port: int,
     grpc_port: int | None,
+    provider: Choice,
     max_queue: int,
     max_delay_ms: float,
     no_batching: bool,
@@ -183,6 +194,7 @@ def cli(
             source=Source(
                 path=bundle,
                 engine_cache=engine_cache,
+                provider=provider,
                 batching=batching,
                 shadow=shadowing,
             ),

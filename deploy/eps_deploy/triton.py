@@ -12,19 +12,17 @@ model_config.proto of its repository `common`. No torch and no protobuf here.
 
 from __future__ import annotations
 
+import json
 import os
-import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from eps_deploy.engines.base import INPUT_NAME, OUTPUT_NAME, Images
-from eps_train.errors import ConfigError
 
 FOLDER = "triton"
-NAME = "eps_resnet"
 ONNX_CONFIG = "onnx"
 _ONNX, _PLAN = "model.onnx", "model.plan"
 _WARM_UPS = 4  # images; each is run alone, the first also as the largest batch
@@ -39,6 +37,7 @@ class Served:
     Attributes:
         input_shape: `[C, H, W]` of one image.
         labels: names of the classes, by index.
+        preprocessing: how an image becomes the input, for clients, which have to do it.
         max_batch: largest batch; with a plan, of its profile.
         kind: where ONNX Runtime runs `model.onnx`; KIND_AUTO: on a GPU if there is one.
         threads: of ONNX Runtime within one operator, as measured; None: its own choice.
@@ -48,30 +47,25 @@ class Served:
 
     input_shape: tuple[int, int, int]
     labels: Sequence[str]
+    preprocessing: Mapping[str, Any]
     max_batch: int
     kind: Kind = "KIND_AUTO"
     threads: int | None = None
     capability: str | None = None
 
 
-def write_repository(folder: Path, served: Served, samples: Images, *, name: str = NAME) -> Path:
+def write_repository(folder: Path, served: Served, samples: Images, *, name: str) -> Path:
     """Write `triton/NAME` into the bundle that is being written at `folder`; return that folder.
 
     Args:
         folder: holds `model.onnx`, and `model.plan` where `served` has a capability.
         served: see there.
         samples: real images, uint8 `[N, C, H, W]`, N at least 1; the first few become warm-ups.
-        name: of the model; clients ask for it.
+        name: of the model, as `check_name` accepts it; clients ask for it.
 
     Raises:
-        ConfigError: a name that Triton or a file system would not take.
         OSError: as the file system does.
     """
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
-        raise ConfigError(
-            f"Triton model name {name!r}: use letters, digits, '_', '-' and '.', a letter or digit"
-            " first"
-        )
     assert len(samples) > 0
     assert samples.shape[1:] == tuple(served.input_shape)
     model = folder / FOLDER / name
@@ -109,6 +103,9 @@ def _common(served: Served, name: str, warm_ups: Sequence[str]) -> list[str]:
         f'output [ {{ name: "{OUTPUT_NAME}" data_type: TYPE_FP32 dims: [ {classes} ]'
         ' label_filename: "labels.txt" } ]',
         "dynamic_batching { }",
+        # JSON in a string of protobuf's text format, whose escapes are those of JSON.
+        'parameters { key: "preprocessing" value { string_value:'
+        f" {json.dumps(json.dumps(served.preprocessing))} }} }}",
         *(
             f'model_warmup [ {{ name: "{file}-batch-{batch}" batch_size: {batch}'
             f' inputs {{ key: "{INPUT_NAME}" value {{ {image} input_data_file: "{file}" }} }} }} ]'

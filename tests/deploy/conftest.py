@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
+from onnx import helper, numpy_helper
 
 from eps_compact import CompactArtifact, compact
+from eps_deploy.bundle import MANIFEST, NO_DIGEST, encode_manifest
 from eps_deploy.cli import main
 from eps_train.network import NetworkSpec
 from tests.checkpoints import make_checkpoint
@@ -64,6 +72,57 @@ def deployed(first_run: tuple[Path, Result]) -> Path:
 def bundle(deployed: Path, tmp_path: Path) -> Path:
     """A copy of the bundle that a test may damage."""
     return Path(shutil.copytree(deployed / "bundle", tmp_path / "bundle"))
+
+
+@pytest.fixture(scope="session")
+def overflowing(deployed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle that passes every check, and whose network is NaN on white and inf on black images.
+
+    As float16 can be on images that are unlike those that it was judged on.
+    """
+    folder = tmp_path_factory.mktemp("overflowing") / "bundle"
+    shutil.copytree(deployed / "bundle", folder)
+    model = onnx.load(folder / "model.onnx")
+    for node in model.graph.node:
+        for index, name in enumerate(node.output):
+            node.output[index] = "sound" if name == "logits" else name
+
+    def constant(name: str, value: float) -> None:
+        model.graph.initializer.append(numpy_helper.from_array(np.array(value, np.float32), name))
+
+    model.graph.initializer.append(numpy_helper.from_array(np.array([1]), "axes"))
+    constant("nan", np.nan)
+    constant("inf", np.inf)
+    constant("nearly white", 254.5)
+    constant("nearly black", 0.5)
+    model.graph.node.extend(
+        [
+            helper.make_node("Flatten", ["images"], ["flat"]),
+            helper.make_node("Cast", ["flat"], ["grey"], to=onnx.TensorProto.FLOAT),
+            helper.make_node("ReduceMean", ["grey", "axes"], ["mean"]),
+            helper.make_node("Greater", ["mean", "nearly white"], ["white"]),
+            helper.make_node("Less", ["mean", "nearly black"], ["black"]),
+            helper.make_node("Where", ["black", "inf", "sound"], ["brighter"]),
+            helper.make_node("Where", ["white", "nan", "brighter"], ["logits"]),
+        ]
+    )
+    reseal(folder, files={"model.onnx": model.SerializeToString()})
+    return folder
+
+
+def reseal(
+    bundle: Path,
+    change: Callable[[dict[str, Any]], object] = lambda fields: None,
+    files: Mapping[str, bytes] = MappingProxyType({}),
+) -> None:
+    """Forge a bundle: other files, another manifest, and digests that match them, as anyone can."""
+    fields = json.loads((bundle / MANIFEST).read_bytes())
+    for name, content in files.items():
+        (bundle / name).write_bytes(content)
+        digest = hashlib.sha256(content).hexdigest()
+        fields["files"][name] = {"sha256": digest, "bytes": len(content)}
+    change(fields)
+    (bundle / MANIFEST).write_bytes(encode_manifest({**fields, "digest": NO_DIGEST}))
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,14 @@ from typing import Any
 import pytest
 
 from eps_deploy import load_bundle
+from eps_deploy.bench.cli import main as bench
 from eps_deploy.bundle import MANIFEST, encode_manifest
+from eps_deploy.predict_cli import main as predict
+from eps_deploy.verify_cli import main as verify
 from eps_train.errors import FileFormatError
+from tests.commands import run
+
+from .serving.running import command
 
 FILES = (
     "model.onnx",
@@ -122,11 +129,47 @@ def test_a_forged_manifest_cannot_point_outside(bundle: Path, name: str) -> None
     assert "outside the bundle" in refusal(bundle)
 
 
-def test_a_link_cannot_point_outside(bundle: Path) -> None:
-    outside = bundle.parent / "model.onnx"
-    (bundle / "model.onnx").rename(outside)
-    (bundle / "model.onnx").symlink_to(outside)
-    assert "outside the bundle" in refusal(bundle)
+def into_a_store(bundle: Path) -> Path:
+    """The bundle as a download cache has it: each file a link to one that is named by its hash."""
+    store = bundle.parent / "blobs"
+    store.mkdir()
+    for path in [path for path in bundle.rglob("*") if path.is_file()]:
+        blob = store / hashlib.sha256(path.read_bytes()).hexdigest()
+        path.replace(blob)
+        path.symlink_to(os.path.relpath(blob, path.parent))
+    return store
+
+
+def test_links_into_a_content_store_are_followed(bundle: Path, deployed: Path) -> None:
+    """By every command that reads a bundle: the hashes prove what the links lead to."""
+    picture = next((deployed / "bundle" / "examples").glob("*.png"))
+    into_a_store(bundle)
+    for name, main, *arguments in (
+        ("eps-predict", predict, bundle, picture),
+        ("eps-verify", verify, bundle),
+        ("eps-bench", bench, bundle, bundle, "--batch", 1, "--seconds", 0.01),
+    ):
+        result = run(name, main, *arguments, cwd=bundle.parent)
+        assert result.code == 0, result.stderr
+    with command(bundle) as process:
+        process.wait_ready()
+        assert process.post("/v1/classify", picture.read_bytes()).status == 200
+
+
+def test_what_a_link_leads_to_must_have_the_right_content(bundle: Path) -> None:
+    store = into_a_store(bundle)
+    model = (bundle / "model.onnx").resolve()
+    content = model.read_bytes()
+    model.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert "model.onnx: changed" in refusal(bundle)
+    model.unlink()
+    assert f"its link leads to ../blobs/{model.name}" in refusal(bundle)
+    (bundle / "model.onnx").unlink()
+    (bundle / "model.onnx").symlink_to("/dev/zero")  # never read: it has no end
+    assert "model.onnx: not a file" in refusal(bundle)
+    (bundle / "model.onnx").unlink()
+    (bundle / "model.onnx").symlink_to(store)
+    assert "model.onnx: not a file" in refusal(bundle)
 
 
 @pytest.mark.parametrize(

@@ -76,5 +76,10 @@ def test_the_manifest_names_its_sources(deployed: Path) -> None:
         "color": "grey",
         "range": [0, 255],
     }
+    assert manifest["resampling"] == {
+        "interpolation": "bilinear",
+        "antialias": True,
+        "reference": "Pillow",
+    }
     assert manifest["output"] == {"name": "logits", "dtype": "float32", "shape": ["N", 10]}
     assert {"eps_resnet", "torch", "python"} <= manifest["versions"].keys()

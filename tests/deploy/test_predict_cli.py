@@ -106,6 +106,29 @@ def test_bad_pictures_in_json(deployed: Path) -> None:
     assert answer["errors"] == [{"image": "missing.png", "error": "missing.png: no such file"}]
 
 
+def test_an_image_whose_logits_are_not_finite_is_named(
+    deployed: Path, overflowing: Path, tmp_path: Path
+) -> None:
+    """The network overflows on it: that is an error, no label with the probability NaN."""
+    for colour in ("white", "black"):
+        Image.new("L", (8, 8), colour).save(tmp_path / f"{colour}.png")
+    good = examples(deployed)[0]
+    images = (tmp_path / "white.png", good, tmp_path / "black.png")
+    result = predict(overflowing, *images, cwd=deployed)
+    assert result.code == 1
+    assert result.stdout == predict("bundle", good, cwd=deployed).stdout
+    lines = result.stderr.splitlines()
+    assert [line.partition(": the network's")[0] for line in lines] == [
+        f"eps-predict: error: {tmp_path / name}" for name in ("white.png", "black.png")
+    ]
+    assert all("not finite" in line for line in lines)
+    result = predict(overflowing, *images, "--json", cwd=deployed)
+    assert result.code == 1
+    answer = json.loads(result.stdout)
+    assert [entry["image"] for entry in answer["predictions"]] == [str(good)]
+    assert [entry["image"] for entry in answer["errors"]] == [str(images[0]), str(images[2])]
+
+
 @pytest.mark.parametrize(
     "arguments", [["nowhere", "a.png"], ["compact.pt", "a.png"], [".", "a.png"]]
 )

@@ -25,6 +25,7 @@ from eps_deploy.loading import open_engine
 from eps_deploy.serve_cli import main
 from tests.commands import run
 
+from .conftest import reseal
 from .serving.documented import document, run_client
 from .serving.running import COMMAND, MODEL, Process, command, read_all, until
 
@@ -38,6 +39,13 @@ def served(deployed: Path) -> Iterator[Process]:
         process.wait_ready()
         yield process
         assert process.stop() == 0
+
+
+@pytest.fixture(scope="module")
+def loading(deployed: Path) -> Iterator[Process]:
+    with command(deployed / "bundle", "--allow-load") as process:
+        process.wait_ready()
+        yield process
 
 
 @pytest.fixture(scope="module")
@@ -329,6 +337,32 @@ def test_loading_is_off_unless_asked_for(served: Process) -> None:
     assert "--allow-load" in answer.error
 
 
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Content-Type": "text/plain"}, 403),
+        ({"Content-Type": "Application/X-WWW-Form-Urlencoded; charset=utf-8"}, 403),
+        ({"Content-Type": "multipart/form-data"}, 403),
+        ({"Origin": "https://example.org"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Origin": "https://example.org", "Content-Type": "application/json"}, 200),
+        ({"Content-Type": "application/json; charset=utf-8"}, 200),
+        ({}, 200),  # NVIDIA's client
+    ],
+)
+def test_no_web_page_can_have_the_bundle_loaded(
+    loading: Process, headers: dict[str, str], status: int
+) -> None:
+    """What a browser sends for any page without asking this server first (CORS: simple)."""
+    answer = loading.post(f"/v2/repository/models/{NAME}/load", b"{}", **headers)
+    assert answer.status == status
+    if status == 403:
+        assert "application/json" in answer.error
+        # What a page sends otherwise the browser asks for first, and it is told no.
+        assert loading.ask("OPTIONS", f"/v2/repository/models/{NAME}/load").status == 405
+
+
 def refused(deployed: Path, *args: object) -> str:
     """The one line with which the command refuses, before it serves anything."""
     result = run("eps-serve", main, *args, cwd=deployed)
@@ -359,18 +393,66 @@ def test_a_token_that_is_none(deployed: Path, tmp_path: Path, token: str) -> Non
     assert "cannot be read" in refused(deployed, "bundle", "--token-file", tmp_path / "missing")
 
 
-def test_a_model_that_does_not_run_ends_the_server(bundle: Path) -> None:
-    """It listens by then, so that probes see that it is alive; it must not stay like this."""
-    from eps_deploy.bundle import encode_manifest
+NO_CUDA = """
+import onnxruntime
+onnxruntime.get_available_providers = lambda: ["CPUExecutionProvider"]
+"""
+# Stands in for a GPU: what is asked to run on CUDA runs on the CPU, and says CUDA.
+WITH_CUDA = """
+from eps_deploy.engines import ort
+session = ort.open_session
+ort.open_session = lambda model, **options: session(model, **{**options, "provider": "cpu"})
+"""
 
-    manifest = json.loads((bundle / "manifest.json").read_text())
-    manifest["engine"]["provider"] = "CUDAExecutionProvider"
-    fields = {k: v for k, v in manifest.items() if k not in ("format", "schema", "digest")}
-    (bundle / "manifest.json").write_bytes(encode_manifest(fields))
-    with command(bundle) as process:
+
+def test_a_provider_that_is_not_there_ends_the_server(deployed: Path) -> None:
+    """It listens by then, so that probes see that it is alive; it must not stay like this."""
+    with command(deployed / "bundle", "--provider", "cuda", before=NO_CUDA) as process:
         assert process.wait() == 1
         assert process.lines[-1].startswith("eps-serve: error: ")
         assert "CUDA" in process.lines[-1]
+        assert "--provider cpu" in process.lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("options", "before", "granted"),
+    [
+        ([], NO_CUDA, "CPUExecutionProvider"),
+        ([], WITH_CUDA, "CUDAExecutionProvider"),
+        (["--provider", "cpu"], WITH_CUDA, "CPUExecutionProvider"),
+        (["--provider", "cuda"], WITH_CUDA, "CUDAExecutionProvider"),
+    ],
+)
+def test_the_provider_is_chosen_and_told(
+    deployed: Path, options: list[str], before: str, granted: str
+) -> None:
+    """The ready line, the card and Triton's configuration name what really runs."""
+    with command(deployed / "bundle", *options, before=before) as process:
+        process.wait_ready()
+        until(lambda: any(entry["message"] == "ready" for entry in process.logged))
+        (ready,) = (entry for entry in process.logged if entry["message"] == "ready")
+        assert (ready["provider"], ready["runtime"]) == (granted, "onnxruntime")
+        assert process.get("/v1/card").json["engine"]["provider"] == granted
+        config = process.get(f"{MODEL}/config").json
+        assert config["parameters"]["execution_provider"] == {"string_value": granted}
+        kind = "KIND_CPU" if granted.startswith("CPU") else "KIND_GPU"
+        assert config["instance_group"] == [{"count": 1, "kind": kind}]
+
+
+def test_a_bundle_made_on_a_gpu_is_served_without_one_and_says_so(bundle: Path) -> None:
+    reseal(bundle, lambda fields: fields["engine"].update(provider="CUDAExecutionProvider"))
+    with command(bundle, before=NO_CUDA) as process:
+        process.wait_ready()
+        assert any("not served by CUDAExecutionProvider" in line for line in process.lines)
+
+
+@pytest.mark.parametrize("provider", ["cpu", "cuda"])
+def test_a_provider_for_a_tensorrt_bundle(bundle: Path, tmp_path: Path, provider: str) -> None:
+    reseal(bundle, lambda fields: fields["engine"].update(name="trt", deferred=True))
+    options = ("--engine-cache", tmp_path / "cache", "--provider", provider)
+    with command(bundle, *options) as process:
+        assert process.wait() == 1
+        assert f"--provider {provider}: only applies to ONNX Runtime" in process.lines[-1]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from eps_deploy.serving import healthcheck
 from tests.meta.project import ROOT, pyproject, scripts
 from tests.meta.test_text import check_usage
 
@@ -83,13 +85,41 @@ def test_the_image_runs_a_command_that_there_is(target: str) -> None:
     check_usage(command)
 
 
+def test_the_cuda_image_never_serves_on_the_processor_in_silence() -> None:
+    command = dockerfile.words(STAGES, "cuda", "ENTRYPOINT")
+    assert command[-2:] == ["--provider", "cuda"]
+    assert dockerfile.words(STAGES, "cuda", "CMD") == ["/models"]
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_image_is_not_root_and_tells_its_health(target: str) -> None:
     user = dockerfile.last(STAGES, target, "USER").partition(":")[0]
     pod = resources()["Deployment"]["spec"]["template"]["spec"]["securityContext"]
     assert int(user) == pod["runAsUser"] != 0
     check = json.loads(dockerfile.last(STAGES, target, "HEALTHCHECK").partition(" CMD ")[2])
-    assert container()["readinessProbe"]["httpGet"]["path"] in check[-1]
+    assert check == ["python", "-I", "-m", healthcheck.__name__]
+    assert container()["readinessProbe"]["httpGet"]["path"] == healthcheck.PATH
+
+
+def test_a_plan_that_is_being_built_is_not_ill() -> None:
+    """Neither for Docker nor for Kubernetes, where no pod waits for the GPU of another one."""
+    check = dockerfile.last(STAGES, "trt", "HEALTHCHECK")
+    (minutes,) = re.findall(r"--start-period=(\d+)m ", check)
+    assert int(minutes) >= 30
+    spec = documents(MANIFESTS / "trt/gpu.yaml")[0]["spec"]
+    assert spec["progressDeadlineSeconds"] >= 1800
+    assert spec["strategy"]["rollingUpdate"] == {"maxUnavailable": 1, "maxSurge": 0}
+
+
+def test_what_runs_read_only_has_a_place_for_temporary_files() -> None:
+    """CUDA's and TensorRT's caches are off in silence without one."""
+    patch = documents(MANIFESTS / "trt/gpu.yaml")[0]
+    for deployment in (resources()["Deployment"], merged(resources()["Deployment"], patch)):
+        pod = deployment["spec"]["template"]["spec"]
+        assert "/tmp" in [mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]]
+        assert {"name": "tmp", "emptyDir": {}} in pod["volumes"]
+    for service in documents(ROOT / "compose.yaml")[0]["services"].values():
+        assert (service["read_only"], service["tmpfs"]) == (True, ["/tmp"])
 
 
 def test_every_stage_and_every_file_is_there() -> None:

@@ -87,6 +87,13 @@ def test_config_reads_back_what_show_recipe_prints(tmp_path: Path) -> None:
     assert again == {**json.loads(printed), "seed": 4}
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le"])
+def test_a_config_as_powershell_writes_it(tmp_path: Path, encoding: str) -> None:
+    printed = show(tmp_path, "--seed", 3).stdout
+    (tmp_path / "mine.json").write_bytes(printed.encode(encoding))
+    assert show(tmp_path, "--config", "mine.json").stdout == printed
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 from PIL import Image
 
 from eps_train.errors import ConfigError, DataError
@@ -77,6 +78,28 @@ def test_averaging_when_shrinking_is_smooth() -> None:
         Image.fromarray(checkers.astype(np.uint8))
     )
     assert abs(found.astype(int) - 127).max() <= 2, "no pixel is picked alone"
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_what_it_says_of_antialiasing_is_so(interpolation: str) -> None:
+    """A client that prepares images with torch gets the same pixels, and only with antialias."""
+    pixels = np.random.default_rng(0).integers(0, 256, (1, 1, 37, 53), dtype=np.uint8)
+    cut = preprocessing((9, 13), interpolation=interpolation)
+
+    def difference(antialias: bool) -> float:
+        theirs = torch.nn.functional.interpolate(
+            torch.from_numpy(pixels).float(),
+            size=(9, 13),
+            mode=interpolation,
+            antialias=antialias,
+        )
+        ours = cut.apply(Image.fromarray(pixels[0, 0])).astype(float)
+        return float(np.abs(ours - theirs.clamp(0, 255).numpy()[0]).max())
+
+    assert cut.described()["antialias"]
+    assert difference(antialias=True) <= 1
+    assert difference(antialias=False) > 20
+    assert not preprocessing((9, 13), interpolation="nearest").antialias
 
 
 ORIENTATIONS: dict[int, Callable[[Pixels], Pixels]] = {

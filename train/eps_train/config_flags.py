@@ -251,7 +251,8 @@ def read(path: Path) -> TrainingConfig:
     Raises ConfigError that names the file when it is not one.
     """
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        # As bytes: json finds UTF-8 with a byte order mark, and UTF-16, which PowerShell writes.
+        fields = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise ConfigError(f"--config {path}: no such file") from None
     except (UnicodeDecodeError, json.JSONDecodeError, IsADirectoryError) as error:

@@ -62,6 +62,19 @@ class Preprocessing:
         fields = asdict(self)
         return {**fields, "resize": list(self.resize), "crop": list(self.crop)}
 
+    @property
+    def antialias(self) -> bool:
+        """Whether a pixel of an image that shrinks is made of all pixels that it covers.
+
+        So it is in Pillow, for every interpolation but `nearest`. Torch's has `antialias=True` for
+        it; OpenCV's INTER_LINEAR is another, and gives other pixels.
+        """
+        return self.interpolation != "nearest"
+
+    def described(self) -> dict[str, Any]:
+        """:meth:`to_dict` with `antialias`, for those who prepare images elsewhere."""
+        return {**self.to_dict(), "antialias": self.antialias}
+
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Preprocessing:
         """Inverse of :meth:`to_dict`. Raises ConfigError for missing or unknown fields."""

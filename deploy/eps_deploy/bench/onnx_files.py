@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx
 import onnxruntime
+from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
 
 from eps_compact.interleaving import Block
 from eps_deploy.bench.subject import BenchError, Facts
@@ -132,15 +133,43 @@ class OnnxSubject:
 def read_model(path: Path) -> bytes:
     """An ONNX file with its weights inside, also those that lie in files beside it.
 
-    Raises FileFormatError.
+    The files may be links, as in the cache of Hugging Face. Raises FileFormatError.
     """
     if not path.exists():
         raise FileFormatError(f"{path}: no such file")
     try:
-        return bytes(onnx.load(str(path)).SerializeToString())
+        model = onnx.load(str(path), load_external_data=False)
+        for tensor in _tensors(model.graph):
+            if uses_external_data(tensor):
+                _load_weights(tensor, path.parent)
+        return bytes(model.SerializeToString())
     except Exception as error:  # onnx and protobuf raise many unrelated types
         cause = " ".join(str(error).split()) or type(error).__name__
         raise FileFormatError(f"{path}: not an ONNX file that can be read: {cause}") from error
+
+
+def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    """All weights and constants of a graph, also of the graphs within its nodes."""
+    yield from graph.initializer
+    for node in graph.node:
+        for attribute in node.attribute:
+            yield attribute.t
+            yield from attribute.tensors
+            for inner in (attribute.g, *attribute.graphs):
+                yield from _tensors(inner)
+
+
+def _load_weights(tensor: onnx.TensorProto, folder: Path) -> None:
+    """Read a tensor's values; onnx refuses a link, so it is given what the link leads to.
+
+    A name that leads out of `folder` by itself is left to onnx, which refuses it.
+    """
+    (location,) = (entry for entry in tensor.external_data if entry.key == "location")
+    name = PurePath(location.value)
+    if not name.is_absolute() and ".." not in name.parts:
+        found = (folder / name).resolve()
+        folder, location.value = found.parent, found.name
+    load_external_data_for_tensor(tensor, str(folder))
 
 
 def _remark(model: bytes, name: str) -> str | None:

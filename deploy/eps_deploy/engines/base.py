@@ -54,6 +54,12 @@ class Engine(Protocol):
     def __exit__(self, *_: object) -> None: ...
 
 
+def finite_rows(logits: Logits) -> npt.NDArray[np.bool_]:
+    """bool `[N]`: whether all logits of an image are finite. What is not must never be answered."""
+    rows: npt.NDArray[np.bool_] = np.logical_and.reduce(np.isfinite(logits), axis=1)
+    return rows
+
+
 def check_images(images: Images, input_shape: tuple[int, int, int], max_batch: int) -> None:
     """Raise DataError unless `images` is uint8 `[N, *input_shape]` with 1 <= N <= max_batch."""
     if not isinstance(images, np.ndarray) or images.dtype != np.uint8:

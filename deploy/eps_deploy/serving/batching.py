@@ -16,7 +16,7 @@ from queue import SimpleQueue
 
 import numpy as np
 
-from eps_deploy.engines.base import Engine, Images, Logits
+from eps_deploy.engines.base import Engine, Images, Logits, finite_rows
 from eps_deploy.serving.queueing import Job, Piece, Queue
 from eps_deploy.serving.refusals import InferenceFailed, Refusal, busy
 
@@ -52,12 +52,14 @@ class Ran:
         seconds: of the engine.
         waited: seconds in the queue, of each job that began with this batch.
         failed: why it did not work; None: it did.
+        not_finite: images whose logits are not finite: their requests failed, the others did not.
     """
 
     images: int
     seconds: float
     waited: tuple[float, ...]
     failed: Exception | None = None
+    not_finite: int = 0
 
 
 class Batcher:
@@ -205,12 +207,15 @@ class Batcher:
         seconds: float,
     ) -> None:
         at = 0
+        finite = finite_rows(logits) if logits is not None else None
         for piece in pieces:
             job, size = piece.job, piece.stop - piece.start
             if job.answer.done():  # cancelled, expired, or failed with an earlier piece
                 pass
-            elif logits is None:
+            elif logits is None or finite is None:
                 self._fail(job, InferenceFailed("the engine failed"))
+            elif not finite[at : at + size].all():
+                self._fail(job, InferenceFailed("the network's logits are not finite"))
             elif job.receive(piece.start, piece.stop, logits[at : at + size]):
                 assert job.logits is not None
                 job.answer.set_result(job.logits)
@@ -220,7 +225,8 @@ class Batcher:
         self._seconds_per_image += _SMOOTHING * (each - self._seconds_per_image)
         begun = [piece.job for piece in pieces if piece.start == 0]
         waited = tuple(job.begun - job.arrived for job in begun)
-        self._observe(Ran(at, seconds, waited, failed))
+        not_finite = 0 if finite is None else int(np.count_nonzero(~finite))
+        self._observe(Ran(at, seconds, waited, failed, not_finite))
 
 
 def _joined(pieces: Sequence[Piece]) -> Images:

@@ -87,7 +87,7 @@ def understand(
     tensor, shape = _input(document.get("inputs"), signature)
     return Request(
         images=pixels(tensor, shape),
-        id=_identifier(document.get("id", "")),
+        id=_identifier(document.get("id")),
         binary=binary,
         classification=min(classification, len(signature.labels)),
         timeout=_timeout(parameters),
@@ -95,12 +95,15 @@ def understand(
 
 
 def mapping(value: Any, name: str) -> Mapping[str, Any]:
-    """`value`, or an empty mapping for None. Raises Refusal for anything but a mapping."""
+    """The fields of `value` that are given: null means that one is not, as for `value` itself.
+
+    Raises Refusal for anything but a mapping.
+    """
     if value is None:
         return {}
     if not isinstance(value, dict):
         raise Refusal(f"{name} must be an object")
-    return value
+    return {key: field for key, field in value.items() if field is not None}
 
 
 def told(value: Any) -> str:
@@ -112,6 +115,8 @@ def told(value: Any) -> str:
 
 
 def _identifier(value: Any) -> str:
+    if value is None:
+        return ""
     if not isinstance(value, str) or len(value) > _MOST_LETTERS:
         raise Refusal(f"id must be a string of at most {_MOST_LETTERS} characters")
     try:

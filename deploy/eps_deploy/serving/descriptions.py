@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from eps_deploy.engines.base import INPUT_NAME, OUTPUT_NAME
@@ -9,7 +10,6 @@ from eps_deploy.serving.contract import DATATYPE
 from eps_deploy.serving.metrics import Statistic, Totals
 from eps_deploy.serving.model import VERSION
 from eps_deploy.serving.service import Served
-from eps_deploy.triton import NAME
 
 _EXTENSIONS = ("binary_tensor_data", "classification", "model_configuration", "statistics")
 
@@ -47,6 +47,11 @@ def model(served: Served) -> dict[str, Any]:
 def config(served: Served) -> dict[str, Any]:
     """As Triton's `config`: sizes are without the batch."""
     signature = served.signature
+    engine = served.model.engines[0].describe()
+    on_cpu = engine.get("provider") == "CPUExecutionProvider"
+    further = {"preprocessing": json.dumps(served.model.bundle.preprocessing.described())}
+    if "provider" in engine:
+        further["execution_provider"] = str(engine["provider"])
     return {
         "name": signature.name,
         "platform": served.model.platform,
@@ -61,12 +66,19 @@ def config(served: Served) -> dict[str, Any]:
         "output": [
             {"name": OUTPUT_NAME, "data_type": "TYPE_FP32", "dims": [len(signature.labels)]}
         ],
+        "instance_group": [
+            {
+                "count": len(served.model.engines),
+                "kind": "KIND_CPU" if on_cpu else "KIND_GPU",
+            }
+        ],
+        "parameters": {key: {"string_value": value} for key, value in further.items()},
     }
 
 
-def index(ready: bool) -> list[dict[str, str]]:
+def index(name: str, ready: bool) -> list[dict[str, str]]:
     state = "READY" if ready else "UNAVAILABLE"
-    return [{"name": NAME, "version": VERSION, "state": state, "reason": ""}]
+    return [{"name": name, "version": VERSION, "state": state, "reason": ""}]
 
 
 def statistics(served: Served, totals: Totals) -> dict[str, Any]:

@@ -109,7 +109,7 @@ async def send_json(
     status: int = 200,
     headers: list[tuple[bytes, bytes]] | None = None,
 ) -> None:
-    text = json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
+    text = json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
     await send_bytes(text, b"application/json", send, status=status, headers=headers)
 
 

@@ -15,7 +15,6 @@ from eps_deploy.serving.forms import (
     of_length,
     or_null,
 )
-from eps_deploy.triton import NAME
 
 _PIXEL: Schema = {"type": "integer", "minimum": 0, "maximum": 255}
 
@@ -29,12 +28,15 @@ def infer_request(signature: Signature | None) -> Schema:
             "parameters": {
                 "type": ["object", "null"],
                 "properties": {
-                    "binary_data": {**FLAG, "description": "Answer with raw little-endian bytes."},
+                    "binary_data": {
+                        **or_null(FLAG),
+                        "description": "Answer with raw little-endian bytes.",
+                    },
                     "classification": {
-                        **COUNT,
+                        **or_null(COUNT),
                         "description": "Answer with the best so many labels; 0: with logits.",
                     },
-                    "shared_memory_region": False,
+                    "shared_memory_region": {"type": "null"},
                 },
             },
         },
@@ -43,18 +45,22 @@ def infer_request(signature: Signature | None) -> Schema:
         "type": "object",
         "required": ["inputs"],
         "properties": {
-            "id": {**STRING, "maxLength": 256, "description": "Comes back in the answer."},
+            "id": {
+                **or_null(STRING),
+                "maxLength": 256,
+                "description": "Comes back in the answer.",
+            },
             "inputs": of_length(1, {"anyOf": _tensors(signature)}),
             "outputs": or_null(list_of(output, maxItems=1)),
             "parameters": {
                 "type": ["object", "null"],
                 "properties": {
                     "timeout": {
-                        **COUNT,
+                        **or_null(COUNT),
                         "exclusiveMaximum": 1 << 63,
                         "description": "Microseconds for the answer; 0: as many as it takes.",
                     },
-                    "binary_data_output": FLAG,
+                    "binary_data_output": or_null(FLAG),
                 },
             },
         },
@@ -94,14 +100,14 @@ def _tensor(shape: Schema, data: Schema) -> Schema:
                 "type": ["object", "null"],
                 "properties": {
                     "binary_data_size": {"type": "null"},
-                    "shared_memory_region": False,
+                    "shared_memory_region": {"type": "null"},
                 },
             },
         },
     }
 
 
-def infer_answer() -> Schema:
+def infer_answer(name: str) -> Schema:
     def tensor(datatype: str, data: Schema) -> Schema:
         fields = {
             "name": {"const": OUTPUT_NAME},
@@ -116,7 +122,7 @@ def infer_answer() -> Schema:
     words = list_of({**STRING, "description": "score:index:label"})
     return exactly(
         {
-            "model_name": {"const": NAME},
+            "model_name": {"const": name},
             "model_version": STRING,
             "outputs": of_length(
                 1, {"oneOf": [tensor("FP32", list_of({"type": "number"})), tensor("BYTES", words)]}
@@ -126,11 +132,11 @@ def infer_answer() -> Schema:
     )
 
 
-def classification() -> Schema:
+def classification(name: str) -> Schema:
     label = exactly({"label": STRING, "probability": SHARE})
     return exactly(
         {
-            "model_name": {"const": NAME},
+            "model_name": {"const": name},
             "model_version": STRING,
             "predictions": list_of({**label, "description": "Best first."}, minItems=1),
         }

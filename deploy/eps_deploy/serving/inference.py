@@ -52,7 +52,7 @@ class Inference:
         headers = dict(scope["headers"])
         with (
             self._service.current.used() as served,
-            Body(headers, receive, self._limits.body, self._memory) as body,
+            Body(headers, receive, self._limits.body, self._memory, "--max-body") as body,
         ):
             check_model(scope, served.signature)
             json_length = self._json_length(headers)
@@ -89,7 +89,7 @@ class Inference:
         top = _top(scope)
         with (
             self._service.current.used() as served,
-            Body(headers, receive, self._limits.body, self._memory) as body,
+            Body(headers, receive, self._limits.body, self._memory, "--max-body") as body,
         ):
             pixels = await self._decode(await body.read(), served)
             logits = await _run(scope, served, pixels, None)

@@ -64,12 +64,21 @@ class Memory:
 class Body:
     """The body of one request; a context manager, because its memory is counted until the end.
 
+    Args:
+        headers, receive: of ASGI.
+        limit: bytes that it may have.
+        memory: counts it.
+        option: of `eps-serve`, that sets the limit; "": none does.
+
     Raises Refusal: larger than `limit`, or no memory for it.
     """
 
-    def __init__(self, headers: Headers, receive: Receive, limit: int, memory: Memory) -> None:
+    def __init__(
+        self, headers: Headers, receive: Receive, limit: int, memory: Memory, option: str = ""
+    ) -> None:
         self._receive = receive
         self._limit = limit
+        self._option = f"; the server's {option} sets that" if option else ""
         self._memory = memory
         self._held = 0
         announced = headers.get(b"content-length", b"")
@@ -103,7 +112,9 @@ class Body:
         if size <= 0:
             return
         if self._held + size > self._limit:
-            raise too_large(f"the body is larger than the {self._limit} bytes that are accepted")
+            raise too_large(
+                f"the body is larger than the {self._limit} bytes that are accepted{self._option}"
+            )
         self._memory.take(size)
         self._held += size
 

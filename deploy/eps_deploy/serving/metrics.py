@@ -83,6 +83,9 @@ class Metrics:
         self._refusals = self._counter("refusals", "Requests refused.", "reason")
         self._images = self._counter("images", "Images answered by the engine.")
         self._failures = self._counter("engine_failures", "Batches at which the engine failed.")
+        self._not_finite = self._counter(
+            "not_finite_images", "Images refused because their logits are not finite."
+        )
         self._took = self._histogram("request_seconds", "From headers to answer.", _SECONDS)
         self._waited = self._histogram("queue_seconds", "Wait of a request.", _SECONDS)
         self._computed = self._histogram("inference_seconds", "Engine time of a batch.", _SECONDS)
@@ -114,7 +117,8 @@ class Metrics:
         totals.last = time.time()
         totals.compute.add(batch.seconds)
         totals.by_batch.setdefault(batch.images, Statistic()).add(batch.seconds)
-        self._images.inc(batch.images)
+        self._images.inc(batch.images - batch.not_finite)
+        self._not_finite.inc(batch.not_finite)
         self._batch.observe(batch.images)
         self._computed.observe(batch.seconds)
         for seconds in batch.waited:

@@ -13,14 +13,13 @@ from typing import Any
 
 from eps_deploy.bundle import Bundle, load_bundle
 from eps_deploy.engines.base import Engine
-from eps_deploy.loading import ONNX, open_engine, open_onnx
+from eps_deploy.loading import ONNX, Choice, open_engine, open_served
 from eps_deploy.measuring.parity import Parity
 from eps_deploy.serving.contract import Signature
 from eps_deploy.serving.limits import Limits
 from eps_deploy.serving.pictures import decode
 from eps_deploy.serving.plan_cache import PlanCache
 from eps_deploy.serving.proving import prove
-from eps_deploy.triton import NAME
 from eps_train.errors import ConfigError
 
 REPORT = "report.json"
@@ -76,14 +75,16 @@ def open_model(
     instances: int,
     max_images: int,
     engine_cache: Path | None,
+    provider: Choice,
     say: Say,
     stop: threading.Event,
 ) -> Model:
     """Open the bundle's engines, warm them up on the stored samples and prove them. Takes its time.
 
-    Raises EngineError: an engine does not run here, or does not answer what torch answered.
+    Raises EngineError: an engine does not run here, or does not answer what torch answered;
+    ConfigError: `provider` is named, and the bundle is not for ONNX Runtime.
     """
-    opened = opener(bundle, engine_cache, say, stop)
+    opened = opener(bundle, engine_cache, provider, say, stop)
     with ExitStack() as undo:
         engines = []
         for index in range(instances):
@@ -91,9 +92,9 @@ def open_model(
             proof = prove(bundle, engine, f"engine {index}")
             engines.append(engine)
         say(
-            f"warm: {proof.samples} samples in batches of {min(proof.batches)} to"
-            f" {max(proof.batches)}, largest difference from torch {proof.relative:.2g} of the"
-            " largest logit"
+            f"warm: {proof.samples} samples on {runs_on(engine)} in batches of"
+            f" {min(proof.batches)} to {max(proof.batches)}, largest difference from torch"
+            f" {proof.relative:.2g} of the largest logit"
         )
         undo.pop_all()
     told = engines[0].describe()
@@ -102,7 +103,7 @@ def open_model(
         bundle=bundle,
         engines=tuple(engines),
         signature=Signature(
-            name=NAME,
+            name=bundle.name,
             version=VERSION,
             input_shape=bundle.input_shape,
             labels=bundle.labels,
@@ -126,19 +127,33 @@ def _warm_pillow(bundle: Bundle) -> None:
 def opener(
     bundle: Bundle,
     engine_cache: Path | None,
+    provider: Choice,
     say: Say,
     stop: threading.Event,
     file: str = ONNX,
 ) -> Callable[[], Engine]:
-    """Opens another engine at each call; `file` names another network than the bundle's model."""
+    """Opens another engine at each call; `file` names another network than the bundle's model.
+
+    Raises ConfigError: `provider` is named, and the bundle is not for ONNX Runtime.
+    """
+    if bundle.manifest["engine"]["name"] == "ort":
+        return lambda: open_served(bundle, file, provider, say)
+    if provider != "auto":
+        raise ConfigError(
+            f"--provider {provider}: only applies to ONNX Runtime, and {bundle.root} is for"
+            " TensorRT; leave it out"
+        )
     if not is_deferred(bundle):
-        if file != ONNX:
-            provider = bundle.manifest["engine"].get("provider", "")
-            return lambda: open_onnx(bundle, file=file, provider=provider)
         return lambda: open_engine(bundle)
     assert engine_cache is not None, "read_bundle has seen to it"
     cache = PlanCache(engine_cache, say=say, stop=stop)
     return lambda: cache.open(bundle, file)
+
+
+def runs_on(engine: Engine) -> str:
+    """The execution provider or the GPU of an engine, for logs."""
+    told = engine.describe()
+    return str(told.get("provider") or told.get("device") or told["name"])
 
 
 def _card(bundle: Bundle, told: dict[str, Any], proof: Parity) -> dict[str, Any]:
@@ -148,12 +163,13 @@ def _card(bundle: Bundle, told: dict[str, Any], proof: Parity) -> dict[str, Any]
     blocks = report.get("blocks", {})
     kept = ("runtime", "version", "provider", "threads", "max_batch", "device")
     return {
-        "name": NAME,
+        "name": bundle.name,
         "version": VERSION,
         "digest": manifest["digest"],
         "data": manifest.get("data", {}).get("name"),
         "labels": list(bundle.labels),
         "input_shape": list(bundle.input_shape),
+        "preprocessing": bundle.preprocessing.described(),
         "precision": manifest["precision"],
         "engine": {key: told[key] for key in kept if told.get(key) is not None},
         "passed": report.get("passed"),

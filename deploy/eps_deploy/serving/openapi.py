@@ -10,7 +10,6 @@ from eps_deploy.serving.contract import Signature
 from eps_deploy.serving.forms import Schema, exactly, refer
 from eps_deploy.serving.model import VERSION
 from eps_deploy.serving.protocol import JSON_LENGTH
-from eps_deploy.triton import NAME
 
 _JSON = "application/json"
 _BYTES = "application/octet-stream"
@@ -41,8 +40,8 @@ _REFUSALS: dict[str, tuple[str, tuple[str, ...]]] = {
 _ALWAYS = ("400", "401", "405", "408", "431", "500", "503")
 
 
-def document(signature: Signature | None) -> dict[str, Any]:
-    """All of it, for this model; None: there is none yet."""
+def document(name: str, signature: Signature | None) -> dict[str, Any]:
+    """All of it, for this model; `signature` None: it is not loaded yet."""
     return {
         "openapi": "3.1.0",
         "info": {
@@ -50,11 +49,12 @@ def document(signature: Signature | None) -> dict[str, Any]:
             "version": version("eps-resnet"),
             "description": "KServe v2 (Open Inference Protocol), pictures, figures.",
         },
-        "servers": [{"url": "/"}],
+        # Relative to the document: also behind a proxy that serves it under a prefix.
+        "servers": [{"url": "."}],
         "security": [{}, {"token": []}],
-        "paths": _paths(signature),
+        "paths": _paths(name, signature),
         "components": {
-            "schemas": schemas.named(signature),
+            "schemas": schemas.named(name, signature),
             "headers": {
                 name: {"description": text, "schema": schema}
                 for name, (text, schema) in _HEADERS.items()
@@ -71,7 +71,7 @@ def document(signature: Signature | None) -> dict[str, Any]:
     }
 
 
-def _paths(signature: Signature | None) -> dict[str, Any]:
+def _paths(name: str, signature: Signature | None) -> dict[str, Any]:
     paths = {
         "/": _operation("get", "The page", _text("text/html"), public=True),
         "/v1/classify": _classify(signature),
@@ -86,7 +86,7 @@ def _paths(signature: Signature | None) -> dict[str, Any]:
         "/v2/repository/index": _operation(
             "post", "The models, which is one", _json("Index"), body=_small("IndexRequest")
         ),
-        f"/v2/repository/models/{NAME}/load": _operation(
+        f"/v2/repository/models/{name}/load": _operation(
             "post",
             "Read the bundle again; off unless the server has --allow-load",
             _json({"const": {}}),
@@ -94,15 +94,15 @@ def _paths(signature: Signature | None) -> dict[str, Any]:
             refusals=("403",),
         ),
     }
-    versioned = f"/v2/models/{NAME}/versions/{{version}}"
-    model = _model(f"/v2/models/{NAME}")
-    return paths | model | {path: _versioned(item) for path, item in _model(versioned).items()}
+    versioned = _model(name, f"/v2/models/{name}/versions/{{version}}")
+    model = _model(name, f"/v2/models/{name}")
+    return paths | model | {path: _versioned(item) for path, item in versioned.items()}
 
 
-def _model(prefix: str) -> dict[str, Any]:
+def _model(name: str, prefix: str) -> dict[str, Any]:
     return {
         prefix: _operation("get", "The model", _json("Model")),
-        f"{prefix}/ready": _probe("Whether the model is ready", "ready", NAME),
+        f"{prefix}/ready": _probe("Whether the model is ready", "ready", name),
         f"{prefix}/config": _operation("get", "Triton's configuration", _json("Config")),
         f"{prefix}/stats": _operation("get", "Triton's statistics", _json("Statistics")),
         f"{prefix}/infer": _infer(),

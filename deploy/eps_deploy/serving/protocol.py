@@ -8,7 +8,6 @@ and `extension_classification.md` (`"parameters": {"classification": k}` of an o
 from __future__ import annotations
 
 import json
-import math
 from functools import partial
 from typing import Any, NoReturn
 
@@ -24,7 +23,7 @@ from eps_deploy.serving.contract import (
     told,
     understand,
 )
-from eps_deploy.serving.refusals import InferenceFailed, Refusal
+from eps_deploy.serving.refusals import Refusal
 
 JSON_LENGTH = "Inference-Header-Content-Length"
 
@@ -76,7 +75,7 @@ def _pixels(rest: memoryview, tensor: Tensor, shape: Shape) -> Images:
         if len(rest):
             raise Refusal(f"{len(rest)} bytes after the JSON belong to no tensor")
         return tensors.from_json(tensor.get("data"), shape)
-    if "data" in tensor:
+    if tensor.get("data") is not None:
         raise Refusal(f"{INPUT_NAME!r} has both data and binary_data_size")
     if isinstance(size, bool) or not isinstance(size, int) or size != len(rest):
         raise Refusal(
@@ -91,7 +90,8 @@ def write_answer(
 ) -> tuple[bytes, int | None]:
     """The answer's body, and its JSON's length if raw bytes follow.
 
-    Raises InferenceFailed for logits that JSON has no numbers for.
+    Args:
+        logits: float32 `[N, classes]`, finite.
     """
     found = output(request, logits, signature)
     tensor: dict[str, Any] = {
@@ -106,7 +106,8 @@ def write_answer(
     elif found.words is not None:
         tensor["data"] = [word.decode() for word in found.words]
     else:
-        tensor["data"] = _numbers(logits)
+        # Doubles that equal the float32 ones, so that a client's float32 are the engine's.
+        tensor["data"] = logits.ravel().tolist()
     answer: dict[str, Any] = {
         "model_name": signature.name,
         "model_version": signature.version,
@@ -114,13 +115,5 @@ def write_answer(
     }
     if request.id:
         answer["id"] = request.id
-    text = json.dumps(answer, separators=(",", ":"), ensure_ascii=False).encode()
+    text = json.dumps(answer, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
     return (text + raw, len(text)) if request.binary else (text, None)
-
-
-def _numbers(logits: Logits) -> list[float]:
-    """Doubles that equal the float32 ones, so that a client's float32 are the engine's."""
-    numbers: list[float] = logits.ravel().tolist()
-    if not all(map(math.isfinite, numbers)):
-        raise InferenceFailed("some logits are not finite, which JSON cannot say")
-    return numbers

@@ -54,9 +54,9 @@ def _samples(bundle: Bundle, engine: Engine) -> tuple[Images, Logits, npt.NDArra
 
 
 def _batches(engine: Engine) -> list[int]:
-    """TensorRT makes something of each batch size when it first comes, so it gets all of them."""
-    on_gpu = engine.describe()["name"] == "trt"
-    return sorted(range(1, engine.max_batch + 1) if on_gpu else {1, 2, engine.max_batch})
+    """All sizes on a GPU: TensorRT and cuDNN prepare each of them when it first comes."""
+    on_cpu = engine.describe().get("provider") == "CPUExecutionProvider"
+    return sorted({1, 2, engine.max_batch} if on_cpu else range(1, engine.max_batch + 1))
 
 
 def _limit(bundle: Bundle) -> float | None:

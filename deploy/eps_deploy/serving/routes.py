@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from starlette.routing import Route, Router
 
 from eps_deploy.serving import descriptions, openapi, page
+from eps_deploy.serving.contract import mapping
 from eps_deploy.serving.frame import ENDPOINT, Receive, Scope, Send, send_bytes, send_json
 from eps_deploy.serving.inference import Inference, check_model
 from eps_deploy.serving.limits import Body, Limits, Memory
@@ -134,7 +135,7 @@ class Api:
 
     async def index(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._parameters(scope, receive)
-        await send_json(descriptions.index(self._service.ready), send)
+        await send_json(descriptions.index(self._service.name, self._service.ready), send)
 
     async def load(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The bundle's folder is read again: no client may name another one."""
@@ -144,6 +145,7 @@ class Api:
                 status=403,
                 reason="not-allowed",
             )
+        _refuse_other_sites(dict(scope["headers"]))
         check_model(scope, self._service.current.signature)
         if await self._parameters(scope, receive):
             raise Refusal("load takes no parameters: the server reads its own bundle again")
@@ -160,13 +162,11 @@ class Api:
             ) from None
         await send_json({}, send)
 
-    async def _parameters(self, scope: Scope, receive: Receive) -> dict[str, Any]:
+    async def _parameters(self, scope: Scope, receive: Receive) -> Mapping[str, Any]:
         with Body(dict(scope["headers"]), receive, _SMALL, self._memory) as body:
             content = await body.read()
-        parameters = parse_json(content).get("parameters") if content.strip() else {}
-        if parameters is not None and not isinstance(parameters, dict):
-            raise Refusal("parameters must be an object")
-        return parameters or {}
+        given = parse_json(content).get("parameters") if content.strip() else None
+        return mapping(given, "parameters")
 
     async def metrics(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send_bytes(self._metrics.exposition(), CONTENT_TYPE.encode(), send)
@@ -179,13 +179,30 @@ class Api:
 
     async def openapi(self, scope: Scope, receive: Receive, send: Send) -> None:
         signature = self._service.current.signature if self._service.ready else None
-        await send_json(openapi.document(signature), send)
+        await send_json(openapi.document(self._service.name, signature), send)
 
     async def page(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send_bytes(page.html(), b"text/html; charset=utf-8", send, headers=page.headers())
 
     async def icon(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send_bytes(b"", b"image/x-icon", send, status=204)
+
+
+def _refuse_other_sites(headers: dict[bytes, bytes]) -> None:
+    """Raise Refusal (403) for what any web page could have sent to this server from a browser.
+
+    Without asking first, a browser sends no Authorization and no JSON for a page of another site;
+    and what it sends for one has an Origin.
+    """
+    kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+    by_browser = b"origin" in headers or b"sec-fetch-site" in headers
+    asked_first = b"authorization" in headers or kind == b"application/json"
+    if not asked_first and (kind or by_browser):
+        raise Refusal(
+            "send the header Content-Type: application/json, so that no web page can do this",
+            status=403,
+            reason="cross-site",
+        )
 
 
 async def _nothing_here(scope: Scope, receive: Receive, send: Send) -> None:

@@ -21,7 +21,6 @@ from eps_deploy.serving.forms import (
     of_length,
     or_null,
 )
-from eps_deploy.triton import NAME
 
 _SIZES: Schema = {"type": "array", "items": {"type": "integer", "minimum": -1}}
 # As they stand in the bundle's report.
@@ -36,27 +35,32 @@ _REPORTED = (
 )
 
 
-def named(signature: Signature | None) -> dict[str, Schema]:
+def named(name: str, signature: Signature | None) -> dict[str, Schema]:
     """All of them; without a signature, before there is a model, images are of any shape."""
     return {
         "Error": exactly({"error": {**STRING, "description": "One line for whoever asked."}}),
         "InferRequest": infer_schemas.infer_request(signature),
-        "InferAnswer": infer_schemas.infer_answer(),
+        "InferAnswer": infer_schemas.infer_answer(name),
         "LoadRequest": {
             "type": "object",
-            "properties": {"parameters": {"type": ["object", "null"], "maxProperties": 0}},
+            "properties": {
+                "parameters": {
+                    "type": ["object", "null"],
+                    "additionalProperties": {"type": "null"},
+                }
+            },
         },
         "IndexRequest": {
             "type": "object",
             "properties": {"parameters": {"type": ["object", "null"]}},
         },
-        "Classification": infer_schemas.classification(),
+        "Classification": infer_schemas.classification(name),
         "Server": exactly(
             {"name": STRING, "version": STRING, "extensions": list_of(STRING)},
         ),
-        "Model": _model(),
-        "Config": _config(),
-        "Statistics": _statistics(),
+        "Model": _model(name),
+        "Config": _config(name),
+        "Statistics": _statistics(name),
         "Index": list_of(
             exactly(
                 {
@@ -67,17 +71,17 @@ def named(signature: Signature | None) -> dict[str, Schema]:
                 }
             )
         ),
-        "Card": _card(),
+        "Card": _card(name),
         "Figures": _figures(),
         **_report()["$defs"],
     }
 
 
-def _model() -> Schema:
+def _model(name: str) -> Schema:
     tensor = list_of(exactly({"name": STRING, "datatype": STRING, "shape": _SIZES}), minItems=1)
     return exactly(
         {
-            "name": {"const": NAME},
+            "name": {"const": name},
             "versions": list_of(STRING),
             "platform": {"enum": ["onnxruntime_onnx", "tensorrt_plan"]},
             "inputs": tensor,
@@ -86,26 +90,33 @@ def _model() -> Schema:
     )
 
 
-def _config() -> Schema:
+def _config(name: str) -> Schema:
     tensor = list_of(exactly({"name": STRING, "data_type": STRING, "dims": _SIZES}), minItems=1)
     return exactly(
         {
-            "name": {"const": NAME},
+            "name": {"const": name},
             "platform": STRING,
             "max_batch_size": COUNT,
             "input": tensor,
             "output": tensor,
+            "instance_group": list_of(
+                exactly({"count": COUNT, "kind": {"enum": ["KIND_CPU", "KIND_GPU"]}})
+            ),
+            "parameters": {
+                "type": "object",
+                "additionalProperties": exactly({"string_value": STRING}),
+            },
         }
     )
 
 
-def _statistics() -> Schema:
+def _statistics(name: str) -> Schema:
     duration = exactly({"count": COUNT, "ns": COUNT})
     parts = ("compute_input", "compute_infer", "compute_output")
     whole = ("success", "fail", "queue", *parts)
     batch = exactly({"batch_size": COUNT, **dict.fromkeys(parts, duration)})
     entry = {
-        "name": {"const": NAME},
+        "name": {"const": name},
         "version": STRING,
         "last_inference": {**COUNT, "description": "Unix time in milliseconds; 0: never."},
         "inference_count": {**COUNT, "description": "Images."},
@@ -116,7 +127,7 @@ def _statistics() -> Schema:
     return exactly({"model_stats": of_length(1, exactly(entry))})
 
 
-def _card() -> Schema:
+def _card(name: str) -> Schema:
     reported = _report()["properties"]
     engine = exactly(
         {"runtime": STRING, "version": STRING, "max_batch": COUNT},
@@ -128,17 +139,27 @@ def _card() -> Schema:
     proof = {"samples": COUNT, "difference": NUMBER, "limit": NUMBER}
     return exactly(
         {
-            "name": {"const": NAME},
+            "name": {"const": name},
             "version": STRING,
             "digest": STRING,
             "data": or_null(STRING),
             "labels": list_of(STRING, minItems=1),
             "input_shape": of_length(3, {"type": "integer", "minimum": 1}),
+            "preprocessing": exactly(
+                {
+                    "resize": of_length(2, COUNT),
+                    "crop": of_length(2, COUNT),
+                    "color": STRING,
+                    "interpolation": STRING,
+                    "exif_rotation": FLAG,
+                    "antialias": FLAG,
+                }
+            ),
             "precision": STRING,
             "engine": engine,
             "blocks": exactly(blocks),
             "proof": exactly(proof),
-            **{name: reported[name] for name in _REPORTED},
+            **{key: reported[key] for key in _REPORTED},
         }
     )
 

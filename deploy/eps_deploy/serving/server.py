@@ -104,6 +104,7 @@ async def serve(
     memory = Memory(limits.memory)
     service = Service(
         settings.source,
+        name=bundle.name,
         say=logs.say,
         observe=lambda ran: metrics.ran(ran),
         compared=lambda batch: metrics.compared(batch),
@@ -207,7 +208,10 @@ async def _load(service: Service, bundle: Bundle, server: _Server) -> None:
             return  # called off, because the server was told to end
         server.should_exit = True
         raise
-    logs.say("ready")
+    model = service.current.model
+    told = model.engines[0].describe()
+    facts = {key: told[key] for key in ("runtime", "version", "provider", "device") if key in told}
+    logs.say("ready", model=service.name, **facts)
 
 
 class _Server(uvicorn.Server):

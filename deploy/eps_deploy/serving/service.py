@@ -12,10 +12,12 @@ from typing import Any, TypeVar
 
 from eps_deploy.bundle import Bundle
 from eps_deploy.engines.base import Engine
+from eps_deploy.loading import Choice
 from eps_deploy.serving.batching import Batcher, Batching, Ran
 from eps_deploy.serving.model import Model, open_model, read_bundle
 from eps_deploy.serving.refusals import busy
 from eps_deploy.serving.shadow import Compared, Shadow, Shadowing, open_shadow
+from eps_train.errors import ConfigError
 
 T = TypeVar("T")
 Say = Callable[[str], None]
@@ -28,12 +30,14 @@ class Source:
     Attributes:
         path: the bundle's folder.
         engine_cache: for a plan that is built here; None: there is none.
+        provider: of ONNX Runtime; `auto`: the GPU where it runs there, else the CPU.
         batching: see there.
         shadow: what runs beside it; None: nothing.
     """
 
     path: Path
     engine_cache: Path | None = None
+    provider: Choice = "auto"
     batching: Batching = field(default_factory=Batching)
     shadow: Shadowing | None = None
 
@@ -85,6 +89,7 @@ class Service:
 
     Args:
         source: see :class:`Source`.
+        name: of the model; it stays for as long as the process runs.
         say: told, on any thread, what is being done.
         observe: told of every batch, on the event loop.
         compared: told of every batch of the shadow, on the event loop.
@@ -94,10 +99,12 @@ class Service:
         self,
         source: Source,
         *,
+        name: str,
         say: Say,
         observe: Callable[[Ran], None],
         compared: Callable[[Compared], None] = lambda batch: None,
     ) -> None:
+        self.name = name
         self._source = source
         self._say = say
         self._observe = observe
@@ -194,11 +201,19 @@ class Service:
     def _open(self, bundle: Bundle | None) -> tuple[Model, Engine | None]:
         """The model, and the shadow's engine if there is to be one."""
         source = self._source
+        if bundle is None:
+            bundle = read_bundle(source.path, source.engine_cache)
+        if bundle.name != self.name:  # clients ask for the one that they know
+            raise ConfigError(
+                f"{bundle.root}: its model is called {bundle.name} now, and {self.name} is served;"
+                " start the server again"
+            )
         model = open_model(
-            read_bundle(source.path, source.engine_cache) if bundle is None else bundle,
+            bundle,
             instances=source.batching.instances,
             max_images=source.batching.max_queue,
             engine_cache=source.engine_cache,
+            provider=source.provider,
             say=self._say,
             stop=self._stop,
         )
@@ -210,6 +225,7 @@ class Service:
                 model,
                 source.shadow,
                 engine_cache=source.engine_cache,
+                provider=source.provider,
                 say=self._say,
                 stop=self._stop,
             )

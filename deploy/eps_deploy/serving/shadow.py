@@ -26,6 +26,7 @@ import numpy.typing as npt
 
 from eps_deploy.bundle import Bundle
 from eps_deploy.engines.base import Engine, EngineError, Images, Logits
+from eps_deploy.loading import Choice
 from eps_deploy.serving.model import Model, Say, opener, read_bundle
 from eps_deploy.serving.proving import prove, warm
 from eps_train.errors import ConfigError
@@ -109,6 +110,7 @@ def open_shadow(
     options: Shadowing,
     *,
     engine_cache: Path | None,
+    provider: Choice,
     say: Say,
     stop: threading.Event,
 ) -> Engine:
@@ -120,7 +122,7 @@ def open_shadow(
     bundle = read_shadow(model.bundle, options, engine_cache)
     of_its_own = options.path is not None
     file = {} if of_its_own else {"file": BASELINE}
-    engine = opener(bundle, engine_cache, say, stop, **file)()
+    engine = opener(bundle, engine_cache, provider, say, stop, **file)()
     with contextlib.ExitStack() as undo:
         undo.enter_context(engine)
         if engine.max_batch < model.max_batch:

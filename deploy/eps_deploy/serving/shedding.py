@@ -15,7 +15,6 @@ from typing import Any
 from eps_deploy.serving.frame import ENDPOINT, Frame, Message, Receive, Scope, Send
 from eps_deploy.serving.metrics import Metrics
 from eps_deploy.serving.service import Service
-from eps_deploy.triton import NAME
 
 
 class Shedder:
@@ -31,6 +30,11 @@ class Shedder:
         self, service: Service, metrics: Metrics, *, token: bytes | None, log_requests: bool
     ) -> None:
         self._service = service
+        infer = f"/v2/models/{service.name}/infer"
+        self._endpoints = {
+            path.encode(): (path, name)
+            for path, name in ((infer, "infer"), ("/v1/classify", "classify"))
+        }
         self._let_in = 0  # since the event loop turned, so that they do not wait in the queue yet
         self._frame = Frame(self._refuse, metrics, token=token, log_requests=log_requests)
 
@@ -46,7 +50,7 @@ class Shedder:
             scope: of ASGI, with `headers`.
             stays: whether the connection is kept after this request.
         """
-        endpoint = _ENDPOINTS.get(url.partition(b"?")[0])
+        endpoint = self._endpoints.get(url.partition(b"?")[0])
         if endpoint is None or method != b"POST":
             return None
         if self._let_in < self._service.room:
@@ -66,12 +70,6 @@ class Shedder:
 
     async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
         raise self._service.current.batcher.refusal()
-
-
-_ENDPOINTS = {
-    path.encode(): (path, name)
-    for path, name in ((f"/v2/models/{NAME}/infer", "infer"), ("/v1/classify", "classify"))
-}
 
 
 def _at_once(frame: Frame, scope: Scope, last: bytes) -> bytes:

@@ -135,6 +135,31 @@ def test_weights_beside_the_file_are_found(tmp_path: Path) -> None:
     )
     assert (tmp_path / "w").exists()
     assert bench(tmp_path, "split.onnx", "--batch", 1).code == 0
+    # As a download cache has them: both are links into a store.
+    (tmp_path / "blobs").mkdir()
+    for name, blob in (("split.onnx", "1"), ("w", "2")):
+        (tmp_path / name).rename(tmp_path / "blobs" / blob)
+        (tmp_path / name).symlink_to(f"blobs/{blob}")
+    linked = bench(tmp_path, "split.onnx", "--batch", 1)
+    assert linked.code == 0, linked.stderr
+
+
+@pytest.mark.parametrize("location", ["../w", "missing"])
+def test_weights_that_are_not_beside_the_file(tmp_path: Path, location: str) -> None:
+    model = onnx.load(stranger(tmp_path / "theirs.onnx"))
+    (tmp_path / "inner").mkdir()
+    path = tmp_path / "inner" / "split.onnx"
+    onnx.save(model, path, save_as_external_data=True, location="w", size_threshold=0)
+    (tmp_path / "inner" / "w").rename(tmp_path / "w")
+    split = onnx.load(path, load_external_data=False)
+    for entry in split.graph.initializer[0].external_data:
+        if entry.key == "location":
+            entry.value = location
+    path.write_bytes(split.SerializeToString())
+    result = bench(tmp_path, path, "--batch", 1)
+    assert result.code == 1
+    assert len(result.stderr.splitlines()) == 1
+    assert str(path) in result.error
 
 
 def test_half_precision_in_the_file_is_no_half_precision_on_this_processor(

@@ -24,6 +24,7 @@ class FakeEngine:
         batches: the first pixels of each batch, in order.
         open_gate: when not set, batches wait; `entered` tells that one does.
         fails: whether it raises EngineError.
+        bad: what the first logit is of images with this pixel.
     """
 
     input_shape = SHAPE
@@ -36,6 +37,7 @@ class FakeEngine:
         self.open_gate.set()
         self.entered = threading.Semaphore(0)
         self.fails = False
+        self.bad: dict[int, float] = {}
         self.closed = False
 
     def infer(self, images: Images) -> Logits:
@@ -46,7 +48,10 @@ class FakeEngine:
         assert self.open_gate.wait(60)
         if self.fails:
             raise EngineError("the GPU fell off the bus at /dev/nvidia0")
-        return np.stack([first, first * 2.0], axis=1).astype(np.float32)
+        logits = np.stack([first, first * 2.0], axis=1).astype(np.float32)
+        for pixel, value in self.bad.items():
+            logits[first == pixel, 0] = value
+        return logits
 
     def describe(self) -> dict[str, Any]:
         return {"name": "fake"}

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import numpy as np
 import pytest
 
 from eps_deploy.serving.batching import Batcher, Batching, Ran
@@ -69,6 +70,30 @@ def test_each_request_gets_its_own_logits() -> None:
         assert [len(batch) for batch in it.engine.batches] == [1, 4]
         assert [ran.images for ran in it.ran] == [1, 4]
         assert [len(ran.waited) for ran in it.ran] == [1, 3]
+
+    bench(test)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_logits_that_are_not_finite_fail_their_own_request_alone(value: float) -> None:
+    async def test(it: Bench) -> None:
+        it.engine.bad = {4: value}
+        it.engine.open_gate.clear()
+        first = asyncio.create_task(it.infer(1))
+        await it.entered()
+        before, broken, after = (
+            asyncio.create_task(it.infer(*values)) for values in ((2,), (3, 4), (5,))
+        )
+        await asyncio.sleep(0)
+        it.engine.open_gate.set()
+        assert [await first, await before, await after] == [rows(1), rows(2), rows(5)]
+        with pytest.raises(InferenceFailed, match="not finite"):
+            await broken
+        assert it.engine.batches == [[1], [2, 3, 4, 5]]
+        assert [ran.not_finite for ran in it.ran] == [0, 1]
+        with pytest.raises(InferenceFailed):
+            await it.infer(*range(11))  # in three pieces, the second of which is broken
+        assert not it.batcher.broken
 
     bench(test)
 

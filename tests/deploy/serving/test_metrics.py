@@ -20,7 +20,7 @@ from .test_frame import make_metrics
 def used() -> Metrics:
     metrics = make_metrics()
     metrics.ran(Ran(images=4, seconds=0.004, waited=(0.001, 0.002)))
-    metrics.ran(Ran(images=2, seconds=0.002, waited=()))
+    metrics.ran(Ran(images=2, seconds=0.002, waited=(), not_finite=1))
     metrics.ran(Ran(images=9, seconds=0.1, waited=(), failed=RuntimeError()))
     for seconds in (0.01, 0.02, 0.03):
         metrics.inferred(seconds, 2)
@@ -40,8 +40,9 @@ def test_series() -> None:
     found = series(used())
     assert found['eps_requests_total{code="503",endpoint="infer"}'] == 1
     assert found['eps_refusals_total{reason="queue-full"}'] == 1
-    assert found["eps_images_total"] == 6
+    assert found["eps_images_total"] == 5
     assert found["eps_engine_failures_total"] == 1
+    assert found["eps_not_finite_images_total"] == 1
     assert found['eps_batch_size_bucket{le="2.0"}'] == 1
     assert found["eps_batch_size_sum"] == 6
     assert found["eps_queue_seconds_count"] == 2

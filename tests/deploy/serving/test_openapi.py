@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urljoin
 
 import pytest
 from jsonschema import Draft202012Validator
@@ -89,6 +90,9 @@ def document(served: Process) -> Document:
 
 def test_it_is_sound(document: Document) -> None:
     """Schemas are schemas, and what is referred to is there."""
+    assert urljoin("https://host/prefix/openapi.json", document.document["servers"][0]["url"]) == (
+        "https://host/prefix/"
+    )
     assert document.document["openapi"].startswith("3.1.")
     for schema in document.document["components"]["schemas"].values():
         Draft202012Validator.check_schema(schema)
@@ -106,7 +110,7 @@ def test_it_is_sound(document: Document) -> None:
 
 
 def test_before_there_is_a_model() -> None:
-    nothing = Document(openapi.document(None))
+    nothing = Document(openapi.document("eps_resnet", None))
     assert not nothing.schema_errors(json.loads(infer()), "components", "schemas", "InferRequest")
 
 
@@ -133,6 +137,7 @@ def test_every_path_that_takes_something(
     for path, body, headers in (
         ("/v2/repository/index", b"", {}),
         (LOAD, b"{}", {}),
+        (LOAD, b'{"parameters": {"config": null}}', {}),
         ("/v1/classify", picture, {}),
         (f"{MODEL}/infer", infer(), {}),
         (f"{MODEL}/infer", infer(outputs=[best]), {}),
@@ -158,6 +163,25 @@ def test_every_path_that_takes_something(
         (infer(tensor={"shape": [2, 1, 8, 8], "data": [[[[0] * 8] * 8]] * 2}), True),
         (infer(outputs=None, parameters=None), True),
         (infer(outputs=[], parameters={"timeout": 60_000_000, "other": 1}), True),
+        (infer(id=None), True),
+        (infer(parameters={"timeout": None, "binary_data_output": None}), True),
+        (infer(tensor={"parameters": {"binary_data_size": None}}), True),
+        (infer(tensor={"parameters": {"shared_memory_region": None}}), True),
+        (
+            infer(
+                outputs=[
+                    {
+                        "name": "logits",
+                        "parameters": {
+                            "binary_data": None,
+                            "classification": None,
+                            "shared_memory_region": None,
+                        },
+                    }
+                ]
+            ),
+            True,
+        ),
         (infer(tensor={"data": [0] * 63}), False),
         (infer(tensor={"data": [0] * 63 + [256]}), False),
         (infer(tensor={"data": [0] * 63 + [-1]}), False),
@@ -168,7 +192,6 @@ def test_every_path_that_takes_something(
         (infer(tensor={"datatype": "FP32"}), False),
         (infer(tensor={"name": "image"}), False),
         (infer(tensor={"parameters": {"shared_memory_region": "x"}}), False),
-        (infer(id=None), False),
         (infer(id="x" * 257), False),
         (infer(inputs=[]), False),
         (infer(outputs=[{"name": "probabilities"}]), False),
@@ -213,6 +236,7 @@ def test_refusals(served: Process, document: Document) -> None:
         documented = next(iter(document.document["paths"][path].keys() - {"parameters"}))
         document.hold(answer, documented, path)
         assert answer.error
+        assert ("--max-body" in answer.error) == (status == 413 and path != LOAD)
 
 
 def test_refusals_of_a_server_with_a_token(deployed: Path, tmp_path: Path) -> None:

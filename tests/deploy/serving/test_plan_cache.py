@@ -226,6 +226,7 @@ def test_a_plan_that_answers_wrongly_is_not_served(
         return open_model(
             deferred,
             instances=1,
+            provider="auto",
             max_images=256,
             engine_cache=tmp_path / "cache",
             say=lambda line: None,

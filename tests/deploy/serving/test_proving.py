@@ -11,14 +11,14 @@ import pytest
 from eps_deploy.bundle import load_bundle
 from eps_deploy.engines.base import EngineError, Images, Logits
 from eps_deploy.loading import open_engine
-from eps_deploy.serving.proving import prove
+from eps_deploy.serving.proving import prove, warm
 
 
 class Bent:
     """An engine whose logits are bent; it remembers the sizes of its batches."""
 
-    def __init__(self, inner: Any, bend: Any, name: str = "ort") -> None:
-        self._inner, self._bend, self._name = inner, bend, name
+    def __init__(self, inner: Any, bend: Any, **facts: str) -> None:
+        self._inner, self._bend, self._facts = inner, bend, facts
         self.max_batch, self.classes = inner.max_batch, inner.classes
         self.input_shape = inner.input_shape
         self.sizes: set[int] = set()
@@ -29,7 +29,7 @@ class Bent:
         return logits
 
     def describe(self) -> dict[str, Any]:
-        return {"name": self._name}
+        return {**self._inner.describe(), **self._facts}
 
     def __enter__(self) -> Bent:
         return self
@@ -43,10 +43,22 @@ def test_an_engine_that_is_right(deployed: Path) -> None:
         watched = Bent(engine, lambda logits: logits)
         told = prove(bundle, watched, "here")
         assert told.passed
-        assert {1, 2, 32} <= watched.sizes
-        every = Bent(engine, lambda logits: logits, name="trt")
-        prove(bundle, every, "here")
-        assert every.sizes == set(range(1, 33))
+        assert watched.sizes == {1, 2, 32}
+
+
+@pytest.mark.parametrize("provider", ["CUDAExecutionProvider", ""])
+def test_a_gpu_prepares_each_batch_size_before_a_client_needs_it(
+    deployed: Path, provider: str
+) -> None:
+    """ONNX Runtime on CUDA, and TensorRT, which has no provider."""
+    bundle = load_bundle(deployed / "bundle")
+    with open_engine(bundle) as engine:
+        watched = Bent(engine, lambda logits: logits, provider=provider)
+        prove(bundle, watched, "here")
+        assert watched.sizes == set(range(1, 33))
+        watched.sizes.clear()
+        warm(bundle, watched)
+        assert watched.sizes == set(range(1, 33))
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def serve(deployed: Path, test: Callable[[Service], Awaitable[None]]) -> list[Ra
 
     async def body() -> None:
         source = Source(path=deployed / "bundle", batching=Batching())
-        service = Service(source, say=lambda line: None, observe=ran.append)
+        service = Service(source, name="eps_resnet", say=lambda line: None, observe=ran.append)
         await asyncio.wait_for(test(service), 60)
         await asyncio.wait_for(service.close(), 60)
         assert not service.ready
@@ -164,7 +164,7 @@ def test_a_real_bundle_is_loaded_proven_and_carded(deployed: Path) -> None:
 
     async def body() -> None:
         source = Source(path=deployed / "bundle", batching=Batching(instances=2))
-        service = Service(source, say=said.append, observe=lambda ran: None)
+        service = Service(source, name="eps_resnet", say=said.append, observe=lambda ran: None)
         await service.load()
         served = service.current
         assert len(served.model.engines) == 2

@@ -66,7 +66,12 @@ class Arrivals:
         try:
             content = await asyncio.wait_for(context.read(), self._patience())
             if content is aio.EOF:
-                raise Refusal("the call came without its message", reason="no-message")
+                # Of a message that is too large grpcio has told the client by itself already.
+                raise Refusal(
+                    f"the call came without its message, or with one of more than {self._largest}"
+                    " bytes; the server's --max-body and --max-queue set that",
+                    reason="no-message",
+                )
             assert isinstance(content, bytes)
             kept = len(content)
             return content

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import threading
 from collections import Counter
@@ -17,6 +16,7 @@ from tritonclient.grpc import service_pb2 as messages
 from eps_deploy.serve_cli import main
 from tests.commands import run
 
+from ...conftest import reseal
 from ..running import Process, command, until
 from .asking import NAME, SERVICE, Caller, blank, caller, grpc_port, request
 from .frames import begin
@@ -262,15 +262,10 @@ def test_without_its_packages(deployed: Path) -> None:
 
 
 def test_when_one_ends_both_do(bundle: Path) -> None:
-    from eps_deploy.bundle import encode_manifest
-
     with command(bundle, "--grpc-port", "0", before=BROKEN) as process:
         assert process.wait() == 1
         assert "grpcio is broken" in process.lines[-1]
-    manifest = json.loads((bundle / "manifest.json").read_text())
-    manifest["engine"]["provider"] = "CUDAExecutionProvider"
-    fields = {k: v for k, v in manifest.items() if k not in ("format", "schema", "digest")}
-    (bundle / "manifest.json").write_bytes(encode_manifest(fields))
+    reseal(bundle, files={"model.onnx": b"no model"})
     with command(bundle, "--grpc-port", "0") as process:
         assert process.wait() == 1
         assert process.lines[-1].startswith("eps-serve: error: ")
