@@ -36,12 +36,15 @@ def make_sgd(named: Named, config: TrainingConfig) -> torch.optim.SGD:
 
 
 def set_rate(optimizer: torch.optim.SGD, rate: float) -> None:
-    """Set the learning rate of all parameters, in place where it is a tensor."""
+    """Set the learning rate of all parameters, in place where it is a tensor.
+
+    In float32, which a tensor has to be on a GPU: so both give the same weights.
+    """
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(rate)
         else:
-            group["lr"] = rate
+            group["lr"] = torch.tensor(rate, dtype=torch.float32).item()
 
 
 def keep_only(optimizer: torch.optim.SGD, named: Named) -> None:
