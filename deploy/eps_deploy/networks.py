@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from eps_deploy.engines.base import Images
@@ -23,6 +25,7 @@ from eps_deploy.stages import Stages
 from eps_train import graph
 from eps_train.cost import cost
 from eps_train.data import DataIdentity
+from eps_train.precision import Precision
 
 # What the bytes of an exported network depend on besides the network.
 _EXPORTERS = ("eps-resnet", "torch", "onnx", "onnxscript")
@@ -72,6 +75,28 @@ def build(sources: Sources) -> Networks:
         compact=Deployed(sources.compact.build(), sources.compact.data),
         baseline=Deployed(baseline, identity),
     )
+
+
+@contextmanager
+def on_gpu(device: int, *networks: Deployed) -> Iterator[None]:
+    """Compute these on the CUDA device of this index in the block, in float32 without TF32.
+
+    Where torch sees no such device, nothing changes. Thousands of test images take a processor
+    minutes to hours. Their logits differ by rounding: what must be equal is compared on the CPU.
+    """
+    if device >= torch.cuda.device_count():
+        yield
+        return
+    target = torch.device("cuda", device)
+    Precision("fp32", target)  # which switches TF32 off
+    try:
+        for network in networks:
+            network.to(target)
+        yield
+    finally:
+        for network in networks:
+            network.to("cpu")
+        torch.cuda.empty_cache()  # for the engine whose memory it is
 
 
 def export(

@@ -222,7 +222,9 @@ class _Job:
         }
 
     def _accuracy(self, sides: Sides) -> dict[str, Any]:
-        entry, checks = measures.accuracy(self.options, self.sources, sides, self.part)
+        options, built = self.options, self.networks
+        with networks.on_gpu(options.device, built.compact, built.baseline):
+            entry, checks = measures.accuracy(options, self.sources, sides, self.part)
         return {"entry": entry, "checks": [asdict(check) for check in checks]}
 
     def write(self, folder: Path, models: Models, sides: Sides, found: _Found) -> None:

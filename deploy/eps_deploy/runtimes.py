@@ -11,8 +11,9 @@ from eps_deploy import plans
 from eps_deploy.engines.base import Engine
 from eps_deploy.engines.ort import OrtEngine, try_provider
 from eps_deploy.exporting.export import Deployed, in_precision
+from eps_deploy.measuring.machine import cpus
 from eps_deploy.measuring.parity import Infer
-from eps_deploy.networks import Models, Networks
+from eps_deploy.networks import Models, Networks, on_gpu
 from eps_deploy.options import Options
 from eps_deploy.stages import Stages
 
@@ -32,8 +33,8 @@ class Side:
 
     Attributes:
         torch: as trained (or compacted), float32.
-        reference: what its ONNX file says, computed on the CPU: int8 with true Q/DQ arithmetic,
-            bfloat16 in torch.
+        reference: what its ONNX file says: on the CPU, int8 with true Q/DQ arithmetic; bfloat16 in
+            torch.
         engine: what ships; None when it is built elsewhere.
         same: whether engine and reference are one and the same.
         rounds_otherwise: whether the engine's int8 kernels are not the file's arithmetic.
@@ -167,9 +168,17 @@ def _trt(
 def reference(
     options: Options, torch: Deployed, model: bytes, name: str, stack: ExitStack
 ) -> Infer:
-    """What the ONNX file says, on the CPU."""
+    """What the ONNX file says, by ONNX Runtime on all cores, or for bfloat16 by torch."""
     precision = options.precision
     if precision.float == "bfloat16":
-        return in_precision(torch.network, torch.identity, precision).infer
-    engine = OrtEngine(model, name=name, max_batch=options.max_batch, exact_qdq=precision.quantized)
+        held = in_precision(torch.network, torch.identity, precision)
+        stack.enter_context(on_gpu(options.device, held))
+        return held.infer
+    engine = OrtEngine(
+        model,
+        name=name,
+        threads=cpus(),  # nobody times it, and it sees every test image
+        max_batch=options.max_batch,
+        exact_qdq=precision.quantized,
+    )
     return stack.enter_context(engine).infer

@@ -136,7 +136,7 @@ def workshop(deployed: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def with_gpu(monkeypatch: pytest.MonkeyPatch) -> type[FakeSession]:
     """An ONNX Runtime with all of its providers."""
-    session = type("Session", (FakeSession,), {})
+    session = type("Session", (FakeSession,), {"threads": []})
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: list(GPU))
     monkeypatch.setattr(onnxruntime, "InferenceSession", session)
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: print("what is missing"))

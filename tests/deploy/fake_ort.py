@@ -23,10 +23,12 @@ class FakeSession:
     Attributes:
         granted: the providers that it says it runs on; None: those that are asked for.
         providers: what was asked for last, with options.
+        threads: of every session, by its first provider, in order.
     """
 
     granted: Sequence[str] | None = None
     providers: Sequence[tuple[str, dict[str, str]]] = ()
+    threads: list[tuple[str, int]]
 
     def __init__(self, model: bytes, options: Any, **arguments: Any) -> None:
         assert arguments["enable_fallback"] == 0
@@ -37,6 +39,7 @@ class FakeSession:
         if "TensorrtExecutionProvider" in dict(asked) and options.optimized_model_filepath:
             raise RuntimeError("Unable to serialize model as it contains compiled nodes.")
         type(self).providers = asked
+        self.threads.append((asked[0][0], options.intra_op_num_threads))
         self._real = _Real(model, options, providers=["CPUExecutionProvider"])
 
     def get_providers(self) -> list[str]:

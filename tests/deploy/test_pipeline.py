@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from eps_deploy import contents, load_bundle, measures
+from eps_deploy import contents, load_bundle, measures, networks
 from eps_deploy.cli import main
 from eps_deploy.engines.base import EngineError
+from eps_deploy.exporting.export import Deployed
+from eps_deploy.sources import find_sources
 from tests.commands import Result, files_in, run
 from tests.deploy.conftest import make_workshop
 
@@ -167,6 +172,54 @@ def test_onnx_runtime_on_tensorrt_is_deployed_to_the_end(
     assert "it does not tell" in (workshop / "bundle" / "report.md").read_text()
     assert report["environment"]["engine"]["provider"] == "TensorrtExecutionProvider"
     assert len(report["latency"]) == 2
+
+
+def test_the_references_take_all_that_the_machine_has(
+    workshop: Path, with_gpu: type[FakeSession], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine has the threads that were asked for; what it is held to is not timed."""
+    moved: list[tuple[int, int]] = []
+
+    @contextmanager
+    def on_gpu(device: int, *held: Deployed) -> Iterator[None]:
+        moved.append((device, len(held)))
+        yield
+
+    monkeypatch.setattr("eps_deploy.runtimes.cpus", lambda: 3)
+    monkeypatch.setattr("eps_deploy.networks.on_gpu", on_gpu)
+    assert deploy(workshop, "--engine", "ort", "--provider", "cuda", "--threads", "2").code == 0
+    assert set(with_gpu.threads) >= {("CUDAExecutionProvider", 2), ("CPUExecutionProvider", 3)}
+    assert moved == [(0, 2)]
+
+
+def test_networks_are_moved_to_the_gpu_and_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as it can be seen without one; `test_accuracy_on_a_gpu` does it."""
+    places: list[str] = []
+
+    class Moved:
+        def to(self, device: object) -> None:
+            places.append(str(device))
+
+    moved: Any = Moved()
+    with networks.on_gpu(torch.cuda.device_count(), moved):
+        assert not places
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(networks, "Precision", lambda name, device: places.append(name))
+    with networks.on_gpu(1, moved):
+        assert places == ["fp32", "cuda:1"]
+    assert places == ["fp32", "cuda:1", "cpu"]
+
+
+@pytest.mark.gpu
+def test_accuracy_on_a_gpu(workshop: Path) -> None:
+    built = networks.build(find_sources(workshop / "compact.pt", None, None))
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 1, 8, 8), dtype=np.uint8)
+    expected = built.compact.infer(pixels)
+    with networks.on_gpu(0, built.compact):
+        assert next(built.compact.parameters()).is_cuda
+        found = built.compact.infer(pixels)
+    assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
+    assert (built.compact.infer(pixels) == expected).all()
 
 
 def test_a_graph_that_is_not_saved_ends_no_deployment(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from eps_deploy import nvidia
+from eps_deploy.measuring.machine import cpus
 
 SCHEMA = 1
 _SECONDS = 120.0  # torch from a cold disk, or CUDA's first start, takes tens of them
@@ -261,18 +262,11 @@ def _system() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()}",
         "processor": platform.machine(),
         "python": platform.python_version(),
-        "cpus": _cpus(),
+        "cpus": cpus(),
         "memory": _memory(),
         "disk_free": disk.free,
         "disk_total": disk.total,
     }
-
-
-def _cpus() -> int:
-    """Those that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _memory() -> int | None:

@@ -54,7 +54,8 @@ class Deployed(FromPixels):
     @torch.inference_mode()
     def infer(self, images: Images) -> Logits:
         """As `Engine.infer`, in torch."""
-        logits: Logits = self(torch.from_numpy(images)).float().numpy()
+        device = next(self.normalize.buffers()).device
+        logits: Logits = self(torch.from_numpy(images).to(device)).float().cpu().numpy()
         return logits
 
 

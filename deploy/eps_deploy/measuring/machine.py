@@ -18,6 +18,13 @@ def machine() -> dict[str, Any]:
     }
 
 
+def cpus() -> int:
+    """Those that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def processor() -> str:
     """The processor's name; "unknown" where the system does not tell."""
     try:

@@ -213,7 +213,7 @@ def _build(
     seconds = time.perf_counter() - start
     if folder is not None:
         timing_cache.keep(config, folder, host, before, worker.tell)
-    information, layers = "", {}
+    information, layers = "", dict[str, int]()
     if host.flavour != "tensorrt_rtx":  # which builds without a GPU, and cannot load there
         information, layers = _load(plan, options, trt, worker)
     return Built(
