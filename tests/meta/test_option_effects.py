@@ -10,11 +10,11 @@ from pathlib import Path
 import click
 import pytest
 
-from .project import ROOT, command, scripts, tomllib
+from .project import ROOT, command, read_toml, scripts
 
 TESTS = ROOT / "tests"
 MAP = Path(__file__).with_name("option_effects.toml")
-EFFECTS: dict[str, dict[str, str]] = tomllib.loads(MAP.read_text(encoding="utf-8"))
+EFFECTS: dict[str, dict[str, str]] = read_toml(MAP)
 
 
 def options(script: str) -> dict[str, click.Option]:

@@ -80,7 +80,7 @@ def train(images: Path, tmp_path: Path) -> Train:
 
 def _train(images: Path, folder: Path, *args: object) -> Trained:
     small = ("--dataset", f"folder:{images}", "--model", "cifar:8x4", "--epochs", EPOCHS)
-    plain = ("--batch-size", 32, "--shift", 0)
+    plain = ("--batch-size", 32, "--shift", 0, "--device", "cpu")
     with mock.patch("eps_train.run.draw", return_value=b""):  # the picture takes longer than all
         result = run("eps-train", main, *small, *plain, *args, cwd=folder)
     assert result.code == 0, result.stderr

@@ -15,6 +15,7 @@ from PIL import Image
 
 from eps_deploy.bundle import Bundle
 from eps_deploy.engines.base import Engine
+from eps_deploy.loading import open_engine
 from eps_deploy.serve_cli import main
 from eps_deploy.serving import model as model_module
 from eps_deploy.serving import server as server_module
@@ -88,7 +89,6 @@ def test_so_many_engines_are_open(
     deployed: Path, settings: Any, monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
     opened: list[object] = []
-    open_engine = model_module.open_engine
 
     def counted(bundle: Bundle, **options: Any) -> Engine:
         opened.append(bundle)
@@ -128,7 +128,7 @@ def test_where_it_listens(deployed: Path, monkeypatch: pytest.MonkeyPatch) -> No
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     monkeypatch.setattr(server_module, "serve", serve)
-    monkeypatch.setattr(server_module.logs, "set_up", lambda: None)
+    monkeypatch.setattr("eps_deploy.serving.logs.set_up", lambda: None)
     monkeypatch.setattr(server_module, "allow_files", lambda count: None)
     result = run("eps-serve", main, "bundle", "--host", "0.0.0.0", "--port", port, cwd=deployed)
     assert result.code == 0, result.stderr
