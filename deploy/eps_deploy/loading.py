@@ -14,14 +14,10 @@ ONNX = "model.onnx"
 Choice = Literal["auto", "cpu", "cuda"]
 
 
-def open_engine(bundle: Bundle, *, threads: int | None = None) -> Engine:
+def open_engine(bundle: Bundle) -> Engine:
     """The engine that the bundle's manifest names, ready to run; close it after use.
 
     Where the plan is still to be built, that is ONNX Runtime on the processor.
-
-    Args:
-        bundle: as `load_bundle` gives it.
-        threads: of ONNX Runtime; None: as many as the manifest says.
 
     Raises:
         EngineError: the engine does not run on this machine, or the plan was built for another.
@@ -29,7 +25,7 @@ def open_engine(bundle: Bundle, *, threads: int | None = None) -> Engine:
     """
     if not bundle.model.endswith(".plan"):
         recorded = bundle.manifest["engine"].get("provider", "")
-        return open_onnx(bundle, provider=recorded, threads=threads)
+        return open_onnx(bundle, provider=recorded)
     from eps_deploy.engines.trt.run import TrtEngine
     from eps_deploy.engines.trt.sidecar import SIDECAR, Sidecar
 
@@ -38,9 +34,7 @@ def open_engine(bundle: Bundle, *, threads: int | None = None) -> Engine:
     return _agreeing(bundle, TrtEngine(bundle.read(bundle.model), sidecar, name=name))
 
 
-def open_onnx(
-    bundle: Bundle, *, file: str = ONNX, provider: str = "", threads: int | None = None
-) -> Engine:
+def open_onnx(bundle: Bundle, *, file: str = ONNX, provider: str = "") -> Engine:
     """A network in any bundle on ONNX Runtime; raises as :func:`open_engine` does.
 
     On the processor, and with the arithmetic of the file, unless `provider` is the execution
@@ -54,7 +48,7 @@ def open_onnx(
         bundle.read(file),
         name=str(bundle.root / file),
         provider=known.get(provider, "cpu"),
-        threads=threads or int(recorded.get("threads", 1)),
+        threads=int(recorded.get("threads", 1)),
         max_batch=int(recorded["max_batch"]),
         tf32=bool(recorded.get("tf32", False)),
         exact_qdq=not provider,

@@ -22,7 +22,11 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @cache
 def pyproject() -> dict[str, Any]:
-    with (ROOT / "pyproject.toml").open("rb") as file:
+    return read_toml(ROOT / "pyproject.toml")
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
         return tomllib.load(file)
 
 

@@ -21,6 +21,7 @@ from eps_train.errors import FileFormatError, naming
 from eps_train.graph import stage_name
 
 LEGEND = "█ alive  ▒ flickering  ░ closed all epoch  · dead"
+_OBITUARY = 60  # columns that the names of the blocks that died may take
 RECENT = 5  # epochs that the time left is judged by: an epoch gets shorter when blocks leave
 
 
@@ -213,13 +214,13 @@ class _Live(Progress):
         yield from (text for text in self._below if text)
 
 
-def _obituary(died: Sequence[str], limit: int = 60) -> str:
+def _obituary(died: Sequence[str]) -> str:
     """The blocks that died, as many names as fit into a line."""
     text = f"died: {', '.join(died)}"
-    if cell_len(text) <= limit:
+    if cell_len(text) <= _OBITUARY:
         return text
     named = list(died)
-    while len(named) > 1 and cell_len(f"{', '.join(named)} and {len(died)} more") > limit:
+    while len(named) > 1 and cell_len(f"{', '.join(named)} and {len(died)} more") > _OBITUARY:
         named.pop()
     return f"died: {', '.join(named)} and {len(died) - len(named)} more"
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -18,7 +17,7 @@ import torch
 from eps_deploy.engines.base import INPUT_NAME, Images
 from eps_deploy.engines.ort import open_session
 from eps_deploy.exporting.onnx_types import LAYERS
-from eps_train.data import Data, DataIdentity, load_again
+from eps_train.data import Data
 from eps_train.errors import DataError
 
 Method = Literal["minmax", "entropy", "percentile"]
@@ -27,7 +26,7 @@ METHODS: tuple[Method, ...] = ("minmax", "entropy", "percentile")
 # "minmax": the root mean square error was up to 6.7 times that of 512 images with 16 of them, 2.9
 # times with 32, 1.5 times with 100.
 MIN_SAMPLES = 100
-SEED = 0
+_SEED = 0
 _BATCH = 4  # images in flight: the activations of all layers lie in memory
 _BINS = 2048
 _LEVELS = 128  # magnitudes 0..127
@@ -38,23 +37,12 @@ Magnitudes = npt.NDArray[np.float32]
 Counts = npt.NDArray[np.float64]
 
 
-def calibration_images(
-    identity: DataIdentity, data_root: Path | None, samples: int, seed: int = SEED
-) -> Images:
-    """As :func:`pick`, of the data that a network was trained on, read again from `data_root`.
-
-    Raises DataError also when those are other images than the network was trained on.
-    """
-    return pick(load_again(identity, data_root), samples, seed)
-
-
-def pick(data: Data, samples: int, seed: int = SEED) -> Images:
+def pick(data: Data, samples: int) -> Images:
     """Images of the training part, without repetition, as evaluation preprocesses them.
 
     Args:
         data: the data set.
         samples: how many; all there are, if there are fewer.
-        seed: of the choice.
 
     Returns:
         Raw pixels uint8 `[samples, C, H, W]`, which an exported network takes as they are.
@@ -65,7 +53,7 @@ def pick(data: Data, samples: int, seed: int = SEED) -> Images:
     _enough(samples, f"--calibration-samples {samples}")
     part = data.train
     _enough(len(part), f"data set {data.identity.name}: {len(part)} training images")
-    order = torch.randperm(len(part), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(part), generator=torch.Generator().manual_seed(_SEED))
     images: Images = part[order[:samples].sort().values].images.numpy()
     return images
 

@@ -34,10 +34,10 @@ class OnnxGraph:
         flat: names of the values `[N, features]`; all others are `[N, C, H, W]`.
     """
 
-    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self) -> None:
         self.nodes: list[onnx.NodeProto] = []
         self.tensors: list[onnx.TensorProto] = []
-        self.dtype = dtype
+        self.dtype = torch.float32
         self.values: dict[fx.Node, str] = {}
         self.flat: set[str] = set()
         self._taken: set[str] = set()

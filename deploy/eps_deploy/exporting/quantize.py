@@ -51,7 +51,7 @@ def quantize(
 
     Args:
         model: in float32 (for `int8`) or float16 at opset 19 or above (for `int8-fp16`).
-        images: uint8 `[N, C, H, W]`, of the training part: see `calibration.calibration_images`.
+        images: uint8 `[N, C, H, W]`, of the training part: see `calibration.pick`.
         precision: a quantised one.
         method: how a range is read off the images: see `calibration.ranges`.
         kept: blocks that are left as they are, by the names of their torch modules.

@@ -14,6 +14,7 @@ from typing import Any
 from eps_deploy.reporting.words import Report, comparisons
 
 _MARGIN = 4.0  # per cent at both ends, which the text of the outermost ticks needs
+_TICKS = 5
 _STEPS = (1, 2, 2.5, 5, 10)
 _TAIL = 3.0  # times the longer median: what lies beyond would leave no room for the medians
 _FAR = 3.0  # a limit is drawn up to so many times the span of what was measured
@@ -44,13 +45,13 @@ class Axis:
         return f"{tick:.6g}".replace("-", "−")
 
 
-def axis(values: Iterable[float], *, wanted: int = 5) -> Axis:
-    """A scale that holds all `values`, with about `wanted` ticks at round numbers."""
+def axis(values: Iterable[float]) -> Axis:
+    """A scale that holds all `values`, with about five ticks at round numbers."""
     found = list(values)
     low, high = min(found), max(found)
     if high - low < 1e-9 * max(abs(high), 1e-9):
         low, high = low - max(abs(low) / 2, 0.5), high + max(abs(high) / 2, 0.5)
-    step = _step((high - low) / (wanted - 1))
+    step = _step((high - low) / (_TICKS - 1))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     ticks = tuple(round(index * step, 12) + 0.0 for index in range(first, last + 1))
     return Axis(ticks[0], ticks[-1], ticks)

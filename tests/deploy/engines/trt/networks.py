@@ -17,10 +17,11 @@ from onnxruntime.quantization import (
 
 from eps_compact import CompactArtifact, compact
 from eps_deploy.engines.base import Images
-from eps_deploy.exporting.calibration import calibration_images
+from eps_deploy.exporting.calibration import pick
 from eps_deploy.exporting.export import export_onnx
 from eps_deploy.exporting.quantize import quantize
 from eps_deploy.precision import PRECISIONS
+from eps_train import data
 from eps_train.network import NetworkSpec
 from tests.checkpoints import make_checkpoint
 
@@ -53,7 +54,7 @@ def every_precision(folder: Path) -> dict[str, bytes]:
 
 
 def _images() -> Images:
-    return calibration_images(make_checkpoint(depth=8).data, None, 128)
+    return pick(data.load("digits"), 128)
 
 
 class _Random(CalibrationDataReader):  # type: ignore[misc]

@@ -1,0 +1,398 @@
+"""What each option of eps-train does to a run, observed from outside through the command."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from eps_train import data, forward, loop
+from eps_train.checkpoint import Checkpoint
+from eps_train.cli import main
+from eps_train.distributed import Group
+from eps_train.evaluate import Score
+from eps_train.loop import Trainer
+from eps_train.step import TrainingStep
+from tests.commands import Result, run
+
+EPOCHS = 2
+NEVER_DEAD = ("--closed-epochs", 99)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished run: its folder and what the command said."""
+
+    folder: Path
+    result: Result
+
+    @property
+    def best(self) -> Checkpoint:
+        return Checkpoint.load(self.folder / "ckpt.pt")
+
+    @property
+    def last(self) -> dict[str, Tensor]:
+        """The tensors at the end of the run."""
+        return dict(Checkpoint.load(self.folder / "last.pt").state)
+
+    def epochs(self, key: str) -> list[Any]:
+        """One figure of every epoch, from metrics.jsonl."""
+        lines = (self.folder / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line)[key] for line in lines]
+
+
+Train = Callable[..., Trained]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Noise in colour, 48 images in each of two classes."""
+    folder = tmp_path_factory.mktemp("images")
+    random = np.random.default_rng(0)
+    for name in ("dark", "light"):
+        (folder / name).mkdir()
+        for index in range(48):
+            pixels = random.integers(0, 256, (9, 9, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{index}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reference(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """The run that the others differ from in one option."""
+    return _train(images, tmp_path_factory.mktemp("reference"))
+
+
+@pytest.fixture
+def train(images: Path, tmp_path: Path) -> Train:
+    return lambda *args: _train(images, tmp_path, *args)
+
+
+def _train(images: Path, folder: Path, *args: object) -> Trained:
+    small = ("--dataset", f"folder:{images}", "--model", "cifar:8x4", "--epochs", EPOCHS)
+    plain = ("--batch-size", 32, "--shift", 0, "--device", "cpu")
+    with mock.patch("eps_train.run.draw", return_value=b""):  # the picture takes longer than all
+        result = run("eps-train", main, *small, *plain, *args, cwd=folder)
+    assert result.code == 0, result.stderr
+    return Trained(folder, result)
+
+
+@pytest.fixture
+def batches(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The images of every training step, uint8 `[N, C, H, W]`."""
+    seen: list[Tensor] = []
+    step = TrainingStep.__call__
+
+    def watched(self: TrainingStep, batch: Any) -> Tensor:
+        seen.append(batch.images.clone())
+        return step(self, batch)
+
+    monkeypatch.setattr(TrainingStep, "__call__", watched)
+    return seen
+
+
+@pytest.fixture
+def closed(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A block of cifar:14x4 whose gate is closed on every step, whatever it answers."""
+    block = "stages.1.1"
+
+    def thresholds(self: Trainer, epoch: int) -> dict[str, float]:
+        return {name: 1e9 if name == block else 0.0 for name in self.gates}
+
+    monkeypatch.setattr(Trainer, "thresholds", thresholds)
+    return block
+
+
+def same(first: Trained, second: Trained) -> bool:
+    one, other = first.last, second.last
+    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+
+
+def norm(trained: Trained) -> float:
+    """Of all weights of convolutions together."""
+    return sum(float(t.square().sum()) for t in trained.last.values() if t.dim() == 4)
+
+
+# -- the run -------------------------------------------------------------------------------------
+
+
+def test_two_runs_alike_give_the_same_tensors(train: Train, reference: Trained) -> None:
+    """So a difference below is the option's doing."""
+    assert same(train(), reference)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ("--seed", 7),
+        ("--batch-size", 16),
+        ("--momentum", 0.5),
+        ("--nesterov",),
+        ("--side-weight", 0.9),
+    ],
+    ids=lambda option: str(option[0]),
+)
+def test_the_tensors_are_others(train: Train, reference: Trained, option: tuple[object]) -> None:
+    assert not same(train(*option), reference)
+
+
+def test_epochs_and_batches_are_as_many_as_asked_for(train: Train, reference: Trained) -> None:
+    steps = [gates["stages.0.0"]["steps"] for gates in reference.epochs("gates")]
+    trained = train("--epochs", 3, "--batch-size", 16)
+    halved = [gates["stages.0.0"]["steps"] for gates in trained.epochs("gates")]
+    assert (steps, halved) == ([2] * EPOCHS, [4] * 3)
+
+
+def test_data_root_takes_the_place_of_the_folder(images: Path, tmp_path: Path) -> None:
+    args = ("--dataset", "folder:moved", "--dry-run")
+    assert "moved" in run("eps-train", main, *args, cwd=tmp_path).error
+    result = run("eps-train", main, *args, "--data-root", images, cwd=tmp_path)
+    assert result.code == 0, result.stderr
+
+
+def test_the_device_is_the_one_named(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Told(Exception):
+        pass
+
+    def told(*args: object, device: torch.device, **rest: object) -> None:
+        raise Told(str(device))
+
+    monkeypatch.setattr("eps_train.run.Run.__init__", told)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    for given, expected in (("cpu", "cpu"), ("cuda:3", "cuda:3"), ("auto", "cuda")):
+        with pytest.raises(Told, match=f"^{expected}$"):
+            _train(images, tmp_path, "--device", given)
+
+
+def test_so_many_threads_take_each_step(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts: list[int] = []
+    step = TrainingStep.__call__
+
+    def counted(self: TrainingStep, batch: Any) -> Tensor:
+        counts.append(torch.get_num_threads())
+        return step(self, batch)
+
+    monkeypatch.setattr(TrainingStep, "__call__", counted)
+    before = torch.get_num_threads()
+    try:
+        train("--epochs", 1, "--cpu-threads", 3)
+    finally:
+        torch.set_num_threads(before)
+    assert set(counts) == {3}
+
+
+def test_the_last_epochs_are_kept(train: Train) -> None:
+    kept = train("--keep", 1).folder.glob("epoch-*.pt")
+    assert [path.name for path in kept] == [f"epoch-{EPOCHS:04}.pt"]
+
+
+def test_the_network_is_trained_through_the_compiler(
+    train: Train, monkeypatch: pytest.MonkeyPatch, reference: Trained
+) -> None:
+    compiled: list[nn.Module] = []
+
+    def compiler(network: nn.Module, **options: Any) -> nn.Module:
+        compiled.append(network)
+        return network
+
+    monkeypatch.setenv("CXX", sys.executable)  # any program will do
+    monkeypatch.setattr(torch, "compile", compiler)
+    assert same(train("--compile"), reference)
+    assert len(compiled) == 1
+
+
+def test_batch_norm_is_synchronised(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command's network goes through the function that a GPU's would go through."""
+    made: list[nn.Module] = []
+
+    def synchronise(network: nn.Module, group: Group, device: torch.device) -> nn.Module:
+        several = Group()
+        several.size = 2
+        made.append(forward.synchronise_batchnorm(network, several, torch.device("cuda")))
+        return network
+
+    def stop(self: Trainer, report: object) -> None:
+        raise KeyboardInterrupt  # torch has no such batch norm on a CPU
+
+    monkeypatch.setattr("eps_train.step.synchronise_batchnorm", synchronise)
+    monkeypatch.setattr(Trainer, "run", stop)
+    with pytest.raises(AssertionError, match="interrupted"):
+        train("--sync-batchnorm")
+    kinds = {type(module) for module in made[0].modules() if "BatchNorm" in type(module).__name__}
+    assert kinds == {nn.SyncBatchNorm}
+
+
+# -- the optimiser -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "rates"),
+    [
+        (("--rates", "0:0.05,1:0.03", "--descent", "none"), [0.05, 0.03]),
+        (("--rates", "0:0.05", "--descent", "0.5:0.004"), [0.05, 0.004]),
+        # All gates are closed in the first epoch, so it has lost blocks.
+        (
+            ("--rates", "0:0.05", "--restart", "0:0.02", "--descent", "none", "--epsilon", 1e9),
+            [0.05, 0.02],
+        ),
+    ],
+    ids=["--rates", "--descent", "--restart"],
+)
+def test_the_rate_of_every_epoch(
+    train: Train, options: tuple[object, ...], rates: list[float]
+) -> None:
+    assert train(*options, *NEVER_DEAD).epochs("rate") == rates
+
+
+def test_weights_decay(train: Train, reference: Trained) -> None:
+    assert norm(train("--weight-decay", 1)) < 0.7 * norm(reference)
+
+
+def test_without_weight_there_is_no_side_head(train: Train, reference: Trained) -> None:
+    assert reference.best.side_head is not None
+    assert train("--side-weight", 0).best.side_head is None
+
+
+# -- the input -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def originals(images: Path) -> set[bytes]:
+    """Every training image as it is."""
+    return {image.numpy().tobytes() for image in data.load(f"folder:{images}").train.images}
+
+
+def among(batches: list[Tensor], originals: set[bytes]) -> tuple[int, int]:
+    """How many of the images trained on are originals, and of how many."""
+    seen = torch.cat(batches)
+    return sum(image.contiguous().numpy().tobytes() in originals for image in seen), len(seen)
+
+
+def test_images_stay_as_they_are(
+    train: Train, batches: list[Tensor], originals: set[bytes]
+) -> None:
+    train("--no-flip", "--shift", 0, "--augmentation", "shift")
+    found, total = among(batches, originals)
+    assert found == total
+
+
+def test_images_are_mirrored(train: Train, batches: list[Tensor], originals: set[bytes]) -> None:
+    train("--flip")
+    found, total = among(batches, originals)
+    back, _ = among([batch.flip(3) for batch in batches], originals)
+    assert found + back == total
+    assert back > total / 5
+
+
+def test_images_are_shifted(train: Train, batches: list[Tensor], originals: set[bytes]) -> None:
+    train("--shift", 2)
+    found, total = among(batches, originals)
+    assert found < total / 5  # one place in 25 is the old one
+    seen = torch.cat(batches)
+    middles = {image[:, 2:-2, 2:-2].tobytes() for image in map(_array, originals)}
+    assert seen.shape[1:] == (3, 9, 9)
+    assert any(
+        seen[i, :, r : r + 5, c : c + 5].numpy().tobytes() in middles
+        for i in range(len(seen))
+        for r, c in ((0, 0), (4, 4))
+    ), "some image lies in a corner"
+
+
+def _array(content: bytes) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    return np.frombuffer(content, np.uint8).reshape(3, 9, 9)
+
+
+@pytest.mark.parametrize("augmentation", ["svhn", "imagenet"])
+def test_images_are_augmented_otherwise(
+    train: Train, batches: list[Tensor], originals: set[bytes], augmentation: str
+) -> None:
+    train("--augmentation", augmentation)
+    assert among(batches, originals)[0] == 0
+
+
+def test_the_mean_image_is_taken_off(train: Train, reference: Trained, images: Path) -> None:
+    assert reference.best.data.normalization == "channel"
+    identity = train("--normalization", "pixel").best.data
+    mean = data.load(f"folder:{images}").train.images.double().mean(dim=0)
+    assert torch.allclose(torch.tensor(identity.mean, dtype=torch.float64), mean)
+    assert identity.std == (128.0,) * 3
+
+
+# -- the threshold -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "epsilons"),
+    [
+        (("--epsilon", 1.5), [1.5, 1.5]),
+        (("--epsilon-from", 1), [0.0, 2.5]),
+        (("--settle-at", 0.5), [2.5, 0.0]),
+    ],
+    ids=["--epsilon", "--epsilon-from", "--settle-at"],
+)
+def test_the_threshold_of_every_epoch(
+    train: Train, options: tuple[object, ...], epsilons: list[float]
+) -> None:
+    assert train(*options, *NEVER_DEAD).epochs("epsilon") == epsilons
+
+
+def test_a_response_within_epsilon_closes_the_gate(train: Train) -> None:
+    for gates in train("--epsilon", 1e9, *NEVER_DEAD).epochs("gates"):
+        assert all(gate["closed"] == gate["steps"] == 2 for gate in gates.values())
+
+
+def test_a_target_leads_the_threshold(train: Train) -> None:
+    """It rises to just above the weakest block's response in the epoch before."""
+    trained = train("--target-parameters", 0.8, "--model", "cifar:14x4", "--descent", "none")
+    first, second = trained.epochs("epsilon")
+    weakest = min(gate["peak"] for gate in trained.epochs("gates")[0].values())
+    assert first == 0
+    assert second >= 1.05 * weakest * (1 - 1e-6)
+
+
+@pytest.mark.parametrize("guarded", [False, True])
+def test_a_drop_in_accuracy_holds_the_target_back(
+    train: Train, monkeypatch: pytest.MonkeyPatch, guarded: bool
+) -> None:
+    """The best epoch is the first, and from the second on the accuracy is half of that."""
+    accuracies = iter([0.8] + [0.4] * 99)
+    monkeypatch.setattr(loop, "score", lambda *_: Score(next(accuracies), 1.0, 10))
+    guard = ("--max-accuracy-drop", 5) if guarded else ()
+    long = ("--epochs", 5, "--epsilon-from", 4, "--descent", "none")
+    trained = train("--target-parameters", 0.5, *guard, "--model", "cifar:14x4", *long)
+    chosen = trained.epochs("epsilon")[4] > 0
+    assert chosen is not guarded
+    assert ("give a larger --max-accuracy-drop" in trained.result.stderr) is guarded
+
+
+@pytest.mark.parametrize("epochs", [2, 3])
+def test_a_block_dies_after_so_many_closed_epochs(train: Train, closed: str, epochs: int) -> None:
+    trained = train("--model", "cifar:14x4", "--epochs", 3, "--closed-epochs", epochs)
+    assert trained.epochs("died") == [[closed] if epoch == epochs else [] for epoch in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("option", ["--live-removal", "--no-live-removal"])
+def test_a_dead_block_leaves_the_running_network(train: Train, closed: str, option: str) -> None:
+    """Where it stays, its weights go on decaying."""
+    trained = train("--model", "cifar:14x4", "--epochs", 3, "--keep", 3, option)
+    after, later = (
+        Checkpoint.load(trained.folder / f"epoch-{epoch:04}.pt").state for epoch in (2, 3)
+    )
+    weights = [name for name in after if name.startswith(f"{closed}.") and after[name].dim() == 4]
+    assert trained.epochs("died")[1] == [closed]
+    assert weights
+    stays = [not torch.equal(after[name], later[name]) for name in weights]
+    assert set(stays) == {option == "--no-live-removal"}
