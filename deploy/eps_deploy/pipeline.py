@@ -39,6 +39,7 @@ from eps_deploy.reporting.report import Check
 from eps_deploy.runtimes import Sides
 from eps_deploy.sources import Sources, find_sources
 from eps_deploy.stages import Stages, digest_of
+from eps_train.console import refuse_missing
 from eps_train.data import load_again
 from eps_train.devices import cpu_threads
 
@@ -50,7 +51,7 @@ def deploy(options: Options, say: Say) -> dict[str, Any]:
 
     Raises EpsError, with nothing written, when something that was given cannot be used.
     """
-    writer = BundleWriter(options.output, force=options.force)
+    writer = _writer(options)
     if options.engine == "trt" and not options.defer_build:
         plans.require(options)
     sources, part, calibration = _read(options, say)
@@ -83,7 +84,7 @@ def _kept(stages: Stages, folder: Path, say: Say) -> Iterator[None]:
 
 def plan(options: Options) -> list[str]:
     """What `deploy` would do, a line a step; raises as it would before any work is done."""
-    BundleWriter(options.output, force=options.force)
+    _writer(options)
     lines: list[str] = []
     if options.engine == "trt" and not options.defer_build:
         plans.require(options)
@@ -109,6 +110,12 @@ def plan(options: Options) -> list[str]:
     )
     lines.append(f"would write {options.output}")
     return lines
+
+
+def _writer(options: Options) -> BundleWriter:
+    """Of the bundle, once all files that were named are there."""
+    refuse_missing(options.model, options.checkpoint, options.baseline)
+    return BundleWriter(options.output, force=options.force)
 
 
 def _read(options: Options, say: Say) -> tuple[Sources, TestPart, Images | None]:
