@@ -36,19 +36,30 @@ def open_engine(bundle: Bundle, *, threads: int | None = None) -> Engine:
 
 
 def open_onnx(
-    bundle: Bundle, *, file: str = ONNX, provider: str = "", threads: int | None = None
+    bundle: Bundle,
+    *,
+    file: str = ONNX,
+    provider: str = "",
+    threads: int | None = None,
+    rounded: bool = False,
 ) -> Engine:
     """A network in any bundle on ONNX Runtime; raises as :func:`open_engine` does.
 
     On the processor, and with the arithmetic of the file, unless `provider` is the execution
-    provider of the manifest.
+    provider of the manifest. `rounded`: float16 too is computed as the file says, see
+    `exporting.half`, which needs the package onnx.
     """
     from eps_deploy.engines.ort import PROVIDERS, OrtEngine, Provider
 
+    content = bundle.read(file)
+    if rounded:
+        from eps_deploy.exporting import half
+
+        content = half.rounded(content)
     recorded = bundle.manifest["engine"]
     known: dict[str, Provider] = {full: short for short, full in PROVIDERS.items()}
     engine = OrtEngine(
-        bundle.read(file),
+        content,
         name=str(bundle.root / file),
         provider=known.get(provider, "cpu"),
         threads=threads or int(recorded.get("threads", 1)),

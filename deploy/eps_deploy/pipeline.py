@@ -24,6 +24,7 @@ from eps_deploy import (
 from eps_deploy.bundle_writer import BundleWriter
 from eps_deploy.engines.base import Images
 from eps_deploy.engines.trt.sidecar import PLAN
+from eps_deploy.exporting import half
 from eps_deploy.exporting.calibration import pick
 from eps_deploy.exporting.repair import Repair
 from eps_deploy.measures import TestPart
@@ -44,6 +45,7 @@ from eps_train.data import load_again
 from eps_train.devices import cpu_threads
 
 Say = Callable[[str], None]
+HEADROOM_IMAGES = 512  # of the test part, at most
 
 
 def deploy(options: Options, say: Say) -> dict[str, Any]:
@@ -169,6 +171,11 @@ class _Job:
             right = self._once("accuracy", models, lambda: self._accuracy(sides))
         not_run = [*runtimes.not_run(options), *([] if sources.baseline else [_NO_BASELINE])]
         checks = [Check(**check) for check in (*proven["checks"], *right["checks"])]
+        if options.precision.float == "float16":
+            with _timed(self.say, "measured the headroom of float16"):
+                checks.append(
+                    Check(**self._once("headroom", models, lambda: self._headroom(models)))
+                )
         if options.defer_build:
             with _timed(self.say, "tried NVIDIA's parser and builder without a GPU"):
                 tried = plans.rehearse(options, models.compact)
@@ -232,6 +239,11 @@ class _Job:
     def _accuracy(self, sides: Sides) -> dict[str, Any]:
         entry, checks = measures.accuracy(self.options, self.sources, sides, self.part)
         return {"entry": entry, "checks": [asdict(check) for check in checks]}
+
+    def _headroom(self, models: Models) -> dict[str, Any]:
+        images = self.part.images[np.unique(self.part.spread(HEADROOM_IMAGES))]
+        peak = half.peak(models.compact, images, self.options.max_batch)
+        return asdict(report.headroom_check(peak, len(images)))
 
     def write(self, folder: Path, models: Models, sides: Sides, found: _Found) -> None:
         """All of the bundle but its manifest."""
