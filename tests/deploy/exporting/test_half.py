@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -62,7 +63,7 @@ def logits(model: bytes, count: int) -> Logits:
 def test_it_is_what_the_file_says(tmp_path: Path, name: str, near: float) -> None:
     """Against ONNX's own evaluator, which computes float16 in float16."""
     model = exported(tmp_path, name)
-    evaluator = ReferenceEvaluator(onnx.load_from_string(model))
+    evaluator: Any = ReferenceEvaluator(onnx.load_from_string(model))
     (expected,) = evaluator.run(None, {"images": images(4)})
     found = logits(rounded(model), 4)
     np.testing.assert_allclose(found, expected, rtol=0, atol=near * np.abs(found).max())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +28,7 @@ Array = npt.NDArray[np.float32]
 IMAGE = np.random.default_rng(0).normal(3, 1, (2, 1, 7, 8)).astype(np.float32)
 
 
-def model_of(kind: str, **attributes: object) -> onnx.ModelProto:
+def model_of(kind: str, **attributes: Any) -> onnx.ModelProto:
     node = helper.make_node(kind, ["x"], ["y"], name="pool", **attributes)
     value = helper.make_tensor_value_info
     found = helper.make_graph(
@@ -44,7 +45,8 @@ def answers(model: onnx.ModelProto) -> Iterator[Array]:
 
     session = onnxruntime.InferenceSession(model.SerializeToString())
     yield session.run(None, {"x": IMAGE})[0]
-    yield ReferenceEvaluator(model).run(None, {"x": IMAGE})[0]
+    evaluator: Any = ReferenceEvaluator(model)
+    yield evaluator.run(None, {"x": IMAGE})[0]
 
 
 @pytest.mark.parametrize("counted", [False, True])
@@ -125,7 +127,8 @@ def test_a_network_with_such_a_pool_is_exported_without_ceil_mode(
     limit = 1e-5 * np.abs(expected).max()
     with OrtEngine(path.read_bytes()) as engine:
         np.testing.assert_allclose(engine.infer(images), expected, rtol=0, atol=limit)
-    (said,) = ReferenceEvaluator(model).run(None, {"images": images})
+    evaluator: Any = ReferenceEvaluator(model)
+    (said,) = evaluator.run(None, {"images": images})
     np.testing.assert_allclose(said, expected, rtol=0, atol=limit)
 
 
