@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eps_train.errors import ConfigError
 
 if TYPE_CHECKING:
+    import torch
+
     from eps_compact.finetune import Finetuned
-    from eps_compact.pareto import Point, Sweep
+    from eps_compact.pareto import Goal, Point, Sweep
     from eps_compact.timing import Timer
     from eps_train.checkpoint import Checkpoint
     from eps_train.data import Data
@@ -31,6 +33,7 @@ class Wishes:
     finetune_epochs: int = 0
     seconds: float | None = None
     timer: str | None = None
+    device: str | None = None
 
     @property
     def picks(self) -> bool:
@@ -63,6 +66,23 @@ class Wishes:
         for option in ("seconds", "timer"):
             if getattr(self, option) is not None and not self.times:
                 raise ConfigError(f"--{option}: is for --ledger and --sweep; give one of them too")
+        if self.device is not None and not (self.times or self.finetune_epochs):
+            raise ConfigError(
+                "--device: is for --ledger, --sweep and --finetune-epochs; give one of them too"
+            )
+
+    @property
+    def goal(self) -> Goal | None:
+        """The network of a sweep that is asked for."""
+        from eps_compact.pareto import Goal
+
+        if not self.picks:
+            return None
+        return Goal(
+            target_parameters=self.target_parameters,
+            target_flops=self.target_flops,
+            max_accuracy_drop=self.max_accuracy_drop,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,13 +92,14 @@ class Choice:
     Attributes:
         checkpoint: the one that was given, or what came of training it on.
         also: its live blocks that are to go besides the dead ones.
-        sweep, point: the curve, and the point on it that was picked.
+        sweep, goal, point: the curve, what was asked of it, and the point that was picked.
         tuned: how training on went; None without.
     """
 
     checkpoint: Checkpoint
     also: tuple[str, ...] = ()
     sweep: Sweep | None = None
+    goal: Goal | None = None
     point: Point | None = None
     tuned: Finetuned | None = None
 
@@ -86,16 +107,33 @@ class Choice:
         """What the certificate says of it; empty when nothing was asked for."""
         told: dict[str, Any] = {}
         if self.sweep is not None:
-            told["sweep"] = self.sweep.to_dict()
+            told["sweep"] = {**self.sweep.to_dict(), "goal": None}
+        if self.sweep is not None and self.goal is not None and self.point is not None:
+            told["sweep"]["goal"] = {
+                "asked": asdict(self.goal),
+                "point": self.sweep.points.index(self.point),
+            }
         if self.tuned is not None:
             told["finetune"] = self.tuned.to_dict()
         return told
 
 
 def choose(
-    checkpoint: Checkpoint, data: Data, wishes: Wishes, timer: Timer | None, report: Report
+    checkpoint: Checkpoint,
+    data: Data,
+    wishes: Wishes,
+    timer: Timer | None,
+    device: torch.device,
+    report: Report,
 ) -> Choice:
-    """Sweep, pick and train on, as far as `wishes` goes; `timer` times the networks of the sweep.
+    """Sweep, pick and train on, as far as `wishes` goes.
+
+    Args:
+        checkpoint, data: a trained network, and the data it was trained on.
+        wishes: what is asked for.
+        timer: times the networks of the sweep.
+        device: where networks are run and trained.
+        report: told what is being done, a line at a time.
 
     Raises:
         ConfigError: no point of the sweep has what is asked for, or there is nothing to sweep.
@@ -105,39 +143,44 @@ def choose(
     from eps_compact.sweep import SECONDS, sweep
 
     swept = point = None
+    goal = wishes.goal
     if wishes.sweeps:
         swept = sweep(
             checkpoint,
             data.validation,
+            goal=goal,
             weight="flops"
             if wishes.target_flops and not wishes.target_parameters
             else "parameters",
             seconds=wishes.seconds or SECONDS,
+            device=device,
             timer=timer,
             report=report,
         )
-    if swept is not None and wishes.picks:
-        point = pareto.pick(
-            swept,
-            target_parameters=wishes.target_parameters,
-            target_flops=wishes.target_flops,
-            max_accuracy_drop=wishes.max_accuracy_drop,
-        )
+    if swept is not None and goal is not None:
+        point = pareto.pick(swept, goal)
+        report(goal.told(point))
     also = point.removed if point is not None else ()
+    chosen = Choice(checkpoint=checkpoint, also=also, sweep=swept, goal=goal, point=point)
     if not wishes.finetune_epochs:
-        return Choice(checkpoint=checkpoint, also=also, sweep=swept, point=point)
-    tuned = _tune(checkpoint, data, also, wishes.finetune_epochs, report)
+        return chosen
+    tuned = _tune(checkpoint, data, also, wishes.finetune_epochs, device, report)
     if tuned.after < tuned.before:
         report(
             f"training on lost accuracy ({tuned.before:.2%} to {tuned.after:.2%} on held-out"
             " images): its result is left aside; give more --finetune-epochs, or none"
         )
-        return Choice(checkpoint=checkpoint, also=also, sweep=swept, point=point)
-    return Choice(checkpoint=tuned.checkpoint, sweep=swept, point=point, tuned=tuned)
+        return chosen
+    return replace(chosen, checkpoint=tuned.checkpoint, also=(), tuned=tuned)
 
 
 def _tune(
-    checkpoint: Checkpoint, data: Data, removed: tuple[str, ...], epochs: int, report: Report
+    checkpoint: Checkpoint,
+    data: Data,
+    removed: tuple[str, ...],
+    epochs: int,
+    device: torch.device,
+    report: Report,
 ) -> Finetuned:
     from eps_compact.finetune import finetune
 
@@ -146,6 +189,7 @@ def _tune(
         data,
         removed,
         epochs=epochs,
+        device=device,
         report=lambda epoch: report(
             f"trained on, epoch {epoch.epoch}/{epochs}: loss {epoch.loss:.3f}, validation"
             f" {epoch.validation.accuracy:.2%}"

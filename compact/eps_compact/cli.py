@@ -113,6 +113,11 @@ class Request:
     "  [default: ort where it is installed]",
 )
 @click.option(
+    "--device",
+    help="What ledger, sweep and --finetune-epochs compute on: auto, cpu, cuda, cuda:N or mps."
+    "  [default: auto]",
+)
+@click.option(
     "--export",
     "exports",
     type=click.Choice(("pt2", "safetensors")),
@@ -173,7 +178,8 @@ def main() -> NoReturn:
 
 
 def _refuse(request: Request) -> None:
-    """Raise ConfigError for what cannot or must not be done, before any work."""
+    """Raise EpsError for what cannot or must not be done, before any work."""
+    console.refuse_missing(request.checkpoint)
     if request.no_data and request.data_root is not None:
         raise ConfigError("--no-data: looks at no images; leave out --data-root")
     request.wishes.check(no_data=request.no_data)
@@ -190,11 +196,13 @@ def _compact(request: Request, log: Console) -> tuple[Compaction, Choice]:
     from eps_compact.choice import Choice, choose
     from eps_compact.compaction import compact_checkpoint
     from eps_train.checkpoint import Checkpoint
+    from eps_train.devices import choose as choose_device
     from eps_train.errors import FileFormatError
 
     def say(line: str) -> None:
         log.print(line, markup=False)
 
+    device = choose_device(request.wishes.device or "auto")
     path = request.checkpoint
     checkpoint = Checkpoint.load(path)
     data = None if request.no_data else _data(checkpoint, request.data_root)
@@ -205,7 +213,7 @@ def _compact(request: Request, log: Console) -> tuple[Compaction, Choice]:
         timer = make_timer(request.wishes.timer, checkpoint.data, say)
     choice = Choice(checkpoint=checkpoint)
     if data is not None:
-        choice = choose(checkpoint, data, request.wishes, timer, say)
+        choice = choose(checkpoint, data, request.wishes, timer, device, say)
     if choice.tuned is not None:  # what the certificate is about has to be there to be checked
         path = tuned_file(request.outputs.compact)
         if not request.dry_run:
@@ -236,6 +244,7 @@ def _compact(request: Request, log: Console) -> tuple[Compaction, Choice]:
             data.validation,
             live=done.live,
             seconds=request.wishes.seconds or ledger.SECONDS,
+            device=device,
             timer=timer,
             report=say,
         )

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from eps_compact.intervals import Interval
 from eps_compact.ledger import points, scaled
@@ -51,16 +51,16 @@ class Point:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sweep:
-    """Networks from the compact one down to bare shortcuts.
+    """Networks from the compact one down to one block a stage.
 
     Attributes:
         points: the first has lost only the dead blocks; each has lost one block more than the one
-            before, or several where the time did not allow less.
+            before, or several where the time did not allow less. A stage keeps its last block.
         knee: index of the point where the curve bends: see `KNEE_RULE`.
         weight: what a rise in loss is divided by when the next block is chosen.
         chosen_on, measured_on: held-out images that the choices, and the accuracies, rest on; no
             image serves both.
-        complete: whether it came to the last block within its time.
+        complete: whether it came to the last block that may go within its time.
         timer: what the times were measured with.
         seconds: what all of it took, once the timer was ready.
     """
@@ -98,74 +98,135 @@ def knee(curve: Sequence[tuple[float, float]]) -> int:
     return heights.index(max(heights))
 
 
-def pick(
-    found: Sweep,
-    *,
-    target_parameters: float | None = None,
-    target_flops: float | None = None,
-    max_accuracy_drop: float | None = None,
-) -> Point:
-    """The point that meets all that is asked for.
+class Measured(Protocol):
+    """What a goal asks about one network of a sweep; `Point` has it."""
+
+    @property
+    def parameters_share(self) -> float: ...
+
+    @property
+    def flops_share(self) -> float: ...
+
+    @property
+    def drop(self) -> Interval: ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Goal:
+    """The network of a sweep that a user wants.
 
     With a target, the largest network that is small enough; with a limit to the drop alone, the
     smallest that keeps it. Drops are judged as measured, not by their intervals.
 
-    Args:
+    Attributes:
         target_parameters, target_flops: share to keep of the network as it was built, 0..1.
         max_accuracy_drop: points of accuracy that may be lost against the first point.
 
     Raises:
-        ConfigError: nothing asked for, out of range, or no point has it.
+        ConfigError: nothing asked for, or out of range.
     """
-    shares = {"--target-parameters": target_parameters, "--target-flops": target_flops}
-    if max_accuracy_drop is None and target_parameters is None and target_flops is None:
-        raise ConfigError(
-            "nothing to pick by: give --target-parameters, --target-flops or --max-accuracy-drop"
+
+    target_parameters: float | None = None
+    target_flops: float | None = None
+    max_accuracy_drop: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_accuracy_drop is None and not self.shares:
+            raise ConfigError(
+                "nothing to pick by: give --target-parameters, --target-flops or"
+                " --max-accuracy-drop"
+            )
+        for (option, _), share in self.shares.items():
+            if not 0 < share < 1:
+                raise ConfigError(
+                    f"{option} {share:g}: must lie between 0 and 1, the share to keep"
+                )
+        drop = self.max_accuracy_drop
+        if drop is not None and not 0 <= drop <= 100:
+            raise ConfigError(f"--max-accuracy-drop {drop:g}: must be 0 to 100 points")
+
+    @property
+    def shares(self) -> dict[tuple[str, str], float]:
+        """The targets that are given, by option and attribute of a point."""
+        shares = {
+            ("--target-parameters", "parameters_share"): self.target_parameters,
+            ("--target-flops", "flops_share"): self.target_flops,
+        }
+        return {names: share for names, share in shares.items() if share is not None}
+
+    def small_enough(self, found: Measured) -> bool:
+        return all(getattr(found, name) <= share for (_, name), share in self.shares.items())
+
+    def accurate_enough(self, found: Measured) -> bool:
+        # As in a deployment, rounding must not fail a drop of exactly the limit.
+        limit = self.max_accuracy_drop
+        return limit is None or found.drop.value <= limit + 1e-9
+
+    def place(self, curve: Sequence[Measured]) -> int | None:
+        """Index of the network wanted, on a curve from the largest to the smallest."""
+        fitting = [
+            index
+            for index, found in enumerate(curve)
+            if self.small_enough(found) and self.accurate_enough(found)
+        ]
+        if not fitting:
+            return None
+        return fitting[0] if self.shares else fitting[-1]
+
+    def step(self, curve: Sequence[Measured]) -> int | None:
+        """Index behind the step that leads too far: a network within it would be nearer the goal.
+
+        None where the curve begins or ends before.
+        """
+        small = (index for index, found in enumerate(curve) if self.small_enough(found))
+        place = self.place(curve)
+        if not self.shares:
+            place = None if place is None else place + 1
+        elif place is None:
+            place = next(small, None)
+        return place if place is not None and 0 < place < len(curve) else None
+
+    def told(self, found: Point) -> str:
+        """One line: what was asked for, and what came of it."""
+        asked = [f"{option} {share:g}" for (option, _), share in self.shares.items()]
+        if self.max_accuracy_drop is not None:
+            asked.append(f"--max-accuracy-drop {self.max_accuracy_drop:g}")
+        count = len(found.removed)
+        return (
+            f"asked for {', '.join(asked)}; found {found.parameters_share:.1%} of the parameters"
+            f" and {found.flops_share:.1%} of the FLOPs, {found.drop.value:+.1f} points lost,"
+            f" {count} live block{'' if count == 1 else 's'} out"
         )
-    for option, share in shares.items():
-        if share is not None and not 0 < share < 1:
-            raise ConfigError(f"{option} {share:g}: must lie between 0 and 1, the share to keep")
-    if max_accuracy_drop is not None and not 0 <= max_accuracy_drop <= 100:
-        raise ConfigError(f"--max-accuracy-drop {max_accuracy_drop:g}: must be 0 to 100 points")
-    fitting = [
-        point
-        for point in found.points
-        if (target_parameters is None or point.parameters_share <= target_parameters)
-        and (target_flops is None or point.flops_share <= target_flops)
-    ]
+
+
+def pick(found: Sweep, goal: Goal) -> Point:
+    """The point that meets all of `goal`. Raises ConfigError when no point does."""
+    place = goal.place(found.points)
+    if place is not None:
+        return found.points[place]
+    fitting = [point for point in found.points if goal.small_enough(point)]
     if not fitting:
-        raise ConfigError(_too_small(found, shares))
-    if max_accuracy_drop is None:
-        return fitting[0]
-    # As in a deployment, rounding must not fail a drop of exactly the limit.
-    kept = [point for point in fitting if point.drop.value <= max_accuracy_drop + 1e-9]
-    if not kept:
-        best = min(fitting, key=lambda point: point.drop.value)
-        raise ConfigError(
-            f"--max-accuracy-drop {max_accuracy_drop:g}: no network of the sweep that is small"
-            f" enough keeps it; the least drop among them is {best.drop.value:.2f} points, at"
-            f" {best.parameters_share:.1%} of the parameters; allow that, or ask for a larger share"
-        )
-    only_limit = target_parameters is None and target_flops is None
-    return min(kept, key=lambda point: point.parameters) if only_limit else kept[0]
+        raise ConfigError(_too_small(found, goal))
+    best = min(fitting, key=lambda point: point.drop.value)
+    raise ConfigError(
+        f"--max-accuracy-drop {goal.max_accuracy_drop:g}: no network of the sweep that is small"
+        f" enough keeps it; the least drop among them is {best.drop.value:.2f} points, at"
+        f" {best.parameters_share:.1%} of the parameters; allow that, or ask for a larger share"
+    )
 
 
-def _too_small(found: Sweep, shares: Mapping[str, float | None]) -> str:
+def _too_small(found: Sweep, goal: Goal) -> str:
     smallest = found.points[-1]
-    reached = {
-        "--target-parameters": smallest.parameters_share,
-        "--target-flops": smallest.flops_share,
-    }
-    option, share = next(
-        (name, share)
-        for name, share in shares.items()
-        if share is not None and share < reached[name]
+    option, share, reached = next(
+        (option, share, getattr(smallest, name))
+        for (option, name), share in goal.shares.items()
+        if share < getattr(smallest, name)
     )
     what = "parameters" if option == "--target-parameters" else "FLOPs"
-    why = "" if found.complete else ", where its time was over"
+    why = ", as every stage keeps a block" if found.complete else ", where its time was over"
     return (
-        f"{option} {share:g}: the smallest network of the sweep keeps {reached[option]:.1%} of the"
-        f" {what}{why}; ask for at least {math.ceil(1000 * reached[option]) / 1000:g}"
+        f"{option} {share:g}: the smallest network of the sweep keeps {reached:.1%} of the"
+        f" {what}{why}; ask for at least {math.ceil(1000 * reached) / 1000:g}"
     )
 
 

@@ -13,9 +13,9 @@ from torch import fx
 from eps_compact.branch_costs import BranchCost, branch_costs, live_network
 from eps_compact.forking import Answers, Forking, answer, answer_all
 from eps_compact.heldout import PROBE, ordered, pass_seconds, pixels
-from eps_compact.intervals import median, ratio_of_medians
+from eps_compact.intervals import Interval, median, ratio_of_medians
 from eps_compact.ledger import CPU, accuracy_drop
-from eps_compact.pareto import Point, Sweep, Weight, knee
+from eps_compact.pareto import Goal, Point, Sweep, Weight, knee
 from eps_compact.timing import Measure, Runs, Timer, TorchTimer, block_times
 from eps_train import graph
 from eps_train.checkpoint import Checkpoint
@@ -30,6 +30,7 @@ CHOOSING_SHARE = 0.5
 MEASURING_SHARE = 0.25
 TIMED = 0.8  # of what is left for times; intervals take the rest
 LEAST = 64  # images to choose on, before blocks go several at a time
+BISECTIONS = 3  # networks at most that are tried within a step that leads beyond a goal
 TOGETHER = 24  # networks that are timed, and held in memory, at once
 
 
@@ -37,6 +38,7 @@ def sweep(
     checkpoint: Checkpoint,
     validation: Part,
     *,
+    goal: Goal | None = None,
     weight: Weight = "parameters",
     seconds: float = SECONDS,
     device: torch.device = CPU,
@@ -49,11 +51,13 @@ def sweep(
     least rise in cross-entropy for what its removal saves; of those whose loss does not rise, the
     one that saves most. The validation part is divided: on one half, or as much of it as the time
     allows, blocks are chosen; on the other the accuracies are measured. No other image is looked
-    at. Where time is short, several blocks go in one step.
+    at. Where time is short, several blocks go in one step; the step that leads beyond `goal` is
+    then divided. A stage keeps its last block, as in training (`graph.removable`).
 
     Args:
         checkpoint: gated, or plain: then all of its residual blocks take part.
         validation: its validation part.
+        goal: the network wanted; None: the curve is all that is asked for.
         weight: what a block saves: `parameters`, `flops`, or `ms`.
         seconds: to spend in all. What `timer` takes to make ready is on top.
         device: where to compute.
@@ -76,12 +80,15 @@ def sweep(
     began = time.perf_counter()
     saved = _saved(costs, weight, measure, seconds * TIMING_SHARE / 2)
     deadline = began + seconds * (1 - TIMING_SHARE)
-    walk = _Walk(normalize, shape, saved=saved, deadline=deadline, report=report)
+    whole = cost(checkpoint.network.skeleton(), shape)
+    walk = _Walk(normalize, shape, whole=whole, saved=saved, deadline=deadline, report=report)
     walk.plan(model, heldout, seconds)
     stages, complete = walk.go(model)
+    if goal is not None:
+        walk.refine(stages, goal)
     report(f"sweep: timing {len(stages)} networks")
     left = seconds - (time.perf_counter() - began)
-    found = _points(stages, cost(checkpoint.network.skeleton(), shape), measure, TIMED * left)
+    found = _points(stages, measure, TIMED * left)
     return Sweep(
         points=found,
         knee=knee([(point.parameters, point.accuracy) for point in found]),
@@ -99,7 +106,10 @@ class _Stage:
     removed: tuple[str, ...]
     model: fx.GraphModule
     size: Cost
+    parameters_share: float
+    flops_share: float
     answers: Answers
+    drop: Interval
 
 
 class _Walk:
@@ -110,11 +120,12 @@ class _Walk:
         normalize: Normalize,
         shape: tuple[int, int, int],
         *,
+        whole: Cost,
         saved: Mapping[str, float],
         deadline: float,
         report: Callable[[str], None],
     ) -> None:
-        self._normalize, self._shape = normalize, shape
+        self._normalize, self._shape, self._whole = normalize, shape, whole
         self._saved, self._deadline, self._report = saved, deadline, report
 
     def plan(self, model: fx.GraphModule, heldout: Part, seconds: float) -> None:
@@ -149,17 +160,32 @@ class _Walk:
         )
 
     def go(self, model: fx.GraphModule) -> tuple[list[_Stage], bool]:
-        """All stages, and whether the last has no block left."""
+        """All stages, and whether the last has no block left that may go."""
         stages = [self._stage((), model)]
-        while live := len(graph.gates(stages[-1].model)):
+        while more := len(_removable(stages[-1].model)):
             began = time.perf_counter()
-            stages.append(self._step(stages[-1]))
+            stages.append(self._step(stages[-1], stages[0]))
             taken = time.perf_counter() - began
-            left = live - (len(stages[-1].removed) - len(stages[-2].removed))
-            next_step = taken * (left / live) ** 2
+            left = len(_removable(stages[-1].model))
+            next_step = taken * (left / more) ** 2
             if not self._pace(next_step, left):
                 return stages, False
         return stages, True
+
+    def refine(self, stages: list[_Stage], goal: Goal) -> None:
+        """Bisect the step of several blocks that leads beyond `goal`, in place."""
+        for _ in range(BISECTIONS):
+            place = goal.step(stages)
+            if place is None:
+                return
+            before, after = stages[place - 1], stages[place]
+            group = after.removed[len(before.removed) :]
+            if len(group) == 1:
+                return
+            gone = group[: len(group) // 2]
+            self._report(f"sweep: dividing a step of {len(group)} blocks")
+            model = graph.remove_blocks(before.model, gone)
+            stages.insert(place, self._stage((*before.removed, *gone), model, stages[0]))
 
     def _pace(self, next_step: float, left: int) -> bool:
         """Settle how many blocks go at once from here; False when there is no time for a step."""
@@ -170,23 +196,39 @@ class _Walk:
         self._at_once = max(self._at_once, math.ceil(next_step * left / 3 / remaining))
         return True
 
-    def _step(self, stage: _Stage) -> _Stage:
+    def _step(self, stage: _Stage, first: _Stage) -> _Stage:
         answers = answer_all(Forking(stage.model), self._normalize, self._choosing)
         whole = answers.pop(None).mean_loss
         rises = {block: found.mean_loss - whole for block, found in answers.items() if block}
         ranked = sorted(rises, key=lambda block: cheapness(rises[block], self._saved[block]))
-        gone = ranked[: self._at_once]
+        gone = graph.removable(ranked, rises)[: self._at_once]
         removed = (*stage.removed, *gone)
-        after = self._stage(removed, graph.remove_blocks(stage.model, gone))
+        after = self._stage(removed, graph.remove_blocks(stage.model, gone), first)
         self._report(
             f"sweep: {len(after.removed)} out, last {gone[-1]}: accuracy"
             f" {after.answers.accuracy:.2%}, loss {after.answers.mean_loss:.3f}"
         )
         return after
 
-    def _stage(self, removed: tuple[str, ...], model: fx.GraphModule) -> _Stage:
+    def _stage(
+        self, removed: tuple[str, ...], model: fx.GraphModule, first: _Stage | None = None
+    ) -> _Stage:
         answers = answer(model, self._normalize, self._measuring)
-        return _Stage(removed, model, cost(model, self._shape), answers)
+        size = cost(model, self._shape)
+        return _Stage(
+            removed=removed,
+            model=model,
+            size=size,
+            parameters_share=size.parameters / self._whole.parameters,
+            flops_share=size.flops / self._whole.flops,
+            answers=answers,
+            drop=accuracy_drop(answers if first is None else first.answers, answers),
+        )
+
+
+def _removable(model: fx.GraphModule) -> list[str]:
+    blocks = graph.gates(model)
+    return graph.removable(blocks, blocks)
 
 
 def cheapness(rise: float, saved: float) -> tuple[float, float]:
@@ -202,6 +244,12 @@ def _costs(model: fx.GraphModule, shape: tuple[int, int, int]) -> list[BranchCos
     costs = branch_costs(model, shape)
     if not costs:
         raise ConfigError("every block is dead: there is none left for a sweep to take out")
+    blocks = [found.block for found in costs]
+    if not graph.removable(blocks, blocks):
+        raise ConfigError(
+            "every block that is left is the last of its stage: there is none for a sweep to take"
+            " out"
+        )
     return costs
 
 
@@ -214,9 +262,7 @@ def _saved(
     return {found.block: getattr(found, weight) for found in costs}
 
 
-def _points(
-    stages: list[_Stage], whole: Cost, measure: Measure, seconds: float
-) -> tuple[Point, ...]:
+def _points(stages: list[_Stage], measure: Measure, seconds: float) -> tuple[Point, ...]:
     """The stages with their times, each measured beside the first one."""
     first, *rest = stages
     groups = [rest[at : at + TOGETHER] for at in range(0, len(rest), TOGETHER)] or [[]]
@@ -224,25 +270,22 @@ def _points(
     for group in groups:
         times = measure([stage.removed for stage in (first, *group)], seconds / len(groups))
         if not found:
-            found.append(_point(first, first, whole, times[0], times[0]))
+            found.append(_point(first, times[0], times[0]))
         for stage, runs in zip(group, times[1:], strict=True):
-            found.append(_point(stage, first, whole, runs, times[0]))
+            found.append(_point(stage, runs, times[0]))
     return tuple(found)
 
 
-def _point(
-    stage: _Stage, start: _Stage, whole: Cost, runs: list[Runs], first_runs: list[Runs]
-) -> Point:
-    size = stage.size
+def _point(stage: _Stage, runs: list[Runs], first_runs: list[Runs]) -> Point:
     return Point(
         removed=stage.removed,
-        parameters=size.parameters,
-        flops=size.flops,
-        parameters_share=size.parameters / whole.parameters,
-        flops_share=size.flops / whole.flops,
+        parameters=stage.size.parameters,
+        flops=stage.size.flops,
+        parameters_share=stage.parameters_share,
+        flops_share=stage.flops_share,
         accuracy=stage.answers.accuracy,
         loss=stage.answers.mean_loss,
-        drop=accuracy_drop(start.answers, stage.answers),
+        drop=stage.drop,
         ms=median(runs),
         speedup=ratio_of_medians(first_runs, runs),
     )

@@ -73,6 +73,9 @@ class TorchTimer:
 
     def load(self, model: fx.GraphModule, image: Tensor) -> Measure:
         """As `Timer` has it."""
+        if image.is_cuda:
+            device = torch.cuda.get_device_name(image.device)
+            self.name = f"torch {torch.__version__} eager on {device}, batch 1"
         folded, _ = fold(model)
         folded.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 

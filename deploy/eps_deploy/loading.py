@@ -34,18 +34,26 @@ def open_engine(bundle: Bundle) -> Engine:
     return _agreeing(bundle, TrtEngine(bundle.read(bundle.model), sidecar, name=name))
 
 
-def open_onnx(bundle: Bundle, *, file: str = ONNX, provider: str = "") -> Engine:
+def open_onnx(
+    bundle: Bundle, *, file: str = ONNX, provider: str = "", rounded: bool = False
+) -> Engine:
     """A network in any bundle on ONNX Runtime; raises as :func:`open_engine` does.
 
     On the processor, and with the arithmetic of the file, unless `provider` is the execution
-    provider of the manifest.
+    provider of the manifest. `rounded`: float16 too is computed as the file says, see
+    `exporting.half`, which needs the package onnx.
     """
     from eps_deploy.engines.ort import PROVIDERS, OrtEngine, Provider
 
+    content = bundle.read(file)
+    if rounded:
+        from eps_deploy.exporting import half
+
+        content = half.rounded(content)
     recorded = bundle.manifest["engine"]
     known: dict[str, Provider] = {full: short for short, full in PROVIDERS.items()}
     engine = OrtEngine(
-        bundle.read(file),
+        content,
         name=str(bundle.root / file),
         provider=known.get(provider, "cpu"),
         threads=int(recorded.get("threads", 1)),

@@ -178,7 +178,13 @@ def _model(
     return stages.content(
         f"quantize-{name}",
         key | _described(options, calibration) | {"kept": source.kept},
-        lambda: quantize(model, calibration, options.precision, method=options.calibration_method),
+        lambda: quantize(
+            model,
+            calibration,
+            options.precision,
+            method=options.calibration_method,
+            kept=source.kept,
+        ),
     )
 
 

@@ -24,6 +24,7 @@ from eps_deploy import (
 from eps_deploy.bundle_writer import BundleWriter
 from eps_deploy.engines.base import Images
 from eps_deploy.engines.trt.sidecar import PLAN
+from eps_deploy.exporting import half
 from eps_deploy.exporting.calibration import pick
 from eps_deploy.exporting.repair import Repair
 from eps_deploy.measures import TestPart
@@ -39,10 +40,12 @@ from eps_deploy.reporting.report import Check
 from eps_deploy.runtimes import Sides
 from eps_deploy.sources import Sources, find_sources
 from eps_deploy.stages import Stages, digest_of
+from eps_train.console import refuse_missing
 from eps_train.data import load_again
 from eps_train.devices import cpu_threads
 
 Say = Callable[[str], None]
+HEADROOM_IMAGES = 512  # of the test part, at most
 
 
 def deploy(options: Options, say: Say) -> dict[str, Any]:
@@ -50,7 +53,7 @@ def deploy(options: Options, say: Say) -> dict[str, Any]:
 
     Raises EpsError, with nothing written, when something that was given cannot be used.
     """
-    writer = BundleWriter(options.output, force=options.force)
+    writer = _writer(options)
     runtimes.require(options)
     sources, part, calibration = _read(options, say)
     with writer:
@@ -82,7 +85,7 @@ def _kept(stages: Stages, folder: Path, say: Say) -> Iterator[None]:
 
 def plan(options: Options) -> list[str]:
     """What `deploy` would do, a line a step; raises as it would before any work is done."""
-    BundleWriter(options.output, force=options.force)
+    _writer(options)
     lines: list[str] = []
     runtimes.require(options)
     sources, part, _ = _read(options, lines.append)
@@ -108,6 +111,12 @@ def plan(options: Options) -> list[str]:
     )
     lines.append(f"would write {options.output}")
     return lines
+
+
+def _writer(options: Options) -> BundleWriter:
+    """Of the bundle, once all files that were named are there."""
+    refuse_missing(options.model, options.checkpoint, options.baseline)
+    return BundleWriter(options.output, force=options.force)
 
 
 def _read(options: Options, say: Say) -> tuple[Sources, TestPart, Images | None]:
@@ -161,6 +170,11 @@ class _Job:
             right = self._once("accuracy", models, lambda: self._accuracy(sides))
         not_run = [*runtimes.not_run(options), *([] if sources.baseline else [_NO_BASELINE])]
         checks = [Check(**check) for check in (*proven["checks"], *right["checks"])]
+        if options.precision.float == "float16":
+            with _timed(self.say, "measured the headroom of float16"):
+                checks.append(
+                    Check(**self._once("headroom", models, lambda: self._headroom(models)))
+                )
         if options.defer_build:
             with _timed(self.say, "tried NVIDIA's parser and builder without a GPU"):
                 tried = plans.rehearse(options, models.compact)
@@ -226,6 +240,11 @@ class _Job:
         with networks.on_gpu(options.device, built.compact, built.baseline):
             entry, checks = measures.accuracy(options, self.sources, sides, self.part)
         return {"entry": entry, "checks": [asdict(check) for check in checks]}
+
+    def _headroom(self, models: Models) -> dict[str, Any]:
+        images = self.part.images[np.unique(self.part.spread(HEADROOM_IMAGES))]
+        peak = half.peak(models.compact, images, self.options.max_batch)
+        return asdict(report.headroom_check(peak, len(images)))
 
     def write(self, folder: Path, models: Models, sides: Sides, found: _Found) -> None:
         """All of the bundle but its manifest."""

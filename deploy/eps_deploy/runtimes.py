@@ -11,6 +11,7 @@ from eps_deploy import plans
 from eps_deploy.engines.base import Engine
 from eps_deploy.engines.ort import OrtEngine, try_provider
 from eps_deploy.exporting.export import Deployed, in_precision
+from eps_deploy.exporting.half import rounded
 from eps_deploy.measuring.machine import cpus
 from eps_deploy.measuring.parity import Infer
 from eps_deploy.networks import Models, Networks, on_gpu
@@ -33,18 +34,16 @@ class Side:
 
     Attributes:
         torch: as trained (or compacted), float32.
-        reference: what its ONNX file says: on the CPU, int8 with true Q/DQ arithmetic; bfloat16 in
-            torch.
+        reference: what its ONNX file says: int8 with true Q/DQ arithmetic, float16 rounded after
+            every operation, both on the CPU; bfloat16 in torch.
         engine: what ships; None when it is built elsewhere.
         same: whether engine and reference are one and the same.
-        rounds_otherwise: whether the engine's int8 kernels are not the file's arithmetic.
     """
 
     torch: Deployed
     reference: Infer
     engine: Engine | None
     same: bool = False
-    rounds_otherwise: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,30 +110,31 @@ def _ort(
     stack: ExitStack,
 ) -> Sides:
     def side(torch: Deployed, model: bytes, name: str) -> Side:
-        engine = stack.enter_context(
-            OrtEngine(
-                model,
-                name=name,
-                provider=options.provider,
-                threads=options.threads,
-                max_batch=options.max_batch,
-                tf32=options.precision.tf32,
-            )
-        )
-        quantized = options.precision.quantized
-        if options.provider == "cpu" and not quantized:
+        engine = _ort_engine(options, model, name, stack)
+        plain = options.precision.float == "float32" and not options.precision.quantized
+        if options.provider == "cpu" and plain:
             return Side(torch=torch, reference=engine.infer, engine=engine, same=True)
-        return Side(
-            torch=torch,
-            reference=reference(options, torch, model, name, stack),
-            engine=engine,
-            rounds_otherwise=quantized,
-        )
+        held = reference(options, torch, model, name, stack)
+        return Side(torch=torch, reference=held, engine=engine)
 
     return Sides(
         compact=side(networks.compact, models.compact, "model.onnx"),
         baseline=side(networks.baseline, models.baseline, "baseline.onnx"),
         files={},
+    )
+
+
+def _ort_engine(options: Options, model: bytes, name: str, stack: ExitStack) -> OrtEngine:
+    """As it is served."""
+    return stack.enter_context(
+        OrtEngine(
+            model,
+            name=name,
+            provider=options.provider,
+            threads=options.threads,
+            max_batch=options.max_batch,
+            tf32=options.precision.tf32,
+        )
     )
 
 
@@ -165,6 +165,17 @@ def _trt(
     )
 
 
+def shipped(options: Options, torch: Deployed, model: bytes, stack: ExitStack) -> list[Infer]:
+    """All that an accuracy is judged by: what the ONNX file says, and ONNX Runtime as it serves it.
+
+    A TensorRT plan, which takes minutes to build, is left out.
+    """
+    held = reference(options, torch, model, "model.onnx", stack)
+    if options.engine == "trt":
+        return [held]
+    return [held, _ort_engine(options, model, "model.onnx", stack).infer]
+
+
 def reference(
     options: Options, torch: Deployed, model: bytes, name: str, stack: ExitStack
 ) -> Infer:
@@ -174,6 +185,8 @@ def reference(
         held = in_precision(torch.network, torch.identity, precision)
         stack.enter_context(on_gpu(options.device, held))
         return held.infer
+    if precision.float == "float16":
+        model = rounded(model)
     engine = OrtEngine(
         model,
         name=name,

@@ -20,6 +20,8 @@ from eps_deploy.engines.base import Engine, EngineError
 from eps_deploy.loading import open_engine, open_onnx
 from eps_deploy.measuring import parity
 from eps_deploy.measuring.limits import PARITY_LIMITS
+from eps_deploy.precision import PRECISIONS
+from eps_train import console
 
 SAMPLES = "samples.npz"
 REPORT = "report.json"
@@ -38,12 +40,21 @@ def verify_bundle(path: Path, *, report: Callable[[str], None]) -> Verification:
     add(Check("files", True, f"SHA-256 of {len(bundle.manifest['files'])} files match"))
     add(_report(bundle, told))
     report("running the engine on the stored samples")
-    add(_parity(bundle, "onnx", lambda: open_onnx(bundle)))
+    precision = PRECISIONS[bundle.manifest["precision"]]
+    half = precision.float == "float16"
+    add(_parity(bundle, "onnx", lambda: open_onnx(bundle, rounded=half)))
     if bundle.model.endswith(".plan"):
         add(_parity(bundle, "plan", lambda: open_engine(bundle)))
     elif bundle.manifest["engine"].get("deferred"):
         add(Check("plan", None, "still to be built, by the machine that serves the bundle"))
+    elif half or precision.quantized or _provider(bundle) != "CPUExecutionProvider":
+        # What is served is not computed as the file says.
+        add(_parity(bundle, "engine", lambda: open_engine(bundle)))
     return found
+
+
+def _provider(bundle: Bundle) -> str:
+    return str(bundle.manifest["engine"].get("provider", ""))
 
 
 def _report(bundle: Bundle, told: dict[str, Any]) -> Check:
@@ -68,6 +79,8 @@ def _parity(bundle: Bundle, name: str, open_it: Callable[[], Engine]) -> Check:
             answers = parity.passes(engine.infer, images, batches)
     except EngineError as error:
         return Check(name, None, str(error))
+    except ModuleNotFoundError as error:
+        return Check(name, None, console.missing_package(error))
     expected = [logits] * len(batches)
     told = parity.compare(name, expected, answers, indices.tolist(), limit, batches)
     if told.relative is None:

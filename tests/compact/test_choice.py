@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from eps_compact.artifact import CompactArtifact
 from eps_compact.cli import main
 from eps_deploy import verify_cli
+from eps_train import devices
 from tests.checkpoints import make_checkpoint
 from tests.commands import Result, files_in, run
 
@@ -75,6 +78,51 @@ def test_a_target_is_met_and_called_not_lossless(folder: Path) -> None:
     assert counts["after"] <= 0.5 * counts["before"]
     assert not certificate(folder)["lossless"]
     assert "NOT lossless" in result.stderr
+    sweep = certificate(folder)["sweep"]
+    assert sweep["goal"]["asked"]["target_parameters"] == 0.5
+    point = sweep["points"][sweep["goal"]["point"]]
+    (told,) = [line for line in result.stderr.splitlines() if line.startswith("asked for")]
+    assert told.startswith(
+        f"asked for --target-parameters 0.5; found {point['parameters_share']:.1%} of the"
+    )
+    assert told.endswith(f"{len(point['removed'])} live blocks out")
+
+
+def test_everything_is_computed_on_the_device_that_is_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device that can be told from the default one, and computes without a GPU: `cpu:0`."""
+    asked: list[str] = []
+    moved: set[str] = set()
+    move = torch.nn.Module.to
+
+    def choose(name: str) -> torch.device:
+        asked.append(name)
+        return torch.device("cpu", 0)
+
+    def to(module: torch.nn.Module, *args: Any, **options: Any) -> torch.nn.Module:
+        if args[:1] == (torch.device("cpu", 0),):
+            moved.add(sys._getframe(1).f_globals["__name__"])
+        return move(module, *args, **options)
+
+    monkeypatch.setattr(devices, "choose", choose)
+    monkeypatch.setattr(torch.nn.Module, "to", to)
+    options = ("--ledger", "--target-parameters", 0.5, "--finetune-epochs", 1)
+    result = compact(folder, *options, "--device", "cuda:3", *QUICK)
+    assert result.code == 0, result.stderr
+    assert asked == ["cuda:3"]
+    assert moved >= {"eps_compact.sweep", "eps_compact.ledger", "eps_compact.finetune"}
+    assert "eps_train.loop" in moved
+    assert compact(folder, "--force").code == 0
+    assert asked == ["cuda:3", "auto"]
+
+
+def test_a_device_that_is_not_there_is_refused(folder: Path) -> None:
+    before = files_in(folder)
+    result = compact(folder, "--sweep", "--device", "cuda:99")
+    assert result.code == 1
+    assert result.error.startswith("eps-compact: error: --device cuda:99: torch sees ")
+    assert files_in(folder) == before
 
 
 def test_a_target_that_no_network_meets_is_refused(folder: Path) -> None:
@@ -142,6 +190,7 @@ def test_a_checkpoint_is_not_tuned_over(folder: Path) -> None:
         (("--no-data", "--target-flops", 0.5), "--no-data: --target-flops needs the held-out"),
         (("--seconds", 5), "--seconds: is for --ledger and --sweep"),
         (("--timer", "ort"), "--timer: is for --ledger and --sweep"),
+        (("--device", "cpu"), "--device: is for --ledger, --sweep and --finetune-epochs"),
     ],
 )
 def test_options_that_cannot_go_together(

@@ -303,6 +303,12 @@ def test_missing_checkpoint_and_folder(folder: Path) -> None:
     assert_refused(folder, compact(folder, "."), "error: .: is a folder, not a file")
 
 
+def test_a_missing_checkpoint_is_said_before_an_existing_output(folder: Path) -> None:
+    (folder / "compact.pt").write_text("precious")
+    result = compact(folder, "none.pt")
+    assert (result.code, result.error) == (1, "eps-compact: error: none.pt: no such file")
+
+
 def test_damaged_checkpoints(folder: Path) -> None:
     whole, chance = (folder / "ckpt.pt").read_bytes(), random.Random(0)
     for attempt in range(20):

@@ -11,7 +11,7 @@ from PIL import Image
 from rich.console import Console
 
 from eps_compact.intervals import Interval
-from eps_compact.pareto import Point, Sweep, knee, pick, table
+from eps_compact.pareto import Goal, Point, Sweep, knee, pick, table
 from eps_compact.pareto_picture import draw
 from eps_train.errors import ConfigError
 
@@ -76,7 +76,11 @@ def test_the_knee(curve: list[tuple[float, float]], expected: int) -> None:
     ],
 )
 def test_the_point_that_meets_what_is_asked(wanted: dict[str, float], index: int) -> None:
-    assert pick(SWEEP, **wanted) == SWEEP.points[index]
+    goal = Goal(**wanted)
+    assert pick(SWEEP, goal) == SWEEP.points[index]
+    said = goal.told(SWEEP.points[index])
+    assert all(f"--{name.replace('_', '-')} {value:g}" in said for name, value in wanted.items())
+    assert f"found {SWEEP.points[index].parameters_share:.1%} of the parameters" in said
 
 
 @pytest.mark.parametrize(
@@ -89,9 +93,9 @@ def test_the_point_that_meets_what_is_asked(wanted: dict[str, float], index: int
         (
             {"target_parameters": 0.05},
             r"^--target-parameters 0\.05: the smallest network of the sweep keeps 10\.0% of the"
-            r" parameters; ask for at least 0\.1$",
+            r" parameters, as every stage keeps a block; ask for at least 0\.1$",
         ),
-        ({"target_flops": 0.05}, r"keeps 40\.0% of the FLOPs; ask for at least 0\.4$"),
+        ({"target_flops": 0.05}, r"keeps 40\.0% of the FLOPs, .* at least 0\.4$"),
         (
             {"target_parameters": 0.3, "max_accuracy_drop": 1.0},
             r"^--max-accuracy-drop 1: no network .* least drop among them is 38\.00 points, at"
@@ -101,7 +105,7 @@ def test_the_point_that_meets_what_is_asked(wanted: dict[str, float], index: int
 )
 def test_what_no_point_has_is_refused(wanted: dict[str, float], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
-        pick(SWEEP, **wanted)
+        pick(SWEEP, Goal(**wanted))
     assert "\n" not in str(caught.value)
 
 
@@ -112,7 +116,23 @@ def test_targets_that_no_point_meets_together_are_refused() -> None:
         replace(SWEEP.points[1], parameters_share=0.4, flops_share=0.8),
     )
     with pytest.raises(ConfigError, match=r"^--target-flops 0\.7: the smallest"):
-        pick(replace(SWEEP, points=points), target_parameters=0.45, target_flops=0.7)
+        pick(replace(SWEEP, points=points), Goal(target_parameters=0.45, target_flops=0.7))
+
+
+@pytest.mark.parametrize(
+    ("goal", "place"),
+    [
+        (Goal(target_parameters=0.6), 2),  # between the last that is too large and the first
+        (Goal(target_parameters=0.95), None),  # the dead blocks alone are enough
+        (Goal(target_parameters=0.05), None),  # too small for the curve
+        (Goal(max_accuracy_drop=1.0), 3),  # beyond the smallest that keeps the limit
+        (Goal(max_accuracy_drop=99.0), None),
+        (Goal(target_parameters=0.6, max_accuracy_drop=3.0), 2),
+        (Goal(target_parameters=0.3, max_accuracy_drop=1.0), 4),  # small enough, and too bad
+    ],
+)
+def test_the_step_that_leads_beyond_a_goal(goal: Goal, place: int | None) -> None:
+    assert goal.step(SWEEP.points) == place
 
 
 def test_as_data_and_as_a_table() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,10 +11,10 @@ from torch import Tensor
 from eps_compact import sweep as module
 from eps_compact.forking import answer
 from eps_compact.heldout import ordered, pixels
-from eps_compact.pareto import Weight
+from eps_compact.pareto import Goal, Weight, pick
 from eps_compact.rewrite import compact
-from eps_compact.sweep import cheapness, sweep
-from eps_train import data
+from eps_compact.sweep import BISECTIONS, cheapness, sweep
+from eps_train import data, graph
 from eps_train.branches import branch_parameters
 from eps_train.cost import cost
 from eps_train.errors import ConfigError
@@ -31,8 +33,9 @@ def test_every_point_is_the_network_without_its_blocks() -> None:
     found = sweep(checkpoint, DIGITS.validation, timer=LayerTimer(), seconds=60)
     live = [block for block in checkpoint.network.gated if block not in DEAD]
     assert found.complete
-    assert len(found.points) == 1 + len(live)
-    assert sorted(found.points[-1].removed) == sorted(live)
+    assert len(found.points) == 1 + len(live) - 3
+    left = set(live).difference(found.points[-1].removed)
+    assert sorted(map(graph.stage_name, left)) == ["stages.0", "stages.1", "stages.2"]
     assert found.chosen_on + found.measured_on == len(DIGITS.validation)
     assert 0 < found.chosen_on < found.measured_on
     gated = checkpoint.build_gated().eval()
@@ -88,7 +91,7 @@ def test_the_next_to_go() -> None:
 @pytest.mark.parametrize("weight", ["flops", "ms"])
 def test_it_can_be_weighed_by_something_else(weight: Weight) -> None:
     found = sweep(
-        make_checkpoint(depth=8), DIGITS.validation, weight=weight, timer=LayerTimer(), seconds=60
+        make_checkpoint(depth=14), DIGITS.validation, weight=weight, timer=LayerTimer(), seconds=60
     )
     assert found.weight == weight
     assert len(found.points) == 4
@@ -99,16 +102,55 @@ def test_where_time_is_short_several_blocks_go_at_once(monkeypatch: pytest.Monke
     monkeypatch.setattr(module, "pass_seconds", lambda *_: 1.0)
     found = sweep(make_checkpoint(depth=32), DIGITS.validation, timer=LayerTimer(), seconds=100)
     assert found.complete
-    assert 2 <= len(found.points) < 16
-    assert len(found.points[-1].removed) == 15
+    assert 2 <= len(found.points) < 13
+    assert len(found.points[-1].removed) == 12
     assert found.chosen_on == 64
+
+
+@pytest.mark.parametrize(
+    "goal",
+    [Goal(target_flops=0.5), Goal(target_parameters=0.5, max_accuracy_drop=100)],
+    ids=["flops", "parameters and drop"],
+)
+def test_the_step_that_leads_beyond_the_goal_is_divided(
+    goal: Goal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six blocks go at once: what is picked must be within a block of what was asked for."""
+    plan = module._Walk.plan
+
+    def hurried(walk: module._Walk, *args: Any) -> None:
+        plan(walk, *args)
+        walk._at_once = 6
+
+    monkeypatch.setattr(module._Walk, "plan", hurried)
+    checkpoint = make_checkpoint(depth=32)
+    swept = sweep(checkpoint, DIGITS.validation, goal=goal, timer=LayerTimer(), seconds=60)
+    point = pick(swept, goal)
+    counts = [len(found.removed) for found in swept.points]
+    assert counts == sorted(counts)
+    assert {0, 6, 12} <= set(counts)
+    assert len(counts) <= 3 + BISECTIONS
+    before = swept.points[swept.points.index(point) - 1]
+    assert len(before.removed) == len(point.removed) - 1
+    assert not goal.small_enough(before)
+    plain = compact(checkpoint.build_gated().eval(), dead=point.removed)
+    assert point.flops == cost(plain, checkpoint.data.input_shape).flops
+
+
+def test_the_last_block_of_a_stage_stays() -> None:
+    """Dead blocks left one in the first stage, and none in the second."""
+    dead = ("stages.0.0", "stages.0.2", *(f"stages.1.{block}" for block in range(3)))
+    found = sweep(make_checkpoint(dead=dead), DIGITS.validation, timer=LayerTimer(), seconds=60)
+    assert found.complete
+    assert len(found.points[-1].removed) == 2
+    assert {graph.stage_name(block) for block in found.points[-1].removed} == {"stages.2"}
 
 
 def test_each_network_is_timed_beside_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """A few at once, so that many networks do not have to be in memory together."""
     monkeypatch.setattr(module, "TOGETHER", 2)
     timer = LayerTimer()
-    found = sweep(make_checkpoint(depth=14), DIGITS.validation, timer=timer, seconds=60)
+    found = sweep(make_checkpoint(), DIGITS.validation, timer=timer, seconds=60)
     assert [len(without) for without in timer.calls] == [3, 3, 3]
     assert all(without[0] == () for without in timer.calls)
     assert [p.speedup.value for p in found.points] == [
@@ -125,6 +167,8 @@ def test_nothing_left_to_take_out_is_refused() -> None:
     every = make_checkpoint().network.gated
     with pytest.raises(ConfigError, match="every block is dead"):
         sweep(make_checkpoint(dead=every), DIGITS.validation, timer=LayerTimer())
+    with pytest.raises(ConfigError, match="every block that is left is the last of its stage"):
+        sweep(make_checkpoint(depth=8), DIGITS.validation, timer=LayerTimer())
 
 
 def test_the_walk_ends_when_the_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,7 +208,7 @@ def test_images_on_disk_serve_as_well() -> None:
 
     held = DIGITS.validation
     assert isinstance(held, ImageSet)
-    checkpoint = make_checkpoint(depth=8)
+    checkpoint = make_checkpoint(depth=14)
     first = sweep(checkpoint, OnDisk(held), timer=LayerTimer(), seconds=60)  # type: ignore[arg-type]
     second = sweep(checkpoint, held, timer=LayerTimer(), seconds=60)
     assert first.points == second.points

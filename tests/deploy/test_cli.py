@@ -122,6 +122,13 @@ def test_an_existing_output_needs_force(workshop: Path, deployed: Path) -> None:
         "eps-deploy: error: bundle: exists already; choose another place or add --force"
     )
     assert files_in(workshop) == before
+    for option in ((), ("--checkpoint",), ("--baseline",)):
+        for dry in ((), ("--dry-run",)):
+            mistyped = deploy(workshop, *option, "none.pt", *dry)
+            assert (mistyped.code, mistyped.error) == (
+                1,
+                "eps-deploy: error: none.pt: no such file",
+            )
     forced = deploy(workshop, "--force", "--min-speedup", "0", "--max-accuracy-drop", "100")
     assert forced.code == 0, forced.stderr
     assert files_in(workshop) != before

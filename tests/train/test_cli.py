@@ -96,6 +96,8 @@ def test_existing_output_is_refused_and_kept(folder: Path) -> None:
         "eps-train: error: ckpt.pt: exists already; choose another place or add --force"
     )
     assert files_in(folder) == before
+    mistyped = eps_train(folder, *TINY, "--weights", "none.pt")
+    assert (mistyped.code, mistyped.error) == (1, "eps-train: error: none.pt: no such file")
 
 
 def test_force_trains_anew(folder: Path) -> None:

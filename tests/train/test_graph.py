@@ -213,3 +213,10 @@ def test_a_network_that_cannot_be_traced() -> None:
 def test_names() -> None:
     assert graph.block_name("stages.0.3.gate") == "stages.0.3"
     assert graph.stage_name("stages.0.3") == "stages.0"
+
+
+def test_a_stage_keeps_its_last_block() -> None:
+    live = ["a.0", "a.1", "a.2", "b.0", "c.d.0", "c.d.1"]
+    assert graph.removable(live, live) == ["a.0", "a.1", "c.d.0"]
+    assert graph.removable(reversed(live), live) == ["c.d.1", "a.2", "a.1"]
+    assert graph.removable(["a.2"], ["a.2"]) == []

@@ -112,6 +112,7 @@ def cli(
     if with_baseline:
         runs[RunFiles.of(output, "baseline")] = chosen.baseline()
     files = [file for run in runs for file in run.all()]
+    console.refuse_missing(weights)
     if not resume and not dry_run:
         console.refuse_existing(files, force)
         _refuse_folders(files)

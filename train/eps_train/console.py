@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from eps_train import launcher
-from eps_train.errors import ConfigError, EpsError, Interrupted, PeerError
+from eps_train.errors import ConfigError, EpsError, FileFormatError, Interrupted, PeerError
 
 CHECK_FAILED = 3
 INTERRUPTED = 130
@@ -151,6 +151,18 @@ _EXTRAS = {
     "httptools": "serve",
     "prometheus_client": "serve",
 }
+
+
+def refuse_missing(*paths: Path | None) -> None:
+    """Raise FileFormatError when a file to be read is not there; None was not given.
+
+    Inputs are looked at before outputs: of a name that was mistyped, nothing else is to be said.
+    """
+    for path in paths:
+        if path is not None and path.is_dir():
+            raise FileFormatError(f"{path}: is a folder, not a file")
+        if path is not None and not path.exists():
+            raise FileFormatError(f"{path}: no such file")
 
 
 def refuse_existing(paths: Iterable[Path], force: bool) -> None:

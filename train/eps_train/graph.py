@@ -7,6 +7,7 @@ Networks are `torch.fx` graphs. A block is known by the qualified name of its ga
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
@@ -31,6 +32,21 @@ def block_name(gate_name: str) -> str:
 def stage_name(block: str) -> str:
     """The group that a block belongs to: its name up to the last dot."""
     return block.rpartition(".")[0]
+
+
+def removable(ranked: Iterable[str], live: Iterable[str]) -> list[str]:
+    """Those of the blocks `ranked` that may go one after another, in that order.
+
+    A stage keeps one of its `live` blocks: without any it is a step in width and nothing more,
+    which a network seldom recovers from. Training to a target and the sweep both go by this.
+    """
+    left = Counter(map(stage_name, live))
+    found = []
+    for block in ranked:
+        if left[stage_name(block)] > 1:
+            left[stage_name(block)] -= 1
+            found.append(block)
+    return found
 
 
 def gates(model: nn.Module) -> dict[str, EpsilonGate]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from eps_train.checkpoint import GateRecord
 from eps_train.config import TrainingConfig
-from eps_train.graph import stage_name
+from eps_train.graph import removable
 
 MARGIN = 1.05  # above the largest response of the last epoch, which the next may exceed a little
 LEARN_FIRST = 0.1  # share of the run before the first block is chosen: responses mean little yet
@@ -125,15 +125,11 @@ class EpsilonLead:
             self.held += 1
             return
         free = {record.block: record for record in live if record.block not in self.chosen}
-        for block, record in sorted(free.items(), key=lambda item: item[1].peak):
+        for block in removable(sorted(free, key=lambda block: free[block].peak), free):
             if excess <= 0:
                 return
-            # A stage without any block is a step in width and nothing more; a network seldom
-            # recovers from that, and no target is worth it.
-            if sum(stage_name(other) == stage_name(block) for other in free) > 1:
-                del free[record.block]
-                self.chosen |= {block}
-                excess -= self.sizes[block]
+            self.chosen |= {block}
+            excess -= self.sizes[block]
 
     def _harmed(self) -> bool:
         """Whether none of the last epochs came near the best so far."""

@@ -96,6 +96,7 @@ def cli(
     if slo_ms is not None and batches:
         raise click.UsageError("--slo-ms and --batch: the first chooses the batch size itself.")
     if output is not None:
+        console.refuse_missing(*(path for path in files if not path.is_dir()))  # a bundle is one
         console.refuse_existing([output], force)
     from eps_deploy.bench import tables
     from eps_deploy.bench.files import open_subject

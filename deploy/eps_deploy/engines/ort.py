@@ -52,8 +52,9 @@ class OrtEngine:
         threads: threads within one operator, on the processor.
         max_batch: largest batch that `infer` takes.
         exact_qdq: compute a quantised network as its file says: round to int8 and back, multiply
-            in float. Else ONNX Runtime takes int8 kernels where it has them, which round otherwise
-            and, on processors without VNNI, saturate. TensorRT's arithmetic is the exact one.
+            in float. Else ONNX Runtime takes int8 kernels where it has them, which round otherwise;
+            slower ones on processors without VNNI, whose fast ones saturate. TensorRT's arithmetic
+            is the exact one.
         tf32: let an NVIDIA GPU round float32 products to TF32.
         name: what error messages call the model.
 
@@ -168,6 +169,9 @@ def open_session(
     options.log_severity_level = _FATAL_ONLY
     if exact_qdq:
         options.add_session_config_entry("session.disable_quant_qdq", "1")
+    if not has_vnni():
+        # The fast int8 kernels would add pairs of products in 16 bits, which saturate.
+        options.add_session_config_entry("session.x64quantprecision", "1")
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
     if provider != "cpu":
@@ -193,6 +197,16 @@ def try_provider(provider: Provider) -> None:
     values = np.array([[-1, 0, 1, 2]], np.float32)
     if session.run(None, {"x": values})[0].tolist() != [[0, 0, 1, 2]]:
         raise EngineError(f"{name}: it computes wrong numbers")
+
+
+def has_vnni() -> bool:
+    """Whether this processor sums int8 products in 32 bits; False where it does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return False
+    flags = next((line for line in lines if line.startswith("flags")), "").split()
+    return not {"avx512_vnni", "avx_vnni"}.isdisjoint(flags)
 
 
 def _providers(provider: Provider, tf32: bool) -> list[tuple[str, dict[str, str]]]:

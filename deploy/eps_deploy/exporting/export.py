@@ -18,6 +18,7 @@ from eps_deploy.exporting import onnx_writer
 from eps_deploy.exporting.narrowing import narrowed
 from eps_deploy.exporting.onnx_types import check_types
 from eps_deploy.exporting.onnx_writer import BATCH
+from eps_deploy.exporting.pools import unambiguous
 from eps_deploy.precision import PRECISIONS, Precision
 from eps_train.data import DataIdentity
 from eps_train.errors import GraphError
@@ -113,6 +114,7 @@ def export_onnx(
         proto = _written(model, identity, precision, kept)
         if proto is None:
             proto = _traced(model, identity, precision, kept)
+        unambiguous(proto)
         _label(proto, source, precision, kept)
         _verify(proto, identity)
         check_types(proto, _FLOATS[precision.float], kept)

@@ -38,7 +38,7 @@ def layer_types(model: onnx.ModelProto, *, as_executed: bool = False) -> dict[st
     As in `float16`. One whose operands are dequantised integers counts as `int8`, since an engine
     may compute it as such; `as_executed` it is in the type that they were dequantised to.
     """
-    known = _value_types(onnx.shape_inference.infer_shapes(model))
+    known = value_types(onnx.shape_inference.infer_shapes(model))
     makers = {output: node for node in model.graph.node for output in node.output}
     if not as_executed:
         for node in model.graph.node:
@@ -95,7 +95,8 @@ def executed_types(
     return dict(sorted(Counter(types.values()).items()))
 
 
-def _value_types(model: onnx.ModelProto) -> dict[str, int]:
+def value_types(model: onnx.ModelProto) -> dict[str, int]:
+    """ONNX's number for the type of each value, constants included, by name; 0: not known."""
     graph = model.graph
     known = {tensor.name: tensor.data_type for tensor in graph.initializer}
     for value in (*graph.input, *graph.value_info, *graph.output):

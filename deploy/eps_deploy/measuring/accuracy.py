@@ -48,9 +48,13 @@ class Drop:
 
 
 def classes(infer: Callable[[Images], Logits], images: Images, batch: int) -> Classes:
-    """The class that `infer` gives each image (uint8 `[N, C, H, W]`): int64 `[N]`."""
+    """The class that `infer` gives each image (uint8 `[N, C, H, W]`): int64 `[N]`.
+
+    -1 where a logit is not finite: no class is named, and none can be right.
+    """
     starts = range(0, len(images), batch)
-    return np.concatenate([infer(images[at : at + batch]).argmax(axis=1) for at in starts])
+    logits = np.concatenate([infer(images[at : at + batch]) for at in starts])
+    return np.where(np.isfinite(logits).all(axis=1), logits.argmax(axis=1), -1)
 
 
 def accuracy_drop(baseline: Correct, engine: Correct, limit: float) -> Drop:

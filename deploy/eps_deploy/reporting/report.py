@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError
@@ -13,6 +14,7 @@ from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import Any
 
+from eps_deploy.exporting.half import LARGEST, Peak
 from eps_deploy.exporting.repair import Repair
 from eps_deploy.measuring.accuracy import METHOD, Drop
 from eps_deploy.measuring.latency import Comparison, Latency
@@ -40,7 +42,7 @@ class Check:
     """One promise and whether it was kept.
 
     Attributes:
-        name: `parity-STAGE`, `accuracy`, `speedup` or `builder`.
+        name: `parity-STAGE`, `agreement`, `accuracy`, `headroom`, `speedup` or `builder`.
         passed: whether it holds.
         value: what was measured; None when it was no finite number.
         limit: what `value` is held to.
@@ -90,6 +92,19 @@ def agreement_check(share: float, limit: float, samples: int) -> Check:
             f"the class of the compact network on {100 * share:.2f} % of {samples:,} images,"
             f" limit {100 * limit:g} %"
         ),
+    )
+
+
+def headroom_check(peak: Peak, samples: int) -> Check:
+    """The largest activation of the float16 part against the largest number that float16 has."""
+    finite = math.isfinite(peak.value)
+    text = f"{peak.value:,.5g} at {peak.node}" if finite else f"not finite at {peak.node}"
+    return Check(
+        name="headroom",
+        passed=peak.value <= LARGEST,
+        value=peak.value if finite else None,
+        limit=LARGEST,
+        text=f"largest activation {text}, on {samples:,} test images; float16 ends at {LARGEST:g}",
     )
 
 

@@ -12,7 +12,6 @@ from eps_deploy.engines.base import Engine, EngineError, Images, Logits
 from eps_deploy.measuring import parity
 from eps_deploy.measuring.limits import PARITY_LIMITS
 from eps_deploy.measuring.parity import Parity
-from eps_deploy.precision import PRECISIONS
 
 SAMPLES = "samples.npz"
 
@@ -26,7 +25,8 @@ def prove(bundle: Bundle, engine: Engine, stage: str) -> Parity:
     batches = _batches(engine)
     answers = parity.passes(engine.infer, images, batches)
     expected = [logits] * len(batches)
-    told = parity.compare(stage, expected, answers, indices.tolist(), _limit(bundle), batches)
+    limit = PARITY_LIMITS[bundle.manifest["precision"]]
+    told = parity.compare(stage, expected, answers, indices.tolist(), limit, batches)
     if told.relative is None:
         raise EngineError("on the stored samples some of the engine's logits are not finite")
     if told.passed is False:
@@ -56,13 +56,5 @@ def _samples(bundle: Bundle, engine: Engine) -> tuple[Images, Logits, npt.NDArra
 def _batches(engine: Engine) -> list[int]:
     """All sizes on a GPU: TensorRT and cuDNN prepare each of them when it first comes."""
     on_cpu = engine.describe().get("provider") == "CPUExecutionProvider"
-    return sorted({1, 2, engine.max_batch} if on_cpu else range(1, engine.max_batch + 1))
-
-
-def _limit(bundle: Bundle) -> float | None:
-    """None for int8 kernels of ONNX Runtime, which round otherwise than the file says."""
-    name = bundle.manifest["precision"]
-    engine = bundle.manifest["engine"]
-    if PRECISIONS[name].quantized and engine["name"] == "ort":
-        return None
-    return PARITY_LIMITS[name]
+    largest = engine.max_batch
+    return sorted({1, min(2, largest), largest} if on_cpu else range(1, largest + 1))

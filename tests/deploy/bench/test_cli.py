@@ -252,6 +252,7 @@ def make_bad_files(folder: Path) -> None:
         (["fixed.onnx", "--slo-ms", "5"], "fixed.onnx: takes batches of exactly 4 images"),
         (["foreign.pt", "--provider", "tensorrt"], "torch has no such provider"),
         (["fixed.onnx", "-o", "text.onnx"], "text.onnx: exists already"),
+        (["nowhere.onnx", "-o", "text.onnx"], "nowhere.onnx: no such file"),
     ],
 )
 def test_refusals_are_one_line_and_write_nothing(

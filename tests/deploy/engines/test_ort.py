@@ -12,6 +12,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
+from eps_deploy.engines import ort
 from eps_deploy.engines.base import Engine, EngineError
 from eps_deploy.engines.ort import OrtEngine, Provider
 from eps_deploy.exporting.export import export_onnx
@@ -197,3 +198,44 @@ def test_a_closed_engine_says_so(tmp_path: Path) -> None:
         pass
     with pytest.raises(EngineError, match="closed"):
         engine.infer(np.zeros((1, 3, 2, 2), np.uint8))
+
+
+CPUINFO = "processor\t: 0\nmodel name\t: Any\nflags\t\t: fpu avx2 {}\nbugs\t\t: avx_vnni\n"
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "known"),
+    [
+        (CPUINFO.format("avx512_vnni"), True),
+        (CPUINFO.format("avx_vnni sse"), True),
+        (CPUINFO.format("avx512f"), False),
+        ("", False),
+        (None, False),
+    ],
+)
+def test_whether_the_processor_has_vnni(
+    cpuinfo: str | None, known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(path: Path, **_: str) -> str:
+        if cpuinfo is None:
+            raise FileNotFoundError(path)
+        return cpuinfo
+
+    monkeypatch.setattr(Path, "read_text", read)
+    assert ort.has_vnni() is known
+
+
+@pytest.mark.parametrize("vnni", [True, False])
+def test_without_vnni_int8_kernels_are_the_exact_ones(
+    vnni: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is judged is what is served: the fast kernels saturate on such processors."""
+    monkeypatch.setattr(ort, "has_vnni", lambda: vnni)
+    with OrtEngine(tiny_model()) as engine:
+        options = engine._session.get_session_options()
+        key = "session.x64quantprecision"
+        if vnni:
+            with pytest.raises(RuntimeError, match=key):
+                options.get_session_config_entry(key)
+        else:
+            assert options.get_session_config_entry(key) == "1"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,3 +74,13 @@ def test_an_engine_that_is_wrong(deployed: Path, bend: Any, told: str) -> None:
     bundle = load_bundle(deployed / "bundle")
     with open_engine(bundle) as engine, pytest.raises(EngineError, match=told):
         prove(bundle, Bent(engine, bend), "here")
+
+
+def test_int8_kernels_have_a_limit_too(deployed: Path) -> None:
+    """They may round otherwise than the file says; a network that answers otherwise is refused."""
+    bundle = load_bundle(deployed / "bundle")
+    bundle = replace(bundle, manifest={**bundle.manifest, "precision": "int8"})
+    with open_engine(bundle) as engine:
+        assert prove(bundle, Bent(engine, lambda logits: logits * 1.2), "here").limit == 0.25
+        with pytest.raises(EngineError, match=r"0\.25 is the limit for int8"):
+            prove(bundle, Bent(engine, lambda logits: logits * 1.3), "here")
