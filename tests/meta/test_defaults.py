@@ -16,7 +16,6 @@ from .project import files, packages
 _TESTS = "tests put their own in its place"
 _FACTORY = "called through FAMILIES with what the network's name says"
 _FX = "torch.fx passes what the network's own call passed"
-_BY_OTHERS = "being wired: delete the line as soon as this test calls it stale"
 
 EXCEPTIONS = {
     "insert_gates(epsilon)": "public API; eps-train sets its thresholds epoch by epoch",
@@ -50,11 +49,6 @@ EXCEPTIONS = {
     "_padded(mode)": _FX,
     "_padded(value)": _FX,
     "_rectified(inplace)": _FX,
-    "ledger(device)": _BY_OTHERS,
-    "sweep(device)": _BY_OTHERS,
-    "finetune(device)": _BY_OTHERS,
-    "quantize(kept)": _BY_OTHERS,
-    "write_repository(name)": _BY_OTHERS,
 }
 
 
