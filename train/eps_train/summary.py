@@ -52,7 +52,10 @@ def show(summaries: list[dict[str, Any]]) -> None:
     columns = ("network", "blocks", "parameters", "FLOPs", "validation", "test", "time", "written")
     log = console.log()
     table = console.table("Trained", columns, rows)
-    if log.measure(table).maximum > log.width:  # a column a run instead, with whole words
+    unbounded = log.options.update(width=10_000)
+    if (
+        log.measure(table, options=unbounded).maximum > log.width
+    ):  # a column a run instead, with whole words
         first, *others = zip(columns, *rows, strict=True)
         table = console.table("Trained", first, others)
     log.print(table)
