@@ -33,12 +33,14 @@ def image(mode: str) -> Image.Image:
     if mode.startswith("I;16"):
         return Image.fromarray(grey.astype(">u2" if mode == "I;16B" else "<u2") << 8)
     if mode in ("I", "F"):
-        return Image.fromarray(grey.astype("int32" if mode == "I" else "float32"))
+        return Image.fromarray(grey.astype("int32" if mode == "I" else "float32") * 256)
     return Image.fromarray(grey).convert(mode)
 
 
 def written(mode: str, kind: str, orientation: int) -> bytes | None:
     """The file, or None where that format has no such mode."""
+    if mode[0] in "IF" and kind in ("gif", "webp", "avif"):
+        return None  # Pillow writes them all white
     exif = Image.Exif()
     exif[0x0112] = orientation
     name, _, compression = kind.partition("_")
@@ -112,13 +114,13 @@ def test_all_three_see_the_same_pixels_or_refuse_them_by_name(
                 continue
             assert all(np.array_equal(ways[0], way) for way in ways[1:])
             compared += 1
-            upright = looks(path, mode, orientation, kind, how)
+            upright = looks(path, mode, orientation, how)
             assert abs(ways[0].astype(int) - upright).mean() <= 6, (orientation, color)
     if mode == "L":
         assert compared, "every format has grey pictures"
 
 
-def looks(path: Path, mode: str, orientation: int, kind: str, how: Preprocessing) -> Pixels:
+def looks(path: Path, mode: str, orientation: int, how: Preprocessing) -> Pixels:
     """The pixels that one expects, in whole numbers: of the picture as 8 bits, turned by numpy."""
     grey = np.asarray(image("L" if mode.startswith("I") else mode).convert("L"))
     with Image.open(path) as opened:
