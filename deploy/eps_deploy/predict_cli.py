@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -41,8 +40,6 @@ def cli(bundle: Path, images: tuple[Path, ...], top: int, as_json: bool) -> int:
     from eps_deploy.bundle import load_bundle
     from eps_deploy.loading import open_engine
 
-    # Pillow warns of pictures that are large or untidy, and reads them all the same.
-    warnings.filterwarnings("ignore", module=r"PIL\.")
     loaded = load_bundle(bundle)
     predictions, errors = [], []
     with open_engine(loaded) as engine:

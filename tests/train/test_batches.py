@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from eps_train import batches, data, images, recipes
+from eps_train import batches, data, recipes
 from eps_train.augment import EpochOrder
 from eps_train.batches import Batches, DeviceBatches, LoaderBatches
 from eps_train.config import CHOICES, TrainingConfig
@@ -52,7 +52,7 @@ def held(folder: Path) -> Data:
 
 @pytest.fixture
 def on_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Data:
-    monkeypatch.setattr(images, "MEMORY", 1000)
+    monkeypatch.setattr(data, "room_for_images", lambda: 1000)
     return data.load(f"folder:{folder}", image_size=(16, 16))
 
 

@@ -2,15 +2,18 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
-from eps_train import sealed
+from eps_train import console, data, sealed, summary
 from eps_train.atomic import replace_file
 from eps_train.checkpoint import FORMAT, Checkpoint
 from eps_train.cli import main
@@ -73,12 +76,12 @@ def test_trains_the_network_and_its_baseline_into_one_folder(trained: Path) -> N
 
 def test_json_summary_agrees_with_the_checkpoints(trained: Path) -> None:
     runs = json.loads((trained / "summary.json").read_text())["runs"]
-    assert [summary["path"] for summary in runs] == ["ckpt.pt", "baseline.pt"]
-    for summary in runs:
-        metrics = Checkpoint.load(trained / summary["path"]).metrics
-        assert summary["test"] == metrics["test"]
-        assert summary["test"]["samples"] == 359
-        assert summary["blocks"] == {"total": 3, "kept": 3}
+    assert [found["path"] for found in runs] == ["ckpt.pt", "baseline.pt"]
+    for found in runs:
+        metrics = Checkpoint.load(trained / found["path"]).metrics
+        assert found["test"] == metrics["test"]
+        assert found["test"]["samples"] == 359
+        assert found["blocks"] == {"total": 3, "kept": 3}
 
 
 def test_metrics_hold_one_line_an_epoch(trained: Path) -> None:
@@ -179,9 +182,27 @@ def test_resume_refuses_the_best_checkpoint_in_place_of_the_last(folder: Path) -
 
 
 def test_resume_with_other_options_is_refused(folder: Path) -> None:
-    result = eps_train(folder, "--model", "cifar:8x4", "--epochs", 3, "--resume")
-    assert result.code == 1
-    assert "last.pt: belongs to a run with epochs 2, not 3" in result.error
+    for options, difference in (
+        (("--epochs", 1), "epochs 2, not 1"),
+        (("--batch-size", 48), "not 48"),
+        (("--dataset", "mnist"), "no train-images-idx3-ubyte"),
+    ):
+        result = eps_train(folder, *TINY, *options, "--resume")
+        assert result.code == 1
+        assert difference in result.error
+
+
+def test_resume_with_more_epochs_goes_on_and_says_what_changes(folder: Path) -> None:
+    result = eps_train(folder, *TINY, "--epochs", 4, "--resume")
+    assert result.code == 0, result.stderr
+    assert "last.pt: the run was to have 2 epochs, and goes on to 4" in result.stderr
+    assert re.search(r"the last descent of the rate begins in epoch \d, not \d", result.stderr)
+    last = Checkpoint.load(folder / "last.pt")
+    assert (last.metrics["epoch"], last.config["epochs"]) == (4, 4)
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == [1, 2, 3, 4]
+    again = eps_train(folder, *TINY, "--resume")
+    assert "belongs to a run with epochs 4, not 2" in again.error
 
 
 @pytest.mark.parametrize(
@@ -310,10 +331,135 @@ def test_trains_on_a_folder_of_pictures(tmp_path: Path) -> None:
     assert "--image-size" in refused.error
     trained = eps_train(tmp_path, *common, "--image-size", "9x11", "--json")
     assert trained.code == 0, trained.stderr
-    data = Checkpoint.load(tmp_path / "ckpt.pt").data
-    assert data.classes == ("dark", "light")
-    assert data.input_shape == (3, 9, 11)
-    assert data.sizes == {"train": 58, "validation": 6, "test": 16}
+    made = Checkpoint.load(tmp_path / "ckpt.pt").data
+    assert made.classes == ("dark", "light")
+    assert made.input_shape == (3, 9, 11)
+    assert made.sizes == {"train": 58, "validation": 6, "test": 16}
+
+
+def split_pictures(folder: Path) -> None:
+    """Train, Val and Test of two classes each, small and of one size."""
+    chance = np.random.default_rng(0)
+    for part, count in (("Train", 12), ("Val", 4), ("Test", 5)):
+        for name, low in (("dark", 0), ("light", 128)):
+            (folder / part / name).mkdir(parents=True)
+            for index in range(count):
+                pixels = chance.integers(low, low + 128, (8, 8), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / part / name / f"{index}.png")
+
+
+@pytest.mark.parametrize("options", [(), ("--dry-run",)])
+def test_the_first_line_names_classes_parts_and_what_is_left_out(
+    options: tuple[str, ...], tmp_path: Path
+) -> None:
+    split_pictures(tmp_path / "set")
+    (tmp_path / "set" / "Train" / "dark" / "notes.txt").touch()
+    result = eps_train(tmp_path, "--dataset", "folder:set", *TINY, "--epochs", 1, *options)
+    assert result.code == 0, result.stderr
+    assert result.stderr.splitlines()[0] == (
+        "data set folder:set: 2 classes: dark (21), light (21);"
+        " train 24, validation 8, test 10; left out: 1 file (.txt 1)"
+    )
+
+
+def test_all_damaged_images_are_listed_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of a set that stays on disk, of which the test part is read last."""
+    split_pictures(tmp_path / "set")
+    monkeypatch.setattr(data, "room_for_images", lambda: 100)
+    damaged_ones = ["Test/dark/3.png", "Test/light/1.png", "Val/dark/0.png"]
+    for name in damaged_ones:
+        path = tmp_path / "set" / name
+        path.write_bytes(path.read_bytes()[:60])
+    common = ("--dataset", "folder:set", *TINY, "--epochs", 1)
+    refused = eps_train(tmp_path, *common)
+    assert refused.code == 1
+    listed = refused.stderr.splitlines()[:-1]
+    assert sorted(listed) == [
+        f"set/{name}: cannot be decoded: image file is truncated" for name in damaged_ones
+    ]
+    assert "3 of 42 images cannot be read: set/" in refused.error
+    assert "--skip-damaged" in refused.error
+    assert set(files_in(tmp_path)) == {f"set/{name}" for name in files_in(tmp_path / "set")}
+    trained = eps_train(tmp_path, *common, "--skip-damaged")
+    assert trained.code == 0, trained.stderr
+    assert (
+        "train 24, validation 7, test 8; left out: 3 images that cannot be read" in trained.stderr
+    )
+    made = Checkpoint.load(tmp_path / "ckpt.pt").data
+    assert sorted(made.skipped) == damaged_ones
+    assert (
+        data.load_again(replace(made, name=f"folder:{tmp_path / 'set'}")).identity.sizes
+        == made.sizes
+    )
+
+
+def test_a_test_image_that_changed_does_not_stop_a_run_from_going_on(tmp_path: Path) -> None:
+    split_pictures(tmp_path / "set")
+    common = ("--dataset", "folder:set", *TINY)
+    assert eps_train(tmp_path, *common).code == 0
+    Image.new("L", (8, 8), 7).save(tmp_path / "set" / "Test" / "dark" / "0.png")
+    resumed = eps_train(tmp_path, *common, "--epochs", 3, "--resume")
+    assert resumed.code == 0, resumed.stderr
+    assert "last.pt: the images of the test part have changed since" in resumed.stderr
+    Image.new("L", (8, 8), 7).save(tmp_path / "set" / "Val" / "dark" / "0.png")
+    refused = eps_train(tmp_path, *common, "--epochs", 3, "--resume")
+    assert refused.code == 1
+    assert "was trained on other data (its validation part differs)" in refused.error
+
+
+def test_a_run_is_resumed_however_its_folder_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split_pictures(tmp_path / "set")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert eps_train(tmp_path, "--dataset", "folder:set", *TINY).code == 0
+    for other in ("folder:./set/", f"folder:{tmp_path / 'set'}", "folder:~/set"):
+        result = eps_train(tmp_path, "--dataset", other, *TINY, "--resume")
+        assert result.code == 0, result.stderr
+
+
+def test_a_folder_that_is_not_named_or_not_there(tmp_path: Path) -> None:
+    empty = eps_train(tmp_path, "--dataset", "folder:")
+    assert (empty.code, "--dataset folder:: names no folder; write folder:PATH" in empty.error) == (
+        1,
+        True,
+    )
+    missing = eps_train(tmp_path, "--dataset", "folder:gone")
+    assert "folder:gone: no such folder; name where it lies with --data-root" in missing.error
+
+
+def test_large_pictures_are_read_without_a_remark(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    pictures(tmp_path / "set")
+    result = eps_train(tmp_path, "--dataset", "folder:set", *TINY, "--epochs", 1, "--image-size", 8)
+    assert result.code == 0, result.stderr
+    assert "DecompressionBomb" not in result.stderr
+
+
+def test_images_of_one_colour_are_not_trained_on(tmp_path: Path) -> None:
+    for index in range(20):
+        path = tmp_path / "set" / "ab"[index % 2] / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8)).save(path)
+    result = eps_train(tmp_path, "--dataset", "folder:set", *TINY)
+    assert result.code == 1
+    assert "data set folder:set: its training images are all one colour" in result.error
+
+
+def test_on_a_narrow_terminal_no_word_of_the_summary_is_broken(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = json.loads((trained / "summary.json").read_text())["runs"]
+    narrow = Console(stderr=True, width=60, markup=False, highlight=False)
+    monkeypatch.setattr(console, "log", lambda: narrow)
+    summary.show(runs)
+    shown = capsys.readouterr().err
+    for word in ("parameters", "validation", "written", "baseline.pt", "of 359"):
+        assert word in shown
 
 
 @pytest.mark.parametrize("size", ["0", "7", "axb", "-32", "32x5"])
@@ -354,7 +500,8 @@ def test_resume_without_the_best_checkpoint_is_refused_before_training(folder: P
     (folder / "ckpt.pt").unlink()
     result = eps_train(folder, *TINY, "--resume")
     assert result.code == 1
-    assert result.stderr == "eps-train: error: ckpt.pt: no such file\n"
+    assert result.error == "eps-train: error: ckpt.pt: no such file"
+    assert "epoch " not in result.stderr
 
 
 def test_a_full_disk_says_what_is_safe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,7 +106,7 @@ def test_same_images_same_identity_and_any_change_another() -> None:
 def test_no_more_than_ten_thousand_images_are_held_out_for_validation() -> None:
     labels = torch.arange(240_000) % 3
     labels[:30_000] = 0
-    images = torch.zeros(len(labels), 1, 1, 1, dtype=torch.uint8)
+    images = labels.to(torch.uint8).view(-1, 1, 1, 1)
     how = Preprocessing(resize=(1, 1), crop=(1, 1), color="grey")
     large = Source(
         train=ImageSet(images, labels),
@@ -144,9 +144,33 @@ def test_loaded_again_only_if_nothing_changed() -> None:
     digits = data.load("digits")
     again = data.load_again(digits.identity)
     assert torch.equal(again.test.images, digits.test.images)
-    other = replace(digits.identity, sha256="0" * 64)
+    other = replace(digits.identity, sha256="0" * 64, digests={})
     with pytest.raises(DataError, match=r"data set digits: not the images .*; point --data-root"):
         data.load_again(other)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ("test", "its test images are not those that the checkpoint was tested on"),
+        ("validation", "trained on, beginning with its validation part"),
+        ("train", "trained on, beginning with its train part"),
+    ],
+)
+def test_the_part_that_changed_is_named(
+    changed: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = split(numbered(30, 30), 2)
+    parts = {part: getattr(made, part) for part in PARTS}
+    images = parts[changed].images.clone()
+    images[0, 0, 0, 0] ^= 1
+    parts[changed] = ImageSet(images, parts[changed].labels)
+    other = data.split(
+        source(parts["train"], 2, test=parts["test"], validation=parts["validation"]), name="made"
+    )
+    monkeypatch.setattr(data, "load", lambda *_, **__: other)
+    with pytest.raises(DataError, match=message):
+        data.load_again(made.identity)
 
 
 def test_parts_that_the_source_keeps_apart_stay_as_they_are() -> None:
@@ -207,7 +231,7 @@ def test_identities_written_before_there_were_mean_images_still_load() -> None:
     identity = DataIdentity.from_dict(fields)
     assert (identity.mean, identity.std) == ((77.5,), (91.25,))
     assert identity.normalization == "channel"
-    assert identity.to_dict() == fields
+    assert identity.to_dict() == {**fields, "digests": {}, "held": None, "skipped": []}
 
 
 def test_outline_of_digits_is_that_of_the_loaded_set() -> None:

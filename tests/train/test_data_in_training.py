@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from eps_train import data, images, recipes
+from eps_train import data, recipes
 from eps_train.checkpoint import Checkpoint
 from eps_train.data import Data
 from eps_train.files import FileSet
@@ -21,7 +21,7 @@ from .readers.test_imagenet import write_set
 CPU = torch.device("cpu")
 SMALL = replace(
     recipes.recipe("imagenet-101"),
-    model="imagenet:18x4",
+    model="imagenet:18x8",  # with 4 channels torch 2.13 writes past its memory on AMD CPUs
     image_size=(32, 32),
     epochs=2,
     batch_size=9,
@@ -72,8 +72,8 @@ def test_a_network_is_trained_and_tested_alike_from_disk_and_from_memory(
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("L", (9, 9), 4 * number + number % 2).save(path)
     found = []
-    for memory in (images.MEMORY, 300):
-        monkeypatch.setattr(images, "MEMORY", memory)
+    for memory in (8 << 30, 300):
+        monkeypatch.setattr(data, "room_for_images", lambda memory=memory: memory)
         made = data.load(f"folder:{tmp_path / 'set'}", image_size=(8, 8))
         assert isinstance(made.train, FileSet) == (memory == 300)
         folder = tmp_path / str(memory)

@@ -258,7 +258,7 @@ def odd_batch(group: Group) -> None:
 def test_a_batch_that_cannot_be_shared_is_refused_once() -> None:
     leader, follower = processes.run(odd_batch)
     assert isinstance(leader, ConfigError)
-    assert str(leader).startswith("--batch-size 33: 2 processes cannot share it evenly")
+    assert str(leader).startswith("--batch-size: 2 processes cannot share 33 images")
     assert isinstance(follower, PeerError)
 
 

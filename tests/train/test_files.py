@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import os
+import signal
+import time
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from eps_train import console, loading, memory
 from eps_train.errors import DataError
 from eps_train.evaluate import BATCH, logits, score
 from eps_train.files import FileSet
 from eps_train.images import ImageSet
 from eps_train.loading import load, worker_count
 from eps_train.preprocess import Preprocessing
+from tests.commands import run
 
 HOW = Preprocessing(resize=(5, 4), crop=(5, 4), color="grey")
 
@@ -114,6 +119,77 @@ def test_a_refusal_is_passed_on_as_it_is(workers: int) -> None:
 def test_a_worker_that_dies_is_one_line() -> None:
     with pytest.raises(DataError, match=r"a process that reads the images has died .*--shm-size"):
         list(load(die, [4], workers=1))
+
+
+def slow(number: int) -> tuple[Tensor]:
+    time.sleep(0.02 * number)
+    return (torch.tensor(os.getpid()),)
+
+
+def test_a_worker_that_is_killed_while_the_network_computes_is_one_line(tmp_path: Path) -> None:
+    """torch raises its error from a signal handler, wherever the program is."""
+
+    @click.command()
+    def train() -> None:
+        answers = load(slow, iter(range(50)), workers=1)
+        os.kill(int(next(answers)[0]), signal.SIGKILL)
+        for _ in range(10_000):  # a signal handler runs between two steps of the program
+            time.sleep(0.01)
+
+    result = run("eps-train", lambda: console.run(train), cwd=tmp_path)
+    assert result.code == 1
+    assert result.stderr.startswith("eps-train: error: a process that reads the images has died (")
+    assert "signal: Killed" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+class Unsharable(Tensor):
+    def share_memory_(self) -> Unsharable:
+        raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
+
+
+def unsharable(number: int) -> tuple[Tensor]:
+    return (torch.zeros(3).as_subclass(Unsharable),)
+
+
+def test_shared_memory_that_runs_out_is_one_line_and_no_wait_without_end() -> None:
+    with pytest.raises(DataError, match=r"shared memory is full .*No space .*--shm-size 8g"):
+        list(load(unsharable, [4], workers=1))
+
+
+@pytest.mark.parametrize(
+    ("free", "workers"), [(None, 4), (10**9, 4), (1000, 4), (999, 3), (400, 1), (399, 0), (0, 0)]
+)
+def test_no_more_workers_than_find_room_in_shared_memory(
+    free: int | None, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two answers ahead a worker, and two on the way."""
+    monkeypatch.setattr(memory, "shared", lambda: free)
+    assert loading._fitting_workers(4, 100) == workers
+
+
+def test_with_the_64_mb_of_a_container_chunks_are_smaller(
+    files: FileSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "worker_count", lambda: 8)
+    monkeypatch.setattr(memory, "shared", lambda: 64 << 20)
+    assert loading.fitting_answer(32 << 20, 1) == (64 << 20) // 18
+    assert loading.fitting_answer(32 << 20, 5 << 20) == 5 << 20, "one image at least"
+    expected = files.images
+    monkeypatch.setattr(memory, "shared", lambda: 0)
+    assert torch.equal(files.images, expected)
+
+
+def test_what_is_held_is_decoded_into_its_place(files: FileSet) -> None:
+    held, found = files.hold()
+    assert not found.problems
+    assert torch.equal(held.images, torch.cat([batch.images for batch in files.batches(6)]))
+    files.path(3).write_bytes(b"no picture")
+    held, found = files.hold()
+    assert list(found.problems) == [str(files.path(3))]
+    assert found.problems == files.check().problems
+    assert held.images[3].count_nonzero() == 0
+    assert len(files.without(found.problems)) == 19
 
 
 @pytest.mark.parametrize(

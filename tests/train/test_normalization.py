@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from eps_train import normalization
+from eps_train.errors import DataError
 from eps_train.images import ImageSet
 from eps_train.networks import Normalize
 
@@ -33,8 +34,19 @@ def test_per_channel_numbers_are_given_as_they_are() -> None:
 
 def test_the_sum_of_many_bright_images_does_not_overflow() -> None:
     bright = ImageSet(torch.full((70_000, 1, 2, 2), 255, dtype=torch.uint8), torch.zeros(70_000))
+    bright.images[:, :, 0, 0] = 254
     mean, _ = normalization.measure(bright, "pixel")
-    assert mean == (((255.0, 255.0), (255.0, 255.0)),)
+    assert mean == (((254.0, 255.0), (255.0, 255.0)),)
+
+
+@pytest.mark.parametrize("kind", ["channel", "pixel"])
+def test_images_of_one_colour_are_refused(kind: str) -> None:
+    plain = torch.tensor([9, 0, 255], dtype=torch.uint8).view(1, 3, 1, 1).repeat(20, 1, 4, 5)
+    labels = torch.zeros(20, dtype=torch.int64)
+    with pytest.raises(DataError, match=r"all one colour \(every pixel is 9, 0, 255 of 255\)"):
+        normalization.measure(ImageSet(plain, labels), kind)
+    plain[7, 1, 2, 2] = 1
+    normalization.measure(ImageSet(plain, labels), kind)
 
 
 @pytest.mark.parametrize("kind", ["channel", "pixel"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,71 @@ def test_sixteen_bits_keep_their_brightness(tmp_path: Path) -> None:
     for color in ("grey", "rgb"):
         found = preprocessing((2, 3), color=color).read(tmp_path / "deep.png")
         assert all(channel.tolist() == [[0, 0, 1], [0x12, 0x80, 0xFF]] for channel in found)
+
+
+@pytest.mark.parametrize("maxval", [255, 4095, 65535])
+def test_pgm_of_every_depth_keeps_its_brightness(maxval: int, tmp_path: Path) -> None:
+    kind = ">u2" if maxval > 255 else "u1"
+    values = (np.linspace(0, maxval, 6).round()).astype(kind)
+    (tmp_path / "x.pgm").write_bytes(b"P5 3 2 %d\n" % maxval + values.tobytes())
+    found = preprocessing((2, 3)).read(tmp_path / "x.pgm").ravel().astype(int)
+    assert abs(found - np.linspace(0, 255, 6)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("bits", "photometric", "expected"),
+    [(16, 1, [0x12, 0x80]), (16, 0, [0xED, 0x7F]), (12, 1, [0x12, 0x80])],
+)
+def test_tiff_of_12_and_16_bits_keeps_its_brightness(
+    bits: int, photometric: int, expected: list[int], tmp_path: Path
+) -> None:
+    """Also where 0 is white, and where three bytes hold two pixels."""
+    data = b"\x34\x12\x00\x80" if bits == 16 else b"\x12\x38\x00"  # 0x1234 0x8000; 0x123 0x800
+    tags = [
+        (256, 3, 2),  # width, height, bits, no compression, photometric, offset, rows, bytes
+        (257, 3, 1),
+        (258, 3, bits),
+        (259, 3, 1),
+        (262, 3, photometric),
+        (273, 4, 8),
+        (277, 3, 1),
+        (278, 3, 1),
+        (279, 4, len(data)),
+    ]
+    entries = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags)
+    directory = struct.pack("<H", len(tags)) + entries + b"\0\0\0\0"
+    path = tmp_path / "x.tif"
+    path.write_bytes(b"II*\0" + struct.pack("<I", 12) + data.ljust(4, b"\0") + directory)
+    assert preprocessing((1, 2)).read(path).ravel().tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "problem"),
+    [("float32", "floating-point numbers"), ("int32", "32-bit integers")],
+)
+def test_pixels_without_a_known_range_are_refused_by_name(
+    kind: str, problem: str, tmp_path: Path
+) -> None:
+    Image.fromarray(np.ones((2, 3), kind)).save(tmp_path / "x.tif")
+    with pytest.raises(DataError, match=rf"x\.tif: cannot be decoded: pixels are {problem}"):
+        preprocessing((2, 3)).read(tmp_path / "x.tif")
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+@pytest.mark.parametrize("mode", ["L", "P", "I;16", "RGB", "RGBA", "CMYK"])
+def test_an_uncompressed_tiff_is_turned_whatever_its_mode(
+    mode: str, orientation: int, tmp_path: Path
+) -> None:
+    """By its path, Pillow maps such a file into memory, and gives it back as it is stored."""
+    upright = numbered(3, 2) * 40
+    stored = np.ascontiguousarray(ORIENTATIONS[orientation](upright))
+    deep = Image.fromarray(stored.astype(np.uint16) << 8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = deep if mode == "I;16" else Image.fromarray(stored).convert(mode)
+    image.save(tmp_path / "x.tif", exif=exif)
+    found = preprocessing((3, 2)).read(tmp_path / "x.tif")[0].astype(int)
+    assert abs(found - upright).max() <= 1
 
 
 def test_a_crop_is_chosen_in_the_upright_picture_and_scaled(tmp_path: Path) -> None:

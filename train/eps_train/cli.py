@@ -12,11 +12,12 @@ import click
 
 from eps_train import config_flags, console, folder_lock, launcher, recipes
 from eps_train.config_flags import SectionedCommand, config_options
-from eps_train.errors import ConfigError
+from eps_train.errors import ConfigError, DamagedImages
 from eps_train.runfiles import RunFiles
 
 if TYPE_CHECKING:
     from eps_train.config import TrainingConfig
+    from eps_train.data import Data, DataIdentity
     from eps_train.distributed import Group
     from eps_train.run import Run
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     help="Folder with the data set's files; digits needs none.  [default: this folder]",
 )
 @click.option("--download", is_flag=True, help="Fetch the files that are missing, where possible.")
+@click.option("--skip-damaged", is_flag=True, help="Train without the images that cannot be read.")
 @click.option(
     "--weights",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -73,6 +75,7 @@ def cli(
     config_file: Path | None,
     data_root: Path | None,
     download: bool,
+    skip_damaged: bool,
     weights: Path | None,
     output: Path,
     keep: int,
@@ -122,18 +125,30 @@ def cli(
     from eps_train import data, devices, distributed, summary
     from eps_train.run import Run
 
+    load = partial(
+        data.load,
+        chosen.dataset,
+        data_root,
+        image_size=chosen.image_size,
+        normalization=chosen.normalization,
+        skip_damaged=skip_damaged,
+    )
     if dry_run:
-        summary.show_plan(chosen, data.outline(chosen.dataset, data_root, chosen.image_size))
+        known = chosen.dataset in data.DATASETS
+        outline = (
+            data.outline(chosen.dataset, data_root, chosen.image_size)
+            if known
+            else _told(load).identity.outline
+        )
+        summary.show_plan(chosen, outline)
         return
     place = devices.choose(device)
     with distributed.joined(place) as group:
+        like = _earlier_data(runs, chosen) if resume else None
+        room = min(group.gather(data.room_for_images()))  # before one of them has taken its share
         images = group.first(
-            lambda: data.load(
-                chosen.dataset,
-                data_root,
-                image_size=chosen.image_size,
-                normalization=chosen.normalization,
-                download=download,
+            lambda: _told(
+                partial(load, download=download, like=like, room=room, check=like is None)
             )
         )
         run = partial(
@@ -194,6 +209,34 @@ def _train(
     with group.led(folder_lock.held(output, busy)):
         group.lead(make_way)
         return [prepared.train(), *(prepare(paths).train() for paths in later)]
+
+
+def _told(load: Callable[[], Data]) -> Data:
+    """What `load` loads, described; all images that are damaged are listed before it fails."""
+    log = console.log()
+    try:
+        images = load()
+    except DamagedImages as error:
+        for problem in error.problems.values():
+            log.print(problem)
+        raise
+    log.print(images.describe())
+    if images.warning:
+        log.print(f"warning: {images.warning}")
+    return images
+
+
+def _earlier_data(
+    runs: dict[RunFiles, TrainingConfig], chosen: TrainingConfig
+) -> DataIdentity | None:
+    """The data of the run that is to be resumed; None where there is none, or of another set."""
+    from eps_train.checkpoint import Checkpoint
+
+    for files in runs:
+        if files.last.exists():
+            identity = Checkpoint.load(files.last).data
+            return identity if identity.may_be(chosen.dataset) else None
+    return None
 
 
 def _refuse_folders(files: list[Path]) -> None:

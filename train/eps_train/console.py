@@ -12,6 +12,7 @@ import io
 import json
 import os
 import sys
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,7 +22,14 @@ from rich.console import Console
 from rich.table import Table
 
 from eps_train import launcher
-from eps_train.errors import ConfigError, EpsError, FileFormatError, Interrupted, PeerError
+from eps_train.errors import (
+    ConfigError,
+    EpsError,
+    FileFormatError,
+    Interrupted,
+    PeerError,
+    reader_death,
+)
 
 CHECK_FAILED = 3
 INTERRUPTED = 130
@@ -34,6 +42,8 @@ def run(command: click.Command) -> NoReturn:
     """
     name = Path(sys.argv[0]).stem
     _prepare_streams()
+    # Pillow warns of images that are large or untidy, and reads them all the same.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     try:
         _refuse_deleted_folder()
         code = command.main(prog_name=name, standalone_mode=False)
@@ -64,9 +74,13 @@ def run(command: click.Command) -> NoReturn:
     except ModuleNotFoundError as error:
         _fail(name, missing_package(error))
     except (MemoryError, RuntimeError) as error:
+        if (death := reader_death(error)) is not None:
+            _fail(name, death)
         if not _out_of_memory(error):
             raise  # our own mistake, with its traceback
-        _fail(name, "out of memory; take a smaller --model, or a machine with more")
+        smaller = ", ".join(_memory_options(command))
+        take = f"take a smaller {smaller}, or" if smaller else "take"
+        _fail(name, f"out of memory; {take} a machine with more")
     sys.exit(code or 0)
 
 
@@ -112,6 +126,12 @@ _REMEDIES = {
     errno.EACCES: _ELSEWHERE,
     errno.EPERM: _ELSEWHERE,
 }
+
+
+def _memory_options(command: click.Command) -> list[str]:
+    """The options of a command that decide how much memory it takes."""
+    known = {option for item in command.params for option in item.opts}
+    return [option for option in ("--image-size", "--batch-size", "--model") if option in known]
 
 
 def _out_of_memory(error: Exception) -> bool:

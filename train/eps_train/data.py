@@ -8,15 +8,19 @@ checkpoint.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from eps_train.errors import ConfigError, DataError
+from eps_train import images, memory
+from eps_train.errors import ConfigError, DamagedImages, DataError
+from eps_train.files import FileSet, Findings
 from eps_train.images import Part, Source
 from eps_train.normalization import Mean, frozen, kind_of, measure, thawed
 from eps_train.preprocess import Preprocessing
@@ -27,6 +31,10 @@ VALIDATION_SHARE = 10  # a tenth of the rest, but
 VALIDATION_MOST = 10_000  # no more than these in all: they tell accuracies half a point apart
 
 FOLDER = "folder:"
+
+_NAMED = 10  # classes that are named before training
+_NAMED_PROBLEMS = 3  # damaged images that an error names
+_DIM_BITS = 13  # of 16, used by all images together, up to which they are next to black
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +75,10 @@ class DataIdentity:
         sizes: images in `train`, `validation`, `test`.
         sha256: over pixels and labels of the three parts in that order; of a set that is not held
             in memory over relative file names, file sizes and labels.
+        digests: the same over `train` alone, and over `train` and `validation`: by them a change of
+            the test part is told from a change of what a network is trained on.
+        held: whether the images were held in memory; None in files that do not say it yet.
+        skipped: damaged images that were there and are not used, below the set's folder.
     """
 
     name: str
@@ -77,6 +89,9 @@ class DataIdentity:
     split_seed: int
     sizes: Mapping[str, int]
     sha256: str
+    digests: Mapping[str, str] = field(default_factory=dict)
+    held: bool | None = None
+    skipped: tuple[str, ...] = ()
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -100,7 +115,27 @@ class DataIdentity:
             "std": list(self.std),
             "preprocessing": self.preprocessing.to_dict(),
             "sizes": dict(self.sizes),
+            "digests": dict(self.digests),
+            "skipped": list(self.skipped),
         }
+
+    def may_be(self, name: str) -> bool:
+        """Whether `--dataset name` may mean this set: that, or one more way to write a folder."""
+        return self.name == name or (self.name.startswith(FOLDER) and name.startswith(FOLDER))
+
+    def changed_part(self, other: DataIdentity) -> str | None:
+        """The first part in which `other` differs, `test` only if both sides say so; else `data`.
+
+        None when they are the same images.
+        """
+        if self.sha256 == other.sha256:
+            return None
+        for part in ("train", "validation"):
+            if not (self.digests.get(part) and other.digests.get(part)):
+                return "data"
+            if self.digests[part] != other.digests[part]:
+                return part
+        return "test"
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> DataIdentity:
@@ -111,18 +146,44 @@ class DataIdentity:
                 "mean": frozen(fields["mean"]),
                 "std": tuple(fields["std"]),
                 "preprocessing": Preprocessing.from_dict(fields["preprocessing"]),
+                "skipped": tuple(fields.get("skipped", ())),
             }
         )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Data:
-    """A data set, split: `validation` is held out of the training data; `test` is for the end."""
+    """A data set, split: `validation` is held out of the training data; `test` is for the end.
+
+    `left_out` says in words what lies beside the images and is not used, `warning` what is odd
+    about them; both are empty as a rule.
+    """
 
     train: Part
     validation: Part
     test: Part
     identity: DataIdentity
+    left_out: str = ""
+    warning: str = ""
+
+    def describe(self) -> str:
+        """One line: the classes, how many images each has and each part has, what is left out."""
+        identity, parts = self.identity, (self.train, self.validation, self.test)
+        labels = torch.cat([part.labels.cpu() for part in parts])
+        counts = labels.bincount(minlength=len(identity.classes)).tolist()
+        classes = [
+            f"{' '.join(label.split())} ({count:,})"
+            for label, count in zip(identity.classes, counts, strict=True)
+        ]
+        if len(classes) > _NAMED:
+            classes[_NAMED:] = [f"and {len(classes) - _NAMED:,} more"]
+        skipped = len(identity.skipped)
+        left_out = [self.left_out, f"{_count(skipped)} that cannot be read" if skipped else ""]
+        sizes = ", ".join(f"{part} {count:,}" for part, count in identity.sizes.items())
+        return (
+            f"data set {identity.name}: {len(identity.classes):,} classes: {', '.join(classes)};"
+            f" {sizes}" + "".join(f"; left out: {what}" for what in left_out if what)
+        )
 
 
 def load(
@@ -132,6 +193,10 @@ def load(
     image_size: tuple[int, int] | None = None,
     normalization: str = "channel",
     download: bool = False,
+    like: DataIdentity | None = None,
+    room: int | None = None,
+    check: bool = False,
+    skip_damaged: bool = False,
 ) -> Data:
     """Load a data set and split it.
 
@@ -142,13 +207,33 @@ def load(
         image_size: height and width to bring the images to; None: as they are.
         normalization: `channel` or `pixel`, as `normalization.measure` takes it.
         download: let torchvision fetch the files that are missing, of the sets it can fetch.
+        like: the set as it was loaded before; images of files are read and held as they were then.
+        room: bytes of pixels that this process may hold; None: :func:`room_for_images`.
+        check: decode every image once, also of a set that stays on disk.
+        skip_damaged: leave out the images that cannot be decoded.
 
     Raises:
         ConfigError: no such data set, or options that it does not have.
+        DamagedImages: some images cannot be decoded; all of them are named.
         DataError: the files are missing, damaged or unusable.
     """
-    source = _read(name, root, image_size, download)
-    return split(source, name=name, normalization=normalization)
+    if room is None:
+        room = room_for_images()
+    source = _read(name, root, image_size, download, room, like)
+    if like is not None and source.folder is not None:
+        held = like.held
+        if held is None:
+            shape = math.prod(like.input_shape)
+            held = name != "imagenet" and sum(like.sizes.values()) * shape <= images.MEMORY
+        source = replace(_without(source, like.skipped), held=held)
+    return split(
+        source, name=name, normalization=normalization, check=check, skip_damaged=skip_damaged
+    )
+
+
+def room_for_images() -> int:
+    """Bytes of pixels that this process may hold: its share of half the memory that is free."""
+    return memory.available() // 2 // memory.local_processes()
 
 
 def outline(
@@ -171,10 +256,19 @@ def load_again(identity: DataIdentity, root: Path | None = None) -> Data:
         root,
         image_size=identity.preprocessing.crop,
         normalization=identity.normalization,
+        like=identity,
     )
-    if data.identity.sha256 != identity.sha256:
+    part = identity.changed_part(data.identity)
+    if part == "test":
         raise DataError(
-            f"data set {identity.name}: not the images that the checkpoint was trained on"
+            f"data set {identity.name}: its test images are not those that the checkpoint was"
+            " tested on (the training and validation images are the same); put those back, or"
+            " point --data-root at the original data"
+        )
+    if part is not None:
+        which = "" if part == "data" else f", beginning with its {part} part"
+        raise DataError(
+            f"data set {identity.name}: not the images that the checkpoint was trained on{which}"
             f" (sha256 {data.identity.sha256[:12]}, recorded {identity.sha256[:12]});"
             " point --data-root at the original data"
         )
@@ -182,13 +276,24 @@ def load_again(identity: DataIdentity, root: Path | None = None) -> Data:
 
 
 def _read(
-    name: str, root: Path | None, image_size: tuple[int, int] | None, download: bool
+    name: str,
+    root: Path | None,
+    image_size: tuple[int, int] | None,
+    download: bool,
+    room: int,
+    like: DataIdentity | None,
 ) -> Source:
     # Imported here: a run needs one reader, and some readers are slow to import.
     if name.startswith(FOLDER):
         from eps_train.readers import folder
 
-        return folder.read(root or Path(name.removeprefix(FOLDER)), image_size)
+        path = name.removeprefix(FOLDER)
+        if root is None and not path:
+            raise ConfigError(
+                f"--dataset {FOLDER}: names no folder; write {FOLDER}PATH ({FOLDER}. for this one)"
+            )
+        known = like.preprocessing if like is not None else None
+        return folder.read(root or Path(path).expanduser(), image_size, room=room, known=known)
     if name not in DATASETS:
         raise ConfigError(
             f"--dataset {name}: unknown; the data sets are: {', '.join(DATASETS)}, folder:PATH"
@@ -217,16 +322,70 @@ def _read_known(name: str, root: Path, download: bool) -> Source:
     return archives.read(name, root, download=download)
 
 
-def split(source: Source, *, name: str, normalization: str = "channel") -> Data:
-    """Split off, class by class, the parts that the source does not have.
+def split(
+    source: Source,
+    *,
+    name: str,
+    normalization: str = "channel",
+    check: bool = False,
+    skip_damaged: bool = False,
+) -> Data:
+    """Split off, class by class, the parts that the source does not have, and read what is held.
 
     A fifth becomes the test part; a tenth of the rest, but not above 10,000 images in all, the
-    validation part; seeded, and the same for every run. Raises DataError when a class has too few
-    images for all three parts.
+    validation part; seeded, and the same for every run. `check` and `skip_damaged` are those of
+    :func:`load`. Raises DataError when a class has too few images for all three parts, and
+    DamagedImages.
     """
+    sets = _split(source, name)
+    found = Findings()
+    for part, images_of_part in sets.items():
+        if isinstance(images_of_part, FileSet) and source.held:
+            sets[part], seen = images_of_part.hold()
+        elif isinstance(images_of_part, FileSet) and check:
+            seen = images_of_part.check()
+        else:
+            continue
+        found.add(seen)
+    if found.problems and not skip_damaged:
+        raise _damaged(name, found.problems, sum(map(len, sets.values())))
+    if found.problems:
+        assert source.folder is not None
+        bad = [os.path.relpath(path, source.folder) for path in sorted(found.problems)]
+        # Split again without them: as if they had not been there.
+        return split(_without(source, bad), name=name, normalization=normalization, check=check)
+    try:
+        mean, std = measure(sets["train"], normalization)
+    except DataError as error:
+        raise DataError(f"data set {name}: {error}") from None
+    digests = _digests(sets)
+    return Data(
+        **sets,
+        identity=DataIdentity(
+            name=name,
+            classes=source.classes,
+            mean=mean,
+            std=std,
+            preprocessing=source.preprocessing,
+            split_seed=SPLIT_SEED,
+            sizes={part: len(images) for part, images in sets.items()},
+            sha256=digests.pop("test"),
+            digests=digests,
+            held=not isinstance(sets["train"], FileSet),
+            skipped=source.skipped,
+        ),
+        left_out=source.left_out,
+        warning=_dim(name, found),
+    )
+
+
+def _split(source: Source, name: str) -> dict[str, Part]:
+    """The parts `train`, `validation` and `test`."""
     classes = source.classes
     if len(classes) < 2:
-        raise DataError(f"data set {name}: only one class; a classifier needs two or more")
+        raise DataError(
+            f"data set {name}: only one class, {', '.join(classes)}; a classifier needs two or more"
+        )
     generator = torch.Generator().manual_seed(SPLIT_SEED)
     indices: dict[str, list[Tensor]] = {"train": [], "validation": [], "test": []}
     for index, label in enumerate(classes):
@@ -248,24 +407,54 @@ def split(source: Source, *, name: str, normalization: str = "channel") -> Data:
             indices[part].append(piece)
     # Index order, so that every part mixes the classes as the source did.
     parts = {part: source.train[torch.cat(found).sort().values] for part, found in indices.items()}
-    sets: dict[str, Part] = {
+    return {
         "train": parts["train"],
         "validation": source.validation or parts["validation"],
         "test": source.test or parts["test"],
     }
-    mean, std = measure(sets["train"], normalization)
-    return Data(
-        **sets,
-        identity=DataIdentity(
-            name=name,
-            classes=classes,
-            mean=mean,
-            std=std,
-            preprocessing=source.preprocessing,
-            split_seed=SPLIT_SEED,
-            sizes={part: len(images) for part, images in sets.items()},
-            sha256=_sha256(sets.values()),
-        ),
+
+
+def _without(source: Source, names: Sequence[str]) -> Source:
+    """`source` without the files of these names below its folder."""
+    if not names:
+        return source
+    assert source.folder is not None
+    paths = {os.path.join(source.folder, name) for name in names}
+
+    def rest(part: Part | None) -> Part | None:
+        return part.without(paths) if isinstance(part, FileSet) else part
+
+    train = rest(source.train)
+    assert train is not None
+    return replace(
+        source,
+        train=train,
+        validation=rest(source.validation),
+        test=rest(source.test),
+        skipped=(*source.skipped, *names),
+    )
+
+
+def _damaged(name: str, problems: Mapping[str, str], total: int) -> DamagedImages:
+    first = "; ".join(list(problems.values())[:_NAMED_PROBLEMS])
+    more = len(problems) - _NAMED_PROBLEMS
+    return DamagedImages(
+        f"data set {name}: {len(problems):,} of {total:,} images cannot be read: {first}"
+        + (f"; and {more:,} more" if more > 0 else "")
+        + "; repair them or take them away, or train without them (eps-train --skip-damaged)",
+        problems,
+    )
+
+
+def _dim(name: str, found: Findings) -> str:
+    """A warning of 16-bit images of which the upper 8 bits are next to black."""
+    bits = found.peak.bit_length()
+    if not found.deep or bits > _DIM_BITS:
+        return ""
+    return (
+        f"data set {name}: the values of its 16-bit images ({found.deep:,}) use {bits} bits only:"
+        f" the largest is {found.peak:,} of 65,535, so that all of them are read nearly black;"
+        f" multiply them by {2 ** (16 - bits)}"
     )
 
 
@@ -273,8 +462,10 @@ def _count(images: int) -> str:
     return "1 image" if images == 1 else f"{images:,} images"
 
 
-def _sha256(parts: Iterable[Part]) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
+def _digests(parts: Mapping[str, Part]) -> dict[str, str]:
+    """SHA-256 up to and with each part."""
+    digest, found = hashlib.sha256(), {}
+    for name, part in parts.items():
         part.update(digest)
-    return digest.hexdigest()
+        found[name] = digest.hexdigest()
+    return found

@@ -201,8 +201,9 @@ class Group:
         if rest or share < 2:
             self.fail(
                 ConfigError(
-                    f"--batch-size {count}: {self.size} processes cannot share it evenly, two or"
-                    f" more images each; take a multiple of {self.size} from {2 * self.size} up"
+                    f"--batch-size: {self.size} processes cannot share {count} images (a batch, or"
+                    " all for training where they are fewer) evenly, two or more each; take a"
+                    f" multiple of {self.size} from {2 * self.size} up"
                 )
             )
         return slice(self.rank * share, (self.rank + 1) * share)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,6 +17,18 @@ class ConfigError(EpsError):
 
 class DataError(EpsError):
     """A data set that is missing, damaged, or too small for what was asked."""
+
+
+class DamagedImages(DataError):
+    """Images that cannot be used, all of them.
+
+    Attributes:
+        problems: by path, one line each that names it.
+    """
+
+    def __init__(self, message: str, problems: Mapping[str, str]) -> None:
+        super().__init__(message)
+        self.problems = problems
 
 
 class FileFormatError(EpsError):
@@ -56,3 +68,18 @@ def naming(path: Path) -> Iterator[None]:
         if error.errno is not None:
             error.filename = str(path)
         raise
+
+
+def reader_death(error: BaseException) -> str | None:
+    """One line for torch's error about a process of its DataLoader that ended; None for others.
+
+    torch raises it from a signal handler, so that it may come up anywhere.
+    """
+    text = str(error)
+    if not isinstance(error, RuntimeError) or "DataLoader worker" not in text:
+        return None
+    first = text.splitlines()[0].partition(", for example")[0].rstrip(". ")
+    return (
+        f"a process that reads the images has died ({first}); most often memory ran out: give the"
+        " container more (--memory, --shm-size 8g), or take a smaller --batch-size or --image-size"
+    )

@@ -53,8 +53,9 @@ def refuse_collapse(
         alive[graph.stage_name(record.block)] += record.death is None
     lost = [stage for stage, count in alive.items() if not count]
     if lost:
+        where = ", ".join(stage or "the network" for stage in lost)
         raise TrainingError(
-            f"every block of {', '.join(lost)} died by epoch {epoch}, at a validation accuracy of"
+            f"every block of {where} died by epoch {epoch}, at a validation accuracy of"
             f" {validation.accuracy:.1%}: the threshold acts before the network has learned;"
             " lower --epsilon, or let it act later with --epsilon-from"
         )
@@ -69,16 +70,59 @@ def unscalable(*, epoch: int, step: int, kept: str) -> TrainingError:
 
 
 def refuse_other_run(path: Path, last: Checkpoint, config: TrainingConfig, data: Data) -> None:
-    """Raise ConfigError unless `last`, read from `path`, belongs to this configuration and data."""
-    if last.data.sha256 != data.identity.sha256:
-        raise ConfigError(f"{path}: was trained on other data; resume with the same data options")
+    """Raise ConfigError unless `last`, read from `path`, belongs to this configuration and data.
+
+    Three things may differ: the images of the test part, which the run has not looked at; how the
+    folder of the same images is written; and the number of epochs, which may grow.
+    """
+    part = last.data.changed_part(data.identity)
+    if part not in (None, "test"):
+        which = "" if part == "data" else f" (its {part} part differs)"
+        raise ConfigError(
+            f"{path}: was trained on other data{which}; resume with the same data options, or name"
+            " where the original data lies with --data-root"
+        )
     theirs, ours = last.config, config.to_dict()
     for name in sorted(ours.keys() | theirs.keys()):
-        if ours.get(name) != theirs.get(name):
-            raise ConfigError(
-                f"{path}: belongs to a run with {name} {theirs.get(name)}, not {ours.get(name)};"
-                " resume with the same options, or start anew in another --output folder"
-            )
+        old, new = theirs.get(name), ours.get(name)
+        if old == new or (name == "dataset" and last.data.may_be(config.dataset)):
+            continue
+        if name == "epochs" and isinstance(old, int) and isinstance(new, int) and old < new:
+            continue
+        raise ConfigError(
+            f"{path}: belongs to a run with {name} {old}, not {new};"
+            " resume with the same options, or start anew in another --output folder"
+        )
+
+
+def changes(path: Path, last: Checkpoint, config: TrainingConfig, data: Data) -> list[str]:
+    """What a resumed run, which :func:`refuse_other_run` let pass, does otherwise than before."""
+    told = []
+    if last.data.changed_part(data.identity) == "test":
+        told.append(
+            f"{path}: the images of the test part have changed since; those of training and"
+            " validation are the same"
+        )
+    before = last.config["epochs"]
+    if before != config.epochs:
+        told.append(f"{path}: the run was to have {before} epochs, and goes on to {config.epochs}")
+        told += _later(config, before)
+    return told
+
+
+def _later(config: TrainingConfig, before: int) -> list[str]:
+    """What depends on the share of the run that is over, and comes later in a longer run."""
+    told = []
+    if config.descent:
+        share = config.descent[0][0]
+        old, new = round(share * before) + 1, round(share * config.epochs) + 1
+        told.append(f"the last descent of the rate begins in epoch {new}, not {old}")
+    if config.settle_at < 1:
+        old, new = round(config.settle_at * before) + 1, round(config.settle_at * config.epochs) + 1
+        told.append(f"live gates stay open from epoch {new} on, not {old}")
+    if config.target_parameters is not None:
+        told.append("epsilon is led to the target along the longer run")
+    return told
 
 
 def refuse_other_count(path: Path, theirs: int, ours: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from eps_train.preprocess import Preprocessing
 
-MEMORY = 8 << 30  # bytes of pixels that are held at most; a larger set is read while it is used
+MEMORY = 8 << 30  # bytes of pixels that were held at most by runs that do not say what they held
 
 
 class Part(Protocol):
@@ -91,6 +92,10 @@ class Source:
         validation, test: parts that the source itself keeps apart; None: to be split off.
         classes: label names by index.
         preprocessing: from an image file to the same pixels.
+        folder: that the files lie in; None where they are no images that one could look at.
+        held: whether parts that consist of files are to be read into memory once they are split.
+        left_out: what lies in the folder and is not used, in words.
+        skipped: files that were there, damaged, and are not used, below `folder`.
     """
 
     train: Part
@@ -98,6 +103,10 @@ class Source:
     preprocessing: Preprocessing
     validation: Part | None = None
     test: Part | None = None
+    folder: Path | None = None
+    held: bool = False
+    left_out: str = ""
+    skipped: tuple[str, ...] = ()
 
     def resized(self, size: tuple[int, int]) -> Source:
         """All parts, which lie in memory, brought to `size` (height, width)."""

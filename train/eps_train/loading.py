@@ -12,20 +12,44 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from eps_train.errors import DataError
+from eps_train import memory
+from eps_train.errors import DataError, reader_death
 
 Request = TypeVar("Request")
-Answer = tuple[Tensor, ...]
+Answer = TypeVar("Answer")
 
 MOST_WORKERS = 16
+_AHEAD = 2  # answers that each worker may be ahead of who asked
+_BESIDES = 2  # answers in use or on the way, however many workers there are
 
 
 def worker_count() -> int:
     """One worker a core, shared out among the processes of a `torchrun`; none on one core."""
     affinity = getattr(os, "sched_getaffinity", None)  # what a container may use; Linux has it
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    workers = cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    workers = cores // memory.local_processes()
     return min(workers, MOST_WORKERS) if workers > 1 else 0
+
+
+def fitting_answer(wanted: int, smallest: int) -> int:
+    """Bytes of an answer, `wanted` at most, of which all workers find room in shared memory.
+
+    It is not below `smallest`, for which :func:`load` may have to take fewer workers.
+    """
+    room = memory.shared()
+    if room is None:
+        return wanted
+    share = room // memory.local_processes() // (_AHEAD * worker_count() + _BESIDES)
+    return max(smallest, min(wanted, share))
+
+
+def _fitting_workers(wanted: int, answer_bytes: int) -> int:
+    """How many workers find room for their answers in shared memory, `wanted` at most."""
+    room = memory.shared()
+    if room is None or not answer_bytes:
+        return wanted
+    answers = room // memory.local_processes() // answer_bytes
+    return max(0, min(wanted, (answers - _BESIDES) // _AHEAD))
 
 
 def load(
@@ -34,26 +58,32 @@ def load(
     *,
     pin: bool = False,
     workers: int | None = None,
+    answer_bytes: int = 0,
 ) -> Iterator[Answer]:
     """Answer requests in worker processes, in order, some ahead of time.
 
     The workers live until the last answer, or until this iterator is dropped.
 
     Args:
-        read: from a request to tensors, by that request alone; it is sent to the workers, so it
-            must be picklable.
+        read: from a request to an answer, tensors perhaps among it, by that request alone; it is
+            sent to the workers, so it must be picklable.
         requests: what to read.
         pin: hand the tensors over in pinned memory, from where a GPU fetches them by itself.
         workers: processes; 0 reads in this one; None: :func:`worker_count`.
+        answer_bytes: of the tensors in an answer; where shared memory is short (64 MB in a
+            container, if nothing is said), fewer workers are started, or none.
 
     Raises:
-        DataError: what `read` raised, or that a worker died.
+        DataError: what `read` raised, or that a worker died, or that shared memory ran out.
     """
+    wanted = worker_count() if workers is None else workers
+    count = _fitting_workers(wanted, answer_bytes)
     loader: DataLoader[Any] = DataLoader(
-        _Reading(read),
+        _Reading(read, shared=count > 0),
         batch_size=None,
         sampler=requests,
-        num_workers=worker_count() if workers is None else workers,
+        num_workers=count,
+        prefetch_factor=_AHEAD if count else None,
         pin_memory=pin,
         collate_fn=_as_it_is,
         worker_init_fn=_prepare_worker,
@@ -67,26 +97,47 @@ def load(
         except StopIteration:
             return
         except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+            if (death := reader_death(error)) is None:
                 raise
-            raise DataError(
-                f"a process that reads the images has died ({str(error).splitlines()[0]});"
-                " in a container, give it more shared memory (--shm-size 8g)"
-            ) from None
-        if isinstance(answer, str):
+            raise DataError(death) from None
+        if isinstance(answer, _Refusal):
             raise DataError(answer)
         yield answer
 
 
-class _Reading(Dataset[Any], Generic[Request]):
-    def __init__(self, read: Callable[[Request], Answer]) -> None:
-        self._read = read
+class _Refusal(str):
+    """The message of a DataError: raised in a worker, it would arrive with a stack trace in it."""
 
-    def __getitem__(self, request: Request) -> Answer | str:
+
+class _Reading(Dataset[Any], Generic[Request, Answer]):
+    def __init__(self, read: Callable[[Request], Answer], *, shared: bool) -> None:
+        self._read, self._shared = read, shared
+
+    def __getitem__(self, request: Request) -> Answer | _Refusal:
         try:
-            return self._read(request)
-        except DataError as error:  # raised in a worker, it would arrive with a stack trace in it
-            return str(error)
+            answer = self._read(request)
+            if self._shared:
+                _share(answer)
+        except DataError as error:
+            return _Refusal(error)
+        return answer
+
+
+def _share(answer: Any) -> None:
+    """Move the tensors of an answer into shared memory.
+
+    torch would do so in a thread behind the worker, where it prints what went wrong and drops the
+    answer, for which the main process then waits for ever. Raises DataError.
+    """
+    try:
+        for item in answer:
+            if isinstance(item, Tensor):
+                item.share_memory_()
+    except RuntimeError as error:
+        raise DataError(
+            "shared memory is full of images that were read ahead"
+            f" ({str(error).splitlines()[0]}); in a container, give it more (--shm-size 8g)"
+        ) from None
 
 
 def _as_it_is(answer: Any) -> Any:

@@ -108,6 +108,7 @@ class Trainer:
         self.best: Score | None = None  # of the current structure
         self.seconds = 0.0
         self.started_from: dict[str, str] | None = None  # name and SHA-256 of a file of weights
+        self.resumed_otherwise: list[str] = []  # what is not as it was before, in words
 
     # -- one run ---------------------------------------------------------------------------------
 
@@ -298,6 +299,7 @@ class Trainer:
             model = best.build_gated().to(self.device)
             test = score(model, self.normalize, self.data.test.to(self.device))
             best.metrics["test"] = test.to_dict()
+            best.data = self.data.identity  # whose test part may be another by now
             best.save(self.best_path)
 
     # -- parameters ------------------------------------------------------------------------------

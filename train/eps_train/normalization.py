@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from eps_train.errors import ConfigError
+from eps_train.errors import ConfigError, DataError
 from eps_train.files import FileSet
 from eps_train.images import ImageSet, Part
 
@@ -33,7 +33,7 @@ def measure(train: Part, kind: str) -> tuple[Mean, tuple[float, ...]]:
 
     Raises:
         ConfigError: `pixel`, for a part that does not lie in memory.
-        DataError: an image cannot be read.
+        DataError: an image cannot be read, or all of them are one colour.
     """
     if kind == "pixel":
         if not isinstance(train, ImageSet):
@@ -41,9 +41,11 @@ def measure(train: Part, kind: str) -> tuple[Mean, tuple[float, ...]]:
                 "--normalization pixel: needs a set that fits in memory; use channel with this one"
             )
         mean = _mean_image(train.images)
+        lowest, highest = (f(train.images, dim=(0, 2, 3)) for f in (torch.amin, torch.amax))
+        _refuse_one_color(lowest.ne(highest).tolist(), lowest.tolist())
         return mean, (PIXEL_SCALE,) * len(mean)
     if isinstance(train, ImageSet):
-        return _channels([train])
+        return _channels(train.batches(_SAMPLE))
     assert isinstance(train, FileSet)
     chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(_SEED))[:_SAMPLE]
     return _channels(train[chosen.sort().values].chunks())
@@ -82,6 +84,7 @@ def _channels(parts: Iterable[ImageSet]) -> tuple[tuple[float, ...], tuple[float
     # From the histogram: exact, and no float copy of the whole set.
     histograms = sum(_histograms(part.images) for part in parts)
     assert isinstance(histograms, Tensor)
+    _refuse_one_color(histograms.gt(0).sum(dim=1).gt(1).tolist(), histograms.argmax(dim=1).tolist())
     means, deviations = [], []
     for counts in histograms:
         mean = (counts * values).sum() / counts.sum()
@@ -89,6 +92,16 @@ def _channels(parts: Iterable[ImageSet]) -> tuple[tuple[float, ...], tuple[float
         means.append(mean.item())
         deviations.append(max(variance.sqrt().item(), 1.0))
     return tuple(means), tuple(deviations)
+
+
+def _refuse_one_color(varies: Sequence[bool], color: Sequence[int]) -> None:
+    """Raise DataError unless one of the channels varies."""
+    if not any(varies):
+        value = ", ".join(map(str, color))
+        raise DataError(
+            f"its training images are all one colour (every pixel is {value} of 255): there is"
+            " nothing to learn from; look at the files"
+        )
 
 
 def _histograms(images: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,9 +20,15 @@ from eps_train.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from PIL import Image
 
+T = TypeVar("T")
+
 COLORS = ("grey", "rgb")
 _MOST_PIXELS = 178_956_970  # of an image once scaled; where Pillow sees a decompression bomb too
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
+
+_ORIENTATION = 0x0112  # EXIF
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # TIFF
+_RANGELESS = {"I": "32-bit integers", "F": "floating-point numbers"}
 
 ChooseBox = Callable[[int, int], tuple[int, int, int, int]]
 """From height and width of a picture to top, left, height and width of a part of it, in pixels."""
@@ -34,7 +40,9 @@ class Preprocessing:
 
     The picture is turned upright as its EXIF orientation says, converted to `color`, scaled with
     its aspect ratio kept until it just covers `resize` (height, width in pixels), and cropped at
-    the centre to `crop`. Normalisation is not part of it: the exported network does that itself.
+    the centre to `crop`. Of 16 bits the upper 8 are kept; pixels of 32 bits, whose range nobody
+    knows, are refused with a ValueError. Normalisation is not part of it: the exported network
+    does that itself.
     """
 
     resize: tuple[int, int]
@@ -114,18 +122,21 @@ class Preprocessing:
 
     def read(self, path: Path) -> npt.NDArray[np.uint8]:
         """Read an image file and :meth:`apply`. Raises DataError that names the file."""
-        return _decoded(path, self.apply)
+        return with_image(path, self.apply)
 
     def read_crop(self, path: Path, choose: ChooseBox) -> npt.NDArray[np.uint8]:
         """Read an image file and :meth:`apply_crop`. Raises DataError that names the file."""
-        return _decoded(path, lambda image: self.apply_crop(image, choose))
+        return with_image(path, lambda image: self.apply_crop(image, choose))
 
     def _upright(self, image: Image.Image) -> Image.Image:
         from PIL import ImageOps
 
+        reduced = _eight_bits(image)
         if self.exif_rotation:
-            image = ImageOps.exif_transpose(image)
-        return _eight_bits(image).convert("L" if self.color == "grey" else "RGB")
+            reduced = ImageOps.exif_transpose(reduced)
+        if reduced.mode == "P" and "transparency" in reduced.info:  # Pillow warns if it drops that
+            reduced = reduced.convert("RGBA")
+        return reduced.convert("L" if self.color == "grey" else "RGB")
 
     @property
     def _resampling(self) -> Image.Resampling:
@@ -134,14 +145,13 @@ class Preprocessing:
         return Image.Resampling[self.interpolation.upper()]
 
 
-def _decoded(
-    path: Path, use: Callable[[Image.Image], npt.NDArray[np.uint8]]
-) -> npt.NDArray[np.uint8]:
-    """What `use` makes of an image file; DataError names the file when that fails."""
+def with_image(path: Path, use: Callable[[Image.Image], T]) -> T:
+    """What `use` makes of an image file, opened; DataError names the file when that fails."""
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(path) as image:
+        # Not by its path: Pillow maps some TIFF files into memory then, and forgets to turn them.
+        with path.open("rb") as file, Image.open(file) as image:
             return use(image)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
@@ -155,6 +165,18 @@ def _decoded(
         raise DataError(f"{path}: cannot be decoded: {problem}") from None
 
 
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Height and width of a picture once it is turned as its EXIF orientation says."""
+    turned = image.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
+    return (image.width, image.height) if turned else (image.height, image.width)
+
+
+def peak_of_sixteen_bits(image: Image.Image) -> int:
+    """The largest of the 0..65535 in a grey image of 16 bits; 0 for any other image."""
+    values = _sixteen_bits(image)
+    return 0 if values is None else int(values.max())
+
+
 def _planes(image: Image.Image) -> npt.NDArray[np.uint8]:
     """Pixels `[C, H, W]` of a grey or RGB image."""
     pixels = np.asarray(image, dtype=np.uint8)
@@ -162,14 +184,38 @@ def _planes(image: Image.Image) -> npt.NDArray[np.uint8]:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """`image` in a mode that Pillow converts to grey or RGB as one expects."""
+    """`image` in a mode that Pillow converts to grey or RGB as one expects, its EXIF data kept.
+
+    Raises ValueError for numbers without a known range, of which Pillow would make black or white.
+    """
     from PIL import Image
 
-    if image.mode.startswith("I;16"):  # Pillow would clip all but the darkest pixels to white
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode == "P" and "transparency" in image.info:  # Pillow warns when it drops that
-        return image.convert("RGBA")
+    values = _sixteen_bits(image)
+    if values is not None:  # Pillow would clip all but the darkest pixels to white
+        reduced = Image.fromarray((values >> 8).astype(np.uint8))
+        reduced.getexif().update({_ORIENTATION: image.getexif().get(_ORIENTATION, 1)})
+        return reduced
+    if image.mode in _RANGELESS:
+        raise ValueError(
+            f"pixels are {_RANGELESS[image.mode]} (Pillow's mode {image.mode}), which have no known"
+            " range; save it with 8 or 16 bits"
+        )
     return image
+
+
+def _sixteen_bits(image: Image.Image) -> npt.NDArray[np.uint16] | None:
+    """The pixels of a grey image of 9 to 16 bits, black to white 0..65535; None for any other."""
+    # Pillow brings PGM to 0..65535, whatever its maxval; before 11.3 that is its mode for PNG too.
+    known = image.mode == "I" and image.format in ("PPM", "PNG")
+    if not (known or image.mode.startswith("I;16")):
+        return None
+    values: npt.NDArray[np.uint16] = np.asarray(image).astype(np.uint16)
+    tags = getattr(image, "tag_v2", {})  # of TIFF
+    if tags.get(_BITS_PER_SAMPLE) == (12,):
+        values = (values << 4 | values >> 8).astype(np.uint16)
+    if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:  # which Pillow heeds up to 8 bits only
+        values = ~values
+    return values
 
 
 def _pair(value: Any) -> tuple[int, int]:

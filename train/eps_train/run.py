@@ -19,7 +19,7 @@ from eps_train.cuda_graph import obstacle
 from eps_train.data import Data
 from eps_train.distributed import ALONE, Group
 from eps_train.epoch_report import EpochReport
-from eps_train.errors import ConfigError, Interrupted
+from eps_train.errors import ConfigError, DataError, Interrupted
 from eps_train.kept import KeptCheckpoints
 from eps_train.loop import Stopped, Trainer
 from eps_train.picture import draw
@@ -88,6 +88,8 @@ class Run:
         self._parameters = self.trainer.parameters()  # of the whole network: nothing has left yet
         if resume and files.last.exists():
             self.trainer.resume()
+            for change in self.trainer.resumed_otherwise:
+                self._log.print(change)
         elif resume:
             self._log.print(f"{files.last}: not there yet; starting from the first epoch")
         self._refuse_other_folders()
@@ -213,7 +215,7 @@ class Run:
                 self._say_what_is_kept(trainer.step)
                 assert self._stop.signal is not None
                 raise Interrupted(self._stop.signal) from None
-            except (KeyboardInterrupt, OSError):
+            except (KeyboardInterrupt, OSError, DataError, RuntimeError):
                 self._say_what_is_kept()
                 raise
 

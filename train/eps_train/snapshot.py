@@ -138,5 +138,8 @@ def restore(trainer: Trainer) -> None:
     trainer.seconds = state["seconds"]
     trainer.best = None if state["best"] is None else Score(**state["best"])
     trainer.started_from = last.metrics["started_from"]
+    trainer.resumed_otherwise = guards.changes(
+        trainer.last_path, last, trainer.config, trainer.data
+    )
     if last.metrics["validation"] is not None:
         trainer.validated = Score(**last.metrics["validation"])

@@ -50,7 +50,15 @@ def show(summaries: list[dict[str, Any]]) -> None:
         for summary in summaries
     ]
     columns = ("network", "blocks", "parameters", "FLOPs", "validation", "test", "time", "written")
-    console.log().print(console.table("Trained", columns, rows))
+    log = console.log()
+    table = console.table("Trained", columns, rows)
+    unbounded = log.options.update(width=10_000)
+    if (
+        log.measure(table, options=unbounded).maximum > log.width
+    ):  # a column a run instead, with whole words
+        first, *others = zip(columns, *rows, strict=True)
+        table = console.table("Trained", first, others)
+    log.print(table)
 
 
 def _share(cost: dict[str, int]) -> float:

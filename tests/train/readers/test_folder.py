@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from eps_train import data, images
-from eps_train.errors import ConfigError, DataError
+from eps_train import data, memory
+from eps_train.errors import ConfigError, DamagedImages, DataError
 from eps_train.files import FileSet
 from eps_train.images import ImageSet
-from eps_train.readers import folder
+from eps_train.readers import folder, tree
 
 
 def picture(
@@ -98,8 +100,8 @@ def test_grey_modes_of_every_depth_stay_grey(tmp_path: Path) -> None:
 def test_a_corrupt_image_is_named(tmp_path: Path) -> None:
     pets(tmp_path)
     (tmp_path / "dog" / "broken.jpg").write_bytes(b"\xff\xd8\xff not a picture")
-    with pytest.raises(DataError, match=r"dog/broken\.jpg: cannot be read as an image"):
-        folder.read(tmp_path)
+    with pytest.raises(DataError, match=r"1 of 25 images .*dog/broken\.jpg: not an image"):
+        data.load(f"folder:{tmp_path}")
 
 
 def test_a_truncated_image_is_named(tmp_path: Path) -> None:
@@ -109,7 +111,7 @@ def test_a_truncated_image_is_named(tmp_path: Path) -> None:
     Image.fromarray(noise).save(path)
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(DataError, match=r"dog/cut\.bmp: cannot be decoded"):
-        folder.read(tmp_path)
+        data.load(f"folder:{tmp_path}")
 
 
 def test_an_empty_class_is_named(tmp_path: Path) -> None:
@@ -141,18 +143,162 @@ def test_what_a_file_browser_leaves_behind_is_no_image(tmp_path: Path) -> None:
     assert len(folder.read(tmp_path).train) == 24
 
 
-@pytest.mark.parametrize(("wrong", "right"), [("valid", "val"), ("testing", "test")])
-def test_a_part_under_another_name_is_not_passed_over(
-    wrong: str, right: str, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("Train", "Val", "Test"),
+        ("TRAIN", "valid", "testing"),
+        ("training", "dev", "test"),
+        ("seg_train", "eval", "seg_test"),
+    ],
+)
+def test_parts_are_known_by_their_usual_names(names: tuple[str, ...], tmp_path: Path) -> None:
+    for count, name in zip((12, 3, 4), names, strict=True):
+        pets(tmp_path / name, count=count)
+    source = folder.read(tmp_path)
+    assert source.classes == ("cat", "dog")
+    assert source.validation is not None
+    assert source.test is not None
+    assert [len(source.train), len(source.validation), len(source.test)] == [24, 6, 8]
+
+
+def test_a_class_may_be_called_like_a_part(tmp_path: Path) -> None:
+    for name in ("bus", "car", "train"):
+        picture(tmp_path / name / "0.png")
+    assert folder.read(tmp_path).classes == ("bus", "car", "train")
+
+
+def test_folders_beside_the_parts_are_named(tmp_path: Path) -> None:
     pets(tmp_path / "train")
-    pets(tmp_path / wrong)
-    with pytest.raises(
-        DataError, match=f"{wrong}: is not looked into beside train; name it {right}"
-    ):
+    pets(tmp_path / "more")
+    assert folder.read(tmp_path).left_out == "the folders more"
+    pets(tmp_path / "training")
+    with pytest.raises(DataError, match="train and training are both taken for the train part"):
         folder.read(tmp_path)
-    pets(tmp_path / right)
-    assert len(folder.read(tmp_path).train) == 24
+
+
+def test_folds_are_not_taken_for_classes(tmp_path: Path) -> None:
+    for number in (1, 2, 3):
+        pets(tmp_path / f"fold{number}", count=2)
+    picture(tmp_path / "fold3" / "emu" / "0.png")
+    with pytest.raises(DataError, match=r"fold1, fold2, fold3 have the same folders .*cat, dog"):
+        folder.read(tmp_path)
+
+
+def test_a_folder_too_many_is_named(tmp_path: Path) -> None:
+    pets(tmp_path / "set" / "all")
+    with pytest.raises(
+        DataError, match=r"only one folder, all, .* give --dataset folder:.*set/all"
+    ):
+        folder.read(tmp_path / "set")
+
+
+def test_sizes_are_those_of_the_upright_pictures(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for index in range(6):
+        path = tmp_path / "ab"[index % 2] / f"{index}.jpg"
+        path.parent.mkdir(exist_ok=True)
+        Image.new("L", (32, 24), index).save(path, exif=exif)
+    assert folder.read(tmp_path).preprocessing.crop == (32, 24)
+    Image.new("L", (32, 24)).save(tmp_path / "a" / "lying.jpg")
+    with pytest.raises(DataError, match="images of 2 sizes"):
+        folder.read(tmp_path)
+
+
+# -- what is found in a folder, and what is not -------------------------------------------------
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
+    pets(tmp_path / "base")
+    root = tmp_path / "set"
+    (root / "a").mkdir(parents=True)
+    (root / "a" / "more").symlink_to(tmp_path / "base" / "cat")
+    (root / "a" / "again").symlink_to(root)
+    (root / "b").symlink_to(tmp_path / "base" / "dog")
+    found = tree.class_files(root)
+    assert {name: len(files) for name, files in found.by_class.items()} == {"a": 12, "b": 12}
+    assert found.left_out == {"links that lead in a circle": 1}
+
+
+def test_every_suffix_that_pillow_reads_is_read_and_the_others_are_counted(tmp_path: Path) -> None:
+    pets(tmp_path, count=1)
+    for name in ("x.JFIF", "x.jpe", "x.avif", "x.jp2"):
+        (tmp_path / "cat" / name).touch()
+    for name in ("x.heic", "y.HEIC", "notes.txt", "README", ".DS_Store"):
+        (tmp_path / "dog" / name).touch()
+    (tmp_path / "loose.png").touch()
+    found = tree.class_files(tmp_path)
+    assert len(found.by_class["cat"]) == 5
+    assert len(found.by_class["dog"]) == 1
+    assert tree.in_words(found.left_out) == "5 files (.heic 2, .png 1, .txt 1, no suffix 1)"
+
+
+def test_hidden_folders_within_a_class_are_left_alone(tmp_path: Path) -> None:
+    pets(tmp_path, count=3)
+    picture(tmp_path / "cat" / ".ipynb_checkpoints" / "0.png")
+    picture(tmp_path / "cat" / "deeper" / "0.png")
+    assert len(tree.class_files(tmp_path).by_class["cat"]) == 4
+
+
+def test_a_folder_that_may_not_be_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pets(tmp_path)
+    picture(tmp_path / "cat" / "secret" / "0.png")
+    scandir = os.scandir
+
+    def guarded(path: Path) -> Any:
+        if str(path).endswith("secret"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    with pytest.raises(DataError, match=r"cat/secret: cannot be looked into: Permission denied"):
+        folder.read(tmp_path)
+
+
+def test_a_class_that_is_a_link_to_nothing_is_named(tmp_path: Path) -> None:
+    pets(tmp_path)
+    (tmp_path / "zebra").symlink_to("/gone")
+    with pytest.raises(DataError, match=r"zebra: a link to nothing \(/gone\)"):
+        folder.read(tmp_path)
+
+
+def test_a_class_whose_name_is_no_text_is_refused(tmp_path: Path) -> None:
+    pets(tmp_path)
+    (tmp_path / "cat").rename(tmp_path / os.fsdecode(b"caf\xe9"))
+    with pytest.raises(DataError, match=r"class folder b'caf\\xe9' is not UTF-8; rename it"):
+        folder.read(tmp_path)
+
+
+def test_values_that_use_twelve_of_sixteen_bits_are_said(tmp_path: Path) -> None:
+    chance = np.random.default_rng(0)
+    for index in range(12):
+        path = tmp_path / "ab"[index % 2] / f"{index}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(chance.integers(0, 4096, (6, 5), dtype=np.uint16)).save(path)
+    warning = data.load(f"folder:{tmp_path}").warning
+    assert "16-bit images (12) use 12 bits only" in warning
+    assert warning.endswith("multiply them by 16")
+    Image.fromarray(np.full((6, 5), 40_000, np.uint16)).save(path)
+    assert not data.load(f"folder:{tmp_path}").warning
+
+
+def test_damaged_images_can_be_left_out_as_if_they_were_not_there(tmp_path: Path) -> None:
+    pets(tmp_path)
+    whole = data.load(f"folder:{tmp_path}").identity
+    broken = [tmp_path / "cat" / "a.png", tmp_path / "dog" / "a.jpg"]
+    for path in broken:
+        path.write_bytes(b"\x89PNG\r\n\x1a\n")
+    with pytest.raises(DamagedImages, match="2 of 26 images cannot be read") as refusal:
+        data.load(f"folder:{tmp_path}")
+    assert sorted(refusal.value.problems) == sorted(map(str, broken))
+    made = data.load(f"folder:{tmp_path}", skip_damaged=True)
+    assert made.identity.skipped == ("cat/a.png", "dog/a.jpg")
+    assert made.identity.sha256 == whole.sha256
+    picture(broken[0])  # repaired, it is still not one of those that were trained on
+    assert data.load_again(made.identity).identity == made.identity
 
 
 def test_parts_without_training_images_are_not_taken_for_classes(tmp_path: Path) -> None:
@@ -190,7 +336,7 @@ def test_a_moved_folder_is_found_again_through_the_data_root(tmp_path: Path) -> 
     again = data.load_again(made.identity, tmp_path / "there")
     assert torch.equal(again.train.images, made.train.images)
     picture(tmp_path / "there" / "cat" / "00.png", value=200)
-    with pytest.raises(DataError, match="not the images that the checkpoint was trained on"):
+    with pytest.raises(DataError, match=r"(not the|test) images .* the checkpoint was"):
         data.load_again(made.identity, tmp_path / "there")
 
 
@@ -200,7 +346,7 @@ def test_a_moved_folder_is_found_again_through_the_data_root(tmp_path: Path) -> 
 @pytest.fixture
 def small_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """No more than ten of the pictures below fit."""
-    monkeypatch.setattr(images, "MEMORY", 10 * 3 * 6 * 5)
+    monkeypatch.setattr(data, "room_for_images", lambda: 10 * 3 * 6 * 5)
 
 
 @pytest.mark.usefixtures("small_memory")
@@ -243,6 +389,18 @@ def test_a_set_on_disk_is_known_again_by_names_sizes_and_labels(tmp_path: Path) 
     assert data.load_again(made.identity, tmp_path / "there").identity == made.identity
 
 
+def test_a_set_is_held_as_it_was_whatever_memory_is_free_by_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pets(tmp_path, count=20)
+    for first, later in ((10**9, 100), (100, 10**9)):
+        monkeypatch.setattr(data, "room_for_images", lambda room=first: room)
+        made = data.load(f"folder:{tmp_path}")
+        assert made.identity.held == isinstance(made.train, ImageSet) == (first > 100)
+        monkeypatch.setattr(data, "room_for_images", lambda room=later: room)
+        assert data.load_again(made.identity).identity == made.identity
+
+
 @pytest.mark.usefixtures("small_memory")
 def test_a_mean_image_needs_a_set_in_memory(tmp_path: Path) -> None:
     pets(tmp_path)
@@ -251,8 +409,11 @@ def test_a_mean_image_needs_a_set_in_memory(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("small_memory")
-def test_what_does_not_fit_is_not_read_at_once(tmp_path: Path) -> None:
+def test_what_does_not_fit_is_not_read_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pets(tmp_path)
     source = folder.read(tmp_path)
+    monkeypatch.setattr(memory, "available", lambda: 500)
     with pytest.raises(DataError, match=r"24 images of 3x6x5 do not fit in .* --image-size"):
         assert source.train.images is None

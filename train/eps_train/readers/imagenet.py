@@ -7,7 +7,7 @@ from pathlib import Path
 from eps_train.errors import DataError
 from eps_train.images import Source
 from eps_train.preprocess import Preprocessing
-from eps_train.readers.tree import class_files, file_set
+from eps_train.readers.tree import class_files, file_set, in_words
 
 SIZE = 224
 _COVER = 256 / 224  # the shorter side is scaled to 256, of which the middle is taken (paper's code)
@@ -41,8 +41,16 @@ def read(root: Path, size: tuple[int, int] | None = None) -> Source:
         found = {part: class_files(root / part) for part in ("train", "val")}
     except DataError as error:
         raise DataError(f"data set imagenet: {error}; {_WHAT}") from None
-    classes = tuple(found["train"])
+    classes = tuple(found["train"].by_class)
     train, test = (
-        file_set(root / part, files, classes, preprocessing) for part, files in found.items()
+        file_set(root / part, files.by_class, classes, preprocessing)
+        for part, files in found.items()
     )
-    return Source(train=train, test=test, classes=classes, preprocessing=preprocessing)
+    return Source(
+        train=train,
+        test=test,
+        classes=classes,
+        preprocessing=preprocessing,
+        folder=root,
+        left_out=in_words(found["train"].left_out + found["val"].left_out),
+    )
