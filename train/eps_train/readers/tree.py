@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from eps_train.errors import DataError
@@ -32,8 +32,8 @@ class ClassFiles:
             are.
     """
 
-    by_class: dict[str, list[str]] = field(default_factory=dict)
-    left_out: Counter[str] = field(default_factory=Counter)
+    by_class: dict[str, list[str]]
+    left_out: Counter[str]
 
 
 def folders(root: Path) -> list[str]:
@@ -54,7 +54,7 @@ def class_files(root: Path) -> ClassFiles:
     that cannot be looked into, for a link to nothing in the place of a class, and for a class whose
     name is no text, which later commands could not write.
     """
-    found = ClassFiles()
+    found = ClassFiles({}, Counter())
     for entry in _entries(root):
         if entry.name.startswith(".") or entry.is_dir():
             continue
