@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -17,10 +18,17 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from eps_train.checkpoint import Checkpoint
 from eps_train.runfiles import RunFiles
 
+ROOT = Path(__file__).parents[2]
 EPOCHS, KILLS, KEPT = 60, 20, 3
-COMMAND = [sys.executable, "-c", "from eps_train.cli import main; main()"]
-RUN = [  # its blocks begin to die at epoch 9
-    *("--model", "cifar:20x4", "--epsilon", "3", "--epochs", str(EPOCHS)),
+# The command; its Trainer is that in whose run blocks certainly die.
+COMMAND = [
+    sys.executable,
+    "-c",
+    "from eps_train import cli, run; from tests.train.runs import DoomedTrainer;"
+    " run.Trainer = DoomedTrainer; cli.main()",
+]
+RUN = [
+    *("--model", "cifar:20x4", "--epochs", str(EPOCHS)),
     *("--keep", str(KEPT), "--tensorboard"),
 ]
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
@@ -80,7 +88,9 @@ def progress(folder: Path) -> tuple[int, int]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # minutes on an idle core, but many more beside other work
-def test_twenty_kills_at_random_moments(tmp_path: Path) -> None:
+def test_twenty_kills_at_random_moments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    monkeypatch.setenv("PYTHONPATH", path)  # for `tests`
     undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
     undisturbed.mkdir()
     disturbed.mkdir()

@@ -19,7 +19,7 @@ from eps_train.gate import EpsilonGate, relu_gate
 from eps_train.loop import Stopped, Trainer
 from eps_train.optimizer import set_rate
 from tests.train import processes
-from tests.train.runs import DEATHS, digits, dying
+from tests.train.runs import DEATHS, deaths, digits, dying_trainer
 
 pytestmark = [
     pytest.mark.gpu,
@@ -32,11 +32,7 @@ DEVICE = "cuda:0"
 
 def trainer(folder: Path, **changes: Any) -> Trainer:
     """A run on the GPU in which the blocks of DEATHS die."""
-    return dying(folder, device=DEVICE, **{"cpu_threads": 0, **changes})
-
-
-def deaths(reports: list[EpochReport]) -> dict[str, int]:
-    return {block: report.epoch for report in reports for block in report.died}
+    return dying_trainer(folder, device=DEVICE, **{"cpu_threads": 0, **changes})
 
 
 def test_blocks_die_and_the_checkpoint_answers_alike_on_the_cpu(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import gc
 import weakref
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from eps_train import forward, graph
 from eps_train.config import TrainingConfig
-from eps_train.distributed import ALONE
+from eps_train.distributed import ALONE, Group
 from eps_train.epoch_report import EpochReport
 from eps_train.errors import ConfigError
 from eps_train.forward import TrainedNetwork
@@ -19,7 +20,7 @@ from eps_train.gate import EpsilonGate
 from eps_train.network import NetworkSpec
 from eps_train.networks import BasicBlock
 from eps_train.step import build
-from tests.train.runs import DYING, trainer
+from tests.train.runs import DEATHS, DYING, deaths, dying_trainer, trainer
 
 CPU = torch.device("cpu")
 
@@ -127,15 +128,13 @@ def test_a_compiled_run_removes_the_same_blocks_and_forgets_its_old_graphs(
     monkeypatch.setattr(torch, "compile", with_our_backend)
     reports: dict[bool, list[EpochReport]] = {False: [], True: []}
     for compiled, seen in reports.items():
-        run = trainer(tmp_path / str(compiled), compile=compiled)
+        run = dying_trainer(tmp_path / str(compiled), compile=compiled)
         run.run(seen.append)
     plain, made = reports[False], reports[True]
-    removals = sum(bool(report.died) for report in made[:-1])
-    assert removals
-    assert [report.died for report in made] == [report.died for report in plain]
+    assert deaths(made) == deaths(plain) == DEATHS
     assert [report.loss for report in made] == pytest.approx([r.loss for r in plain], rel=1e-3)
     gc.collect()
-    assert len(graphs) == removals + 1, "compiled once for each structure"
+    assert len(graphs) == len(set(DEATHS.values())) + 1, "compiled once for each structure"
     assert sum(graph() is not None for graph in graphs) <= 1, "old graphs hold removed blocks"
 
 
@@ -143,12 +142,46 @@ def test_a_compiled_run_removes_the_same_blocks_and_forgets_its_old_graphs(
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")
 def test_a_run_through_the_real_compiler(tmp_path: Path) -> None:
     plain, made = (
-        trainer(tmp_path, model="cifar:8x4"),
-        trainer(tmp_path, model="cifar:8x4", compile=True),
+        dying_trainer(tmp_path, model="cifar:8x4"),
+        dying_trainer(tmp_path, model="cifar:8x4", compile=True),
     )
     expected, got = plain.run_epoch(), made.run_epoch()
     assert got.loss == pytest.approx(expected.loss, rel=1e-3)
     assert [g.steps for g in got.gates] == [g.steps for g in expected.gates]
+
+
+def test_every_process_computes_on_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch would run a module with `device_ids=[0]` on the first GPU, whichever holds it."""
+    given = []
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self, module: torch.nn.Module, device_ids: list[int] | None) -> None:
+            super().__init__()
+            self.module = module
+            given.append(device_ids)
+
+        @staticmethod
+        def _set_params_and_buffers_to_ignore_for_model(module: Any, names: list[str]) -> None:
+            assert any(name.endswith("gate.peak") for name in names)
+
+        def forward(self, images: Tensor) -> Any:
+            return self.module(images)
+
+    class Pair(Group):
+        """The second of two processes, without any other."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.world, self.rank, self.size = mock.Mock(), 1, 2
+
+        def share(self, tensors: Any) -> None:
+            pass
+
+    monkeypatch.setattr(forward, "DistributedDataParallel", Wrapper)
+    for device in (torch.device("cuda", 1), CPU):
+        call = forward.Forward(network(), DYING, Pair(), device)
+        assert call(pictures())[0].shape == (8, 10)
+    assert given == [[1], None]
 
 
 def test_no_compiler_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import math
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from eps_train import graph
 from eps_train.deaths import read_counters
-from eps_train.gate import EpsilonGate, GateRecords, relu_gate, response
+from eps_train.gate import (
+    EpsilonGate,
+    GateRecords,
+    _largest_by_norm,
+    _largest_by_range,
+    relu_gate,
+    response,
+)
 from eps_train.networks import CifarResNet
 from tests.train.runs import trainer
 
@@ -272,8 +280,15 @@ def test_impossible_epsilon(epsilon: float) -> None:
         EpsilonGate(epsilon)
 
 
+# The formula for GPUs too: it computes on a CPU what it does there, only more slowly.
+formulas = pytest.mark.parametrize("formula", [response, _largest_by_norm, _largest_by_range])
+
+
+@formulas
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_response_is_the_largest_magnitude_of_any_layout(dtype: torch.dtype) -> None:
+def test_response_is_the_largest_magnitude_of_any_layout(
+    formula: Callable[[Tensor], Tensor], dtype: torch.dtype
+) -> None:
     whole = torch.randn(3, 8, 7, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
     layouts = {
         "contiguous": whole,
@@ -284,9 +299,22 @@ def test_response_is_the_largest_magnitude_of_any_layout(dtype: torch.dtype) -> 
         "single": whole[:1, :1, :1, :1],
     }
     for name, tensor in layouts.items():
-        found = response(tensor)
+        found = formula(tensor)
         assert found.dtype == torch.float32, name
+        assert found.shape == (), name
         assert float(found) == float(tensor.float().abs().max()), name
+
+
+@formulas
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_one_element_that_is_not_finite_is_the_response(
+    formula: Callable[[Tensor], Tensor], dtype: torch.dtype, value: float
+) -> None:
+    branch = torch.full((3, 8, 7, 5), 0.1, dtype=dtype)
+    branch[1, 2, 3, 4] = value
+    found = formula(branch)
+    assert float(found) == math.inf or (math.isnan(value) and bool(found.isnan()))
 
 
 @pytest.mark.parametrize("epsilon", [0.0, 1e6])

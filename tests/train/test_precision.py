@@ -13,7 +13,7 @@ from eps_train.errors import ConfigError, TrainingError
 from eps_train.evaluate import score
 from eps_train.loop import Stopped, Trainer
 from eps_train.precision import Precision
-from tests.train.runs import digits, trainer
+from tests.train.runs import DEATHS, deaths, digits, dying_trainer, trainer
 
 CPU = torch.device("cpu")
 
@@ -65,10 +65,10 @@ def test_asking_for_a_precision_draws_no_random_number() -> None:
 
 @pytest.mark.parametrize("name", HALVES)
 def test_blocks_die_and_all_that_is_kept_is_float32(tmp_path: Path, name: str) -> None:
-    run = trainer(tmp_path, precision=name)
+    run = dying_trainer(tmp_path, precision=name)
     reports: list[EpochReport] = []
     run.run(reports.append)
-    assert any(report.died for report in reports)
+    assert deaths(reports) == DEATHS
     assert all(parameter.dtype == torch.float32 for parameter in run.network.parameters())
     checkpoint = Checkpoint.load(tmp_path / "ckpt.pt")
     floats = [t.dtype for t in checkpoint.state.values() if t.is_floating_point()]

@@ -13,6 +13,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from eps_train import run as run_module
 from eps_train.board import Board
 from eps_train.checkpoint import Checkpoint
 from eps_train.config import TrainingConfig
@@ -21,7 +22,7 @@ from eps_train.loop import Trainer
 from eps_train.run import Run
 from eps_train.runfiles import RunFiles
 from tests.commands import files_in
-from tests.train.runs import DYING, digits
+from tests.train.runs import DYING, DoomedTrainer, digits
 
 SHORT = replace(DYING, model="cifar:8x4", epochs=3, batch_size=256, epsilon=1.0)
 
@@ -164,9 +165,10 @@ def test_warnings_come_before_training_and_not_again_on_resuming(
 
 
 def test_a_run_that_goes_well_is_not_warned_of(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Blocks die in it, and the decay acts in full."""
+    monkeypatch.setattr(run_module, "Trainer", DoomedTrainer)
     run(tmp_path, DYING).train()
     told = capsys.readouterr().err
     assert "died:" in told

@@ -13,22 +13,26 @@ Named = Iterable[tuple[str, nn.Parameter]]
 
 
 def make_sgd(named: Named, config: TrainingConfig) -> torch.optim.SGD:
-    """SGD that decays the weights of convolutions and linear layers and nothing else (paper)."""
-    parameters = [parameter for _, parameter in named]
+    """SGD that decays the weights of convolutions and linear layers and nothing else (paper).
+
+    All other parameters (biases, scales of norms, a branch's scale without dimensions) are trained
+    without decay; each of `named` is in one of the two groups.
+    """
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for _, parameter in named:
+        (decayed if parameter.dim() > 1 else others).append(parameter)
     optimizer = torch.optim.SGD(
         [
-            {
-                "params": [p for p in parameters if p.dim() > 1],
-                "weight_decay": config.weight_decay,
-            },
-            {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
+            {"params": decayed, "weight_decay": config.weight_decay},
+            {"params": others, "weight_decay": 0.0},
         ],
         lr=config.rates[0][1],
         momentum=config.momentum,
         nesterov=config.nesterov,
         fused=True,
     )
-    for parameter in parameters:
+    for parameter in (*decayed, *others):
         # The fused kernel leaves its buffers unset when the first step of all is one that the loss
         # scale of fp16 leaves out. From zero, the first step is the same.
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,17 @@ def test_what_is_installed_is_used(version: Version, monkeypatch: pytest.MonkeyP
     assert flavour(trt) == "tensorrt"
 
 
+@pytest.fixture
+def _not_imported() -> Iterator[None]:
+    """No module `tensorrt` is imported yet; what a test imports leaves with it."""
+    before = sys.modules.pop("tensorrt", None)
+    yield
+    sys.modules.pop("tensorrt", None)
+    if before is not None:
+        sys.modules["tensorrt"] = before
+
+
+@pytest.mark.usefixtures("_not_imported")
 @pytest.mark.parametrize(
     ("content", "said"),
     [
@@ -33,16 +45,14 @@ def test_what_cannot_be_used_is_one_line_with_the_remedy(
 ) -> None:
     (tmp_path / "tensorrt.py").write_text(content)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
     with pytest.raises(EngineError, match=said) as caught:
         load_tensorrt()
-    monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
     assert "eps-resnet[trt]" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.usefixtures("_not_imported")
 def test_a_missing_one_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
     monkeypatch.setattr(sys, "path", [])
     monkeypatch.setattr(sys, "meta_path", sys.meta_path[:1])  # built-in modules alone
     with pytest.raises(EngineError, match=r"not installed; pip install 'eps-resnet\[trt\]'"):
