@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from pathlib import Path
@@ -12,15 +13,15 @@ from torch import Tensor, nn
 
 from eps_train import forward, graph
 from eps_train.config import TrainingConfig
+from eps_train.deaths import read_counters
 from eps_train.distributed import ALONE, Group
-from eps_train.epoch_report import EpochReport
 from eps_train.errors import ConfigError
 from eps_train.forward import TrainedNetwork
 from eps_train.gate import EpsilonGate
 from eps_train.network import NetworkSpec
 from eps_train.networks import BasicBlock
 from eps_train.step import build
-from tests.train.runs import DEATHS, DYING, deaths, dying_trainer, trainer
+from tests.train.runs import DYING, dying_trainer, trainer
 
 CPU = torch.device("cpu")
 
@@ -111,31 +112,41 @@ def test_a_gate_that_is_called_twice_counts_both_calls() -> None:
     assert (int(shared.steps), int(own.steps)) == (6, 3)
 
 
-@pytest.mark.slow
-def test_a_compiled_run_removes_the_same_blocks_and_forgets_its_old_graphs(
+def test_a_removal_leaves_compiled_what_it_does_not_touch_and_forgets_the_rest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Of nine blocks and the head one leaves, then one that the tap stands before."""
     compile_ = torch.compile
-    graphs: list[weakref.ref[Any]] = []
+    count = 0
 
     def counting(model: torch.fx.GraphModule, inputs: Any) -> Any:
-        graphs.append(weakref.ref(model))
+        nonlocal count
+        count += 1
         return model.forward
 
     def with_our_backend(module: Any, **options: Any) -> Any:
         return compile_(module, backend=counting, fullgraph=True, **options)
 
     monkeypatch.setattr(torch, "compile", with_our_backend)
-    reports: dict[bool, list[EpochReport]] = {False: [], True: []}
-    for compiled, seen in reports.items():
-        run = dying_trainer(tmp_path / str(compiled), compile=compiled)
-        run.run(seen.append)
-    plain, made = reports[False], reports[True]
-    assert deaths(made) == deaths(plain) == DEATHS
-    assert [report.loss for report in made] == pytest.approx([r.loss for r in plain], rel=1e-3)
-    gc.collect()
-    assert len(graphs) == len(set(DEATHS.values())) + 1, "compiled once for each structure"
-    assert sum(graph() is not None for graph in graphs) <= 1, "old graphs hold removed blocks"
+    plain = trainer(tmp_path, closed_epochs=9)
+    made = trainer(tmp_path, closed_epochs=9, compile=True)
+    compiled = []
+    for gone in (None, "stages.0.1", "stages.1.2"):
+        if gone is not None:
+            weight = weakref.ref(made.model.get_parameter(f"{gone}.conv1.weight"))
+            for run in (plain, made):
+                run.adopt(graph.remove_blocks(run.model, [gone]))
+            gc.collect()
+            assert weight() is None, "its memory is still held"
+        for run in (plain, made):
+            run.run_epoch()
+        compiled.append(count)
+    assert compiled == [10, 10, 11]
+    assert copy.deepcopy(made.network)(pictures())[0].shape == (8, 10)
+    assert count == 11, "a copy passes images through its own model"
+    assert read_counters(made.gates).keys() == read_counters(plain.gates).keys()
+    for name, tensor in plain.network.state_dict().items():
+        assert torch.allclose(tensor, made.network.state_dict()[name], rtol=1e-3, atol=1e-4), name
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.passes.split_module import split_module
 from torch.nn.parallel import DistributedDataParallel
 
 from eps_train import graph
@@ -25,25 +26,30 @@ Answers = tuple[Tensor, Tensor | None]  # logits of the network and of its side 
 
 
 class TrainedNetwork(nn.Module):
-    """Network and side head as one module: what DDP and torch.compile have to see together."""
+    """Network and side head as one module, which DDP has to see together."""
 
     def __init__(self, model: fx.GraphModule, side_head: SideHead | None) -> None:
         super().__init__()
         self.model, self.side_head = model, side_head
         self._tapped: Tensor | None = None
         self._records = GateRecords([])
+        self._run: Callable[[Tensor], Tensor] | None = None
         if side_head is not None:
             graph.taps(model)[0].register_forward_hook(self._read_tap)
 
     def forward(self, images: Tensor) -> Answers:
         """Logits `[N, classes]` of normalised images `[N, C, H, W]`; of the side head, or None."""
-        logits = self.model(images)
+        logits = self.model(images) if self._run is None else self._run(images)
         if self.training:
             self._records.update()
         tapped, self._tapped = self._tapped, None
         if self.side_head is None or tapped is None:
             return logits, None
         return logits, self.side_head(tapped)
+
+    def run_by(self, run: Callable[[Tensor], Tensor]) -> None:
+        """Pass images through `run`, which computes what the model does."""
+        self._run = run
 
     def join_records(self) -> None:
         """Have the gates' records updated together at the end of every pass (same records)."""
@@ -53,6 +59,9 @@ class TrainedNetwork(nn.Module):
         calls = Counter(map(id, gates))
         once = [g for g in gates if isinstance(g, EpsilonGate) and calls[id(g)] == 1]
         self._records = GateRecords(once)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_run": None}  # a copy passes images through its own model
 
     def _read_tap(self, module: nn.Module, args: Any, output: Tensor) -> None:
         if module.training:
@@ -71,8 +80,10 @@ class Forward:
     ) -> None:
         self._network, self._group, self._device = network, group, device
         self._compile = config.compile
+        self._parts: dict[str, Callable[..., Any]] = {}  # compiled, by what they compute
         if config.compile:
             refuse_compile(device)
+            network.run_by(self._compiled())
         self._call: Callable[[Tensor], Answers] | None = None
 
     def __call__(self, images: Tensor) -> Answers:
@@ -83,13 +94,13 @@ class Forward:
     def renew(self, model: fx.GraphModule) -> None:
         """Go on with `model`, which shares its modules with the one before.
 
-        Of that one nothing is kept: the hooks of its DDP and the kernels compiled for it would hold
-        the memory of removed blocks, and the hooks would run beside the new ones.
+        Of that one nothing is kept but compiled parts that are the same in both: the hooks of its
+        DDP would hold the memory of removed blocks, and would run beside the new ones.
         """
         self._network.model = model
-        self._call = None
         if self._compile:
-            torch.compiler.reset()
+            self._network.run_by(self._compiled())
+        self._call = None
 
     def _wrap(self) -> Callable[[Tensor], Answers]:
         self._network.join_records()
@@ -106,7 +117,54 @@ class Forward:
                 device_ids=[self._device.index] if self._device.type == "cuda" else None,
                 gradient_as_bucket_view=True,  # a gradient is sent from where it is, not copied
             )
-        return torch.compile(network, dynamic=False) if self._compile else network
+        return network
+
+    def _compiled(self) -> Callable[[Tensor], Tensor]:
+        """The model in parts, each compiled; those that were there before a removal stay so."""
+        whole, parts = in_parts(self._network.model), {}
+        for name, part in list(whole.named_children()):
+            assert isinstance(part, fx.GraphModule)
+            key = _what_it_computes(part)
+            known = self._parts.get(key)
+            parts[key] = torch.compile(part, dynamic=False) if known is None else known
+            setattr(whole, name, parts[key])
+        self._parts = parts
+        run: Callable[[Tensor], Tensor] = whole.forward
+        return run
+
+
+def in_parts(model: fx.GraphModule) -> fx.GraphModule:
+    """The same network as a chain of submodules, cut behind each gate. Modules are shared.
+
+    Removing a block leaves all parts but its own as they were, unless something stands between it
+    and the next, such as a tap; and of parts of one shape the compiler finds the kernels in its
+    cache.
+    """
+    gates = graph.gate_nodes(model).keys()
+    number, behind = {}, 0
+    for node in model.graph.nodes:
+        number[node] = behind
+        behind += node in gates
+    return split_module(model, model, number.__getitem__, keep_original_order=True)
+
+
+def _what_it_computes(part: fx.GraphModule) -> str:
+    """Its steps, with the modules' names, but without those of its operands, and no identities.
+
+    A removed block leaves its shortcut behind, which is one.
+    """
+    modules = dict(part.named_modules())
+    order: dict[fx.Node, int] = {}
+    steps: list[Any] = []
+    for node in part.graph.nodes:
+        if node.op == "call_module" and type(modules[str(node.target)]) is nn.Identity:
+            order[node] = order[node.all_input_nodes[0]]
+            continue
+        order[node] = len(steps)
+        named = node.op != "placeholder"
+        operands = fx.node.map_arg((node.args, node.kwargs), order.__getitem__)
+        steps.append((node.op, node.target, operands) if named else node.op)
+    return repr(steps)
 
 
 def synchronise_batchnorm(module: nn.Module, group: Group, device: torch.device) -> nn.Module:
