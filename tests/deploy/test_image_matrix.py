@@ -81,7 +81,8 @@ def predicted(path: Path, how: Preprocessing) -> Pixels | str:
 def served(path: Path, how: Preprocessing) -> Pixels | str:
     """What the server makes of the file's bytes."""
     try:
-        return pictures.decode(path.read_bytes(), how, 10**6)[0]
+        pixels: Pixels = pictures.decode(path.read_bytes(), how, 10**6)
+        return np.squeeze(pixels, axis=0)
     except Refusal as refusal:
         return str(refusal)
 

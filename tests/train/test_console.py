@@ -28,6 +28,20 @@ def end(tmp_path: Path, error: BaseException | None = None, code: int | None = N
     return run("eps-made-up", lambda: console.run(cli), cwd=tmp_path)
 
 
+def test_what_takes_less_memory_is_named_where_a_command_has_it(tmp_path: Path) -> None:
+    @click.command()
+    @click.option("--model")
+    @click.option("--image-size")
+    def cli(**_: object) -> None:
+        raise MemoryError
+
+    result = run("eps-made-up", lambda: console.run(cli), cwd=tmp_path)
+    assert result.error == (
+        "eps-made-up: error: out of memory; take a smaller --image-size, --model, or a machine with"
+        " more"
+    )
+
+
 @pytest.mark.parametrize(("returned", "code"), [(None, 0), (0, 0), (1, 1), (3, 3)])
 def test_a_command_returns_its_exit_code(tmp_path: Path, returned: int | None, code: int) -> None:
     assert end(tmp_path, code=returned) == Result(code, "", "")

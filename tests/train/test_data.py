@@ -38,7 +38,8 @@ def split(whole: ImageSet, classes: int) -> Data:
 
 def source(train: ImageSet, classes: int, **parts: ImageSet) -> Source:
     names = tuple("abcdefgh"[:classes])
-    return Source(train=train, classes=names, preprocessing=PREPROCESSING, **parts)
+    made = Source(train=train, classes=names, preprocessing=PREPROCESSING)
+    return replace(made, **parts)  # type: ignore[arg-type]
 
 
 def indices(part: Part) -> list[int]:

@@ -136,6 +136,24 @@ def test_the_time_left_follows_epochs_that_get_shorter() -> None:
     assert lines[-1].endswith("19:45 left")  # 1185 epochs of a second
 
 
+def test_an_epoch_that_compiles_tells_nothing_of_the_time_left() -> None:
+    written = io.StringIO()
+    with EpochPrinter(
+        Console(file=written, width=120),
+        "ε-ResNet",
+        epochs=3,
+        epochs_done=0,
+        parameters=1000,
+        position=lambda: 0.0,
+        compiles=True,
+    ) as printer:
+        printer.show(report(1, seconds=900.0))
+        printer.show(report(2, seconds=2.0))
+    first, second = (line for line in written.getvalue().splitlines() if "epoch " in line)
+    assert "left" not in first
+    assert second.endswith("0:02 left")
+
+
 def many(blocks: int) -> tuple[GateRecord, ...]:
     return tuple(
         replace(ALIVE, block=f"stages.{stage}.{n}") for stage in range(3) for n in range(blocks)

@@ -17,7 +17,7 @@ from eps_train import run as run_module
 from eps_train.board import Board
 from eps_train.checkpoint import Checkpoint
 from eps_train.config import TrainingConfig
-from eps_train.errors import ConfigError, Interrupted
+from eps_train.errors import ConfigError, DataError, Interrupted
 from eps_train.loop import Trainer
 from eps_train.run import Run
 from eps_train.runfiles import RunFiles
@@ -129,6 +129,28 @@ def test_an_event_file_that_cannot_be_written_stops_the_run_and_says_what_is_kep
     monkeypatch.undo()
     run(tmp_path, tensorboard=True, resume=True).train()
     assert steps(tmp_path) == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "error", [DataError("a.png: gone"), RuntimeError("DataLoader worker (pid 3) is killed")]
+)
+def test_images_that_fail_in_the_middle_of_a_run_do_not_hide_what_is_kept(
+    error: Exception,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run_epoch = Trainer.run_epoch
+
+    def failing(self: Trainer) -> Any:
+        if self.epoch == 1:
+            raise error
+        return run_epoch(self)
+
+    monkeypatch.setattr(Trainer, "run_epoch", failing)
+    with pytest.raises(type(error)):
+        run(tmp_path).train()
+    assert "last.pt holds 1 of 3 epochs; --resume goes on from there" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's device that is full")

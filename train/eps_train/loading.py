@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Generic, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -81,7 +82,7 @@ def load(
     loader: DataLoader[Any] = DataLoader(
         _Reading(read, shared=count > 0),
         batch_size=None,
-        sampler=requests,
+        sampler=map(_sent, requests),
         num_workers=count,
         prefetch_factor=_AHEAD if count else None,
         pin_memory=pin,
@@ -115,12 +116,28 @@ class _Reading(Dataset[Any], Generic[Request, Answer]):
 
     def __getitem__(self, request: Request) -> Answer | _Refusal:
         try:
-            answer = self._read(request)
+            answer = self._read(_received(request))
             if self._shared:
                 _share(answer)
         except DataError as error:
             return _Refusal(error)
         return answer
+
+
+def _sent(request: Any) -> Any:
+    """A request without tensors, which would be sent by way of shared memory, as arrays instead."""
+    if isinstance(request, tuple):
+        return tuple(item.numpy() if isinstance(item, Tensor) else item for item in request)
+    return request
+
+
+def _received(request: Any) -> Any:
+    """Inverse of :func:`_sent`."""
+    if isinstance(request, tuple):
+        return tuple(
+            torch.from_numpy(item) if isinstance(item, np.ndarray) else item for item in request
+        )
+    return request
 
 
 def _share(answer: Any) -> None:

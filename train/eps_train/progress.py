@@ -130,6 +130,7 @@ class EpochPrinter:
         epochs_done: int,
         parameters: int,
         position: Callable[[], float],
+        compiles: bool = False,
     ) -> None:
         """Begin to tell of a run.
 
@@ -139,11 +140,14 @@ class EpochPrinter:
             epochs, epochs_done: of the run, and how many of them a resumed run has behind it.
             parameters: of the network with all its blocks.
             position: where the run is, in epochs: 2.5 is in the middle of the third.
+            compiles: whether the first epoch takes longer than the others, and tells nothing of
+                them.
         """
         self._console, self._epochs, self._parameters = console, epochs, parameters
         self._map = ""
         self._epsilon: float | None = None
         self._seconds: deque[float] = deque(maxlen=RECENT)
+        self._passed_over = epochs_done + 1 if compiles else 0
         self._live = _Live(console, title, epochs, position)
         console.print(f"{title}: {epochs - epochs_done} epochs to train")
 
@@ -155,7 +159,8 @@ class EpochPrinter:
         self._live.stop()
 
     def show(self, report: EpochReport) -> None:
-        self._seconds.append(report.seconds)
+        if report.epoch != self._passed_over:
+            self._seconds.append(report.seconds)
         line = self._line(report)
         # To the width of the console, under the line it belongs to.
         shown = block_map(report.gates, self._console.width - 2)
@@ -182,7 +187,7 @@ class EpochPrinter:
         parts.append(f"{report.images / report.seconds:,.0f} img/s")
         if report.parameters != self._parameters:
             parts.append(f"params {report.parameters / self._parameters:.0%}")
-        if left := self._epochs - report.epoch:
+        if (left := self._epochs - report.epoch) and self._seconds:
             parts.append(f"{_clock(left * median(self._seconds))} left")
         return "  ".join(parts)
 

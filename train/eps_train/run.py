@@ -228,6 +228,7 @@ class Run:
             epochs_done=trainer.epoch,
             parameters=self._parameters,
             position=lambda: trainer.epoch + trainer.step / trainer.batches.steps,
+            compiles=self.config.compile,
         )
 
     def _say_what_is_kept(self, steps: int = 0) -> None:
