@@ -166,10 +166,10 @@ def test_every_process_computes_on_its_own_gpu(monkeypatch: pytest.MonkeyPatch) 
     given = []
 
     class Wrapper(torch.nn.Module):
-        def __init__(self, module: torch.nn.Module, device_ids: list[int] | None) -> None:
+        def __init__(self, module: torch.nn.Module, **options: Any) -> None:
             super().__init__()
             self.module = module
-            given.append(device_ids)
+            given.append(options["device_ids"])
 
         @staticmethod
         def _set_params_and_buffers_to_ignore_for_model(module: Any, names: list[str]) -> None:
