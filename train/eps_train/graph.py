@@ -96,7 +96,8 @@ def insert_gates(
         example = parity.example_for(model)
     if example is not None:
         parity.refuse_difference(model, gated, example)
-        gated = without_broadcasts(gated, example)
+        gated = without_gates(gated, broadcasts(gated, example), BROADCAST)
+        refuse_none(gated)
     return gated
 
 
@@ -115,14 +116,20 @@ def add_gates(model: nn.Module, epsilon: float = 0.0) -> fx.GraphModule:
         else:
             _insert_gate(gated, each, EpsilonGate(epsilon).to(device).train(source.training))
     gated.meta[UNGATED] = left
-    if not gate_nodes(gated):
-        raise GraphError(
-            f"{type(model).__name__}: has no residual addition (shortcut + branch), so there is"
-            f" nothing that an ε-gate could take out{_because(left)}"
-        )
+    refuse_none(gated)
     gated.delete_all_unused_submodules()
     gated.recompile()
     return gated
+
+
+def refuse_none(model: fx.GraphModule) -> None:
+    """Raise GraphError for a network without gates, with what got none."""
+    if not gate_nodes(model):
+        left = "; ".join(told(ungated(model)))
+        raise GraphError(
+            f"{model._get_name()}: has no residual addition (shortcut + branch), so there is"
+            f" nothing that an ε-gate could take out{left and f' ({left})'}"
+        )
 
 
 def ungated(model: fx.GraphModule) -> tuple[Ungated, ...]:
@@ -145,14 +152,18 @@ def told(left: Iterable[Ungated]) -> list[str]:
     ]
 
 
-def without_broadcasts(model: fx.GraphModule, example: Tensor) -> fx.GraphModule:
-    """Plain additions in place of the gates whose shortcut is not of the shape of their sum."""
+def broadcasts(model: fx.GraphModule, example: Tensor) -> tuple[str, ...]:
+    """The blocks whose shortcut has another shape than their sum, and so cannot stand for it."""
     shapes = gate_shapes(model, example)
-    unequal = [block for block, (shortcut, result) in shapes.items() if shortcut != result]
-    if not unequal:
+    return tuple(block for block, (shortcut, result) in shapes.items() if shortcut != result)
+
+
+def without_gates(model: fx.GraphModule, blocks: Iterable[str], reason: str) -> fx.GraphModule:
+    """Plain additions in place of these gates; :func:`ungated` gives the reason."""
+    if not (gone := list(blocks)):
         return model
-    plain = drop_gates(model, keep=shapes.keys() - set(unequal))
-    plain.meta[UNGATED] = [*ungated(model), *(Ungated(b, BROADCAST) for b in unequal)]
+    plain = drop_gates(model, keep=gates(model).keys() - set(gone))
+    plain.meta[UNGATED] = [*ungated(model), *(Ungated(block, reason) for block in gone)]
     return plain
 
 
@@ -162,6 +173,8 @@ def gate_shapes(model: fx.GraphModule, example: Tensor) -> dict[str, tuple[torch
     What its forward pass raises is not caught.
     """
     found: dict[str, tuple[torch.Size, torch.Size]] = {}
+    if not gate_nodes(model):
+        return found
 
     def watch(network: fx.GraphModule) -> None:
         for block, gate in gates(network).items():
@@ -199,10 +212,6 @@ def _kept_whole(model: fx.GraphModule, gated: set[str]) -> list[Ungated]:
         for path, reason in model.meta.get(KEPT, {}).items()
         if path in called and any(p.dim() > 1 for p in model.get_submodule(path).parameters())
     ]
-
-
-def _because(left: list[Ungated]) -> str:
-    return f" (not looked into: {'; '.join(told(left))})" if left else ""
 
 
 def _whole_blocks(model: fx.GraphModule) -> Iterator[Residual]:
@@ -309,6 +318,11 @@ def drop_taps(model: nn.Module) -> fx.GraphModule:
     return _rewrite(
         trace(model), lambda m: isinstance(m, Tap), lambda graph, node, modules: _first(node)
     )
+
+
+def without_assertions(model: nn.Module) -> fx.GraphModule:
+    """Return the network without what nothing uses, and what only `torch._assert` looks at."""
+    return _rewrite(trace(model), lambda m: False, _plain_addition)
 
 
 def _first(node: fx.Node) -> fx.Node:

@@ -16,7 +16,6 @@ from typing import Any
 
 from eps_train.checkpoint import GateRecord
 from eps_train.config import TrainingConfig
-from eps_train.graph import stage_name
 
 MARGIN = 1.05  # above the largest response of the last epoch, which the next may exceed a little
 LEARN_FIRST = 0.1  # share of the run before the first block is chosen: responses mean little yet
@@ -33,6 +32,7 @@ class EpsilonLead:
         whole: parameters of the network with all blocks.
         start, end: 0-based epochs between which the wanted count falls linearly from `whole` to
             `target`; from `end` on no block is chosen, so that what is left can settle.
+        stages: the stage of each block (`graph.stages`); each keeps one.
         closing: epochs that a gate needs to be closed to be dead.
         max_drop: accuracy (0..1) that may be lost before no further block is chosen; None: any.
         epsilon: threshold of the chosen blocks' gates; all others are open.
@@ -45,6 +45,7 @@ class EpsilonLead:
     whole: int
     start: int
     end: int
+    stages: Mapping[str, str]
     closing: int
     max_drop: float | None
     epsilon: float = 0.0
@@ -54,7 +55,13 @@ class EpsilonLead:
 
     @classmethod
     def of(
-        cls, config: TrainingConfig, sizes: Mapping[str, int], whole: int, *, descent: int
+        cls,
+        config: TrainingConfig,
+        sizes: Mapping[str, int],
+        whole: int,
+        *,
+        descent: int,
+        stages: Mapping[str, str],
     ) -> EpsilonLead:
         """That of a run whose last descent begins with the 0-based epoch `descent`."""
         assert config.target_parameters is not None
@@ -63,6 +70,7 @@ class EpsilonLead:
             target=config.target_parameters * whole,
             sizes=sizes,
             whole=whole,
+            stages=stages,
             start=max(config.epsilon_from, 1, round(LEARN_FIRST * config.epochs)),
             end=descent,
             closing=config.closed_epochs,
@@ -130,7 +138,7 @@ class EpsilonLead:
                 return
             # A stage without any block is a step in width and nothing more; a network seldom
             # recovers from that, and no target is worth it.
-            if sum(stage_name(other) == stage_name(block) for other in free) > 1:
+            if sum(self.stages[other] == self.stages[block] for other in free) > 1:
                 del free[record.block]
                 self.chosen |= {block}
                 excess -= self.sizes[block]

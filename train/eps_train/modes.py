@@ -44,6 +44,9 @@ class Slot:
     def __init__(self, index: int) -> None:
         self.index = index
 
+    def __repr__(self) -> str:
+        return f"%{self.index}"
+
 
 @contextmanager
 def in_mode(model: nn.Module, training: bool) -> Iterator[None]:

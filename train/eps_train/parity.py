@@ -63,9 +63,11 @@ def _copies(model: nn.Module, gated: fx.GraphModule) -> tuple[nn.Module, fx.Grap
 
 def _beyond_rounding(model: nn.Module, gated: fx.GraphModule, example: Tensor) -> str | None:
     if example.is_floating_point():
-        wide = [network.double() for network in _copies(model, gated)]
+        wide, opened = _copies(model, gated)
         try:
-            return _difference(*wide, example.double(), _within(_TOLERANCE))
+            return _difference(
+                wide.double(), opened.double(), example.double(), _within(_TOLERANCE)
+            )
         except _Fails:  # it computes in float32 by name
             pass
     return _difference(*_copies(model, gated), example, _within(_TOLERANCE_32))
@@ -103,13 +105,17 @@ def example_for(model: nn.Module, shape: tuple[int, ...] | None = None) -> Tenso
     for guess in dict.fromkeys(shapes):
         example = torch.zeros((BATCH, *guess))
         with suppress(Exception):  # whatever the user's forward() raises; the next one may do
-            dry_run(model, example, lambda network: None)
+            dry_run(model, example)
             return example
     return None
 
 
 def dry_run(
-    model: nn.Module, example: Tensor, prepare: Callable[[Any], None], *, training: bool = True
+    model: nn.Module,
+    example: Tensor,
+    prepare: Callable[[Any], None] = lambda network: None,
+    *,
+    training: bool = True,
 ) -> Any:
     """What a copy of `model`, once prepared, answers to blank inputs of `example`'s shape.
 
@@ -250,18 +256,18 @@ def _compare(
     if expected.trains and not found.trains:
         return "a tensor that autograd needs is overwritten"
     for names in followed:
-        mine, theirs = expected.gradients[names[0]], found.gradients[names[0]]
-        if mine is not None and theirs is None:
+        wanted, got = expected.gradients[names[0]], found.gradients[names[0]]
+        if wanted is not None and got is None:
             if names[0] == "the input" or present.intersection(names):
                 return f"{names[0]} gets no gradient, as it does in your network,"
             return (
                 f"{names[0]} is not trained, as it is in your network, because its module is only"
                 " reached through a closure or a list,"
             )
-        if theirs is not None and mine is None:
+        if got is not None and wanted is None:
             return f"{names[0]} gets a gradient, which it does not in your network,"
-        if mine is not None and theirs is not None and not same(mine, theirs, floor):
-            return f"the gradient of {names[0]} differs{_amount(mine, theirs)}"
+        if wanted is not None and got is not None and not same(wanted, got, floor):
+            return f"the gradient of {names[0]} differs{_amount(wanted, got)}"
     for name, buffer in expected.buffers.items():
         here = next((n for n in known.buffers.get(name, [name]) if n in found.buffers), None)
         other = known.before.get(name, buffer) if here is None else found.buffers[here]

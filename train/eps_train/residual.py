@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import fx
@@ -23,6 +23,10 @@ _ADD_PRODUCT = (torch.addcmul, "addcmul", "addcmul_")
 _INTERPOLATE = (torch.lerp, "lerp", "lerp_")
 _IN_PLACE = (operator.iadd, operator.isub, "__iadd__", "__isub__")
 _SIZES = ("shape", "size", "dim", "ndim", "numel", "__len__")
+_FILLS = (  # a new tensor of the size of another
+    *("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like"),
+    *("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor"),
+)
 
 Build = Callable[[fx.Graph], fx.Node]
 
@@ -130,7 +134,7 @@ def _sum(node: fx.Node) -> _Sum | None:
     if node.op not in ("call_function", "call_method") or node.kwargs.get("out") is not None:
         return None
     names = ("input", "other", "tensor1", "tensor2", "end", "weight")
-    values = [*node.args, *(node.kwargs[name] for name in names if name in node.kwargs)]
+    values: list[Any] = [*node.args, *(node.kwargs[name] for name in names if name in node.kwargs)]
     if not values or not _is_tensor(first := values[0]):
         return None
     target = node.target
@@ -154,7 +158,7 @@ def _sum(node: fx.Node) -> _Sum | None:
         return _scaled(graph, second, factor)
 
     if target in _ADD:
-        plain = not isinstance(factor, fx.Node) and factor == 1
+        plain = not isinstance(factor, fx.Node) and bool(factor == 1)
         return _Sum(first, (second,), scaled, commutes=plain)
     if target in _SUBTRACT:
         return _Sum(
@@ -174,16 +178,18 @@ def _writes(node: fx.Node) -> bool:
     return node.target in _IN_PLACE or (node.op == "call_method" and name[-1] == "_" != name[-2])
 
 
-def _is_tensor(value: Any) -> bool:
+def _is_tensor(value: Any) -> TypeGuard[fx.Node]:
     return isinstance(value, fx.Node) and not is_size(value)
 
 
 def is_size(node: fx.Node) -> bool:
-    """Whether a node holds a shape, or a number computed from one, and no tensor."""
+    """Whether a node holds a shape, or what is computed from one, and no value of a tensor."""
     if node.target is getattr:
         return node.args[1] in _SIZES
     if node.op == "call_method":
-        return node.target in _SIZES
+        return node.target in _SIZES + _FILLS
+    if node.op == "call_function" and getattr(node.target, "__name__", "") in _FILLS:
+        return True
     inputs = node.all_input_nodes
     plain = getattr(node.target, "__module__", "") in ("_operator", "operator", "math", "builtins")
     return node.op == "call_function" and plain and bool(inputs) and all(map(is_size, inputs))
