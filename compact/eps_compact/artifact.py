@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from eps_compact import folding
+from eps_compact import fingerprint, folding
 from eps_compact.folding import Pair
 from eps_train import graph, sealed
 from eps_train.checkpoint import Checkpoint, current_versions
@@ -97,11 +97,12 @@ class CompactArtifact:
         return self.digest
 
     @classmethod
-    def load(cls, path: Path) -> CompactArtifact:
-        """Read and verify an artifact, its tensors included.
+    def load(cls, path: Path, *, any_code: bool = False) -> CompactArtifact:
+        """Read and verify an artifact, its tensors and its network's code included.
 
-        Raises FileFormatError that names the file: missing, damaged, foreign, too new, or holding
-        other tensors than its network needs.
+        With `any_code` the network may be built by other code than was compacted; see
+        :meth:`other_code`. Raises FileFormatError that names the file: missing, damaged, foreign,
+        too new, or holding other tensors than its network needs.
         """
         payload, digest = sealed.read(path, format=FORMAT, version=VERSION)
         try:
@@ -118,10 +119,30 @@ class CompactArtifact:
         except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
             raise FileFormatError(f"{path}: not a usable compact network ({error!r})") from error
         try:
-            artifact.build()
+            model = artifact.build()
         except (FileFormatError, GraphError) as error:
             raise FileFormatError(f"{path}: {error}; run eps-compact again") from error
+        if not any_code and (reason := artifact.other_code(model)):
+            raise FileFormatError(f"{path}: {reason}")
         return artifact
+
+    def other_code(self, model: fx.GraphModule) -> str | None:
+        """How `model`, built just now, differs from the network that was proven; None: it does not.
+
+        Files of earlier versions say nothing about it.
+        """
+        recorded = self.certificate.get("network")
+        try:
+            reason = recorded and fingerprint.difference(model, recorded)
+        except (KeyError, TypeError, AttributeError, ValueError):
+            return "its certificate holds no usable digest of the network's code"
+        if not reason:
+            return None
+        made = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        return (
+            f"{reason}: the source of {self.network.family}, or a library, has changed (it was made"
+            f" with {made}); go back to that, or run eps-compact again"
+        )
 
 
 def load(path: Path) -> fx.GraphModule:

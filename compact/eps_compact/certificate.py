@@ -176,6 +176,7 @@ def certificate(
     closed_at_least: float,
     counts: dict[str, dict[str, int]],
     folded: dict[str, int] | None,
+    network: dict[str, Any],
 ) -> dict[str, Any]:
     """The certificate as plain data; see docs/files.md.
 
@@ -186,6 +187,7 @@ def certificate(
         closed_at_least: share of training steps that was asked for; 1: the deaths alone.
         counts: `blocks`, `parameters`, `flops`, each `before` and `after`, without folding.
         folded: `pairs` and `parameters` of the folded network; None: it was not folded.
+        network: the `fingerprint.fingerprint` of the compact network.
     """
     data = checkpoint.data
     kept = [block for block in findings.live if block.block not in findings.beyond]
@@ -204,6 +206,7 @@ def certificate(
         "live": [_entry(block) for block in kept],
         "flicker": None if findings.flicker is None else _plain(asdict(findings.flicker)),
         "counts": counts,
+        "network": network,
         "data": {
             "name": data.name,
             "sha256": data.sha256,

@@ -14,6 +14,7 @@ from eps_compact.blocks import Block, block_map
 from eps_compact.certificate import Proof
 from eps_compact.counts import Counts, counts
 from eps_compact.findings import Findings
+from eps_compact.fingerprint import fingerprint
 from eps_compact.folding import fold
 from eps_compact.liveness import Liveness
 from eps_compact.rewrite import compact
@@ -112,6 +113,7 @@ def compact_checkpoint(
         closed_at_least=closed_at_least,
         counts=counts(checkpoint.network, artifact.network.removed, plain, shape),
         folded=folded_counts(artifact, shipped),
+        network=fingerprint(shipped),
     )
     blocks = _block_map(checkpoint, seen)
     return Compaction(artifact=artifact, blocks=blocks, proofs=proofs, findings=seen)

@@ -74,21 +74,30 @@ def sweep(
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     normalize = Normalize.of(checkpoint.data).to(device)
     heldout, shape = ordered(validation), checkpoint.data.input_shape
-    costs = _costs(model, shape)
+    stages = graph.stages(model, shape)
+    costs = _costs(model, shape, stages)
     report(f"sweep: making ready to time the networks ({timer.name})")
     measure = timer.load(model, pixels(heldout, range(1), device).images)
     began = time.perf_counter()
     saved = _saved(costs, weight, measure, seconds * TIMING_SHARE / 2)
     deadline = began + seconds * (1 - TIMING_SHARE)
     whole = cost(checkpoint.network.skeleton(), shape)
-    walk = _Walk(normalize, shape, whole=whole, saved=saved, deadline=deadline, report=report)
+    walk = _Walk(
+        normalize,
+        shape,
+        stages=stages,
+        whole=whole,
+        saved=saved,
+        deadline=deadline,
+        report=report,
+    )
     walk.plan(model, heldout, seconds)
-    stages, complete = walk.go(model)
+    steps, complete = walk.go(model)
     if goal is not None:
-        walk.refine(stages, goal)
-    report(f"sweep: timing {len(stages)} networks")
+        walk.refine(steps, goal)
+    report(f"sweep: timing {len(steps)} networks")
     left = seconds - (time.perf_counter() - began)
-    found = _points(stages, measure, TIMED * left)
+    found = _points(steps, measure, TIMED * left)
     return Sweep(
         points=found,
         knee=knee([(point.parameters, point.accuracy) for point in found]),
@@ -120,6 +129,7 @@ class _Walk:
         normalize: Normalize,
         shape: tuple[int, int, int],
         *,
+        stages: Mapping[str, str],
         whole: Cost,
         saved: Mapping[str, float],
         deadline: float,
@@ -127,6 +137,7 @@ class _Walk:
     ) -> None:
         self._normalize, self._shape, self._whole = normalize, shape, whole
         self._saved, self._deadline, self._report = saved, deadline, report
+        self._stages = stages
 
     def plan(self, model: fx.GraphModule, heldout: Part, seconds: float) -> None:
         """Decide on how many images to choose, and on how many to measure."""
@@ -162,11 +173,11 @@ class _Walk:
     def go(self, model: fx.GraphModule) -> tuple[list[_Stage], bool]:
         """All stages, and whether the last has no block left that may go."""
         stages = [self._stage((), model)]
-        while more := len(_removable(stages[-1].model)):
+        while more := len(_removable(stages[-1].model, self._stages)):
             began = time.perf_counter()
             stages.append(self._step(stages[-1], stages[0]))
             taken = time.perf_counter() - began
-            left = len(_removable(stages[-1].model))
+            left = len(_removable(stages[-1].model, self._stages))
             next_step = taken * (left / more) ** 2
             if not self._pace(next_step, left):
                 return stages, False
@@ -201,7 +212,7 @@ class _Walk:
         whole = answers.pop(None).mean_loss
         rises = {block: found.mean_loss - whole for block, found in answers.items() if block}
         ranked = sorted(rises, key=lambda block: cheapness(rises[block], self._saved[block]))
-        gone = graph.removable(ranked, rises)[: self._at_once]
+        gone = graph.removable(ranked, rises, self._stages)[: self._at_once]
         removed = (*stage.removed, *gone)
         after = self._stage(removed, graph.remove_blocks(stage.model, gone), first)
         self._report(
@@ -226,9 +237,9 @@ class _Walk:
         )
 
 
-def _removable(model: fx.GraphModule) -> list[str]:
+def _removable(model: fx.GraphModule, stages: Mapping[str, str]) -> list[str]:
     blocks = graph.gates(model)
-    return graph.removable(blocks, blocks)
+    return graph.removable(blocks, blocks, stages)
 
 
 def cheapness(rise: float, saved: float) -> tuple[float, float]:
@@ -240,12 +251,13 @@ def cheapness(rise: float, saved: float) -> tuple[float, float]:
     return max(rise, 0.0) / max(saved, 1e-9), -saved
 
 
-def _costs(model: fx.GraphModule, shape: tuple[int, int, int]) -> list[BranchCost]:
+def _costs(
+    model: fx.GraphModule, shape: tuple[int, int, int], stages: Mapping[str, str]
+) -> list[BranchCost]:
     costs = branch_costs(model, shape)
     if not costs:
         raise ConfigError("every block is dead: there is none left for a sweep to take out")
-    blocks = [found.block for found in costs]
-    if not graph.removable(blocks, blocks):
+    if not _removable(model, stages):
         raise ConfigError(
             "every block that is left is the last of its stage: there is none for a sweep to take"
             " out"

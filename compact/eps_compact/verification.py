@@ -47,11 +47,12 @@ def verify(
         ConfigError: the checkpoint is not there.
         DataError: the data under `data_root` is missing, or another.
     """
-    artifact = CompactArtifact.load(path)
+    artifact = CompactArtifact.load(path, any_code=True)
     source = _checkpoint(path, artifact, checkpoint)
     found = Verification(lossless=bool(artifact.certificate.get("lossless", True)))
     add = found.checks.append
     add(Check("artifact", True, f"SHA-256 seal {artifact.digest[:12]} matches"))
+    add(_code(artifact))
     add(_certificate_beside(path, artifact))
     recorded = artifact.checkpoint["digest"]
     same = source.digest == recorded == artifact.certificate.get("checkpoint", recorded)
@@ -105,6 +106,15 @@ def _certificate_beside(path: Path, artifact: CompactArtifact) -> Check:
     if found != certificate_file(artifact):
         return Check("certificate", False, f"{beside.name} says other things than the artifact")
     return Check("certificate", True, f"{beside.name} says what the artifact says")
+
+
+def _code(artifact: CompactArtifact) -> Check:
+    recorded = artifact.certificate.get("network")
+    if recorded is None:
+        return Check("code", None, "the certificate has no digest of the network's code")
+    if reason := artifact.other_code(artifact.build()):
+        return Check("code", False, reason)
+    return Check("code", True, f"digest {recorded['code'][:12]} is that of the network's code")
 
 
 def _data(

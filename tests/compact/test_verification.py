@@ -23,7 +23,7 @@ from tests.commands import Result, run
 
 DEAD = ("stages.0.1", "stages.2.0")
 ALL = (
-    *("artifact", "certificate", "checkpoint", "data", "network", "evidence"),
+    *("artifact", "code", "certificate", "checkpoint", "data", "network", "evidence"),
     *("tensors", "rewriting", "folding", "counts"),
 )
 

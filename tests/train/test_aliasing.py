@@ -129,7 +129,7 @@ def test_layers_of_somebodys_own_that_work_in_place(layer: nn.Module, writes: bo
     model.gate.latch()
     for expected, found in zip(gradient(model), gradient(left), strict=True):
         assert torch.equal(expected, found)
-    assert (layer in left.modules()) == writes
+    assert ("relu" in left.code) == writes
     after = Network(lambda n, x: n.relu(x))
     after.add_module("relu", layer)
     assert ("clone" in graph.remove_blocks(after, ["gate"]).code) == writes

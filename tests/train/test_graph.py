@@ -217,6 +217,7 @@ def test_names() -> None:
 
 def test_a_stage_keeps_its_last_block() -> None:
     live = ["a.0", "a.1", "a.2", "b.0", "c.d.0", "c.d.1"]
-    assert graph.removable(live, live) == ["a.0", "a.1", "c.d.0"]
-    assert graph.removable(reversed(live), live) == ["c.d.1", "a.2", "a.1"]
-    assert graph.removable(["a.2"], ["a.2"]) == []
+    stages = dict(zip(live, ("a", "a", "a", "b", "c", "c"), strict=True))
+    assert graph.removable(live, live, stages) == ["a.0", "a.1", "c.d.0"]
+    assert graph.removable(reversed(live), live, stages) == ["c.d.1", "a.2", "a.1"]
+    assert graph.removable(["a.2"], ["a.2"], stages) == []

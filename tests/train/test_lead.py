@@ -20,7 +20,14 @@ def lead(max_drop: float | None = None) -> EpsilonLead:
     """Four blocks of 10 parameters in a network of 50, of which 20 are to stay."""
     sizes = dict.fromkeys("abcd", 10)
     return EpsilonLead(
-        target=20, sizes=sizes, whole=50, start=1, end=9, closing=2, max_drop=max_drop
+        target=20,
+        sizes=sizes,
+        whole=50,
+        start=1,
+        end=9,
+        closing=2,
+        max_drop=max_drop,
+        stages=dict.fromkeys("abcd", "all"),
     )
 
 
@@ -94,6 +101,7 @@ def test_every_stage_keeps_a_block() -> None:
         end=6,
         closing=2,
         max_drop=None,
+        stages={"one.0": "one", "one.1": "one", "two.0": "two"},
     )
     led.observe(3, records({"one.0": 1.0, "one.1": 2.0, "two.0": 0.1}), kept=50, accuracy=0.8)
     assert led.chosen == {"one.0"}, "the target asks for more"

@@ -151,6 +151,7 @@ class _Scaled(nn.Module):
 
 DEATH = Death(epoch=2, epsilon=2.5, steps=20, peak=1.0, heldout_peak=1.0, samples=9)
 LABELS = torch.arange(10).repeat(10)
+STAGES = {f"stages.{stage}.{block}": f"stages.{stage}" for stage in (0, 1) for block in (0, 1)}
 
 
 def report(
@@ -185,7 +186,7 @@ def report(
 
 
 def test_deaths_before_anything_was_learned_are_told_once() -> None:
-    watch = DeathWatch(recipes.digits(), LABELS)
+    watch = DeathWatch(recipes.digits(), LABELS, STAGES)
     assert watch.observe(report(1, loss=2.3)) == []
     (warning,) = watch.observe(report(2, loss=1.9, dead=("stages.0.0",), died=("stages.0.0",)))
     assert "blocks died in epoch 2, before the network has learned much" in warning
@@ -196,14 +197,14 @@ def test_deaths_before_anything_was_learned_are_told_once() -> None:
 
 
 def test_deaths_of_a_network_that_has_learned_are_no_cause_for_alarm() -> None:
-    watch = DeathWatch(recipes.digits(), LABELS)
+    watch = DeathWatch(recipes.digits(), LABELS, STAGES)
     assert watch.observe(report(1, loss=0.9)) == []
     died = report(2, loss=1.6, dead=("stages.0.0",), died=("stages.0.0",))
     assert watch.observe(died) == []
 
 
 def test_a_lost_stage_is_told_once_even_when_all_is_well() -> None:
-    watch = DeathWatch(recipes.digits(), LABELS)
+    watch = DeathWatch(recipes.digits(), LABELS, STAGES)
     watch.observe(report(1, loss=0.1, dead=("stages.1.0",), died=("stages.1.0",)))
     lost = ("stages.1.0", "stages.1.1")
     (warning,) = watch.observe(report(2, loss=0.1, dead=lost, died=("stages.1.1",)))
@@ -214,7 +215,7 @@ def test_a_lost_stage_is_told_once_even_when_all_is_well() -> None:
 
 def test_the_remedy_for_an_epsilon_that_is_led_is_its_target() -> None:
     led = replace(recipes.digits(), epsilon=None, target_parameters=0.3)
-    watch = DeathWatch(led, LABELS)
+    watch = DeathWatch(led, LABELS, STAGES)
     lost = ("stages.1.0", "stages.1.1")
     (warning,) = watch.observe(report(2, loss=0.1, dead=lost, died=lost))
     assert "raise --target-parameters" in warning
@@ -224,7 +225,7 @@ def test_a_resumed_run_does_not_repeat_itself() -> None:
     lost = ("stages.1.0", "stages.1.1")
     before = [{"loss": 2.0, "validation": {"loss": 2.1}, "died": list(lost)}]
     records = report(1, loss=2.0, dead=lost).gates
-    watch = DeathWatch(recipes.digits(), LABELS, before=before, records=records)
+    watch = DeathWatch(recipes.digits(), LABELS, STAGES, before=before, records=records)
     dead = (*lost, "stages.0.0")
     assert watch.observe(report(2, loss=1.9, dead=dead, died=("stages.0.0",))) == []
 
@@ -232,6 +233,6 @@ def test_a_resumed_run_does_not_repeat_itself() -> None:
 def test_rare_classes_make_guessing_easier() -> None:
     """Nine of ten images are of one class: a loss of 0.3 is what guessing gives, not success."""
     labels = torch.tensor([0] * 90 + [1] * 10)
-    watch = DeathWatch(recipes.digits(), labels)
+    watch = DeathWatch(recipes.digits(), labels, STAGES)
     died = report(1, loss=0.3, dead=("stages.0.0",), died=("stages.0.0",))
     assert len(watch.observe(died)) == 1

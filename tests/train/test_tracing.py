@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from eps_train import graph
 from eps_train.errors import GraphError
-from eps_train.modes import ByMode, reads_mode
+from eps_train.modes import ByMode
 from eps_train.tracing import trace
 
 
@@ -123,19 +122,6 @@ def test_blocks_with_functional_dropout_get_their_gate() -> None:
         assert torch.equal(answer(gated.train(training)), answer(model.train(training)))
     left = graph.remove_blocks(gated, ["middle"])
     assert sum(isinstance(module, ByMode) for module in left.modules()) == 1
-
-
-def test_what_classes_do_with_their_mode() -> None:
-    assert reads_mode(WideBlock) == "passed on"
-    assert reads_mode(Network) == "passed on"
-    assert reads_mode(nn.Sequential) == reads_mode(nn.Dropout) == "never"
-    assert {reads_mode(kind) for kind in (DropPath, CountingNorm, Lucky)} == {"decides"}
-
-
-def test_code_without_source_counts_as_deciding() -> None:
-    found: dict[str, Any] = {"nn": nn}
-    exec("class Made(nn.Module):\n    def forward(self, x): return self.training", found)
-    assert reads_mode(found["Made"]) == "decides"
 
 
 class OtherPaths(nn.Module):

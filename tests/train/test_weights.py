@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from eps_train import graph
 from eps_train.errors import ConfigError, EpsError, FileFormatError
@@ -124,3 +124,88 @@ def test_data_that_is_no_state_dict(content: Any, tmp_path: Path) -> None:
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     assert refusal(tmp_path / "none.pt", FileFormatError).endswith("none.pt: no such file")
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "module._orig_mod."])
+def test_prefixes_of_wrappers(prefix: str, tmp_path: Path) -> None:
+    state = plain(trained())
+    torch.save({f"{prefix}{name}": t for name, t in state.items()}, tmp_path / "wrapped.pt")
+    model = SPEC.build()
+    assert load_weights(tmp_path / "wrapped.pt", model) == ()
+    assert torch.equal(model.get_parameter("stem.0.weight"), state["stem.0.weight"])
+
+
+@pytest.mark.parametrize("key", ["state_dict_ema", "model_ema", "ema"])
+def test_averaged_weights_are_taken_and_named(key: str, tmp_path: Path) -> None:
+    state = plain(trained())
+    averaged = {f"module.{name}": tensor + 1 for name, tensor in state.items()}
+    averaged["n_averaged"] = torch.tensor(3)
+    torch.save({"model": state, key: averaged}, tmp_path / "both.pt")
+    model, told = SPEC.build(), list[str]()
+    assert load_weights(tmp_path / "both.pt", model, told.append) == ()
+    assert torch.equal(model.get_parameter("stem.0.weight"), state["stem.0.weight"] + 1)
+    assert told == [f"taking the averaged weights of both.pt ({key})"]
+
+
+def test_a_pruned_run_says_that_its_dead_blocks_are_alive_again(tmp_path: Path) -> None:
+    make_checkpoint(depth=8, dead=["stages.1.0"]).save(tmp_path / "ckpt.pt")
+    model, told = NetworkSpec.parse("cifar:8x4", in_channels=1, classes=10).build(), list[str]()
+    load_weights(tmp_path / "ckpt.pt", model, told.append)
+    (line,) = told
+    assert line.startswith("warning: 1 blocks that had died in ckpt.pt are alive again (stages.1.0")
+    assert "eps-compact --finetune-epochs" in line
+
+
+def test_colour_weights_for_grey_images(tmp_path: Path) -> None:
+    state = plain(trained())
+    colours = torch.randn(4, 3, 3, 3)
+    torch.save(state | {"stem.0.weight": colours}, tmp_path / "rgb.pt")
+    model, told = SPEC.build(), list[str]()
+    load_weights(tmp_path / "rgb.pt", model, told.append)
+    assert torch.equal(model.get_parameter("stem.0.weight"), colours.sum(1, keepdim=True))
+    assert told == ["stem.0.weight is for coloured images, so its channels are summed"]
+
+
+def test_a_file_without_a_head(tmp_path: Path) -> None:
+    state = {name: t for name, t in plain(trained()).items() if not name.startswith("classifier")}
+    torch.save(state, tmp_path / "body.pt")
+    skipped = load_weights(tmp_path / "body.pt", SPEC.build())
+    assert skipped == ("classifier.weight", "classifier.bias")
+
+
+class TwoHeads(nn.Module):
+    """A linear and a convolutional head, whose answers are averaged; a mask that is not saved."""
+
+    mask: Tensor
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.stem, self.block = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1)
+        self.register_buffer("mask", torch.ones(8, 1, 1), persistent=False)
+        self.head, self.side = nn.Conv2d(8, classes, 1), nn.Linear(8, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = (x + self.block(x)) * self.mask
+        pooled = x.mean((2, 3), keepdim=True)
+        logits: Tensor = (self.head(pooled).flatten(1) + self.side(pooled.flatten(1))) / 2
+        return logits
+
+
+def test_two_heads_of_other_classes_and_a_buffer_that_is_not_saved(tmp_path: Path) -> None:
+    saved = TwoHeads(5)
+    torch.save(saved.state_dict(), tmp_path / "five.pt")
+    model = graph.insert_gates(TwoHeads(3))
+    skipped = load_weights(tmp_path / "five.pt", model)
+    assert set(skipped) == {"head.weight", "head.bias", "side.weight", "side.bias"}
+    assert torch.equal(model.get_parameter("block.weight"), saved.block.weight)
+
+
+def test_a_file_with_more_than_tensors_says_what_to_do(tmp_path: Path) -> None:
+    torch.save({"model": plain(trained()), "args": Path("x")}, tmp_path / "theirs.pt")
+    assert "weights_only=False" in refusal(tmp_path / "theirs.pt", FileFormatError)
+
+
+def test_a_compact_network_is_refused_with_the_way_to_train_it_on(tmp_path: Path) -> None:
+    torch.save({"format": "eps-resnet-compact", "state": plain(trained())}, tmp_path / "compact.pt")
+    assert "--finetune-epochs" in refusal(tmp_path / "compact.pt")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Mapping
 from typing import TypeGuard
@@ -11,7 +12,7 @@ from torch import fx, nn
 from eps_train.gate import EpsilonGate
 from eps_train.modes import ByMode, in_mode
 from eps_train.networks import Tap
-from eps_train.tracing import InPlaceTracer
+from eps_train.tracing import InPlaceTracer, unmoved_random
 
 # Steps whose result may be their operand itself, or a view of it.
 _PASSING_MODULES = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd, ByMode)
@@ -76,6 +77,22 @@ def one_tensor(node: fx.Node, modules: Mapping[str, nn.Module]) -> list[fx.Node]
     return found
 
 
+def aliases(node: fx.Node, modules: Mapping[str, nn.Module]) -> set[fx.Node]:
+    """The nodes that may hold the memory that `node` holds, or a part of it."""
+    found, queue = {node}, [node]
+    while queue:
+        here = queue.pop()
+        near = [u for u in here.users if _passes(u, modules) or _writes(u, here, modules)]
+        operand = here.args[0] if here.args else None
+        if isinstance(operand, fx.Node) and (
+            _passes(here, modules) or _writes(here, operand, modules)
+        ):
+            near.append(operand)
+        queue += [other for other in near if other not in found]
+        found.update(near)
+    return found
+
+
 def _name(node: fx.Node) -> str:
     return str(getattr(node.target, "__name__", node.target))
 
@@ -108,12 +125,13 @@ def _module_writes(module: nn.Module) -> bool:
 def _code_writes(module: nn.Module) -> bool:
     """Whether the code of somebody's own layer overwrites what it is given, in either mode."""
     for training in (True, False):
+        copied = copy.deepcopy(module)  # its code runs, and may change its state
         try:
-            with in_mode(module, training):
-                steps = InPlaceTracer().trace(module)
+            with in_mode(copied, training), unmoved_random():
+                steps = InPlaceTracer().trace(copied)
         except Exception:  # fx cannot follow it; whatever its code raises on a proxy
             continue
-        inner = dict(module.named_modules())
+        inner = dict(copied.named_modules())
         if any(written_into(node, inner) for node in steps.nodes if node.op == "placeholder"):
             return True
     return False

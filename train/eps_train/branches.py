@@ -15,7 +15,7 @@ def branch_parameters(model: nn.Module) -> dict[str, int]:
     Blocks are in the order of computation. Parameters that anything else uses too do not count;
     those that two blocks share leave only when both do, and count for neither.
     """
-    traced = graph.trace(model)
+    traced = graph.without_assertions(model)
     modules = dict(traced.named_modules())
     users = Counter(
         id(parameter)

@@ -6,7 +6,8 @@ theirs from :func:`eps_train.graph.insert_gates`: `torchvision:resnet50`, `timm:
 
 A name may come from a file that a stranger wrote, and a factory is a function that is called. So
 only a function with an argument for the number of classes is taken for a factory, it gets that and
-the number of channels and nothing else, and Python's own modules are not looked into.
+the number of channels and nothing else, and Python's own modules are not looked into. Networks of
+timm may be given more (`timm:NAME,img_size=64`), but nothing that reads a file or a network.
 """
 
 from __future__ import annotations
@@ -32,6 +33,12 @@ FAMILIES: dict[str, Factory] = {"cifar": CifarResNet, "imagenet": ImageNetResNet
 # What factories call the number of classes and of the images' channels.
 _CLASSES = ("num_classes", "classes", "n_classes")
 _CHANNELS = ("in_chans", "in_channels", "input_channels")
+
+# What timm's `create_model` uses itself: for files to read, or a module of another kind.
+_NOT_FOR_TIMM = frozenset(
+    {"pretrained", "checkpoint_path", "cache_dir", "features_only", "scriptable", "exportable"}
+    | {"no_jit", *_CLASSES, *_CHANNELS}
+)
 
 _INSTALL = "pip install 'eps-resnet[train]'"
 _SAME_BUILD = "torchvision's build must match torch's, so install both from the same index"
@@ -67,6 +74,44 @@ def arguments_for(name: str, *, in_channels: int, classes: int) -> dict[str, int
     return arguments
 
 
+def split_arguments(text: str) -> tuple[str, dict[str, Any]]:
+    """`timm:NAME,img_size=64` as name and arguments; numbers, true, false and words are values.
+
+    Raises ConfigError for what cannot be read, or is not to be given.
+    """
+    name, *given = text.split(",")
+    arguments = {}
+    for part in given:
+        key, _, value = part.partition("=")
+        arguments[key] = _value(value)
+        if not _is_further(name, key, arguments[key]):
+            raise ConfigError(
+                f"{text}: {part} is no argument that a network can be given;"
+                " write timm:NAME,ARGUMENT=VALUE, as in timm:vit_tiny_patch16_224,img_size=64"
+            )
+    return name, arguments
+
+
+def _value(text: str) -> Any:
+    if text in ("true", "True", "false", "False"):
+        return text[0] in "tT"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _is_further(name: str, key: str, value: Any) -> bool:
+    """Whether a network may be given this argument besides those for classes and channels."""
+    if not name.startswith("timm:") or not key.isidentifier() or key in _NOT_FOR_TIMM:
+        return False
+    if key.startswith("pretrained"):
+        return False
+    return type(value) in (int, float, bool) or (type(value) is str and value.isidentifier())
+
+
 def make(name: str, arguments: Mapping[str, Any]) -> nn.Module:
     """Call the named family or factory.
 
@@ -77,12 +122,14 @@ def make(name: str, arguments: Mapping[str, Any]) -> nn.Module:
     """
     factory = FAMILIES.get(name) or find(name)
     parameters = _parameters(name, factory)
-    numbers = all(type(value) is int for value in arguments.values())
-    if not (numbers and arguments.keys() <= parameters.keys()):
+    further = {n for n, value in arguments.items() if _is_further(name, n, value)}
+    numbers = all(type(value) is int for n, value in arguments.items() if n not in further)
+    if not (numbers and arguments.keys() - further <= parameters.keys()):
         raise ConfigError(f"{name}: has no arguments {dict(arguments)}")
     if name in FAMILIES:
         return factory(**arguments)
-    if not arguments.keys() <= {*_CLASSES, *_CHANNELS} or not arguments.keys() & set(_CLASSES):
+    ends = arguments.keys() - further
+    if not ends <= {*_CLASSES, *_CHANNELS} or not ends & set(_CLASSES):
         raise ConfigError(f"{name}: is no factory of networks with arguments {dict(arguments)}")
     try:
         model = factory(**arguments)
@@ -97,11 +144,13 @@ def make(name: str, arguments: Mapping[str, Any]) -> nn.Module:
 def check_ends(name: str, model: fx.GraphModule, *, in_channels: int, classes: int) -> None:
     """Raise ConfigError when a network plainly takes other images or gives other answers.
 
-    What is looked at is its first convolution, and the linear layer that its output comes from.
+    What is looked at is the convolution that takes the images, and the linear layer that the output
+    comes from.
     """
     modules = dict(model.named_modules())
-    layers = [modules[str(node.target)] for node in model.graph.nodes if node.op == "call_module"]
-    first = next((layer for layer in layers if isinstance(layer, nn.Conv2d)), None)
+    images = next(node for node in model.graph.nodes if node.op == "placeholder")
+    readers = [modules.get(str(node.target)) for node in images.users]
+    first = next((layer for layer in readers if isinstance(layer, nn.Conv2d)), None)
     if first is not None and first.in_channels != in_channels:
         raise ConfigError(
             f"{name}: takes images of {first.in_channels} channels, the data has {in_channels};"
@@ -162,9 +211,9 @@ def _timm(name: str, member: str) -> Factory:
     if not timm.is_model(member):
         raise _unknown(name, member, timm.list_models())
 
-    def factory(*, num_classes: int, in_chans: int) -> nn.Module:
+    def factory(*, num_classes: int, in_chans: int, **further: Any) -> nn.Module:
         model: nn.Module = timm.create_model(
-            member, pretrained=False, num_classes=num_classes, in_chans=in_chans
+            member, pretrained=False, num_classes=num_classes, in_chans=in_chans, **further
         )
         return model
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from eps_train import graph
 from eps_train.checkpoint import Checkpoint, GateRecord
 from eps_train.config import TrainingConfig
 from eps_train.data import Data
@@ -37,28 +35,37 @@ def nonfinite(
 
 
 def refuse_collapse(
-    records: Iterable[GateRecord], validation: Score, data: Data, *, epoch: int
+    records: Iterable[GateRecord],
+    validation: Score,
+    data: Data,
+    *,
+    epoch: int,
+    stages: Mapping[str, str],
 ) -> None:
     """A stage that is gone before the network has learned anything will not come back.
 
-    "Learned" is a validation accuracy half-way from the share of the largest class to 1.
-    Raises TrainingError.
+    "Learned" is a validation accuracy half-way from the share of the largest class to 1; `stages`
+    as `graph.stages` has them. Raises TrainingError.
     """
     labels = data.validation.labels
     chance = labels.bincount().max().item() / len(labels)
     if validation.accuracy >= (1 + chance) / 2:
         return
-    alive: dict[str, int] = defaultdict(int)
-    for record in records:
-        alive[graph.stage_name(record.block)] += record.death is None
-    lost = [stage for stage, count in alive.items() if not count]
-    if lost:
-        where = ", ".join(stage or "the network" for stage in lost)
+    if lost := lost_stages(records, stages):
         raise TrainingError(
-            f"every block of {where} died by epoch {epoch}, at a validation accuracy of"
+            f"every block of {', '.join(lost)} died by epoch {epoch}, at a validation accuracy of"
             f" {validation.accuracy:.1%}: the threshold acts before the network has learned;"
             " lower --epsilon, or let it act later with --epsilon-from"
         )
+
+
+def lost_stages(records: Iterable[GateRecord], stages: Mapping[str, str]) -> list[str]:
+    """The stages of which every block has died, in the order of computation."""
+    alive: dict[str, int] = {}
+    for record in records:
+        stage = stages.get(record.block, record.block)
+        alive[stage] = alive.get(stage, 0) + (record.death is None)
+    return [stage for stage, count in alive.items() if not count]
 
 
 def unscalable(*, epoch: int, step: int, kept: str) -> TrainingError:

@@ -33,6 +33,7 @@ class EpsilonLead:
         whole: parameters of the network with all blocks.
         start, end: 0-based epochs between which the wanted count falls linearly from `whole` to
             `target`; from `end` on no block is chosen, so that what is left can settle.
+        stages: the stage of each block (`graph.stages`); each keeps one.
         closing: epochs that a gate needs to be closed to be dead.
         max_drop: accuracy (0..1) that may be lost before no further block is chosen; None: any.
         epsilon: threshold of the chosen blocks' gates; all others are open.
@@ -45,6 +46,7 @@ class EpsilonLead:
     whole: int
     start: int
     end: int
+    stages: Mapping[str, str]
     closing: int
     max_drop: float | None
     epsilon: float = 0.0
@@ -54,7 +56,13 @@ class EpsilonLead:
 
     @classmethod
     def of(
-        cls, config: TrainingConfig, sizes: Mapping[str, int], whole: int, *, descent: int
+        cls,
+        config: TrainingConfig,
+        sizes: Mapping[str, int],
+        whole: int,
+        *,
+        descent: int,
+        stages: Mapping[str, str],
     ) -> EpsilonLead:
         """That of a run whose last descent begins with the 0-based epoch `descent`."""
         assert config.target_parameters is not None
@@ -63,6 +71,7 @@ class EpsilonLead:
             target=config.target_parameters * whole,
             sizes=sizes,
             whole=whole,
+            stages=stages,
             start=max(config.epsilon_from, 1, round(LEARN_FIRST * config.epochs)),
             end=descent,
             closing=config.closed_epochs,
@@ -125,7 +134,7 @@ class EpsilonLead:
             self.held += 1
             return
         free = {record.block: record for record in live if record.block not in self.chosen}
-        for block in removable(sorted(free, key=lambda block: free[block].peak), free):
+        for block in removable(sorted(free, key=lambda block: free[block].peak), free, self.stages):
             if excess <= 0:
                 return
             self.chosen |= {block}

@@ -90,6 +90,7 @@ class Trainer:
             epochs=config.epochs, rates=config.rates, restart=config.restart, descent=config.descent
         )
         self.registry = Registry(self.spec.gated, closed_epochs=config.closed_epochs)
+        self.stages = graph.stages(self.model, identity.input_shape)
         self.lead: EpsilonLead | None = None
         if config.target_parameters is not None:
             self.lead = EpsilonLead.of(
@@ -97,6 +98,7 @@ class Trainer:
                 branch_parameters(self.model),
                 self.parameters(),
                 descent=self.schedule.descent_epoch,
+                stages=self.stages,
             )
         self.retired: dict[str, Tensor] = {}  # tensors of removed blocks
         self.epoch = 0  # epochs done
@@ -224,7 +226,9 @@ class Trainer:
         validation = score(self.model, self.normalize, self.validation)
         if died:
             records = self.registry.records.values()
-            guards.refuse_collapse(records, validation, self.data, epoch=self.epoch + 1)
+            guards.refuse_collapse(
+                records, validation, self.data, epoch=self.epoch + 1, stages=self.stages
+            )
         return validation
 
     @contextmanager
@@ -326,7 +330,10 @@ class Trainer:
 
 def network_spec(config: TrainingConfig, data: Outline) -> NetworkSpec:
     """The network that `config` asks for on `data`; without gates when epsilon is 0."""
-    spec = NetworkSpec.parse(config.model, in_channels=data.shape[0], classes=data.classes)
+    channels, *size = data.shape
+    spec = NetworkSpec.parse(
+        config.model, in_channels=channels, classes=data.classes, image_size=(size[0], size[1])
+    )
     if config.plain:
         return replace(spec, gated=())
     return spec

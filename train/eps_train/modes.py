@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import ast
-import inspect
-import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FunctionType
-from typing import Any, Literal
+from typing import Any
 
 from torch import fx, nn
 from torch.fx.node import map_aggregate
 
-Reading = Literal["never", "passed on", "decides"]
-
-# Methods that are not part of a forward pass.
-_NOT_FORWARD = frozenset({"__init__", "train", "eval", "extra_repr", "__repr__"})
-
 
 class ModesDiffer(Exception):
-    """The two modes' graphs have different structures."""
+    """The two modes' graphs have different structures; its argument is the first node that does."""
 
 
 class ByMode(nn.Module):
@@ -53,46 +44,8 @@ class Slot:
     def __init__(self, index: int) -> None:
         self.index = index
 
-
-def reads_mode(kind: type[nn.Module]) -> Reading:
-    """What the code of a module class does with `self.training`.
-
-    "passed on": it is only ever an argument of a call (`F.dropout(x, p, self.training)`), so that
-    the same steps run in both modes; "decides": anything else, or code without source.
-    """
-    found: Reading = "never"
-    for base in kind.__mro__:
-        if base.__module__.partition(".")[0] == "torch" or base is object:
-            continue
-        for name, function in vars(base).items():
-            if name in _NOT_FORWARD or not isinstance(function, FunctionType):
-                continue
-            if "training" not in _names(function.__code__):
-                continue
-            if not _only_passes_on(function):
-                return "decides"
-            found = "passed on"
-    return found
-
-
-def _names(code: Any) -> set[str]:
-    inner = [constant for constant in code.co_consts if inspect.iscode(constant)]
-    return set(code.co_names).union(*map(_names, inner))
-
-
-def _only_passes_on(function: FunctionType) -> bool:
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-    except (OSError, SyntaxError):
-        return False
-    passed = {
-        id(argument)
-        for call in ast.walk(tree)
-        if isinstance(call, ast.Call)
-        for argument in (*call.args, *(keyword.value for keyword in call.keywords))
-    }
-    readings = (n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr == "training")
-    return all(id(reading) in passed for reading in readings)
+    def __repr__(self) -> str:
+        return f"%{self.index}"
 
 
 @contextmanager
@@ -110,18 +63,16 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 def differing_calls(training: fx.Graph, evaluating: fx.Graph) -> dict[fx.Node, fx.Node]:
     """The calls whose constants differ between the modes, each with its twin."""
-    if len(training.nodes) != len(evaluating.nodes):
-        raise ModesDiffer
     twins: dict[fx.Node, fx.Node] = {}
     differing: dict[fx.Node, fx.Node] = {}
     for node, twin in zip(training.nodes, evaluating.nodes, strict=True):
         twins[node] = twin
         same_inputs = [twins[n] for n in node.all_input_nodes] == twin.all_input_nodes
         if (node.op, node.target) != (twin.op, twin.target) or not same_inputs:
-            raise ModesDiffer
+            raise ModesDiffer(node)
         if _arguments(node) != _arguments(twin):
             if node.op not in ("call_function", "call_method"):
-                raise ModesDiffer
+                raise ModesDiffer(node)
             differing[node] = twin
     return differing
 

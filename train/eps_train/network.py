@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from eps_train import factories, graph
+from eps_train import factories, graph, parity
 from eps_train.errors import ConfigError, FileFormatError, GraphError
 from eps_train.factories import FAMILIES
 
@@ -28,15 +28,18 @@ class NetworkSpec:
     Attributes:
         family: a key of `factories.FAMILIES`, or a factory: `torchvision:resnet50`,
             `timm:resnetv2_50`, `mypackage.module:factory`.
-        arguments: its keyword arguments, all of them int.
+        arguments: its keyword arguments: int, and for timm also float, bool and str.
         gated: blocks that carry a gate; every other block's gate is a plain addition.
         removed: blocks that were taken out.
+        broadcast: residual additions that are no blocks, because their shortcut has another shape
+            than their sum, and so cannot stand for it.
     """
 
     family: str
     arguments: Mapping[str, Any]
     gated: tuple[str, ...] = ()
     removed: tuple[str, ...] = ()
+    broadcast: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -44,6 +47,7 @@ class NetworkSpec:
             "arguments": dict(self.arguments),
             "gated": list(self.gated),
             "removed": list(self.removed),
+            "broadcast": list(self.broadcast),
         }
 
     @classmethod
@@ -53,19 +57,32 @@ class NetworkSpec:
             arguments=dict(fields["arguments"]),
             gated=tuple(fields["gated"]),
             removed=tuple(fields["removed"]),
+            broadcast=tuple(fields.get("broadcast", ())),
         )
 
     @classmethod
-    def parse(cls, text: str, *, in_channels: int, classes: int) -> NetworkSpec:
+    def parse(
+        cls,
+        text: str,
+        *,
+        in_channels: int,
+        classes: int,
+        image_size: tuple[int, int] | None = None,
+    ) -> NetworkSpec:
         """Read what `--model` takes; all blocks are gated.
 
         That is ``cifar:DEPTH``, ``imagenet:DEPTH`` (both also ``DEPTHxWIDTH``),
         ``torchvision:NAME``, ``timm:NAME``, or ``package.module:factory`` for a function or class
-        that is called with `num_classes`, and with `in_chans` if it has that.
+        that is called with `num_classes`, and with `in_chans` if it has that. Those of timm may be
+        given further arguments: ``timm:NAME,img_size=64``.
+
+        With `image_size`, height and width, a network of somebody else's is run: on a blank batch,
+        and with open gates beside itself as it was written.
 
         Raises:
             ConfigError: no such network, impossible arguments, or one that does not fit the data.
-            GraphError: a network that cannot be traced, or has no residual addition.
+            GraphError: a network that cannot be traced, has no residual addition, or would not do
+                the same with gates.
         """
         family = text.partition(":")[0]
         ends = {"in_channels": in_channels, "classes": classes}
@@ -73,11 +90,17 @@ class NetworkSpec:
             if family in FAMILIES:
                 spec = cls(family=family, arguments=_size(text) | ends)
             elif _is_factory(text):
-                spec = cls(family=text, arguments=factories.arguments_for(text, **ends))
+                name, given = factories.split_arguments(text)
+                spec = cls(family=name, arguments=factories.arguments_for(name, **ends) | given)
             else:
                 raise ConfigError(f"{text}: {_NOT_A_MODEL}")
             skeleton = spec.skeleton()
             factories.check_ends(text, skeleton, **ends)
+            if image_size is not None and family not in FAMILIES:
+                broadcast = spec._try_out((in_channels, *image_size), classes)
+                spec = replace(spec, broadcast=broadcast)
+                skeleton = spec.skeleton()
+                graph.refuse_none(skeleton)
         except ValueError as error:
             raise ConfigError(f"--model {text}: {error}") from None
         except ConfigError as error:
@@ -93,7 +116,35 @@ class NetworkSpec:
     def _whole(self) -> fx.GraphModule:
         """The network with all gates, freshly initialised."""
         model = factories.make(self.family, self.arguments)
-        return graph.trace(model) if self.family in FAMILIES else graph.insert_gates(model)
+        if self.family in FAMILIES:
+            return graph.trace(model, one_mode=True)  # none of ours asks for its mode
+        return graph.without_gates(graph.add_gates(model), self.broadcast, graph.BROADCAST)
+
+    def _try_out(self, shape: tuple[int, int, int], classes: int) -> tuple[str, ...]:
+        """Run the network on images of this shape; returns the additions with other shortcuts."""
+        size = "x".join(map(str, shape))
+        blank = torch.zeros((parity.BATCH, *shape))
+        with torch.random.fork_rng(devices=[]):
+            model = factories.make(self.family, self.arguments)
+        try:
+            logits = parity.dry_run(model, blank, training=False)
+        except Exception as error:  # whatever the user's forward() raises
+            line = " ".join(str(error).split()) or type(error).__name__
+            raise ConfigError(
+                f"{self.family}: does not run on a batch of images of {size} ({line}); it must take"
+                " images alone, of the size that --image-size makes them"
+            ) from error
+        if not isinstance(logits, Tensor) or logits.shape != (parity.BATCH, classes):
+            found = "x".join(map(str, logits.shape)) if isinstance(logits, Tensor) else "no tensor"
+            raise ConfigError(
+                f"{self.family}: returns {found} for {parity.BATCH} images of {size}, not logits of"
+                f" {parity.BATCH}x{classes}"
+            )
+        gated = graph.add_gates(model)
+        example = parity.example_for(model, shape)
+        if example is not None:
+            parity.refuse_difference(model, gated, example)
+        return graph.broadcasts(gated, blank)
 
     def skeleton(self) -> fx.GraphModule:
         """The network with all gates and without numbers (on the meta device).
@@ -164,6 +215,8 @@ def _size(text: str) -> dict[str, int]:
 
 def _is_factory(text: str) -> bool:
     module, _, member = text.partition(":")
+    if module == "timm":
+        member = member.partition(",")[0]
     if module in ("torchvision", "timm"):
         return bool(member)
     return all(part.isidentifier() for part in (*module.split("."), member))

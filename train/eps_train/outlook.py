@@ -17,7 +17,7 @@ from eps_train.deaths import watch_branches
 from eps_train.epoch_report import EpochReport
 from eps_train.evaluate import logits
 from eps_train.gate import EpsilonGate, response
-from eps_train.graph import stage_name
+from eps_train.guards import lost_stages
 from eps_train.images import Part
 from eps_train.picture import Metrics
 from eps_train.schedule import RateSchedule
@@ -63,6 +63,39 @@ def before_training(config: TrainingConfig, *, steps: int) -> str | None:
         f" {acting * steps:,} steps, so only those that respond below epsilon anyhow can; give"
         f" {' or '.join(remedies)}"
     )
+
+
+def unreachable(
+    config: TrainingConfig, sizes: Mapping[str, int], whole: int, stages: Mapping[str, str]
+) -> list[str]:
+    """What no run of this network can reach.
+
+    Args:
+        config: of the run.
+        sizes: parameters that leave with each block (`branches.branch_parameters`).
+        whole: parameters of the whole network.
+        stages: the stage of each block (`graph.stages`).
+    """
+    found = []
+    free = [block for block, size in sizes.items() if not size]
+    if free and len(free) == len(sizes):
+        found.append("no block of this network frees a parameter when it goes")
+    elif free:
+        found.append(
+            f"{len(free)} of {len(sizes)} blocks free no parameter when they go, the first"
+            f" {free[0]}"
+        )
+    if config.target_parameters is not None:
+        kept: dict[str, int] = {}
+        for block, size in sizes.items():
+            kept[stages[block]] = min(size, kept.get(stages[block], size))
+        least = (whole - sum(sizes.values()) + sum(kept.values())) / whole
+        if least > config.target_parameters:
+            found.append(
+                f"--target-parameters {config.target_parameters:g} cannot be reached: every stage"
+                f" keeps a block, and that leaves {least:.0%} of the parameters"
+            )
+    return found
 
 
 def _acting(config: TrainingConfig) -> range:
@@ -118,6 +151,7 @@ class DeathWatch:
         self,
         config: TrainingConfig,
         labels: Tensor,
+        stages: Mapping[str, str],
         *,
         before: Metrics = (),
         records: Iterable[GateRecord] = (),
@@ -127,6 +161,7 @@ class DeathWatch:
         Args:
             config: its configuration.
             labels: of the validation part, int64 `[N]`.
+            stages: the stage of each block (`graph.stages`).
             before: the lines of `metrics.jsonl` that a resumed run has behind it.
             records: of all gates, where it resumes: what they tell was told.
         """
@@ -135,7 +170,8 @@ class DeathWatch:
         losses = [min(line["validation"]["loss"], line["loss"]) for line in before]
         self._loss = min(losses, default=math.inf)
         self._died_before = any(line["died"] for line in before)
-        self._lost = set(_lost_stages(records))
+        self._stages = stages
+        self._lost = set(lost_stages(records, stages))
 
     def observe(self, report: EpochReport) -> list[str]:
         """The warnings that an epoch gives cause for."""
@@ -149,11 +185,11 @@ class DeathWatch:
                 f" {self._remedy}"
             )
         self._died_before = self._died_before or bool(report.died)
-        for stage in _lost_stages(report.gates):
+        for stage in lost_stages(report.gates, self._stages):
             if stage not in self._lost:
                 self._lost.add(stage)
                 warnings.append(
-                    f"every block of {stage or 'the network'} has died by epoch {report.epoch}, at"
+                    f"every block of {stage} has died by epoch {report.epoch}, at"
                     f" a validation accuracy of {report.validation.accuracy:.1%}: only shortcuts"
                     f" are left there; if that is too much, {self._remedy}"
                 )
@@ -169,11 +205,3 @@ def _entropy(labels: Tensor) -> float:
     """Cross-entropy of one who knows how frequent the classes are, and nothing else."""
     shares = labels.bincount().double() / len(labels)
     return math.fsum(-share * math.log(share) for share in shares.tolist() if share)
-
-
-def _lost_stages(records: Iterable[GateRecord]) -> list[str]:
-    alive: dict[str, int] = {}
-    for record in records:
-        stage = stage_name(record.block)
-        alive[stage] = alive.get(stage, 0) + (record.death is None)
-    return [stage for stage, count in alive.items() if not count]

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-from eps_train import agreement, console, outlook
+from eps_train import agreement, console, graph, outlook
 from eps_train.atomic import replace_file
 from eps_train.board import Board, require
+from eps_train.branches import branch_parameters
 from eps_train.checkpoint import Checkpoint
 from eps_train.config import TrainingConfig
 from eps_train.cuda_graph import obstacle
@@ -98,8 +99,8 @@ class Run:
         if weights and not (self.trainer.epoch or self.trainer.step):
             from eps_train.weights import load_weights
 
-            skipped = load_weights(weights, self.trainer.model)
-            fresh = f"; another number of classes, so not: {', '.join(skipped)}" if skipped else ""
+            skipped = load_weights(weights, self.trainer.model, self._log.print)
+            fresh = f"; for other classes, or not in it: {', '.join(skipped)}" if skipped else ""
             digest = hashlib.sha256(weights.read_bytes()).hexdigest()
             self.trainer.started_from = {"file": weights.name, "sha256": digest}
             self._log.print(f"starting from {weights}{fresh}")
@@ -135,6 +136,7 @@ class Run:
         self._deaths = outlook.DeathWatch(
             self.config,
             trainer.data.validation.labels,
+            trainer.stages,
             before=before,
             records=trainer.registry.records.values(),
         )
@@ -181,7 +183,12 @@ class Run:
     def _warn_before(self) -> None:
         """Say what the plan alone tells about how the run will end."""
         trainer = self.trainer
+        if not self.config.plain:
+            for line in graph.told(graph.ungated(trainer.model)):
+                self._log.print(f"not gated: {line}")
         found = [outlook.before_training(self.config, steps=trainer.batches.steps)]
+        sizes = branch_parameters(trainer.model)
+        found += outlook.unreachable(self.config, sizes, self._parameters, trainer.stages)
         found.append(
             outlook.zero_branches(
                 trainer.model,

@@ -6,7 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from eps_train import console, outlook
+from eps_train import console, graph, outlook
+from eps_train.branches import branch_parameters
 from eps_train.checkpoint import Checkpoint
 from eps_train.config import TrainingConfig
 from eps_train.cost import cost
@@ -83,8 +84,17 @@ def show_plan(chosen: TrainingConfig, data: Outline) -> None:
     ]
     log = console.log()
     log.print(console.table(f"Recipe {chosen.recipe} (dry run)", ("", ""), rows))
-    if warning := outlook.before_training(chosen, steps=steps):
-        log.print(f"warning: {warning}")
+    if chosen.plain:
+        return
+    skeleton = spec.skeleton()
+    for line in graph.told(graph.ungated(skeleton)):
+        log.print(f"not gated: {line}")
+    stages = graph.stages(skeleton, data.shape)
+    sizes = branch_parameters(skeleton)
+    warnings = outlook.unreachable(chosen, sizes, total.parameters, stages)
+    for warning in [outlook.before_training(chosen, steps=steps), *warnings]:
+        if warning:
+            log.print(f"warning: {warning}")
 
 
 def _epsilon(chosen: TrainingConfig) -> str:

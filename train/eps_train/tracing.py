@@ -1,26 +1,45 @@
 """From a network's forward pass to a `torch.fx` graph that still switches between its two modes.
 
-Tracing runs `forward()` once, so whatever Python reads of `self.training` on the way is frozen into
-the graph. Three things keep the graph true in both modes: modules that decide by their mode stay
-whole; the forward pass is traced in either mode, and the two graphs must have the same structure;
-a constant that differs between them (`training=` of `F.dropout`, say) becomes a :class:`ByMode`.
+Tracing runs `forward()` once, so whatever is not an operation on tensors is frozen into the graph
+or lost. A module whose forward pass would lose something that way is kept whole: it stays a step of
+the graph that runs its own code. What gives a module away is seen while it is traced: an exception,
+a random number drawn in Python, a buffer or a counter that changes, `torch.no_grad`, autocast, an
+`autograd.Function`, other steps in training than in evaluation. A constant that differs between the
+modes (`training=` of `F.dropout`, say) becomes a :class:`ByMode`.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
 import operator
-from collections.abc import Callable
+import random
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import CellType, FunctionType
 from typing import Any
+from unittest import mock
 
+import torch
 from torch import fx, nn
 
 from eps_train.errors import GraphError
 from eps_train.gate import EpsilonGate
-from eps_train.modes import ByMode, ModesDiffer, by_mode, differing_calls, in_mode, reads_mode
+from eps_train.modes import ByMode, ModesDiffer, by_mode, differing_calls
 from eps_train.networks import Tap
 
 _CONTAINERS = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict)
+KEPT = "kept whole"  # key of `GraphModule.meta`: modules that are not followed, and why
+OWN = "state"  # key of `GraphModule.meta`: names in the state dict of the network as it was written
+OTHER_STEPS = "takes other steps in training than in evaluation"
+DRAWS = "draws random numbers in Python"
+_REASON = 120  # characters of an exception's message
+
+
+class _Unfaithful(Exception):
+    """The forward pass does something that a graph would lose."""
 
 
 class _Proxy(fx.Proxy):
@@ -53,82 +72,130 @@ class InPlaceTracer(fx.Tracer):
 
 
 class _Tracer(InPlaceTracer):
-    """Keeps whole: gates, taps, single layers, and modules that decide by their mode."""
+    """Follows each module that it can.
 
-    def __init__(self, *, strict: bool) -> None:
-        super().__init__()
-        self.strict = strict  # whether modules that pass their mode on are kept whole too
+    Attributes:
+        kept: modules that are not to be followed, by name, and why; those that turn out so during a
+            trace are added, and the trace is then good for nothing but that.
+        calls: what was recorded: a step as its kind and target, a module that was followed as its
+            name and its own list.
+    """
+
+    def __init__(self, kept: dict[str, str]) -> None:
+        layers = sys.modules.get("timm.layers._fx")  # timm names what fx cannot follow
+        functions = layers.get_notrace_functions() if layers else ()
+        super().__init__(autowrap_functions=tuple(filter(callable, functions)))
+        self._untraceable = tuple(layers.get_notrace_modules()) if layers else ()
+        self._ambient = torch.is_grad_enabled()
+        self.kept = kept
+        self.calls: list[Any] = []
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if isinstance(m, (EpsilonGate, Tap, ByMode)):
+        if isinstance(m, (EpsilonGate, Tap, ByMode, *self._untraceable)):
             return True
         if super().is_leaf_module(m, module_qualified_name) or _is_layer(m):
             return True
-        reading = reads_mode(type(m))
-        return reading == "decides" or (self.strict and reading == "passed on")
+        return module_qualified_name in self.kept
+
+    def create_node(self, kind: str, target: Any, *rest: Any, **named: Any) -> fx.Node:
+        if torch.is_grad_enabled() != self._ambient:
+            raise _Unfaithful("switches gradients off or on (torch.no_grad)")
+        self.calls.append((kind, target))
+        return super().create_node(kind, target, *rest, **named)
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        path = self.path_of_module(m)
+        if self.is_leaf_module(m, path):
+            return super().call_module(m, forward, args, kwargs)
+        stack, outer = self.module_stack.copy(), self.calls
+        self.calls = []
+        outer.append((path, self.calls))
+        before = _state(m)
+        try:
+            result = super().call_module(m, forward, args, kwargs)
+            self._refuse_change(m, before)
+            return result
+        except Exception as error:  # whatever the user's forward() raises on a proxy
+            self.kept[path] = _reason(error)
+            self.module_stack = stack
+            return self.create_proxy("call_module", path, args, kwargs)
+        finally:
+            self.calls = outer
+
+    def follow(self, model: nn.Module) -> fx.Graph:
+        """The graph of `model`, a copy that is not used for anything else afterwards."""
+        fixed = {
+            name: parameter.default
+            for name, parameter in inspect.signature(model.forward).parameters.items()
+            if parameter.default is None or isinstance(parameter.default, (bool, int, float, str))
+        }
+        self._random = _random_states()
+        before = _state(model)
+        with _refusing_contexts():
+            graph = self.trace(model, concrete_args=fixed or None)
+        self._refuse_change(model, before)
+        # fx keeps an input for each fixed argument, and a check of its value: neither is needed.
+        for node in [n for n in graph.nodes if n.op == "placeholder" and n.args]:
+            if str(node.target).rpartition("_")[0] in fixed:
+                doomed = [node]
+                for member in doomed:
+                    doomed += member.users
+                for member in reversed(doomed):
+                    graph.erase_node(member)
+        return graph
+
+    def _refuse_change(self, module: nn.Module, before: list[Any]) -> None:
+        """Raise when a module's own code drew random numbers or changed the module's state."""
+        drawn, self._random = self._random, _random_states()
+        if drawn != self._random:
+            raise _Unfaithful(DRAWS)
+        for (name, *old), (_, *new) in zip(before, _state(module), strict=False):
+            if old != new:
+                raise _Unfaithful(f"changes its own {name} in forward()")
 
 
 def trace(model: nn.Module, *, one_mode: bool = False) -> fx.GraphModule:
     """Return `model` as a graph over the same modules and tensors; a graph comes back as it is.
 
-    Optional arguments of its `forward()` are fixed at their defaults. The modes of the modules are
-    left as they were. With `one_mode` the graph need only be true in the mode that `model` is in.
+    What is traced is a copy: `model` and its state are left as they were. Optional arguments of
+    its `forward()` are fixed at their defaults. With `one_mode` the graph need only be true in the
+    mode that `model` is in.
 
     Raises:
-        GraphError: the forward pass cannot be traced, or depends on the mode in a way that a graph
-            cannot follow.
+        GraphError: the forward pass of the network itself cannot be traced, or depends on the mode
+            in a way that a graph cannot follow.
     """
     if isinstance(model, fx.GraphModule):
         return model
     name = type(model).__name__
+    kept: dict[str, str] = {}
     try:
-        if one_mode:
-            graph = _trace_once(_Tracer(strict=False), model)
-            return fx.GraphModule(model, graph, name)
-        try:
-            return _trace_both(model, strict=False)
-        except ModesDiffer:
-            return _trace_both(model, strict=True)
+        while True:
+            known = len(kept)
+            with unmoved_random():
+                first = _trace_once(model, kept, model.training if one_mode else True)
+                switched = {}
+                if not one_mode and len(kept) == known:
+                    switched = _differences(first, _trace_once(model, kept, False), kept)
+            if len(kept) == known:
+                break
     except ModesDiffer:
         raise GraphError(
             f"{name}: its forward() takes other paths in training than in evaluation;"
             " move what differs into a module of its own"
         ) from None
+    except _Unfaithful as error:
+        raise GraphError(
+            f"{name}: its forward() {error}, which torch.fx cannot follow; move that into a module"
+            " of its own"
+        ) from None
     except Exception as error:  # whatever the user's forward() raises on a proxy
         raise GraphError(
-            f"{name}: torch.fx cannot trace it ({' '.join(str(error).split())}); remove control"
+            f"{name}: torch.fx cannot trace it ({_reason(error)}); remove control"
             " flow that depends on tensor values from its forward()"
         ) from error
-
-
-def _is_layer(module: nn.Module) -> bool:
-    """Whether it is one step of the network: nothing inside it can be a block of its own.
-
-    That is a kind of torch's own layers (BatchNorm with an activation, say), or a module without
-    children that has at most one weight (its forward pass may hold what fx cannot follow).
-    """
-    bases = (base for base in type(module).__mro__ if base not in _CONTAINERS)
-    if any(base.__module__.startswith("torch.nn.modules") for base in bases):
-        return True
-    weights = sum(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
-    return not any(True for _ in module.children()) and weights < 2
-
-
-def _trace_both(model: nn.Module, *, strict: bool) -> fx.GraphModule:
-    with in_mode(model, True):
-        tracer = _Tracer(strict=strict)
-        graph = _trace_once(tracer, model)
-    reads = any(
-        reads_mode(type(module)) != "never"
-        for path, module in model.named_modules()
-        if module is model or not tracer.is_leaf_module(module, path)
-    )
-    if not reads:
-        return fx.GraphModule(model, graph, type(model).__name__)
-    with in_mode(model, False):
-        evaluating = _trace_once(_Tracer(strict=strict), model)
-    switched = differing_calls(graph, evaluating)
-    traced = fx.GraphModule(model, graph, type(model).__name__)
+    traced = fx.GraphModule(_Origins(model, first.constants), first.graph, name)
+    traced.meta |= {KEPT: kept, OWN: frozenset(model.state_dict())}
     for node, twin in switched.items():
         _switch(traced, node, twin)
     if switched:
@@ -136,22 +203,134 @@ def _trace_both(model: nn.Module, *, strict: bool) -> fx.GraphModule:
     return traced
 
 
-def _trace_once(tracer: fx.Tracer, model: nn.Module) -> fx.Graph:
-    fixed = {
-        name: parameter.default
-        for name, parameter in inspect.signature(model.forward).parameters.items()
-        if parameter.default is None or isinstance(parameter.default, (bool, int, float, str))
-    }
-    graph = tracer.trace(model, concrete_args=fixed or None)
-    # fx keeps an input for each fixed argument, and a check of its value: neither is needed.
-    for node in [n for n in graph.nodes if n.op == "placeholder" and n.args]:
-        if str(node.target).rpartition("_")[0] in fixed:
-            doomed = [node]
-            for member in doomed:
-                doomed += member.users
-            for member in reversed(doomed):
-                graph.erase_node(member)
-    return graph
+class _Origins(nn.Module):
+    """The modules and tensors of a network, and the constants that its trace came upon."""
+
+    def __init__(self, model: nn.Module, constants: dict[str, Any]) -> None:
+        super().__init__()
+        self.__dict__ |= {"training": model.training, "_model": model, **constants}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_model"], name)
+
+
+@dataclass(frozen=True, slots=True)
+class _Trace:
+    graph: fx.Graph
+    calls: list[Any]  # as `_Tracer.calls`
+    constants: dict[str, Any]  # tensors that it came upon, by the names that fx gave them
+
+
+def _trace_once(model: nn.Module, kept: dict[str, str], training: bool) -> _Trace:
+    copied = _copy(model)
+    for module in copied.modules():
+        module.training = training
+    tracer = _Tracer(kept)
+    graph = tracer.follow(copied)
+    targets = [str(node.target) for node in graph.nodes if node.op == "get_attr"]
+    constants = {n: getattr(copied, n) for n in targets if "." not in n and not hasattr(model, n)}
+    return _Trace(graph, tracer.calls, constants)
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """A deep copy, also of what the network's lambdas have hold of."""
+    memo: dict[int, Any] = {}
+    copied = copy.deepcopy(model, memo)
+    for module in copied.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, FunctionType) and value.__closure__:
+                cells = tuple(
+                    CellType(copy.deepcopy(c.cell_contents, memo)) for c in value.__closure__
+                )
+                vars(module)[name] = FunctionType(
+                    value.__code__, value.__globals__, value.__name__, value.__defaults__, cells
+                )
+    return copied
+
+
+def _differences(
+    training: _Trace, evaluating: _Trace, kept: dict[str, str]
+) -> dict[fx.Node, fx.Node]:
+    """The calls whose constants differ in evaluation; modules that do other things go to `kept`."""
+    others = list(_other_calls("", training.calls, evaluating.calls))
+    if not others:
+        try:
+            return differing_calls(training.graph, evaluating.graph)
+        except ModesDiffer as error:
+            others = [owner(error.args[0])]
+    if "" in others:
+        raise ModesDiffer
+    kept |= dict.fromkeys(others, OTHER_STEPS)
+    return {}
+
+
+def _other_calls(path: str, one: list[Any], other: list[Any]) -> Iterator[str]:
+    """Names of the innermost modules that were followed to other steps."""
+    mine, theirs = (
+        [step[0] if isinstance(step[1], list) else step for step in steps] for steps in (one, other)
+    )
+    if mine != theirs:
+        yield path
+        return
+    for (name, inner), (_, twin) in zip(one, other, strict=True):
+        if isinstance(inner, list):
+            yield from _other_calls(name, inner, twin)
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """Whether it is a kind of torch's own layers (BatchNorm with an activation, say)."""
+    bases = (base for base in type(module).__mro__ if base not in _CONTAINERS)
+    return any(base.__module__.startswith("torch.nn.modules") for base in bases)
+
+
+def _state(module: nn.Module) -> list[Any]:
+    """What a forward pass may change of a module without a trace of it in the graph."""
+    tensors = [(n, id(t), t._version) for n, t in module.named_buffers(recurse=False)]
+    tensors += [(n, id(p), p._version) for n, p in module.named_parameters(recurse=False)]
+    return tensors + [(n, v) for n, v in vars(module).items() if type(v) in (bool, int, float)]
+
+
+def _random_states() -> list[Any]:
+    numpy = sys.modules.get("numpy.random")
+    legacy = [(s := numpy.get_state())[1].tobytes(), s[2:]] if numpy else []
+    return [torch.get_rng_state().numpy().tobytes(), random.getstate(), *legacy]
+
+
+@contextmanager
+def unmoved_random() -> Iterator[None]:
+    """Whatever is drawn inside, the CPU's random number generators go on where they stood."""
+    numpy = sys.modules.get("numpy.random")
+    python, legacy = random.getstate(), numpy.get_state() if numpy else None
+    with torch.random.fork_rng(devices=[]):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            if numpy:
+                numpy.set_state(legacy)
+
+
+@contextmanager
+def _refusing_contexts() -> Iterator[None]:
+    """Have raise what would be run through without leaving a trace in the graph."""
+
+    def refuse(reason: str) -> Callable[..., Any]:
+        def raises(*_: Any, **__: Any) -> Any:
+            raise _Unfaithful(reason)
+
+        return raises
+
+    function = "calls an autograd.Function"
+    with (
+        mock.patch.object(torch.autograd.Function, "apply", refuse(function)),
+        mock.patch.object(torch.autocast, "__enter__", refuse("runs under torch.autocast")),
+    ):
+        yield
+
+
+def _reason(error: Exception) -> str:
+    line = " ".join(str(error).split()) or type(error).__name__
+    return line if len(line) <= _REASON else line[: _REASON - 3] + "..."
 
 
 def _switch(traced: fx.GraphModule, node: fx.Node, twin: fx.Node) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,58 +13,79 @@ from torch import Tensor, fx, nn
 
 from eps_train.errors import ConfigError, FileFormatError
 from eps_train.sealed import read_bytes
+from eps_train.tracing import OWN
 
-_NESTED = ("state_dict", "state", "model")  # under which others, and eps-train, keep their tensors
-_COUNTER = ".num_batches_tracked"  # of batch norms; older files have none
+# Under what others, and eps-train, keep their tensors: averaged ones first, as timm takes them.
+_AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
+_NESTED = (*_AVERAGED, "state_dict", "model_state_dict", "state", "model")
+_PREFIXES = ("module.", "_orig_mod.", "model.")  # of DataParallel, torch.compile, Lightning
+_COUNTERS = ("num_batches_tracked", "n_averaged")  # of batch norms, which older files lack; of EMA
 _OF_A_GATE = re.compile(
     r"(^|\.)gate\d*\.(epsilon|dead|steps|closed_steps|finite_steps|peak)$"
 )  # gates start anew
 
 
-def load_weights(path: Path, model: fx.GraphModule) -> tuple[str, ...]:
+def load_weights(
+    path: Path, model: fx.GraphModule, report: Callable[[str], None] = lambda line: None
+) -> tuple[str, ...]:
     """Fill a network that was just built with the tensors of a file; its gates are left alone.
+
+    Prefixes of wrappers are taken off the names. A first convolution for coloured images is summed
+    over its channels where the network takes grey ones.
 
     Args:
         path: `.safetensors`, or what `torch.save` wrote: a state dict, bare or under `state_dict`,
-            `model` or `state` (as in a checkpoint of eps-train). No pickled code is run.
+            `model`, `model_state_dict` or `state` (as in a checkpoint of eps-train), or an averaged
+            one under `state_dict_ema`, `model_ema` or `ema`. No pickled code is run.
         model: with gates or without.
+        report: told, a line each, what was chosen or changed.
 
     Returns:
-        Names of the tensors that stay as they were: those of the last linear layer, when the file
-        has it for another number of classes.
+        Names of the tensors that stay as they were: those of the last layers, when the file has
+        them for another number of classes or has none.
 
     Raises:
         FileFormatError: no such file, or not of one of these kinds.
         ConfigError: its tensors are not those of `model`.
     """
-    given = {name: t for name, t in _read(path).items() if not _OF_A_GATE.search(name)}
     needed = {name: t for name, t in model.state_dict().items() if not _OF_A_GATE.search(name)}
-    missing = [name for name in needed if name not in given and not name.endswith(_COUNTER)]
-    surplus = [name for name in given if name not in needed]
+    own = model.meta.get(OWN, needed.keys())
+    found = {name: t for name, t in _read(path, report).items() if not _OF_A_GATE.search(name)}
+    given = _without_prefixes(found, needed)
+    head, first = _ends(model)
+    skipped = [name for name in needed if name in head and name not in given]
+    # What the network as it was written does not save is a constant of its code.
+    missing = [n for n in needed if n in own and n not in given and not _is_counter(n)]
+    missing = [] if set(missing) <= set(skipped) else missing
+    surplus = [name for name in given if name not in needed and name not in own]
+    surplus = [name for name in surplus if not _is_counter(name)]
     if missing or surplus:
         raise ConfigError(
             f"--weights {path}: not of this network ({_difference(missing, surplus)}); --model must"
             " name the one that the file is of"
         )
-    head = _head(model)
-    skipped = []
-    for name, tensor in given.items():
-        here = needed[name]
+    fitting = {}
+    for name in needed.keys() & given.keys():
+        tensor, here = given[name], needed[name]
+        if name == first and tensor.dim() == 4 and (tensor.shape[1], here.shape[1]) == (3, 1):
+            tensor = tensor.sum(1, keepdim=True)
+            report(f"{name} is for coloured images, so its channels are summed")
         if tensor.shape == here.shape:
-            continue
-        if name not in head or tensor.shape[1:] != here.shape[1:]:
+            fitting[name] = tensor
+        elif name in head and tensor.shape[1:] == here.shape[1:]:
+            skipped.append(name)
+        else:
             raise ConfigError(
                 f"--weights {path}: {name} is {_shape(tensor)} in the file, {_shape(here)} in the"
                 " network"
             )
-        skipped.append(name)
     with torch.no_grad():
-        for name in given.keys() - set(skipped):
-            needed[name].copy_(given[name])
-    return tuple(skipped)
+        for name, tensor in fitting.items():
+            needed[name].copy_(tensor)
+    return tuple(name for name in needed if name in skipped)
 
 
-def _read(path: Path) -> Mapping[str, Tensor]:
+def _read(path: Path, report: Callable[[str], None]) -> Mapping[str, Tensor]:
     content = read_bytes(path)
     try:
         if path.suffix == ".safetensors":
@@ -79,9 +100,15 @@ def _read(path: Path) -> Mapping[str, Tensor]:
     except Exception as error:  # both libraries raise many types
         raise FileFormatError(
             f"{path}: no state dict (.pt, .pth) and no .safetensors file, or damaged, or it holds"
-            " more than tensors"
+            " more than tensors; if you trust it, save its tensors alone, with"
+            f' torch.save(torch.load("{path.name}", weights_only=False)["model"], "weights.pt")'
         ) from error
-    while isinstance(found, Mapping) and (key := next((k for k in _NESTED if k in found), None)):
+    _say_what_revives(path, found, report)
+    while isinstance(found, Mapping) and (
+        key := next((k for k in _NESTED if isinstance(found.get(k), Mapping)), None)
+    ):
+        if key in _AVERAGED:
+            report(f"taking the averaged weights of {path.name} ({key})")
         found = found[key]
     if not isinstance(found, Mapping) or not found:
         raise FileFormatError(f"{path}: holds no state dict")
@@ -90,15 +117,58 @@ def _read(path: Path) -> Mapping[str, Tensor]:
     return {str(name): tensor for name, tensor in found.items()}
 
 
-def _head(model: fx.GraphModule) -> set[str]:
-    """Tensors of the linear layer that is computed last."""
+def _say_what_revives(path: Path, found: Any, report: Callable[[str], None]) -> None:
+    """A run starts with all of its blocks, also those that the file's own run took out."""
+    if not isinstance(found, Mapping) or not str(found.get("format")).startswith("eps-resnet"):
+        return
+    if "gates" not in found:
+        raise ConfigError(
+            f"--weights {path}: is a compact network; to train one on, run eps-compact on its"
+            " checkpoint with --finetune-epochs"
+        )
+    dead = [record["block"] for record in found["gates"] if record.get("death")]
+    if dead:
+        report(
+            f"warning: {len(dead)} blocks that had died in {path.name} are alive again"
+            f" ({dead[0]}, ...); to train on without them, use eps-compact --finetune-epochs"
+        )
+
+
+def _without_prefixes(
+    given: Mapping[str, Tensor], needed: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The tensors by the names that the network has for them."""
+    found = dict(given)
+    while not found.keys() & needed.keys():
+        prefix = next((p for p in _PREFIXES if any(name.startswith(p) for name in found)), None)
+        if prefix is None:
+            return dict(given)
+        found = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+    return found
+
+
+def _is_counter(name: str) -> bool:
+    return name.rpartition(".")[2] in _COUNTERS
+
+
+def _ends(model: fx.GraphModule) -> tuple[set[str], str | None]:
+    """Tensors of the layers that the output comes from; the weight that the images meet first."""
     modules = dict(model.named_modules())
-    linear = [
-        str(node.target)
-        for node in model.graph.nodes
-        if node.op == "call_module" and isinstance(modules[str(node.target)], nn.Linear)
-    ]
-    return {f"{linear[-1]}.weight", f"{linear[-1]}.bias"} if linear else set()
+    layers = {
+        node: modules[str(node.target)] for node in model.graph.nodes if node.op == "call_module"
+    }
+    weighted = (nn.Linear, nn.Conv2d)
+    last, waiting = set(), list(model.graph.output_node().all_input_nodes)
+    while waiting:
+        node = waiting.pop()
+        if isinstance(layers.get(node), weighted):
+            last |= {f"{node.target}.weight", f"{node.target}.bias"}
+        elif node.op in ("call_function", "call_method") or (
+            node in layers and not list(layers[node].parameters())
+        ):
+            waiting += node.all_input_nodes
+    first = next((n.target for n, layer in layers.items() if isinstance(layer, nn.Conv2d)), None)
+    return last, None if first is None else f"{first}.weight"
 
 
 def _difference(missing: list[str], surplus: list[str]) -> str:
