@@ -14,7 +14,7 @@ class Smooth(nn.Module):
         self.stem = nn.Conv2d(1, 6, 3, padding=1)
         self.one = nn.Conv2d(6, 6, 3, padding=1)
         self.two = nn.Conv2d(6, 6, 3, padding=1)
-        self.head = nn.Linear(6 * 16, num_classes)
+        self.head: nn.Module = nn.Linear(6 * 16, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.stem(x))

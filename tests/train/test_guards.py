@@ -11,8 +11,10 @@ from eps_train.evaluate import Score
 from tests.train.runs import digits
 
 
-def test_blocks_that_belong_to_no_stage_are_the_network() -> None:
+def test_a_stage_that_dies_before_anything_was_learned() -> None:
     death = Death(epoch=2, epsilon=1.0, steps=20, peak=0.5, heldout_peak=0.5, samples=9)
     dead = GateRecord(block="one", epsilon=1.0, steps=10, closed_steps=10, peak=0.5, death=death)
-    with pytest.raises(TrainingError, match=r"^every block of the network died by epoch 5"):
-        guards.refuse_collapse([dead], Score(0.2, 2.0, 9), digits(), epoch=5)
+    with pytest.raises(TrainingError, match=r"^every block of the first died by epoch 5"):
+        guards.refuse_collapse(
+            [dead], Score(0.2, 2.0, 9), digits(), epoch=5, stages={"one": "the first"}
+        )
