@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-Body = Callable[[Any, Tensor], Tensor]
+Body = Callable[[Any, Tensor], Any]
 
 
 class Block(nn.Module):
@@ -29,7 +29,7 @@ class Block(nn.Module):
         self.r, self.i, self.drop = nn.ReLU(inplace=True), nn.Identity(), nn.Dropout(0.0)
         self.body = body
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         assert self.body is not None
         return self.body(self, x)
 
@@ -44,44 +44,44 @@ def twice(body: Body) -> Callable[[], nn.Module]:
     return lambda: network(Block(body), Block(body))
 
 
-def _iadd(s: Any, x: Tensor) -> Tensor:
+def _iadd(s: Any, x: Tensor) -> Any:
     out: Tensor = s.n(s.c(x))
     out += x
     return s.r(out)
 
 
-def _into_shortcut(s: Any, x: Tensor) -> Tensor:
+def _into_shortcut(s: Any, x: Tensor) -> Any:
     x = x * 1.5
     x += s.c(x)
     return x
 
 
-def _held_view(s: Any, x: Tensor) -> Tensor:
+def _held_view(s: Any, x: Tensor) -> Any:
     out = s.c(x)
     view = out.flatten(2)
     out += x
     return F.relu(out) * view.mean(-1)[..., None, None]
 
 
-def _held_dropout(s: Any, x: Tensor) -> Tensor:
+def _held_dropout(s: Any, x: Tensor) -> Any:
     out = s.c(x)
     kept = s.drop(out)
     out += x
     return F.relu(out) + 0.5 * kept
 
 
-def _asserting(s: Any, x: Tensor) -> Tensor:
+def _asserting(s: Any, x: Tensor) -> Any:
     out = s.c(x)
     torch._assert(out.shape[1] == 8, "eight channels")
     return x + out
 
 
-def _no_grad(s: Any, x: Tensor) -> Tensor:
+def _no_grad(s: Any, x: Tensor) -> Any:
     with torch.no_grad():
         return F.relu(x + s.c(x))
 
 
-def _autocast(s: Any, x: Tensor) -> Tensor:
+def _autocast(s: Any, x: Tensor) -> Any:
     with torch.autocast("cpu", torch.bfloat16):
         out = s.c(x)
     return x + out.float()
@@ -98,72 +98,72 @@ class Round(torch.autograd.Function):
 
 
 class StraightThrough(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        rounded: Tensor = Round.apply(x * 4)
+    def forward(self, x: Tensor) -> Any:
+        rounded: Tensor = Round.apply(x * 4)  # type: ignore[no-untyped-call]
         return rounded / 4
 
 
-def _stochastic(s: Any, x: Tensor) -> Tensor:
+def _stochastic(s: Any, x: Tensor) -> Any:
     if s.training and random.random() < 0.3:
         return x
     return x + s.c(x)
 
 
-def _stochastic_torch(s: Any, x: Tensor) -> Tensor:
+def _stochastic_torch(s: Any, x: Tensor) -> Any:
     if s.training and torch.rand(1).item() < 0.3:
         return x
     return x + s.n(s.c(x))
 
 
-def _survival(s: Any, x: Tensor) -> Tensor:
+def _survival(s: Any, x: Tensor) -> Any:
     if s.training:
         keep = torch.bernoulli(torch.tensor(0.7)).item()
         return x + s.c(x) if keep else x
     return x + 0.7 * s.c(x)
 
 
-def _counting(s: Any, x: Tensor) -> Tensor:
+def _counting(s: Any, x: Tensor) -> Any:
     s.steps = getattr(s, "steps", 0) + 1
     return x + s.c(x)
 
 
-def _saving(s: Any, x: Tensor) -> Tensor:
+def _saving(s: Any, x: Tensor) -> Any:
     s.seen = s.c(x)
     return x + s.seen
 
 
-def _concat(s: Any, x: Tensor) -> Tensor:
+def _concat(s: Any, x: Tensor) -> Any:
     one, two = x.chunk(2, dim=1)
     return torch.cat([one, two + s.c(x)[:, :4]], dim=1)
 
 
-def _split_heads(s: Any, x: Tensor) -> Tensor:
+def _split_heads(s: Any, x: Tensor) -> Any:
     n, c, h, w = x.shape
     out = s.c(x).reshape(n, c, h * w).transpose(1, 2).softmax(-1).transpose(1, 2).view(n, c, h, w)
     return x + out
 
 
-def _dense(s: Any, x: Tensor) -> Tensor:
+def _dense(s: Any, x: Tensor) -> Any:
     y = x + s.c(x)
     return y + s.d(y) + x
 
 
-def _squeeze(s: Any, x: Tensor) -> Tensor:
+def _squeeze(s: Any, x: Tensor) -> Any:
     out = s.c(x)
     return x + out * s.d(out).mean((2, 3), keepdim=True).sigmoid()
 
 
-def _list_sum(s: Any, x: Tensor) -> Tensor:
+def _list_sum(s: Any, x: Tensor) -> Any:
     return sum([s.c(x), s.d(x)], x)
 
 
-def _weights_off(s: Any, x: Tensor) -> Tensor:
+def _weights_off(s: Any, x: Tensor) -> Any:
     if s.a > 0:
         return x + s.c(x)
     return x
 
 
-def _channels_last(s: Any, x: Tensor) -> Tensor:
+def _channels_last(s: Any, x: Tensor) -> Any:
     out = x.permute(0, 2, 3, 1) + s.c(x).permute(0, 2, 3, 1)
     return out.permute(0, 3, 1, 2)
 
@@ -261,7 +261,7 @@ BODIES: dict[str, tuple[int | None, Body]] = {
 
 
 class Add(nn.Module):
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor) -> Any:
         return x + y
 
 
@@ -272,7 +272,7 @@ class Residual(nn.Module):
         super().__init__()
         self.branch = branch
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         out: Tensor = self.branch(x) + x
         return out
 
@@ -282,7 +282,7 @@ class Adding(Block):
         super().__init__()
         self.add = add
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         out: Tensor = self.add(x, self.c(x))
         return out
 
@@ -290,7 +290,7 @@ class Adding(Block):
 class Merge(nn.Module):
     """fastai's: the input is kept as an attribute of the tensor."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         out: Tensor = x + x.orig  # type: ignore[attr-defined]
         return out
 
@@ -300,7 +300,7 @@ class Lambda(nn.Module):
         super().__init__()
         self.function = function
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return self.function(x)
 
 
@@ -311,17 +311,19 @@ class OneWeight(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(8, 8, 3, 3) * 0.1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return x + F.conv2d(x, self.weight, padding=1)
 
 
 class Ema(nn.Module):
+    ema: Tensor
+
     def __init__(self, *, assigned: bool = False) -> None:
         super().__init__()
         self.register_buffer("ema", torch.ones(1, 8, 1, 1))
         self.assigned = assigned
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         if self.training:
             seen = 0.1 * x.detach().abs().mean((0, 2, 3), keepdim=True)
             if self.assigned:
@@ -332,11 +334,13 @@ class Ema(nn.Module):
 
 
 class EmaBlock(Block):
+    ema: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("ema", torch.ones(()))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         if self.training:
             self.ema.mul_(0.9)
         out: Tensor = x + self.c(x) * self.ema
@@ -348,7 +352,7 @@ class Branch(nn.Module):
         super().__init__()
         self.c, self.behind = nn.Conv2d(8, 8, 3, padding=1), nn.Sequential(*behind)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         out: Tensor = self.behind(self.c(x))
         return out
 
@@ -365,7 +369,7 @@ class Frozen(nn.Sequential):
 
 
 class DropPath(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         if not self.training:
             return x
         return x * x.new_empty(len(x), 1, 1, 1).bernoulli_(0.7) / 0.7
@@ -376,7 +380,7 @@ class Warm(Block):
 
     calls = 0
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         self.calls += 1
         out: Tensor = x + self.c(x) * min(1.0, self.calls / 10)
         return out
@@ -387,7 +391,7 @@ class Loop(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in range(3))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         for layer in self.layers:
             x = x + layer(F.relu(x))
         return x
@@ -401,7 +405,7 @@ class Down(Block):
         self.c.stride = self.p_stride = (2, 2)
         self.p = nn.Conv2d(8, 8, 1, 2)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         out: Tensor = self.p(x) + self.d(F.relu(self.c(x)))
         return out
 
@@ -413,8 +417,8 @@ class Recurrent(nn.Module):
         super().__init__()
         self.block = Block(lambda s, x: x + s.c(x))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.block(self.block(self.block(x)))  # type: ignore[no-any-return]
+    def forward(self, x: Tensor) -> Any:
+        return self.block(self.block(self.block(x)))
 
 
 class Attention(nn.Module):
@@ -423,7 +427,7 @@ class Attention(nn.Module):
         self.norm, self.attention = nn.LayerNorm(8), nn.MultiheadAttention(8, 2, batch_first=True)
         self.mlp = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         y = x.flatten(2).transpose(1, 2)
         z = self.norm(y)
         y = y + self.attention(z, z, z, need_weights=False)[0]
@@ -432,18 +436,18 @@ class Attention(nn.Module):
 
 
 class Dictionary(Block):
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         parts = {"shortcut": x, "branch": self.c(x)}
         return parts["shortcut"] + parts["branch"]
 
 
-def _closure() -> nn.Module:
+def _closure() -> Any:
     """Two layers are registered, but only a lambda calls them."""
-    model = network(Lambda(lambda x: x), Block(lambda s, x: x + s.c(x)))
+    model: Any = network(Lambda(lambda x: x), Block(lambda s, x: x + s.c(x)))
     block = Block()
     model.add_module("hidden", nn.Identity())
-    model.hidden.add_module("inner", block)  # type: ignore[operator]
-    model[1].function = lambda x: F.relu(block.c(x))  # type: ignore[union-attr]
+    model.hidden.add_module("inner", block)
+    model[1].function = lambda x: F.relu(block.c(x))
     return model
 
 
@@ -453,21 +457,21 @@ def _tied() -> nn.Module:
     return network(one, other)
 
 
-def _hooked() -> nn.Module:
-    model = network(Block(lambda s, x: x + s.c(x)))
-    model[1].c.register_forward_hook(lambda m, a, out: out * 0.5)  # type: ignore[union-attr]
+def _hooked() -> Any:
+    model: Any = network(Block(lambda s, x: x + s.c(x)))
+    model[1].c.register_forward_hook(lambda m, a, out: out * 0.5)
     return model
 
 
-def _weight_norm() -> nn.Module:
-    model = network(Block(lambda s, x: x + s.c(x)))
-    nn.utils.parametrizations.weight_norm(model[1].c)  # type: ignore[union-attr]
+def _weight_norm() -> Any:
+    model: Any = network(Block(lambda s, x: x + s.c(x)))
+    nn.utils.parametrizations.weight_norm(model[1].c)
     return model
 
 
-def _spectral_norm() -> nn.Module:
-    model = network(Block(lambda s, x: x + s.c(x)))
-    nn.utils.parametrizations.spectral_norm(model[1].c)  # type: ignore[union-attr]
+def _spectral_norm() -> Any:
+    model: Any = network(Block(lambda s, x: x + s.c(x)))
+    nn.utils.parametrizations.spectral_norm(model[1].c)
     return model
 
 

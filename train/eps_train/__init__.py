@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from eps_train.checkpoint import Checkpoint
     from eps_train.errors import EpsError
     from eps_train.gate import EpsilonGate
-    from eps_train.graph import insert_gates, remove_blocks
+    from eps_train.graph import insert_gates, remove_blocks, ungated
     from eps_train.network import NetworkSpec
 
 _HOMES = {
@@ -22,6 +22,7 @@ _HOMES = {
     "NetworkSpec": "network",
     "insert_gates": "graph",
     "remove_blocks": "graph",
+    "ungated": "graph",
 }
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "NetworkSpec",
     "insert_gates",
     "remove_blocks",
+    "ungated",
 ]
 
 

@@ -81,8 +81,8 @@ _OPTIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
         _RUN,
         "--model",
         {
-            "help": "cifar:DEPTH, imagenet:DEPTH (or DEPTHxWIDTH), torchvision:NAME, timm:NAME,"
-            " or package.module:factory."
+            "help": "cifar:DEPTH, imagenet:DEPTH (or DEPTHxWIDTH), torchvision:NAME,"
+            " timm:NAME[,ARGUMENT=VALUE], or package.module:factory."
         },
     ),
     (_RUN, "--epochs", {"type": _POSITIVE, "help": "Length of the run."}),

@@ -65,7 +65,7 @@ def load_weights(
             " name the one that the file is of"
         )
     fitting = {}
-    for name in needed.keys() & given.keys():
+    for name in [name for name in needed if name in given]:
         tensor, here = given[name], needed[name]
         if name == first and tensor.dim() == 4 and (tensor.shape[1], here.shape[1]) == (3, 1):
             tensor = tensor.sum(1, keepdim=True)
