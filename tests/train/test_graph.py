@@ -227,7 +227,8 @@ class Lone(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = self.layer(x)
         torch._assert(out.shape[1] == 4, "four channels")
-        return x + out
+        total: Tensor = x + out
+        return total
 
 
 def test_an_assertion_goes_with_what_it_looks_at() -> None:
