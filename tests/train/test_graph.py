@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from eps_train import graph
+from eps_train.branches import branch_parameters
 from eps_train.errors import GraphError
 from eps_train.gate import EpsilonGate
 from eps_train.networks import CifarResNet, Tap
@@ -208,6 +209,33 @@ def test_a_network_that_cannot_be_traced() -> None:
 
     with pytest.raises(GraphError, match=r"Branching: torch\.fx cannot trace it"):
         graph.trace(Branching())
+
+
+def test_a_stage_is_a_row_of_blocks_whose_results_have_one_shape() -> None:
+    found = graph.stages(graph.trace(network()), (1, 8, 8))
+    assert found == {block: block.rpartition(".")[0] for block in BLOCKS}
+    apart = graph.insert_gates(nn.Sequential(*(nn.Sequential(Lone()) for _ in range(4))))
+    assert len(graph.gates(apart)) == 4
+    assert len(set(graph.stages(apart, (4, 4, 4)).values())) == 1
+
+
+class Lone(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.layer(x)
+        torch._assert(out.shape[1] == 4, "four channels")
+        total: Tensor = x + out
+        return total
+
+
+def test_an_assertion_goes_with_what_it_looks_at() -> None:
+    model = graph.insert_gates(nn.Sequential(Lone(), Lone()))
+    left = graph.remove_blocks(model, ["0"])
+    assert not any(name.startswith("0.") for name in left.state_dict())
+    assert branch_parameters(model) == dict.fromkeys("01", 4 * 4 * 9 + 4)
 
 
 def test_names() -> None:
