@@ -253,5 +253,5 @@ def test_other_data_than_it_was_trained_on_is_refused(
     monkeypatch.setattr(data, "load", lambda *_, **__: replace(digits, identity=other))
     result = deploy(workshop)
     assert result.code == 1
-    assert "not the images that the checkpoint was trained on" in result.error
+    assert "its test images are not those that the checkpoint was tested on" in result.error
     assert not (workshop / "bundle").exists()

@@ -21,7 +21,7 @@ from eps_deploy.cli import main
 from eps_deploy.engines.base import EngineError
 from eps_deploy.exporting.export import Deployed
 from eps_deploy.exporting.onnx_types import layer_types
-from eps_deploy.measuring.limits import AGREEMENT_LIMITS, PARITY_LIMITS
+from eps_deploy.measuring.limits import PARITY_LIMITS
 from eps_deploy.sources import find_sources
 from eps_deploy.verify_cli import main as verify_main
 from eps_train import data, graph
@@ -43,13 +43,6 @@ def deploy(folder: Path, *args: object) -> Result:
 def report_of(folder: Path) -> dict[str, Any]:
     loaded: dict[str, Any] = json.loads((folder / "bundle" / "report.json").read_bytes())
     return loaded
-
-
-@pytest.fixture
-def any_class(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An untrained network's classes are near ties, which rounding decides."""
-    for name in AGREEMENT_LIMITS:
-        monkeypatch.setitem(AGREEMENT_LIMITS, name, 0.0)
 
 
 @pytest.mark.usefixtures("any_class")

@@ -54,7 +54,12 @@ def report_of(folder: Path) -> dict[str, Any]:
     ids=["fp16", "int8", "fp32 of one image on the second GPU"],
 )
 def test_a_bundle_with_its_plan(
-    workshop: Path, machine: Machine, flags: tuple[str, ...], executed: str, device: int
+    workshop: Path,
+    machine: Machine,
+    any_class: None,
+    flags: tuple[str, ...],
+    executed: str,
+    device: int,
 ) -> None:
     result = deploy(workshop, *flags)
     assert result.code == 0, result.stderr

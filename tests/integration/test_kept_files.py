@@ -103,7 +103,7 @@ def test_a_missing_package_is_one_line(tmp_path: Path, monkeypatch: pytest.Monke
     result = eps_train(tmp_path, *TINY, "--tensorboard")
     assert result.code == 1
     expected = "tensorboard is not installed; pip install 'eps-resnet[train]'"
-    assert result.stderr == f"eps-train: error: {expected}\n"
+    assert result.error == f"eps-train: error: {expected}"
     assert not list(tmp_path.iterdir())
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from eps_deploy.bundle import Bundle
 from eps_deploy.engines.base import Engine
-from eps_deploy.loading import open_engine
+from eps_deploy.loading import open_served
 from eps_deploy.serve_cli import main
 from eps_deploy.serving import model as model_module
 from eps_deploy.serving import server as server_module
@@ -90,11 +90,11 @@ def test_so_many_engines_are_open(
 ) -> None:
     opened: list[object] = []
 
-    def counted(bundle: Bundle, **options: Any) -> Engine:
+    def counted(bundle: Bundle, *arguments: Any) -> Engine:
         opened.append(bundle)
-        return open_engine(bundle, **options)
+        return open_served(bundle, *arguments)
 
-    monkeypatch.setattr(model_module, "open_engine", counted)
+    monkeypatch.setattr(model_module, "open_served", counted)
     asked = settings("--instances", count)
     with thread(deployed / "bundle", limits=asked.limits, batching=asked.source.batching):
         assert len(opened) == count
