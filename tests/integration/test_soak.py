@@ -89,7 +89,7 @@ def progress(folder: Path) -> tuple[int, int]:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # minutes on an idle core, but many more beside other work
 def test_twenty_kills_at_random_moments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     monkeypatch.setenv("PYTHONPATH", path)  # for `tests`
     undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
     undisturbed.mkdir()

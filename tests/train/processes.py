@@ -46,7 +46,8 @@ def run(
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    with mock.patch.dict(os.environ, PYTHONPATH=str(ROOT)):
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    with mock.patch.dict(os.environ, PYTHONPATH=path):
         forkserver.ensure_running()
     ends, processes = [], []
     for rank in range(size):
