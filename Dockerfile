@@ -37,6 +37,7 @@ FROM tools AS wheel
 RUN --mount=type=cache,target=/var/cache/pip \
     /opt/pip/bin/pip install hatchling
 COPY LICENSE README.md ./
+COPY core core
 COPY train train
 COPY compact compact
 COPY deploy/eps_deploy deploy/eps_deploy

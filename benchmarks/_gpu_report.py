@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from eps_deploy import nvidia
-from eps_train.atomic import replace_file
+from eps_core.files import replace_file
+from eps_deploy.bench import machine
 
 SCHEMA = 1
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,7 +50,7 @@ class Step:
 
 
 def main() -> int:
-    gpus = nvidia.gpus()
+    gpus = machine.gpus()
     if not gpus:
         say("gpu-report: nvidia-smi lists no NVIDIA GPU here; nothing was run")
         return 1

@@ -18,10 +18,10 @@ from _steps import random_images
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from eps_train import batches
-from eps_train.images import ImageSet
+from eps_train.data import batches
+from eps_train.data.downloads import import_torchvision
+from eps_train.data.images import ImageSet
 from eps_train.recipes import cifar
-from eps_train.vision import import_torchvision
 
 IMAGES = 25_600
 ROUNDS = 5

@@ -13,11 +13,10 @@ from _steps import random_images
 from torch import nn
 
 from eps_compact import folding
-from eps_deploy.exporting.export import Deployed
-from eps_train import graph
-from eps_train.cost import cost
-from eps_train.data import DataIdentity
-from eps_train.network import NetworkSpec
+from eps_deploy.export.export import Deployed
+from eps_train.data.dataset import DataIdentity
+from eps_train.gating import rewriting
+from eps_train.models.spec import NetworkSpec, cost
 from eps_train.recipes import cifar
 
 
@@ -55,8 +54,8 @@ def pair(depth: int, dead: int) -> Pair:
             nn.init.uniform_(module.running_var, 0.5, 1.5)
     gated.eval()
     doomed = random.Random(0).sample(spec.gated, dead)
-    full = graph.drop_taps(graph.drop_gates(gated)).eval()
-    rest = graph.drop_taps(graph.drop_gates(graph.remove_blocks(gated, doomed))).eval()
+    full = rewriting.drop_taps(rewriting.drop_gates(gated)).eval()
+    rest = rewriting.drop_taps(rewriting.drop_gates(rewriting.remove_blocks(gated, doomed))).eval()
     compact, _ = folding.fold(rest)
     identity = random_images(cifar("cifar10-110", dataset="cifar10", depth=depth), 64).identity
     shape = identity.input_shape

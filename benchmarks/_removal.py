@@ -13,16 +13,17 @@ import torch
 from _rounds import Options, Plan, seconds_of
 from digits import train_side_by_side
 
-from eps_train import data, recipes
+from eps_train import recipes
 from eps_train.config import TrainingConfig
-from eps_train.data import Data
-from eps_train.loop import Trainer
+from eps_train.data import dataset
+from eps_train.data.dataset import Data
+from eps_train.training.trainer import Trainer
 
 
 def removal(options: Options) -> Plan:
     """Seconds of a run whose dead blocks leave the network over those of the plain network."""
     recipe = recipes.digits()
-    images = data.load(recipe.dataset)
+    images = dataset.load(recipe.dataset)
     on_cpu = options.device.type == "cpu"
 
     def single_threaded(work: Callable[[], Any]) -> Any:

@@ -19,16 +19,15 @@ import torch
 from _rounds import Options, Plan, in_turns, ratio, seconds_of
 from torch import Tensor
 
-from eps_train import step
+from eps_core.preprocessing import Preprocessing
 from eps_train.config import TrainingConfig
-from eps_train.cuda_graph import GraphedStep
-from eps_train.data import Data, split
-from eps_train.images import ImageSet, Source
-from eps_train.loop import Trainer
-from eps_train.optimizer import set_rate
-from eps_train.preprocess import Preprocessing
+from eps_train.data.dataset import Data, split
+from eps_train.data.images import ImageSet, Source
 from eps_train.recipes import cifar
-from eps_train.step import TrainingStep
+from eps_train.training import step
+from eps_train.training.optimizer import set_rate
+from eps_train.training.step import GraphedStep, TrainingStep
+from eps_train.training.trainer import Trainer
 
 LIMIT = 1.04  # of a step with gates over one without
 OPEN = 1e-30  # an epsilon that no branch stays below

@@ -27,7 +27,7 @@ import click
 from _rounds import NotRun, Options, Plan, in_turns, ratio
 from PIL import Image
 
-from eps_train import data
+from eps_train.data import dataset
 
 SIZE = 32
 BATCH = 128
@@ -148,7 +148,7 @@ def _workers() -> int:
 
 def _write(folder: Path, copies: int) -> dict[str, int]:
     """Write digits as colour PNG files, by part and class; returns how many for each part."""
-    digits = data.load("digits")
+    digits = dataset.load("digits")
     parts = {"train": digits.train, "val": digits.validation, "test": digits.test}
     for part, images in parts.items():
         for label in range(10):

@@ -12,8 +12,8 @@ from _peers import Side
 from _servers import Server, held
 from _wrk import Load, load
 
+from eps_deploy.bench.machine import Conditions, Watch
 from eps_deploy.engines.base import Engine, Images
-from eps_deploy.measuring.clocks import Conditions, Watch
 
 SETTLING = 1  # seconds of load that are not counted
 FLOOR = 0.5  # seconds for each of its batch sizes

@@ -28,15 +28,14 @@ from _rounds import in_turns, machine, ratio, say, seconds_of
 from _steps import random_images
 from torch import Tensor, nn
 
-from eps_compact.compaction import Compaction, compact_checkpoint
-from eps_compact.rewrite import compact
-from eps_train import graph
-from eps_train.checkpoint import Checkpoint, Death, GateRecord
-from eps_train.data import Data
-from eps_train.evaluate import logits
-from eps_train.network import NetworkSpec
-from eps_train.networks import Normalize
+from eps_compact.compaction import Compaction, compact, compact_checkpoint
+from eps_train.data.dataset import Data
+from eps_train.gating import rewriting
+from eps_train.models.cifar import Normalize
+from eps_train.models.spec import NetworkSpec
 from eps_train.recipes import cifar
+from eps_train.training.checkpoint import Checkpoint, Death, GateRecord
+from eps_train.training.evaluate import logits
 
 EPSILON = 2.5
 HELDOUT = 32  # images that stand for the validation part
@@ -86,7 +85,7 @@ def _checkpoint(data: Data, depth: int, dead: int) -> Checkpoint:
     with torch.no_grad():
         model.train()(normalize(_images(HELDOUT)))
     doomed = set(random.Random(0).sample(spec.gated, dead))
-    for gate in graph.gates(model).values():
+    for gate in rewriting.gates(model).values():
         gate.reset_record()
     death = Death(epoch=9, epsilon=EPSILON, steps=60, peak=1.25, heldout_peak=1.0, samples=HELDOUT)
     return Checkpoint(
@@ -177,7 +176,7 @@ def _latency(done: Compaction, checkpoint: Checkpoint, rounds: int) -> list[dict
     gated = checkpoint.build_gated().eval()
     data = checkpoint.data
     sides: dict[str, nn.Module] = {
-        "full": graph.drop_taps(graph.drop_gates(gated)),
+        "full": rewriting.drop_taps(rewriting.drop_gates(gated)),
         "compact": compact(gated),
         "folded": done.artifact.build(),
     }

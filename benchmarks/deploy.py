@@ -32,12 +32,12 @@ import torch
 from _pruned import Pair, pair
 from _rounds import machine, say
 
-from eps_compact.interleaving import Clock, Runs, interleave, wall
-from eps_compact.intervals import ratio_of_medians
+from eps_core.interleave import Clock, Runs, interleave, wall
+from eps_core.stats import ratio_of_medians
+from eps_deploy.bench.latency import noise, spread, verdict
+from eps_deploy.bench.machine import Watch
 from eps_deploy.engines.base import Images
-from eps_deploy.exporting.export import export_onnx
-from eps_deploy.measuring.clocks import Watch
-from eps_deploy.measuring.latency import noise, spread, verdict
+from eps_deploy.export.export import export_onnx
 
 BATCHES = (1, 16)
 DEPTH, DEAD = 110, 43

@@ -24,16 +24,17 @@ import click
 import torch
 
 from eps_compact.compaction import Compaction, compact_checkpoint
+from eps_deploy.bench import latency
 from eps_deploy.engines.ort import OrtEngine
-from eps_deploy.exporting.export import export_onnx
-from eps_deploy.measuring import latency
-from eps_train import data, graph
-from eps_train.checkpoint import Checkpoint
+from eps_deploy.export.export import export_onnx
 from eps_train.config import TrainingConfig
-from eps_train.cost import cost
-from eps_train.data import Data
-from eps_train.loop import Trainer
+from eps_train.data import dataset
+from eps_train.data.dataset import Data
+from eps_train.gating import rewriting
+from eps_train.models.spec import cost
 from eps_train.recipes import digits
+from eps_train.training.checkpoint import Checkpoint
+from eps_train.training.trainer import Trainer
 
 LATENCY_SECONDS = 20.0  # a batch size
 
@@ -46,7 +47,7 @@ def main(seeds: str, epochs: int | None, model: str | None) -> None:
     """Train, compact, export and time the digits recipe for every seed."""
     recipe = digits()
     recipe = replace(recipe, epochs=epochs or recipe.epochs, model=model or recipe.model)
-    images = data.load(recipe.dataset)
+    images = dataset.load(recipe.dataset)
     torch.set_num_threads(recipe.cpu_threads)
     results = [_one_seed(replace(recipe, seed=int(seed)), images) for seed in seeds.split(",")]
     print(json.dumps({"machine": _machine(), "seeds": results, "mean": _mean(results)}))
@@ -132,7 +133,7 @@ def _latency(
 ) -> list[dict[str, Any]]:
     networks = {
         "compact": compaction.artifact.build(),
-        "plain": graph.drop_taps(plain.build_gated()),
+        "plain": rewriting.drop_taps(plain.build_gated()),
     }
     for name, network in networks.items():
         export_onnx(network, plain.data, folder / f"{name}.onnx")

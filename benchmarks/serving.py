@@ -42,9 +42,9 @@ from _standings import OURS, judge, row, table
 from _turns import Contender, Floor, in_turns, watch_idle
 from _wrk import need_wrk
 
+from eps_deploy.bundle import ONNX
 from eps_deploy.engines.base import Images, Logits
 from eps_deploy.engines.ort import OrtEngine
-from eps_deploy.loading import ONNX
 
 BATCHES = (1, 2, 4, 8, 16)  # the floor's
 SAME = 1e-4  # of the largest logit, that a server's answer may differ

@@ -28,9 +28,9 @@ from _rounds import NotRun, Options, Plan, machine, say
 from _steps import gate, memory
 from _timm import timm
 
-from eps_train import devices
+from eps_core.errors import ConfigError
 from eps_train.config import CHOICES
-from eps_train.errors import ConfigError
+from eps_train.training import forward
 
 SECTIONS: dict[str, Callable[[Options], Plan]] = {
     "gate": gate,
@@ -82,7 +82,7 @@ def main(
 ) -> None:
     """Measure what training costs, side by side."""
     try:
-        target = devices.choose(device)
+        target = forward.choose(device)
     except ConfigError as error:
         raise click.ClickException(str(error)) from None
     options = Options(

@@ -8,9 +8,10 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from eps_train import data, recipes
-from eps_train.checkpoint import Checkpoint, Death, GateRecord
-from eps_train.network import NetworkSpec
+from eps_train import recipes
+from eps_train.data import dataset
+from eps_train.models.spec import NetworkSpec
+from eps_train.training.checkpoint import Checkpoint, Death, GateRecord
 
 EPSILON = 2.5
 
@@ -19,7 +20,7 @@ def make_checkpoint(
     *, dead: Sequence[str] = (), depth: int = 20, width: int = 4, gated: bool = True, seed: int = 0
 ) -> Checkpoint:
     """A checkpoint on digits whose named blocks are recorded as dead; or a plain one."""
-    digits = data.load("digits")
+    digits = dataset.load("digits")
     torch.manual_seed(seed)
     spec = NetworkSpec.parse(f"cifar:{depth}x{width}", in_channels=1, classes=10)
     if not gated:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from eps_deploy.engines.base import EngineError
-from eps_deploy.engines.trt import graphs
+from eps_deploy.engines.trt import cuda
 from eps_deploy.engines.trt.cuda import Cuda, load_pycuda
 
 CUDA = Cuda()
@@ -74,7 +74,7 @@ def graph() -> dict[str, Any]:
 
         work(1)
         stream.synchronize()
-        captured = graphs.capture(BINDINGS, stream.handle, work)
+        captured = cuda.capture(BINDINGS, stream.handle, work)
         for fill in (3, 5):
             DRIVER.memset_d32_async(second.address, fill, 1024, stream.raw)
             captured.launch(stream.handle)
@@ -87,9 +87,9 @@ def graph() -> dict[str, Any]:
         stream.synchronize()
         launches_ms = begin.milliseconds_till(end)
         try:
-            graphs.capture(BINDINGS, stream.handle, refused)
+            cuda.capture(BINDINGS, stream.handle, refused)
             raise AssertionError("a refused capture gave a graph")
-        except graphs.GraphError as error:
+        except cuda.GraphError as error:
             message = str(error)
         work(9)
         assert read() == {9}, "the stream is unusable after a failed capture"

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from eps_compact.artifact import CompactArtifact, load
     from eps_compact.certificate import ProofError
-    from eps_compact.rewrite import compact
+    from eps_compact.compaction import compact
 
 _HOMES = {
     "CompactArtifact": "artifact",
     "ProofError": "certificate",
-    "compact": "rewrite",
+    "compact": "compaction",
     "load": "artifact",
 }
 

@@ -9,13 +9,15 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from eps_compact import fingerprint, folding
+from eps_compact import certificate as fingerprint
+from eps_compact import folding
 from eps_compact.folding import Pair
-from eps_train import graph, sealed
-from eps_train.checkpoint import Checkpoint, current_versions
-from eps_train.data import DataIdentity
-from eps_train.errors import ConfigError, FileFormatError, GraphError
-from eps_train.network import NetworkSpec
+from eps_core import sealed
+from eps_core.errors import ConfigError, FileFormatError, GraphError
+from eps_train.data.dataset import DataIdentity
+from eps_train.gating import rewriting
+from eps_train.models.spec import NetworkSpec
+from eps_train.training.checkpoint import Checkpoint, current_versions
 
 FORMAT = "eps-resnet-compact"
 VERSION = 2  # 1: never folded, so it has no `folded`
@@ -55,7 +57,7 @@ class CompactArtifact:
         if self.network.gated:
             raise FileFormatError("a compact network has no gates")
         state = folding.unfolded_state(self.state, self.folded)
-        model = graph.drop_taps(self.network.build(state)).eval()
+        model = rewriting.drop_taps(self.network.build(state)).eval()
         if self.folded:
             folding.refold(model, self.folded, self.state)
         surplus = sorted(self.state.keys() - model.state_dict().keys())
@@ -70,7 +72,7 @@ class CompactArtifact:
         network was not made from `checkpoint`.
         """
         model = checkpoint.build_gated().eval()
-        gates = graph.gates(model)
+        gates = rewriting.gates(model)
         shut = set(self.network.removed).difference(checkpoint.network.removed)
         if unknown := sorted(shut - gates.keys()):
             raise FileFormatError(f"removed {unknown[0]}, which the checkpoint's network has not")

@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from eps_compact.choice import Wishes, pareto_file, tuned_file
+from eps_compact.analysis.choice import Wishes, pareto_file, tuned_file
 from eps_compact.outputs import Outputs, export_files, write
-from eps_train import console
-from eps_train.errors import ConfigError
+from eps_core import cli as console
+from eps_core.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from eps_compact.choice import Choice
+    from eps_compact.analysis.choice import Choice
     from eps_compact.compaction import Compaction
-    from eps_train.checkpoint import Checkpoint
-    from eps_train.data import Data
+    from eps_train.data.dataset import Data
+    from eps_train.training.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -193,11 +193,11 @@ def _refuse(request: Request) -> None:
 
 
 def _compact(request: Request, log: Console) -> tuple[Compaction, Choice]:
-    from eps_compact.choice import Choice, choose
+    from eps_compact.analysis.choice import Choice, choose
     from eps_compact.compaction import compact_checkpoint
-    from eps_train.checkpoint import Checkpoint
-    from eps_train.devices import choose as choose_device
-    from eps_train.errors import FileFormatError
+    from eps_core.errors import FileFormatError
+    from eps_train.training.checkpoint import Checkpoint
+    from eps_train.training.forward import choose as choose_device
 
     def say(line: str) -> None:
         log.print(line, markup=False)
@@ -208,7 +208,7 @@ def _compact(request: Request, log: Console) -> tuple[Compaction, Choice]:
     data = None if request.no_data else _data(checkpoint, request.data_root)
     timer = None
     if request.wishes.times:
-        from eps_compact.timers import make_timer
+        from eps_compact.analysis.importance import make_timer
 
         timer = make_timer(request.wishes.timer, checkpoint.data, say)
     choice = Choice(checkpoint=checkpoint)
@@ -232,30 +232,30 @@ def _compact(request: Request, log: Console) -> tuple[Compaction, Choice]:
         raise FileFormatError(f"{path}: {error}") from error
     done.artifact.certificate |= choice.to_dict()
     if choice.sweep is not None:
-        from eps_compact import pareto
+        from eps_compact.analysis import sweep
 
-        log.print(pareto.table(choice.sweep))
+        log.print(sweep.table(choice.sweep))
     if request.wishes.ledger:
         assert data is not None
-        from eps_compact import ledger
+        from eps_compact.analysis import importance
 
-        found = ledger.ledger(
+        found = importance.ledger(
             choice.checkpoint,
             data.validation,
             live=done.live,
-            seconds=request.wishes.seconds or ledger.SECONDS,
+            seconds=request.wishes.seconds or importance.SECONDS,
             device=device,
             timer=timer,
             report=say,
         )
-        log.print(ledger.table(found))
+        log.print(importance.table(found))
         done.artifact.certificate["ledger"] = found.to_dict()
     return done, choice
 
 
 def _data(checkpoint: Checkpoint, root: Path | None) -> Data:
-    from eps_train.data import load_again
-    from eps_train.errors import DataError
+    from eps_core.errors import DataError
+    from eps_train.data.dataset import load_again
 
     try:
         return load_again(checkpoint.data, root)
@@ -276,12 +276,12 @@ def _relative(path: Path, folder: Path) -> str:
 def _write(request: Request, done: Compaction, choice: Choice) -> dict[str, str]:
     """Write everything; returns the files by what they are."""
     from eps_compact import summary
-    from eps_compact.picture import draw
-    from eps_train.atomic import replace_file
+    from eps_compact.plots import draw_blocks
+    from eps_core.files import replace_file
 
     title = summary.title(done)
     # Drawn first: what fails here leaves nothing behind.
-    write(done.artifact, draw(done.blocks, title), request.outputs)
+    write(done.artifact, draw_blocks(done.blocks, title), request.outputs)
     written = request.outputs.to_dict()
     for kind in request.exports:
         from eps_compact.exporting import export
@@ -289,9 +289,9 @@ def _write(request: Request, done: Compaction, choice: Choice) -> dict[str, str]
         (target, *_) = export_files(request.outputs.compact, kind)
         export(done.artifact, target, kind, force=request.force)
     if choice.sweep is not None:
-        from eps_compact import pareto_picture
+        from eps_compact import plots
 
-        picture = pareto_picture.draw(choice.sweep, title, choice.point)
+        picture = plots.draw_pareto(choice.sweep, title, choice.point)
         replace_file(pareto_file(request.outputs.compact), picture)
     for what, files in request.extras.items():
         if all(file.exists() for file in files):  # tuned.pt is not where training on was no gain

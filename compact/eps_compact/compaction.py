@@ -2,26 +2,87 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import copy
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from eps_compact import certificate, findings
+from eps_compact import certificate, evidence
 from eps_compact.artifact import CompactArtifact
-from eps_compact.blocks import Block, block_map
-from eps_compact.certificate import Proof
-from eps_compact.counts import Counts, counts
-from eps_compact.findings import Findings
-from eps_compact.fingerprint import fingerprint
+from eps_compact.certificate import Proof, fingerprint
+from eps_compact.evidence import Findings, Liveness
 from eps_compact.folding import fold
-from eps_compact.liveness import Liveness
-from eps_compact.rewrite import compact
-from eps_train import graph
-from eps_train.checkpoint import Checkpoint
-from eps_train.images import Part
-from eps_train.networks import Normalize
+from eps_compact.plots import Block, block_map
+from eps_train.data.images import Part
+from eps_train.gating import rewriting
+from eps_train.models.cifar import Normalize
+from eps_train.models.spec import NetworkSpec, cost
+from eps_train.training.checkpoint import Checkpoint
+
+# -- What a compaction saved: blocks, parameters and FLOPs, before and after
+
+Counts = dict[str, dict[str, int]]
+
+
+def counts(
+    built: NetworkSpec,
+    removed: Collection[str],
+    plain: nn.Module,
+    input_shape: tuple[int, int, int],
+) -> Counts:
+    """`blocks`, `parameters` and `flops` (of one image), each `before` and `after`.
+
+    Before is the network at full depth, without the side head, which is never deployed.
+
+    Args:
+        built: the network as it was built.
+        removed: its blocks that are gone.
+        plain: what is left, not folded.
+        input_shape: `[C, H, W]` of an image.
+    """
+    skeleton = built.skeleton()
+    blocks = len(rewriting.gates(skeleton))
+    before, after = cost(skeleton, input_shape), cost(plain, input_shape)
+    return {
+        "blocks": {"before": blocks, "after": blocks - len(removed)},
+        "parameters": {"before": before.parameters, "after": after.parameters},
+        "flops": {"before": before.flops, "after": after.flops},
+    }
+
+
+# -- From a gated network to the plain one that it computes in evaluation mode
+
+
+def compact(model: nn.Module, dead: Iterable[str] | None = None) -> fx.GraphModule:
+    """Return a plain network without gates and taps that computes what `model` does.
+
+    Dead blocks are taken out (a first block of a stage leaves its shortcut behind), live gates
+    become plain additions. The result is in evaluation mode and shares nothing with `model`: it is
+    a copy, so training one does not alter the other, and `model` keeps its mode and its gates.
+
+    Args:
+        model: any network that torch.fx can trace and whose residual additions are `EpsilonGate`s;
+            without gates it comes back as it is, as a graph.
+        dead: names of gated blocks to take out besides those whose gates are latched.
+
+    Raises:
+        GraphError: `model` cannot be traced, or has no gated block of that name.
+    """
+    # A graph is copied once it is small; a module is traced as a copy, in evaluation mode alone:
+    # what reads `self.training` is frozen as it ships.
+    traced = model if isinstance(model, fx.GraphModule) else _trace(model)
+    latched = {name for name, gate in rewriting.gates(traced).items() if bool(gate.dead)}
+    less = rewriting.remove_blocks(traced, latched.union(dead or ()))
+    plain = copy.deepcopy(rewriting.drop_taps(rewriting.drop_gates(less))).eval()
+    plain.zero_grad(set_to_none=True)  # the gradients of the last step are no part of a network
+    return plain
+
+
+def _trace(model: nn.Module) -> fx.GraphModule:
+    return rewriting.trace(copy.deepcopy(model).eval(), one_mode=True)
+
 
 PROOF_IMAGES = 256  # held-out images that the proofs are shown at most, spread over all
 
@@ -76,7 +137,7 @@ def compact_checkpoint(
             the training record and random images must do.
         checkpoint_path: where the artifact says its checkpoint is, relative to its own folder.
         folding: have convolutions take up the batch norms behind them.
-        closed_at_least, also: live blocks to take out too, see `findings.blocks_beyond`; what is
+        closed_at_least, also: live blocks to take out too, see `evidence.blocks_beyond`; what is
             left is not lossless, and the certificate says so.
         report: told what is being done, a line at a time.
 
@@ -88,7 +149,7 @@ def compact_checkpoint(
     """
     certificate.check_evidence(checkpoint)
     gated = checkpoint.build_gated().eval()
-    beyond = findings.blocks_beyond(checkpoint, closed_at_least, also)
+    beyond = evidence.blocks_beyond(checkpoint, closed_at_least, also)
     artifact = _artifact(checkpoint, gated, beyond, checkpoint_path)
     shut = artifact.gated(checkpoint) if beyond else gated
     plain = compact(shut)
@@ -105,7 +166,7 @@ def compact_checkpoint(
     if heldout is not None:
         live = len(checkpoint.gates) - len(checkpoint.dead)
         report(f"measuring {live} live blocks on {len(heldout):,} held-out images")
-    seen = findings.look(checkpoint, gated, shut, normalize, heldout, beyond)
+    seen = evidence.look(checkpoint, gated, shut, normalize, heldout, beyond)
     artifact.certificate = certificate.certificate(
         checkpoint,
         proofs=proofs,
@@ -125,7 +186,9 @@ def _artifact(
     """Without tensors and certificate."""
     removed = {*checkpoint.network.removed, *checkpoint.dead, *beyond}
     # A network that was trained on after its compaction has no gates where blocks are gone.
-    order = checkpoint.network.all_blocks() if checkpoint.network.removed else graph.gates(gated)
+    order = (
+        checkpoint.network.all_blocks() if checkpoint.network.removed else rewriting.gates(gated)
+    )
     return CompactArtifact(
         network=replace(
             checkpoint.network,

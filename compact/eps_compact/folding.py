@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from eps_train.errors import FileFormatError
+from eps_core.errors import FileFormatError
 
 BatchNorms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eps_train.errors import ConfigError, FileFormatError, naming
+from eps_core.errors import ConfigError, FileFormatError, naming
 
 if TYPE_CHECKING:
     from eps_compact.artifact import CompactArtifact
@@ -75,7 +75,7 @@ def write(artifact: CompactArtifact, picture: bytes, outputs: Outputs) -> None:
 
     What fails leaves the folder as it was, earlier files too.
     """
-    from eps_train.atomic import replace_file
+    from eps_core.files import replace_file
 
     staged = {path: path.with_name(f".{path.name}.new") for path in outputs.all}
     placed = []
@@ -115,7 +115,7 @@ def certificate_file(artifact: CompactArtifact) -> dict[str, Any]:
 
 def read_certificate(path: Path) -> dict[str, Any]:
     """A `compact.json`; FileFormatError when it is something else."""
-    from eps_train.sealed import read_bytes
+    from eps_core.sealed import read_bytes
 
     try:
         found = json.loads(read_bytes(path))

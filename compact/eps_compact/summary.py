@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from eps_compact.blocks import LEGEND, strip
-from eps_compact.liveness import Liveness
-from eps_train import console
+from eps_compact.evidence import Liveness
+from eps_compact.plots import LEGEND, strip
+from eps_core import cli
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -38,7 +38,7 @@ def show(done: Compaction, log: Console) -> None:
         (name, f"{counts['before']:,}", f"{counts['after']:,}", _left(counts))
         for name, counts in ((name, done.counts[key]) for key, name in _NAMES.items())
     ]
-    log.print(console.table("Compacted", ("", "before", "after", "left"), rows))
+    log.print(cli.table("Compacted", ("", "before", "after", "left"), rows))
     log.print(f"block map: {LEGEND}\n{strip(done.blocks)}", markup=False)
     _show_nearest(done.live, log)
     for line in (*_lossy(done), *_flickering(done), *_proven(done)):
@@ -144,7 +144,7 @@ def _show_nearest(live: tuple[Liveness, ...], log: Console) -> None:
     ]
     columns = ("block", "largest |F|", "images under ε", "steps closed, last epoch")
     title = f"Live blocks nearest to dying ({live[0].samples:,} held-out images)"
-    log.print(console.table(title, columns, rows))
+    log.print(cli.table(title, columns, rows))
 
 
 def _closed(share: float | None) -> str:

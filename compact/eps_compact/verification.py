@@ -11,17 +11,15 @@ from torch import fx
 from eps_compact import certificate
 from eps_compact.artifact import CompactArtifact
 from eps_compact.certificate import Proof, ProofError
-from eps_compact.checks import Check, Verification
-from eps_compact.compaction import folded_counts, proof_images
-from eps_compact.counts import counts
+from eps_compact.compaction import compact, counts, folded_counts, proof_images
 from eps_compact.folding import fold
 from eps_compact.outputs import Outputs, certificate_file, read_certificate
-from eps_compact.rewrite import compact
-from eps_train.checkpoint import Checkpoint
-from eps_train.data import load_again
-from eps_train.errors import ConfigError, DataError, FileFormatError
-from eps_train.images import Part
-from eps_train.networks import Normalize
+from eps_core.checks import Check, Verification
+from eps_core.errors import ConfigError, DataError, FileFormatError
+from eps_train.data.dataset import load_again
+from eps_train.data.images import Part
+from eps_train.models.cifar import Normalize
+from eps_train.training.checkpoint import Checkpoint
 
 _ON_CHECKPOINT = ("network", "evidence", "tensors", "rewriting", "folding", "counts")
 

@@ -8,17 +8,27 @@ it. No torch here: servers have none.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
-from eps_train.errors import ConfigError, FileFormatError
-from eps_train.preprocess import Preprocessing
+import numpy as np
+import numpy.typing as npt
+
+from eps_core import cli
+from eps_core.checks import Check, Verification
+from eps_core.errors import ConfigError, FileFormatError
+from eps_core.preprocessing import Preprocessing
+from eps_deploy.bench import accuracy
+from eps_deploy.bench.accuracy import PARITY_LIMITS, Parity
+from eps_deploy.engines.base import Engine, EngineError, Images, Logits
+from eps_deploy.precision import PRECISIONS
 
 FORMAT = "eps-resnet-bundle"
 SCHEMA = 1
@@ -188,3 +198,221 @@ def _verified(root: Path, name: str, listed: Any) -> bytes:
     if hashlib.sha256(content).hexdigest() != wanted.get("sha256"):
         raise FileFormatError(f"{path}: changed: its SHA-256 is not the manifest's; {_AGAIN}")
     return content
+
+
+# -- From a bundle to the engine that serves it, whichever that is. No torch here
+
+ONNX = "model.onnx"
+Choice = Literal["auto", "cpu", "cuda"]
+
+
+def open_engine(bundle: Bundle) -> Engine:
+    """The engine that the bundle's manifest names, ready to run; close it after use.
+
+    Where the plan is still to be built, that is ONNX Runtime on the processor.
+
+    Raises:
+        EngineError: the engine does not run on this machine, or the plan was built for another.
+        FileFormatError: the model and the labels do not agree.
+    """
+    if not bundle.model.endswith(".plan"):
+        recorded = bundle.manifest["engine"].get("provider", "")
+        return open_onnx(bundle, provider=recorded)
+    from eps_deploy.engines.trt.engine import TrtEngine
+    from eps_deploy.engines.trt.plan import SIDECAR, Sidecar
+
+    name = str(bundle.root / bundle.model)
+    sidecar = Sidecar.from_dict(json.loads(bundle.read(SIDECAR)), name=f"{name}.json")
+    return _agreeing(bundle, TrtEngine(bundle.read(bundle.model), sidecar, name=name))
+
+
+def open_onnx(
+    bundle: Bundle, *, file: str = ONNX, provider: str = "", rounded: bool = False
+) -> Engine:
+    """A network in any bundle on ONNX Runtime; raises as :func:`open_engine` does.
+
+    On the processor, and with the arithmetic of the file, unless `provider` is the execution
+    provider of the manifest. `rounded`: float16 too is computed as the file says, see
+    `export.half`, which needs the package onnx.
+    """
+    from eps_deploy.engines.ort import PROVIDERS, OrtEngine, Provider
+
+    content = bundle.read(file)
+    if rounded:
+        from eps_deploy.export import half
+
+        content = half.rounded(content)
+    recorded = bundle.manifest["engine"]
+    known: dict[str, Provider] = {full: short for short, full in PROVIDERS.items()}
+    engine = OrtEngine(
+        content,
+        name=str(bundle.root / file),
+        provider=known.get(provider, "cpu"),
+        threads=int(recorded.get("threads", 1)),
+        max_batch=int(recorded["max_batch"]),
+        tf32=bool(recorded.get("tf32", False)),
+        exact_qdq=not provider,
+    )
+    return _agreeing(bundle, engine)
+
+
+def open_served(bundle: Bundle, file: str, choice: Choice, say: Callable[[str], None]) -> Engine:
+    """A network in a bundle on the ONNX Runtime provider that a server chooses.
+
+    Args:
+        bundle: as `load_bundle` gives it.
+        file: name of the ONNX file in the bundle.
+        choice: `auto`: the GPU where ONNX Runtime really runs the network on it, else the CPU.
+        say: told why a GPU is not used although the bundle or the installed package is for one.
+
+    Raises:
+        EngineError: ONNX Runtime does not run the network on the provider.
+        FileFormatError: the model and the labels do not agree.
+    """
+    from onnxruntime import get_available_providers
+
+    from eps_deploy.engines.ort import PROVIDERS
+
+    cpu, cuda = PROVIDERS["cpu"], PROVIDERS["cuda"]
+    if choice != "auto":
+        return open_onnx(bundle, file=file, provider=PROVIDERS[choice])
+    recorded = bundle.manifest["engine"].get("provider", cpu)
+    for provider in dict.fromkeys((recorded, cuda)):
+        if provider == cpu:
+            continue
+        try:
+            return open_onnx(bundle, file=file, provider=provider)
+        except EngineError as error:
+            if provider == recorded or provider in get_available_providers():
+                say(f"not served by {provider}: {error}")
+    return open_onnx(bundle, file=file, provider=cpu)
+
+
+def _agreeing(bundle: Bundle, engine: Engine) -> Engine:
+    if engine.classes != len(bundle.labels):
+        raise FileFormatError(f"{bundle.root}: the model and the labels do not agree")
+    return engine
+
+
+# -- Warm-up and proof in one: the stored samples through an engine, before a client is let in
+
+PROOF_SAMPLES = "samples.npz"
+
+
+def prove(bundle: Bundle, engine: Engine, stage: str) -> Parity:
+    """Warm up, and compare with torch's logits.
+
+    Raises EngineError when the engine fails, or answers something else than torch did.
+    """
+    images, logits, indices = _samples(bundle, engine)
+    batches = _batches(engine)
+    answers = accuracy.passes(engine.infer, images, batches)
+    expected = [logits] * len(batches)
+    limit = PARITY_LIMITS[bundle.manifest["precision"]]
+    told = accuracy.compare(stage, expected, answers, indices.tolist(), limit, batches)
+    if told.relative is None:
+        raise EngineError("on the stored samples some of the engine's logits are not finite")
+    if told.passed is False:
+        raise EngineError(
+            f"on the stored samples the engine differs from torch by {told.relative:.2g} of the"
+            f" largest logit, and {told.limit:g} is the limit for {bundle.manifest['precision']};"
+            " deploy the network again on this machine"
+        )
+    return told
+
+
+def warm(bundle: Bundle, engine: Engine) -> None:
+    """Run the bundle's samples, of which nobody knows what this engine must answer."""
+    accuracy.passes(engine.infer, _samples(bundle, engine)[0], _batches(engine))
+
+
+def _samples(bundle: Bundle, engine: Engine) -> tuple[Images, Logits, npt.NDArray[np.int64]]:
+    """Images, torch's logits and indices; so many that the largest batch is a full one."""
+    with np.load(io.BytesIO(bundle.read(PROOF_SAMPLES)), allow_pickle=False) as samples:
+        images, logits, indices = samples["images"], samples["logits"], samples["indices"]
+    if len(images) < engine.max_batch:
+        repeat = np.arange(engine.max_batch) % len(images)
+        images, logits, indices = images[repeat], logits[repeat], indices[repeat]
+    return images, logits, indices
+
+
+def _batches(engine: Engine) -> list[int]:
+    """All sizes on a GPU: TensorRT and cuDNN prepare each of them when it first comes."""
+    on_cpu = engine.describe().get("provider") == "CPUExecutionProvider"
+    largest = engine.max_batch
+    return sorted({1, min(2, largest), largest} if on_cpu else range(1, largest + 1))
+
+
+# -- Proving a bundle again, on any machine, from its files alone. No torch here
+#
+# That every file is the one that its manifest names is seen by `load_bundle` already; what follows
+# is whether the engine still answers, on this machine, what the network answered in torch.
+
+SAMPLES = "samples.npz"
+REPORT = "report.json"
+
+
+def verify_bundle(path: Path, *, report: Callable[[str], None]) -> Verification:
+    """Check the bundle at `path`; `report` is told what is being done, a line at a time.
+
+    Raises FileFormatError when a file is damaged, missing or foreign: then there is no bundle to
+    be proven.
+    """
+    bundle = load_bundle(path)
+    told = json.loads(bundle.read(REPORT))
+    found = Verification(lossless=bool(told.get("lossless", True)))
+    add = found.checks.append
+    add(Check("files", True, f"SHA-256 of {len(bundle.manifest['files'])} files match"))
+    add(_report(bundle, told))
+    report("running the engine on the stored samples")
+    precision = PRECISIONS[bundle.manifest["precision"]]
+    half = precision.float == "float16"
+    add(_parity(bundle, "onnx", lambda: open_onnx(bundle, rounded=half)))
+    if bundle.model.endswith(".plan"):
+        add(_parity(bundle, "plan", lambda: open_engine(bundle)))
+    elif bundle.manifest["engine"].get("deferred"):
+        add(Check("plan", None, "still to be built, by the machine that serves the bundle"))
+    elif half or precision.quantized or _provider(bundle) != "CPUExecutionProvider":
+        # What is served is not computed as the file says.
+        add(_parity(bundle, "engine", lambda: open_engine(bundle)))
+    return found
+
+
+def _provider(bundle: Bundle) -> str:
+    return str(bundle.manifest["engine"].get("provider", ""))
+
+
+def _report(bundle: Bundle, told: dict[str, Any]) -> Check:
+    """Whether the report is on this bundle's engine, and what its verdict was."""
+    ours = (bundle.manifest["precision"], bundle.manifest["engine"]["name"])
+    theirs = (told.get("precision", {}).get("name"), told.get("engine"))
+    if ours != theirs:
+        return Check("report", False, f"is on {theirs}, the manifest on {ours}")
+    words = {True: "passed", False: "FAILED: a goal was missed", None: "open"}
+    verdict = told.get("passed")
+    return Check("report", verdict is not False, f"verdict then: {words[verdict]}")
+
+
+def _parity(bundle: Bundle, name: str, open_it: Callable[[], Engine]) -> Check:
+    """The stored samples' logits against those that torch gave when the bundle was made."""
+    with np.load(io.BytesIO(bundle.read(SAMPLES)), allow_pickle=False) as samples:
+        images, logits, indices = samples["images"], samples["logits"], samples["indices"]
+    limit = PARITY_LIMITS[bundle.manifest["precision"]]
+    try:
+        with open_it() as engine:
+            batches = sorted({min(size, engine.max_batch) for size in (1, 2, engine.max_batch)})
+            answers = accuracy.passes(engine.infer, images, batches)
+    except EngineError as error:
+        return Check(name, None, str(error))
+    except ModuleNotFoundError as error:
+        return Check(name, None, cli.missing_package(error))
+    expected = [logits] * len(batches)
+    told = accuracy.compare(name, expected, answers, indices.tolist(), limit, batches)
+    if told.relative is None:
+        return Check(name, False, "some logits are not finite")
+    return Check(
+        name,
+        told.passed,
+        f"{len(images)} samples: largest difference {told.relative:.2g} of the largest logit,"
+        f" limit {limit:g}; same class on {100 * told.top1_agreement:.2f} %",
+    )

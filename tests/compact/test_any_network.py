@@ -13,11 +13,11 @@ from torch import Tensor, fx, nn
 import eps_compact
 import eps_train
 from eps_compact import compact
-from eps_train import graph
-from eps_train.branches import branch_parameters
-from eps_train.gate import EpsilonGate
-from eps_train.network import NetworkSpec
-from eps_train.networks import Tap
+from eps_train.gating import rewriting
+from eps_train.gating.gate import EpsilonGate
+from eps_train.gating.rewriting import branch_parameters
+from eps_train.models.cifar import Tap
+from eps_train.models.spec import NetworkSpec
 from tests.train.test_libraries import COUNTS
 
 # Blocks counted by hand: depth 6n + 2 has 3n, and ResNet-50 has 3, 4, 6 and 3.
@@ -78,7 +78,7 @@ def equal(one: nn.Module, other: nn.Module, counts: tuple[int, ...] = (1, 3)) ->
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_equal_those_of_the_gated_network(name: str) -> None:
     model = gated(name)
-    gates = graph.gates(model)
+    gates = rewriting.gates(model)
     assert len(gates) == BLOCKS[name]
     worth = branch_parameters(model)
     whole = sum(parameter.numel() for parameter in model.parameters())
@@ -106,7 +106,7 @@ def test_it_can_be_built_again_from_its_name_and_its_tensors(name: str) -> None:
         family=original.family, arguments=original.arguments, removed=tuple(reversed(dead))
     )
     state = {key: tensor.clone() for key, tensor in plain.state_dict().items()}
-    again = graph.drop_taps(smaller.build(state)).eval()
+    again = rewriting.drop_taps(smaller.build(state)).eval()
     assert again.state_dict().keys() == state.keys()
     assert equal(again, plain, (2,))
 
@@ -131,9 +131,9 @@ class Mine(nn.Module):
 
 def test_a_network_of_your_own() -> None:
     model = eps_train.insert_gates(Mine(), epsilon=0.5)
-    assert list(graph.gates(model)) == ["gate", "gate2"]
+    assert list(rewriting.gates(model)) == ["gate", "gate2"]
     plain = eps_compact.compact(model, dead=["gate2"])
-    graph.gates(model)["gate2"].latch()
+    rewriting.gates(model)["gate2"].latch()
     assert equal(plain, model.eval())
     assert list(dict(plain.named_children())) == ["stem", "one", "head"]
     assert equal(eps_compact.compact(model), plain), "a latched gate need not be named"

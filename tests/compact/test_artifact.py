@@ -14,8 +14,10 @@ from torch import Tensor
 import eps_compact
 from eps_compact.artifact import FORMAT, VERSION, CompactArtifact
 from eps_compact.folding import fold
-from eps_train import data, graph, sealed
-from eps_train.errors import FileFormatError
+from eps_core import sealed
+from eps_core.errors import FileFormatError
+from eps_train.data import dataset
+from eps_train.gating import rewriting
 from tests.checkpoints import make_checkpoint
 
 DEAD = ("stages.1.0", "stages.2.2")
@@ -58,7 +60,7 @@ def test_round_trip(tmp_path: Path) -> None:
     assert found.digest == digest == made.digest
     for name in ("network", "data", "certificate", "checkpoint", "versions"):
         assert getattr(found, name) == getattr(made, name), name
-    assert found.data == data.load("digits").identity
+    assert found.data == dataset.load("digits").identity
     assert found.state.keys() == made.state.keys()
 
 
@@ -66,8 +68,8 @@ def test_the_network_answers_as_the_gated_one(file: Path) -> None:
     gated = make_checkpoint(dead=DEAD).build_gated().eval()
     for model in (eps_compact.load(file), CompactArtifact.load(file).build()):
         assert not model.training
-        assert not graph.gates(model)
-        assert not graph.taps(model)
+        assert not rewriting.gates(model)
+        assert not rewriting.taps(model)
         assert torch.equal(model(images()), gated(images()))
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from eps_compact.blocks import LEGEND, block_map, strip
-from eps_compact.liveness import Liveness
-from eps_train.checkpoint import Checkpoint
+from eps_compact.evidence import Liveness
+from eps_compact.plots import LEGEND, block_map, strip
+from eps_train.training.checkpoint import Checkpoint
 from tests.checkpoints import make_checkpoint
 
 

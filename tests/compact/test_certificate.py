@@ -15,10 +15,10 @@ from eps_compact import ProofError, compact
 from eps_compact.certificate import check_evidence, prove
 from eps_compact.compaction import Compaction, compact_checkpoint, proof_images
 from eps_compact.folding import fold
-from eps_train import data
-from eps_train.checkpoint import Checkpoint
-from eps_train.images import ImageSet
-from eps_train.networks import Normalize
+from eps_train.data import dataset
+from eps_train.data.images import ImageSet
+from eps_train.models.cifar import Normalize
+from eps_train.training.checkpoint import Checkpoint
 from tests.checkpoints import EPSILON, make_checkpoint
 
 DEAD = ("stages.0.1", "stages.1.0", "stages.2.2")
@@ -26,7 +26,7 @@ DEAD = ("stages.0.1", "stages.1.0", "stages.2.2")
 
 @pytest.fixture(scope="module")
 def heldout() -> Tensor:
-    return data.load("digits").validation.images
+    return dataset.load("digits").validation.images
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def compaction(made: Checkpoint, heldout: Tensor) -> Compaction:
 
 
 def normalize() -> Normalize:
-    identity = data.load("digits").identity
+    identity = dataset.load("digits").identity
     return Normalize.of(identity)
 
 

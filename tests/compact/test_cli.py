@@ -21,8 +21,8 @@ from torch import fx, nn
 import eps_compact
 from eps_compact.artifact import CompactArtifact
 from eps_compact.cli import main
-from eps_train import sealed
-from eps_train.checkpoint import FORMAT, VERSION, Checkpoint
+from eps_core import sealed
+from eps_train.training.checkpoint import FORMAT, VERSION, Checkpoint
 from tests.checkpoints import make_checkpoint
 from tests.commands import Result, files_in, run
 
@@ -380,9 +380,12 @@ def test_usage(folder: Path, args: list[str]) -> None:
 # -- when the proof fails --------------------------------------------------------------------------
 
 
+COMPACT = eps_compact.compact
+
+
 def shifted(model: nn.Module, dead: object = None) -> fx.GraphModule:
     """A compaction with a mistake in it."""
-    plain = eps_compact.compact(model)
+    plain = COMPACT(model)
     plain.state_dict()["classifier.bias"].add_(0.25)
     return plain
 

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from eps_compact.artifact import CompactArtifact
+from eps_compact.compaction import compact
 from eps_compact.exporting import ABOUT, KINDS, FromPixels, export, files
-from eps_compact.rewrite import compact
-from eps_train import graph
-from eps_train.errors import ConfigError
-from eps_train.network import NetworkSpec
+from eps_core.errors import ConfigError
+from eps_train.gating import rewriting
+from eps_train.models.spec import NetworkSpec
 from tests.checkpoints import make_checkpoint
 from tests.commands import files_in
 
@@ -209,7 +209,7 @@ class _Odd(nn.Module):
 
 
 def test_networks_of_other_people(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source, model = artifact(), graph.trace(_Odd().eval())
+    source, model = artifact(), rewriting.trace(_Odd().eval())
     monkeypatch.setattr(CompactArtifact, "build", lambda self: model)
     path = tmp_path / "compact.safetensors"
     export(source, path, "safetensors")

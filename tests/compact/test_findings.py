@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from eps_compact.findings import Findings, blocks_beyond, look
-from eps_compact.rewrite import compact
-from eps_train import data, graph
-from eps_train.checkpoint import Checkpoint
-from eps_train.errors import GraphError
-from eps_train.images import ImageSet, Part
-from eps_train.networks import Normalize
+from eps_compact.compaction import compact
+from eps_compact.evidence import Findings, blocks_beyond, look
+from eps_core.errors import GraphError
+from eps_train.data import dataset
+from eps_train.data.images import ImageSet, Part
+from eps_train.gating import rewriting
+from eps_train.models.cifar import Normalize
+from eps_train.training.checkpoint import Checkpoint
 from tests.checkpoints import make_checkpoint
 
 DEAD = ("stages.0.1",)
@@ -23,7 +24,7 @@ FLICKERING = "stages.1.1"
 
 @pytest.fixture(scope="module")
 def heldout() -> Part:
-    return data.load("digits").validation
+    return dataset.load("digits").validation
 
 
 def flickering(epsilon: float = 2.5, closed: int = 3) -> Checkpoint:
@@ -49,7 +50,7 @@ def seen(
 ) -> Findings:
     gated, shut = checkpoint.build_gated().eval(), checkpoint.build_gated().eval()
     for block in beyond:
-        graph.gates(shut)[block].latch()
+        rewriting.gates(shut)[block].latch()
     return look(checkpoint, gated, shut, normalize(checkpoint), heldout, beyond)
 
 
@@ -78,7 +79,9 @@ def test_a_gate_that_judges_each_image(heldout: Part) -> None:
     assert 0 < quiet < 1, "otherwise nothing is tested"
     assert found.differ == quiet
     branch: list[Tensor] = []
-    graph.gates(gated)[FLICKERING].register_forward_pre_hook(lambda g, args: branch.append(args[1]))
+    rewriting.gates(gated)[FLICKERING].register_forward_pre_hook(
+        lambda g, args: branch.append(args[1])
+    )
     answers(gated, checkpoint, heldout.images)
     shut = branch[0].abs().amax(dim=(1, 2, 3)) <= epsilon
     judged = torch.where(shut[:, None], without, with_branch)
@@ -128,7 +131,7 @@ def test_gates_are_left_as_they_were(heldout: Part) -> None:
     gated = checkpoint.build_gated().eval()
     look(checkpoint, gated, gated, normalize(checkpoint), heldout)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in gated.modules())
-    assert int(graph.gates(gated)[FLICKERING].steps) == 0
+    assert int(rewriting.gates(gated)[FLICKERING].steps) == 0
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from eps_compact.fingerprint import difference, fingerprint
-from eps_train import graph
+from eps_compact.certificate import difference, fingerprint
+from eps_train.gating import rewriting
 
 
 class Table(nn.Module):
@@ -49,7 +49,7 @@ class Network(nn.Module):
 
 
 def network(make: Callable[[], nn.Module]) -> fx.GraphModule:
-    return graph.add_gates(make()).eval()
+    return rewriting.add_gates(make()).eval()
 
 
 def usual() -> nn.Module:

@@ -11,8 +11,8 @@ from torch import Tensor, fx, nn
 
 from eps_compact import compact
 from eps_compact.folding import BatchNorms, Pair, fold, refold, unfolded_state
-from eps_train import graph
-from eps_train.vision import import_torchvision
+from eps_train.data.downloads import import_torchvision
+from eps_train.gating import rewriting
 from tests.checkpoints import make_checkpoint
 
 BOUND = 2e-6  # of these networks, which are shallow
@@ -28,7 +28,7 @@ def lively(model: nn.Module) -> fx.GraphModule:
                     tensor.data.normal_(generator=generator)
             if module.running_var is not None:
                 module.running_var.uniform_(0.01, 4, generator=generator)
-    return graph.trace(model.eval())
+    return rewriting.trace(model.eval())
 
 
 def check(model: nn.Module, x: Tensor, pairs: list[tuple[str, str]]) -> fx.GraphModule:

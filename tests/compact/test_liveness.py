@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from eps_compact.liveness import Liveness, Response, live_blocks, liveness, observe
-from eps_train import graph
-from eps_train.checkpoint import Checkpoint
-from eps_train.errors import TrainingError
-from eps_train.images import ImageSet
-from eps_train.networks import Normalize
+from eps_compact.evidence import Liveness, Response, live_blocks, liveness, observe
+from eps_core.errors import TrainingError
+from eps_train.data.images import ImageSet
+from eps_train.gating import rewriting
+from eps_train.models.cifar import Normalize
+from eps_train.training.checkpoint import Checkpoint
 from tests.checkpoints import EPSILON, make_checkpoint
 
 DEAD = ("stages.1.0", "stages.2.1")
@@ -67,7 +67,7 @@ def test_peaks_are_those_of_the_network_that_ships() -> None:
     images = uint8_images(300)
     found = responses(model, normalize(checkpoint), images, ["stages.0.0", "stages.2.2"])
     assert model.training
-    assert int(graph.gates(model)["stages.0.0"].steps) == 0, "no gate judged anything"
+    assert int(rewriting.gates(model)["stages.0.0"].steps) == 0, "no gate judged anything"
 
     open_model = checkpoint.build_gated().eval()
     branches: dict[str, Tensor] = {}

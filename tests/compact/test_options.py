@@ -40,13 +40,16 @@ def test_as_much_goes_as_the_accuracy_allows(tmp_path: Path) -> None:
     assert found["counts"]["parameters"]["after"] == smallest
 
 
-@pytest.mark.parametrize(("option", "module"), [("--sweep", "sweep"), ("--ledger", "ledger")])
+@pytest.mark.parametrize(
+    ("option", "module", "function"),
+    [("--sweep", "sweep", "sweep"), ("--ledger", "importance", "ledger")],
+)
 def test_sweep_and_ledger_have_so_many_seconds(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str, module: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str, module: str, function: str
 ) -> None:
     def told(*args: object, seconds: float, **rest: object) -> None:
         raise Told(seconds)
 
-    monkeypatch.setattr(importlib.import_module(f"eps_compact.{module}"), module, told)
+    monkeypatch.setattr(importlib.import_module(f"eps_compact.analysis.{module}"), function, told)
     with pytest.raises(Told, match=r"^3\.5$"):
         certificate(tmp_path, option, "--seconds", 3.5)

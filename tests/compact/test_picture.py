@@ -13,9 +13,8 @@ import pytest
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-from eps_compact.blocks import Block, State
-from eps_compact.picture import COLORS, draw, save
-from eps_train.errors import ConfigError
+from eps_compact.plots import COLORS, Block, State, draw_blocks, save
+from eps_core.errors import ConfigError
 
 CYCLE: tuple[State, ...] = ("alive", "dead", "flickering", "dead")
 
@@ -48,7 +47,7 @@ def where(picture: npt.NDArray[np.int64], state: State) -> npt.NDArray[np.bool_]
 
 @pytest.mark.parametrize("a_stage", [1, 9, 125])
 def test_every_state_is_seen(a_stage: int) -> None:
-    picture = pixels(draw(blocks(a_stage), "27 → 12 blocks"))
+    picture = pixels(draw_blocks(blocks(a_stage), "27 → 12 blocks"))
     height, width, _ = picture.shape
     assert width > 1500
     assert 0.2 < height / width < 0.5
@@ -57,7 +56,7 @@ def test_every_state_is_seen(a_stage: int) -> None:
 
 
 def test_each_of_375_blocks_has_pixels_of_its_own() -> None:
-    picture = pixels(draw(blocks(125), "375 blocks"))
+    picture = pixels(draw_blocks(blocks(125), "375 blocks"))
     row = where(picture, "alive").sum(axis=1).argmax()
     alive = where(picture, "alive")[row]
     runs = int((alive[1:] & ~alive[:-1]).sum())
@@ -66,7 +65,7 @@ def test_each_of_375_blocks_has_pixels_of_its_own() -> None:
 
 @pytest.mark.parametrize(("a_stage", "numbers"), [(9, range(9)), (125, range(0, 125, 10))])
 def test_blocks_can_be_told_by_their_numbers(a_stage: int, numbers: range) -> None:
-    drawn = re.findall(r"<!-- (.*?) -->", draw(blocks(a_stage), "title", "svg").decode())
+    drawn = re.findall(r"<!-- (.*?) -->", draw_blocks(blocks(a_stage), "title", "svg").decode())
     for stage in range(3):
         assert f"stages.{stage}" in drawn
     for number in numbers:
@@ -76,7 +75,7 @@ def test_blocks_can_be_told_by_their_numbers(a_stage: int, numbers: range) -> No
 
 
 def test_dead_blocks_hang_below_the_line_and_live_ones_stand_on_it() -> None:
-    picture = pixels(draw(blocks(9), "title"))
+    picture = pixels(draw_blocks(blocks(9), "title"))
     upper = picture[: int(picture.shape[0] * 0.7)]  # without the strip and the legend
     rows = {state: where(upper, state).sum(axis=1) > 50 for state in CYCLE}  # no mere letters
     assert np.nonzero(rows["alive"])[0].max() <= np.nonzero(rows["dead"])[0].min() + 3
@@ -91,20 +90,20 @@ def test_states_differ_in_greyscale() -> None:
 
 
 def test_without_an_epsilon_there_is_no_scale() -> None:
-    plain = pixels(draw(blocks(9, measured=False), "title"))
-    scaled = pixels(draw(blocks(9), "title"))
+    plain = pixels(draw_blocks(blocks(9, measured=False), "title"))
+    scaled = pixels(draw_blocks(blocks(9), "title"))
     assert plain.shape[0] < scaled.shape[0] / 2
     assert where(plain, "alive").sum() > 500
 
 
 def test_a_branch_that_answers_nothing_at_all_can_be_drawn() -> None:
     silent = Block(name="stages.0.0", stage="stages.0", state="dead", ratio=0.0)
-    assert where(pixels(draw([silent, *blocks(2)], "title")), "dead").any()
+    assert where(pixels(draw_blocks([silent, *blocks(2)], "title")), "dead").any()
 
 
 def test_same_blocks_same_bytes() -> None:
     for format in ("png", "svg"):
-        assert draw(blocks(3), "title", format) == draw(blocks(3), "title", format)
+        assert draw_blocks(blocks(3), "title", format) == draw_blocks(blocks(3), "title", format)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from eps_compact import compact
-from eps_train import graph
+from eps_train.gating import rewriting
 from tests.compact.random_networks import Network, Plan, images, plans, silenced
 
 EXAMPLES = settings(max_examples=60, derandomize=True)
@@ -25,7 +25,7 @@ def cases(draw: st.DrawFn, p: float = 0.5) -> tuple[Plan, list[str]]:
 
 
 def latched(gated: nn.Module, dead: list[str]) -> nn.Module:
-    for name, gate in graph.gates(gated).items():
+    for name, gate in rewriting.gates(gated).items():
         if name in dead:
             gate.latch()
     return gated
@@ -38,8 +38,8 @@ def test_compact_networks_compute_what_silent_branches_leave(
 ) -> None:
     plan, dead = case
     model = Network(plan)
-    gated = graph.insert_gates(copy.deepcopy(model), epsilon=0.1)
-    assert set(graph.gates(gated)) == set(plan.blocks)
+    gated = rewriting.insert_gates(copy.deepcopy(model), epsilon=0.1)
+    assert set(rewriting.gates(gated)) == set(plan.blocks)
     plain = compact(latched(gated, dead).train(training))
     expected = silenced(model, dead).eval()(images(count))
     assert torch.equal(gated.eval()(images(count)), expected)
@@ -71,14 +71,14 @@ def test_gates_and_removal_change_nothing_else_in_either_mode(
 ) -> None:
     plan, dead = case
     model = Network(plan).train(training)
-    open_gates = graph.insert_gates(copy.deepcopy(model))
+    open_gates = rewriting.insert_gates(copy.deepcopy(model))
     expected, gradients = trained(copy.deepcopy(model))
     found, ours = trained(open_gates)
     assert torch.equal(found, expected)
     # A gate adds to a new tensor, so that more networks can be trained with gates than without.
     assert all(torch.equal(ours[name], gradients[name]) for name in gradients)
-    gated = graph.insert_gates(copy.deepcopy(model))
-    left = graph.remove_blocks(copy.deepcopy(gated), dead)
+    gated = rewriting.insert_gates(copy.deepcopy(model))
+    left = rewriting.remove_blocks(copy.deepcopy(gated), dead)
     reference, gradients = trained(latched(gated, dead))
     found, ours = trained(left)
     assert torch.equal(found, reference)

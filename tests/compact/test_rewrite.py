@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 from eps_compact import compact
-from eps_train import graph
-from eps_train.errors import GraphError
-from eps_train.gate import EpsilonGate
-from eps_train.networks import Tap
+from eps_core.errors import GraphError
+from eps_train.gating import rewriting
+from eps_train.gating.gate import EpsilonGate
+from eps_train.models.cifar import Tap
 from tests.checkpoints import make_checkpoint
 
 BLOCKS = tuple(f"stages.{stage}.{block}" for stage in range(3) for block in range(3))
@@ -68,7 +68,7 @@ def test_the_source_is_left_as_it_was_and_shares_nothing() -> None:
     before = copy.deepcopy(model.state_dict())
     plain = compact(model)
     assert model.training
-    assert len(graph.gates(model)) == 9
+    assert len(rewriting.gates(model)) == 9
     expected = plain(images())
     model(images()).sum().backward()  # moves the batch norms' statistics
     with torch.no_grad():

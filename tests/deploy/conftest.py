@@ -18,14 +18,13 @@ import torch
 from onnx import helper, numpy_helper
 
 from eps_compact import CompactArtifact, compact
+from eps_deploy.bench.accuracy import AGREEMENT_LIMITS
 from eps_deploy.bundle import MANIFEST, NO_DIGEST, encode_manifest
-from eps_deploy.cli import main
-from eps_deploy.measuring.limits import AGREEMENT_LIMITS
-from eps_train.network import NetworkSpec
+from eps_deploy.cli.deploy import main
+from eps_train.models.spec import NetworkSpec
 from tests.checkpoints import make_checkpoint
 from tests.commands import Result, run
-
-from .fake_ort import GPU, FakeSession
+from tests.deploy.fake_ort import GPU, FakeSession
 
 DEPTH = 14
 DEAD = ("stages.0.1", "stages.1.0", "stages.2.1")

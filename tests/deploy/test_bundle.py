@@ -11,15 +11,14 @@ from typing import Any
 
 import pytest
 
+from eps_core.errors import FileFormatError
 from eps_deploy import load_bundle
-from eps_deploy.bench.cli import main as bench
 from eps_deploy.bundle import MANIFEST, encode_manifest
-from eps_deploy.predict_cli import main as predict
-from eps_deploy.verify_cli import main as verify
-from eps_train.errors import FileFormatError
+from eps_deploy.cli.bench import main as bench
+from eps_deploy.cli.predict import main as predict
+from eps_deploy.cli.verify import main as verify
 from tests.commands import run
-
-from .serving.running import command
+from tests.deploy.serving.running import command
 
 FILES = (
     "model.onnx",

@@ -13,8 +13,8 @@ import pytest
 from torch import nn
 
 from eps_deploy import load_bundle
-from eps_deploy.cli import main
-from eps_train.data import DataIdentity
+from eps_deploy.cli.deploy import main
+from eps_train.data.dataset import DataIdentity
 from tests.commands import Result, files_in, run
 from tests.deploy.conftest import DEAD, deploy, make_workshop
 
@@ -163,7 +163,7 @@ def test_a_model_that_computes_something_else_fails_the_parity_check(
     def wrong(model: nn.Module, identity: DataIdentity, path: Path, **options: Any) -> None:
         shutil.copy(deployed / "bundle" / "baseline.onnx", path)
 
-    monkeypatch.setattr("eps_deploy.networks.export_onnx", wrong)
+    monkeypatch.setattr("eps_deploy.pipeline.build.export_onnx", wrong)
     result = deploy(workshop, "--min-speedup", "0", "--max-accuracy-drop", "100")
     assert result.code == 3
     assert "Verdict: FAILED: parity-compact-onnx, agreement (2 of 6 checks)" in result.stderr
@@ -246,11 +246,11 @@ def test_a_foreign_or_damaged_compact_network_is_refused(workshop: Path) -> None
 def test_other_data_than_it_was_trained_on_is_refused(
     workshop: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from eps_train import data
+    from eps_train.data import dataset
 
-    digits = data.load("digits")
+    digits = dataset.load("digits")
     other = replace(digits.identity, sha256="0" * 64)
-    monkeypatch.setattr(data, "load", lambda *_, **__: replace(digits, identity=other))
+    monkeypatch.setattr(dataset, "load", lambda *_, **__: replace(digits, identity=other))
     result = deploy(workshop)
     assert result.code == 1
     assert "its test images are not those that the checkpoint was tested on" in result.error

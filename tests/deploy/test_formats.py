@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from eps_compact.cli import main as compact_main
-from eps_deploy.verify_cli import main as verify_main
+from eps_deploy.cli.verify import main as verify_main
 from eps_train.cli import main as train_main
 from tests.commands import Result, run
 

@@ -12,11 +12,11 @@ import numpy.typing as npt
 import pytest
 from PIL import Image, features
 
-from eps_deploy import predict_cli
-from eps_deploy.serving import pictures
-from eps_deploy.serving.refusals import Refusal
-from eps_train.files import FileSet
-from eps_train.preprocess import Preprocessing
+from eps_core.preprocessing import Preprocessing
+from eps_deploy.cli import predict
+from eps_deploy.serving import protocol
+from eps_deploy.serving.protocol import Refusal
+from eps_train.data.images import FileSet
 
 Pixels = npt.NDArray[Any]
 
@@ -74,14 +74,14 @@ def predicted(path: Path, how: Preprocessing) -> Pixels | str:
 
     engine: Any = SimpleNamespace(max_batch=1, infer=infer)
     bundle: Any = SimpleNamespace(preprocessing=how, labels=["a", "b"])
-    (answer,) = predict_cli.predict(bundle, engine, [path], 1)
+    (answer,) = predict.predict(bundle, engine, [path], 1)
     return given[0] if given else str(answer["error"])
 
 
 def served(path: Path, how: Preprocessing) -> Pixels | str:
     """What the server makes of the file's bytes."""
     try:
-        pixels: Pixels = pictures.decode(path.read_bytes(), how, 10**6)
+        pixels: Pixels = protocol.decode(path.read_bytes(), how, 10**6)
         return np.squeeze(pixels, axis=0)
     except Refusal as refusal:
         return str(refusal)

@@ -10,12 +10,11 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as triton_pb
 
+from eps_core.errors import FileFormatError
 from eps_deploy.bundle import load_bundle
-from eps_train.errors import FileFormatError
-
-from .conftest import deploy, reseal
-from .serving.running import command
-from .serving.test_openapi import infer
+from tests.deploy.conftest import deploy, reseal
+from tests.deploy.serving.running import command
+from tests.deploy.serving.test_openapi import infer
 
 NAME = "my-cifar.v2"
 

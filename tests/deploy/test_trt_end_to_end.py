@@ -13,15 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from eps_deploy import load_bundle, measures, plans, verify_cli
-from eps_deploy.cli import main
-from eps_deploy.loading import open_engine, open_onnx
-from eps_deploy.options import Options
-from eps_deploy.stages import Stages
+from eps_deploy import load_bundle
+from eps_deploy.bundle import open_engine, open_onnx
+from eps_deploy.cli import verify
+from eps_deploy.cli.deploy import main
+from eps_deploy.pipeline import build, evaluate
+from eps_deploy.pipeline.build import Stages
+from eps_deploy.pipeline.options import Options
 from tests.commands import Result, files_in, run
-
-from .engines.trt.fake_gpu import FakeGpu
-from .engines.trt.machine import Machine, OnnxBuilder, network
+from tests.deploy.engines.trt.fake_gpu import FakeGpu
+from tests.deploy.engines.trt.machine import Machine, OnnxBuilder, network
 
 ANYTHING_GOES = ("--min-speedup", "0", "--max-accuracy-drop", "100", "--latency-budget", "0.2")
 
@@ -88,7 +89,7 @@ def test_a_bundle_with_its_plan(
         assert np.abs(engine.infer(batch) - expected).max() <= 1e-3 * np.abs(expected).max()
     machine.gpu.check_clean()
 
-    proven = run("eps-verify", verify_cli.main, "bundle", "--json", cwd=workshop)
+    proven = run("eps-verify", verify.main, "bundle", "--json", cwd=workshop)
     assert proven.code == 0, proven.stderr
     assert {c["name"]: c["passed"] for c in json.loads(proven.stdout)["checks"]}["plan"] is True
     machine.gpu.check_clean()
@@ -128,7 +129,7 @@ def test_a_user_without_a_home_gets_a_plan_and_no_timing_cache(
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(Path, "home", homeless)
     options = Options(model=tmp_path, engine="trt")
-    plan = plans.build_plan(options, network(), "model", Stages(tmp_path, resume=False), print)
+    plan = build.build_plan(options, network(), "model", Stages(tmp_path, resume=False), print)
     with plan.open(options, "model.plan") as engine:
         assert engine.max_batch == options.max_batch
     assert not machine.trt.count("IBuilderConfig", "create_timing_cache")
@@ -141,7 +142,7 @@ def test_a_killed_run_builds_no_plan_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(measures, "timed", killed)
+        patch.setattr(evaluate, "timed", killed)
         assert deploy(workshop, "--fp16").code == 130
     machine.gpu.check_clean()
     assert machine.builder is not None

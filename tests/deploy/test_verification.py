@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from eps_deploy.verify_cli import main
+from eps_deploy.cli.verify import main
 from tests.commands import Result, run
 
 BLOCKED = """
 import sys
 sys.modules["torch"] = None
 sys.argv = ["eps-verify", sys.argv[1]]
-from eps_deploy.verify_cli import main
+from eps_deploy.cli.verify import main
 main()
 """
 

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.deploy.conftest import deploy, make_workshop
-
-from .containers import Container, Tool, find, prepare
+from tests.image.containers import Container, Tool, find, prepare
 
 TAG = "localhost/eps-resnet:image-test"
 

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.image.containers import Container, Tool
 from tests.meta.project import ROOT, files
-
-from .containers import Container, Tool
 
 # Building takes a minute, and five where the base image is not there yet.
 pytestmark = [pytest.mark.image, pytest.mark.slow, pytest.mark.timeout(1800)]

@@ -14,10 +14,9 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from eps_deploy.serving import healthcheck
+from tests.image import dockerfile
 from tests.meta.project import ROOT, pyproject, scripts
 from tests.meta.test_text import check_usage
-
-from . import dockerfile
 
 TARGETS = ("cpu", "cuda", "trt")
 KUBERNETES = "1.32"

@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from eps_compact.cli import main as compact
-from eps_deploy.cli import main as deploy
-from eps_deploy.verify_cli import main as verify
-from eps_train import data
+from eps_deploy.cli.deploy import main as deploy
+from eps_deploy.cli.verify import main as verify
+from eps_train.data import dataset
 from tests.checkpoints import make_checkpoint
 from tests.commands import Result, run
 
@@ -30,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for index in range(20):
             pixels = random.integers(0, 256, (8, 8), dtype=np.uint8)
             Image.fromarray(pixels).save(images / str(label) / f"{index}.png")
-    identity = replace(data.load(f"folder:{images}").identity, name="folder:images")
+    identity = replace(dataset.load(f"folder:{images}").identity, name="folder:images")
     checkpoint = make_checkpoint(depth=14, dead=("stages.1.1",))
     replace(checkpoint, data=identity).save(folder / "ckpt.pt")
     images.rename(folder / "elsewhere")

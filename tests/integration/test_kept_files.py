@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from eps_compact.cli import main as compact
-from eps_train.checkpoint import Checkpoint
 from eps_train.cli import main as train
+from eps_train.training.checkpoint import Checkpoint
 from tests.commands import Result, files_in, run
 
 TINY = ("--model", "cifar:8x4", "--epochs", "2", "--batch-size", "256")

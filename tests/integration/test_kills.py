@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from eps_train.checkpoint import Checkpoint
+from eps_train.training.checkpoint import Checkpoint
 
 COMMAND = [sys.executable, "-c", "from eps_train.cli import main; main()"]
 RUN = ["--model", "cifar:8x4", "--epochs", "16", "--seed", "5", "--keep", "2"]

@@ -9,16 +9,16 @@ import numpy as np
 from eps_compact.artifact import CompactArtifact
 from eps_compact.cli import main as compact
 from eps_deploy.engines.ort import OrtEngine
-from eps_deploy.exporting.export import export_onnx
-from eps_train import data
-from eps_train.evaluate import logits
-from eps_train.networks import Normalize
+from eps_deploy.export.export import export_onnx
+from eps_train.data import dataset
+from eps_train.models.cifar import Normalize
+from eps_train.training.evaluate import logits
 from tests import commands
 from tests.checkpoints import make_checkpoint
 
 
 def test_it_ships_inside_the_network(tmp_path: Path) -> None:
-    made = data.load("digits", normalization="pixel")
+    made = dataset.load("digits", normalization="pixel")
     checkpoint = make_checkpoint(dead=("stages.2.0",), depth=8)
     checkpoint.data = made.identity
     checkpoint.save(tmp_path / "ckpt.pt")

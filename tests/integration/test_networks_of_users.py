@@ -10,9 +10,9 @@ import pytest
 
 import eps_compact
 from eps_compact.cli import main as compact_main
-from eps_deploy.verify_cli import main as verify_main
+from eps_core.errors import FileFormatError
+from eps_deploy.cli.verify import main as verify_main
 from eps_train.cli import main as train_main
-from eps_train.errors import FileFormatError
 from tests.commands import Result, run
 
 SOURCE = """

@@ -12,9 +12,9 @@ import torch
 
 import eps_compact
 from eps_compact.cli import main as compact_main
-from eps_train import graph
-from eps_train.checkpoint import Checkpoint, Death
 from eps_train.cli import main as train_main
+from eps_train.gating import rewriting
+from eps_train.training.checkpoint import Checkpoint, Death
 from tests.commands import run
 
 OWN = """
@@ -73,7 +73,7 @@ def test_train_resume_and_compact(
     assert compacted.code == 0, compacted.stderr
     plain = eps_compact.load(tmp_path / "compact.pt")
     gated = checkpoint.build_gated().eval()
-    graph.gates(gated)[block].latch()
+    rewriting.gates(gated)[block].latch()
     x = torch.randn(3, 1, 8, 8)
     assert torch.equal(plain(x), gated(x))
     assert len(plain.state_dict()) < len(checkpoint.state)

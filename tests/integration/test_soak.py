@@ -15,8 +15,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from eps_train.checkpoint import Checkpoint
-from eps_train.runfiles import RunFiles
+from eps_train.training.checkpoint import Checkpoint
+from eps_train.training.files import RunFiles
 
 ROOT = Path(__file__).parents[2]
 EPOCHS, KILLS, KEPT = 60, 20, 3

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from eps_train.checkpoint import Checkpoint
+from eps_train.training.checkpoint import Checkpoint
 
 pytestmark = [
     pytest.mark.slow,

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from .project import command, scripts
+from tests.meta.project import command, scripts
 
 FROZEN = Path(__file__).with_name("cli_surface.txt")
 

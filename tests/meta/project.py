@@ -73,7 +73,7 @@ def files() -> tuple[Path, ...]:
 
 
 def module_name(path: Path, package: str) -> str:
-    """`.../eps_train/data/folder.py` -> `eps_train.data.folder`."""
+    """`.../eps_train/data/folder.py` -> `eps_train.data.dataset.folder`."""
     parts = path.relative_to(packages()[package].parent).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import click
 import pytest
 
-from .cli_surface import FROZEN, surface
-from .project import command, scripts
+from tests.meta.cli_surface import FROZEN, surface
+from tests.meta.project import command, scripts
 
 
 def test_the_command_lines_are_as_frozen() -> None:

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from .project import files, packages
+from tests.meta.project import files, packages
 
 _TESTS = "tests put their own in its place"
 _FACTORY = "called through FAMILIES with what the network's name says"

@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 import pytest
 
-from .project import command, scripts
+from tests.meta.project import command, scripts
 
 GOLDEN = Path(__file__).with_name("golden")
 

@@ -10,20 +10,20 @@ from pathlib import Path
 
 import pytest
 
-from .project import imports, module_name, packages, scripts
+from tests.meta.project import imports, module_name, packages, scripts
 
 # A package may import those before it, never those after it.
-ORDER = ("eps_train", "eps_compact", "eps_deploy")
+ORDER = ("eps_core", "eps_train", "eps_compact", "eps_deploy")
 
 # Run where torch is not installed: the serving image, and eps-predict with the `ort` extra alone.
 TORCH_FREE = (
-    "eps_train.preprocess",
+    "eps_core.preprocessing",
     "eps_deploy.bundle",
     "eps_deploy.engines",
-    "eps_deploy.predict_cli",
+    "eps_deploy.cli.predict",
     "eps_deploy.serving",
     "eps_deploy.triton",
-    "eps_deploy.verification",
+    "eps_deploy.bundle",
 )
 
 # Seconds to import each; `--help` has no use for them.

@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 import pytest
 
-from .project import ROOT, command, read_toml, scripts
+from tests.meta.project import ROOT, command, read_toml, scripts
 
 TESTS = ROOT / "tests"
 MAP = Path(__file__).with_name("option_effects.toml")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from packaging.requirements import Requirement
 
-from .project import ROOT, pyproject
+from tests.meta.project import ROOT, pyproject
 
 
 def requirement(extra: str, name: str) -> Requirement:

@@ -10,12 +10,12 @@ from pathlib import Path
 import click
 import pytest
 
-from .project import ROOT, command, files, packages, scripts
+from tests.meta.project import ROOT, command, files, packages, scripts
 
 DOCUMENTS = [path for path in files() if path.suffix == ".md"]
 FENCE = re.compile(r"^```(?:console|sh|bash|shell)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
-REPOSITORY_PATH = re.compile(r"^(?:train|compact|deploy|tests|benchmarks|docs)/[\w./-]+$")
+REPOSITORY_PATH = re.compile(r"^(?:core|train|compact|deploy|tests|benchmarks|docs)/[\w./-]+$")
 
 # In pieces, so that this file passes its own test.
 FOREIGN = re.compile(

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from .project import ROOT, packages, pyproject, scripts
-from .test_imports import HELP, run_python
+from tests.meta.project import ROOT, packages, pyproject, scripts
+from tests.meta.test_imports import HELP, run_python
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from eps_train.vision import import_torchvision
+from eps_train.data.downloads import import_torchvision
 
 
 @pytest.fixture(scope="session")

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
-from eps_train import graph
-from eps_train.errors import GraphError
+from eps_core.errors import GraphError
+from eps_train.gating import rewriting
 
 WATCHED = ("add", "__add__", "__radd__", "sub", "__sub__", "subtract", "addcmul", "lerp")
 WRITING = ("add_", "__iadd__", "sub_", "__isub__", "subtract_", "addcmul_", "lerp_")
@@ -64,7 +64,7 @@ def gate_sums(gated: fx.GraphModule, example: Tensor) -> dict[str, tuple[Tensor,
     """Shortcut and result of every gate."""
     found = {}
     gated = copy.deepcopy(gated)
-    for block, gate in graph.gates(gated).items():
+    for block, gate in rewriting.gates(gated).items():
 
         def note(_: Any, operands: Any, result: Tensor, block: str = block) -> None:
             found[block] = operands[0].detach().clone(), result.detach().clone()
@@ -107,7 +107,7 @@ def judge(model: nn.Module, example: Tensor, *, seed: int = 0) -> int | str:
     Raises AssertionError for a removal that differs from this module's opinion.
     """
     try:
-        gated = graph.insert_gates(copy.deepcopy(model), example=example)
+        gated = rewriting.insert_gates(copy.deepcopy(model), example=example)
     except GraphError as error:
         return str(error)
     chooser, draws = random.Random(seed), draws_random_numbers(model, example)
@@ -118,7 +118,7 @@ def judge(model: nn.Module, example: Tensor, *, seed: int = 0) -> int | str:
         for training in modes:
             shortcuts = dict(where[training][block] for block in dead)
             eager = copy.deepcopy(model).train(training)
-            left = graph.remove_blocks(copy.deepcopy(gated), dead).train(training)
+            left = rewriting.remove_blocks(copy.deepcopy(gated), dead).train(training)
             expected = seeded(eager, example, _Additions(shortcuts))
             found = seeded(left, example)
             assert close(expected, found), ("output", training, dead)

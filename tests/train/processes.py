@@ -16,8 +16,8 @@ from unittest import mock
 
 import torch
 
-from eps_train import devices, distributed
-from eps_train.errors import EpsError
+from eps_core.errors import EpsError
+from eps_train.training import distributed, forward
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 240  # seconds
@@ -29,7 +29,7 @@ _context.set_forkserver_preload(
         "tests.train.processes",  # with it `tests` is found, which pytest keeps off the path
         "pytest",
         "sklearn.datasets",
-        "eps_train.run",
+        "eps_train.training.run",
         "torch._dynamo",
         "torch.distributed.optim",
     ]
@@ -91,7 +91,7 @@ def _main(
     }
     torch.set_num_threads(1)
     try:
-        with distributed.joined(devices.choose(device)) as group:
+        with distributed.joined(forward.choose(device)) as group:
             # By value: torch would have shared the memory of tensors with a process that ends.
             end.send_bytes(pickle.dumps(function(group, *arguments)))
     except Exception as error:

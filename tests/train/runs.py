@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
-from eps_train import data, recipes
+from eps_train import recipes
 from eps_train.config import TrainingConfig
-from eps_train.data import Data
-from eps_train.distributed import ALONE, Group
-from eps_train.epoch_report import EpochReport
-from eps_train.loop import Trainer
+from eps_train.data import dataset
+from eps_train.data.dataset import Data
+from eps_train.training.distributed import ALONE, Group
+from eps_train.training.guards import EpochReport
+from eps_train.training.trainer import Trainer
 
 # Which of its 9 blocks die, and when, depends on the last bits of what the CPU or GPU computes.
 # A test of what a death does takes `dying_trainer`; `trainer` is for what no death touches.
@@ -50,7 +51,7 @@ class DoomedTrainer(Trainer):
 
 @cache
 def digits() -> Data:
-    return data.load("digits")
+    return dataset.load("digits")
 
 
 def trainer(

@@ -13,14 +13,15 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from eps_train import console, data, sealed, summary
-from eps_train.atomic import replace_file
-from eps_train.checkpoint import FORMAT, Checkpoint
+from eps_core import cli, sealed
+from eps_core.files import held, replace_file
 from eps_train.cli import main
 from eps_train.config import TrainingConfig
-from eps_train.folder_lock import held
-from eps_train.loop import Trainer
+from eps_train.data import dataset
 from eps_train.recipes import RECIPES
+from eps_train.training import run as summary
+from eps_train.training.checkpoint import FORMAT, Checkpoint
+from eps_train.training.trainer import Trainer
 from tests.commands import Result, files_in, run
 
 TINY = ("--model", "cifar:8x4", "--epochs", "2")
@@ -367,7 +368,7 @@ def test_all_damaged_images_are_listed_before_training(
 ) -> None:
     """Also of a set that stays on disk, of which the test part is read last."""
     split_pictures(tmp_path / "set")
-    monkeypatch.setattr(data, "room_for_images", lambda: 100)
+    monkeypatch.setattr(dataset, "room_for_images", lambda: 100)
     damaged_ones = ["Test/dark/3.png", "Test/light/1.png", "Val/dark/0.png"]
     for name in damaged_ones:
         path = tmp_path / "set" / name
@@ -390,7 +391,7 @@ def test_all_damaged_images_are_listed_before_training(
     made = Checkpoint.load(tmp_path / "ckpt.pt").data
     assert sorted(made.skipped) == damaged_ones
     assert (
-        data.load_again(replace(made, name=f"folder:{tmp_path / 'set'}")).identity.sizes
+        dataset.load_again(replace(made, name=f"folder:{tmp_path / 'set'}")).identity.sizes
         == made.sizes
     )
 
@@ -455,7 +456,7 @@ def test_on_a_narrow_terminal_no_word_of_the_summary_is_broken(
 ) -> None:
     runs = json.loads((trained / "summary.json").read_text())["runs"]
     narrow = Console(stderr=True, width=60, markup=False, highlight=False)
-    monkeypatch.setattr(console, "log", lambda: narrow)
+    monkeypatch.setattr(cli, "log", lambda: narrow)
     summary.show(runs)
     shown = capsys.readouterr().err
     for word in ("parameters", "validation", "written", "baseline.pt", "of 359"):

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
+from eps_core.errors import ConfigError
 from eps_train.config import TrainingConfig
-from eps_train.errors import ConfigError
 from eps_train.recipes import RECIPES, digits, recipe
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 import pytest
 
-from eps_train import config_flags
+from eps_train import config
 from eps_train.cli import cli, main
 from eps_train.config import TrainingConfig
 from eps_train.recipes import digits
@@ -121,4 +121,4 @@ def test_a_config_that_is_none_is_refused_in_one_line(
 )
 def test_steps_that_are_none_are_refused(text: str) -> None:
     with pytest.raises(click.BadParameter):
-        config_flags.steps(text)
+        config.steps(text)

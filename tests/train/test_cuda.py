@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from eps_train import graph
-from eps_train.checkpoint import Checkpoint
-from eps_train.cuda_graph import WARM_UP, GraphedStep
-from eps_train.distributed import Group
-from eps_train.epoch_report import EpochReport
-from eps_train.evaluate import logits, score
-from eps_train.gate import EpsilonGate, relu_gate
-from eps_train.loop import Stopped, Trainer
-from eps_train.optimizer import set_rate
+from eps_train.gating import rewriting
+from eps_train.gating.gate import EpsilonGate, relu_gate
+from eps_train.training.checkpoint import Checkpoint
+from eps_train.training.distributed import Group
+from eps_train.training.evaluate import logits, score
+from eps_train.training.guards import EpochReport
+from eps_train.training.optimizer import set_rate
+from eps_train.training.step import WARM_UP, GraphedStep
+from eps_train.training.trainer import Stopped, Trainer
 from tests.train import processes
 from tests.train.runs import DEATHS, deaths, digits, dying_trainer
 
@@ -147,7 +147,7 @@ def two_epochs(run: Trainer) -> dict[str, torch.Tensor]:
     """Two epochs with a removal between them; the weights after that."""
     run.run_epoch()
     block = next(iter(run.gates))
-    run.adopt(graph.remove_blocks(run.model, [block]))
+    run.adopt(rewriting.remove_blocks(run.model, [block]))
     run.run_epoch()
     return {name: tensor.clone() for name, tensor in run.network.state_dict().items()}
 
@@ -226,7 +226,7 @@ def test_memory_falls_when_blocks_leave(tmp_path: Path, compiled: bool) -> None:
     run.take_step(next(batches))
     run.optimizer.zero_grad()
     before, weights = torch.cuda.memory_allocated(), run.parameters()
-    run.adopt(graph.remove_blocks(run.model, ["stages.2.1", "stages.2.2"]))
+    run.adopt(rewriting.remove_blocks(run.model, ["stages.2.1", "stages.2.2"]))
     gc.collect()
     freed = before - torch.cuda.memory_allocated()
     assert freed >= 2 * 4 * (weights - run.parameters()), "parameters and their momentum, float32"

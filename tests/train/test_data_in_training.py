@@ -9,14 +9,14 @@ import pytest
 import torch
 from PIL import Image
 
-from eps_train import data, recipes
-from eps_train.checkpoint import Checkpoint
-from eps_train.data import Data
-from eps_train.files import FileSet
-from eps_train.loop import Stopped, Trainer
-
-from . import runs
-from .readers.test_imagenet import write_set
+from eps_train import recipes
+from eps_train.data import dataset
+from eps_train.data.dataset import Data
+from eps_train.data.images import FileSet
+from eps_train.training.checkpoint import Checkpoint
+from eps_train.training.trainer import Stopped, Trainer
+from tests.train import runs
+from tests.train.data.test_imagenet import write_set
 
 CPU = torch.device("cpu")
 SMALL = replace(
@@ -48,7 +48,7 @@ def train(made: Trainer) -> Checkpoint:
 
 def test_a_run_from_disk_resumes_exactly_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
     write_set(tmp_path / "set")
-    made = data.load("imagenet", tmp_path / "set", image_size=SMALL.image_size)
+    made = dataset.load("imagenet", tmp_path / "set", image_size=SMALL.image_size)
     whole = train(trainer(tmp_path / "whole", made))
     assert whole.metrics["test"]["samples"] == 9
     stopped = trainer(tmp_path / "parts", made, stop_after=1)
@@ -73,8 +73,8 @@ def test_a_network_is_trained_and_tested_alike_from_disk_and_from_memory(
         Image.new("L", (9, 9), 4 * number + number % 2).save(path)
     found = []
     for memory in (8 << 30, 300):
-        monkeypatch.setattr(data, "room_for_images", lambda memory=memory: memory)
-        made = data.load(f"folder:{tmp_path / 'set'}", image_size=(8, 8))
+        monkeypatch.setattr(dataset, "room_for_images", lambda memory=memory: memory)
+        made = dataset.load(f"folder:{tmp_path / 'set'}", image_size=(8, 8))
         assert isinstance(made.train, FileSet) == (memory == 300)
         folder = tmp_path / str(memory)
         folder.mkdir()
@@ -89,7 +89,7 @@ def test_a_network_is_trained_and_tested_alike_from_disk_and_from_memory(
 
 
 def test_a_mean_image_is_what_the_network_is_trained_with(tmp_path: Path) -> None:
-    made = data.load("digits", normalization="pixel")
+    made = dataset.load("digits", normalization="pixel")
     run = replace(runs.DYING, normalization="pixel", epochs=1)
     made_trainer = Trainer(
         run, made, best_path=tmp_path / "a", last_path=tmp_path / "b", device=CPU

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from eps_train import graph
-from eps_train.factories import make
-from eps_train.modes import ByMode
+from eps_train.gating import rewriting
+from eps_train.gating.tracing import ByMode
+from eps_train.models.registry import make
 
 # Blocks of each stage, from the papers; all of them have a shortcut.
 FOUR_STAGES = {
@@ -69,15 +69,15 @@ def test_the_counts_that_the_design_names() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_open_gates_change_nothing_in_either_mode(name: str) -> None:
     model = network(name)
-    gated = graph.insert_gates(copy.deepcopy(model))
-    assert len(graph.gates(gated)) == COUNTS[name]
+    gated = rewriting.insert_gates(copy.deepcopy(model))
+    assert len(rewriting.gates(gated)) == COUNTS[name]
     for training in (True, False, True, False):
         assert torch.equal(answer(gated.train(training)), answer(model.train(training))), training
     theirs = model.state_dict()
     ours = {key: value for key, value in gated.state_dict().items() if key in theirs}
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
-    assert all(int(gate.steps) == 2 for gate in graph.gates(gated).values())
+    assert all(int(gate.steps) == 2 for gate in rewriting.gates(gated).values())
 
 
 def gated_network(name: str) -> fx.GraphModule:
@@ -86,7 +86,7 @@ def gated_network(name: str) -> fx.GraphModule:
         # A removed branch draws no random numbers, which would shift those of all others.
         if "p" in vars(module):
             vars(module)["p"] = 0.0
-    return graph.insert_gates(model, epsilon=0.1)
+    return rewriting.insert_gates(model, epsilon=0.1)
 
 
 SLOW_REMOVALS = ("torchvision:convnext_tiny", "torchvision:efficientnet_b0", "timm:resnetv2_50")
@@ -97,14 +97,14 @@ SLOW_REMOVALS = ("torchvision:convnext_tiny", "torchvision:efficientnet_b0", "ti
 )
 def test_removal_equals_latched_gates(name: str) -> None:
     model = gated_network(name)
-    blocks = list(graph.gates(model))
+    blocks = list(rewriting.gates(model))
     generator = random.Random(name)
     for dead in (generator.sample(blocks, len(blocks) // 2), blocks[-2:], blocks):
         latched, start = copy.deepcopy(model), copy.deepcopy(model)
         for block in dead:
-            graph.gates(latched)[block].latch()
-        left = graph.remove_blocks(start, dead)
-        assert list(graph.gates(left)) == [block for block in blocks if block not in dead]
+            rewriting.gates(latched)[block].latch()
+        left = rewriting.remove_blocks(start, dead)
+        assert list(rewriting.gates(left)) == [block for block in blocks if block not in dead]
         for _ in range(2):
             expected, found = answer(latched), answer(left)
             assert torch.equal(expected, found)
@@ -120,14 +120,14 @@ def test_removal_equals_latched_gates(name: str) -> None:
 
 
 def test_names_are_those_of_the_blocks() -> None:
-    names = list(graph.gates(gated_network("torchvision:resnet18")))
+    names = list(rewriting.gates(gated_network("torchvision:resnet18")))
     assert names == [f"layer{stage}.{block}" for stage in (1, 2, 3, 4) for block in (0, 1)]
 
 
 def test_branches_of_blocks_that_change_the_shape() -> None:
     """Both paths carry weights there; the one with more of them is the branch."""
     model = gated_network("torchvision:resnet18")
-    left = graph.remove_blocks(model, ["layer2.0"])
+    left = rewriting.remove_blocks(model, ["layer2.0"])
     kept = [key for key in left.state_dict() if key.startswith("layer2.0.")]
     assert kept
     assert all(key.startswith("layer2.0.downsample.") for key in kept)
@@ -135,17 +135,17 @@ def test_branches_of_blocks_that_change_the_shape() -> None:
 
 def test_two_additions_of_one_module() -> None:
     model = make("timm:vit_tiny_patch16_224", {"num_classes": 10, "in_chans": 3})
-    names = list(graph.gates(graph.insert_gates(model)))
+    names = list(rewriting.gates(rewriting.insert_gates(model)))
     assert len(names) == 2 * 12
     assert names[:4] == ["blocks.0", "blocks.0:2", "blocks.1", "blocks.1:2"]
-    assert {graph.stage_name(name) for name in names} == {"blocks"}
+    assert {rewriting.stage_name(name) for name in names} == {"blocks"}
 
 
 def test_dropout_of_a_whole_network_still_listens_to_the_mode() -> None:
     import timm
 
     model = timm.create_model("resnet18", num_classes=10, drop_rate=0.5)
-    gated = graph.insert_gates(copy.deepcopy(model))
+    gated = rewriting.insert_gates(copy.deepcopy(model))
     assert any(isinstance(module, ByMode) for module in gated.modules())
     for training in (True, False):
         assert torch.equal(answer(gated.train(training)), answer(model.train(training)))

@@ -16,13 +16,14 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from eps_train import data, forward, loop
-from eps_train.checkpoint import Checkpoint
 from eps_train.cli import main
-from eps_train.distributed import Group
-from eps_train.evaluate import Score
-from eps_train.loop import Trainer
-from eps_train.step import TrainingStep
+from eps_train.data import dataset
+from eps_train.training import forward, trainer
+from eps_train.training.checkpoint import Checkpoint
+from eps_train.training.distributed import Group
+from eps_train.training.evaluate import Score
+from eps_train.training.step import TrainingStep
+from eps_train.training.trainer import Trainer
 from tests.commands import Result, run
 
 EPOCHS = 2
@@ -81,7 +82,9 @@ def train(images: Path, tmp_path: Path) -> Train:
 def _train(images: Path, folder: Path, *args: object) -> Trained:
     small = ("--dataset", f"folder:{images}", "--model", "cifar:8x4", "--epochs", EPOCHS)
     plain = ("--batch-size", 32, "--shift", 0, "--device", "cpu")
-    with mock.patch("eps_train.run.draw", return_value=b""):  # the picture takes longer than all
+    with mock.patch(
+        "eps_train.training.run.draw", return_value=b""
+    ):  # the picture takes longer than all
         result = run("eps-train", main, *small, *plain, *args, cwd=folder)
     assert result.code == 0, result.stderr
     return Trained(folder, result)
@@ -169,7 +172,7 @@ def test_the_device_is_the_one_named(
     def told(*args: object, device: torch.device, **rest: object) -> None:
         raise Told(str(device))
 
-    monkeypatch.setattr("eps_train.run.Run.__init__", told)
+    monkeypatch.setattr("eps_train.training.run.Run.__init__", told)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     for given, expected in (("cpu", "cpu"), ("cuda:3", "cuda:3"), ("auto", "cuda")):
@@ -227,7 +230,7 @@ def test_batch_norm_is_synchronised(train: Train, monkeypatch: pytest.MonkeyPatc
     def stop(self: Trainer, report: object) -> None:
         raise KeyboardInterrupt  # torch has no such batch norm on a CPU
 
-    monkeypatch.setattr("eps_train.step.synchronise_batchnorm", synchronise)
+    monkeypatch.setattr("eps_train.training.step.synchronise_batchnorm", synchronise)
     monkeypatch.setattr(Trainer, "run", stop)
     with pytest.raises(AssertionError, match="interrupted"):
         train("--sync-batchnorm")
@@ -272,7 +275,7 @@ def test_without_weight_there_is_no_side_head(train: Train, reference: Trained) 
 @pytest.fixture(scope="module")
 def originals(images: Path) -> set[bytes]:
     """Every training image as it is."""
-    return {image.numpy().tobytes() for image in data.load(f"folder:{images}").train.images}
+    return {image.numpy().tobytes() for image in dataset.load(f"folder:{images}").train.images}
 
 
 def among(batches: list[Tensor], originals: set[bytes]) -> tuple[int, int]:
@@ -326,7 +329,7 @@ def test_images_are_augmented_otherwise(
 def test_the_mean_image_is_taken_off(train: Train, reference: Trained, images: Path) -> None:
     assert reference.best.data.normalization == "channel"
     identity = train("--normalization", "pixel").best.data
-    mean = data.load(f"folder:{images}").train.images.double().mean(dim=0)
+    mean = dataset.load(f"folder:{images}").train.images.double().mean(dim=0)
     assert torch.allclose(torch.tensor(identity.mean, dtype=torch.float64), mean)
     assert identity.std == (128.0,) * 3
 
@@ -369,7 +372,7 @@ def test_a_drop_in_accuracy_holds_the_target_back(
 ) -> None:
     """The best epoch is the first, and from the second on the accuracy is half of that."""
     accuracies = iter([0.8] + [0.4] * 99)
-    monkeypatch.setattr(loop, "score", lambda *_: Score(next(accuracies), 1.0, 10))
+    monkeypatch.setattr(trainer, "score", lambda *_: Score(next(accuracies), 1.0, 10))
     guard = ("--max-accuracy-drop", 5) if guarded else ()
     long = ("--epochs", 5, "--epsilon-from", 4, "--descent", "none")
     trained = train("--target-parameters", 0.5, *guard, "--model", "cifar:14x4", *long)

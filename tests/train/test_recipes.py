@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 
+from eps_core.errors import ConfigError
 from eps_train.config import TrainingConfig
-from eps_train.data import DATASETS
-from eps_train.errors import ConfigError
+from eps_train.data.dataset import DATASETS
 from eps_train.recipes import RECIPES, recipe
 from eps_train.schedule import RateSchedule
 

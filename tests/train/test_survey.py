@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from eps_train.factories import make, split_arguments
+from eps_train.models.registry import make, split_arguments
 from tests.train.idioms import IDIOMS
 from tests.train.oracle import judge
 

@@ -9,19 +9,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from eps_train.checkpoint import Checkpoint
-    from eps_train.errors import EpsError
-    from eps_train.gate import EpsilonGate
-    from eps_train.graph import insert_gates, remove_blocks, ungated
-    from eps_train.network import NetworkSpec
+    from eps_core.errors import EpsError
+    from eps_train.gating.gate import EpsilonGate
+    from eps_train.gating.rewriting import insert_gates, remove_blocks, ungated
+    from eps_train.models.spec import NetworkSpec
+    from eps_train.training.checkpoint import Checkpoint
 
 _HOMES = {
-    "Checkpoint": "checkpoint",
-    "EpsError": "errors",
-    "EpsilonGate": "gate",
-    "NetworkSpec": "network",
-    "insert_gates": "graph",
-    "remove_blocks": "graph",
+    "Checkpoint": "training.checkpoint",
+    "EpsError": "eps_core.errors",
+    "EpsilonGate": "gating.gate",
+    "NetworkSpec": "models.spec",
+    "insert_gates": "gating.rewriting",
+    "remove_blocks": "gating.rewriting",
     "ungated": "graph",
 }
 
@@ -39,4 +39,5 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    home = _HOMES[name]
+    return getattr(import_module(home if "eps_core" in home else f"{__name__}.{home}"), name)

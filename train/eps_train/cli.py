@@ -10,16 +10,19 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from eps_train import config_flags, console, folder_lock, launcher, recipes
-from eps_train.config_flags import SectionedCommand, config_options
-from eps_train.errors import ConfigError, DamagedImages
-from eps_train.runfiles import RunFiles
+from eps_core import cli as console
+from eps_core import cli as launcher
+from eps_core import files as folder_lock
+from eps_core.errors import ConfigError, DamagedImages
+from eps_train import config, recipes
+from eps_train.config import SectionedCommand, config_options
+from eps_train.training.files import RunFiles
 
 if TYPE_CHECKING:
     from eps_train.config import TrainingConfig
-    from eps_train.data import Data, DataIdentity
-    from eps_train.distributed import Group
-    from eps_train.run import Run
+    from eps_train.data.dataset import Data, DataIdentity
+    from eps_train.training.distributed import Group
+    from eps_train.training.run import Run
 
 
 @click.command(cls=SectionedCommand, context_settings={"show_default": True})
@@ -104,8 +107,8 @@ def cli(
         raise click.UsageError("--resume and --force contradict each other")
     if recipe and config_file:
         raise click.UsageError("--recipe and --config contradict each other")
-    base = config_flags.read(config_file) if config_file else recipes.recipe(recipe or "digits")
-    chosen = config_flags.override(base, fields)
+    base = config.read(config_file) if config_file else recipes.recipe(recipe or "digits")
+    chosen = config.override(base, fields)
     if with_baseline and chosen.plain:
         raise click.UsageError("--with-baseline needs an epsilon above 0: at 0 both are the same")
     if show_recipe:
@@ -122,11 +125,13 @@ def cli(
     if resume and not output.is_dir() and not launcher.restarts():
         raise ConfigError(f"--output {output}: no such folder to resume in")
 
-    from eps_train import data, devices, distributed, summary
-    from eps_train.run import Run
+    from eps_train.data import dataset
+    from eps_train.training import distributed, forward
+    from eps_train.training import run as summary
+    from eps_train.training.run import Run
 
     load = partial(
-        data.load,
+        dataset.load,
         chosen.dataset,
         data_root,
         image_size=chosen.image_size,
@@ -134,18 +139,20 @@ def cli(
         skip_damaged=skip_damaged,
     )
     if dry_run:
-        known = chosen.dataset in data.DATASETS
+        known = chosen.dataset in dataset.DATASETS
         outline = (
-            data.outline(chosen.dataset, data_root, chosen.image_size)
+            dataset.outline(chosen.dataset, data_root, chosen.image_size)
             if known
             else _told(load).identity.outline
         )
         summary.show_plan(chosen, outline)
         return
-    place = devices.choose(device)
+    place = forward.choose(device)
     with distributed.joined(place) as group:
         like = _earlier_data(runs, chosen) if resume else None
-        room = min(group.gather(data.room_for_images()))  # before one of them has taken its share
+        room = min(
+            group.gather(dataset.room_for_images())
+        )  # before one of them has taken its share
         images = group.first(
             lambda: _told(
                 partial(load, download=download, like=like, room=room, check=like is None)
@@ -230,7 +237,7 @@ def _earlier_data(
     runs: dict[RunFiles, TrainingConfig], chosen: TrainingConfig
 ) -> DataIdentity | None:
     """The data of the run that is to be resumed; None where there is none, or of another set."""
-    from eps_train.checkpoint import Checkpoint
+    from eps_train.training.checkpoint import Checkpoint
 
     for files in runs:
         if files.last.exists():

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+from eps_core.errors import ConfigError
 from eps_train.config import TrainingConfig
-from eps_train.errors import ConfigError
 
 
 def digits() -> TrainingConfig:

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from eps_train.errors import DataError, EpsError
+from eps_core.errors import DataError, EpsError
 
 INPUT_NAME = "images"  # uint8 [N, C, H, W]
 OUTPUT_NAME = "logits"  # float32 [N, classes]

@@ -6,9 +6,9 @@ import json
 from typing import Any
 
 from eps_deploy.engines.base import INPUT_NAME, OUTPUT_NAME
-from eps_deploy.serving.contract import DATATYPE
 from eps_deploy.serving.metrics import Statistic, Totals
 from eps_deploy.serving.model import VERSION
+from eps_deploy.serving.protocol import DATATYPE
 from eps_deploy.serving.service import Served
 
 _EXTENSIONS = ("binary_tensor_data", "classification", "model_configuration", "statistics")

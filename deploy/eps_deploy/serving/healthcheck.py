@@ -13,7 +13,7 @@ import http.client
 import sys
 from pathlib import Path, PurePath
 
-from eps_deploy.serve_cli import cli
+from eps_deploy.cli.serve import cli
 
 PATH = "/v2/health/ready"
 _COMMAND = "eps-serve"

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
-from eps_deploy.serving.refusals import Refusal, busy, too_large
+from eps_deploy.serving.protocol import Refusal, busy, too_large
 
 MIB = 1 << 20
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]

@@ -21,22 +21,83 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
+from eps_core.errors import ConfigError
 from eps_deploy.bundle import Bundle
-from eps_deploy.serving import logs
-from eps_deploy.serving.connections import limited
-from eps_deploy.serving.frame import Frame
+from eps_deploy.serving import middleware
+from eps_deploy.serving.app import Api
+from eps_deploy.serving.connections import Shedder, limited
 from eps_deploy.serving.limits import Limits, Memory
-from eps_deploy.serving.listening import accepted, allow_files, listen
 from eps_deploy.serving.metrics import Metrics
+from eps_deploy.serving.middleware import Frame
 from eps_deploy.serving.model import read_bundle
-from eps_deploy.serving.routes import Api
 from eps_deploy.serving.service import Service, Source
 from eps_deploy.serving.shadow import read_shadow
-from eps_deploy.serving.shedding import Shedder
-from eps_train.errors import ConfigError
 
 if TYPE_CHECKING:
     from eps_deploy.serving.rpc.server import RpcServer
+
+# -- Sockets that listen, and how many files a process may have open
+
+_BACKLOG = 1024
+_SPARE_FILES = 64  # beside connections: models, libraries, logs
+
+
+def listen(host: str, port: int, option: str = "--port") -> socket.socket:
+    """A listening socket. Raises ConfigError: no such address, or somebody else has the port.
+
+    `option` is what the port was given with.
+    """
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = found[0]
+        listener = socket.socket(family, kind, protocol)
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"--host {host}: {_told(error)}") from None
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(_BACKLOG)
+        listener.setblocking(False)
+    except OSError as error:
+        listener.close()
+        told = f"--host {host} {option} {port}: {_told(error)}; choose another"
+        raise ConfigError(told) from None
+    return listener
+
+
+def _told(error: Exception) -> str:
+    return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+
+
+def accepted(listener: socket.socket) -> list[socket.socket]:
+    """Close the listener, and return the connections that clients believe to be open already.
+
+    The kernel resets those that come between the last `accept` and `close`: nothing stands there.
+    """
+    connections = []
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            connections.append(listener.accept()[0])
+    listener.close()
+    return connections
+
+
+def allow_files(connections: int) -> None:
+    """Have as many files open as there may be connections. Raises ConfigError."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = connections + _SPARE_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        if hard != resource.RLIM_INFINITY and hard < wanted:
+            raise ConfigError(
+                f"{connections} connections need {wanted} open files, and this process may have"
+                f" {hard}; raise the limit (ulimit -n {wanted})"
+            )
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _DRAIN = 25  # seconds for the last answers; Kubernetes kills after 30
@@ -81,7 +142,7 @@ def run(settings: Settings) -> None:
             listen(settings.host, settings.grpc_port, "--grpc-port").close()
             wires = 2
         allow_files(wires * settings.limits.connections)
-        logs.set_up()
+        middleware.set_up()
         finished = asyncio.run(serve(settings, bundle, token, listener))
     if not finished:  # a thread is in the middle of something that cannot be interrupted
         sys.stderr.flush()
@@ -105,7 +166,7 @@ async def serve(
     service = Service(
         settings.source,
         name=bundle.name,
-        say=logs.say,
+        say=middleware.say,
         observe=lambda ran: metrics.ran(ran),
         compared=lambda batch: metrics.compared(batch),
     )
@@ -124,9 +185,9 @@ async def serve(
     if settings.grpc_port is not None:
         server.rpc = _rpc_server(settings, bundle, service, metrics, memory, token)
         await server.rpc.start(host, settings.grpc_port)
-        logs.say(f"listening on grpc://{_in_url(host)}:{server.rpc.port}")
+        middleware.say(f"listening on grpc://{_in_url(host)}:{server.rpc.port}")
     loading = asyncio.create_task(_load(service, bundle, server))
-    logs.say(f"listening on http://{_in_url(host)}:{port}")
+    middleware.say(f"listening on http://{_in_url(host)}:{port}")
     started(server)
     await _run_both(server, listener)
     if not loading.done():
@@ -134,7 +195,7 @@ async def serve(
         return False
     await loading  # raises why the model could not be loaded
     finished = await service.close()
-    logs.say("stopped")
+    middleware.say("stopped")
     return finished
 
 
@@ -211,7 +272,7 @@ async def _load(service: Service, bundle: Bundle, server: _Server) -> None:
     model = service.current.model
     told = model.engines[0].describe()
     facts = {key: told[key] for key in ("runtime", "version", "provider", "device") if key in told}
-    logs.say("ready", model=service.name, **facts)
+    middleware.say("ready", model=service.name, **facts)
 
 
 class _Server(uvicorn.Server):
@@ -242,7 +303,7 @@ class _Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._service.drain()
-        logs.say("stopping: answering what was accepted")
+        middleware.say("stopping: answering what was accepted")
         for server in self.servers:
             server.close()  # a copy of the listener; the kernel goes on as long as there is one
         for connection in accepted(self._listener):

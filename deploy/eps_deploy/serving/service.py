@@ -10,14 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from eps_deploy.bundle import Bundle
+from eps_core.errors import ConfigError
+from eps_deploy.bundle import Bundle, Choice
 from eps_deploy.engines.base import Engine
-from eps_deploy.loading import Choice
 from eps_deploy.serving.batching import Batcher, Batching, Ran
 from eps_deploy.serving.model import Model, open_model, read_bundle
-from eps_deploy.serving.refusals import busy
+from eps_deploy.serving.protocol import busy
 from eps_deploy.serving.shadow import Compared, Shadow, Shadowing, open_shadow
-from eps_train.errors import ConfigError
 
 T = TypeVar("T")
 Say = Callable[[str], None]

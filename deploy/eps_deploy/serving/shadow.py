@@ -24,12 +24,10 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from eps_deploy.bundle import Bundle
+from eps_core.errors import ConfigError
+from eps_deploy.bundle import Bundle, Choice, prove, warm
 from eps_deploy.engines.base import Engine, EngineError, Images, Logits
-from eps_deploy.loading import Choice
 from eps_deploy.serving.model import Model, Say, opener, read_bundle
-from eps_deploy.serving.proving import prove, warm
-from eps_train.errors import ConfigError
 
 BASELINE = "baseline.onnx"
 _QUEUE = 64  # images that may wait; an empty queue takes a batch of any size

@@ -11,7 +11,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from eps_deploy.bench.cli import main
+from eps_deploy.cli.bench import main
 from tests.commands import Result, files_in, run
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from eps_deploy.bench import onnx_files
-from eps_deploy.bench import run as run_module
-from eps_deploy.bench.cli import main
-from eps_deploy.bench.torch_files import TorchSubject
+from eps_deploy.bench import latency as run_module
+from eps_deploy.bench import subjects
+from eps_deploy.bench.subjects import TorchSubject
+from eps_deploy.cli.bench import main
 from tests.commands import run
 
 
@@ -33,7 +33,7 @@ def bench(folder: Path, *args: object) -> None:
 
 
 def test_onnx_runtime_runs_as_asked_for(deployed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnx_files, "open_session", call)
+    monkeypatch.setattr(subjects, "open_session", call)
     with pytest.raises(Called) as caught:
         bench(deployed, "bundle/model.onnx", "--threads", 3, "--provider", "cuda")
     assert caught.value.named.items() >= {"threads": 3, "provider": "cuda"}.items()

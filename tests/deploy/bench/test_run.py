@@ -11,11 +11,19 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from eps_compact.interleaving import Block
-from eps_deploy.bench.files import EngineSubject
-from eps_deploy.bench.run import choose_batches, compare
-from eps_deploy.bench.slo import best, sweep
-from eps_deploy.bench.subject import BenchError, Facts, Subject, differences, refuse_unlike
+from eps_core.interleave import Block
+from eps_deploy.bench.latency import (
+    BenchError,
+    Facts,
+    Subject,
+    best,
+    choose_batches,
+    compare,
+    differences,
+    refuse_unlike,
+    sweep,
+)
+from eps_deploy.bench.subjects import EngineSubject
 from eps_deploy.engines.base import Images, Logits
 
 FACTS = Facts(

@@ -12,16 +12,15 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
+from eps_core.errors import DataError
 from eps_deploy.engines import ort
 from eps_deploy.engines.base import Engine, EngineError
 from eps_deploy.engines.ort import OrtEngine, Provider
-from eps_deploy.exporting.export import export_onnx
-from eps_deploy.exporting.quantize import quantize
+from eps_deploy.export.export import export_onnx
+from eps_deploy.export.quantize import quantize
 from eps_deploy.precision import PRECISIONS
-from eps_train.errors import DataError
-
-from ..exporting.test_export import identity, network
-from ..fake_ort import GPU, FakeSession
+from tests.deploy.export.test_export import identity, network
+from tests.deploy.fake_ort import GPU, FakeSession
 
 
 def tiny_model(

@@ -11,14 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from eps_compact.intervals import Interval
-from eps_deploy.measuring.accuracy import accuracy_drop
-from eps_deploy.measuring.clocks import Conditions
-from eps_deploy.measuring.latency import Comparison, Latency
-from eps_deploy.measuring.nvml import Gpu, Range
-from eps_deploy.measuring.parity import Parity
+from eps_core.stats import Interval
+from eps_deploy.bench.accuracy import Parity, accuracy_drop
+from eps_deploy.bench.latency import Comparison, Latency
+from eps_deploy.bench.machine import Conditions, GpuReading, Range
 from eps_deploy.precision import PRECISIONS
-from eps_deploy.reporting import report
+from eps_deploy.report import report
 
 BLOCKS = [f"stages.{stage}.{index}" for stage in range(3) for index in range(9)]
 DEAD = [
@@ -95,7 +93,7 @@ def on_gpu() -> Conditions:
         waited=None,
         cpu_mhz=steady,
         governor="performance",
-        gpu=Gpu(
+        gpu=GpuReading(
             name="A GPU",
             sm_mhz=steady,
             memory_mhz=steady,

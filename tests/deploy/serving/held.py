@@ -17,9 +17,8 @@ from eps_deploy.serving import model as model_module
 from eps_deploy.serving import service as service_module
 from eps_deploy.serving.batching import Batching
 from eps_deploy.serving.limits import Limits
-
-from .load import infer_request
-from .running import Client, thread, until
+from tests.deploy.serving.load import infer_request
+from tests.deploy.serving.running import Client, thread, until
 
 ONE = infer_request((1, 1, 8, 8))
 PLACES = 3

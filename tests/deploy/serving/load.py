@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from .running import MODEL, Client
+from tests.deploy.serving.running import MODEL, Client
 
 _LATE = 0.05  # seconds after which a request that found no connection is given up
 _TURN = 1.0  # seconds for which a rate is kept

@@ -21,10 +21,10 @@ from typing import Any
 from eps_deploy.bundle import load_bundle
 from eps_deploy.serving import server
 from eps_deploy.serving.limits import Limits
-from eps_deploy.serving.listening import listen
+from eps_deploy.serving.server import listen
 from eps_deploy.serving.service import Source
 
-COMMAND = "import sys; sys.argv[0] = 'eps-serve'; from eps_deploy.serve_cli import main; main()"
+COMMAND = "import sys; sys.argv[0] = 'eps-serve'; from eps_deploy.cli.serve import main; main()"
 MODEL = "/v2/models/eps_resnet"
 _PATIENCE = 60.0
 

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 
 from eps_deploy.serving.batching import Batcher, Batching, Ran
-from eps_deploy.serving.refusals import InferenceFailed, Refusal
-
-from .engines import FakeEngine, numbered
+from eps_deploy.serving.protocol import InferenceFailed, Refusal
+from tests.deploy.serving.engines import FakeEngine, numbered
 
 
 class Bench:

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from .browser import CHROMIUM, Page, opened
-from .held import filled
-from .running import Client, command, until
+from tests.deploy.serving.browser import CHROMIUM, Page, opened
+from tests.deploy.serving.held import filled
+from tests.deploy.serving.running import Client, command, until
 
 pytestmark = [
     pytest.mark.slow,

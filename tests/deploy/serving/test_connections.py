@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 
 from eps_deploy.serving.limits import Limits
-
-from .running import MODEL, Client, read_all, thread, until
+from tests.deploy.serving.running import MODEL, Client, read_all, thread, until
 
 LIMITS = Limits(
     body=20_000,

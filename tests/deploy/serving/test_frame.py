@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from eps_deploy.serving.frame import Frame, Receive, Scope, Send, send_json
 from eps_deploy.serving.metrics import Metrics
-from eps_deploy.serving.refusals import InferenceFailed, Refusal
+from eps_deploy.serving.middleware import Frame, Receive, Scope, Send, send_json
+from eps_deploy.serving.protocol import InferenceFailed, Refusal
 
 
 def make_metrics() -> Metrics:

@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 
 from eps_deploy.serving.limits import Limits
-
-from .running import MODEL, Client, thread, until
+from tests.deploy.serving.running import MODEL, Client, thread, until
 
 EXPECTED = {200, 400, 404, 405, 408, 413, 415, 431}
 PARTS = [

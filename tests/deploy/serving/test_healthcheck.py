@@ -9,8 +9,7 @@ import pytest
 
 from eps_deploy.serving import healthcheck
 from eps_deploy.serving.limits import Limits
-
-from .running import thread
+from tests.deploy.serving.running import thread
 
 
 def line(*words: str) -> bytes:

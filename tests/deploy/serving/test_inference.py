@@ -13,10 +13,9 @@ import pytest
 from eps_deploy.bundle import load_bundle
 from eps_deploy.serving.batching import Batching
 from eps_deploy.serving.limits import Limits
-
-from .engines import SHAPE, FakeEngine
-from .running import Answer, Client, thread, until
-from .test_service import Loader
+from tests.deploy.serving.engines import SHAPE, FakeEngine
+from tests.deploy.serving.running import Answer, Client, thread, until
+from tests.deploy.serving.test_service import Loader
 
 INFER = "/v2/models/m/infer"
 

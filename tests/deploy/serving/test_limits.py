@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from eps_deploy.serving.limits import Body, Memory
-from eps_deploy.serving.refusals import Refusal
+from eps_deploy.serving.protocol import Refusal
 
 
 def read(chunks: list[bytes], memory: Memory, headers: dict[str, str] | None = None) -> bytes:

@@ -6,8 +6,8 @@ import socket
 
 import pytest
 
-from eps_deploy.serving.listening import accepted, allow_files, listen
-from eps_train.errors import ConfigError
+from eps_core.errors import ConfigError
+from eps_deploy.serving.server import accepted, allow_files, listen
 
 
 def test_a_port_of_its_own() -> None:

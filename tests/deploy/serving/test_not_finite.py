@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from .rpc.asking import caller, grpc_port, request
-from .running import MODEL, Process, command
+from tests.deploy.serving.rpc.asking import caller, grpc_port, request
+from tests.deploy.serving.running import MODEL, Process, command
 
 COLOURS = {"nan": 255, "inf": 0}
 

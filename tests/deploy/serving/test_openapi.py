@@ -18,9 +18,8 @@ from referencing.jsonschema import DRAFT202012
 
 from eps_deploy.serving import openapi
 from eps_deploy.serving.service import Service
-
-from .held import ONE, filled, read_one
-from .running import MODEL, Answer, Client, Process, command, until
+from tests.deploy.serving.held import ONE, filled, read_one
+from tests.deploy.serving.running import MODEL, Answer, Client, Process, command, until
 
 TOKEN = "0123456789abcdef"
 VERSIONED = f"{MODEL}/versions/{{version}}"

@@ -13,17 +13,15 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from eps_deploy.bundle import Bundle
+from eps_deploy.bundle import Bundle, open_served
+from eps_deploy.cli.serve import main
 from eps_deploy.engines.base import Engine
-from eps_deploy.loading import open_served
-from eps_deploy.serve_cli import main
 from eps_deploy.serving import model as model_module
 from eps_deploy.serving import server as server_module
 from eps_deploy.serving.server import Settings
 from tests.commands import run
-
-from .running import Process, command, read_all, thread, until
-from .test_plan_cache import defer
+from tests.deploy.serving.running import Process, command, read_all, thread, until
+from tests.deploy.serving.test_plan_cache import defer
 
 CONNECTIONS = 6
 
@@ -128,7 +126,7 @@ def test_where_it_listens(deployed: Path, monkeypatch: pytest.MonkeyPatch) -> No
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     monkeypatch.setattr(server_module, "serve", serve)
-    monkeypatch.setattr("eps_deploy.serving.logs.set_up", lambda: None)
+    monkeypatch.setattr("eps_deploy.serving.middleware.set_up", lambda: None)
     monkeypatch.setattr(server_module, "allow_files", lambda count: None)
     result = run("eps-serve", main, "bundle", "--host", "0.0.0.0", "--port", port, cwd=deployed)
     assert result.code == 0, result.stderr

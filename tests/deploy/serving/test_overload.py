@@ -19,14 +19,13 @@ import pytest
 
 from eps_compact import CompactArtifact, compact
 from eps_deploy.serving.limits import Limits
-from eps_train.network import NetworkSpec
+from eps_train.models.spec import NetworkSpec
 from tests.checkpoints import make_checkpoint
 from tests.deploy.conftest import deploy
-
-from .load import Crowd, Outcome, infer_request
-from .running import MODEL, Process, command, read_all, thread, until
-from .test_fuzz import attack
-from .usage import Usage, usage
+from tests.deploy.serving.load import Crowd, Outcome, infer_request
+from tests.deploy.serving.running import MODEL, Process, command, read_all, thread, until
+from tests.deploy.serving.test_fuzz import attack
+from tests.deploy.serving.usage import Usage, usage
 
 MAX_BATCH = 32  # of the bundles here, as `eps-deploy` has it by default
 MIB = 1 << 20

@@ -6,11 +6,11 @@ import base64
 import hashlib
 import re
 
-from eps_deploy.serving import page
+from eps_deploy.serving import app
 
 
 def test_it_loads_nothing_from_anywhere() -> None:
-    text = page.html().decode()
+    text = app.html().decode()
     assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//""", text)
     assert "@import" not in text
     assert not re.search(r"url\((?!['\"]?data:)", text)
@@ -19,8 +19,8 @@ def test_it_loads_nothing_from_anywhere() -> None:
 
 
 def test_the_policy_knows_its_script_and_style() -> None:
-    policy = dict(page.headers())[b"content-security-policy"].decode()
-    text = page.html().decode()
+    policy = dict(app.headers())[b"content-security-policy"].decode()
+    text = app.html().decode()
     for kind in ("style", "script"):
         (inner,) = re.findall(f"<{kind}>(.*?)</{kind}>", text, re.DOTALL)
         digest = base64.b64encode(hashlib.sha256(inner.encode()).digest()).decode()
@@ -30,7 +30,7 @@ def test_the_policy_knows_its_script_and_style() -> None:
 
 
 def test_it_is_made_for_everybody() -> None:
-    text = page.html().decode()
+    text = app.html().decode()
     assert '<html lang="en">' in text
     assert 'name="viewport"' in text
     assert 'aria-live="polite"' in text

@@ -9,9 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from eps_deploy.serving.contract import Request
-from eps_deploy.serving.parsing import Parser
-from eps_deploy.serving.refusals import Refusal
+from eps_deploy.serving.protocol import Parser, Refusal, Request
 
 LIMIT = 1 << 20
 

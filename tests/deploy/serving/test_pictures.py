@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eps_deploy.serving.pictures import decode
-from eps_deploy.serving.refusals import Refusal
-from eps_train.preprocess import Preprocessing
+from eps_core.preprocessing import Preprocessing
+from eps_deploy.serving.protocol import Refusal, decode
 
 PREPROCESSING = Preprocessing(resize=(16, 16), crop=(8, 8), color="rgb")
 MOST = 100_000

@@ -15,20 +15,18 @@ from typing import Any
 
 import pytest
 
-from eps_deploy import plans
+from eps_core import files
+from eps_core.errors import ConfigError, FileFormatError
 from eps_deploy.bundle import Bundle, encode_manifest, load_bundle
 from eps_deploy.engines.base import EngineError
 from eps_deploy.engines.trt.build import Built
-from eps_deploy.options import Options
-from eps_deploy.serving import plan_cache
-from eps_deploy.serving.model import is_deferred, open_model, read_bundle
-from eps_deploy.serving.plan_cache import Gpu, PlanCache
-from eps_train import folder_lock
-from eps_train.errors import ConfigError, FileFormatError
+from eps_deploy.pipeline import build
+from eps_deploy.pipeline.options import Options
+from eps_deploy.serving import model as plan_cache
+from eps_deploy.serving.model import Gpu, PlanCache, is_deferred, open_model, read_bundle
 from tests.commands import files_in
-
-from ..engines.trt.machine import Machine
-from ..engines.trt.semantic_fake import make_plan
+from tests.deploy.engines.trt.machine import Machine
+from tests.deploy.engines.trt.semantic_fake import make_plan
 
 
 def defer(folder: Path, **changes: Any) -> Bundle:
@@ -39,7 +37,7 @@ def defer(folder: Path, **changes: Any) -> Bundle:
         "runtime": "tensorrt",
         "deferred": True,
         "file": "model.onnx",
-        **plans.wishes(Options(model=folder)),
+        **build.wishes(Options(model=folder)),
         **changes,
     }
     fields = {k: v for k, v in manifest.items() if k not in ("format", "schema", "digest")}
@@ -198,7 +196,7 @@ def test_a_build_is_called_off_when_the_server_ends(
     assert went_on == [True, False]
     (place,) = tmp_path.glob("plan-*")
     assert list(place.iterdir()) == []
-    folder_lock.release(folder_lock.acquire(place, "still locked"))
+    files.release(files.acquire(place, "still locked"))
 
 
 def test_a_manifest_that_does_not_say_how(bundle: Path, tmp_path: Path, builds: Builds) -> None:

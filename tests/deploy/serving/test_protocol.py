@@ -9,9 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from eps_deploy.serving.contract import Request, Signature
-from eps_deploy.serving.protocol import read_request, write_answer
-from eps_deploy.serving.refusals import Refusal
+from eps_deploy.serving.protocol import Refusal, Request, Signature, read_request, write_answer
 
 SIGNATURE = Signature(
     name="m", version="1", input_shape=(1, 2, 2), labels=("ant", "bee", "cat"), max_images=8

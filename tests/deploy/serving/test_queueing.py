@@ -7,9 +7,8 @@ import threading
 
 import numpy as np
 
-from eps_deploy.serving.queueing import Job, Piece, Queue
-
-from .engines import numbered
+from eps_deploy.serving.batching import Job, Piece, Queue
+from tests.deploy.serving.engines import numbered
 
 
 class Shop:

@@ -13,10 +13,9 @@ from eps_deploy.bundle import load_bundle
 from eps_deploy.engines.base import EngineError
 from eps_deploy.serving import server
 from eps_deploy.serving import service as service_module
-from eps_deploy.serving.listening import listen
+from eps_deploy.serving.server import listen
 from eps_deploy.serving.service import Source
-
-from .running import MODEL, Client
+from tests.deploy.serving.running import MODEL, Client
 
 
 class Start:

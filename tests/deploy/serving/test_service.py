@@ -14,12 +14,10 @@ from eps_deploy.bundle import Bundle, load_bundle
 from eps_deploy.engines.base import EngineError
 from eps_deploy.serving import service as service_module
 from eps_deploy.serving.batching import Batching, Ran
-from eps_deploy.serving.contract import Signature
 from eps_deploy.serving.model import Model
-from eps_deploy.serving.refusals import InferenceFailed, Refusal
+from eps_deploy.serving.protocol import InferenceFailed, Refusal, Signature
 from eps_deploy.serving.service import Service, Source
-
-from .engines import SHAPE, FakeEngine, numbered
+from tests.deploy.serving.engines import SHAPE, FakeEngine, numbered
 
 
 class Loader:

@@ -12,20 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from eps_deploy.bundle import encode_manifest, load_bundle
+from eps_deploy.bundle import encode_manifest, load_bundle, open_engine, open_onnx
+from eps_deploy.cli.serve import main
 from eps_deploy.engines.base import Images, Logits
-from eps_deploy.loading import open_engine, open_onnx
-from eps_deploy.serve_cli import main
 from eps_deploy.serving import service as service_module
 from eps_deploy.serving import shadow as shadow_module
 from eps_deploy.serving.limits import Limits
 from eps_deploy.serving.shadow import Shadow, Shadowing
 from tests.commands import run
-
-from .engines import FakeEngine, numbered
-from .running import MODEL, Client, command, thread, until
-from .test_inference import INFER, body
-from .test_service import Loader
+from tests.deploy.serving.engines import FakeEngine, numbered
+from tests.deploy.serving.running import MODEL, Client, command, thread, until
+from tests.deploy.serving.test_inference import INFER, body
+from tests.deploy.serving.test_service import Loader
 
 
 def change_manifest(bundle: Path, **changes: Any) -> None:

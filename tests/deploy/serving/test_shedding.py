@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from .held import ONE, PLACES, Full, filled, read_one
-from .running import MODEL, read_all, until
+from tests.deploy.serving.held import ONE, PLACES, Full, filled, read_one
+from tests.deploy.serving.running import MODEL, read_all, until
 
 
 @pytest.fixture

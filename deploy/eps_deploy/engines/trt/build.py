@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import queue
+import re
+import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-from eps_deploy.engines.base import INPUT_NAME, EngineError
-from eps_deploy.engines.trt import timing_cache
-from eps_deploy.engines.trt.inspect import information_of, summarize
-from eps_deploy.engines.trt.logger import Log, Message, listening, logger_of
-from eps_deploy.engines.trt.module import load_tensorrt
-from eps_deploy.engines.trt.parse import Parsed, check_types, parse
-from eps_deploy.engines.trt.sidecar import (
+from eps_core import files
+from eps_core.errors import ConfigError, EpsError
+from eps_core.files import replace_file
+from eps_deploy.engines.base import INPUT_NAME, OUTPUT_NAME, EngineError
+from eps_deploy.engines.trt.plan import (
     AMPERE,
     HARDWARE_COMPATIBILITY,
     LAYERS,
@@ -25,12 +28,404 @@ from eps_deploy.engines.trt.sidecar import (
     SIDECAR,
     HardwareCompatibility,
     Host,
+    Log,
+    Message,
     Sidecar,
+    listening,
+    load_tensorrt,
+    logger_of,
 )
-from eps_deploy.engines.trt.worker import Progress, Step, Worker, monitor_of
-from eps_deploy.precision import Precision
-from eps_train.atomic import replace_file
-from eps_train.errors import ConfigError
+from eps_deploy.precision import Float, Precision
+
+# -- What an engine really computes in: the inspector's JSON, read and counted
+#
+# A strongly typed network fixes the types of its tensors; which kernels TensorRT then took, the
+# inspector alone can tell. TensorRT 10 writes type and layout in one field, 11 in two.
+
+# In this order: "UInt8" holds "int8", and "BFloat16" holds "float16".
+_KINDS = (
+    (re.compile(r"u?int64|\bi64"), "int64"),
+    (re.compile(r"u?int32|\bi32"), "int32"),
+    (re.compile(r"uint8"), "uint8"),
+    (re.compile(r"int8"), "int8"),
+    (re.compile(r"int4"), "int4"),
+    (re.compile(r"fp8|float8"), "fp8"),
+    (re.compile(r"fp4|float4"), "fp4"),
+    (re.compile(r"bf16|bfloat16?"), "bf16"),
+    (re.compile(r"fp16|half|float16"), "fp16"),
+    (re.compile(r"fp32|float"), "fp32"),
+    (re.compile(r"bool"), "bool"),
+)
+_PRODUCTS = re.compile(r"conv|gemm|matmul|matrix|correlation", re.IGNORECASE)
+OTHER = "other"
+
+
+@dataclass(frozen=True, slots=True)
+class Layers:
+    """The layers of an engine, by the type that they compute in.
+
+    Attributes:
+        all: number of layers of each type: `{"fp16": 30, "fp32": 2}`; `other` where it is not told.
+        products: the same for those that multiply matrices: convolutions and linear layers.
+        by_name: name and type of each of these.
+    """
+
+    all: dict[str, int]
+    products: dict[str, int]
+    by_name: dict[str, str]
+
+
+def information_of(engine: Any, trt: Any) -> str:
+    """The inspector's JSON on an `ICudaEngine`. Raises EngineError when it gives none."""
+    inspector = engine.create_engine_inspector()
+    if inspector is None:
+        raise EngineError("TensorRT gives no inspector for this engine")
+    text: str = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
+    return text
+
+
+def summarize(information: str) -> Layers:
+    """Count the layers in the inspector's JSON, as TensorRT 10 or 11 writes it.
+
+    A layer computes in the type of its weights, or of its first input when it has none.
+
+    Raises:
+        EngineError: not the inspector's JSON.
+    """
+    try:
+        # TensorRT has put control characters into names.
+        layers = json.loads(information, strict=False)["Layers"]
+        kinds = [(_name(layer), _is_product(layer), _kind_of(layer)) for layer in layers]
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        raise EngineError(
+            f"TensorRT's inspector gave no usable JSON ({type(error).__name__}: {error})"
+        ) from error
+    return Layers(
+        all=dict(Counter(kind for _, _, kind in kinds)),
+        products=dict(Counter(kind for _, product, kind in kinds if product)),
+        by_name={name: kind for name, product, kind in kinds if product},
+    )
+
+
+def kind_of(text: str) -> str:
+    """The type in `Half`, `FP16`, `Row major linear INT8 format` and the like; else `other`."""
+    lowered = text.lower()
+    return next((kind for pattern, kind in _KINDS if pattern.search(lowered)), OTHER)
+
+
+def _name(layer: Any) -> str:
+    return str(layer if isinstance(layer, str) else layer["Name"])  # names alone: no details built
+
+
+def _is_product(layer: Any) -> bool:
+    if isinstance(layer, str):
+        return bool(_PRODUCTS.search(layer))
+    # Fused layers have names of all their parts, and a type of their own ("kgen", "fusion").
+    words = (layer.get("LayerType", ""), layer.get("ParameterType", ""), layer.get("TacticName"))
+    if "reformat" in str(words[0]).lower():
+        return False
+    return any(_PRODUCTS.search(str(word)) for word in words)
+
+
+def _kind_of(layer: Any) -> str:
+    if isinstance(layer, str):
+        return OTHER
+    weights = layer.get("Weights")
+    if isinstance(weights, dict) and weights.get("Type"):
+        return kind_of(str(weights["Type"]))
+    inputs = layer.get("Inputs") or layer.get("Outputs") or []
+    return kind_of(_type_of(inputs[0])) if inputs else OTHER
+
+
+def _type_of(tensor: dict[str, Any]) -> str:
+    for key in ("Datatype", "DataType", "Format/Datatype"):
+        if key in tensor:
+            return str(tensor[key])
+    return str(tensor.get("Format", ""))
+
+
+# -- From ONNX to a TensorRT network, and whether it is the network that was asked for
+
+_FLOATS: dict[Float, str] = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16"}
+
+
+@dataclass(frozen=True, slots=True)
+class Parsed:
+    """A network and what it lives on: none of these may be freed before the build is over.
+
+    Attributes:
+        builder, network: as TensorRT has them.
+        parser: owns the memory of the network's weights.
+    """
+
+    builder: Any
+    network: Any
+    parser: Any
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Shape `[C, H, W]` of one image."""
+        _, channels, height, width = tuple(self.network.get_input(0).shape)
+        return int(channels), int(height), int(width)
+
+
+@dataclass(frozen=True, slots=True)
+class Products:
+    """The layers that multiply: convolutions and linear ones.
+
+    Attributes:
+        total: how many there are.
+        quantized: how many of them take int8.
+    """
+
+    total: int
+    quantized: int
+
+
+def parse(model: bytes, trt: Any) -> Parsed:
+    """The network of an ONNX file as `eps-deploy` exports it.
+
+    Raises:
+        EngineError: TensorRT does not understand it, in its own words, or it is another network.
+    """
+    with listening(trt) as log:
+        builder = trt.Builder(logger_of(trt))
+        # TensorRT 11 has strong typing alone, 10 has to be asked. The member stands for a bit,
+        # and passing it as it is would be taken for another flag.
+        strongly_typed = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+        network = _given(builder.create_network(strongly_typed), "makes no network", log)
+        parser = trt.OnnxParser(network, logger_of(trt))
+        if not parser.parse(model):
+            raise EngineError(f"TensorRT does not understand the ONNX file: {_errors(parser, log)}")
+        parsed = Parsed(builder, network, parser)
+        _check_ports(network, trt)
+        return parsed
+
+
+def check_types(parsed: Parsed, precision: Precision, trt: Any) -> Products:
+    """Whether each convolution and each linear layer computes as `precision` has it.
+
+    Raises:
+        EngineError: one that does not, by its name.
+    """
+    wanted = _FLOATS[precision.float]
+    layers = [parsed.network.get_layer(index) for index in range(parsed.network.num_layers)]
+    made_by = {
+        layer.get_output(index).name: layer.type
+        for layer in layers
+        for index in range(layer.num_outputs)
+    }
+    kinds = (trt.LayerType.CONVOLUTION, trt.LayerType.DECONVOLUTION, trt.LayerType.MATRIX_MULTIPLY)
+    products = [layer for layer in layers if layer.type in kinds]
+    quantized = 0
+    for layer in products:
+        found = layer.get_output(0).dtype.name
+        if found != wanted:
+            raise EngineError(
+                f"layer {layer.name} computes in {found}, not in {wanted}: this ONNX file is not"
+                f" of precision {precision.name}; export it again"
+            )
+        quantized += made_by.get(layer.get_input(0).name) == trt.LayerType.DEQUANTIZE
+    if precision.quantized and not quantized:
+        raise EngineError(
+            f"none of the {len(products)} convolutions and linear layers takes int8: this ONNX file"
+            f" is not of precision {precision.name}; export it again"
+        )
+    if quantized and not precision.quantized:
+        raise EngineError(
+            f"{quantized} of the {len(products)} convolutions and linear layers take int8: this"
+            f" ONNX file is not of precision {precision.name}; export it again"
+        )
+    return Products(len(products), quantized)
+
+
+def _check_ports(network: Any, trt: Any) -> None:
+    inputs = [network.get_input(index) for index in range(network.num_inputs)]
+    outputs = [network.get_output(index) for index in range(network.num_outputs)]
+    found = [(port.name, port.dtype.name, len(tuple(port.shape))) for port in (*inputs, *outputs)]
+    if found != [(INPUT_NAME, "UINT8", 4), (OUTPUT_NAME, "FLOAT", 2)]:
+        ports = [f"{name} {kind} of {rank} dimensions" for name, kind, rank in found]
+        raise EngineError(
+            "the ONNX file is not of a network exported by eps-deploy: its inputs and outputs are"
+            f" {', '.join(ports) or 'none'}"
+        )
+    batch, *sizes = tuple(inputs[0].shape)
+    if batch != -1 or min(sizes) < 1:
+        raise EngineError(
+            f"the ONNX file takes images of the shape {[batch, *sizes]}; the batch size must be"
+            " free and all else fixed"
+        )
+
+
+def _errors(parser: Any, log: Log) -> str:
+    """The parser's first complaint, with the node that it is about."""
+    if not parser.num_errors:
+        return log.why()
+    error = parser.get_error(0)
+    lines = [line.strip() for line in str(error.desc()).splitlines() if line.strip()]
+    text = " ".join(lines[:2]) or log.why()  # what comes after is what came of it
+    where = " ".join(part for part in (error.node_operator(), error.node_name()) if part)
+    return f"{text} (at {where})" if where else text
+
+
+def _given(value: Any, failure: str, log: Log) -> Any:
+    if value is None:
+        raise EngineError(f"TensorRT {failure}: {log.why()}")
+    return value
+
+
+# -- What earlier builds measured of kernels, so that a build does not start from nothing
+#
+# A help and no more: whatever goes wrong with the cache is said, and the build goes on without.
+
+Say = Callable[[str], None]
+
+
+def cache_file(folder: Path, host: Host) -> Path:
+    """Its place: times hold for one version of TensorRT and one model of GPU."""
+    parts = (host.flavour, host.tensorrt, f"sm{host.compute_capability}", host.device)
+    return folder / (re.sub(r"[^A-Za-z0-9.]+", "-", "_".join(parts)).strip("-") + ".timing")
+
+
+def take(config: Any, folder: Path, host: Host, say: Say) -> bytes | None:
+    """Give what the cache holds to a build, whose own measurements will be added to it.
+
+    Returns what was read, for :func:`keep`; None when there can be no cache.
+    """
+    path = cache_file(folder, host)
+    try:
+        content = path.read_bytes() if path.exists() else b""
+        cache = config.create_timing_cache(content)
+        if cache is None or not config.set_timing_cache(cache, False):
+            say(f"{path}: TensorRT refuses this timing cache; building with an empty one")
+            content, cache = b"", config.create_timing_cache(b"")
+            if cache is None or not config.set_timing_cache(cache, False):
+                return None
+    except OSError as error:
+        say(f"{path}: {error.strerror or error}; building without a timing cache")
+        return None
+    return content
+
+
+def keep(config: Any, folder: Path, host: Host, before: bytes | None, say: Say) -> None:
+    """Write the cache back after a build, together with what others wrote meanwhile.
+
+    Args:
+        before: what :func:`take` returned.
+    """
+    if before is None:
+        return
+    path = cache_file(folder, host)
+    try:
+        with files.held(folder, f"{folder}: another build is writing its times just now"):
+            cache = config.get_timing_cache()
+            if cache is None:
+                say(f"{path}: TensorRT has no timing cache to keep")
+                return
+            now = path.read_bytes() if path.exists() else b""
+            if now not in (b"", before):
+                theirs = config.create_timing_cache(now)
+                if theirs is None or not cache.combine(theirs, False):
+                    say(f"{path}: what another build wrote does not fit; replacing it")
+            serialized = cache.serialize()
+            if serialized is None:
+                say(f"{path}: TensorRT does not give its timing cache away; it is not kept")
+                return
+            replace_file(path, bytes(serialized))
+    except (OSError, EpsError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        say(f"{path}: the timing cache is not kept: {reason}")
+
+
+# -- A long call into TensorRT on a thread of its own, so that Ctrl-C and progress reach the user
+#
+# TensorRT reports progress from the thread that builds, and asks at every step whether to go on.
+# Here that thread only leaves messages; whoever waits for the result handles them, on their own
+# thread.
+
+Result = TypeVar("Result")
+Progress = Callable[[str, int, int], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """`done` of `steps` steps of `phase` are over."""
+
+    phase: str
+    done: int
+    steps: int
+
+
+class Worker(Generic[Result]):
+    """One piece of work that can be called off.
+
+    Attributes:
+        cancelled: set when it was.
+    """
+
+    def __init__(self) -> None:
+        self.cancelled = threading.Event()
+        self._events: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._outcome: list[Result | BaseException] = []
+
+    def tell(self, event: object) -> None:
+        """Leave something for `handle`, from any thread."""
+        self._events.put((event,))
+
+    def run(self, work: Callable[[], Result], handle: Callable[[Any], None]) -> Result:
+        """What `work` returns or raises, with `handle` called here for all that is told meanwhile.
+
+        When `handle` raises, or Ctrl-C comes, the work is called off and waited for, and the
+        exception goes on; a second Ctrl-C does not wait.
+        """
+
+        def target() -> None:
+            try:
+                self._outcome.append(work())
+            except BaseException as error:
+                self._outcome.append(error)
+            finally:
+                self._events.put(None)
+
+        thread = threading.Thread(target=target, name="tensorrt-build", daemon=True)
+        try:
+            thread.start()
+            for event in iter(self._events.get, None):
+                handle(event[0])
+        except BaseException:
+            self.cancelled.set()
+            if thread.is_alive():
+                thread.join()
+            raise
+        thread.join()
+        outcome = self._outcome[0]
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+
+def monitor_of(trt: Any, worker: Worker[Any]) -> Any:
+    """An `IProgressMonitor` that tells `worker` of every step and stops once it is cancelled."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)  # the bindings insist on this form
+            self._steps: dict[str, int] = {}
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self._steps[phase_name] = num_steps
+            worker.tell(Step(phase_name, 0, num_steps))
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            worker.tell(Step(phase_name, step + 1, self._steps.get(phase_name, step + 1)))
+            return not worker.cancelled.is_set()  # anything but True ends the build
+
+        def phase_finish(self, phase_name: str) -> None:
+            steps = self._steps.pop(phase_name, 0)
+            worker.tell(Step(phase_name, steps, steps))
+
+    return Monitor()
+
 
 _TAIL = 40  # lines of TensorRT's that the sidecar keeps
 _LEVELS = range(6)
@@ -203,7 +598,7 @@ def _build(
     config.progress_monitor = monitor
     folder, before = options.timing_cache, None
     if folder is not None:
-        before = timing_cache.take(config, folder, host, worker.tell)
+        before = take(config, folder, host, worker.tell)
     serialized = parsed.builder.build_serialized_network(parsed.network, config)
     if worker.cancelled.is_set():
         raise EngineError("the build was called off")
@@ -212,7 +607,7 @@ def _build(
     plan = bytes(serialized)
     seconds = time.perf_counter() - start
     if folder is not None:
-        timing_cache.keep(config, folder, host, before, worker.tell)
+        keep(config, folder, host, before, worker.tell)
     information, layers = "", dict[str, int]()
     if host.flavour != "tensorrt_rtx":  # which builds without a GPU, and cannot load there
         information, layers = _load(plan, options, trt, worker)

@@ -15,7 +15,7 @@ from typing import Any
 from grpc import aio
 
 from eps_deploy.serving.limits import Limits, Memory
-from eps_deploy.serving.refusals import Refusal, busy
+from eps_deploy.serving.protocol import Refusal, busy
 
 _ENVELOPE = 64 << 10  # bytes of a request beside its pixels
 _PER_PIXEL = 2  # bytes at most, as a varint

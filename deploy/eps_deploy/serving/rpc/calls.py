@@ -9,11 +9,9 @@ from typing import Any
 
 from eps_deploy.engines.base import Logits
 from eps_deploy.serving import descriptions
-from eps_deploy.serving.contract import Request
 from eps_deploy.serving.limits import Limits
 from eps_deploy.serving.metrics import Metrics
-from eps_deploy.serving.parsing import Parser
-from eps_deploy.serving.refusals import Refusal, too_large
+from eps_deploy.serving.protocol import Parser, Refusal, Request, too_large
 from eps_deploy.serving.rpc import messages
 from eps_deploy.serving.rpc.arrivals import Arrivals
 from eps_deploy.serving.rpc.wire import split

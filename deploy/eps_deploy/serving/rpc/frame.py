@@ -9,9 +9,9 @@ from typing import Any
 
 import grpc
 
-from eps_deploy.serving.envelope import Account, Marks, check_token, identify, log_mistake
 from eps_deploy.serving.metrics import Metrics
-from eps_deploy.serving.refusals import InferenceFailed, Refusal, as_refusal, busy
+from eps_deploy.serving.middleware import Account, Marks, check_token, identify, log_mistake
+from eps_deploy.serving.protocol import InferenceFailed, Refusal, as_refusal, busy
 
 SERVICE = "inference.GRPCInferenceService"
 Answer = Callable[[Any], Awaitable[bytes]]

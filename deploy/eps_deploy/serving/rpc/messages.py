@@ -14,9 +14,16 @@ from google.protobuf.message import DecodeError
 from open_inference.grpc import protocol
 
 from eps_deploy.engines.base import INPUT_NAME, OUTPUT_NAME, Images, Logits
-from eps_deploy.serving import tensors
-from eps_deploy.serving.contract import Request, Shape, Signature, Tensor, output, understand
-from eps_deploy.serving.refusals import Refusal
+from eps_deploy.serving import protocol as tensors
+from eps_deploy.serving.protocol import (
+    Refusal,
+    Request,
+    Shape,
+    Signature,
+    Tensor,
+    output,
+    understand,
+)
 
 _MOST_AXES = 40  # of those that are looked at: more are wrong, and there may be millions
 

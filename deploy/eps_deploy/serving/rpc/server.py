@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+from eps_core.errors import ConfigError
 from eps_deploy.serving.limits import Limits, Memory
 from eps_deploy.serving.metrics import Metrics
 from eps_deploy.serving.rpc.arrivals import Arrivals, largest
@@ -11,7 +12,6 @@ from eps_deploy.serving.rpc.calls import Calls
 from eps_deploy.serving.rpc.core import Server
 from eps_deploy.serving.rpc.frame import SERVICE, Frame
 from eps_deploy.serving.service import Service
-from eps_train.errors import ConfigError
 
 _LAST_CHANCE = 0.2  # seconds for calls that are on their way when the server is told to end
 _AGE = 600  # seconds; then a client connects anew, and perhaps to a server that is new

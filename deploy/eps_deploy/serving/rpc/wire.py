@@ -9,7 +9,7 @@ a value.
 
 from __future__ import annotations
 
-from eps_deploy.serving.refusals import Refusal
+from eps_deploy.serving.protocol import Refusal
 
 _RAW = 7 << 3 | 2  # the tag of raw_input_contents: a field of bytes
 _MOST_FIELDS = 256  # a tensor, an output and each parameter are one

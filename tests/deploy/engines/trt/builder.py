@@ -12,9 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from eps_deploy.engines.trt.sidecar import Host
-
-from .contract import FakeModule, Version, make_fake
+from eps_deploy.engines.trt.plan import Host
+from tests.deploy.engines.trt.contract import FakeModule, Version, make_fake
 
 MODEL = b"an ONNX file"
 PLAN = b"a plan"

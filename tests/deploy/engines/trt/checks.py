@@ -10,9 +10,8 @@ import pytest
 from eps_deploy.engines.base import EngineError
 from eps_deploy.engines.trt.build import BuildOptions, Built
 from eps_deploy.precision import PRECISIONS
-
-from .builder import FLOAT, HALF, MODEL, NEVER, PLAN, Builder
-from .contract import VERSIONS, Version
+from tests.deploy.engines.trt.builder import FLOAT, HALF, MODEL, NEVER, PLAN, Builder
+from tests.deploy.engines.trt.contract import VERSIONS, Version
 
 
 def run(module: ModuleType, fake: Builder, precision: str = "fp32", **arguments: Any) -> Built:

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
-from .signatures import Overload, Signatures
+from tests.deploy.engines.trt.signatures import Overload, Signatures
 
 Version = Literal["11.4", "10.16"]
 VERSIONS: tuple[Version, ...] = ("11.4", "10.16")

@@ -6,7 +6,7 @@ import enum
 from types import ModuleType
 from typing import Any
 
-from .fake_gpu import FakeGpu, Violation
+from tests.deploy.engines.trt.fake_gpu import FakeGpu, Violation
 
 
 class CUresult(enum.IntEnum):

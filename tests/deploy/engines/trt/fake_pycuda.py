@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .fake_gpu import POISON, Block, FakeGpu, Queue, Violation
+from tests.deploy.engines.trt.fake_gpu import POISON, Block, FakeGpu, Queue, Violation
 
 _NON_BLOCKING = 1
 _TIMED = 0  # CU_EVENT_DEFAULT; CU_EVENT_DISABLE_TIMING is 2

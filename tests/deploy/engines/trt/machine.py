@@ -21,15 +21,14 @@ from onnx import TensorProto, helper, numpy_helper
 from eps_deploy.engines.base import Images, Logits
 from eps_deploy.engines.ort import OrtEngine
 from eps_deploy.engines.trt.cuda import Cuda, host_facts
-from eps_deploy.engines.trt.sidecar import Host, Sidecar
-from eps_deploy.exporting.onnx_types import layer_types
-
-from .builder import FLOAT, HALF, MODEL, Builder
-from .contract import FakeModule, Version
-from .fake_bindings import make_bindings
-from .fake_gpu import FakeGpu
-from .fake_pycuda import make_pycuda
-from .semantic_fake import FakeTensorRT, make_plan
+from eps_deploy.engines.trt.plan import Host, Sidecar
+from eps_deploy.export.types import layer_types
+from tests.deploy.engines.trt.builder import FLOAT, HALF, MODEL, Builder
+from tests.deploy.engines.trt.contract import FakeModule, Version
+from tests.deploy.engines.trt.fake_bindings import make_bindings
+from tests.deploy.engines.trt.fake_gpu import FakeGpu
+from tests.deploy.engines.trt.fake_pycuda import make_pycuda
+from tests.deploy.engines.trt.semantic_fake import FakeTensorRT, make_plan
 
 PROFILE = (1, 4, 8)
 SHAPE, CLASSES = (3, 6, 6), 5

@@ -17,12 +17,11 @@ from onnxruntime.quantization import (
 
 from eps_compact import CompactArtifact, compact
 from eps_deploy.engines.base import Images
-from eps_deploy.exporting.calibration import pick
-from eps_deploy.exporting.export import export_onnx
-from eps_deploy.exporting.quantize import quantize
+from eps_deploy.export.export import export_onnx
+from eps_deploy.export.quantize import pick, quantize
 from eps_deploy.precision import PRECISIONS
-from eps_train import data
-from eps_train.network import NetworkSpec
+from eps_train.data import dataset
+from eps_train.models.spec import NetworkSpec
 from tests.checkpoints import make_checkpoint
 
 ASYMMETRIC = {"WeightSymmetric": True, "QuantizeBias": False}
@@ -54,7 +53,7 @@ def every_precision(folder: Path) -> dict[str, bytes]:
 
 
 def _images() -> Images:
-    return pick(data.load("digits"), 128)
+    return pick(dataset.load("digits"), 128)
 
 
 class _Random(CalibrationDataReader):  # type: ignore[misc]

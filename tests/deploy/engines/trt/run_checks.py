@@ -9,10 +9,17 @@ import pytest
 
 from eps_deploy.engines.base import EngineError
 from eps_deploy.engines.trt.cuda import host_facts
-
-from .contract import VERSIONS, Version
-from .machine import PROFILE, Machine, close, expected, images, network, sidecar_of
-from .semantic_fake import MS_AN_IMAGE, make_plan
+from tests.deploy.engines.trt.contract import VERSIONS, Version
+from tests.deploy.engines.trt.machine import (
+    PROFILE,
+    Machine,
+    close,
+    expected,
+    images,
+    network,
+    sidecar_of,
+)
+from tests.deploy.engines.trt.semantic_fake import MS_AN_IMAGE, make_plan
 
 # Up, down and again, each size after smaller and after larger ones.
 BATCHES = (1, 2, 4, 8, 7, 1, 8, 2, 3)

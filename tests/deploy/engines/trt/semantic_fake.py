@@ -21,9 +21,8 @@ import numpy as np
 import onnxruntime
 
 from eps_deploy.engines.base import INPUT_NAME, OUTPUT_NAME
-
-from .contract import Behaviour, FakeModule, Version, make_fake
-from .fake_gpu import FakeGpu, Violation
+from tests.deploy.engines.trt.contract import Behaviour, FakeModule, Version, make_fake
+from tests.deploy.engines.trt.fake_gpu import FakeGpu, Violation
 
 _MAGIC = b"FAKE PLAN "
 MS_AN_IMAGE = 0.25  # of the GPU's time

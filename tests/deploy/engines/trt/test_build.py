@@ -9,15 +9,14 @@ from typing import Any
 
 import pytest
 
+from eps_core.errors import ConfigError
 from eps_deploy.engines.base import EngineError
 from eps_deploy.engines.trt import build as module
 from eps_deploy.engines.trt.build import BuildOptions, write_plan
-from eps_deploy.engines.trt.sidecar import HardwareCompatibility, Host, Sidecar
-from eps_train.errors import ConfigError
-
-from .builder import PLAN, Builder
-from .checks import EVERY_BUILD_CHECK, run
-from .contract import VERSIONS, Version
+from eps_deploy.engines.trt.plan import HardwareCompatibility, Host, Sidecar
+from tests.deploy.engines.trt.builder import PLAN, Builder
+from tests.deploy.engines.trt.checks import EVERY_BUILD_CHECK, run
+from tests.deploy.engines.trt.contract import VERSIONS, Version
 
 both = pytest.mark.parametrize("version", VERSIONS)
 

@@ -8,14 +8,11 @@ from typing import Any
 
 import pytest
 
-from eps_deploy.engines.trt.build import BuildOptions, Built, build, write_plan
+from eps_deploy.engines.trt.build import BuildOptions, Built, build, summarize, write_plan
 from eps_deploy.engines.trt.cuda import Cuda, host_facts
-from eps_deploy.engines.trt.inspect import summarize
-from eps_deploy.engines.trt.module import load_tensorrt
-from eps_deploy.engines.trt.sidecar import AMPERE, HardwareCompatibility, Host, Sidecar
+from eps_deploy.engines.trt.plan import AMPERE, HardwareCompatibility, Host, Sidecar, load_tensorrt
 from eps_deploy.precision import PRECISIONS
-
-from .networks import every_precision
+from tests.deploy.engines.trt.networks import every_precision
 
 pytestmark = pytest.mark.gpu
 

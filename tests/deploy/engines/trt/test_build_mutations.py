@@ -8,12 +8,12 @@ from types import ModuleType
 import pytest
 
 from eps_deploy.engines.base import EngineError
-from eps_deploy.engines.trt import build, parse, sidecar, worker
-
-from .builder import HOST, PLAN, Builder
-from .checks import noticed, run
-from .contract import VERSIONS, Version
-from .mutation import install, mutated
+from eps_deploy.engines.trt import build
+from eps_deploy.engines.trt import plan as sidecar
+from tests.deploy.engines.trt.builder import HOST, PLAN, Builder
+from tests.deploy.engines.trt.checks import noticed, run
+from tests.deploy.engines.trt.contract import VERSIONS, Version
+from tests.deploy.engines.trt.mutation import install, mutated
 
 STRONG = "1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)"
 TF32 = "    _set_flag(config, trt.BuilderFlag.TF32, precision.tf32)"
@@ -22,28 +22,28 @@ BREAKS: dict[str, tuple[ModuleType, tuple[tuple[str, str], ...]]] = {
     "a None plan written": (
         build,
         (
-            ("    if serialized is None:\n", "    if False:\n"),
+            ('called off")\n    if serialized is None:\n', 'called off")\n    if False:\n'),
             ("plan = bytes(serialized)", "plan = bytes(serialized or b'')"),
         ),
     ),
     "network freed before parsing": (
-        parse,
+        build,
         (("trt.OnnxParser(network,", "trt.OnnxParser(builder.create_network(strongly_typed),"),),
     ),
     "parser freed before building": (
-        parse,
+        build,
         (("Parsed(builder, network, parser)", "Parsed(builder, network, None)"),),
     ),
     "progress monitor returning None": (
-        worker,
+        build,
         (("return not worker.cancelled.is_set()", "return None"),),
     ),
     "progress monitor that never stops": (
-        worker,
+        build,
         (("return not worker.cancelled.is_set()", "return True"),),
     ),
     "the flag itself in place of its bit": (
-        parse,
+        build,
         ((STRONG, "trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED"),),
     ),
     "a removed flag": (
@@ -51,7 +51,7 @@ BREAKS: dict[str, tuple[ModuleType, tuple[tuple[str, str], ...]]] = {
         ((TF32, "    config.set_flag(trt.BuilderFlag.FP16)\n" + TF32),),
     ),
     "types not checked": (
-        parse,
+        build,
         (("if found != wanted:", "if False:"),),
     ),
     "no profile": (

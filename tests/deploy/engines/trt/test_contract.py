@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 
-from eps_deploy.engines.trt.logger import logger_of
-
-from .builder import Builder
-from .contract import VERSIONS, Version, make_fake
+from eps_deploy.engines.trt.plan import logger_of
+from tests.deploy.engines.trt.builder import Builder
+from tests.deploy.engines.trt.contract import VERSIONS, Version, make_fake
 
 Probe = Callable[[Any, Any, Any], object]  # of the module, a builder and a configuration
 

@@ -13,11 +13,10 @@ import pytest
 
 from eps_deploy.engines.base import EngineError
 from eps_deploy.engines.trt.cuda import Cuda, DeviceFacts, host_facts, load_pycuda
-from eps_deploy.engines.trt.sidecar import this_platform
-
-from .fake_gpu import FakeGpu, Violation
-from .fake_pycuda import make_pycuda
-from .machine import Machine
+from eps_deploy.engines.trt.plan import this_platform
+from tests.deploy.engines.trt.fake_gpu import FakeGpu, Violation
+from tests.deploy.engines.trt.fake_pycuda import make_pycuda
+from tests.deploy.engines.trt.machine import Machine
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, driver: Any) -> None:
@@ -68,7 +67,7 @@ def test_another_gpu_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_facts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("eps_deploy.nvidia.driver_version", lambda: "580.95.05")
+    monkeypatch.setattr("eps_deploy.bench.machine.driver_version", lambda: "580.95.05")
     machine = Machine()
     assert machine.cuda.facts() == DeviceFacts(
         name="NVIDIA Fake GPU",

@@ -19,20 +19,18 @@ import pytest
 import torch
 
 from eps_compact import compact
+from eps_core.errors import DataError
+from eps_deploy.bench.accuracy import PARITY_LIMITS
 from eps_deploy.engines.base import EngineError, Images, Logits
 from eps_deploy.engines.ort import OrtEngine
 from eps_deploy.engines.trt.build import BuildOptions, build
 from eps_deploy.engines.trt.cuda import Cuda, host_facts
-from eps_deploy.engines.trt.module import load_tensorrt
-from eps_deploy.engines.trt.run import LANES, TrtEngine
-from eps_deploy.engines.trt.sidecar import AMPERE, Host, Sidecar
-from eps_deploy.exporting.export import in_precision
-from eps_deploy.measuring.limits import PARITY_LIMITS
+from eps_deploy.engines.trt.engine import LANES, TrtEngine
+from eps_deploy.engines.trt.plan import AMPERE, Host, Sidecar, load_tensorrt
+from eps_deploy.export.export import in_precision
 from eps_deploy.precision import PRECISIONS
-from eps_train.errors import DataError
 from tests.checkpoints import make_checkpoint
-
-from .networks import every_precision
+from tests.deploy.engines.trt.networks import every_precision
 
 pytestmark = pytest.mark.gpu
 
@@ -283,8 +281,8 @@ _ALONE = """
 import sys
 from pathlib import Path
 import numpy as np
-from eps_deploy.engines.trt.run import TrtEngine
-from eps_deploy.engines.trt.sidecar import Sidecar
+from eps_deploy.engines.trt.engine import TrtEngine
+from eps_deploy.engines.trt.plan import Sidecar
 
 plan = Path(sys.argv[1])
 engine = TrtEngine(plan.read_bytes(), Sidecar.load(Path(sys.argv[2])))

@@ -8,12 +8,10 @@ from typing import Any
 import pytest
 
 from eps_deploy.engines.base import EngineError
-from eps_deploy.engines.trt.cuda import Cuda, Stream
-from eps_deploy.engines.trt.graphs import GraphError, capture, load_bindings
-
-from .fake_bindings import make_bindings
-from .fake_gpu import FakeGpu
-from .fake_pycuda import make_pycuda
+from eps_deploy.engines.trt.cuda import Cuda, GraphError, Stream, capture, load_bindings
+from tests.deploy.engines.trt.fake_bindings import make_bindings
+from tests.deploy.engines.trt.fake_gpu import FakeGpu
+from tests.deploy.engines.trt.fake_pycuda import make_pycuda
 
 
 class Bench:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from eps_deploy.engines.base import EngineError
-from eps_deploy.engines.trt.inspect import kind_of, summarize
+from eps_deploy.engines.trt.build import kind_of, summarize
 
 # As TensorRT 10 writes it, with details and without.
 TEN = {

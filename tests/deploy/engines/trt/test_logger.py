@@ -4,9 +4,8 @@ import threading
 
 import pytest
 
-from eps_deploy.engines.trt.logger import Message, listening, logger_of
-
-from .contract import VERSIONS, Version, make_fake
+from eps_deploy.engines.trt.plan import Message, listening, logger_of
+from tests.deploy.engines.trt.contract import VERSIONS, Version, make_fake
 
 
 @pytest.mark.parametrize("version", VERSIONS)

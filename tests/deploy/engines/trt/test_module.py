@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 
 from eps_deploy.engines.base import EngineError
-from eps_deploy.engines.trt.module import flavour, load_tensorrt, release
-
-from .contract import VERSIONS, Version, make_fake
+from eps_deploy.engines.trt.plan import flavour, load_tensorrt, release
+from tests.deploy.engines.trt.contract import VERSIONS, Version, make_fake
 
 
 @pytest.mark.parametrize("version", VERSIONS)

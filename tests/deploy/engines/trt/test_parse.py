@@ -6,10 +6,9 @@ import pytest
 
 from eps_deploy.engines.base import EngineError
 from eps_deploy.engines.trt import build as module
-
-from .builder import FLOAT, HALF, PLAN, Builder
-from .checks import run
-from .contract import VERSIONS, Version
+from tests.deploy.engines.trt.builder import FLOAT, HALF, PLAN, Builder
+from tests.deploy.engines.trt.checks import run
+from tests.deploy.engines.trt.contract import VERSIONS, Version
 
 both = pytest.mark.parametrize("version", VERSIONS)
 

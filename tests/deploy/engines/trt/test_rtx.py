@@ -15,15 +15,19 @@ import pytest
 
 from eps_deploy.engines.base import EngineError
 from eps_deploy.engines.trt import build as module
-from eps_deploy.engines.trt import parse as parse_module
-from eps_deploy.engines.trt import worker
-from eps_deploy.engines.trt.build import BuildOptions, Built, write_plan
-from eps_deploy.engines.trt.parse import check_types, parse
-from eps_deploy.engines.trt.sidecar import Host, Sidecar, this_platform
+from eps_deploy.engines.trt import build as parse_module
+from eps_deploy.engines.trt import build as worker
+from eps_deploy.engines.trt.build import BuildOptions, Built, check_types, parse, write_plan
+from eps_deploy.engines.trt.plan import Host, Sidecar, this_platform
 from eps_deploy.precision import PRECISIONS
-
-from .mutation import install, mutated
-from .networks import ASYMMETRIC, INT32_BIAS, every_precision, mixed_bf16, quantize_as_ort
+from tests.deploy.engines.trt.mutation import install, mutated
+from tests.deploy.engines.trt.networks import (
+    ASYMMETRIC,
+    INT32_BIAS,
+    every_precision,
+    mixed_bf16,
+    quantize_as_ort,
+)
 
 pytestmark = pytest.mark.trt_rtx
 

@@ -18,14 +18,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from eps_core.errors import DataError
 from eps_deploy.engines.base import Engine, EngineError
-from eps_deploy.engines.trt import lane
-from eps_deploy.engines.trt.graphs import capture
-from eps_deploy.engines.trt.run import LANES, TrtEngine
-from eps_train.errors import DataError
-
-from .contract import Version
-from .machine import (
+from eps_deploy.engines.trt import engine as lane
+from eps_deploy.engines.trt.cuda import capture
+from eps_deploy.engines.trt.engine import LANES, TrtEngine
+from tests.deploy.engines.trt.contract import Version
+from tests.deploy.engines.trt.machine import (
     CLASSES,
     PROFILE,
     SHAPE,
@@ -36,8 +35,8 @@ from .machine import (
     network,
     sidecar_of,
 )
-from .run_checks import EVERY_CHECK
-from .semantic_fake import make_plan
+from tests.deploy.engines.trt.run_checks import EVERY_CHECK
+from tests.deploy.engines.trt.semantic_fake import make_plan
 
 
 @pytest.mark.parametrize(("check", "version"), EVERY_CHECK)
@@ -307,7 +306,7 @@ def test_two_engines_side_by_side() -> None:
 
 _UNCLOSED = """
 import atexit, sys
-from eps_deploy.engines.trt.run import TrtEngine
+from eps_deploy.engines.trt.engine import TrtEngine
 from tests.deploy.engines.trt.machine import Machine, images
 
 gpus = []

@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 
 from eps_deploy.engines.base import EngineError
-from eps_deploy.engines.trt.run import TrtEngine
-
-from .machine import PROFILE, Machine, close, expected, images, network
-from .semantic_fake import make_plan
+from eps_deploy.engines.trt.engine import TrtEngine
+from tests.deploy.engines.trt.machine import PROFILE, Machine, close, expected, images, network
+from tests.deploy.engines.trt.semantic_fake import make_plan
 
 
 @pytest.mark.parametrize("call", ["memcpy_htod_async", "memcpy_dtoh_async", "cuGraphLaunch"])

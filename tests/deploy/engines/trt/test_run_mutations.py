@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 
-from eps_deploy.engines.trt import lane, run
-
-from .mutation import install, mutated
-from .run_checks import noticed
+from eps_deploy.engines.trt import engine
+from tests.deploy.engines.trt.mutation import install, mutated
+from tests.deploy.engines.trt.run_checks import noticed
 
 _SET = """            self._set(self._common, batch, log)
             return _Pass"""
@@ -22,11 +21,11 @@ _OWN = """        self._spare = None
 # Each by what breaks: which module, which text in it, what stands there instead.
 MUTATIONS: dict[str, tuple[Any, list[tuple[str, str]]]] = {
     "addresses swapped": (
-        lane,
+        engine,
         [("(INPUT_NAME, self._images), (OUTPUT_NAME", "(OUTPUT_NAME, self._images), (INPUT_NAME")],
     ),
     "shape set for a larger batch alone": (
-        lane,
+        engine,
         [
             (
                 _SET,
@@ -39,7 +38,7 @@ MUTATIONS: dict[str, tuple[Any, list[tuple[str, str]]]] = {
         ],
     ),
     "shape set once": (
-        lane,
+        engine,
         [
             (
                 _SET,
@@ -47,36 +46,36 @@ MUTATIONS: dict[str, tuple[Any, list[tuple[str, str]]]] = {
             )
         ],
     ),
-    "not waited for": (lane, [(_READ, "            logits")]),
+    "not waited for": (engine, [(_READ, "            logits")]),
     "float32 for uint8": (
-        lane,
+        engine,
         [
             ("cuda.page_locked(images, np.uint8)", "cuda.page_locked(images, np.float32)"),
             ('casting="no"', 'casting="unsafe"'),
         ],
     ),
-    "a refused shape ignored": (lane, [("self._require(accepted,", "self._require(True,")]),
-    "a refused address ignored": (lane, [("self._require(taken,", "self._require(True,")]),
-    "a refused run ignored": (lane, [("self._require(done,", "self._require(True,")]),
-    "unknown shapes ignored": (lane, [("self._require(not unknown,", "self._require(True,")]),
+    "a refused shape ignored": (engine, [("self._require(accepted,", "self._require(True,")]),
+    "a refused address ignored": (engine, [("self._require(taken,", "self._require(True,")]),
+    "a refused run ignored": (engine, [("self._require(done,", "self._require(True,")]),
+    "unknown shapes ignored": (engine, [("self._require(not unknown,", "self._require(True,")]),
     "images buffer for the optimal batch": (
-        lane,
+        engine,
         [("images = (plan.profile[2]", "images = (plan.profile[1]")],
     ),
     "memory of the GPU for the optimal batch": (
-        lane,
+        engine,
         [("math.prod(images))", "math.prod(images) // 8 * plan.profile[1])")],
     ),
     "logits buffer for the optimal batch": (
-        lane,
+        engine,
         [("logits = (plan.profile[2]", "logits = (plan.profile[1]")],
     ),
     "copied from memory that is not page-locked": (
-        lane,
+        engine,
         [(_STAGED, "staged = np.empty(images.shape, np.uint8)")],
     ),
     "copied from memory that is freed early": (
-        lane,
+        engine,
         [
             (
                 "self._cuda.copy_in(self._images, staged, self._stream)",
@@ -85,15 +84,15 @@ MUTATIONS: dict[str, tuple[Any, list[tuple[str, str]]]] = {
             )
         ],
     ),
-    "the caller gets the buffer itself": (lane, [("found.copy()", "found")]),
+    "the caller gets the buffer itself": (engine, [("found.copy()", "found")]),
     "recorded without a first run": (
-        lane,
+        engine,
         [("self._enqueue(_Pass(context, None), log)  # once", "pass  # once")],
     ),
-    "one context for all graphs": (lane, [(_OWN, "        return own")]),
-    "sidecar not checked": (run, [("        sidecar.check(plan, self._host, name=name)\n", "")]),
+    "one context for all graphs": (engine, [(_OWN, "        return own")]),
+    "sidecar not checked": (engine, [("        sidecar.check(plan, self._host, name=name)\n", "")]),
     "memory freed before the contexts": (
-        run,
+        engine,
         [
             ("steps.callback(lane.free)", "steps.callback(lane.release)"),
             (
@@ -103,7 +102,7 @@ MUTATIONS: dict[str, tuple[Any, list[tuple[str, str]]]] = {
         ],
     ),
     "plan freed before the contexts": (
-        run,
+        engine,
         [
             ("            steps.callback(self._plan.free)\n", ""),
             (
@@ -113,19 +112,19 @@ MUTATIONS: dict[str, tuple[Any, list[tuple[str, str]]]] = {
         ],
     ),
     "one lane for all threads": (
-        run,
+        engine,
         [
             ("return self._idle.pop()", "return self._lanes[0]"),
             ("self._idle.append(lane)", "pass"),
         ],
     ),
     "no context in the thread": (
-        run,
+        engine,
         [("with self._cuda.current():\n            lane", "if True:\n            lane")],
     ),
-    "nothing freed": (run, [("            self._free()\n", "            pass\n")]),
+    "nothing freed": (engine, [("            self._free()\n", "            pass\n")]),
     "default stream": (
-        lane,
+        engine,
         [("self._stream.handle)\n            self._require", "0)\n            self._require")],
     ),
 }
@@ -135,9 +134,9 @@ MUTATIONS: dict[str, tuple[Any, list[tuple[str, str]]]] = {
 def test_a_broken_engine_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module, edits = MUTATIONS[name]
     broken = mutated(module, *edits)
-    if module is lane:
-        install(monkeypatch, run, lane, broken)
-        kind = run.TrtEngine
+    if module is engine:
+        install(monkeypatch, engine, engine, broken)
+        kind = engine.TrtEngine
     else:
         kind = broken.TrtEngine
     assert noticed(kind), f"{name}: no check fails"
@@ -145,4 +144,4 @@ def test_a_broken_engine_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_engine_as_it_is_is_not() -> None:
     """Or the test above would prove nothing."""
-    assert not noticed(run.TrtEngine)
+    assert not noticed(engine.TrtEngine)

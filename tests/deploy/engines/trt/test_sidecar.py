@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 
+from eps_core.errors import FileFormatError
 from eps_deploy.engines.base import EngineError
-from eps_deploy.engines.trt.sidecar import Sidecar
-from eps_train.errors import FileFormatError
-
-from .builder import HOST, PLAN
+from eps_deploy.engines.trt.plan import Sidecar
+from tests.deploy.engines.trt.builder import HOST, PLAN
 
 SIDECAR = Sidecar(
     host=HOST,

@@ -5,14 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from eps_core import files as folder_lock
 from eps_deploy.engines.trt import build as module
-from eps_deploy.engines.trt import timing_cache
+from eps_deploy.engines.trt import build as timing_cache
 from eps_deploy.engines.trt.build import BuildOptions
-from eps_train import folder_lock
-
-from .builder import HOST, PLAN, Builder
-from .checks import run
-from .contract import VERSIONS, Version
+from tests.deploy.engines.trt.builder import HOST, PLAN, Builder
+from tests.deploy.engines.trt.checks import run
+from tests.deploy.engines.trt.contract import VERSIONS, Version
 
 both = pytest.mark.parametrize("version", VERSIONS)
 

@@ -6,11 +6,10 @@ import pytest
 
 from eps_deploy.engines.base import EngineError
 from eps_deploy.engines.trt import build as module
-from eps_deploy.engines.trt.worker import Worker
-
-from .builder import Builder
-from .checks import run
-from .contract import VERSIONS, Version
+from eps_deploy.engines.trt.build import Worker
+from tests.deploy.engines.trt.builder import Builder
+from tests.deploy.engines.trt.checks import run
+from tests.deploy.engines.trt.contract import VERSIONS, Version
 
 both = pytest.mark.parametrize("version", VERSIONS)
 

@@ -15,8 +15,7 @@ import numpy as np
 from tritonclient.grpc import service_pb2 as messages
 
 from eps_deploy.engines.base import Images
-
-from ..running import Process
+from tests.deploy.serving.running import Process
 
 NAME = "eps_resnet"
 SERVICE = "inference.GRPCInferenceService"

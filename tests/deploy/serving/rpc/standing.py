@@ -15,8 +15,7 @@ from unittest import mock
 from eps_deploy.engines.base import Engine, Images, Logits
 from eps_deploy.serving import service as service_module
 from eps_deploy.serving.model import Model, open_model
-
-from ..running import Process, until
+from tests.deploy.serving.running import Process, until
 
 _ROOT = Path(__file__).parents[4]
 
@@ -46,14 +45,14 @@ class _Standing:
 
 
 def main() -> None:
-    from eps_deploy import serve_cli
+    from eps_deploy.cli import serve
 
     def open_standing(*args: Any, **options: Any) -> Model:
         model = open_model(*args, **options)
         return dataclasses.replace(model, engines=(_Standing(model.engines[0]),))
 
     with mock.patch.object(service_module, "open_model", open_standing):
-        serve_cli.main()
+        serve.main()
 
 
 class Standing(Process):

@@ -10,7 +10,7 @@ import pytest
 from grpc import aio
 
 from eps_deploy.serving.limits import Limits, Memory
-from eps_deploy.serving.refusals import Refusal
+from eps_deploy.serving.protocol import Refusal
 from eps_deploy.serving.rpc import arrivals as arrivals_module
 from eps_deploy.serving.rpc.arrivals import Arrivals, largest
 

@@ -9,9 +9,9 @@ from typing import Any
 import grpc
 import pytest
 
-from ..running import until
-from .asking import Caller, blank, caller, grpc_port, request
-from .standing import Standing, standing
+from tests.deploy.serving.rpc.asking import Caller, blank, caller, grpc_port, request
+from tests.deploy.serving.rpc.standing import Standing, standing
+from tests.deploy.serving.running import until
 
 CODE = grpc.StatusCode
 

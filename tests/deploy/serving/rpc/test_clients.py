@@ -13,14 +13,12 @@ import pytest
 import tritonclient.grpc
 import tritonclient.grpc.aio
 
-from eps_deploy.bundle import load_bundle
+from eps_deploy.bench.accuracy import PARITY_LIMITS
+from eps_deploy.bundle import load_bundle, open_engine
 from eps_deploy.engines.base import Images, Logits
-from eps_deploy.loading import open_engine
-from eps_deploy.measuring.limits import PARITY_LIMITS
-
-from ..documented import run_client
-from ..running import Process, command
-from .asking import NAME, grpc_port
+from tests.deploy.serving.documented import run_client
+from tests.deploy.serving.rpc.asking import NAME, grpc_port
+from tests.deploy.serving.running import Process, command
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ from pathlib import Path
 import grpc
 import pytest
 
-from ..running import Process, command
-from .asking import SERVICE, caller, grpc_port
-from .frames import call
+from tests.deploy.serving.rpc.asking import SERVICE, caller, grpc_port
+from tests.deploy.serving.rpc.frames import call
+from tests.deploy.serving.running import Process, command
 
 LIVE = f"/{SERVICE}/ServerLive"
 

@@ -10,10 +10,9 @@ import grpc
 import pytest
 from grpc import aio
 
-from eps_deploy.serving.refusals import InferenceFailed, Refusal, busy
+from eps_deploy.serving.protocol import InferenceFailed, Refusal, busy
 from eps_deploy.serving.rpc.frame import Frame
-
-from ..test_frame import make_metrics
+from tests.deploy.serving.test_frame import make_metrics
 
 CODE = grpc.StatusCode
 

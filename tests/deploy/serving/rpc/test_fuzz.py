@@ -10,9 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ..running import Process, command
-from ..test_fuzz import damaged
-from .asking import Caller, blank, caller, grpc_port, request
+from tests.deploy.serving.rpc.asking import Caller, blank, caller, grpc_port, request
+from tests.deploy.serving.running import Process, command
+from tests.deploy.serving.test_fuzz import damaged
 
 CODE = grpc.StatusCode
 EXPECTED = {CODE.OK, CODE.INVALID_ARGUMENT, CODE.NOT_FOUND}

@@ -12,12 +12,10 @@ import numpy as np
 import pytest
 from tritonclient.grpc import service_pb2 as messages
 
-from eps_deploy.bundle import load_bundle
+from eps_deploy.bundle import load_bundle, open_engine
 from eps_deploy.engines.base import Images, Logits
-from eps_deploy.loading import open_engine
-
-from ..running import Process, command
-from .asking import Caller, blank, caller, grpc_port, request
+from tests.deploy.serving.rpc.asking import Caller, blank, caller, grpc_port, request
+from tests.deploy.serving.running import Process, command
 
 CODE = grpc.StatusCode
 

@@ -13,14 +13,13 @@ import grpc
 import pytest
 from tritonclient.grpc import service_pb2 as messages
 
-from eps_deploy.serve_cli import main
+from eps_deploy.cli.serve import main
 from tests.commands import run
-
-from ...conftest import reseal
-from ..running import Process, command, until
-from .asking import NAME, SERVICE, Caller, blank, caller, grpc_port, request
-from .frames import begin
-from .standing import standing
+from tests.deploy.conftest import reseal
+from tests.deploy.serving.rpc.asking import NAME, SERVICE, Caller, blank, caller, grpc_port, request
+from tests.deploy.serving.rpc.frames import begin
+from tests.deploy.serving.rpc.standing import standing
+from tests.deploy.serving.running import Process, command, until
 
 CODE = grpc.StatusCode
 BLOCKED = """

@@ -7,10 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tritonclient.grpc import service_pb2 as messages
 
-from eps_deploy.serving.refusals import Refusal
+from eps_deploy.serving.protocol import Refusal
 from eps_deploy.serving.rpc.wire import split
-
-from .asking import blank, request
+from tests.deploy.serving.rpc.asking import blank, request
 
 
 def test_a_request_in_parts() -> None:

@@ -1,0 +1,1 @@
+"""Block importance, sweeps and fine-tuning."""

@@ -1,0 +1,1 @@
+"""Shared foundation of the eps-resnet packages; imports no torch."""

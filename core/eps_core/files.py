@@ -1,0 +1,98 @@
+"""Files that are there whole or not at all. No torch here: servers have none."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+from eps_core.errors import ConfigError, naming
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Put `content` at `path` in one step: temporary file, fsync, read back, rename.
+
+    The temporary file's name is always the same, so that what a killed process leaves behind is
+    taken up by the next one.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    with naming(path):
+        try:
+            with part.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            if part.read_bytes() != content:
+                raise OSError(f"{path}: what was read back differs from what was written")
+            part.replace(path)
+            sync_folder(path.parent)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the rename itself durable (POSIX only; other systems do so by themselves)."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# -- A folder that one process at a time writes into
+#
+# The lock is the kernel's (flock on the folder itself): it leaves no file behind and ends with the
+# process, however that ends.
+
+fcntl: ModuleType | None
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+
+def acquire(folder: Path, busy: str, *, follow: bool = True) -> int | None:
+    """Make `folder` if need be and lock it, until :func:`release` or the end of the process.
+
+    Returns a handle for `release`; None where folders cannot be locked (Windows, some network file
+    systems). Raises ConfigError with the message `busy` when another process holds it, and OSError
+    when `folder` is a link and `follow` is false.
+    """
+    if fcntl is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        return None
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | (0 if follow else os.O_NOFOLLOW))
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise ConfigError(busy) from None
+        except OSError:
+            os.close(handle)
+            return None
+        if folder.exists() and os.path.samestat(os.fstat(handle), folder.stat()):
+            return handle
+        os.close(handle)  # whoever held it moved it away meanwhile
+
+
+def release(handle: int | None) -> None:
+    if handle is not None:
+        os.close(handle)
+
+
+@contextmanager
+def held(folder: Path, busy: str) -> Iterator[None]:
+    """Hold the lock of `folder` for the length of a block; see :func:`acquire`."""
+    with naming(folder):
+        handle = acquire(folder, busy)
+    try:
+        yield
+    finally:
+        release(handle)

@@ -1,0 +1,223 @@
+"""From an image file to the network's input, as data: one function for every stage.
+
+Training's evaluation, calibration, `eps-predict` and the server call :meth:`Preprocessing.apply`,
+with the values recorded in the checkpoint and in the bundle's manifest. This module needs numpy and
+Pillow only: the serving image has no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from eps_core.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+T = TypeVar("T")
+
+COLORS = ("grey", "rgb")
+_MOST_PIXELS = 178_956_970  # of an image once scaled; where Pillow sees a decompression bomb too
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
+
+_ORIENTATION = 0x0112  # EXIF
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # TIFF
+_RANGELESS = {"I": "32-bit integers", "F": "floating-point numbers"}
+
+ChooseBox = Callable[[int, int], tuple[int, int, int, int]]
+"""From height and width of a picture to top, left, height and width of a part of it, in pixels."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Preprocessing:
+    """How a picture of any size becomes uint8 `[C, height, width]`.
+
+    The picture is turned upright as its EXIF orientation says, converted to `color`, scaled with
+    its aspect ratio kept until it just covers `resize` (height, width in pixels), and cropped at
+    the centre to `crop`. Of 16 bits the upper 8 are kept; pixels of 32 bits, whose range nobody
+    knows, are refused with a ValueError. Normalisation is not part of it: the exported network
+    does that itself.
+    """
+
+    resize: tuple[int, int]
+    crop: tuple[int, int]
+    color: str
+    interpolation: str = "bilinear"
+    exif_rotation: bool = True
+
+    def __post_init__(self) -> None:
+        if self.color not in COLORS:
+            raise ConfigError(f"color {self.color!r} is not one of {', '.join(COLORS)}")
+        if self.interpolation not in INTERPOLATIONS:
+            raise ConfigError(
+                f"interpolation {self.interpolation!r} is not one of {', '.join(INTERPOLATIONS)}"
+            )
+        if any(not 1 <= c <= r for c, r in zip(self.crop, self.resize, strict=True)):
+            raise ConfigError(f"crop {self.crop} must lie within resize {self.resize}")
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Shape `[C, H, W]` of what :meth:`apply` returns."""
+        return (1 if self.color == "grey" else 3, *self.crop)
+
+    def to_dict(self) -> dict[str, Any]:
+        fields = asdict(self)
+        return {**fields, "resize": list(self.resize), "crop": list(self.crop)}
+
+    @property
+    def antialias(self) -> bool:
+        """Whether a pixel of an image that shrinks is made of all pixels that it covers.
+
+        So it is in Pillow, for every interpolation but `nearest`. Torch's has `antialias=True` for
+        it; OpenCV's INTER_LINEAR is another, and gives other pixels.
+        """
+        return self.interpolation != "nearest"
+
+    def described(self) -> dict[str, Any]:
+        """:meth:`to_dict` with `antialias`, for those who prepare images elsewhere."""
+        return {**self.to_dict(), "antialias": self.antialias}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Preprocessing:
+        """Inverse of :meth:`to_dict`. Raises ConfigError for missing or unknown fields."""
+        try:
+            return cls(
+                **{**fields, "resize": _pair(fields["resize"]), "crop": _pair(fields["crop"])}
+            )
+        except (TypeError, KeyError, ValueError) as error:
+            raise ConfigError(f"not a preprocessing description: {error}") from None
+
+    def apply(self, image: Image.Image) -> npt.NDArray[np.uint8]:
+        """Return `image` as uint8 `[C, H, W]`."""
+        image = self._upright(image)
+        height, width = self.resize
+        scale = max(height / image.height, width / image.width)
+        covering = (
+            max(width, round(image.width * scale)),
+            max(height, round(image.height * scale)),
+        )
+        if covering[0] * covering[1] > _MOST_PIXELS:
+            raise ValueError(f"{image.width}x{image.height} pixels are too long and thin to scale")
+        if covering != image.size:
+            image = image.resize(covering, self._resampling)
+        top, left = (image.height - self.crop[0]) // 2, (image.width - self.crop[1]) // 2
+        image = image.crop((left, top, left + self.crop[1], top + self.crop[0]))
+        return _planes(image)
+
+    def apply_crop(self, image: Image.Image, choose: ChooseBox) -> npt.NDArray[np.uint8]:
+        """A box of `image`, scaled to `crop` without regard to its aspect ratio: for training.
+
+        `choose` is told height and width of the picture, upright and of its full size.
+        """
+        image = self._upright(image)
+        top, left, height, width = choose(image.height, image.width)
+        image = image.crop((left, top, left + width, top + height))
+        return _planes(image.resize(self.crop[::-1], self._resampling))
+
+    def read(self, path: Path) -> npt.NDArray[np.uint8]:
+        """Read an image file and :meth:`apply`. Raises DataError that names the file."""
+        return with_image(path, self.apply)
+
+    def read_crop(self, path: Path, choose: ChooseBox) -> npt.NDArray[np.uint8]:
+        """Read an image file and :meth:`apply_crop`. Raises DataError that names the file."""
+        return with_image(path, lambda image: self.apply_crop(image, choose))
+
+    def _upright(self, image: Image.Image) -> Image.Image:
+        from PIL import ImageOps
+
+        reduced = _eight_bits(image)
+        if self.exif_rotation:
+            reduced = ImageOps.exif_transpose(reduced)
+        if reduced.mode == "P" and "transparency" in reduced.info:  # Pillow warns if it drops that
+            reduced = reduced.convert("RGBA")
+        return reduced.convert("L" if self.color == "grey" else "RGB")
+
+    @property
+    def _resampling(self) -> Image.Resampling:
+        from PIL import Image
+
+        return Image.Resampling[self.interpolation.upper()]
+
+
+def with_image(path: Path, use: Callable[[Image.Image], T]) -> T:
+    """What `use` makes of an image file, opened; DataError names the file when that fails."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        # Not by its path: Pillow maps some TIFF files into memory then, and forgets to turn them.
+        with path.open("rb") as file, Image.open(file) as image:
+            return use(image)
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise DataError(f"{path}: is a folder, not an image") from None
+    except UnidentifiedImageError:
+        raise DataError(f"{path}: not an image that Pillow can read") from None
+    except Exception as error:  # Pillow's decoders raise many types for what is damaged
+        reason = error.strerror if isinstance(error, OSError) else None
+        problem = reason or str(error) or type(error).__name__
+        raise DataError(f"{path}: cannot be decoded: {problem}") from None
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Height and width of a picture once it is turned as its EXIF orientation says."""
+    turned = image.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
+    return (image.width, image.height) if turned else (image.height, image.width)
+
+
+def peak_of_sixteen_bits(image: Image.Image) -> int:
+    """The largest of the 0..65535 in a grey image of 16 bits; 0 for any other image."""
+    values = _sixteen_bits(image)
+    return 0 if values is None else int(values.max())
+
+
+def _planes(image: Image.Image) -> npt.NDArray[np.uint8]:
+    """Pixels `[C, H, W]` of a grey or RGB image."""
+    pixels = np.asarray(image, dtype=np.uint8)
+    return np.ascontiguousarray(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """`image` in a mode that Pillow converts to grey or RGB as one expects, its EXIF data kept.
+
+    Raises ValueError for numbers without a known range, of which Pillow would make black or white.
+    """
+    from PIL import Image
+
+    values = _sixteen_bits(image)
+    if values is not None:  # Pillow would clip all but the darkest pixels to white
+        reduced = Image.fromarray((values >> 8).astype(np.uint8))
+        reduced.getexif().update({_ORIENTATION: image.getexif().get(_ORIENTATION, 1)})
+        return reduced
+    if image.mode in _RANGELESS:
+        raise ValueError(
+            f"pixels are {_RANGELESS[image.mode]} (Pillow's mode {image.mode}), which have no known"
+            " range; save it with 8 or 16 bits"
+        )
+    return image
+
+
+def _sixteen_bits(image: Image.Image) -> npt.NDArray[np.uint16] | None:
+    """The pixels of a grey image of 9 to 16 bits, black to white 0..65535; None for any other."""
+    # Pillow brings PGM to 0..65535, whatever its maxval; before 11.3 that is its mode for PNG too.
+    known = image.mode == "I" and image.format in ("PPM", "PNG")
+    if not (known or image.mode.startswith("I;16")):
+        return None
+    values: npt.NDArray[np.uint16] = np.asarray(image).astype(np.uint16)
+    tags = getattr(image, "tag_v2", {})  # of TIFF
+    if tags.get(_BITS_PER_SAMPLE) == (12,):
+        values = (values << 4 | values >> 8).astype(np.uint16)
+    if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:  # which Pillow heeds up to 8 bits only
+        values = ~values
+    return values
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    height, width = value
+    return int(height), int(width)

@@ -1,0 +1,121 @@
+"""Sealed files: `torch.save` archives that carry the SHA-256 of their own bytes.
+
+`torch.load` verifies no record checksum, so a flipped bit loads wrong numbers in silence. A sealed
+file is an ordinary `torch.save` zip archive whose zip comment (APPNOTE.TXT 4.3.16, the last field
+of the archive) is the hexadecimal SHA-256 of every byte before it. `torch.load` and `unzip` ignore
+the comment; :func:`read` checks it before a single byte is unpickled. Payloads hold only tensors,
+dict, list, tuple, str, int, float, bool and None, and are always loaded with ``weights_only=True``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eps_core.errors import FileFormatError
+from eps_core.files import replace_file
+
+_END_OF_ARCHIVE = b"PK\x05\x06"  # end of central directory record, 22 bytes when uncommented
+_SEAL_LENGTH = 64  # hexadecimal digits of a SHA-256
+_PLAIN = (str, int, float, bool, type(None))
+
+Payload = dict[str, Any]
+
+
+def write(path: Path, payload: Payload) -> str:
+    """Write `payload` to `path` atomically and return its digest (64 hexadecimal digits).
+
+    The bytes go to a temporary file in the same folder, are flushed to the disk, read back and
+    compared, and only then renamed into place: whatever was at `path` stays whole until the new
+    file is known to be.
+
+    Raises:
+        TypeError: the payload is one that :func:`read` would refuse.
+        OSError: as the file system does.
+    """
+    _require_plain(payload)
+    buffer = io.BytesIO()
+    torch.save(payload, buffer)
+    content = bytearray(buffer.getvalue())
+    assert content[-22:-18] == _END_OF_ARCHIVE, "torch.save no longer ends with a bare zip record"
+    content[-2:] = _SEAL_LENGTH.to_bytes(2, "little")
+    digest = hashlib.sha256(content).hexdigest()
+    content += digest.encode("ascii")
+    replace_file(path, bytes(content))
+    return digest
+
+
+def read(path: Path, *, format: str, version: int) -> tuple[Payload, str]:
+    """Return the verified payload of a sealed file and its digest.
+
+    Args:
+        path: the file.
+        format: value that the payload's ``format`` must have.
+        version: newest ``version`` that the caller can read.
+
+    Raises:
+        FileFormatError: missing, truncated, altered, foreign, of another format, or too new.
+    """
+    content = read_bytes(path)
+    seal = content[-_SEAL_LENGTH:]
+    intact = hashlib.sha256(content[:-_SEAL_LENGTH]).hexdigest().encode("ascii") == seal
+    if not intact:
+        raise FileFormatError(
+            f"{path}: damaged, truncated, or not an eps-resnet file"
+            " (its SHA-256 seal does not match); restore it from a good copy or make it again"
+        )
+    try:
+        payload = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # the unpickler raises many types for what it refuses
+        raise FileFormatError(
+            f"{path}: refused: it holds more than tensors and plain data"
+        ) from error
+    found = payload.get("format") if isinstance(payload, dict) else None
+    if found != format:
+        kind = found if isinstance(found, str) else "another program's file"
+        raise FileFormatError(f"{path}: expected {_article(format)}, found {kind}")
+    if not isinstance(payload.get("version"), int) or payload["version"] < 1:
+        raise FileFormatError(f"{path}: no usable format version; make the file again")
+    if payload["version"] > version:
+        raise FileFormatError(
+            f"{path}: format version {payload['version']} is newer than this eps-resnet reads"
+            f" (up to {version}); upgrade eps-resnet"
+        )
+    return payload, seal.decode("ascii")
+
+
+def _require_plain(value: object) -> None:
+    """Raise TypeError for what the reader would refuse: a NumPy scalar, a path, a class."""
+    if isinstance(value, torch.Tensor) or type(value) in _PLAIN:
+        return
+    if type(value) in (dict, OrderedDict):
+        assert isinstance(value, dict)
+        for item in (*value.keys(), *value.values()):
+            _require_plain(item)
+    elif type(value) in (list, tuple):
+        assert isinstance(value, (list, tuple))
+        for item in value:
+            _require_plain(item)
+    else:
+        raise TypeError(f"{type(value).__name__} is neither a tensor nor plain data: {value!r}")
+
+
+def read_bytes(path: Path) -> bytes:
+    """The bytes of a file that a user named; FileFormatError when it is not there to be read."""
+    if path.is_dir():
+        raise FileFormatError(f"{path}: is a folder, not a file")
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise FileFormatError(f"{path}: no such file") from None
+    except OSError as error:
+        raise FileFormatError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _article(format: str) -> str:
+    return f"an {format} file" if format[0] in "aeiou" else f"a {format} file"

@@ -1,0 +1,1 @@
+"""The commands of eps_deploy, a module each."""

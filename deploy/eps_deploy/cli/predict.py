@@ -1,0 +1,106 @@
+"""The command `eps-predict`: labels for pictures, without a server and without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from eps_core import cli as console
+from eps_core.errors import DataError
+
+if TYPE_CHECKING:
+    from eps_deploy.bundle import Bundle
+    from eps_deploy.engines.base import Engine, Images
+
+_FILE = click.Path(path_type=Path)
+_BATCH = 32
+
+
+@click.command()
+@click.argument("bundle", type=_FILE)
+@click.argument("images", type=_FILE, nargs=-1, required=True, metavar="IMAGE...")
+@click.option(
+    "--top",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    metavar="K",
+    help="Labels each.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+def cli(bundle: Path, images: tuple[Path, ...], top: int, as_json: bool) -> int:
+    """Label each IMAGE with the network in BUNDLE.
+
+    A picture that cannot be read, or for which the network gives no finite numbers, is named on
+    stderr; the others are labelled all the same, and the exit code is 1.
+    """
+    from eps_deploy.bundle import load_bundle, open_engine
+
+    loaded = load_bundle(bundle)
+    predictions, errors = [], []
+    with open_engine(loaded) as engine:
+        for answer in predict(loaded, engine, images, top):
+            if "error" in answer:
+                errors.append(answer)
+                click.echo(f"eps-predict: error: {answer['error']}", err=True)
+            else:
+                predictions.append(answer)
+                if not as_json:
+                    click.echo(line(answer))
+    if as_json:
+        console.emit_json({"predictions": predictions, "errors": errors})
+    return 1 if errors else 0
+
+
+def predict(
+    bundle: Bundle, engine: Engine, paths: Sequence[Path], top: int
+) -> Iterator[dict[str, Any]]:
+    """For each path, in order: `{image, top: [{label, probability}, ...]}` or `{image, error}`."""
+    import numpy as np
+
+    from eps_deploy.engines.base import finite_rows
+
+    batch = min(_BATCH, engine.max_batch)
+    for start in range(0, len(paths), batch):
+        group = paths[start : start + batch]
+        pixels: dict[Path, Images] = {}
+        problems: dict[Path, str] = {}
+        for path in group:
+            try:
+                pixels[path] = bundle.preprocessing.read(path)
+            except DataError as error:
+                problems[path] = str(error)
+        answers = {}
+        if pixels:
+            logits = engine.infer(np.stack(list(pixels.values())))
+            answers = dict(zip(pixels, logits, strict=True))
+            for path, finite in zip(pixels, finite_rows(logits), strict=True):
+                if not finite:
+                    problems[path] = f"{path}: the network's logits are not finite for this image"
+        for path in group:
+            if path in problems:
+                yield {"image": str(path), "error": problems[path]}
+            else:
+                yield {"image": str(path), "top": best(answers[path], bundle.labels, top)}
+
+
+def best(logits: Any, labels: Sequence[str], top: int) -> list[dict[str, Any]]:
+    """The `top` most probable labels of one image's logits, best first, by softmax."""
+    import numpy as np
+
+    shifted = np.exp(logits.astype(np.float64) - logits.max())
+    probabilities = shifted / shifted.sum()
+    order = np.argsort(-probabilities, kind="stable")[:top]
+    return [{"label": labels[i], "probability": float(probabilities[i])} for i in order.tolist()]
+
+
+def line(answer: dict[str, Any]) -> str:
+    pairs = (f"{entry['label']}  {entry['probability']:.4f}" for entry in answer["top"])
+    return "  ".join((f"{answer['image']}:", *pairs))
+
+
+def main() -> NoReturn:
+    console.run(cli)

@@ -1,0 +1,92 @@
+"""`eps-verify`: prove a compact network or a bundle again, on any machine, from its files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NoReturn
+
+import click
+
+from eps_core import cli as console
+from eps_core.errors import ConfigError
+
+_WORDS = {True: "passed", False: "FAILED", None: "not run"}
+
+
+@click.command()
+@click.argument("file", metavar="FILE|BUNDLE", type=click.Path(path_type=Path))
+@click.option(
+    "--checkpoint",
+    type=click.Path(path_type=Path),
+    help="Checkpoint that FILE was made from.  [default: where FILE says]",
+)
+@click.option(
+    "--data-root",
+    type=click.Path(path_type=Path),
+    help="Folder with the data set's files; digits needs none.",
+)
+@click.option("--no-data", is_flag=True, help="Prove on random images alone.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON on stdout.")
+def cli(
+    file: Path, checkpoint: Path | None, data_root: Path | None, no_data: bool, as_json: bool
+) -> int:
+    """Prove FILE (compact.pt of eps-compact) or BUNDLE (folder of eps-deploy) again.
+
+    Of a file, against the checkpoint it was made from: seals and digests, the list of removed
+    blocks and the evidence of their deaths, every tensor, both proofs (rewriting equal, folding
+    within its bound), and the counts. Held-out images are used where they can be loaded, else
+    random ones alone.
+
+    Of a bundle, without torch: the SHA-256 of every file, and that the engine gives the stored
+    samples the logits that the network had in torch.
+
+    The exit status is 3 when a check fails.
+    """
+    if no_data and data_root is not None:
+        raise ConfigError("--no-data: looks at no images; leave out --data-root")
+
+    log = console.log()
+
+    def say(line: str) -> None:
+        log.print(line, markup=False)
+
+    if file.is_dir():
+        _refuse({"--checkpoint": checkpoint, "--data-root": data_root, "--no-data": no_data})
+        from eps_deploy.bundle import verify_bundle
+
+        found = verify_bundle(file, report=say)
+    else:
+        from eps_compact.verification import verify
+
+        found = verify(
+            file, checkpoint=checkpoint, data_root=data_root, no_data=no_data, report=say
+        )
+    rows = [(check.name, _WORDS[check.passed], check.detail) for check in found.checks]
+    table = console.table(f"{file}", ("check", "result", "what was found"), rows)
+    for column in table.columns[1:]:
+        column.justify = "left"
+    log.print(table)
+    if not found.lossless:
+        log.print("the certificate says: NOT lossless, live blocks were removed too")
+    failed = [check.name for check in found.checks if check.passed is False]
+    log.print(f"FAILED: {', '.join(failed)}" if failed else "passed")
+    if as_json:
+        console.emit_json(
+            {
+                "passed": found.passed,
+                "lossless": found.lossless,
+                "file": str(file),
+                "checks": [check.to_dict() for check in found.checks],
+            }
+        )
+    return 0 if found.passed else console.CHECK_FAILED
+
+
+def _refuse(given: dict[str, object]) -> None:
+    for option, value in given.items():
+        if value:
+            raise ConfigError(f"{option}: is for a compact.pt; a bundle is proven from itself")
+
+
+def main() -> NoReturn:
+    console.run(cli)

@@ -1,1 +1,0 @@
-"""`eps-doctor`: what this machine can do."""

@@ -1,0 +1,1 @@
+"""ONNX files in the precision that they will run in."""

@@ -1,0 +1,199 @@
+"""Times of blocks on ONNX Runtime, for the ledger and the sweep of `eps_compact`.
+
+To export a network may take seconds, so it is exported once, with every block in it, and blocks are
+left out of the ONNX graph: the residual addition becomes its shortcut, and what nothing uses any
+more goes. That is what an export without them would have made. Names do not survive the export, so
+each branch is multiplied by a number of its own, by which its addition is found again; these
+multiplications are taken out first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Collection, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from onnx import numpy_helper
+from torch import Tensor, fx
+
+from eps_compact.analysis.importance import Measure, Runs, interleaved
+from eps_compact.folding import fold
+from eps_core.errors import GraphError
+from eps_deploy.engines.ort import THREADS, OrtEngine
+from eps_deploy.export.export import export_onnx
+from eps_train.data.dataset import DataIdentity
+from eps_train.gating import rewriting
+
+# Markers are float32 numbers that no network has by chance, and far from 1 and from each other, as
+# exporters take for equal what is close.
+_FIRST_MARKER = 3.0
+_STEP = 2.0**-12
+
+
+class OrtTimer:
+    """A `Timer` (`eps_compact.analysis.importance`) that runs networks as `--engine ort` does.
+
+    Args:
+        identity: the data that the networks were trained on.
+    """
+
+    name = f"onnxruntime {onnxruntime.__version__} on the CPU, {THREADS} thread, batch 1"
+
+    def __init__(self, identity: DataIdentity) -> None:
+        self._identity = identity
+        self._last: tuple[bytes, Removable] | None = None  # the sweep's network is the ledger's too
+
+    def load(self, model: fx.GraphModule, image: Tensor) -> Measure:
+        """As `Timer` has it; the network may lie on any device."""
+        key = _fingerprint(model)
+        if self._last is None or self._last[0] != key:
+            self._last = key, Removable(model, self._identity)
+        _, exported = self._last
+        pixels = image.cpu().numpy()
+
+        def measure(without: Sequence[Collection[str]], seconds: float) -> list[list[Runs]]:
+            with ExitStack() as engines:
+                calls = [
+                    partial(
+                        engines.enter_context(OrtEngine(exported.without(blocks))).infer, pixels
+                    )
+                    for blocks in without
+                ]
+                return interleaved(calls, seconds)
+
+        return measure
+
+
+class Removable:
+    """A network in ONNX that blocks can be left out of.
+
+    Args:
+        model: a network with gates at all blocks that may be left out.
+        identity: the data that it was trained on.
+
+    Raises:
+        GraphError: it cannot be exported, or a block is not found again in what was exported.
+    """
+
+    def __init__(self, model: fx.GraphModule, identity: DataIdentity) -> None:
+        marked, blocks = _marked(model)
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / "model.onnx"
+                export_onnx(marked, identity, path)
+                self._whole = onnx.load(path)
+        except GraphError as error:
+            raise GraphError(f"{error}; or have torch time the blocks: --timer torch") from error
+        self._shortcuts = _unmark(self._whole.graph, blocks)
+
+    def without(self, blocks: Collection[str]) -> bytes:
+        """The ONNX file of the network without these blocks."""
+        less = onnx.ModelProto()
+        less.CopyFrom(self._whole)
+        shortcuts = {self._shortcuts[block][0]: self._shortcuts[block][1] for block in blocks}
+        for node in less.graph.node:
+            if node.output[0] in shortcuts:
+                # ONNX Runtime takes it out itself.
+                replacement = onnx.helper.make_node(
+                    "Identity", [shortcuts[node.output[0]]], list(node.output), name=node.name
+                )
+                node.CopyFrom(replacement)
+        _sweep_out(less.graph)
+        found: bytes = less.SerializeToString()
+        return found
+
+
+def _fingerprint(model: fx.GraphModule) -> bytes:
+    """Equal for networks of the same layers, steps and numbers."""
+    found = hashlib.sha256(f"{model}{model.code}".encode())
+    for name, tensor in model.state_dict().items():
+        found.update(name.encode())
+        found.update(tensor.cpu().contiguous().numpy().tobytes())
+    return found.digest()
+
+
+def _marked(model: fx.GraphModule) -> tuple[fx.GraphModule, tuple[str, ...]]:
+    """A folded copy on the CPU with additions for gates, the branch times :func:`_marker` before.
+
+    Returns its blocks too, in the order of their markers.
+    """
+    folded, _ = fold(rewriting.drop_taps(model))
+    folded.cpu()
+    gates = rewriting.gate_nodes(folded)
+    for number, node in enumerate(gates):
+        shortcut, branch = node.args
+        with folded.graph.inserting_before(node):
+            factor = folded.graph.call_function(torch.mul, (branch, _marker(number)))
+            addition = folded.graph.call_function(torch.add, (shortcut, factor))
+        node.replace_all_uses_with(addition)
+        folded.graph.erase_node(node)
+    folded.delete_all_unused_submodules()
+    folded.recompile()
+    return folded, tuple(gates.values())
+
+
+def _marker(number: int) -> float:
+    return _FIRST_MARKER + (number + 1) * _STEP
+
+
+def _unmark(found: onnx.GraphProto, blocks: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Take the markers out; returns by block the names of its sum and of its shortcut."""
+    scalars = _scalars(found)
+    numbers = {_marker(number): block for number, block in enumerate(blocks)}
+    marks: dict[str, tuple[str, str]] = {}  # by the name of the product: block, name of the branch
+    for node in [node for node in found.node if node.op_type == "Mul"]:
+        for branch, factor in (tuple(node.input), tuple(node.input)[::-1]):
+            if block := numbers.get(scalars.get(factor, 0.0)):
+                marks[node.output[0]] = block, branch
+    shortcuts: dict[str, tuple[str, str]] = {}
+    for node in found.node:
+        for index, name in enumerate(node.input):
+            if name in marks and node.op_type == "Add" and len(node.input) == 2:
+                block, node.input[index] = marks.pop(name)
+                shortcuts[block] = node.output[0], node.input[1 - index]
+    if marks or shortcuts.keys() != set(blocks):
+        lost = ", ".join(sorted(set(blocks) - shortcuts.keys())) or "more than one addition"
+        raise GraphError(
+            f"cannot find {lost} in the exported network; have torch time the blocks: --timer torch"
+        )
+    _sweep_out(found)
+    return shortcuts
+
+
+def _scalars(found: onnx.GraphProto) -> dict[str, float]:
+    """Values of the constants that are one float32 number, by name."""
+    tensors = {tensor.name: tensor for tensor in found.initializer}
+    tensors |= {
+        node.output[0]: attribute.t
+        for node in found.node
+        if node.op_type == "Constant"
+        for attribute in node.attribute
+        if attribute.name == "value"
+    }
+    return {
+        name: float(numpy_helper.to_array(tensor).reshape(()))
+        for name, tensor in tensors.items()
+        if tensor.data_type == onnx.TensorProto.FLOAT and np.prod(tensor.dims) == 1
+    }
+
+
+def _sweep_out(found: onnx.GraphProto) -> None:
+    """Drop the nodes and constants that no output needs."""
+    needed = {port.name for port in found.output}
+    for index in reversed(range(len(found.node))):  # each node stands behind those that it reads
+        node = found.node[index]
+        if needed.intersection(node.output):
+            needed.update(node.input)
+        else:
+            del found.node[index]
+    for index in reversed(range(len(found.initializer))):
+        if found.initializer[index].name not in needed:
+            del found.initializer[index]
+    del found.value_info[:]

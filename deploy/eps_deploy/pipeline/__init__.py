@@ -1,0 +1,1 @@
+"""The steps of `eps-deploy`, from a compact network to a bundle."""

@@ -1,0 +1,107 @@
+"""What a deployment starts from: the compact network, its checkpoint, and the trained baseline."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from eps_compact import CompactArtifact
+from eps_core.errors import ConfigError, FileFormatError
+from eps_train.models.spec import NetworkSpec
+from eps_train.training.checkpoint import Checkpoint
+
+BASELINE = "baseline.pt"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sources:
+    """The files of a deployment, read and verified.
+
+    Attributes:
+        compact: the compact network.
+        checkpoint: what it was made from.
+        baseline: the plain network of the same depth; None when none was trained.
+        baseline_path: its file.
+    """
+
+    compact: CompactArtifact
+    checkpoint: Checkpoint
+    baseline: Checkpoint | None
+    baseline_path: Path | None
+
+    def blocks(self) -> tuple[str, ...]:
+        """The residual blocks that the compact network has, in the order of computation."""
+        network = self.compact.network
+        return tuple(name for name in network.all_blocks() if name not in network.removed)
+
+
+def find_sources(
+    model: Path, checkpoint: Path | None = None, baseline: Path | None = None
+) -> Sources:
+    """Read `model` (a `compact.pt`) and what belongs to it.
+
+    Args:
+        model: the compact network.
+        checkpoint: as `--checkpoint`; None: where `model` says that it is.
+        baseline: as `--baseline`; None: `baseline.pt` beside `model` or beside its checkpoint.
+
+    Raises:
+        FileFormatError: a file that is damaged, foreign or too new, or a named one that is missing.
+        ConfigError: a checkpoint that `model` was not made from, or a baseline of another network
+            or other data.
+    """
+    compact = CompactArtifact.load(model)
+    if not compact.checkpoint.keys() >= {"path", "digest"}:
+        raise FileFormatError(f"{model}: does not say which checkpoint it was made from")
+    checkpoint_path = checkpoint or model.parent / compact.checkpoint["path"]
+    source = _load_checkpoint(checkpoint_path, model, compact, named=checkpoint is not None)
+    if baseline is None:
+        beside = (model.parent / BASELINE, checkpoint_path.parent / BASELINE)
+        # A broken link is one that was meant to be there: it is named, not passed over.
+        found = (path for path in beside if path.exists() or path.is_symlink())
+        baseline = next(found, None)
+    return Sources(
+        compact=compact,
+        checkpoint=source,
+        baseline=None if baseline is None else _load_baseline(baseline, compact),
+        baseline_path=baseline,
+    )
+
+
+def _load_checkpoint(
+    path: Path, model: Path, compact: CompactArtifact, *, named: bool
+) -> Checkpoint:
+    if not named and not path.exists():
+        raise ConfigError(
+            f"{path}: the checkpoint that {model} was made from is not there;"
+            " name it with --checkpoint"
+        )
+    checkpoint = Checkpoint.load(path)
+    if checkpoint.digest != compact.checkpoint["digest"]:
+        raise ConfigError(
+            f"{path}: not the checkpoint that {model} was made from (digest"
+            f" {checkpoint.digest[:12]}, recorded {compact.checkpoint['digest'][:12]}); name that"
+            " one with --checkpoint, or run eps-compact on this one"
+        )
+    return checkpoint
+
+
+def _load_baseline(path: Path, compact: CompactArtifact) -> Checkpoint:
+    baseline = Checkpoint.load(path)
+    remedy = "name another with --baseline, or move this one away"
+    if baseline.network.gated:
+        raise ConfigError(f"{path}: has ε-gates, so it is no plain baseline; {remedy}")
+    theirs, ours = baseline.network, compact.network
+    if (theirs.family, theirs.arguments) != (ours.family, ours.arguments) or theirs.removed:
+        raise ConfigError(
+            f"{path}: the network {_describe(theirs)}, not {_describe(ours)}, which was compacted;"
+            f" {remedy}"
+        )
+    if baseline.data.sha256 != compact.data.sha256:
+        raise ConfigError(f"{path}: trained on other images than the compact network; {remedy}")
+    return baseline
+
+
+def _describe(network: NetworkSpec) -> str:
+    arguments = ", ".join(f"{key} {value}" for key, value in network.arguments.items())
+    return f"{network.family} ({arguments})"

@@ -1,0 +1,368 @@
+"""What a bundle holds besides its models: real samples with their logits, pictures, facts."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+import shlex
+import shutil
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version as package_version
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from PIL import Image
+
+from eps_core import files as folder_lock
+from eps_core.cli import refuse_existing
+from eps_core.errors import ConfigError, naming
+from eps_deploy.bench.latency import Picture
+from eps_deploy.bundle import MANIFEST, encode_manifest, is_bundle, load_bundle
+from eps_deploy.engines.base import INPUT_NAME, OUTPUT_NAME, EngineError, Images, Logits
+from eps_deploy.engines.trt.plan import SIDECAR, Sidecar
+from eps_deploy.export.mixed_precision import Repair
+from eps_deploy.export.types import executed_types, layer_types
+from eps_deploy.pipeline.build import Models, Sides
+from eps_deploy.pipeline.inputs import Sources
+from eps_deploy.pipeline.options import Options
+from eps_deploy.report import report
+from eps_deploy.triton import Kind, Served
+from eps_train.data import dataset
+from eps_train.data.dataset import DataIdentity
+
+EXAMPLES = 10
+
+
+def write_samples(
+    path: Path,
+    images: Images,
+    labels: npt.NDArray[np.int64],
+    indices: npt.NDArray[np.int64],
+    logits: Logits,
+) -> None:
+    """Images of the test part and the logits that the compact network gave them in torch.
+
+    Arrays: `images` uint8 `[N, C, H, W]`, `labels` and `indices` (in the test part) int64 `[N]`,
+    `logits` float32 `[N, classes]`.
+    """
+    np.savez(path, images=images, labels=labels, indices=indices, logits=logits)
+
+
+def write_examples(
+    folder: Path, images: Images, labels: npt.NDArray[np.int64], classes: Sequence[str]
+) -> list[Path]:
+    """The first test image of up to ten classes as PNG files named after label and index."""
+    folder.mkdir()
+    chosen = np.linspace(0, len(classes) - 1, min(EXAMPLES, len(classes))).round().astype(int)
+    written = []
+    for label in chosen.tolist():
+        members = np.flatnonzero(labels == label)
+        if len(members):
+            name = re.sub(r"[^A-Za-z0-9_-]+", "_", classes[label])
+            path = folder / f"label-{name}-test-{members[0]:04d}.png"
+            path.write_bytes(png(images[members[0]]))
+            written.append(path)
+    return written
+
+
+def png(pixels: npt.NDArray[np.uint8]) -> bytes:
+    """Raw pixels `[C, H, W]` as a picture, without loss."""
+    file = io.BytesIO()
+    Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)).save(file, "PNG")
+    return file.getvalue()
+
+
+def picture(pixels: npt.NDArray[np.uint8], data: DataIdentity) -> Picture:
+    """A test image as a server gets it."""
+    return Picture(content=png(pixels), preprocessing=data.preprocessing, labels=data.classes)
+
+
+def precision_entry(
+    options: Options, models: Models, sides: Sides, repair: Repair | None
+) -> dict[str, Any]:
+    """What was asked for, what stands in `model.onnx`, and what the runtime makes of it."""
+    types = layer_types(onnx.load_from_string(models.compact))
+    executed = None
+    if options.engine == "ort":
+        executed = _executed(options, models)
+    elif sides.files:
+        executed = dict(Sidecar.from_dict(json.loads(sides.files[SIDECAR])).layers) or None
+    return report.precision_entry(
+        options.precision,
+        graph=dict(sorted(Counter(types.values()).items())),
+        executed=executed,
+        calibration=models.calibration,
+        kept=models.kept,
+        repair=repair,
+    )
+
+
+def _executed(options: Options, models: Models) -> dict[str, int] | None:
+    """None where ONNX Runtime does not tell: it refuses to save what TensorRT compiled."""
+    if options.provider == "tensorrt":
+        return None
+    try:
+        return executed_types(models.compact, provider=options.provider)
+    except EngineError:
+        return None  # everything was measured by now: no reason to end a deployment
+
+
+def served(options: Options, data: DataIdentity, sides: Sides) -> Served:
+    """What Triton has to know."""
+    capability = None
+    if SIDECAR in sides.files:
+        sidecar = Sidecar.from_dict(json.loads(sides.files[SIDECAR]))
+        capability = sidecar.host.compute_capability
+    on_cpu = options.engine == "ort" and options.provider == "cpu"
+    return Served(
+        input_shape=data.input_shape,
+        labels=data.classes,
+        preprocessing=data.preprocessing.described(),
+        max_batch=options.max_batch,
+        kind=_kind(options),
+        threads=options.threads if on_cpu else None,
+        capability=capability,
+    )
+
+
+def _kind(options: Options) -> Kind:
+    """Where Triton's ONNX Runtime runs `model.onnx`; beside a plan, wherever there is room."""
+    if options.engine == "trt":
+        return "KIND_AUTO"
+    return "KIND_CPU" if options.provider == "cpu" else "KIND_GPU"
+
+
+def manifest_fields(
+    options: Options, sources: Sources, engine: Mapping[str, Any], file: str
+) -> dict[str, Any]:
+    """`manifest.json` but for the files' hashes, which the writer adds.
+
+    `engine` is what the engine says of itself, `file` what it loads.
+    """
+    data: DataIdentity = sources.compact.data
+    return {
+        "name": options.name,
+        "input": {
+            "name": INPUT_NAME,
+            "dtype": "uint8",
+            "shape": ["N", *data.input_shape],
+            "layout": "NCHW",
+            "color": data.preprocessing.color,
+            "range": [0, 255],
+        },
+        "output": {"name": OUTPUT_NAME, "dtype": "float32", "shape": ["N", len(data.classes)]},
+        "preprocessing": data.preprocessing.to_dict(),
+        # For clients that send raw pixels: other libraries call something else by this name.
+        "resampling": {
+            "interpolation": data.preprocessing.interpolation,
+            "antialias": data.preprocessing.antialias,
+            "reference": "Pillow",
+        },
+        # Applied inside the network; recorded for whoever wants to know.
+        "normalization": dataset.summary(data.mean, data.std),
+        "labels": list(data.classes),
+        "precision": options.precision.name,
+        "engine": {**engine, "file": file},
+        "source": {
+            "compact_digest": sources.compact.digest,
+            "checkpoint_digest": sources.checkpoint.digest,
+            "baseline_digest": sources.baseline.digest if sources.baseline else None,
+        },
+        "data": {
+            "name": data.name,
+            "sha256": data.sha256,
+            "split_seed": data.split_seed,
+            "sizes": dict(data.sizes),
+        },
+        "versions": {**sources.compact.versions, "eps_resnet": package_version("eps-resnet")},
+    }
+
+
+# -- Writing a bundle: in a temporary folder beside its place, verified, then renamed into place
+#
+# The temporary folder's name is always the same, and a lock is held on it, so that what a killed
+# run leaves behind is taken over by the next one, and two runs at once do not meet in it.
+
+
+class BundleWriter:
+    """A context manager: put files into `folder`, then `commit`. Without a commit nothing remains.
+
+    Args:
+        output: the bundle's place. What exists there is replaced only with `force`, and only if it
+            is a bundle with nothing in it but its own files.
+        force: as `--force`.
+
+    Raises:
+        ConfigError: `output` exists and may not be replaced.
+    """
+
+    def __init__(self, output: Path, *, force: bool) -> None:
+        self.output = Path(os.path.abspath(output))
+        self.folder = self.output.with_name(f".{self.output.name}.eps-deploy.part")
+        self._old = self.output.with_name(f".{self.output.name}.eps-deploy.old")
+        # What a killed run had finished; the next one may go on from there.
+        self.stages = self.output.with_name(f".{self.output.name}.eps-deploy.stages")
+        self._named = output
+        self._force = force
+        self._check_place()
+
+    def _check_place(self) -> None:
+        for parent in self.output.parents:
+            if parent.exists():
+                if not parent.is_dir():
+                    raise ConfigError(f"{self._named}: {parent.name} is a file; choose another -o")
+                break
+        refuse_existing([self._named], self._force)
+        if not self.output.exists() and not self.output.is_symlink():
+            return
+        if self.output.is_symlink() or not is_bundle(self.output):
+            raise ConfigError(
+                f"{self._named}: is not a bundle, so --force does not replace it; choose another -o"
+            )
+        strangers = _files(self.output) - _listed(self.output)
+        if strangers:
+            raise ConfigError(
+                f"{self._named}: --force would delete {min(strangers)}, which is no part of the"
+                " bundle; move it away or choose another -o"
+            )
+
+    def __enter__(self) -> BundleWriter:
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        with naming(self._named):
+            self._lock = folder_lock.acquire(
+                self.folder,
+                f"{self._named}: another eps-deploy is writing it; wait for that one or choose"
+                " another -o",
+                follow=False,  # a link would lead to a folder that is not ours to empty
+            )
+        try:
+            with naming(self._named):
+                self._clear_up()
+            self._check_place()  # clearing up may have put an old bundle back
+        except BaseException:
+            self._leave()
+            raise
+        return self
+
+    def _clear_up(self) -> None:
+        """Do away with what a killed run left; the bundle that it had moved aside comes back."""
+        for path in self.folder.iterdir():
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        if self._old.exists() and not self.output.exists():
+            self._old.rename(self.output)
+        elif self._old.exists():
+            shutil.rmtree(self._old)
+
+    def commit(self, fields: Mapping[str, Any]) -> None:
+        """Add the manifest of `fields` and of every file in `folder`, verify, move into place."""
+        files = {}
+        for name in sorted(_files(self.folder)):
+            content = (self.folder / name).read_bytes()
+            files[name] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+        (self.folder / MANIFEST).write_bytes(encode_manifest({**fields, "files": files}))
+        for name in (*files, MANIFEST):
+            _flush(self.folder / name)
+        load_bundle(self.folder)
+        self._check_place()  # it may have come into being meanwhile
+        replacing = self.output.exists()
+        if replacing:
+            self.output.rename(self._old)
+        try:
+            self.folder.rename(self.output)
+        except OSError:
+            if replacing:
+                self._old.rename(self.output)
+            raise
+        if replacing:
+            shutil.rmtree(self._old)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._leave()
+        # A full disk does not say which file it was, and nobody knows the temporary ones.
+        if isinstance(error, OSError) and error.errno is not None and self._is_ours(error.filename):
+            error.filename = str(self._named)
+
+    def _leave(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)  # gone already after a commit
+        folder_lock.release(self._lock)
+
+    def _is_ours(self, name: str | None) -> bool:
+        ours = (self.folder, self.stages)
+        return name is None or any(Path(name).is_relative_to(folder) for folder in ours)
+
+
+def _files(folder: Path) -> set[str]:
+    found = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return {path.relative_to(folder).as_posix() for path in found}
+
+
+def _listed(folder: Path) -> set[str]:
+    files = json.loads((folder / MANIFEST).read_bytes()).get("files")
+    return {MANIFEST, *files} if isinstance(files, dict) else {MANIFEST}
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# -- `reproduce.sh`: the commands that made a bundle, with the versions that they ran with
+
+_EXTRAS = {"ort": "deploy,ort", "trt": "deploy,ort,trt"}
+
+
+def script(options: Options, sources: Sources, report: Mapping[str, Any]) -> str:
+    """A POSIX shell script; it starts from the files whose digests it checks first.
+
+    It installs into an environment of its own and writes into a folder of its own.
+    """
+    packages = {name: found for name, found in report["environment"]["packages"].items() if found}
+    # Without what names a build (2.13.0+cpu): registries have the version alone.
+    pins = [
+        f"{name}=={found.partition('+')[0]}"
+        for name, found in packages.items()
+        if name != "eps-resnet"
+    ]
+    extras = _EXTRAS[options.engine]
+    ours = f"eps-resnet[{extras}]=={packages['eps-resnet']}"
+    files = {options.model.name: sources.compact.digest}
+    checkpoint = options.checkpoint.name if options.checkpoint else None
+    files[checkpoint or sources.compact.checkpoint["path"]] = sources.checkpoint.digest
+    if sources.baseline is not None and sources.baseline_path is not None:
+        files[sources.baseline_path.name] = sources.baseline.digest
+    listed = ", ".join(files)
+    lines = [
+        "#!/bin/sh",
+        "# Makes this bundle again, in reproduced/, on a machine of the same kind. Run it where",
+        f"# {listed} lie (made by eps-train and eps-compact).",
+        f"# Python {report['environment']['python']}, {report['environment']['system']}",
+        "set -eu",
+        "python3 -m venv reproduced/venv",
+        f"reproduced/venv/bin/pip install {shlex.join([ours, *pins])}",
+        "reproduced/venv/bin/python - <<'EOF'",
+        "import hashlib",
+        f"for name, digest in {files!r}.items():",
+        "    with open(name, 'rb') as file:",
+        "        found = hashlib.sha256(file.read()[:-64]).hexdigest()",
+        "    assert found == digest, name + ': not the file that this bundle was made from'",
+        "EOF",
+        f"reproduced/venv/bin/{report['command']} -o reproduced/bundle",
+        "",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""The report on a deployment: JSON with a schema, Markdown and HTML."""

@@ -1,0 +1,293 @@
+"""`report.json`: everything that was measured, every check, and what was not run and why.
+
+`report.schema.json` beside this module describes every key with its unit (JSON Schema 2020-12).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as package_version
+from pathlib import Path
+from typing import Any
+
+from eps_deploy.bench.accuracy import METHOD, Drop, Parity
+from eps_deploy.bench.latency import Comparison, Latency
+from eps_deploy.bench.machine import machine
+from eps_deploy.export.half import LARGEST, Peak
+from eps_deploy.export.mixed_precision import Repair
+from eps_deploy.precision import Precision
+
+SCHEMA = 2
+_PACKAGES = (
+    "eps-resnet",
+    "torch",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "tensorrt",
+    "pycuda",
+    "cuda-bindings",
+    "numpy",
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Check:
+    """One promise and whether it was kept.
+
+    Attributes:
+        name: `parity-STAGE`, `agreement`, `accuracy`, `headroom`, `speedup` or `builder`.
+        passed: whether it holds.
+        value: what was measured; None when it was no finite number.
+        limit: what `value` is held to.
+        text: the same in words.
+        conclusive: False when there is too little data to be sure of `passed`.
+    """
+
+    name: str
+    passed: bool
+    value: float | None
+    limit: float
+    text: str
+    conclusive: bool = True
+
+
+def parity_check(parity: Parity) -> Check | None:
+    """A stage's logits against those of the stage before; value and limit are relative.
+
+    None for a stage without a limit: it is told in the report and not judged.
+    """
+    limit = parity.limit
+    if limit is None:
+        return None
+    if parity.relative is None:
+        text = "some logits are not finite"
+    elif limit == 0:
+        text = "equal to the last bit" if parity.passed else f"differ by {parity.max_abs:.3g}"
+    else:
+        text = f"largest difference {parity.relative:.2g} of the largest logit, limit {limit:g}"
+    return Check(
+        name=f"parity-{parity.stage}",
+        passed=bool(parity.passed),
+        value=parity.relative,
+        limit=limit,
+        text=text,
+    )
+
+
+def agreement_check(share: float, limit: float, samples: int) -> Check:
+    """How often the engine names the class that the compact network names in torch."""
+    return Check(
+        name="agreement",
+        passed=share >= limit,
+        value=share,
+        limit=limit,
+        text=(
+            f"the class of the compact network on {100 * share:.2f} % of {samples:,} images,"
+            f" limit {100 * limit:g} %"
+        ),
+    )
+
+
+def headroom_check(peak: Peak, samples: int) -> Check:
+    """The largest activation of the float16 part against the largest number that float16 has."""
+    finite = math.isfinite(peak.value)
+    text = f"{peak.value:,.5g} at {peak.node}" if finite else f"not finite at {peak.node}"
+    return Check(
+        name="headroom",
+        passed=peak.value <= LARGEST,
+        value=peak.value if finite else None,
+        limit=LARGEST,
+        text=f"largest activation {text}, on {samples:,} test images; float16 ends at {LARGEST:g}",
+    )
+
+
+def accuracy_check(drop: Drop) -> Check:
+    """The engine's accuracy against the trained baseline's, in percentage points."""
+    points = drop.points
+    text = (
+        f"{_change(points.value)} the baseline on {drop.samples:,} images"
+        f" (95 % interval of the drop {_signed(points.low)} to {_signed(points.high)} points),"
+        f" limit {drop.limit:g}"
+    )
+    if not drop.conclusive:
+        text += "; too few images to tell"
+    return Check(
+        name="accuracy",
+        passed=drop.passed,
+        value=points.value,
+        limit=drop.limit,
+        text=text,
+        conclusive=drop.conclusive,
+    )
+
+
+def speedup_check(latency: Latency, limit: float) -> Check:
+    """The speed-up of whole calls; its whole interval must reach the limit."""
+    speedup = latency.speedup
+    # Then even the ratio is wrong: long calls are interrupted and short ones are not.
+    starved = latency.conditions is not None and latency.conditions.starved
+    return Check(
+        name="speedup",
+        passed=speedup.low >= limit,
+        value=speedup.low,
+        limit=limit,
+        text=(
+            f"{speedup.value:.2f} times as fast at batch {latency.batch} (95 % interval"
+            f" {speedup.low:.2f} to {speedup.high:.2f}), limit {limit:g} for its lower end"
+            + ("; the machine was too busy to be sure" if starved else "")
+        ),
+        conclusive=not starved and not speedup.low < limit <= speedup.high,
+    )
+
+
+def parity_entry(parity: Parity) -> dict[str, Any]:
+    return {**asdict(parity), "batches": list(parity.batches), "passed": parity.passed}
+
+
+def precision_entry(
+    precision: Precision,
+    *,
+    graph: Mapping[str, int],
+    executed: Mapping[str, int] | None,
+    calibration: Mapping[str, Any] | None = None,
+    kept: Sequence[str] = (),
+    repair: Repair | None = None,
+) -> dict[str, Any]:
+    """What was asked for, and what the model file and the runtime made of it.
+
+    Args:
+        precision: the choice.
+        graph: how many Conv, Gemm and MatMul nodes of model.onnx compute in each type.
+        executed: the same of what the runtime really runs; None where it does not tell.
+        calibration: `samples`, `method` and `sha256`, for int8.
+        kept: blocks that `--repair` kept in higher precision.
+        repair: how they were found; None without `--repair`.
+    """
+    found = repair and {
+        "trials": repair.trials,
+        "drop_before": repair.before.value,
+        "drop_after": repair.after.value,
+        "passed": repair.after.passed,
+    }
+    return {
+        **asdict(precision),
+        "graph": dict(graph),
+        "executed": None if executed is None else dict(executed),
+        "calibration": None if calibration is None else dict(calibration),
+        "kept": list(kept),
+        "repair": found,
+    }
+
+
+def blocks_entry(
+    blocks: Sequence[str], gone: Collection[str], live: Collection[str] = ()
+) -> dict[str, Any]:
+    """All residual `blocks` in the order of computation, with what became of each.
+
+    Args:
+        blocks: names, each the name of its stage, a dot, and its place there.
+        gone: those that the compact network has no more.
+        live: those of `gone` whose gate was open: removing them was not lossless.
+    """
+    states = {name: "removed" if name in live else "dead" for name in gone}
+    return {
+        "baseline": len(blocks),
+        "compact": len(blocks) - len(gone),
+        "removed": [name for name in blocks if name in gone],
+        "map": [
+            {
+                "name": name,
+                "stage": name.rpartition(".")[0],
+                "state": states.get(name, "alive"),
+            }
+            for name in blocks
+        ],
+    }
+
+
+def drop_entry(drop: Drop) -> dict[str, Any]:
+    return {
+        "points": drop.points.value,
+        "low": drop.points.low,
+        "high": drop.points.high,
+        "only_baseline_right": drop.only_baseline,
+        "only_engine_right": drop.only_engine,
+        "conclusive": drop.conclusive,
+        "method": METHOD,
+    }
+
+
+def latency_entry(latency: Latency) -> dict[str, Any]:
+    conditions = latency.conditions
+    return {
+        "batch": latency.batch,
+        **_comparison(latency),
+        "end_to_end": _comparison(latency.end_to_end) if latency.end_to_end else None,
+        "device": _comparison(latency.device) if latency.device else None,
+        "blocks": latency.blocks,
+        "runs_per_block": latency.runs,
+        "p99_reliable": latency.p99_reliable,
+        "warm": latency.warm,
+        "spread": latency.spread,
+        "noise": latency.noise,
+        "conditions": None if conditions is None else conditions.to_dict(),
+    }
+
+
+def _comparison(found: Comparison | Latency) -> dict[str, Any]:
+    speedup = found.speedup
+    return {
+        "baseline_ms": found.baseline_ms,
+        "compact_ms": found.compact_ms,
+        "speedup": {"median": speedup.value, "low": speedup.low, "high": speedup.high},
+        "verdict": found.verdict,
+        "throughput": {"baseline": found.baseline_rate, "compact": found.compact_rate},
+    }
+
+
+def environment(engine: Mapping[str, Any]) -> dict[str, Any]:
+    """Where the numbers come from: versions, processor, threads. Nothing that names the machine.
+
+    `engine` is what the engine says of itself.
+    """
+    return {
+        "engine": dict(engine),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        **machine(),
+    }
+
+
+def verdict(checks: Iterable[Check], *, deferred: bool = False) -> bool | None:
+    """False when a check failed; None when there is none, or the engine is still to be built."""
+    outcomes = [check.passed for check in checks]
+    if not all(outcomes):
+        return False
+    return None if deferred or not outcomes else True
+
+
+def write_json(path: Path, report: dict[str, Any]) -> None:
+    # NaN is no JSON: other programs could not read the file.
+    path.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _change(drop: float) -> str:
+    if drop == 0:
+        return "as accurate as"
+    return f"{abs(drop):.2f} points {'below' if drop > 0 else 'above'}"
+
+
+def _signed(points: float) -> str:
+    return f"{round(points, 2) + 0.0:+.2f}"  # no minus before 0.00
+
+
+def _version(package: str) -> str | None:
+    try:
+        return package_version(package)
+    except PackageNotFoundError:
+        return None

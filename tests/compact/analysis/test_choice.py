@@ -1,0 +1,214 @@
+"""`eps-compact` asked for more: ledger, sweep, targets, training on, exports."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from eps_compact.artifact import CompactArtifact
+from eps_compact.cli import main
+from eps_deploy.cli import verify
+from eps_train.training import forward
+from tests.checkpoints import make_checkpoint
+from tests.commands import Result, files_in, run
+
+QUICK = ("--seconds", "4", "--timer", "torch")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("made") / "ckpt.pt"
+    make_checkpoint(dead=("stages.2.1",)).save(path)
+    return path
+
+
+@pytest.fixture
+def folder(made: Path, tmp_path: Path) -> Path:
+    shutil.copy(made, tmp_path)
+    return tmp_path
+
+
+def compact(folder: Path, *args: object) -> Result:
+    return run("eps-compact", main, "ckpt.pt", *args, cwd=folder)
+
+
+def certificate(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "compact.json").read_text())
+    return found
+
+
+def test_a_ledger_weighs_every_live_block(folder: Path) -> None:
+    """Timed on ONNX Runtime, which the networks will run on, unless something else is asked for."""
+    result = compact(folder, "--ledger", "--seconds", 4)
+    assert result.code == 0, result.stderr
+    found = certificate(folder)["ledger"]
+    assert found["timer"].startswith("onnxruntime ")
+    assert "times: onnxruntime " in result.stderr
+    listed = [entry["block"] for entry in found["entries"]]
+    assert len(listed) == 8
+    assert "stages.2.1" not in listed
+    assert all(block in result.stderr for block in listed)
+
+
+def test_a_sweep_alone_shows_the_curve_and_removes_nothing_more(folder: Path) -> None:
+    result = compact(folder, "--sweep", *QUICK, "--json")
+    assert result.code == 0, result.stderr
+    assert certificate(folder)["sweep"]["timer"].startswith("torch ")
+    points = certificate(folder)["sweep"]["points"]
+    assert points[0]["removed"] == []
+    assert points[-1]["parameters"] < points[0]["parameters"]
+    assert certificate(folder)["lossless"]
+    assert CompactArtifact.load(folder / "compact.pt").network.removed == ("stages.2.1",)
+    with Image.open(folder / "pareto.png") as picture:
+        picture.verify()
+    assert json.loads(result.stdout)["written"]["pareto"] == "pareto.png"
+
+
+def test_a_target_is_met_and_called_not_lossless(folder: Path) -> None:
+    result = compact(folder, "--target-parameters", 0.5, *QUICK)
+    assert result.code == 0, result.stderr
+    counts = certificate(folder)["counts"]["parameters"]
+    assert counts["after"] <= 0.5 * counts["before"]
+    assert not certificate(folder)["lossless"]
+    assert "NOT lossless" in result.stderr
+    sweep = certificate(folder)["sweep"]
+    assert sweep["goal"]["asked"]["target_parameters"] == 0.5
+    point = sweep["points"][sweep["goal"]["point"]]
+    (told,) = [line for line in result.stderr.splitlines() if line.startswith("asked for")]
+    assert told.startswith(
+        f"asked for --target-parameters 0.5; found {point['parameters_share']:.1%} of the"
+    )
+    assert told.endswith(f"{len(point['removed'])} live blocks out")
+
+
+def test_everything_is_computed_on_the_device_that_is_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device that can be told from the default one, and computes without a GPU: `cpu:0`."""
+    asked: list[str] = []
+    moved: set[str] = set()
+    move = torch.nn.Module.to
+
+    def choose(name: str) -> torch.device:
+        asked.append(name)
+        return torch.device("cpu", 0)
+
+    def to(module: torch.nn.Module, *args: Any, **options: Any) -> torch.nn.Module:
+        if args[:1] == (torch.device("cpu", 0),):
+            moved.add(sys._getframe(1).f_globals["__name__"])
+        return move(module, *args, **options)
+
+    monkeypatch.setattr(forward, "choose", choose)
+    monkeypatch.setattr(torch.nn.Module, "to", to)
+    options = ("--ledger", "--target-parameters", 0.5, "--finetune-epochs", 1)
+    result = compact(folder, *options, "--device", "cuda:3", *QUICK)
+    assert result.code == 0, result.stderr
+    assert asked == ["cuda:3"]
+    assert moved >= {
+        "eps_compact.analysis.sweep",
+        "eps_compact.analysis.importance",
+        "eps_compact.analysis.finetune",
+    }
+    assert "eps_train.training.trainer" in moved
+    assert compact(folder, "--force").code == 0
+    assert asked == ["cuda:3", "auto"]
+
+
+def test_a_device_that_is_not_there_is_refused(folder: Path) -> None:
+    before = files_in(folder)
+    result = compact(folder, "--sweep", "--device", "cuda:99")
+    assert result.code == 1
+    assert result.error.startswith("eps-compact: error: --device cuda:99: torch sees ")
+    assert files_in(folder) == before
+
+
+def test_a_target_that_no_network_meets_is_refused(folder: Path) -> None:
+    before = files_in(folder)
+    result = compact(folder, "--target-parameters", 0.0001, *QUICK)
+    assert result.code == 1
+    assert "--target-parameters" in result.error
+    assert files_in(folder) == before
+
+
+def test_what_was_trained_on_is_kept_and_can_be_proven_again(folder: Path) -> None:
+    result = compact(folder, "--target-parameters", 0.5, "--finetune-epochs", 2, *QUICK)
+    assert result.code == 0, result.stderr
+    told = certificate(folder)["finetune"]
+    assert told["epochs"] == 2
+    assert told["removed"]
+    assert "NOT lossless: trained on for 2 epochs" in result.stderr
+    counts = certificate(folder)["counts"]["blocks"]
+    assert counts["after"] == counts["before"] - 1 - len(told["removed"])
+    assert certificate(folder)["checkpoint"]["path"] == "tuned.pt"
+    again = run("eps-verify", verify.main, "compact.pt", cwd=folder)
+    assert again.code == 0, again.stderr
+
+
+def test_exports_lie_beside_the_artifact(folder: Path) -> None:
+    result = compact(folder, "--export", "pt2", "--export", "safetensors")
+    assert result.code == 0, result.stderr
+    assert {"compact.pt2", "compact.safetensors", "compact.safetensors.json"} <= set(
+        files_in(folder)
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "file"),
+    [
+        (("--sweep",), "pareto.png"),
+        (("--finetune-epochs", 1), "tuned.pt"),
+        (("--export", "safetensors"), "compact.safetensors.json"),
+    ],
+)
+def test_existing_files_are_refused_before_any_work(
+    options: tuple[object, ...], file: str, folder: Path
+) -> None:
+    (folder / file).write_text("mine")
+    before = files_in(folder)
+    result = compact(folder, *options)
+    assert result.code == 1
+    assert result.error.startswith(f"eps-compact: error: {file}: exists already")
+    assert files_in(folder) == before
+
+
+def test_a_checkpoint_is_not_tuned_over(folder: Path) -> None:
+    (folder / "ckpt.pt").rename(folder / "tuned.pt")
+    before = files_in(folder)
+    result = run("eps-compact", main, "tuned.pt", "--finetune-epochs", 1, "--force", cwd=folder)
+    assert result.code == 1
+    assert "tuned.pt: would overwrite the checkpoint" in result.error
+    assert files_in(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--no-data", "--ledger"), "--no-data: --ledger needs the held-out images"),
+        (("--no-data", "--target-flops", 0.5), "--no-data: --target-flops needs the held-out"),
+        (("--seconds", 5), "--seconds: is for --ledger and --sweep"),
+        (("--timer", "ort"), "--timer: is for --ledger and --sweep"),
+        (("--device", "cpu"), "--device: is for --ledger, --sweep and --finetune-epochs"),
+    ],
+)
+def test_options_that_cannot_go_together(
+    options: tuple[object, ...], message: str, folder: Path
+) -> None:
+    result = compact(folder, *options)
+    assert result.code == 1
+    assert message in result.error
+
+
+def test_a_dry_run_writes_nothing_of_all_this(folder: Path) -> None:
+    before = files_in(folder)
+    result = compact(
+        folder, "--dry-run", "--target-parameters", 0.5, "--finetune-epochs", 1, *QUICK
+    )
+    assert result.code == 0, result.stderr
+    assert files_in(folder) == before

@@ -1,0 +1,159 @@
+"""The knee, the choice of a point, and the picture."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from eps_compact.analysis.sweep import Goal, Point, Sweep, knee, pick, table
+from eps_compact.plots import draw_pareto
+from eps_core.errors import ConfigError
+from eps_core.stats import Interval
+
+ACCURACIES = (0.98, 0.98, 0.97, 0.95, 0.60, 0.10)
+
+
+def point(index: int) -> Point:
+    accuracy = ACCURACIES[index]
+    drop = 100 * (ACCURACIES[0] - accuracy)
+    parameters = 900 - 160 * index
+    return Point(
+        removed=tuple(f"stages.2.{i}" for i in range(index)),
+        parameters=parameters,
+        flops=1000 * (9 - index),
+        parameters_share=parameters / 1000,
+        flops_share=(9 - index) / 10,
+        accuracy=accuracy,
+        loss=2 - accuracy,
+        drop=Interval(drop, drop - 1, drop + 1),
+        ms=Interval(3 - 0.5 * index, 2.9 - 0.5 * index, 3.1 - 0.5 * index),
+        speedup=Interval(3 / (3 - 0.5 * index), 1.0, 9.0),
+    )
+
+
+SWEEP = Sweep(
+    points=tuple(point(i) for i in range(6)),
+    knee=3,
+    weight="parameters",
+    chosen_on=400,
+    measured_on=600,
+    complete=True,
+    timer="a clock",
+    seconds=1.0,
+)
+
+
+@pytest.mark.parametrize(
+    ("curve", "expected"),
+    [
+        ([(10, 0.9), (8, 0.9), (6, 0.88), (4, 0.5), (2, 0.1)], 2),
+        ([(10, 0.9), (8, 0.5), (6, 0.2), (4, 0.1)], 0),  # falls at once: every point is below
+        ([(10, 0.9), (5, 0.9), (1, 0.9)], 2),  # costs nothing: the smallest
+        ([(10, 0.9), (10, 0.1)], 0),  # saves nothing
+        ([(10, 0.9)], 0),
+    ],
+)
+def test_the_knee(curve: list[tuple[float, float]], expected: int) -> None:
+    assert knee(curve) == expected
+
+
+@pytest.mark.parametrize(
+    ("wanted", "index"),
+    [
+        ({"target_parameters": 0.95}, 0),  # the dead blocks alone were enough
+        ({"target_parameters": 0.6}, 2),
+        ({"target_flops": 0.75}, 2),
+        ({"target_parameters": 0.6, "target_flops": 0.65}, 3),
+        ({"max_accuracy_drop": 0.0}, 1),
+        ({"max_accuracy_drop": 1.0}, 2),
+        ({"max_accuracy_drop": 3.0}, 3),
+        ({"target_parameters": 0.6, "max_accuracy_drop": 3.0}, 2),
+    ],
+)
+def test_the_point_that_meets_what_is_asked(wanted: dict[str, float], index: int) -> None:
+    goal = Goal(**wanted)
+    assert pick(SWEEP, goal) == SWEEP.points[index]
+    said = goal.told(SWEEP.points[index])
+    assert all(f"--{name.replace('_', '-')} {value:g}" in said for name, value in wanted.items())
+    assert f"found {SWEEP.points[index].parameters_share:.1%} of the parameters" in said
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        ({}, "nothing to pick by: give --target-parameters, --target-flops or"),
+        ({"target_parameters": 1.5}, r"^--target-parameters 1\.5: must lie between 0 and 1"),
+        ({"target_flops": 0.0}, r"^--target-flops 0: must lie between 0 and 1"),
+        ({"max_accuracy_drop": -1.0}, r"^--max-accuracy-drop -1: must be 0 to 100 points"),
+        (
+            {"target_parameters": 0.05},
+            r"^--target-parameters 0\.05: the smallest network of the sweep keeps 10\.0% of the"
+            r" parameters, as every stage keeps a block; ask for at least 0\.1$",
+        ),
+        ({"target_flops": 0.05}, r"keeps 40\.0% of the FLOPs, .* at least 0\.4$"),
+        (
+            {"target_parameters": 0.3, "max_accuracy_drop": 1.0},
+            r"^--max-accuracy-drop 1: no network .* least drop among them is 38\.00 points, at"
+            r" 26\.0% of the parameters",
+        ),
+    ],
+)
+def test_what_no_point_has_is_refused(wanted: dict[str, float], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        pick(SWEEP, Goal(**wanted))
+    assert "\n" not in str(caught.value)
+
+
+def test_targets_that_no_point_meets_together_are_refused() -> None:
+    """Each share alone is met by some point, but here not by the same one."""
+    points = (
+        replace(SWEEP.points[0], parameters_share=0.5, flops_share=0.9),
+        replace(SWEEP.points[1], parameters_share=0.4, flops_share=0.8),
+    )
+    with pytest.raises(ConfigError, match=r"^--target-flops 0\.7: the smallest"):
+        pick(replace(SWEEP, points=points), Goal(target_parameters=0.45, target_flops=0.7))
+
+
+@pytest.mark.parametrize(
+    ("goal", "place"),
+    [
+        (Goal(target_parameters=0.6), 2),  # between the last that is too large and the first
+        (Goal(target_parameters=0.95), None),  # the dead blocks alone are enough
+        (Goal(target_parameters=0.05), None),  # too small for the curve
+        (Goal(max_accuracy_drop=1.0), 3),  # beyond the smallest that keeps the limit
+        (Goal(max_accuracy_drop=99.0), None),
+        (Goal(target_parameters=0.6, max_accuracy_drop=3.0), 2),
+        (Goal(target_parameters=0.3, max_accuracy_drop=1.0), 4),  # small enough, and too bad
+    ],
+)
+def test_the_step_that_leads_beyond_a_goal(goal: Goal, place: int | None) -> None:
+    assert goal.step(SWEEP.points) == place
+
+
+def test_as_data_and_as_a_table() -> None:
+    plain = json.loads(json.dumps(SWEEP.to_dict(), allow_nan=False))
+    assert plain["points"][2]["removed"] == ["stages.2.0", "stages.2.1"]
+    assert "straight line" in plain["knee_rule"]
+    console = Console(file=io.StringIO(), width=120)
+    console.print(table(replace(SWEEP, complete=False)))
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    assert "3: stages.2.2 ◄ knee" in text
+    assert "its time was over before the last block" in " ".join(text.split())
+    assert "dead blocks alone" in text
+
+
+@pytest.mark.parametrize("picked", [None, SWEEP.points[2]])
+def test_the_picture_is_one(picked: Point | None) -> None:
+    with Image.open(io.BytesIO(draw_pareto(SWEEP, "digits", picked))) as picture:
+        assert picture.format == "PNG"
+        assert picture.width > 1000
+
+
+def test_a_sweep_of_a_single_point_can_be_drawn() -> None:
+    assert draw_pareto(replace(SWEEP, points=SWEEP.points[:1], knee=0), "digits")

@@ -1,0 +1,327 @@
+"""Latency with engines that take made-up time on a made-up clock."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image
+
+from eps_core.preprocessing import Preprocessing
+from eps_core.stats import Interval
+from eps_deploy.bench import latency
+from eps_deploy.bench.machine import Conditions
+from eps_deploy.engines.base import Images, Logits
+
+IMAGES = np.zeros((4, 1, 8, 8), np.uint8)
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class FakeEngine:
+    """Takes `seconds(run)` for its n-th run, and writes its name into a shared diary."""
+
+    input_shape = (1, 8, 8)
+    classes = 10
+    max_batch = 256
+
+    def __init__(
+        self, clock: Clock, seconds: Callable[[int], float], diary: list[str], name: str
+    ) -> None:
+        self._clock, self._seconds, self._diary, self._name = clock, seconds, diary, name
+        self.runs = 0
+
+    def infer(self, images: Images) -> Logits:
+        self._clock.now += self._seconds(self.runs)
+        self.runs += 1
+        self._diary.append(self._name)
+        return np.zeros((len(images), 10), np.float32)
+
+    def describe(self) -> dict[str, Any]:
+        return {}
+
+    def __enter__(self) -> FakeEngine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def measure(
+    baseline: Callable[[int], float], compact: Callable[[int], float], budget: float
+) -> tuple[latency.Latency, list[str], float]:
+    clock = Clock()
+    diary: list[str] = []
+    found = latency.measure(
+        FakeEngine(clock, baseline, diary, "B"),
+        FakeEngine(clock, compact, diary, "C"),
+        IMAGES,
+        budget=budget,
+        clock=clock,
+    )
+    return found, diary, clock.now - 100.0
+
+
+def test_constant_times_come_out_exactly() -> None:
+    found, _, _ = measure(lambda run: 0.004, lambda run: 0.002, budget=5)
+    assert found.batch == 4
+    assert found.baseline_ms == pytest.approx({"p50": 4, "p90": 4, "p95": 4, "p99": 4})
+    assert found.compact_ms == pytest.approx({"p50": 2, "p90": 2, "p95": 2, "p99": 2})
+    speedup = found.speedup
+    assert (speedup.low, speedup.value, speedup.high) == pytest.approx((2, 2, 2))
+    assert found.warm
+    assert found.p99_reliable
+
+
+def test_the_budget_is_kept() -> None:
+    for budget in (0.5, 2.0, 10.0):
+        _, _, spent = measure(lambda run: 0.004, lambda run: 0.002, budget)
+        assert spent <= budget * 1.05
+
+
+def test_a_budget_of_nothing_still_makes_six_blocks() -> None:
+    found, _, _ = measure(lambda run: 1.0, lambda run: 0.5, budget=0)
+    assert (found.blocks, found.runs) == (6, 1)
+    assert found.speedup.value == pytest.approx(2)
+    assert not found.p99_reliable
+
+
+def test_the_two_engines_take_turns() -> None:
+    """After the warm-up: BB.. CC.. BB.. CC.., so that what the machine does meets both."""
+    found, diary, _ = measure(lambda run: 0.02, lambda run: 0.01, budget=5)
+    length = found.runs + 2  # two runs at the start of each block are not counted
+    timed = diary[-2 * found.blocks * length :]
+    blocks = ["".join(sorted(set(timed[at : at + length]))) for at in range(0, len(timed), length)]
+    assert "".join(blocks) == "BC" * found.blocks
+
+
+def test_a_steady_drift_of_the_machine_does_not_bias_the_ratio() -> None:
+    """Both get slower by half over the measurement; the ratio stays 2."""
+    clock = Clock()
+    diary: list[str] = []
+
+    def slowdown() -> float:
+        return 1 + 0.1 * (clock.now - 100.0)
+
+    found = latency.measure(
+        FakeEngine(clock, lambda run: 0.004 * slowdown(), diary, "B"),
+        FakeEngine(clock, lambda run: 0.002 * slowdown(), diary, "C"),
+        IMAGES,
+        budget=5,
+        clock=clock,
+    )
+    assert found.speedup.value == pytest.approx(2, rel=0.02)
+
+
+def test_cold_runs_are_not_counted() -> None:
+    """The first thirty runs are far slower, as after loading a network."""
+    found, _, _ = measure(
+        lambda run: 0.03 if run < 30 else 0.004, lambda run: 0.02 if run < 30 else 0.002, budget=10
+    )
+    assert found.warm
+    assert found.baseline_ms["p99"] == pytest.approx(4)
+
+
+def test_times_that_never_settle_are_reported() -> None:
+    found, _, _ = measure(
+        lambda run: 0.001 * (1 + run // 5 % 2), lambda run: 0.001 * (1 + run // 5 % 2), budget=1
+    )
+    assert not found.warm
+
+
+def test_a_slow_network_does_not_spend_the_budget_on_warming_up() -> None:
+    """At 1.5 s for a run of both, 60 s are enough for more than six single runs."""
+    found, _, spent = measure(lambda run: 1.0, lambda run: 0.5, budget=60)
+    assert spent <= 63
+    assert found.blocks * found.runs > 10
+    assert found.warm
+
+
+def test_a_fast_network_needs_far_less_than_the_budget() -> None:
+    found, _, spent = measure(lambda run: 0.0004, lambda run: 0.0002, budget=60)
+    assert spent < 10
+    assert found.blocks * found.runs == 5000
+
+
+def test_images_a_second_count_the_slow_runs_too() -> None:
+    """Every tenth run takes ten times as long: the median does not know, the throughput does."""
+    found, _, _ = measure(lambda run: 0.004, lambda run: 0.02 if run % 10 == 0 else 0.002, budget=5)
+    assert found.compact_ms["p50"] == pytest.approx(2)
+    assert found.baseline_rate == pytest.approx(4 / 0.004)
+    assert found.compact_rate == pytest.approx(4 / (0.9 * 0.002 + 0.1 * 0.02), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("interval", "verdict"),
+    [
+        (Interval(1.2, 1.04, 1.4), "faster"),
+        (Interval(1.2, 1.02, 1.4), "cannot tell"),
+        (Interval(1.0, 1.0, 1.0), "cannot tell"),
+        (Interval(0.9, 0.8, 0.98), "cannot tell"),
+        (Interval(0.9, 0.8, 0.96), "slower"),
+    ],
+)
+def test_faster_only_when_the_whole_interval_is(interval: Interval, verdict: str) -> None:
+    assert latency.verdict(interval) == verdict
+
+
+class Server:
+    """An engine that sees which images it gets."""
+
+    input_shape = (1, 8, 8)
+    classes = 2
+    max_batch = 256
+
+    def __init__(self) -> None:
+        self.seen: list[Images] = []
+
+    def infer(self, images: Images) -> Logits:
+        self.seen.append(images)
+        bright = images.reshape(len(images), -1).mean(axis=1) > 100
+        return np.stack([~bright, bright], axis=1).astype(np.float32)
+
+    def describe(self) -> dict[str, Any]:
+        return {}
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def picture() -> latency.Picture:
+    """A bright grey square of 20x20 pixels, as PNG."""
+    file = io.BytesIO()
+    Image.new("L", (20, 20), 200).save(file, "png")
+    return latency.Picture(
+        content=file.getvalue(),
+        preprocessing=Preprocessing(resize=(8, 8), crop=(8, 8), color="grey"),
+        labels=("dark", "bright"),
+    )
+
+
+def test_the_way_from_a_pictures_bytes_to_its_label() -> None:
+    engine = Server()
+    assert picture().end_to_end(engine.infer, 3)() == ["bright"] * 3
+    (pixels,) = engine.seen
+    assert pixels.shape == (3, 1, 8, 8)
+    assert pixels.dtype == np.uint8
+    assert pixels.min() == 200
+
+
+def test_end_to_end_is_timed_apart_from_the_engine() -> None:
+    found = latency.measure(Server(), Server(), IMAGES, budget=0.3, picture=picture())
+    assert found.end_to_end is not None
+    assert found.end_to_end.baseline_rate > 0
+    assert set(found.samples) == {
+        "baseline",
+        "compact",
+        "baseline_end_to_end",
+        "compact_end_to_end",
+    }
+    assert found.device is None
+
+
+class GpuEngine(FakeEngine):
+    """Says that the GPU needs half of what a call takes."""
+
+    def time_on_device(self, images: Images, runs: int) -> npt.NDArray[np.float64]:
+        before = self._clock.now
+        for _ in range(runs):
+            self.infer(images)
+        return np.full(runs, 500 * (self._clock.now - before) / runs)
+
+
+def test_an_engine_that_can_tell_is_timed_on_its_device_too() -> None:
+    clock, diary = Clock(), list[str]()
+    found = latency.measure(
+        GpuEngine(clock, lambda run: 0.004, diary, "B"),
+        GpuEngine(clock, lambda run: 0.001, diary, "C"),
+        IMAGES,
+        budget=5,
+        clock=clock,
+    )
+    assert found.device is not None
+    assert found.device.baseline_ms["p50"] == pytest.approx(2)
+    assert found.device.compact_ms["p50"] == pytest.approx(0.5)
+    assert found.device.speedup.value == pytest.approx(4)
+    assert found.device.verdict == "faster"
+    assert found.compact_ms["p50"] == pytest.approx(1)
+
+
+def test_every_run_is_kept(tmp_path: Path) -> None:
+    found, _, _ = measure(lambda run: 0.004, lambda run: 0.002, budget=1)
+    latency.save_samples(tmp_path / "latency.npz", [found])
+    with np.load(tmp_path / "latency.npz") as kept:
+        assert sorted(kept.files) == ["batch-4.baseline", "batch-4.compact"]
+        assert kept["batch-4.baseline"].shape == (found.blocks, found.runs)
+        assert np.median(kept["batch-4.compact"]) == pytest.approx(found.compact_ms["p50"])
+
+
+def test_all_of_it_is_plain_data() -> None:
+    found, _, _ = measure(lambda run: 0.004, lambda run: 0.002, budget=1)
+    entry = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert entry["verdict"] == "faster"
+    assert entry["speedup"] == {
+        "value": pytest.approx(2),
+        "low": pytest.approx(2),
+        "high": pytest.approx(2),
+    }
+    assert entry["noise"] == found.noise
+    assert entry["conditions"]["cores"] >= 1
+
+
+def test_what_is_said_of_noise() -> None:
+    quiet = Conditions(
+        seconds=1,
+        cores=2,
+        load=None,
+        others=0.0,
+        stolen=0.0,
+        waited=0.0,
+        cpu_mhz=None,
+        governor=None,
+        gpu=None,
+    )
+    assert latency.noise(quiet, 0.02).startswith("Quiet: ")
+    assert latency.noise(None, 0.02).startswith("Quiet: ")
+    assert "differ by up to 30 %" in latency.noise(quiet, 0.3)
+    assert "trust the ratios first" in latency.noise(quiet, 0.3)
+    assert "Measure again" in latency.noise(quiet, 0.3, alone=True)
+
+
+def test_who_waits_for_a_core_gets_wrong_ratios_too() -> None:
+    """A call longer than a time slice is nearly always interrupted, a short one hardly ever."""
+    starved = Conditions(
+        seconds=1,
+        cores=2,
+        load=None,
+        others=1.5,
+        stolen=0.0,
+        waited=0.4,
+        cpu_mhz=None,
+        governor=None,
+        gpu=None,
+    )
+    said = latency.noise(starved, 0.02)
+    assert "waited 40 % of the time for a core" in said
+    assert "trust the ratios" not in said
+
+
+def test_blocks_that_differ_are_noise() -> None:
+    found, _, _ = measure(lambda run: 0.002 if run < 300 else 0.004, lambda run: 0.002, budget=3)
+    assert found.spread > 0.3
+    assert found.noise.startswith("Noisy: ")

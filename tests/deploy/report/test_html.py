@@ -1,0 +1,236 @@
+"""report.html: one page that needs nothing from elsewhere and lets nothing in."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from html.parser import HTMLParser
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eps_deploy.report.render import render_html
+from tests.deploy.reporting.reports import (
+    HOSTILE,
+    PROVOKED,
+    deep,
+    deferred,
+    failed,
+    make_report,
+    without_baseline,
+)
+
+VOID = {"meta", "br", "hr", "img", "input", "link"}
+ALLOWED = {
+    *("html", "head", "meta", "title", "style", "body", "header", "main", "section", "footer"),
+    *("h1", "h2", "h3", "p", "span", "strong", "code", "ul", "li", "dl", "div", "dt", "dd"),
+    *("table", "caption", "thead", "tbody", "tr", "th", "td", "figure", "figcaption"),
+    *("svg", "g", "line", "rect", "circle", "path", "text", "tspan"),
+}
+
+
+class Page(HTMLParser):
+    """A page as a list of elements and its text; every element must be closed in its turn."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.elements: list[tuple[str, dict[str, str]]] = []
+        self.words: list[str] = []
+        self._open: list[str] = []
+        self.feed(text)
+        self.close()
+        assert not self._open, f"never closed: {self._open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        names = [name for name, _ in attrs]
+        assert len(names) == len(set(names)), f"<{tag}> names an attribute twice"
+        self.elements.append((tag, {name: value or "" for name, value in attrs}))
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        self.handle_endtag(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open, f"</{tag}> closes nothing"
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+    def all(self, tag: str) -> list[dict[str, str]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+def page(kind: str) -> Page:
+    return Page(render_html(PROVOKED[kind]()))
+
+
+every_kind = pytest.mark.parametrize("kind", sorted(PROVOKED))
+
+
+@every_kind
+def test_it_loads_and_runs_nothing(kind: str) -> None:
+    found = page(kind)
+    assert {tag for tag, _ in found.elements} <= ALLOWED
+    for tag, attributes in found.elements:
+        # The content security policy would ignore a style, and there is nothing to click.
+        banned = {name for name in attributes if name.startswith("on")} | {"style", "src", "href"}
+        assert not banned & set(attributes), f"<{tag} {attributes}>"
+    style = render_html(PROVOKED[kind]()).partition("<style>")[2].partition("</style>")[0]
+    assert "url(" not in style
+    assert "@import" not in style
+
+
+@every_kind
+def test_the_policy_allows_its_own_style_alone(kind: str) -> None:
+    text = render_html(PROVOKED[kind]())
+    style = text.partition("<style>")[2].partition("</style>")[0]
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    (policy,) = (
+        attributes["content"]
+        for attributes in Page(text).all("meta")
+        if attributes.get("http-equiv") == "Content-Security-Policy"
+    )
+    assert policy.startswith(f"default-src 'none'; style-src 'sha256-{digest}';")
+
+
+@every_kind
+def test_everybody_can_read_it(kind: str) -> None:
+    found = page(kind)
+    assert found.all("html") == [{"lang": "en"}]
+    assert any(attributes.get("name") == "viewport" for attributes in found.all("meta"))
+    headings = [tag for tag, _ in found.elements if re.fullmatch("h[1-6]", tag)]
+    assert headings[0] == "h1"
+    assert headings.count("h1") == 1
+    assert all(th.get("scope") in ("row", "col") for th in found.all("th"))
+    for svg in found.all("svg"):
+        assert svg.get("aria-hidden") == "true" or (svg["role"] == "img" and svg["aria-label"])
+    ids = [attributes["id"] for _, attributes in found.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    told = [attributes["aria-labelledby"] for attributes in found.all("section")]
+    assert set(told) <= set(ids)
+
+
+@every_kind
+def test_figures_stay_within_their_width(kind: str) -> None:
+    for tag, attributes in page(kind).elements:
+        for name in ("x", "x1", "x2", "cx", "width"):
+            value = attributes.get(name, "")
+            if tag != "svg" and value.endswith("%"):
+                assert 0 <= float(value[:-1]) <= 100
+
+
+@pytest.mark.parametrize(
+    ("kind", "headline"),
+    [("plain", "Passed"), ("failed", "Failed"), ("deferred", "Not judged yet")],
+)
+def test_the_verdict_comes_first(kind: str, headline: str) -> None:
+    text = render_html(PROVOKED[kind]())
+    assert f"<title>{headline}: deployment report</title>" in text
+    assert text.index(f"<h1>{headline}</h1>") < text.index("<h2")
+
+
+def test_a_failure_is_explained() -> None:
+    text = Page(render_html(failed())).text
+    assert "4 of 5 checks failed: compact network (torch) → model.onnx; model.onnx → engine" in text
+    for said in ("not finite", "equal to the last bit", "slower", "cannot tell", "too few runs"):
+        assert said in text
+
+
+def test_a_deferred_engine() -> None:
+    text = Page(render_html(deferred())).text
+    assert "All 3 checks that could run passed. Too few images to be sure: accuracy." in text
+    assert "--defer-build: this machine has no GPU" in text
+    assert "not known: the engine is still to be built" in text
+    assert "Deferred yes" in text
+    assert "Not measured." in text
+    assert "Speed-up, batch" not in text
+
+
+def test_without_a_trained_baseline_nothing_is_said_of_a_drop() -> None:
+    text = Page(render_html(without_baseline())).text
+    assert "the drop in accuracy is not known" in text
+    assert "no baseline.pt beside the checkpoint" in text
+    assert "percentage points (to the left" not in text
+
+
+def test_every_block_is_on_the_map() -> None:
+    blocks = [
+        attributes
+        for attributes in Page(render_html(deep())).all("span")
+        if attributes.get("class", "").startswith("block ") and "title" in attributes
+    ]
+    assert len(blocks) == 375
+    assert {attributes["class"] for attributes in blocks} == {
+        "block alive",
+        "block dead",
+        "block removed",
+    }
+    assert "not lossless" in Page(render_html(deep())).text
+
+
+def test_names_are_shown_and_are_no_markup() -> None:
+    found = page("hostile")
+    assert found.all("script") == []
+    assert found.text.count(HOSTILE.strip()) > 5
+    assert HOSTILE.strip() not in render_html(PROVOKED["hostile"]())
+
+
+def test_the_same_data_give_the_same_page() -> None:
+    assert render_html(make_report()) == render_html(make_report())
+
+
+def test_the_bundle_s_page_is_that_of_its_data(deployed: Path) -> None:
+    found: dict[str, Any] = json.loads((deployed / "bundle" / "report.json").read_bytes())
+    text = (deployed / "bundle" / "report.html").read_text(encoding="utf-8")
+    assert text == render_html(found)
+    Page(text)
+
+
+def palettes() -> list[dict[str, str]]:
+    """The custom properties of the light page, and of the dark one."""
+    style = (files("eps_deploy.report") / "templates" / "report.css").read_text(encoding="utf-8")
+    roots = re.findall(r":root \{(.*?)\}", style, re.DOTALL)
+    found = [dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6});", root)) for root in roots]
+    assert len(found) == 2
+    assert set(found[0]) == set(found[1])
+    return found
+
+
+def luminance(color: str) -> float:
+    """Relative luminance of WCAG 2."""
+    channels = (int(color[at : at + 2], 16) / 255 for at in (1, 3, 5))
+    red, green, blue = (
+        value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4
+        for value in channels
+    )
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def contrast(one: str, other: str) -> float:
+    dark, light = sorted((luminance(one), luminance(other)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_contrast(dark: bool) -> None:
+    """WCAG 2 AA: 4.5 for text, 3 for what is drawn."""
+    colors = palettes()[dark]
+    texts = [(text, ground) for text in ("ink", "muted") for ground in ("page", "card")]
+    texts += [(tone, "page") for tone in ("pass", "fail", "wait")]
+    texts += [(tone, f"{tone}-tint") for tone in ("pass", "fail", "wait")]
+    texts += [("ink", f"{tone}-tint") for tone in ("pass", "fail", "wait")]
+    for text, ground in texts:
+        assert contrast(colors[text], colors[ground]) >= 4.5, (text, ground)
+    for drawn in ("old", "new"):
+        assert contrast(colors[drawn], colors["page"]) >= 3, drawn

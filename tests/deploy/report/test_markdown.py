@@ -1,0 +1,88 @@
+"""report.md: the report as text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from eps_deploy.report.render import render_markdown, verdict_line
+from tests.deploy.reporting.reports import (
+    HOSTILE,
+    PROVOKED,
+    deferred,
+    failed,
+    make_report,
+    without_baseline,
+)
+
+
+def test_the_bundle_s_text_is_that_of_its_data(deployed: Path) -> None:
+    found = json.loads((deployed / "bundle" / "report.json").read_bytes())
+    assert (deployed / "bundle" / "report.md").read_text(encoding="utf-8") == render_markdown(found)
+
+
+def test_the_verdict_comes_first() -> None:
+    lines = render_markdown(make_report()).splitlines()
+    assert lines[0] == "# Deployment report"
+    assert lines[2].startswith("**Passed: all 5 checks")
+    assert [line for line in lines if line.startswith("## ")] == [
+        "## Size",
+        "## Accuracy",
+        "## Latency",
+        "## Blocks",
+        "## Chain of proof",
+        "## Precision",
+        "## Not run",
+        "## Environment",
+    ]
+
+
+@pytest.mark.parametrize("kind", sorted(PROVOKED))
+def test_every_table_row_has_as_many_cells_as_its_head(kind: str) -> None:
+    tables = [
+        block for block in render_markdown(PROVOKED[kind]()).split("\n\n") if block.startswith("|")
+    ]
+    assert len(tables) >= 4
+    for table in tables:
+        bars = {line.replace("\\|", "").count("|") for line in table.splitlines()}
+        assert len(bars) == 1, table
+
+
+def test_a_failed_check_leads() -> None:
+    found = failed()
+    line = verdict_line(found)
+    assert line.startswith("FAILED: parity-compact-onnx, parity-onnx-engine, accuracy, speedup (4")
+    text = render_markdown(found)
+    assert "**FAILED: parity-compact-onnx" in text
+    for said in ("not finite", "p99 is unreliable", "did not become flat", "slower", "cannot tell"):
+        assert said in text
+
+
+def test_a_deferred_engine_is_not_called_passed() -> None:
+    line = verdict_line(deferred())
+    assert line.startswith("NOT JUDGED YET: all 3 checks that could run passed")
+    assert line.endswith("not run: TensorRT engine, latency")
+    text = render_markdown(deferred())
+    assert "| engine that ships | not measured |" in text
+    assert "## Latency\n\nNot measured." in text
+
+
+def test_nothing_to_judge() -> None:
+    found = make_report()
+    found.update(checks=[], passed=None)
+    assert verdict_line(found) == "NOT JUDGED: nothing could be checked"
+
+
+def test_what_was_not_run_is_said() -> None:
+    text = render_markdown(without_baseline())
+    assert "- accuracy against a trained baseline: no baseline.pt beside the checkpoint" in text
+    assert "not run: accuracy against a trained baseline" in verdict_line(without_baseline())
+    assert "| trained unpruned network (torch) | not measured |" in text
+
+
+def test_names_are_no_markup() -> None:
+    text = render_markdown(PROVOKED["hostile"]())
+    assert "<script" not in text
+    assert HOSTILE not in text

@@ -1,0 +1,195 @@
+"""Checks, their wording and the verdict; `report.json` and its schema."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from jsonschema import Draft202012Validator
+
+from eps_core.stats import Interval
+from eps_deploy.bench.accuracy import Drop, accuracy_drop
+from eps_deploy.report import report
+from eps_deploy.report.render import verdict_line
+from tests.deploy.reporting.reports import PROVOKED, latency, make_report, parity
+
+SCHEMA: dict[str, Any] = json.loads(
+    (files("eps_deploy.report") / "report.schema.json").read_bytes()
+)
+VALIDATOR = Draft202012Validator(SCHEMA)
+PARITY = parity("compact-onnx", 0.01, 0.02)
+LATENCY = latency(1, 2.0, Interval(2.0, 1.8, 2.2))
+
+
+def problems(found: dict[str, Any]) -> list[str]:
+    return [f"{error.json_path}: {error.message}" for error in VALIDATOR.iter_errors(found)]
+
+
+def dropped(lost: int, total: int) -> Drop:
+    engine = np.arange(total) >= lost
+    return accuracy_drop(np.ones(total, dtype=bool), engine, limit=0.5)
+
+
+def checked(stage: Any) -> report.Check:
+    check = report.parity_check(stage)
+    assert check is not None
+    return check
+
+
+def test_parity_check() -> None:
+    check = checked(PARITY)
+    assert (check.name, check.passed, check.value, check.limit) == (
+        "parity-compact-onnx",
+        True,
+        0.01,
+        0.02,
+    )
+    assert not checked(replace(PARITY, limit=0.001)).passed
+    assert "not finite" in checked(replace(PARITY, max_abs=None, relative=None)).text
+    assert "differ by 0.5" in checked(replace(PARITY, max_abs=0.5, limit=0.0)).text
+    assert "equal to the last bit" in checked(replace(PARITY, relative=0.0, limit=0.0)).text
+
+
+def test_a_stage_without_a_limit_is_told_and_not_judged() -> None:
+    stage = replace(PARITY, limit=None)
+    assert report.parity_check(stage) is None
+    entry = report.parity_entry(stage)
+    assert (entry["relative"], entry["limit"], entry["passed"]) == (0.01, None, None)
+
+
+def test_accuracy_check_says_when_there_are_too_few_images() -> None:
+    few, many = report.accuracy_check(dropped(0, 359)), report.accuracy_check(dropped(0, 10_000))
+    assert (few.passed, few.conclusive, many.passed, many.conclusive) == (True, False, True, True)
+    assert "too few images to tell" in few.text
+    assert "too few" not in many.text
+    assert "on 10,000 images" in many.text
+
+
+def test_there_is_no_minus_before_nothing() -> None:
+    drop = dropped(10, 1000)
+    points = replace(drop.points, low=-0.001)
+    assert (
+        "interval of the drop +0.00 to" in report.accuracy_check(replace(drop, points=points)).text
+    )
+
+
+def test_accuracy_check_says_which_way() -> None:
+    assert "1.00 points below the baseline" in report.accuracy_check(dropped(10, 1000)).text
+    assert not report.accuracy_check(dropped(10, 1000)).passed
+
+
+def test_the_speedup_s_lower_end_is_judged() -> None:
+    assert report.speedup_check(LATENCY, 1.8).passed
+    near = report.speedup_check(LATENCY, 1.9)
+    assert (near.passed, near.conclusive, near.value) == (False, False, 1.8)
+    far = report.speedup_check(LATENCY, 3.0)
+    assert (far.passed, far.conclusive) == (False, True)
+
+
+def test_a_machine_too_busy_leaves_the_speedup_in_doubt() -> None:
+    assert LATENCY.conditions is not None
+    starved = replace(LATENCY, conditions=replace(LATENCY.conditions, waited=0.5))
+    check = report.speedup_check(starved, 1.0)
+    assert (check.passed, check.conclusive) == (True, False)
+    assert "too busy" in check.text
+    found = make_report(timings=[starved])
+    assert "the machine was too busy to be sure: speedup" in verdict_line(found)
+
+
+def test_the_verdict() -> None:
+    good, bad = checked(PARITY), checked(replace(PARITY, limit=0.001))
+    assert report.verdict([good]) is True
+    assert report.verdict([good], deferred=True) is None
+    assert report.verdict([good, bad], deferred=True) is False
+    assert report.verdict([]) is None
+
+
+def test_what_became_of_each_block() -> None:
+    names = ["layer1.0", "layer1.1", "layer2.0"]
+    entry = report.blocks_entry(names, {"layer2.0", "layer1.0"}, ["layer2.0"])
+    assert (entry["baseline"], entry["compact"]) == (3, 1)
+    assert entry["removed"] == ["layer1.0", "layer2.0"]
+    assert [(block["stage"], block["state"]) for block in entry["map"]] == [
+        ("layer1", "dead"),
+        ("layer1", "alive"),
+        ("layer2", "removed"),
+    ]
+
+
+def test_no_nan_gets_into_the_file(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        report.write_json(tmp_path / "report.json", {"value": float("nan")})
+    assert not (tmp_path / "report.json").exists()
+
+
+def test_the_environment_names_versions_and_not_the_machine() -> None:
+    found = report.environment({"name": "ort", "threads": 1})
+    assert found["engine"] == {"name": "ort", "threads": 1}
+    assert found["packages"]["numpy"] == np.__version__
+    assert set(found) == {"engine", "packages", "python", "system", "processor", "cores"}
+
+
+def test_the_schema_is_one() -> None:
+    Draft202012Validator.check_schema(SCHEMA)
+    assert SCHEMA["properties"]["schema"]["const"] == report.SCHEMA
+
+
+def parts(schema: dict[str, Any], where: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every schema of a value within `schema`, with its path."""
+    for name, inner in schema.get("properties", {}).items():
+        yield f"{where}.{name}", inner
+        yield from parts(inner, f"{where}.{name}")
+    for name in ("items", "additionalProperties"):
+        if isinstance(schema.get(name), dict):
+            yield f"{where}[]", schema[name]
+            yield from parts(schema[name], f"{where}[]")
+    for choice in schema.get("anyOf", []):
+        yield from parts(choice, where)
+
+
+def test_every_key_is_described_and_every_number_has_a_unit() -> None:
+    roots = {"": SCHEMA, **SCHEMA["$defs"]}
+    found = [part for name, root in roots.items() for part in parts(root, name)]
+    assert len(found) > 100
+    assert [where for where, part in found if not part.get("description")] == []
+    numbers = [
+        where
+        for where, part in found
+        if {"number", "integer"} & set(np.atleast_1d(part.get("type", "")).tolist())
+        and not part.get("unit")
+    ]
+    assert numbers == []
+
+
+@pytest.mark.parametrize("kind", sorted(PROVOKED))
+def test_reports_follow_the_schema(kind: str) -> None:
+    assert problems(PROVOKED[kind]()) == []
+
+
+def test_a_real_report_follows_the_schema(deployed: Path) -> None:
+    found = json.loads((deployed / "bundle" / "report.json").read_bytes())
+    assert problems(found) == []
+    assert found["passed"] is True
+
+
+def test_the_schema_refuses_what_the_report_never_says() -> None:
+    assert problems({**make_report(), "surprise": 1})
+    assert problems({key: value for key, value in make_report().items() if key != "not_run"})
+    wrong = make_report()
+    wrong["latency"][0]["baseline_ms"]["p50"] = "fast"
+    assert problems(wrong)
+
+
+def test_the_whole_of_a_latency_is_told() -> None:
+    entry = report.latency_entry(LATENCY)
+    assert entry["speedup"] == {"median": 2.0, "low": 1.8, "high": 2.2}
+    assert entry["throughput"] == {"baseline": 500.0, "compact": 1000.0}
+    assert (entry["blocks"], entry["runs_per_block"], entry["p99_reliable"]) == (20, 200, True)
+    assert entry["conditions"] == asdict(LATENCY)["conditions"]
+    assert (entry["end_to_end"], entry["device"]) == (None, None)

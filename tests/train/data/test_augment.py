@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from eps_train.data.augment import EpochOrder, shift_and_flip, step_chance
+
+
+def test_shift_and_flip_equals_pad_crop_and_mirror_one_by_one() -> None:
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (20, 3, 7, 9), dtype=torch.uint8)
+    shifts, mirrored = torch.randint(0, 5, (20, 2)), torch.rand(20) < 0.5
+    made = shift_and_flip(images, shifts, mirrored, 2)
+    for image, (top, left), mirror, result in zip(
+        images, shifts.tolist(), mirrored.tolist(), made, strict=True
+    ):
+        expected = F.pad(image, (2, 2, 2, 2))[:, top : top + 7, left : left + 9]
+        assert torch.equal(result, expected.flip(-1) if mirror else expected)
+
+
+def test_without_shift_and_flip_images_stay_as_they_are() -> None:
+    images = torch.randint(0, 256, (4, 1, 5, 5), dtype=torch.uint8)
+    draw = EpochOrder.draw(4, seed=0, epoch=0, shift=0, flip=False)
+    assert torch.equal(shift_and_flip(images, draw.shifts, draw.mirrored, 0), images)
+
+
+def test_an_epoch_can_be_drawn_again_from_its_number() -> None:
+    first = EpochOrder.draw(50, seed=3, epoch=7, shift=1, flip=True)
+    again = EpochOrder.draw(50, seed=3, epoch=7, shift=1, flip=True)
+    other = EpochOrder.draw(50, seed=3, epoch=8, shift=1, flip=True)
+    assert torch.equal(first.order, again.order)
+    assert torch.equal(first.shifts, again.shifts)
+    assert torch.equal(first.mirrored, again.mirrored)
+    assert not torch.equal(first.order, other.order)
+
+
+def test_an_epoch_sees_every_image_once_and_shifts_both_ways() -> None:
+    draw = EpochOrder.draw(1000, seed=0, epoch=0, shift=1, flip=True)
+    assert torch.equal(draw.order.sort().values, torch.arange(1000))
+    assert set(draw.shifts.flatten().tolist()) == {0, 1, 2}
+    assert 400 < int(draw.mirrored.sum()) < 600
+
+
+def test_the_chance_of_a_step_can_be_drawn_again_and_is_that_steps_own() -> None:
+    drawn = {
+        (seed, epoch, step): step_chance(20, 3, seed=seed, epoch=epoch, step=step)
+        for seed in (0, 1, 2**32 - 1)
+        for epoch in (0, 1, 999)
+        for step in (0, 1, 2)
+    }
+    assert len(torch.stack(list(drawn.values())).unique(dim=0)) == 27
+    for (seed, epoch, step), chance in drawn.items():
+        assert torch.equal(chance, step_chance(20, 3, seed=seed, epoch=epoch, step=step))

@@ -1,0 +1,334 @@
+from __future__ import annotations
+
+import shutil
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from eps_core.errors import ConfigError, TrainingError
+from eps_train.gating import rewriting
+from eps_train.training.checkpoint import Checkpoint
+from eps_train.training.evaluate import score
+from eps_train.training.guards import EpochReport
+from eps_train.training.trainer import Stopped, Trainer
+from tests.train.runs import DEATHS, DYING, SHUT, deaths, digits, dying_trainer, trainer
+
+REZERO: dict[str, Any] = {"model": "tests.train.smooth:ReZero", "side_weight": 0.0}
+
+
+@pytest.fixture(scope="module")
+def dying(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[EpochReport], Trainer]:
+    """One whole run in which blocks die; its files, epoch reports and trainer."""
+    folder = tmp_path_factory.mktemp("dying")
+    reports: list[EpochReport] = []
+    finished = dying_trainer(folder)
+    finished.run(reports.append)
+    return folder, reports, finished
+
+
+def test_blocks_die_and_leave_the_running_network(
+    dying: tuple[Path, list[EpochReport], Trainer],
+) -> None:
+    _, reports, finished = dying
+    died = deaths(reports)
+    assert died == DEATHS
+    assert not set(died) & rewriting.gates(finished.model).keys()
+    assert not any(name.startswith(tuple(died)) for name in finished.model.state_dict())
+
+
+def test_every_death_carries_its_evidence(
+    dying: tuple[Path, list[EpochReport], Trainer],
+) -> None:
+    folder, _, _ = dying
+    steps = digits().identity.sizes["train"] // DYING.batch_size
+    checkpoint = Checkpoint.load(folder / "ckpt.pt")
+    found = {record.block: record.death for record in checkpoint.gates if record.death is not None}
+    assert {block: death.epoch for block, death in found.items()} == DEATHS
+    for death in found.values():
+        assert death.steps == DYING.closed_epochs * steps
+        assert death.epsilon == SHUT
+        assert 0 < death.peak < SHUT
+        assert 0 < death.heldout_peak < SHUT
+        assert death.samples == digits().identity.sizes["validation"]
+
+
+def test_blocks_die_of_themselves(tmp_path: Path) -> None:
+    """The only test that waits for it; all others force it.
+
+    From each of 12 seeds a block was dead by epoch 5. That none is by epoch 12, from any of three
+    seeds, is a fault and not bad luck.
+    """
+    found = []
+    for seed in range(3):
+        run = trainer(tmp_path, model="cifar:14x4", epsilon=4.5, epochs=12, seed=seed)
+        with suppress(TrainingError):  # a whole stage at once
+            while not run.registry.dead and run.epoch < run.config.epochs:
+                run.run_epoch()
+        found += [record.death for record in run.registry.records.values() if record.death]
+    assert found
+    for death in found:
+        assert 0 < death.peak <= death.epsilon == 4.5
+        assert 0 < death.heldout_peak < death.epsilon
+
+
+def test_live_removal_changes_nothing_that_survives(
+    dying: tuple[Path, list[EpochReport], Trainer], tmp_path: Path
+) -> None:
+    """Loss and every tensor of the surviving part equal those of a run that keeps the branches."""
+    _, reports, finished = dying
+    kept_reports: list[EpochReport] = []
+    keeping = dying_trainer(tmp_path, live_removal=False)
+    keeping.run(kept_reports.append)
+    assert [r.died for r in kept_reports] == [r.died for r in reports]
+    assert [r.loss for r in kept_reports] == [r.loss for r in reports]
+    assert [r.validation for r in kept_reports] == [r.validation for r in reports]
+    theirs = keeping.model.state_dict()
+    for name, tensor in finished.model.state_dict().items():
+        assert torch.equal(tensor, theirs[name]), name
+    assert len(theirs) > len(finished.model.state_dict())
+    assert finished.side_head is not None
+    assert keeping.side_head is not None
+    for name, tensor in finished.side_head.state_dict().items():
+        assert torch.equal(tensor, keeping.side_head.state_dict()[name]), name
+
+
+def test_checkpoint_is_the_best_since_the_last_block_was_lost(
+    dying: tuple[Path, list[EpochReport], Trainer],
+) -> None:
+    folder, reports, finished = dying
+    last_loss = max(report.epoch for report in reports if report.died)
+    since = [report for report in reports if report.epoch >= last_loss]
+    checkpoint = Checkpoint.load(folder / "ckpt.pt")
+    assert checkpoint.metrics["validation"]["accuracy"] == max(r.validation.accuracy for r in since)
+    assert checkpoint.dead == finished.registry.dead
+
+
+def test_checkpoint_reproduces_its_recorded_accuracies(
+    dying: tuple[Path, list[EpochReport], Trainer],
+) -> None:
+    """Gated network with dead gates shut and live gates open: exactly what was validated."""
+    folder, _, finished = dying
+    checkpoint = Checkpoint.load(folder / "ckpt.pt")
+    model = checkpoint.build_gated()
+    for part, images in (("validation", digits().validation), ("test", digits().test)):
+        measured = score(model, finished.normalize, images)
+        assert measured.accuracy == checkpoint.metrics[part]["accuracy"], part
+
+
+def test_weights_of_dead_blocks_stay_in_the_checkpoint(
+    dying: tuple[Path, list[EpochReport], Trainer],
+) -> None:
+    folder, _, finished = dying
+    checkpoint = Checkpoint.load(folder / "last.pt")
+    full = finished.spec.build().state_dict()
+    assert checkpoint.state.keys() == full.keys()
+    assert checkpoint.network.removed == ()
+
+
+@pytest.mark.parametrize("stop_after", [1, 4, 6])
+def test_resumed_run_ends_in_the_same_weights(
+    dying: tuple[Path, list[EpochReport], Trainer], tmp_path: Path, stop_after: int
+) -> None:
+    """Stopped before, right at, and after the epochs in which blocks died."""
+    _, reports, finished = dying
+    first = dying_trainer(tmp_path)
+    for _ in range(stop_after):
+        first.save(first.run_epoch())
+    again = dying_trainer(tmp_path)
+    again.resume()
+    later: list[EpochReport] = []
+    checkpoint = again.run(later.append)
+    assert [r.loss for r in later] == [r.loss for r in reports[stop_after:]]
+    assert [r.gates for r in later] == [r.gates for r in reports[stop_after:]]
+    _assert_equal(again.model.state_dict(), finished.model.state_dict())
+    whole = Checkpoint.load(finished.best_path)
+    _assert_equal(checkpoint.state, whole.state)
+    assert checkpoint.gates == whole.gates
+    assert checkpoint.metrics["test"] == whole.metrics["test"]
+
+
+def test_resuming_a_finished_run_changes_nothing(
+    dying: tuple[Path, list[EpochReport], Trainer], tmp_path: Path
+) -> None:
+    folder, _, _ = dying
+    for name in ("ckpt.pt", "last.pt"):
+        shutil.copy(folder / name, tmp_path / name)
+    before = (tmp_path / "ckpt.pt").read_bytes()
+    again = dying_trainer(tmp_path)
+    again.resume()
+    again.run(lambda report: pytest.fail("no epoch was left to train"))
+    assert (tmp_path / "ckpt.pt").read_bytes() == before
+
+
+def test_resume_refuses_another_run(tmp_path: Path) -> None:
+    dying_trainer(tmp_path, epochs=1).run(lambda report: None)
+    with pytest.raises(
+        ConfigError, match=r"last\.pt: belongs to a run with epsilon 3\.0, not 2\.5"
+    ):
+        trainer(tmp_path, epochs=1, epsilon=2.5).resume()
+
+
+def test_epsilon_zero_trains_a_network_without_gates(tmp_path: Path) -> None:
+    plain = trainer(tmp_path, epsilon=0.0, epochs=1)
+    report = plain.run_epoch()
+    assert report.gates == ()
+    assert not rewriting.gates(plain.model)
+    assert not any("gate" in name for name in plain.model.state_dict())
+
+
+def test_plain_and_gated_twins_start_from_the_same_weights(tmp_path: Path) -> None:
+    plain, gated = trainer(tmp_path, epsilon=0.0), trainer(tmp_path)
+    weights = dict(gated.model.named_parameters())
+    for name, parameter in plain.model.named_parameters():
+        assert torch.equal(parameter, weights[name]), name
+
+
+def test_only_weights_of_convolutions_and_linear_layers_decay(tmp_path: Path) -> None:
+    built = trainer(tmp_path)
+    decaying = {
+        id(parameter)
+        for group in built.optimizer.param_groups
+        if group["weight_decay"]
+        for parameter in group["params"]
+    }
+    assert built.side_head is not None
+    for root in (built.model, built.side_head):
+        for module in root.modules():
+            weighted = isinstance(module, (nn.Conv2d, nn.Linear))
+            for name, parameter in module.named_parameters(recurse=False):
+                assert (id(parameter) in decaying) == (weighted and name == "weight")
+
+
+@pytest.mark.parametrize("changes", [{}, REZERO], ids=["cifar", "rezero"])
+def test_every_parameter_is_in_exactly_one_group(tmp_path: Path, changes: dict[str, Any]) -> None:
+    built = trainer(tmp_path, **changes)
+    groups = [id(p) for group in built.optimizer.param_groups for p in group["params"]]
+    assert sorted(groups) == sorted(id(p) for p in built.network.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 0.5])
+def test_a_scale_without_dimensions_is_trained(tmp_path: Path, epsilon: float) -> None:
+    """And without decay; a branch whose scale stays at zero would die, whatever it could learn."""
+    run = trainer(tmp_path, **REZERO, epsilon=epsilon, epsilon_from=1, epochs=2)
+    run.save(run.run_epoch())
+    scales = [run.model.get_parameter(name).item() for name in ("first", "second")]
+    assert all(scales)
+    again = trainer(tmp_path, **REZERO, epsilon=epsilon, epsilon_from=1, epochs=2)
+    again.resume()
+    assert [again.model.get_parameter(name).item() for name in ("first", "second")] == scales
+    for made in (run, again):
+        made.run_epoch()
+    assert torch.equal(run.model.get_parameter("first"), again.model.get_parameter("first"))
+
+
+def test_non_finite_response_stops_the_run_and_names_block_and_step(tmp_path: Path) -> None:
+    broken = trainer(tmp_path)
+    broken.save(broken.run_epoch())
+    kept = (tmp_path / "last.pt").read_bytes()
+    calls = 0
+
+    def poison(module: nn.Module, args: object, output: Tensor) -> Tensor | None:
+        nonlocal calls
+        calls += 1
+        return output * float("nan") if calls == 3 else None
+
+    broken.model.get_submodule("stages.1.1.conv2").register_forward_hook(poison)
+    message = r"epoch 2, step 3: block stages\.1\.1 is no longer finite.*last\.pt keeps the epoch"
+    with pytest.raises(TrainingError, match=message):
+        broken.run_epoch()
+    assert (tmp_path / "last.pt").read_bytes() == kept
+
+
+def test_a_stage_that_dies_before_learning_stops_the_run(tmp_path: Path) -> None:
+    hopeless = trainer(tmp_path, epsilon=1e6)
+    with pytest.raises(TrainingError, match=r"every block of stages\.0, .* lower --epsilon"):
+        hopeless.run(lambda report: None)
+
+
+def test_epsilon_acts_from_its_epoch_until_the_network_settles(tmp_path: Path) -> None:
+    scheduled = trainer(tmp_path, epochs=10, epsilon_from=2, settle_at=0.8)
+    thresholds = [set(scheduled.thresholds(epoch).values()) for epoch in range(10)]
+    assert thresholds == [{0.0}] * 2 + [{3.0}] * 6 + [{0.0}] * 2
+
+
+def test_no_block_dies_while_epsilon_does_not_act(tmp_path: Path) -> None:
+    waiting = trainer(tmp_path, epsilon=1e6, epsilon_from=3, epochs=3)
+    reports: list[EpochReport] = []
+    waiting.run(reports.append)
+    assert all(report.discarded == 0 and not report.died for report in reports)
+
+
+def test_candidate_that_held_out_images_contradict_stays_alive(tmp_path: Path) -> None:
+    """A closed training record is not enough: the held-out response must be below epsilon too."""
+    built = trainer(tmp_path, replace(DYING, closed_epochs=2))
+    built.run_epoch()
+    block = "stages.1.1"
+    gate = built.gates[block]
+    for _ in range(2):
+        gate.steps.fill_(20)
+        gate.closed_steps.fill_(20)
+        gate.peak.fill_(1.0)
+        built.registry.record_epoch(built.gates, dict.fromkeys(built.gates, 1e-6))
+    assert built._bury(2) == ()
+    assert not bool(gate.dead)
+    assert block in rewriting.gates(built.model)
+
+
+def _assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+@pytest.mark.parametrize("steps", [1, 43, 130, 199])
+def test_a_run_stopped_in_the_middle_of_an_epoch_goes_on_exactly(
+    dying: tuple[Path, list[EpochReport], Trainer], tmp_path: Path, steps: int
+) -> None:
+    """Of 40 steps an epoch: in the first, before, between and after the epochs of the deaths."""
+    _, reports, finished = dying
+    taken = 0
+
+    def stop() -> bool:
+        nonlocal taken
+        taken += 1
+        return taken >= steps
+
+    first = dying_trainer(tmp_path, stop=stop)
+    seen: list[EpochReport] = []
+    with pytest.raises(Stopped):
+        first.run(seen.append)
+    assert first.step
+    again = dying_trainer(tmp_path)
+    again.resume()
+    assert again.step == first.step
+    again.run(seen.append)
+    assert [r.loss for r in seen] == [r.loss for r in reports]
+    assert [r.gates for r in seen] == [r.gates for r in reports]
+    _assert_equal(again.model.state_dict(), finished.model.state_dict())
+
+
+def test_dropout_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+    """Networks that draw random numbers of their own in training draw the same ones."""
+
+    def dropping(folder: Path, stop_at: int) -> Trainer:
+        calls = iter(range(1, 1000))
+        made = trainer(folder, epochs=2, stop=lambda: next(calls) == stop_at)
+        made.model.get_submodule("stem.2").register_forward_hook(
+            lambda module, args, output: nn.functional.dropout(output, 0.5, module.training)
+        )
+        return made
+
+    whole = dropping(tmp_path / "whole", stop_at=0)
+    whole.run(lambda report: None)
+    stopped = dropping(tmp_path / "stopped", stop_at=7)
+    with pytest.raises(Stopped):
+        stopped.run(lambda report: None)
+    again = dropping(tmp_path / "stopped", stop_at=0)
+    again.resume()
+    again.run(lambda report: None)
+    _assert_equal(again.model.state_dict(), whole.model.state_dict())

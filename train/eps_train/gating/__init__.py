@@ -1,0 +1,1 @@
+"""Gates: inserting, judging and removing residual blocks."""

@@ -1,0 +1,293 @@
+"""A network with open gates beside the network that it was made of: both must do the same.
+
+What tracing loses cannot be told from the graph alone. So both networks run: two batches in
+training and two in evaluation, forward and backward, from the same random state. Outputs,
+gradients, buffers and the set of trained parameters must be equal. Where a sum is only written in
+another order, the results differ by rounding; in float64 that is far below any other difference.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
+
+from eps_core.errors import GraphError
+from eps_train.gating.gate import EpsilonGate
+from eps_train.gating.tracing import unmoved_random
+
+Same = Callable[[Tensor, Tensor, float], bool]  # the last: a magnitude that is rounding
+
+BATCH = 2  # images; batch norm in training needs more than one
+SIDE = 64  # of the images that are tried first: what differs there differs everywhere
+_TOLERANCE = 1e-7  # in float64, of the largest magnitude
+_TOLERANCE_32 = 1e-3  # where a network cannot be run in float64
+_FLOOR = 1e-6  # share of the largest gradient below which one is rounding (a bias before a norm)
+_REMEDY = "torch.fx loses something of its forward(); move that into a module of its own"
+
+
+def refuse_difference(model: nn.Module, gated: fx.GraphModule, example: Tensor) -> None:
+    """Raise GraphError, in one line, with the first difference between the two networks.
+
+    Args:
+        model: the network as it was written, with real tensors; it is left as it was.
+        gated: what was made of it; compared with its gates open.
+        example: a batch of at least 2 of its inputs; of floats only shape and type count.
+    """
+    name = type(model).__name__
+    try:
+        found = _difference(*_copies(model, gated), example, _equal)
+        if found is not None:
+            found = _beyond_rounding(model, gated, example)
+    except _Fails as error:
+        raise GraphError(f"{name}: {error}") from error.__cause__
+    if found is not None:
+        raise GraphError(f"{name}: with open gates, {found}; {_REMEDY}")
+
+
+def _copies(model: nn.Module, gated: fx.GraphModule) -> tuple[nn.Module, fx.GraphModule]:
+    opened = copy.deepcopy(gated)
+    for module in opened.modules():
+        if isinstance(module, EpsilonGate):
+            module.set_epsilon(0.0)
+    return copy.deepcopy(model), opened
+
+
+def _beyond_rounding(model: nn.Module, gated: fx.GraphModule, example: Tensor) -> str | None:
+    if example.is_floating_point():
+        wide, opened = _copies(model, gated)
+        try:
+            return _difference(
+                wide.double(), opened.double(), example.double(), _within(_TOLERANCE)
+            )
+        except _Fails:  # it computes in float32 by name
+            pass
+    return _difference(*_copies(model, gated), example, _within(_TOLERANCE_32))
+
+
+def _equal(one: Tensor, other: Tensor, floor: float) -> bool:
+    return torch.equal(one, other)
+
+
+def _within(tolerance: float) -> Same:
+    def same(one: Tensor, other: Tensor, floor: float) -> bool:
+        if not one.is_floating_point():
+            return torch.equal(one, other)
+        apart = one.ne(other) & ~(one.isnan() & other.isnan())
+        if not apart.any():
+            return True
+        scale = max(one[one.isfinite()].abs().max().item() if one.isfinite().any() else 0.0, floor)
+        return bool((one - other)[apart].abs().max() <= tolerance * scale)
+
+    return same
+
+
+def example_for(model: nn.Module, shape: tuple[int, ...] | None = None) -> Tensor | None:
+    """A batch that `model` takes: small images where it can, `shape` otherwise; None if not known.
+
+    Without `shape` (of one image or other input), it is guessed from the first layer.
+    """
+    if any(p.is_meta for p in model.parameters()):
+        return None
+    shapes = (
+        _guesses(model)
+        if shape is None
+        else [(*shape[:1], *(min(n, SIDE) for n in shape[1:])), shape]
+    )
+    for guess in dict.fromkeys(shapes):
+        example = torch.zeros((BATCH, *guess))
+        with suppress(Exception):  # whatever the user's forward() raises; the next one may do
+            dry_run(model, example)
+            return example
+    return None
+
+
+def dry_run(
+    model: nn.Module,
+    example: Tensor,
+    prepare: Callable[[Any], None] = lambda network: None,
+    *,
+    training: bool = True,
+) -> Any:
+    """What a copy of `model`, once prepared, answers to blank inputs of `example`'s shape.
+
+    What its forward pass raises is not caught.
+    """
+    network = copy.deepcopy(model).train(training)
+    prepare(network)
+    device = next((parameter.device for parameter in model.parameters()), example.device)
+    with torch.no_grad(), unmoved_random():
+        return network(torch.zeros_like(example, device=device))
+
+
+def _guesses(model: nn.Module) -> list[tuple[int, ...]]:
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d):
+            return [(layer.in_channels, side, side) for side in (SIDE, 32, 28, 224)]
+        if isinstance(layer, nn.Conv1d):
+            return [(layer.in_channels, SIDE)]
+        if isinstance(layer, nn.Linear):
+            return [(layer.in_features,), (8, layer.in_features)]
+    return []
+
+
+class _Fails(Exception):
+    """One of the networks does not run."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """What one pass, forward and backward, left behind."""
+
+    mode: str
+    modes: dict[str, bool]
+    outputs: list[Tensor]
+    trains: bool  # whether it went backward too
+    gradients: dict[str, Tensor | None]  # by the first name of each parameter
+    buffers: dict[str, Tensor]
+
+
+def _difference(model: nn.Module, gated: fx.GraphModule, example: Tensor, same: Same) -> str | None:
+    """The first difference in words, of two networks that are used up by it."""
+    known = _Names(model)
+    present = {name for name, _ in gated.named_parameters(remove_duplicate=False)}
+    theirs, ours = _passes(model, known, example), _passes(gated, known, example)
+    while True:
+        try:
+            expected = next(theirs, None)
+        except Exception as error:  # whatever the user's forward() raises
+            shape = "x".join(map(str, example.shape[1:]))
+            raise _Fails(f"does not run on inputs of {shape} ({_line(error)})") from error
+        if expected is None:
+            return None
+        try:
+            found = next(ours)
+        except Exception as error:
+            raise _Fails(
+                f"its graph does not run where it does ({_line(error)}); {_REMEDY}"
+            ) from error
+        if reason := _compare(expected, found, known, present, same):
+            return f"{reason} in {expected.mode}"
+
+
+class _Names:
+    """All names of each parameter and buffer, and what the buffers were."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.parameters: dict[int, list[str]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            self.parameters.setdefault(id(parameter), []).append(name)
+        self.layers = {
+            name
+            for name, module in model.named_modules()
+            if not any(True for _ in module.children())
+        }
+        buffers = dict(model.named_buffers(remove_duplicate=False))
+        by_tensor: dict[int, list[str]] = {}
+        for name, buffer in buffers.items():
+            by_tensor.setdefault(id(buffer), []).append(name)
+        self.buffers = {name: by_tensor[id(buffer)] for name, buffer in buffers.items()}
+        self.before = {name: buffer.clone() for name, buffer in buffers.items()}
+
+
+def _passes(network: nn.Module, known: _Names, example: Tensor) -> Iterator[_Pass]:
+    parameters = dict(network.named_parameters(remove_duplicate=False))
+    device = next((parameter.device for parameter in parameters.values()), example.device)
+    for training in (True, False):
+        network.train(training)
+        for batch in range(2):
+            network.zero_grad()
+            with unmoved_random(), torch.enable_grad():
+                _seed(batch)
+                source = example.to(device)
+                if example.is_floating_point():
+                    source = torch.randn(example.shape).to(device, example.dtype).requires_grad_()
+                answer = network(source.clone())
+                outputs = [x for x in tree_leaves(answer) if isinstance(x, Tensor)]
+                _seed(batch)
+                parts = [(x * torch.randn_like(x)).sum() for x in outputs if x.requires_grad]
+                trains = (training or not batch) and _backward(parts)
+            gradients = {"the input": source.grad}
+            for names in known.parameters.values():
+                there = next((parameters[name] for name in names if name in parameters), None)
+                gradients[names[0]] = None if there is None else there.grad
+            yield _Pass(
+                mode="training" if training else "evaluation",
+                modes={name: module.training for name, module in network.named_modules()},
+                outputs=[x.detach() for x in outputs],
+                trains=trains,
+                gradients=gradients,
+                buffers=dict(network.named_buffers(remove_duplicate=False)),
+            )
+
+
+def _backward(parts: list[Tensor]) -> bool:
+    try:
+        if parts:
+            torch.stack([part.to(torch.float64) for part in parts]).sum().backward()
+    except RuntimeError:  # a tensor that autograd needs was overwritten
+        return False
+    return True
+
+
+def _compare(
+    expected: _Pass, found: _Pass, known: _Names, present: set[str], same: Same
+) -> str | None:
+    for name, mode in found.modes.items():
+        # What a graph has in the place of a module that was followed has no mode.
+        if name in expected.modes and expected.modes[name] != mode and name in known.layers:
+            return f"{name} is in the other mode, which your own train() sets,"
+    if len(expected.outputs) != len(found.outputs):
+        return "it has another number of outputs"
+    for index, (mine, theirs) in enumerate(zip(expected.outputs, found.outputs, strict=True)):
+        if mine.shape != theirs.shape or not same(mine, theirs, 0.0):
+            return f"output {index} differs{_amount(mine, theirs)}"
+    several = [g for g in expected.gradients.values() if g is not None and g.numel()]
+    floor = _FLOOR * max((g.abs().max().item() for g in several), default=0.0)
+    followed = [["the input"], *known.parameters.values()] if expected.trains else []
+    if expected.trains and not found.trains:
+        return "a tensor that autograd needs is overwritten"
+    for names in followed:
+        wanted, got = expected.gradients[names[0]], found.gradients[names[0]]
+        if wanted is not None and got is None:
+            if names[0] == "the input" or present.intersection(names):
+                return f"{names[0]} gets no gradient, as it does in your network,"
+            return (
+                f"{names[0]} is not trained, as it is in your network, because its module is only"
+                " reached through a closure or a list,"
+            )
+        if got is not None and wanted is None:
+            return f"{names[0]} gets a gradient, which it does not in your network,"
+        if wanted is not None and got is not None and not same(wanted, got, floor):
+            return f"the gradient of {names[0]} differs{_amount(wanted, got)}"
+    for name, buffer in expected.buffers.items():
+        here = next((n for n in known.buffers.get(name, [name]) if n in found.buffers), None)
+        other = known.before.get(name, buffer) if here is None else found.buffers[here]
+        if buffer.shape != other.shape or not same(buffer, other, 0.0):
+            return f"the buffer {name} differs{_amount(buffer, other)}"
+    return None
+
+
+def _amount(one: Tensor, other: Tensor) -> str:
+    if one.shape != other.shape or not one.is_floating_point():
+        return ""
+    return f" (by up to {(one - other).abs().max().item():.2g}, of {one.abs().max().item():.2g})"
+
+
+def _seed(seed: int) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    if numpy := sys.modules.get("numpy.random"):
+        numpy.seed(seed)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,694 @@
+"""Rewriting a gated network: one mechanism for live removal in training and for `eps-compact`.
+
+Networks are `torch.fx` graphs. A block is known by the qualified name of its gate, less a trailing
+``.gate``: the gate ``stages.0.3.gate`` belongs to the block ``stages.0.3``.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby, takewhile
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, fx, nn
+
+from eps_core.errors import GraphError
+from eps_train.gating import parity
+from eps_train.gating.gate import EpsilonGate
+from eps_train.gating.tracing import (
+    DRAWS,
+    KEPT,
+    OTHER_STEPS,
+    acts_on_others,
+    aliases,
+    free_name,
+    one_tensor,
+    owner,
+    written_into,
+)
+from eps_train.gating.tracing import trace as trace  # the first step of every rewriting
+from eps_train.models.cifar import Tap
+
+# -- Finding the residual additions in a traced network, and which operand is the branch
+
+_ATEN = torch.ops.aten
+_ADD = (
+    *(operator.add, operator.iadd, torch.add, _ATEN.add, _ATEN.add.Tensor),
+    *("add", "add_", "__add__", "__iadd__"),
+)
+_SUBTRACT = (
+    *(operator.sub, operator.isub, torch.sub, torch.subtract, _ATEN.sub, _ATEN.sub.Tensor),
+    *("sub", "sub_", "subtract", "subtract_", "__sub__", "__isub__"),
+)
+_ADD_PRODUCT = (torch.addcmul, "addcmul", "addcmul_")
+_INTERPOLATE = (torch.lerp, "lerp", "lerp_")
+_IN_PLACE = (operator.iadd, operator.isub, "__iadd__", "__isub__")
+_SIZES = ("shape", "size", "dim", "ndim", "numel", "__len__")
+_FILLS = (  # a new tensor of the size of another
+    *("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like"),
+    *("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor"),
+)
+
+Build = Callable[[fx.Graph], fx.Node]
+
+
+@dataclass(frozen=True, slots=True)
+class Residual:
+    """One residual addition.
+
+    Attributes:
+        node: what adds; with `whole` a module that does so inside, to what it is given.
+        swapped: whether the shortcut is the second operand.
+    """
+
+    node: fx.Node
+    swapped: bool = False
+    whole: bool = False
+
+    def operands(self, graph: fx.Graph) -> tuple[fx.Node, fx.Node]:
+        """Shortcut and branch; what has to be computed for that is added to the graph here."""
+        if self.whole:
+            (shortcut,) = self.node.all_input_nodes
+            return shortcut, graph.call_function(operator.sub, (self.node, shortcut))
+        found = _sum(self.node)
+        assert found is not None
+        if self.swapped:
+            return found.other[0], found.first
+        return found.first, found.branch(graph)
+
+    @property
+    def overwritten(self) -> fx.Node | None:
+        """The operand that the result is written into; None when it is a new tensor."""
+        return self.node.all_input_nodes[0] if _writes(self.node) else None
+
+
+@dataclass(frozen=True, slots=True)
+class Ungated:
+    """A part of a network that gets no gate, and why.
+
+    Attributes:
+        place: qualified name of a module; "" for the network itself.
+        reason: in words that follow the place.
+    """
+
+    place: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Sum:
+    """A node that adds to `first` a second term, which is computed from `other` by `branch`."""
+
+    first: fx.Node
+    other: tuple[fx.Node, ...]
+    branch: Build
+    commutes: bool = False  # the second term is a tensor as it stands: it may be the shortcut
+
+
+def residuals(model: fx.GraphModule) -> Iterator[Residual | fx.Node]:
+    """The residual additions of a network, in the order of computation.
+
+    An addition (`+`, with or without a factor `alpha`, `-`, `addcmul`, `lerp`) is residual when
+    both operands are computed from one input of the network and one of them, the branch, has
+    weighted layers outside the two operands' common ancestors. Which one is the branch is decided
+    by the first of these that tells the operands apart:
+
+    1. the other reaches a common ancestor past no weighted layer (an identity shortcut);
+    2. it has more weighted layers outside the common ancestors;
+    3. these layers have more parameters.
+
+    Where nothing does, neither operand is a shortcut of the other, and the node itself comes in
+    the place of a `Residual`. Additions of constants, of learned tensors and of sizes are none, and
+    what is computed from nothing of the input but its size is not computed from the input.
+    """
+    weights = _Weights(model)
+    ancestors = _ancestors(model.graph)
+    for node in model.graph.nodes:
+        if (found := _sum(node)) is None:
+            continue
+        if not (measures := _measures(found, ancestors, weights)):
+            continue
+        one, other = measures
+        if other > one or (one > other and found.commutes):
+            yield Residual(node, swapped=one > other)
+        else:
+            yield node
+
+
+class _Weights:
+    """How many parameters each node of a network brings in."""
+
+    def __init__(self, model: fx.GraphModule) -> None:
+        self._modules = dict(model.named_modules())
+        self._parameters = dict(model.named_parameters(remove_duplicate=False))
+
+    def __getitem__(self, node: fx.Node) -> int:
+        if node.op == "call_module":
+            return sum(p.numel() for p in self._modules[str(node.target)].parameters())
+        if node.op == "get_attr" and str(node.target) in self._parameters:
+            return self._parameters[str(node.target)].numel()
+        return 0
+
+
+def _sum(node: fx.Node) -> _Sum | None:
+    """What a node adds; None when it does not add tensors."""
+    if node.op not in ("call_function", "call_method") or node.kwargs.get("out") is not None:
+        return None
+    names = ("input", "other", "tensor1", "tensor2", "end", "weight")
+    values: list[Any] = [*node.args, *(node.kwargs[name] for name in names if name in node.kwargs)]
+    if not values or not _is_tensor(first := values[0]):
+        return None
+    target = node.target
+    if target in _ADD_PRODUCT and len(values) == 3 and all(map(_is_tensor, values)):
+        one, two = values[1:]
+        value = node.kwargs.get("value", 1)
+        return _Sum(first, (one, two), lambda g: _scaled(g, _scaled(g, one, two), value))
+    if target in _INTERPOLATE and len(values) == 3 and _is_tensor(values[1]):
+        end, weight = values[1:]
+        others = (end, weight) if isinstance(weight, fx.Node) else (end,)
+        return _Sum(
+            first,
+            others,
+            lambda g: _scaled(g, g.call_function(operator.sub, (end, first)), weight),
+        )
+    if len(values) != 2 or not _is_tensor(second := values[1]) or first is second:
+        return None
+    factor = node.kwargs.get("alpha", 1)
+
+    def scaled(graph: fx.Graph) -> fx.Node:
+        return _scaled(graph, second, factor)
+
+    if target in _ADD:
+        plain = not isinstance(factor, fx.Node) and bool(factor == 1)
+        return _Sum(first, (second,), scaled, commutes=plain)
+    if target in _SUBTRACT:
+        return _Sum(
+            first, (second,), lambda g: g.call_function(torch.neg, (_scaled(g, second, factor),))
+        )
+    return None
+
+
+def _scaled(graph: fx.Graph, value: fx.Node, factor: Any) -> fx.Node:
+    if not isinstance(factor, fx.Node) and factor == 1:
+        return value
+    return graph.call_function(operator.mul, (value, factor))
+
+
+def _writes(node: fx.Node) -> bool:
+    name = str(node.target)
+    return node.target in _IN_PLACE or (node.op == "call_method" and name[-1] == "_" != name[-2])
+
+
+def _is_tensor(value: Any) -> TypeGuard[fx.Node]:
+    return isinstance(value, fx.Node) and not is_size(value)
+
+
+def is_size(node: fx.Node) -> bool:
+    """Whether a node holds a shape, or what is computed from one, and no value of a tensor."""
+    if node.target is getattr:
+        return node.args[1] in _SIZES
+    if node.op == "call_method":
+        return node.target in _SIZES + _FILLS
+    if node.op == "call_function" and getattr(node.target, "__name__", "") in _FILLS:
+        return True
+    inputs = node.all_input_nodes
+    plain = getattr(node.target, "__module__", "") in ("_operator", "operator", "math", "builtins")
+    return node.op == "call_function" and plain and bool(inputs) and all(map(is_size, inputs))
+
+
+def _ancestors(graph: fx.Graph) -> dict[fx.Node, set[fx.Node]]:
+    """For each node all that it is computed from, itself included, but for sizes."""
+    found: dict[fx.Node, set[fx.Node]] = {}
+    for node in graph.nodes:
+        sources = [source for source in node.all_input_nodes if not is_size(source)]
+        found[node] = {node}.union(*(found[source] for source in sources))
+    return found
+
+
+def _measures(
+    found: _Sum, ancestors: dict[fx.Node, set[fx.Node]], weights: _Weights
+) -> list[tuple[bool, int, int]]:
+    """Of both terms: detour, weighted layers of its own, their parameters; [] if never residual."""
+    terms = [(found.first,), found.other]
+    above = [set().union(*(ancestors[node] for node in term)) for term in terms]
+    common = above[0] & above[1]
+    if not any(ancestor.op == "placeholder" for ancestor in common):
+        return []
+    measures = []
+    for term, sources in zip(terms, above, strict=True):
+        own = [w for n in sources - common if (w := weights[n])]
+        detour = not _reaches_unweighted(term, common, weights)
+        measures.append((detour, len(own), sum(own)))
+    return measures if any(count for _, count, _ in measures) else []
+
+
+def _reaches_unweighted(term: tuple[fx.Node, ...], goal: set[fx.Node], weights: _Weights) -> bool:
+    """Whether a path leads from a term back to one of `goal` past no weighted layer."""
+    queue = list(term)
+    seen = set(queue)
+    while queue:
+        here = queue.pop()
+        if here in goal and here.op != "get_attr":
+            return True
+        sources = [source for source in here.all_input_nodes if not is_size(source)]
+        if weights[here] or any(source.op == "get_attr" and weights[source] for source in sources):
+            continue
+        queue += [source for source in sources if source not in seen]
+        seen.update(sources)
+    return False
+
+
+_GATE_NAME = re.compile(r"[._]gate(\d*)$")  # `_gate` beside a module that is kept whole
+UNGATED = "ungated"  # key of `GraphModule.meta`
+BROADCAST = "its shortcut is broadcast over the sum"
+
+
+def block_name(gate_name: str) -> str:
+    """`a.gate` belongs to the block `a`; further gates of its module, `a.gate2`, to `a:2`."""
+    return _GATE_NAME.sub(lambda match: match[1] and f":{match[1]}", gate_name)
+
+
+def stage_name(block: str) -> str:
+    """The group that a block belongs to: its name up to the last dot."""
+    return block.rpartition(".")[0]
+
+
+def removable(ranked: Iterable[str], live: Iterable[str], stages: Mapping[str, str]) -> list[str]:
+    """Those of the blocks `ranked` that may go one after another, in that order.
+
+    A stage keeps one of its `live` blocks: without any it is a step in width and nothing more,
+    which a network seldom recovers from. Training to a target and the sweep both go by this;
+    `stages` is as :func:`stages` has them.
+    """
+    left = Counter(stages[block] for block in live)
+    found = []
+    for block in ranked:
+        if left[stages[block]] > 1:
+            left[stages[block]] -= 1
+            found.append(block)
+    return found
+
+
+def gates(model: nn.Module) -> dict[str, EpsilonGate]:
+    """The network's gates by block name, in the order in which they are computed."""
+    traced = trace(model)
+    found = {}
+    for node, block in gate_nodes(traced).items():
+        gate = traced.get_submodule(str(node.target))
+        assert isinstance(gate, EpsilonGate)
+        found[block] = gate
+    return found
+
+
+def gate_nodes(model: fx.GraphModule) -> dict[fx.Node, str]:
+    """The nodes of the gates and the names of their blocks, in the order of computation."""
+    modules = dict(model.named_modules())
+    return {
+        node: block_name(str(node.target))
+        for node in model.graph.nodes
+        if node.op == "call_module" and isinstance(modules.get(str(node.target)), EpsilonGate)
+    }
+
+
+def taps(model: nn.Module) -> list[Tap]:
+    return [module for module in model.modules() if isinstance(module, Tap)]
+
+
+def insert_gates(
+    model: nn.Module, epsilon: float = 0.0, *, example: Tensor | None = None
+) -> fx.GraphModule:
+    """Return the network with an ε-gate in the place of each residual addition.
+
+    Which additions are residual, and which operand is the branch: see `residual.residuals`. The
+    gate of an addition in the `forward()` of module `layer1.0` becomes `layer1.0.gate`; further
+    ones of the same module `layer1.0.gate2` and so on. Modules and tensors are shared with `model`,
+    which is left as it was. What gets no gate, and why, tells :func:`ungated`.
+
+    Both networks are run on random inputs: with open gates outputs, gradients and buffers are those
+    of `model`, in training and in evaluation, or it is refused.
+
+    Args:
+        model: any network that torch.fx can trace; a graph that fx made already is taken as it is,
+            so trace in this call rather than before it (fx alone freezes the mode).
+        epsilon: threshold of every new gate, in units of its branch's output.
+        example: a batch of at least 2 inputs for the comparison; of floats only shape and type
+            count. Without it one is made up from the first layer; where none fits, as for a
+            network on the meta device, nothing is compared.
+
+    Raises:
+        GraphError: it cannot be traced, has no residual addition, or would not do the same.
+    """
+    gated = add_gates(model, epsilon)
+    if isinstance(model, fx.GraphModule) and example is None:
+        return gated
+    if example is None:
+        example = parity.example_for(model)
+    if example is not None:
+        parity.refuse_difference(model, gated, example)
+        gated = without_gates(gated, broadcasts(gated, example), BROADCAST)
+        refuse_none(gated)
+    return gated
+
+
+def add_gates(model: nn.Module, epsilon: float = 0.0) -> fx.GraphModule:
+    """As :func:`insert_gates`, without running anything."""
+    source = trace(model)
+    gated = _module(source, _copy(source))
+    device = next((parameter.device for parameter in model.parameters()), None)
+    found = [*residuals(gated), *_whole_blocks(gated)]
+    left = _kept_whole(gated, {str(r.node.target) for r in found if isinstance(r, Residual)})
+    for each in found:
+        if isinstance(each, fx.Node):
+            left.append(Ungated(owner(each), "neither operand of an addition is a shortcut"))
+        elif _is_shared(each, dict(gated.named_modules())):
+            left.append(Ungated(owner(each.node), "adds into a tensor that is used elsewhere"))
+        else:
+            _insert_gate(gated, each, EpsilonGate(epsilon).to(device).train(source.training))
+    gated.meta[UNGATED] = left
+    refuse_none(gated)
+    gated.delete_all_unused_submodules()
+    gated.recompile()
+    return gated
+
+
+def refuse_none(model: fx.GraphModule) -> None:
+    """Raise GraphError for a network without gates, with what got none."""
+    if not gate_nodes(model):
+        left = "; ".join(told(ungated(model)))
+        raise GraphError(
+            f"{model._get_name()}: has no residual addition (shortcut + branch), so there is"
+            f" nothing that an ε-gate could take out{left and f' ({left})'}"
+        )
+
+
+def ungated(model: fx.GraphModule) -> tuple[Ungated, ...]:
+    """The parts of a network from :func:`insert_gates` that got no gate, and why.
+
+    They are modules that are kept whole, because a graph would lose something of their code, and
+    additions that are not residual or whose shortcut cannot stand for the sum.
+    """
+    return tuple(model.meta.get(UNGATED, ()))
+
+
+def told(left: Iterable[Ungated]) -> list[str]:
+    """One line for each reason, with the first place that it holds for and how many there are."""
+    places: dict[str, list[str]] = {}
+    for part in left:
+        places.setdefault(part.reason, []).append(part.place or "the network itself")
+    return [
+        f"{each[0]}{f' and {len(each) - 1} more' if len(each) > 1 else ''}: {reason}"
+        for reason, each in places.items()
+    ]
+
+
+def broadcasts(model: fx.GraphModule, example: Tensor) -> tuple[str, ...]:
+    """The blocks whose shortcut has another shape than their sum, and so cannot stand for it."""
+    shapes = gate_shapes(model, example)
+    return tuple(block for block, (shortcut, result) in shapes.items() if shortcut != result)
+
+
+def without_gates(model: fx.GraphModule, blocks: Iterable[str], reason: str) -> fx.GraphModule:
+    """Plain additions in place of these gates; :func:`ungated` gives the reason."""
+    if not (gone := list(blocks)):
+        return model
+    plain = drop_gates(model, keep=gates(model).keys() - set(gone))
+    plain.meta[UNGATED] = [*ungated(model), *(Ungated(block, reason) for block in gone)]
+    return plain
+
+
+def gate_shapes(model: fx.GraphModule, example: Tensor) -> dict[str, tuple[torch.Size, torch.Size]]:
+    """Shapes of shortcut and result of each gate for a batch of `example`'s shape, by block.
+
+    What its forward pass raises is not caught.
+    """
+    found: dict[str, tuple[torch.Size, torch.Size]] = {}
+    if not gate_nodes(model):
+        return found
+
+    def watch(network: fx.GraphModule) -> None:
+        for block, gate in gates(network).items():
+            gate.register_forward_hook(partial(note, block))
+
+    def note(block: str, gate: nn.Module, operands: Any, result: Tensor) -> None:
+        found[block] = operands[0].shape, result.shape
+
+    parity.dry_run(model, example, watch, training=False)
+    return {block: found[block] for block in gates(model)}
+
+
+def stages(model: fx.GraphModule, input_shape: tuple[int, int, int]) -> dict[str, str]:
+    """The stage of each gated block: neighbours in a row whose results have one shape.
+
+    A stage is called by what the names of its blocks have in common, or by its first block.
+    """
+    example = torch.zeros((1, *input_shape))
+    results = {block: result for block, (_, result) in gate_shapes(model, example).items()}
+    named: dict[str, str] = {}
+    for _, members in groupby(results, key=results.__getitem__):
+        row = list(members)
+        parts = zip(*(block.split(".") for block in row), strict=False)
+        common = [part[0] for part in takewhile(lambda part: len(set(part)) == 1, parts)]
+        name = ".".join(common) if len(row) > 1 else stage_name(row[0])
+        named |= dict.fromkeys(row, name if name and name not in named.values() else row[0])
+    return named
+
+
+def _kept_whole(model: fx.GraphModule, gated: set[str]) -> list[Ungated]:
+    """Modules with weights whose inside is not followed, but for those with a gate beside them."""
+    called = {str(node.target) for node in model.graph.nodes if node.op == "call_module"} - gated
+    return [
+        Ungated(path, f"kept whole, for it {reason}")
+        for path, reason in model.meta.get(KEPT, {}).items()
+        if path in called and any(p.dim() > 1 for p in model.get_submodule(path).parameters())
+    ]
+
+
+def _whole_blocks(model: fx.GraphModule) -> Iterator[Residual]:
+    """Modules kept whole that are a residual block all the same: stochastic depth by hand, say.
+
+    In evaluation such a module returns its input plus a branch; in training it returns whatever
+    its code decides, and what that is more than its input is its branch.
+    """
+    kept = model.meta.get(KEPT, {})
+    for node in model.graph.nodes:
+        if node.op != "call_module" or kept.get(node.target) not in (DRAWS, OTHER_STEPS):
+            continue
+        if len(node.all_input_nodes) != 1 or node.args != tuple(node.all_input_nodes):
+            continue
+        try:
+            inner = trace(copy.deepcopy(model.get_submodule(node.target)).eval(), one_mode=True)
+        except GraphError:
+            continue
+        output = inner.graph.output_node().args[0]
+        for found in residuals(inner):
+            if isinstance(found, Residual) and found.node is output:
+                shortcut, _ = found.operands(fx.Graph())
+                if shortcut.op == "placeholder":
+                    yield Residual(node, whole=True)
+
+
+def _is_shared(found: Residual, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether an addition in place is seen through another name of the tensor that it writes to."""
+    if found.overwritten is None:
+        return False
+    later = set(_after(found.node))
+    others = aliases(found.overwritten, modules).difference(
+        one_tensor(found.overwritten, modules), {found.node}, later
+    )
+    return any(later.intersection(alias.users) for alias in others)
+
+
+def _after(node: fx.Node) -> Iterator[fx.Node]:
+    while (node := node.next).op != "root":
+        yield node
+
+
+def _insert_gate(model: fx.GraphModule, residual: Residual, gate: EpsilonGate) -> None:
+    node = residual.node
+    place, name = owner(node), "gate"
+    if residual.whole:  # the module itself is the user's
+        place, _, last = str(node.target).rpartition(".")
+        name = f"{last}_gate"
+    path = free_name(model, place, name)
+    model.add_submodule(path, gate)
+    readers = list(node.users)
+    with model.graph.inserting_before(node.next if residual.whole else node):
+        addition = model.graph.call_module(path, residual.operands(model.graph))
+    addition.meta = node.meta
+    if residual.overwritten is not None:
+        # An addition in place was also seen by whoever read its operand afterwards.
+        later = set(_after(node))
+        for same in one_tensor(residual.overwritten, dict(model.named_modules())):
+            for user in later.intersection(same.users):
+                user.replace_input_with(same, addition)
+    for reader in readers:
+        reader.replace_input_with(node, addition)
+    if not residual.whole:
+        model.graph.erase_node(node)
+
+
+def remove_blocks(model: nn.Module, names: Iterable[str]) -> fx.GraphModule:
+    """Return the network without the named blocks: each gate becomes its shortcut.
+
+    Whatever only those branches used goes with them. Modules and tensors that stay are shared with
+    `model`, which is left as it was; so are hooks and the training mode.
+
+    Args:
+        model: a network with gates, an `nn.Module` or a graph.
+        names: names of blocks that :func:`gates` lists; their order does not matter.
+
+    Raises:
+        GraphError: a name that is no gated block of this network.
+    """
+    source = trace(model)
+    wanted = set(names)
+    present = gates(source)
+    unknown = sorted(wanted - present.keys())
+    if unknown:
+        known = ", ".join(present) or "none"
+        raise GraphError(
+            f"no gated block named {', '.join(unknown)}; the gated blocks are: {known}"
+        )
+    doomed = {id(present[name]) for name in wanted}
+    return _rewrite(source, lambda m: id(m) in doomed, _shortcut)
+
+
+def drop_gates(model: nn.Module, keep: Iterable[str] = ()) -> fx.GraphModule:
+    """Return the network with plain additions in place of its gates, but for those in `keep`."""
+    names = set(keep)  # once: an iterator would be empty after the first look
+    kept = {id(gate) for name, gate in gates(model).items() if name in names}
+    return _rewrite(
+        trace(model), lambda m: isinstance(m, EpsilonGate) and id(m) not in kept, _plain_addition
+    )
+
+
+def drop_taps(model: nn.Module) -> fx.GraphModule:
+    """Return the network without its taps (identities that only training looks at)."""
+    return _rewrite(
+        trace(model), lambda m: isinstance(m, Tap), lambda graph, node, modules: _first(node)
+    )
+
+
+def without_assertions(model: nn.Module) -> fx.GraphModule:
+    """Return the network without what nothing uses, and what only `torch._assert` looks at."""
+    return _rewrite(trace(model), lambda m: False, _plain_addition)
+
+
+def _first(node: fx.Node) -> fx.Node:
+    operand = node.args[0]
+    assert isinstance(operand, fx.Node)
+    return operand
+
+
+def _shortcut(graph: fx.Graph, node: fx.Node, modules: Mapping[str, nn.Module]) -> fx.Node:
+    """What stands for a removed gate: its shortcut, or a copy of it.
+
+    A gate's result was a new tensor. Where the next step overwrites it, the shortcut must not be
+    handed over: others may read it, and autograd does.
+    """
+    if not written_into(node, modules):
+        return _first(node)
+    with graph.inserting_before(node):
+        return graph.call_function(torch.clone, (_first(node),))
+
+
+def _plain_addition(graph: fx.Graph, node: fx.Node, modules: object) -> fx.Node:
+    with graph.inserting_before(node):
+        return graph.call_function(torch.add, node.args)
+
+
+def _copy(source: fx.GraphModule) -> fx.Graph:
+    """Another graph over the same modules and tensors."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(source.graph, {}))
+    graph.owning_module = source  # which tells what may be swept out
+    return graph
+
+
+def _rewrite(
+    source: fx.GraphModule,
+    matches: Callable[[nn.Module], bool],
+    replacement: Callable[[fx.Graph, fx.Node, Mapping[str, nn.Module]], fx.Node],
+) -> fx.GraphModule:
+    """Replace each module call that `matches`, then sweep out all that nothing uses any more."""
+    graph = _copy(source)
+    modules = dict(source.named_modules())
+    for node in list(graph.nodes):
+        if node.op == "call_module" and matches(modules[str(node.target)]):
+            node.replace_all_uses_with(replacement(graph, node, modules))
+            graph.erase_node(node)
+    # An assertion computes nothing, and must not keep what it looks at.
+    graph.eliminate_dead_code(
+        lambda node: (
+            node.target is not torch._assert and (node.is_impure() or acts_on_others(node, modules))
+        )
+    )
+    return _module(source, graph)
+
+
+def _module(source: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
+    """A graph as a module, with what it calls of `source` and what is known of that."""
+    model = fx.GraphModule(source, graph, source._get_name())
+    model.meta |= source.meta
+    return model
+
+
+# -- What each residual branch is worth: the parameters that leave the network with it
+
+
+def branch_parameters(model: nn.Module) -> dict[str, int]:
+    """Learned parameters by block that :func:`remove_blocks` takes out with that block alone.
+
+    Blocks are in the order of computation. Parameters that anything else uses too do not count;
+    those that two blocks share leave only when both do, and count for neither.
+    """
+    traced = without_assertions(model)
+    modules = dict(traced.named_modules())
+    users = Counter(
+        id(parameter)
+        for node in traced.graph.nodes
+        for parameter in _parameters(traced, node, modules)
+    )
+    found = {}
+    for gate, block in gate_nodes(traced).items():
+        uses: Counter[int] = Counter()
+        sizes = {}
+        for member in branch_nodes(gate):
+            for parameter in _parameters(traced, member, modules):
+                uses[id(parameter)] += 1
+                sizes[id(parameter)] = parameter.numel()
+        found[block] = sum(size for key, size in sizes.items() if uses[key] == users[key])
+    return found
+
+
+def branch_nodes(gate: fx.Node) -> list[fx.Node]:
+    """The nodes that nothing but the branch of this gate needs, last ones first."""
+    _, branch = gate.all_input_nodes
+    members: dict[fx.Node, None] = {}
+    waiting = [branch]
+    while waiting:
+        node = waiting.pop()
+        needed = {gate} if node is branch else members.keys()
+        if node not in members and node.op != "placeholder" and node.users.keys() <= needed:
+            members[node] = None
+            waiting += node.all_input_nodes
+    return list(members)
+
+
+def _parameters(
+    model: fx.GraphModule, node: fx.Node, modules: dict[str, nn.Module]
+) -> list[nn.Parameter]:
+    if node.op == "call_module":
+        return list(modules[str(node.target)].parameters())
+    if node.op == "get_attr":
+        owner, _, name = str(node.target).rpartition(".")
+        value = getattr(model.get_submodule(owner), name)
+        return [value] if isinstance(value, nn.Parameter) else []
+    return []

@@ -1,0 +1,160 @@
+"""Leading epsilon to a target: the share of the parameters that a user wants to keep.
+
+The paper fixes epsilon for the whole run and takes what comes; which value removes how much depends
+on width, data and length. Here the target is given. Between epochs the blocks with the smallest
+responses are chosen, as many as the target asks for by then; epsilon rises to just above the
+largest response on their record, and all other gates stay open. Without that, an epsilon that
+closes the weakest block on every step would close its neighbours on most of theirs: responses vary
+by half from step to step, and by less from block to block. Death is judged as ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from eps_train.config import TrainingConfig
+from eps_train.gating.rewriting import removable
+from eps_train.training.checkpoint import GateRecord
+
+MARGIN = 1.05  # above the largest response of the last epoch, which the next may exceed a little
+LEARN_FIRST = 0.1  # share of the run before the first block is chosen: responses mean little yet
+RECENT = 3  # epochs; at a high rate a single validation says little, but errs downwards
+
+
+@dataclass(kw_only=True, slots=True)
+class EpsilonLead:
+    """The gates of the next epoch, from what the last ones showed.
+
+    Attributes:
+        target: parameters to keep at most.
+        sizes: parameters that leave with each block (`rewriting.branch_parameters`).
+        whole: parameters of the network with all blocks.
+        start, end: 0-based epochs between which the wanted count falls linearly from `whole` to
+            `target`; from `end` on no block is chosen, so that what is left can settle.
+        stages: the stage of each block (`rewriting.stages`); each keeps one.
+        closing: epochs that a gate needs to be closed to be dead.
+        max_drop: accuracy (0..1) that may be lost before no further block is chosen; None: any.
+        epsilon: threshold of the chosen blocks' gates; all others are open.
+        chosen: live blocks that are to die.
+        held: epochs in which the guard chose none.
+    """
+
+    target: float
+    sizes: Mapping[str, int]
+    whole: int
+    start: int
+    end: int
+    stages: Mapping[str, str]
+    closing: int
+    max_drop: float | None
+    epsilon: float = 0.0
+    chosen: frozenset[str] = frozenset()
+    held: int = 0
+    _accuracies: list[float] = field(default_factory=list)
+
+    @classmethod
+    def of(
+        cls,
+        config: TrainingConfig,
+        sizes: Mapping[str, int],
+        whole: int,
+        *,
+        descent: int,
+        stages: Mapping[str, str],
+    ) -> EpsilonLead:
+        """That of a run whose last descent begins with the 0-based epoch `descent`."""
+        assert config.target_parameters is not None
+        drop = config.max_accuracy_drop
+        return cls(
+            target=config.target_parameters * whole,
+            sizes=sizes,
+            whole=whole,
+            stages=stages,
+            start=max(config.epsilon_from, 1, round(LEARN_FIRST * config.epochs)),
+            end=descent,
+            closing=config.closed_epochs,
+            max_drop=None if drop is None else drop / 100,
+        )
+
+    def threshold(self, block: str) -> float:
+        """Epsilon of the block's gate in the next epoch; 0 holds it open."""
+        return self.epsilon if block in self.chosen else 0.0
+
+    def observe(
+        self, epoch: int, records: Iterable[GateRecord], *, kept: int, accuracy: float
+    ) -> None:
+        """Take note of the 0-based `epoch` and decide on the next one.
+
+        Args:
+            epoch: the epoch that ended.
+            records: of all gates, after it.
+            kept: parameters of the network now, dead blocks gone.
+            accuracy: on validation data, 0..1.
+        """
+        self._accuracies.append(accuracy)
+        live = [record for record in records if record.death is None]
+        if kept <= self.target:
+            self.chosen, self.epsilon = frozenset(), 0.0
+            return
+        self.chosen &= {record.block for record in live}
+        if self.start <= epoch + 1 < self.end:
+            self._choose(live, kept - self._wanted(epoch + 1))
+        peaks = [record.peak for record in live if record.block in self.chosen]
+        # Never below what it was: the responses of closed blocks shrink, and must stay below it.
+        self.epsilon = max([self.epsilon, *(MARGIN * peak for peak in peaks)])
+
+    def shortfall(self, kept: int) -> str | None:
+        """What to tell a user whose run ended with `kept` parameters; None when that is enough."""
+        if kept <= self.target:
+            return None
+        left = f"{kept / self.whole:.0%} of the parameters are left, not"
+        left += f" {self.target / self.whole:.0%}"
+        if self.held:
+            epochs = "1 epoch" if self.held == 1 else f"{self.held} epochs"
+            return (
+                f"{left}: in {epochs} accuracy was too far down to let more blocks go;"
+                " give a larger --max-accuracy-drop, or more --epochs"
+            )
+        return (
+            f"{left}: the run was too short, or every stage is down to a block; give more --epochs"
+        )
+
+    def _wanted(self, epoch: int) -> float:
+        """Parameters that should be left, chosen blocks not counted, in the 0-based `epoch`."""
+        last = max(self.end - self.closing - 1, self.start)  # the last ones need time to die
+        done = min(1.0, (epoch + 1 - self.start) / (last + 1 - self.start))
+        return self.whole - done * (self.whole - self.target)
+
+    def _choose(self, live: list[GateRecord], excess: float) -> None:
+        """Add the weakest blocks until `excess` parameters are to go."""
+        excess -= sum(self.sizes[block] for block in self.chosen)
+        if excess > 0 and self._harmed():
+            self.held += 1
+            return
+        free = {record.block: record for record in live if record.block not in self.chosen}
+        for block in removable(sorted(free, key=lambda block: free[block].peak), free, self.stages):
+            if excess <= 0:
+                return
+            self.chosen |= {block}
+            excess -= self.sizes[block]
+
+    def _harmed(self) -> bool:
+        """Whether none of the last epochs came near the best so far."""
+        if self.max_drop is None:
+            return False
+        return max(self._accuracies[-RECENT:]) < max(self._accuracies) - self.max_drop
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "epsilon": self.epsilon,
+            "chosen": sorted(self.chosen),
+            "held": self.held,
+            "accuracies": list(self._accuracies),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.epsilon, self.held = state["epsilon"], state["held"]
+        self.chosen = frozenset(state["chosen"])
+        self._accuracies = list(state["accuracies"])

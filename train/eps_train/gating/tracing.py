@@ -1,0 +1,597 @@
+"""From a network's forward pass to a `torch.fx` graph that still switches between its two modes.
+
+Tracing runs `forward()` once, so whatever is not an operation on tensors is frozen into the graph
+or lost. A module whose forward pass would lose something that way is kept whole: it stays a step of
+the graph that runs its own code. What gives a module away is seen while it is traced: an exception,
+a random number drawn in Python, a buffer or a counter that changes, `torch.no_grad`, autocast, an
+`autograd.Function`, other steps in training than in evaluation. A constant that differs between the
+modes (`training=` of `F.dropout`, say) becomes a :class:`ByMode`.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import operator
+import random
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import CellType, FunctionType
+from typing import Any, TypeGuard
+from unittest import mock
+
+import torch
+from torch import fx, nn
+from torch.fx.node import map_aggregate
+
+from eps_core.errors import GraphError
+from eps_train.gating.gate import EpsilonGate
+from eps_train.models.cifar import Tap
+
+# -- The two modes of a network, training and evaluation, in one graph
+
+
+class ModesDiffer(Exception):
+    """The two modes' graphs have different structures; its argument is the first node that does."""
+
+
+class ByMode(nn.Module):
+    """A function whose constant arguments depend on the mode, in the place of its call.
+
+    Calls `function(*args, **kwargs)` with `training` or with `evaluating`, each a pair of args and
+    kwargs in which a :class:`Slot` stands for an operand.
+    """
+
+    def __init__(self, function: Any, training: Any, evaluating: Any) -> None:
+        super().__init__()
+        self.function = function
+        self.calls = {True: training, False: evaluating}
+
+    def forward(self, *operands: Any) -> Any:
+        args, kwargs = map_aggregate(
+            self.calls[self.training], lambda x: operands[x.index] if isinstance(x, Slot) else x
+        )
+        if isinstance(self.function, str):  # a method of the first argument
+            return getattr(args[0], self.function)(*args[1:], **kwargs)
+        return self.function(*args, **kwargs)
+
+    def extra_repr(self) -> str:
+        return str(getattr(self.function, "__name__", self.function))
+
+
+class Slot:
+    """The place of operand `index` in the arguments of a :class:`ByMode`."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+    def __repr__(self) -> str:
+        return f"%{self.index}"
+
+
+@contextmanager
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """All modules in one mode, and afterwards as they were: their own `train()` is not asked."""
+    before = {module: module.training for module in model.modules()}
+    try:
+        for module in before:
+            module.training = training
+        yield
+    finally:
+        for module, mode in before.items():
+            module.training = mode
+
+
+def differing_calls(training: fx.Graph, evaluating: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """The calls whose constants differ between the modes, each with its twin."""
+    twins: dict[fx.Node, fx.Node] = {}
+    differing: dict[fx.Node, fx.Node] = {}
+    for node, twin in zip(training.nodes, evaluating.nodes, strict=True):
+        twins[node] = twin
+        same_inputs = [twins[n] for n in node.all_input_nodes] == twin.all_input_nodes
+        if (node.op, node.target) != (twin.op, twin.target) or not same_inputs:
+            raise ModesDiffer(node)
+        if _arguments(node) != _arguments(twin):
+            if node.op not in ("call_function", "call_method"):
+                raise ModesDiffer(node)
+            differing[node] = twin
+    return differing
+
+
+def _arguments(node: fx.Node) -> tuple[Any, list[int]]:
+    """Constants of a call in their places, and which operand stands where."""
+    order: list[int] = []
+
+    def blank(value: fx.Node) -> Any:
+        order.append(node.all_input_nodes.index(value))
+        return None
+
+    constants = repr(fx.node.map_arg((node.args, node.kwargs), blank))
+    return constants, order
+
+
+def by_mode(node: fx.Node, twin: fx.Node) -> ByMode:
+    """What calls `node` of the training graph or its `twin` of the other, as the mode demands."""
+    return ByMode(node.target, _call(node), _call(twin))
+
+
+def _call(node: fx.Node) -> Any:
+    slots = {n: Slot(i) for i, n in enumerate(node.all_input_nodes)}
+
+    def slot(value: Any) -> Any:
+        return slots[value] if isinstance(value, fx.Node) else value
+
+    return map_aggregate((node.args, dict(node.kwargs)), slot)
+
+
+_CONTAINERS = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict)
+KEPT = "kept whole"  # key of `GraphModule.meta`: modules that are not followed, and why
+OWN = "state"  # key of `GraphModule.meta`: names in the state dict of the network as it was written
+OTHER_STEPS = "takes other steps in training than in evaluation"
+DRAWS = "draws random numbers in Python"
+_REASON = 120  # characters of an exception's message
+
+
+class _Unfaithful(Exception):
+    """The forward pass does something that a graph would lose."""
+
+
+class _Proxy(fx.Proxy):
+    """Records `x += y` as the step in place that it is: fx's own takes it for `x = x + y`.
+
+    Whoever else holds that tensor sees the difference.
+    """
+
+    def __iadd__(self, other: Any) -> Any:
+        return self._in_place(operator.iadd, other)
+
+    def __isub__(self, other: Any) -> Any:
+        return self._in_place(operator.isub, other)
+
+    def __imul__(self, other: Any) -> Any:
+        return self._in_place(operator.imul, other)
+
+    def __itruediv__(self, other: Any) -> Any:
+        return self._in_place(operator.itruediv, other)
+
+    def _in_place(self, step: Callable[..., Any], other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", step, (self, other), {})
+
+
+class InPlaceTracer(fx.Tracer):
+    """Records what is done in place as that; for the rest, fx's own."""
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+
+class _Tracer(InPlaceTracer):
+    """Follows each module that it can.
+
+    Attributes:
+        kept: modules that are not to be followed, by name, and why; those that turn out so during a
+            trace are added, and the trace is then good for nothing but that.
+        calls: what was recorded: a step as its kind and target, a module that was followed as its
+            name and its own list.
+    """
+
+    def __init__(self, kept: dict[str, str]) -> None:
+        layers = sys.modules.get("timm.layers._fx")  # timm names what fx cannot follow
+        functions = layers.get_notrace_functions() if layers else ()
+        super().__init__(autowrap_functions=tuple(filter(callable, functions)))
+        self._untraceable = tuple(layers.get_notrace_modules()) if layers else ()
+        self._ambient = torch.is_grad_enabled()
+        self.kept = kept
+        self.calls: list[Any] = []
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if isinstance(m, (EpsilonGate, Tap, ByMode, *self._untraceable)):
+            return True
+        if super().is_leaf_module(m, module_qualified_name) or _is_layer(m):
+            return True
+        return module_qualified_name in self.kept
+
+    def create_node(self, kind: str, target: Any, *rest: Any, **named: Any) -> fx.Node:
+        if torch.is_grad_enabled() != self._ambient:
+            raise _Unfaithful("switches gradients off or on (torch.no_grad)")
+        self.calls.append((kind, target))
+        return super().create_node(kind, target, *rest, **named)
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        path = self.path_of_module(m)
+        if self.is_leaf_module(m, path):
+            return super().call_module(m, forward, args, kwargs)
+        stack, outer = self.module_stack.copy(), self.calls
+        self.calls = []
+        outer.append((path, self.calls))
+        before = _state(m)
+        try:
+            result = super().call_module(m, forward, args, kwargs)
+            self._refuse_change(m, before)
+            return result
+        except Exception as error:  # whatever the user's forward() raises on a proxy
+            self.kept[path] = _reason(error)
+            self.module_stack = stack
+            return self.create_proxy("call_module", path, args, kwargs)
+        finally:
+            self.calls = outer
+
+    def follow(self, model: nn.Module) -> fx.Graph:
+        """The graph of `model`, a copy that is not used for anything else afterwards."""
+        fixed = {
+            name: parameter.default
+            for name, parameter in inspect.signature(model.forward).parameters.items()
+            if parameter.default is None or isinstance(parameter.default, (bool, int, float, str))
+        }
+        self._random = _random_states()
+        before = _state(model)
+        with _refusing_contexts():
+            graph = self.trace(model, concrete_args=fixed or None)
+        self._refuse_change(model, before)
+        # fx keeps an input for each fixed argument, and a check of its value: neither is needed.
+        for node in [n for n in graph.nodes if n.op == "placeholder" and n.args]:
+            if str(node.target).rpartition("_")[0] in fixed:
+                doomed = [node]
+                for member in doomed:
+                    doomed += member.users
+                for member in reversed(doomed):
+                    graph.erase_node(member)
+        return graph
+
+    def _refuse_change(self, module: nn.Module, before: list[Any]) -> None:
+        """Raise when a module's own code drew random numbers or changed the module's state."""
+        drawn, self._random = self._random, _random_states()
+        if drawn != self._random:
+            raise _Unfaithful(DRAWS)
+        for (name, *old), (_, *new) in zip(before, _state(module), strict=False):
+            if old != new:
+                raise _Unfaithful(f"changes its own {name} in forward()")
+
+
+def trace(model: nn.Module, *, one_mode: bool = False) -> fx.GraphModule:
+    """Return `model` as a graph over the same modules and tensors; a graph comes back as it is.
+
+    What is traced is a copy: `model` and its state are left as they were. Optional arguments of
+    its `forward()` are fixed at their defaults. With `one_mode` the graph need only be true in the
+    mode that `model` is in.
+
+    Raises:
+        GraphError: the forward pass of the network itself cannot be traced, or depends on the mode
+            in a way that a graph cannot follow.
+    """
+    if isinstance(model, fx.GraphModule):
+        return model
+    name = type(model).__name__
+    kept: dict[str, str] = {}
+    try:
+        while True:
+            known = len(kept)
+            with unmoved_random():
+                first = _trace_once(model, kept, model.training if one_mode else True)
+                switched = {}
+                if not one_mode and len(kept) == known:
+                    switched = _differences(first, _trace_once(model, kept, False), kept)
+            if len(kept) == known:
+                break
+    except ModesDiffer:
+        raise GraphError(
+            f"{name}: its forward() takes other paths in training than in evaluation;"
+            " move what differs into a module of its own"
+        ) from None
+    except _Unfaithful as error:
+        raise GraphError(
+            f"{name}: its forward() {error}, which torch.fx cannot follow; move that into a module"
+            " of its own"
+        ) from None
+    except Exception as error:  # whatever the user's forward() raises on a proxy
+        raise GraphError(
+            f"{name}: torch.fx cannot trace it ({_reason(error)}); remove control"
+            " flow that depends on tensor values from its forward()"
+        ) from error
+    traced = fx.GraphModule(_Origins(model, first.constants), first.graph, name)
+    traced.meta |= {KEPT: kept, OWN: frozenset(model.state_dict())}
+    for node, twin in switched.items():
+        _switch(traced, node, twin)
+    if switched:
+        traced.recompile()
+    return traced
+
+
+class _Origins(nn.Module):
+    """The modules and tensors of a network, and the constants that its trace came upon."""
+
+    def __init__(self, model: nn.Module, constants: dict[str, Any]) -> None:
+        super().__init__()
+        self.__dict__ |= {"training": model.training, "_model": model, **constants}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_model"], name)
+
+
+@dataclass(frozen=True, slots=True)
+class _Trace:
+    graph: fx.Graph
+    calls: list[Any]  # as `_Tracer.calls`
+    constants: dict[str, Any]  # tensors that it came upon, by the names that fx gave them
+
+
+def _trace_once(model: nn.Module, kept: dict[str, str], training: bool) -> _Trace:
+    copied = _copy(model)
+    for module in copied.modules():
+        module.training = training
+    tracer = _Tracer(kept)
+    graph = tracer.follow(copied)
+    targets = [str(node.target) for node in graph.nodes if node.op == "get_attr"]
+    constants = {n: getattr(copied, n) for n in targets if "." not in n and not hasattr(model, n)}
+    return _Trace(graph, tracer.calls, constants)
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """A deep copy, also of what the network's lambdas have hold of."""
+    memo: dict[int, Any] = {}
+    copied = copy.deepcopy(model, memo)
+    for module in copied.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, FunctionType) and value.__closure__:
+                cells = tuple(
+                    CellType(copy.deepcopy(c.cell_contents, memo)) for c in value.__closure__
+                )
+                vars(module)[name] = FunctionType(
+                    value.__code__, value.__globals__, value.__name__, value.__defaults__, cells
+                )
+    return copied
+
+
+def _differences(
+    training: _Trace, evaluating: _Trace, kept: dict[str, str]
+) -> dict[fx.Node, fx.Node]:
+    """The calls whose constants differ in evaluation; modules that do other things go to `kept`."""
+    others = list(_other_calls("", training.calls, evaluating.calls))
+    if not others:
+        try:
+            return differing_calls(training.graph, evaluating.graph)
+        except ModesDiffer as error:
+            others = [owner(error.args[0])]
+    if "" in others:
+        raise ModesDiffer
+    kept |= dict.fromkeys(others, OTHER_STEPS)
+    return {}
+
+
+def _other_calls(path: str, one: list[Any], other: list[Any]) -> Iterator[str]:
+    """Names of the innermost modules that were followed to other steps."""
+    mine, theirs = (
+        [step[0] if isinstance(step[1], list) else step for step in steps] for steps in (one, other)
+    )
+    if mine != theirs:
+        yield path
+        return
+    for (name, inner), (_, twin) in zip(one, other, strict=True):
+        if isinstance(inner, list):
+            yield from _other_calls(name, inner, twin)
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """Whether it is a kind of torch's own layers (BatchNorm with an activation, say)."""
+    bases = (base for base in type(module).__mro__ if base not in _CONTAINERS)
+    return any(base.__module__.startswith("torch.nn.modules") for base in bases)
+
+
+def _state(module: nn.Module) -> list[Any]:
+    """What a forward pass may change of a module without a trace of it in the graph."""
+    tensors = [(n, id(t), t._version) for n, t in module.named_buffers(recurse=False)]
+    tensors += [(n, id(p), p._version) for n, p in module.named_parameters(recurse=False)]
+    return tensors + [(n, v) for n, v in vars(module).items() if type(v) in (bool, int, float)]
+
+
+def _random_states() -> list[Any]:
+    numpy = sys.modules.get("numpy.random")
+    legacy = [(s := numpy.get_state())[1].tobytes(), s[2:]] if numpy else []
+    return [torch.get_rng_state().numpy().tobytes(), random.getstate(), *legacy]
+
+
+@contextmanager
+def unmoved_random() -> Iterator[None]:
+    """Whatever is drawn inside, the CPU's random number generators go on where they stood."""
+    numpy = sys.modules.get("numpy.random")
+    python, legacy = random.getstate(), numpy.get_state() if numpy else None
+    with torch.random.fork_rng(devices=[]):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            if numpy:
+                numpy.set_state(legacy)
+
+
+@contextmanager
+def _refusing_contexts() -> Iterator[None]:
+    """Have raise what would be run through without leaving a trace in the graph."""
+
+    def refuse(reason: str) -> Callable[..., Any]:
+        def raises(*_: Any, **__: Any) -> Any:
+            raise _Unfaithful(reason)
+
+        return raises
+
+    function = "calls an autograd.Function"
+    with (
+        mock.patch.object(torch.autograd.Function, "apply", refuse(function)),
+        mock.patch.object(torch.autocast, "__enter__", refuse("runs under torch.autocast")),
+    ):
+        yield
+
+
+def _reason(error: Exception) -> str:
+    line = " ".join(str(error).split()) or type(error).__name__
+    return line if len(line) <= _REASON else line[: _REASON - 3] + "..."
+
+
+def _switch(traced: fx.GraphModule, node: fx.Node, twin: fx.Node) -> None:
+    module = by_mode(node, twin)
+    path = free_name(traced, owner(node), "by_mode")
+    module.training = traced.training
+    traced.add_submodule(path, module)
+    with traced.graph.inserting_before(node):
+        replacement = traced.graph.call_module(path, tuple(node.all_input_nodes))
+    replacement.meta = node.meta
+    node.replace_all_uses_with(replacement)
+    traced.graph.erase_node(node)
+
+
+def owner(node: fx.Node) -> str:
+    """Qualified name of the module whose `forward()` made the node; "" for the network itself."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = next((entry[0] for entry in reversed(list(stack.values()))), "")
+    return str(path)
+
+
+def free_name(model: nn.Module, place: str, name: str) -> str:
+    """`place.name`, or the first of `place.name2`, `place.name3`, ... that `model` has not got."""
+    try:
+        inner = model.get_submodule(place)
+    except AttributeError:
+        inner = nn.Module()
+    count, candidate = 1, name
+    while hasattr(inner, candidate):
+        count += 1
+        candidate = f"{name}{count}"
+    return f"{place}.{candidate}" if place else candidate
+
+
+# -- Which steps of a network write into their operand, and would spoil it for its other readers
+
+# Steps whose result may be their operand itself, or a view of it.
+_PASSING_MODULES = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd, ByMode)
+_PASSING_NAMES = (
+    *("view", "reshape", "flatten", "unflatten", "permute", "transpose", "movedim", "expand"),
+    *("squeeze", "unsqueeze", "contiguous", "to", "type", "float", "chunk", "split", "unbind"),
+    *("narrow", "select", "getitem", "__getitem__", "dropout"),
+)
+_WRITING_OPERATORS = frozenset(
+    {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem}
+)
+
+
+def written_into(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether some later step may overwrite what `node` holds: `ReLU(inplace=True)`, say."""
+    queue, seen = [node], {node}
+    while queue:
+        here = queue.pop()
+        for user in here.users:
+            if _writes(user, here, modules):
+                return True
+            if user not in seen and _passes(user, modules):
+                seen.add(user)
+                queue.append(user)
+    return False
+
+
+def acts_on_others(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether `node` writes into a tensor that other steps read: it counts even if unused itself.
+
+    `x.add_(1)` as a statement is of that kind, or a `ReLU(inplace=True)` that a branch begins with,
+    which rectifies the shortcut as well.
+    """
+    path = node
+    if not (path.args and isinstance(path.args[0], fx.Node)):
+        return False
+    if not _writes(path, path.args[0], modules):
+        return False
+    while isinstance(source := path.args[0] if path.args else None, fx.Node):
+        if any(user is not path for user in source.users) or source.op == "placeholder":
+            return True
+        path = source
+        operand = path.args[0] if path.args else None
+        if not (_passes(path, modules) or _writes(path, operand, modules)):
+            return False
+    return False
+
+
+def one_tensor(node: fx.Node, modules: Mapping[str, nn.Module]) -> list[fx.Node]:
+    """The nodes that hold the very tensor that `node` holds: it, and what identities hand on."""
+
+    def hands_on(step: object) -> TypeGuard[fx.Node]:
+        if not isinstance(step, fx.Node) or step.op != "call_module":
+            return False
+        return isinstance(modules[str(step.target)], nn.Identity)
+
+    while hands_on(node) and isinstance(source := node.args[0], fx.Node):
+        node = source
+    found = [node]
+    for member in found:
+        found += [user for user in member.users if hands_on(user)]
+    return found
+
+
+def aliases(node: fx.Node, modules: Mapping[str, nn.Module]) -> set[fx.Node]:
+    """The nodes that may hold the memory that `node` holds, or a part of it."""
+    found, queue = {node}, [node]
+    while queue:
+        here = queue.pop()
+        near = [u for u in here.users if _passes(u, modules) or _writes(u, here, modules)]
+        operand = here.args[0] if here.args else None
+        if isinstance(operand, fx.Node) and (
+            _passes(here, modules) or _writes(here, operand, modules)
+        ):
+            near.append(operand)
+        queue += [other for other in near if other not in found]
+        found.update(near)
+    return found
+
+
+def _name(node: fx.Node) -> str:
+    return str(getattr(node.target, "__name__", node.target))
+
+
+def _writes(user: fx.Node, operand: object, modules: Mapping[str, nn.Module]) -> bool:
+    if user.op == "call_module":
+        return _module_writes(modules[str(user.target)])
+    if user.op == "output" or not user.args or user.args[0] is not operand:
+        return False
+    if user.target in _WRITING_OPERATORS or user.kwargs.get("inplace"):
+        return True
+    name = _name(user)
+    if name.startswith("__"):
+        return name.startswith("__i")
+    # `F.relu(x, True)`: no function of this kind has another flag in that place.
+    positional = user.op == "call_function" and True in user.args[1:] and "relu" in name
+    return name.endswith("_") or positional
+
+
+def _module_writes(module: nn.Module) -> bool:
+    if isinstance(module, (EpsilonGate, Tap)):
+        return False
+    if isinstance(module, ByMode):
+        return any(kwargs.get("inplace") for _, kwargs in module.calls.values())
+    own = not type(module).__module__.startswith("torch.")
+    flag = getattr(module, "inplace", None)
+    return _code_writes(module) if own and flag is None else bool(flag)
+
+
+def _code_writes(module: nn.Module) -> bool:
+    """Whether the code of somebody's own layer overwrites what it is given, in either mode."""
+    for training in (True, False):
+        copied = copy.deepcopy(module)  # its code runs, and may change its state
+        try:
+            with in_mode(copied, training), unmoved_random():
+                steps = InPlaceTracer().trace(copied)
+        except Exception:  # fx cannot follow it; whatever its code raises on a proxy
+            continue
+        inner = dict(copied.named_modules())
+        if any(written_into(node, inner) for node in steps.nodes if node.op == "placeholder"):
+            return True
+    return False
+
+
+def _passes(user: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    if user.op == "call_module":
+        module = modules[str(user.target)]
+        if isinstance(module, EpsilonGate):
+            return False  # its result is a tensor of its own
+        own = not type(module).__module__.startswith("torch.")  # DropPath and the like
+        plain = own and not any(True for _ in module.parameters())
+        return isinstance(module, _PASSING_MODULES) or plain
+    return user.op in ("call_function", "call_method") and _name(user) in _PASSING_NAMES

@@ -1,0 +1,1 @@
+"""Network families and how a network is named."""

@@ -1,0 +1,251 @@
+"""A saved network is data: its family and arguments, its gates, the blocks that are gone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from eps_core.errors import ConfigError, FileFormatError, GraphError
+from eps_train.gating import parity, rewriting
+from eps_train.models import registry
+from eps_train.models.registry import FAMILIES
+
+_WIDTHS = {"cifar": 16, "imagenet": 64}  # where `--model` names none: those of the paper
+_NOT_A_MODEL = (
+    "not a model; write cifar:DEPTH or cifar:DEPTHxWIDTH, imagenet:DEPTH, torchvision:NAME,"
+    " timm:NAME or package.module:factory, for example cifar:110, cifar:56x16 or imagenet:50"
+)
+_DIGITS = 4  # of depth and width; what is longer takes minutes to fail
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NetworkSpec:
+    """How to rebuild a network's graph; its tensors are kept beside it.
+
+    Attributes:
+        family: a key of `factories.FAMILIES`, or a factory: `torchvision:resnet50`,
+            `timm:resnetv2_50`, `mypackage.module:factory`.
+        arguments: its keyword arguments: int, and for timm also float, bool and str.
+        gated: blocks that carry a gate; every other block's gate is a plain addition.
+        removed: blocks that were taken out.
+        broadcast: residual additions that are no blocks, because their shortcut has another shape
+            than their sum, and so cannot stand for it.
+    """
+
+    family: str
+    arguments: Mapping[str, Any]
+    gated: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
+    broadcast: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "family": self.family,
+            "arguments": dict(self.arguments),
+            "gated": list(self.gated),
+            "removed": list(self.removed),
+            "broadcast": list(self.broadcast),
+        }
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> NetworkSpec:
+        return cls(
+            family=fields["family"],
+            arguments=dict(fields["arguments"]),
+            gated=tuple(fields["gated"]),
+            removed=tuple(fields["removed"]),
+            broadcast=tuple(fields.get("broadcast", ())),
+        )
+
+    @classmethod
+    def parse(
+        cls,
+        text: str,
+        *,
+        in_channels: int,
+        classes: int,
+        image_size: tuple[int, int] | None = None,
+    ) -> NetworkSpec:
+        """Read what `--model` takes; all blocks are gated.
+
+        That is ``cifar:DEPTH``, ``imagenet:DEPTH`` (both also ``DEPTHxWIDTH``),
+        ``torchvision:NAME``, ``timm:NAME``, or ``package.module:factory`` for a function or class
+        that is called with `num_classes`, and with `in_chans` if it has that. Those of timm may be
+        given further arguments: ``timm:NAME,img_size=64``.
+
+        With `image_size`, height and width, a network of somebody else's is run: on a blank batch,
+        and with open gates beside itself as it was written.
+
+        Raises:
+            ConfigError: no such network, impossible arguments, or one that does not fit the data.
+            GraphError: a network that cannot be traced, has no residual addition, or would not do
+                the same with gates.
+        """
+        family = text.partition(":")[0]
+        ends = {"in_channels": in_channels, "classes": classes}
+        try:
+            if family in FAMILIES:
+                spec = cls(family=family, arguments=_size(text) | ends)
+            elif _is_factory(text):
+                name, given = registry.split_arguments(text)
+                spec = cls(family=name, arguments=registry.arguments_for(name, **ends) | given)
+            else:
+                raise ConfigError(f"{text}: {_NOT_A_MODEL}")
+            skeleton = spec.skeleton()
+            registry.check_ends(text, skeleton, **ends)
+            if image_size is not None and family not in FAMILIES:
+                broadcast = spec._try_out((in_channels, *image_size), classes)
+                spec = replace(spec, broadcast=broadcast)
+                skeleton = spec.skeleton()
+                rewriting.refuse_none(skeleton)
+        except ValueError as error:
+            raise ConfigError(f"--model {text}: {error}") from None
+        except ConfigError as error:
+            raise ConfigError(f"--model {error}") from None
+        except GraphError as error:
+            raise GraphError(f"--model {text}: {error}") from None
+        return replace(spec, gated=tuple(rewriting.gates(skeleton)))
+
+    def all_blocks(self) -> tuple[str, ...]:
+        """Names of all residual blocks that the network is built with."""
+        return tuple(rewriting.gates(self.skeleton()))
+
+    def _whole(self) -> fx.GraphModule:
+        """The network with all gates, freshly initialised."""
+        model = registry.make(self.family, self.arguments)
+        if self.family in FAMILIES:
+            return rewriting.trace(model, one_mode=True)  # none of ours asks for its mode
+        return rewriting.without_gates(
+            rewriting.add_gates(model), self.broadcast, rewriting.BROADCAST
+        )
+
+    def _try_out(self, shape: tuple[int, int, int], classes: int) -> tuple[str, ...]:
+        """Run the network on images of this shape; returns the additions with other shortcuts."""
+        size = "x".join(map(str, shape))
+        blank = torch.zeros((parity.BATCH, *shape))
+        with torch.random.fork_rng(devices=[]):
+            model = registry.make(self.family, self.arguments)
+        try:
+            logits = parity.dry_run(model, blank, training=False)
+        except Exception as error:  # whatever the user's forward() raises
+            line = " ".join(str(error).split()) or type(error).__name__
+            raise ConfigError(
+                f"{self.family}: does not run on a batch of images of {size} ({line}); it must take"
+                " images alone, of the size that --image-size makes them"
+            ) from error
+        if not isinstance(logits, Tensor) or logits.shape != (parity.BATCH, classes):
+            found = "x".join(map(str, logits.shape)) if isinstance(logits, Tensor) else "no tensor"
+            raise ConfigError(
+                f"{self.family}: returns {found} for {parity.BATCH} images of {size}, not logits of"
+                f" {parity.BATCH}x{classes}"
+            )
+        gated = rewriting.add_gates(model)
+        example = parity.example_for(model, shape)
+        if example is not None:
+            parity.refuse_difference(model, gated, example)
+        return rewriting.broadcasts(gated, blank)
+
+    def skeleton(self) -> fx.GraphModule:
+        """The network with all gates and without numbers (on the meta device).
+
+        Where a factory computes with its tensors, they are real.
+        """
+        try:
+            with torch.device("meta"):
+                return self._whole()
+        except ConfigError:
+            if self.family in FAMILIES:
+                raise
+        with torch.random.fork_rng(devices=[]):
+            return self._whole()
+
+    def _to_be_filled(self) -> fx.GraphModule:
+        """The network with all gates; its tensors are to be replaced, so they cost no time.
+
+        A factory of somebody else's may keep tensors beside the state dict, so it gets to make
+        them, but draws no random numbers of ours.
+        """
+        if self.family in FAMILIES:
+            return self.skeleton()
+        with torch.random.fork_rng(devices=[]):
+            return self._whole()
+
+    def build(self, state: Mapping[str, Tensor] | None = None) -> fx.GraphModule:
+        """Build the network, in training mode: freshly initialised, or filled with `state`.
+
+        `state` may hold more than this network needs (weights of removed blocks), not less.
+        Raises FileFormatError when the spec or the tensors do not fit each other.
+        """
+        try:
+            model = self._whole() if state is None else self._to_be_filled()
+        except (ConfigError, GraphError, TypeError, ValueError) as error:
+            raise FileFormatError(
+                f"unknown network {self.family} {dict(self.arguments)} ({error})"
+            ) from error
+        built = rewriting.remove_blocks(model, self.removed) if self.removed else model
+        built = rewriting.drop_gates(built, keep=self.gated)
+        if state is not None:
+            needed = built.state_dict()
+            missing = sorted(needed.keys() - state.keys())
+            if missing:
+                raise FileFormatError(f"tensors are missing, the first is {missing[0]}")
+            for name, tensor in needed.items():
+                if tensor.shape != state[name].shape or tensor.dtype != state[name].dtype:
+                    raise FileFormatError(
+                        f"tensor {name} has another shape or type than its network"
+                    )
+            # Copies: two networks built from one state must not share what training changes.
+            built.load_state_dict(
+                {name: state[name].clone() for name in needed}, assign=self.family in FAMILIES
+            )
+        return built
+
+
+def _size(text: str) -> dict[str, int]:
+    """Depth and width of `family:DEPTH` or `family:DEPTHxWIDTH`; the latter only if given."""
+    family, _, size = text.partition(":")
+    depth, cross, width = size.partition("x")
+    if not depth.isdecimal() or (cross and not width.isdecimal()):
+        raise ConfigError(f"{text}: {_NOT_A_MODEL}")
+    if max(len(depth), len(width)) > _DIGITS:
+        raise ConfigError(f"{family}: depth and width must be below {10**_DIGITS:,}")
+    return {"depth": int(depth), "width": int(width) if cross else _WIDTHS[family]}
+
+
+def _is_factory(text: str) -> bool:
+    module, _, member = text.partition(":")
+    if module == "timm":
+        member = member.partition(",")[0]
+    if module in ("torchvision", "timm"):
+        return bool(member)
+    return all(part.isidentifier() for part in (*module.split("."), member))
+
+
+# -- What a network costs: parameters and floating-point operations
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Learned parameters, and FLOPs of one forward pass of one image.
+
+    A multiply-add counts as two FLOPs. Convolutions and linear layers are counted, as is usual;
+    normalisation, activations and additions are not.
+    """
+
+    parameters: int
+    flops: int
+
+
+def cost(model: nn.Module, input_shape: tuple[int, int, int]) -> Cost:
+    """Count `model` for one float32 image of `input_shape` `[C, H, W]`; nothing is computed."""
+    skeleton = copy.deepcopy(model).to("meta").eval()
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        skeleton(torch.empty((1, *input_shape), device="meta"))
+    return Cost(sum(p.numel() for p in model.parameters()), counter.get_total_flops())

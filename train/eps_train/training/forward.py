@@ -1,0 +1,442 @@
+"""The forward pass of a training step: network and side head, distributed and compiled."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.passes.split_module import split_module
+from torch.nn.parallel import DistributedDataParallel
+
+from eps_core import cli
+from eps_core.errors import ConfigError
+from eps_train.config import TrainingConfig
+from eps_train.gating import rewriting
+from eps_train.gating.gate import EpsilonGate, GateRecords
+from eps_train.models.cifar import SideHead
+from eps_train.training.distributed import Group, running_statistics
+
+Answers = tuple[Tensor, Tensor | None]  # logits of the network and of its side head
+
+
+class TrainedNetwork(nn.Module):
+    """Network and side head as one module, which DDP has to see together."""
+
+    def __init__(self, model: fx.GraphModule, side_head: SideHead | None) -> None:
+        super().__init__()
+        self.model, self.side_head = model, side_head
+        self._tapped: Tensor | None = None
+        self._records = GateRecords([])
+        self._run: Callable[[Tensor], Tensor] | None = None
+        if side_head is not None:
+            rewriting.taps(model)[0].register_forward_hook(self._read_tap)
+
+    def forward(self, images: Tensor) -> Answers:
+        """Logits `[N, classes]` of normalised images `[N, C, H, W]`; of the side head, or None."""
+        logits = self.model(images) if self._run is None else self._run(images)
+        if self.training:
+            self._records.update()
+        tapped, self._tapped = self._tapped, None
+        if self.side_head is None or tapped is None:
+            return logits, None
+        return logits, self.side_head(tapped)
+
+    def run_by(self, run: Callable[[Tensor], Tensor]) -> None:
+        """Pass images through `run`, which computes what the model does."""
+        self._run = run
+
+    def join_records(self) -> None:
+        """Have the gates' records updated together at the end of every pass (same records)."""
+        gates = [
+            self.model.get_submodule(str(node.target)) for node in rewriting.gate_nodes(self.model)
+        ]
+        calls = Counter(map(id, gates))
+        once = [g for g in gates if isinstance(g, EpsilonGate) and calls[id(g)] == 1]
+        self._records = GateRecords(once)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_run": None}  # a copy passes images through its own model
+
+    def _read_tap(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        if module.training:
+            self._tapped = output
+
+
+class Forward:
+    """Calls a :class:`TrainedNetwork` as the configuration asks, whatever shape it has by now.
+
+    Raises:
+        ConfigError: this machine lacks what `--compile` or `--sync-batchnorm` needs.
+    """
+
+    def __init__(
+        self, network: TrainedNetwork, config: TrainingConfig, group: Group, device: torch.device
+    ) -> None:
+        self._network, self._group, self._device = network, group, device
+        self._compile = config.compile
+        self._parts: dict[str, Callable[..., Any]] = {}  # compiled, by what they compute
+        if config.compile:
+            refuse_compile(device)
+            network.run_by(self._compiled())
+        self._call: Callable[[Tensor], Answers] | None = None
+
+    def __call__(self, images: Tensor) -> Answers:
+        if self._call is None:
+            self._call = self._wrap()
+        return self._call(images)
+
+    def renew(self, model: fx.GraphModule) -> None:
+        """Go on with `model`, which shares its modules with the one before.
+
+        Of that one nothing is kept but compiled parts that are the same in both: the hooks of its
+        DDP would hold the memory of removed blocks, and would run beside the new ones.
+        """
+        self._network.model = model
+        if self._compile:
+            self._network.run_by(self._compiled())
+        self._call = None
+
+    def _wrap(self) -> Callable[[Tensor], Answers]:
+        self._network.join_records()
+        network: nn.Module = self._network
+        if self._group.world is not None:
+            # Each process's gates have records of their own. The running statistics of batch norm,
+            # which nothing reads in training, the loop shares once an epoch.
+            self._group.share(running_statistics(network))
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+                network, [name for name, _ in network.named_buffers()]
+            )
+            network = DistributedDataParallel(
+                network,
+                device_ids=[self._device.index] if self._device.type == "cuda" else None,
+                gradient_as_bucket_view=True,  # a gradient is sent from where it is, not copied
+            )
+        return network
+
+    def _compiled(self) -> Callable[[Tensor], Tensor]:
+        """The model in parts, each compiled; those that were there before a removal stay so."""
+        whole, parts = in_parts(self._network.model), {}
+        for name, part in list(whole.named_children()):
+            assert isinstance(part, fx.GraphModule)
+            key = _what_it_computes(part)
+            known = self._parts.get(key)
+            parts[key] = torch.compile(part, dynamic=False) if known is None else known
+            setattr(whole, name, parts[key])
+        self._parts = parts
+        run: Callable[[Tensor], Tensor] = whole.forward
+        return run
+
+
+def in_parts(model: fx.GraphModule) -> fx.GraphModule:
+    """The same network as a chain of submodules, cut behind each gate. Modules are shared.
+
+    Removing a block leaves all parts but its own as they were, unless something stands between it
+    and the next, such as a tap; and of parts of one shape the compiler finds the kernels in its
+    cache.
+    """
+    gates = rewriting.gate_nodes(model).keys()
+    number, behind = {}, 0
+    for node in model.graph.nodes:
+        number[node] = behind
+        behind += node in gates
+    return split_module(model, model, number.__getitem__, keep_original_order=True)
+
+
+def _what_it_computes(part: fx.GraphModule) -> str:
+    """Its steps, with the modules' names, but without those of its operands, and no identities.
+
+    A removed block leaves its shortcut behind, which is one.
+    """
+    modules = dict(part.named_modules())
+    order: dict[fx.Node, int] = {}
+    steps: list[Any] = []
+    for node in part.graph.nodes:
+        if node.op == "call_module" and type(modules[str(node.target)]) is nn.Identity:
+            order[node] = order[node.all_input_nodes[0]]
+            continue
+        order[node] = len(steps)
+        named = node.op != "placeholder"
+        operands = fx.node.map_arg((node.args, node.kwargs), order.__getitem__)
+        steps.append((node.op, node.target, operands) if named else node.op)
+    return repr(steps)
+
+
+def synchronise_batchnorm(module: nn.Module, group: Group, device: torch.device) -> nn.Module:
+    """The same module with torch's SyncBatchNorm in the place of every batch norm.
+
+    Parameters and names stay. Raises ConfigError where torch has none.
+    """
+    if device.type != "cuda":
+        raise ConfigError(
+            "--sync-batchnorm: torch's SyncBatchNorm takes tensors on CUDA devices alone, not on"
+            f" {device.type}; leave it out"
+        )
+    if group.size == 1:
+        return module
+    converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    return converted
+
+
+def drop_batch_counts(module: nn.Module) -> None:
+    """Have its batch norms no longer count batches, which costs a GPU a kernel each and step.
+
+    The count only matters to a batch norm without momentum, which keeps it. State dicts have the
+    others as 0, and may have any when they are loaded.
+    """
+    for norm in module.modules():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.momentum is not None:
+            if norm.num_batches_tracked is None:
+                continue
+            norm.num_batches_tracked = None
+            norm.register_state_dict_post_hook(_add_count)
+            norm.register_load_state_dict_pre_hook(_pass_over_count)
+
+
+def _add_count(norm: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    state[f"{prefix}num_batches_tracked"] = torch.tensor(0)
+
+
+def _pass_over_count(norm: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    state.pop(f"{prefix}num_batches_tracked", None)
+
+
+def refuse_compile(device: torch.device) -> None:
+    """Raise ConfigError where torch.compile has no compiler to work with."""
+    if device.type == "cuda":
+        if importlib.util.find_spec("triton") is None:
+            raise ConfigError(
+                "--compile: needs the package triton, which torch brings on Linux; leave it out"
+            )
+    elif device.type == "cpu":
+        usual = {"win32": "cl", "darwin": "clang++"}.get(sys.platform, "g++")
+        compiler = os.environ.get("CXX", usual)
+        if shutil.which(compiler) is None:
+            raise ConfigError(
+                f"--compile: needs a C++ compiler, and {compiler} is not here; install it, name"
+                " another in the environment variable CXX, or leave --compile out"
+            )
+    else:
+        raise ConfigError(f"--compile: not supported on {device.type}; leave it out")
+
+
+# -- Which device a process trains on
+
+_CHOICES = "auto, cpu, cuda, cuda:N or mps"
+
+
+def choose(name: str) -> torch.device:
+    """The device that `--device` names; `auto` is a CUDA device if there is one.
+
+    Under torchrun `cuda` is the device of the process's number on its machine. Raises ConfigError
+    for one that is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"--device {name}: not a device; write {_CHOICES}") from None
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if device.type == "cuda":
+        return _cuda(device)
+    if device.type == "mps":
+        return _mps()
+    raise ConfigError(f"--device {name}: not supported; write {_CHOICES}")
+
+
+def _cuda(device: torch.device) -> torch.device:
+    present = torch.cuda.device_count()
+    if not cli.launched():
+        if (device.index or 0) >= present:
+            raise ConfigError(
+                f"--device {device}: torch sees {present} CUDA devices here; use --device cpu"
+            )
+        return device
+    if device.index is not None:
+        raise ConfigError(
+            f"--device {device}: torchrun gives each process a device of its own; write cuda"
+        )
+    index = int(os.environ["LOCAL_RANK"])
+    if index >= present:
+        raise ConfigError(
+            f"--device cuda: torchrun started {os.environ['LOCAL_WORLD_SIZE']} processes, and torch"
+            f" sees {present} CUDA devices here; start as many as there are, or use --device cpu"
+        )
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def _mps() -> torch.device:
+    if not torch.backends.mps.is_available():
+        raise ConfigError("--device mps: torch sees no Apple GPU here; use --device cpu")
+    if cli.launched():
+        raise ConfigError("--device mps: one process alone can use it; leave torchrun out")
+    return torch.device("mps")
+
+
+def wide_float(device: torch.device) -> torch.dtype:
+    """The type in which a long sum is kept: float64, but for Apple GPUs, which have none."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+@contextmanager
+def cpu_threads(count: int) -> Iterator[None]:
+    """Have torch use so many threads on the CPU in this block; 0 leaves their number as it is.
+
+    Sums depend on it. More than one make small networks no faster, and on a busy machine they
+    wait for each other.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+# -- In which numbers a training step computes; everything else always computes in float32
+#
+# Parameters, gradients, optimizer, the gates' decisions, validation and the test are float32 in
+# every precision: what is validated is what ships. TF32, which CUDA devices use for convolutions
+# unless told otherwise, is off wherever `tf32` was not asked for.
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_LEAST_SCALE = 2.0**-24  # below it the gradient would have to exceed 1e12 to overflow float16
+
+
+class Precision:
+    """One of `fp32`, `tf32`, `bf16`, `fp16` on a device.
+
+    `fp32` is IEEE float32; `tf32` lets a CUDA device round the operands of convolutions and matrix
+    products to 10 bits; `bf16` and `fp16` run these in that type (torch.autocast), the latter with
+    a loss scale that is adapted as the run goes.
+
+    Raises:
+        ConfigError: the device cannot do it.
+    """
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        self.name, self._device = name, device
+        if name == "tf32":
+            _refuse_tf32(device)
+        elif name in _AUTOCAST:
+            _refuse_half(name, device)
+        self._scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
+        _set_tf32(False)
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """Around the steps of an epoch, not around validation.
+
+        TF32 is allowed in here alone. All steps have one shape, so that cuDNN may try its kernels
+        and take the fastest: which it takes can differ from run to run, and with it the last bits.
+        `torch.backends.cudnn.deterministic` switches that off, for runs that are to repeat exactly.
+        """
+        tried = torch.backends.cudnn.benchmark
+        if self._device.type == "cuda":
+            torch.backends.cudnn.benchmark = not torch.backends.cudnn.deterministic
+        _set_tf32(self.name == "tf32")
+        try:
+            yield
+        finally:
+            _set_tf32(False)
+            torch.backends.cudnn.benchmark = tried
+
+    def autocast(self) -> torch.autocast:
+        """Around the forward pass of one step."""
+        dtype = _AUTOCAST.get(self.name)
+        if dtype is None:  # autocast checks the type even where it is disabled
+            return torch.autocast(self._device.type, enabled=False)
+        return torch.autocast(self._device.type, dtype=dtype)
+
+    def step(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
+        """Backward pass and optimizer step; in fp16 the step is left out when a gradient overflows.
+
+        Then the scale is halved and the loss stays what it was: finite.
+        """
+        self._scaler.scale(loss).backward()
+        self._scaler.step(optimizer)
+        self._scaler.update()
+
+    def collapsed(self) -> bool:
+        """Whether no loss scale keeps the gradients finite. Waits for the device.
+
+        A run whose gradients are NaN for another reason would leave out every step in silence.
+        """
+        return self._scaler.is_enabled() and self._scaler.get_scale() < _LEAST_SCALE
+
+    def state(self) -> dict[str, Any]:
+        """The loss scale and its history as plain data; empty but for fp16."""
+        return dict(self._scaler.state_dict())
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Inverse of :meth:`state`."""
+        if state:
+            self._scaler.load_state_dict(state)
+
+
+def memory_format(name: str, device: torch.device) -> torch.memory_format:
+    """The order in memory of images and convolution weights that is fastest in a precision.
+
+    Channels-last: tensor cores take no other in `tf32`, `bf16` and `fp16`, and it is a quarter
+    faster on the CPUs tried. What `fp32` prefers on a GPU is not measured.
+    """
+    return torch.channels_last
+
+
+def _refuse_tf32(device: torch.device) -> None:
+    if device.type != "cuda":
+        raise ConfigError(
+            f"--precision tf32: a number format of CUDA devices, not of {device.type};"
+            " use fp32 or bf16"
+        )
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        raise ConfigError(
+            f"--precision tf32: {torch.cuda.get_device_name(device)} does not have it"
+            " (Ampere and later do); use fp32 or fp16"
+        )
+
+
+def _refuse_half(name: str, device: torch.device) -> None:
+    """Raise ConfigError unless `device` computes and differentiates a convolution in this type."""
+    if (
+        name == "bf16"
+        and device.type == "cuda"
+        and not torch.cuda.is_bf16_supported(including_emulation=False)
+    ):
+        raise ConfigError(
+            f"--precision bf16: {torch.cuda.get_device_name(device)} does not have it"
+            " (Ampere and later do); use fp16"
+        )
+    try:
+        with torch.random.fork_rng(devices=[]), torch.autocast(device.type, dtype=_AUTOCAST[name]):
+            weight = torch.zeros(8, 8, 3, 3, device=device, requires_grad=True)
+            answer = torch.conv2d(torch.zeros(1, 8, 4, 4, device=device), weight)
+        answer.float().sum().backward()
+    except (RuntimeError, NotImplementedError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(
+            f"--precision {name}: this {device.type} device cannot train in it ({reason}); use fp32"
+        ) from None
+
+
+def _set_tf32(allowed: bool) -> None:
+    """Allow or forbid TF32 in matrix products and convolutions, for the whole process.
+
+    By the older of torch's two interfaces: torch.compile still reads that one, and refuses to go on
+    where the newer one was used (pytorch issue 166387).
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Please use the new API settings")
+        torch.set_float32_matmul_precision("high" if allowed else "highest")
+        torch.backends.cudnn.allow_tf32 = allowed
