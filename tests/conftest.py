@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 from hypothesis import settings
@@ -51,3 +51,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if marked and not available():
             for item in marked:
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="module")
+def undrawn() -> Iterator[None]:
+    """`training.png` is empty: drawing it takes longer than the tiny runs of these tests.
+
+    It is drawn in tests/integration/test_kept_files.py and tests/deploy/test_formats.py.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("eps_train.training.run.draw", lambda metrics, title: b"")
+        yield

@@ -17,6 +17,8 @@ from eps_train.gating import rewriting
 from eps_train.training.checkpoint import Checkpoint, Death
 from tests.commands import run
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 OWN = """
 from torch import nn
 

@@ -24,6 +24,8 @@ from eps_train.training.checkpoint import FORMAT, Checkpoint
 from eps_train.training.trainer import Trainer
 from tests.commands import Result, files_in, run
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 TINY = ("--model", "cifar:8x4", "--epochs", "2")
 
 

@@ -13,6 +13,8 @@ from eps_train.config import TrainingConfig
 from eps_train.recipes import digits
 from tests.commands import Result, run
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 # One option, its value, and the field's value that comes of it, for every field but `recipe`.
 GIVEN = {
     "dataset": ("--dataset", "mnist", "mnist"),

@@ -24,6 +24,8 @@ from eps_train.training.trainer import Trainer
 from tests.commands import files_in
 from tests.train.runs import DYING, DoomedTrainer, digits
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 SHORT = replace(DYING, model="cifar:8x4", epochs=3, batch_size=256, epsilon=1.0)
 
 
