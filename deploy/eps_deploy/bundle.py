@@ -296,7 +296,7 @@ def _agreeing(bundle: Bundle, engine: Engine) -> Engine:
 
 # -- Warm-up and proof in one: the stored samples through an engine, before a client is let in
 
-PROOF_SAMPLES = "samples.npz"
+SAMPLES = "samples.npz"
 
 
 def prove(bundle: Bundle, engine: Engine, stage: str) -> Parity:
@@ -328,7 +328,7 @@ def warm(bundle: Bundle, engine: Engine) -> None:
 
 def _samples(bundle: Bundle, engine: Engine) -> tuple[Images, Logits, npt.NDArray[np.int64]]:
     """Images, torch's logits and indices; so many that the largest batch is a full one."""
-    with np.load(io.BytesIO(bundle.read(PROOF_SAMPLES)), allow_pickle=False) as samples:
+    with np.load(io.BytesIO(bundle.read(SAMPLES)), allow_pickle=False) as samples:
         images, logits, indices = samples["images"], samples["logits"], samples["indices"]
     if len(images) < engine.max_batch:
         repeat = np.arange(engine.max_batch) % len(images)
@@ -348,7 +348,6 @@ def _batches(engine: Engine) -> list[int]:
 # That every file is the one that its manifest names is seen by `load_bundle` already; what follows
 # is whether the engine still answers, on this machine, what the network answered in torch.
 
-SAMPLES = "samples.npz"
 REPORT = "report.json"
 
 

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from eps_core import cli as console
-from eps_core import cli as launcher
-from eps_core import files as folder_lock
 from eps_core.errors import ConfigError, DamagedImages
+from eps_core.files import held
 from eps_train import config, recipes
 from eps_train.config import SectionedCommand, config_options
 from eps_train.training.files import RunFiles
@@ -101,7 +100,7 @@ def cli(
     if list_recipes:
         _list_recipes()
         return
-    if launcher.restarts():
+    if console.restarts():
         resume, force = True, False  # what is there, the processes before have written
     if resume and force:
         raise click.UsageError("--resume and --force contradict each other")
@@ -122,7 +121,7 @@ def cli(
     if not resume and not dry_run:
         console.refuse_existing(files, force)
         _refuse_folders(files)
-    if resume and not output.is_dir() and not launcher.restarts():
+    if resume and not output.is_dir() and not console.restarts():
         raise ConfigError(f"--output {output}: no such folder to resume in")
 
     from eps_train.data import dataset
@@ -213,7 +212,7 @@ def _train(
     first, *later = runs
     prepared = prepare(first)
     busy = f"--output {output}: another eps-train is writing there"
-    with group.led(folder_lock.held(output, busy)):
+    with group.led(held(output, busy)):
         group.lead(make_way)
         return [prepared.train(), *(prepare(paths).train() for paths in later)]
 

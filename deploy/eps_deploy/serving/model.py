@@ -31,7 +31,7 @@ from eps_deploy.serving.protocol import Signature, decode
 # `--engine-cache` holds one folder for each network, way of building, TensorRT and GPU. The bundle
 # itself is never changed: it may be mounted read-only and shared.
 
-PlanSay = Callable[[str], None]
+Say = Callable[[str], None]
 _DIGITS = 16  # hexadecimal, of the key in a folder's name
 _POLL = 1.0  # seconds between looks at another server that builds the same plan
 _TIMES = "timing"
@@ -61,7 +61,7 @@ class PlanCache:
     """
 
     def __init__(
-        self, folder: Path, *, say: PlanSay, stop: threading.Event, gpu: Gpu | None = None
+        self, folder: Path, *, say: Say, stop: threading.Event, gpu: Gpu | None = None
     ) -> None:
         self._folder = folder
         self._say = say
@@ -163,7 +163,6 @@ def _options(bundle: Bundle, timing_cache: Path) -> BuildOptions:
 
 REPORT = "report.json"
 VERSION = "1"
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
