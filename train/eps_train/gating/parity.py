@@ -27,7 +27,7 @@ from eps_train.gating.tracing import unmoved_random
 Same = Callable[[Tensor, Tensor, float], bool]  # the last: a magnitude that is rounding
 
 BATCH = 2  # images; batch norm in training needs more than one
-SIDE = 64  # of the images that are tried first: what differs there differs everywhere
+SIDE = 48  # of the images that are tried first: what differs there differs everywhere
 _TOLERANCE = 1e-7  # in float64, of the largest magnitude
 _TOLERANCE_32 = 1e-3  # where a network cannot be run in float64
 _FLOOR = 1e-6  # share of the largest gradient below which one is rounding (a bias before a norm)
