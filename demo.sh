@@ -50,6 +50,6 @@ printf '\n$ cd demo/run-%s\n' "$number"
 step train "eps-train --with-baseline"
 step compact "eps-compact ckpt.pt"
 step verify "eps-verify compact.pt"
-step deploy "eps-deploy --engine ort --latency-budget 15"
+step deploy "eps-deploy --engine ort --time-budget 15"
 step predict "eps-predict bundle bundle/examples/*.png"
 finish 0

@@ -24,9 +24,9 @@ def make_bundle(folder: Path, depth: int) -> Path:
     _write_pictures(folder / "pictures")
     commands = [
         "eps-train --recipe cifar10-110 --dataset folder:pictures --epochs 1 --batch-size 20"
-        f" --model cifar:{depth}x16 --epsilon-from 1 --device cpu",
+        f" --model cifar:{depth}x16 --epsilon-warmup 1 --device cpu",
         "eps-compact ckpt.pt",
-        "eps-deploy --engine ort --latency-budget 0.4 --min-speedup 0",
+        "eps-deploy --engine ort --time-budget 0.4 --min-speedup 0",
     ]
     for command in commands:
         name, *arguments = command.split()

@@ -95,8 +95,8 @@ def _ours(images: Path, options: Options) -> list[Argument]:
     return [
         *(sys.executable, "-m", "eps_train", "--recipe", "cifar10-110"),
         *("--dataset", f"folder:{images}", "--model", f"timm:{options.timm_model}"),
-        *("--batch-size", BATCH, "--rates", "0:0.01", "--normalization", "channel"),
-        *("--epsilon", 2.5, "--epsilon-from", EPOCHS),  # judged, and open in every epoch
+        *("--batch-size", BATCH, "--lr-schedule", "0:0.01", "--normalization", "channel"),
+        *("--epsilon", 2.5, "--epsilon-warmup", EPOCHS),  # judged, and open in every epoch
         *("--device", options.device.type, "--precision", "tf32" if on_gpu else "fp32"),
         *("--output", OUTPUT),
     ]

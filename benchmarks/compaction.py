@@ -34,7 +34,7 @@ from eps_train.gating import rewriting
 from eps_train.models.cifar import Normalize
 from eps_train.models.spec import NetworkSpec
 from eps_train.recipes import cifar
-from eps_train.training.checkpoint import Checkpoint, Death, GateRecord
+from eps_train.training.checkpoint import Checkpoint, GateRecord, PruneRecord
 from eps_train.training.evaluate import logits
 
 EPSILON = 2.5
@@ -87,7 +87,9 @@ def _checkpoint(data: Data, depth: int, dead: int) -> Checkpoint:
     doomed = set(random.Random(0).sample(spec.gated, dead))
     for gate in rewriting.gates(model).values():
         gate.reset_record()
-    death = Death(epoch=9, epsilon=EPSILON, steps=60, peak=1.25, heldout_peak=1.0, samples=HELDOUT)
+    death = PruneRecord(
+        epoch=9, epsilon=EPSILON, steps=60, peak=1.25, heldout_peak=1.0, samples=HELDOUT
+    )
     return Checkpoint(
         network=spec,
         state=dict(model.state_dict()),

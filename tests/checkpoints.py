@@ -11,7 +11,7 @@ from torch import nn
 from eps_train import recipes
 from eps_train.data import dataset
 from eps_train.models.spec import NetworkSpec
-from eps_train.training.checkpoint import Checkpoint, Death, GateRecord
+from eps_train.training.checkpoint import Checkpoint, GateRecord, PruneRecord
 
 EPSILON = 2.5
 
@@ -42,7 +42,7 @@ def make_checkpoint(
             steps=20,
             closed_steps=20 if block in dead else 3,
             peak=1.25 if block in dead else 7.5,
-            death=Death(
+            death=PruneRecord(
                 epoch=9, epsilon=EPSILON, steps=60, peak=1.25, heldout_peak=1.0, samples=samples
             )
             if block in dead

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from eps_compact.evidence import Findings, Liveness
+from eps_compact.evidence import BlockEvidence, Findings
 from eps_core.errors import EpsError
 from eps_train.gating.tracing import ByMode, in_mode
 from eps_train.training.checkpoint import Checkpoint, current_versions
@@ -232,7 +232,7 @@ def deaths(checkpoint: Checkpoint) -> list[dict[str, Any]]:
     ]
 
 
-def _entry(block: Liveness) -> dict[str, Any]:
+def _entry(block: BlockEvidence) -> dict[str, Any]:
     return {**asdict(block), "ratio": block.ratio}
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from eps_compact.analysis.choice import Wishes, pareto_file, tuned_file
+from eps_compact.analysis.choice import PruneOptions, pareto_file, tuned_file
 from eps_compact.outputs import Outputs, export_files, write
 from eps_core import cli as console
 from eps_core.errors import ConfigError
@@ -16,7 +16,7 @@ from eps_core.errors import ConfigError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from eps_compact.analysis.choice import Choice
+    from eps_compact.analysis.choice import Selection
     from eps_compact.compaction import Compaction
     from eps_train.data.dataset import Data
     from eps_train.training.checkpoint import Checkpoint
@@ -33,7 +33,7 @@ class Request:
     no_data: bool
     no_fold: bool
     closed_at_least: float
-    wishes: Wishes
+    wishes: PruneOptions
     exports: tuple[str, ...]
     force: bool
 
@@ -70,7 +70,7 @@ class Request:
     " training steps: not lossless.",
 )
 @click.option(
-    "--ledger", is_flag=True, help="Show what every live block costs, and what it is worth."
+    "--importance", is_flag=True, help="Show what every live block costs, and what it is worth."
 )
 @click.option(
     "--sweep",
@@ -146,7 +146,7 @@ def cli(checkpoint: Path, output: Path | None, as_json: bool, **options: Any) ->
     alone: at most 1e-5 of the largest. Otherwise nothing is written and the exit status is 3.
     """
     outputs = Outputs(output or checkpoint.parent / "compact.pt")
-    wishes = Wishes(**{field.name: options.pop(field.name) for field in fields(Wishes)})
+    wishes = PruneOptions(**{field.name: options.pop(field.name) for field in fields(PruneOptions)})
     request = Request(checkpoint=checkpoint, outputs=outputs, wishes=wishes, **options)
     _refuse(request)
 
@@ -192,8 +192,8 @@ def _refuse(request: Request) -> None:
         console.refuse_existing([*request.outputs.all, *extras], request.force)
 
 
-def _compact(request: Request, log: Console) -> tuple[Compaction, Choice]:
-    from eps_compact.analysis.choice import Choice, choose
+def _compact(request: Request, log: Console) -> tuple[Compaction, Selection]:
+    from eps_compact.analysis.choice import Selection, choose
     from eps_compact.compaction import compact_checkpoint
     from eps_core.errors import FileFormatError
     from eps_train.training.checkpoint import Checkpoint
@@ -211,7 +211,7 @@ def _compact(request: Request, log: Console) -> tuple[Compaction, Choice]:
         from eps_compact.analysis.importance import make_timer
 
         timer = make_timer(request.wishes.timer, checkpoint.data, say)
-    choice = Choice(checkpoint=checkpoint)
+    choice = Selection(checkpoint=checkpoint)
     if data is not None:
         choice = choose(checkpoint, data, request.wishes, timer, device, say)
     if choice.tuned is not None:  # what the certificate is about has to be there to be checked
@@ -235,11 +235,11 @@ def _compact(request: Request, log: Console) -> tuple[Compaction, Choice]:
         from eps_compact.analysis import sweep
 
         log.print(sweep.table(choice.sweep))
-    if request.wishes.ledger:
+    if request.wishes.importance:
         assert data is not None
         from eps_compact.analysis import importance
 
-        found = importance.ledger(
+        found = importance.measure_importance(
             choice.checkpoint,
             data.validation,
             live=done.live,
@@ -249,7 +249,7 @@ def _compact(request: Request, log: Console) -> tuple[Compaction, Choice]:
             report=say,
         )
         log.print(importance.table(found))
-        done.artifact.certificate["ledger"] = found.to_dict()
+        done.artifact.certificate["importance"] = found.to_dict()
     return done, choice
 
 
@@ -273,7 +273,7 @@ def _relative(path: Path, folder: Path) -> str:
         return path.name
 
 
-def _write(request: Request, done: Compaction, choice: Choice) -> dict[str, str]:
+def _write(request: Request, done: Compaction, choice: Selection) -> dict[str, str]:
     """Write everything; returns the files by what they are."""
     from eps_compact import summary
     from eps_compact.plots import draw_blocks

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from eps_compact import certificate, evidence
 from eps_compact.artifact import CompactArtifact
 from eps_compact.certificate import Proof, fingerprint
-from eps_compact.evidence import Findings, Liveness
+from eps_compact.evidence import BlockEvidence, Findings
 from eps_compact.folding import fold
 from eps_compact.plots import Block, block_map
 from eps_train.data.images import Part
@@ -109,7 +109,7 @@ class Compaction:
         return self.artifact.network.removed
 
     @property
-    def live(self) -> tuple[Liveness, ...]:
+    def live(self) -> tuple[BlockEvidence, ...]:
         """The blocks that keep their branch although they have a gate."""
         return tuple(b for b in self.findings.live if b.block not in self.findings.beyond)
 

@@ -34,7 +34,7 @@ class Observation:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Liveness:
+class BlockEvidence:
     """One block whose gate is not latched.
 
     Attributes:
@@ -68,7 +68,7 @@ def live_blocks(checkpoint: Checkpoint) -> tuple[str, ...]:
 
 def liveness(
     checkpoint: Checkpoint, responses: Mapping[str, Response] | None
-) -> tuple[Liveness, ...]:
+) -> tuple[BlockEvidence, ...]:
     """The live gates of a checkpoint, in order of computation.
 
     Args:
@@ -113,13 +113,15 @@ def observe(
     )
 
 
-def _liveness(checkpoint: Checkpoint, record: GateRecord, response: Response | None) -> Liveness:
+def _liveness(
+    checkpoint: Checkpoint, record: GateRecord, response: Response | None
+) -> BlockEvidence:
     # A run may end with its live gates held open; they are then measured against its own epsilon.
     epsilon = record.epsilon or float(checkpoint.config.get("epsilon") or 0.0)
     quiet = None
     if response is not None:
         quiet = (response.per_sample <= epsilon).double().mean().item() if epsilon else 0.0
-    return Liveness(
+    return BlockEvidence(
         block=record.block,
         epsilon=epsilon,
         peak=None if response is None else response.peak,
@@ -146,7 +148,7 @@ def _sample_peaks(branch: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Flicker:
+class ModeGap:
     """Plain additions against gates that judge each image by itself, on held-out images.
 
     Attributes:
@@ -172,7 +174,7 @@ def flicker(
     thresholds: Mapping[str, float],
     answers: Tensor,
     labels: Tensor | None,
-) -> Flicker:
+) -> ModeGap:
     """Run `model` with its live gates judging each image, and compare with `answers`.
 
     Args:
@@ -184,7 +186,7 @@ def flicker(
     """
     judged, shut = _judged(model, normalize, images, thresholds)
     named, otherwise = answers.argmax(dim=1), judged.argmax(dim=1)
-    return Flicker(
+    return ModeGap(
         blocks=tuple(shut),
         samples=len(answers),
         differ=_share(torch.stack(list(shut.values())).any(dim=0)),
@@ -252,8 +254,8 @@ class Findings:
 
     images: int
     beyond: tuple[str, ...]
-    live: tuple[Liveness, ...]
-    flicker: Flicker | None
+    live: tuple[BlockEvidence, ...]
+    flicker: ModeGap | None
     accuracy: dict[str, float] | None
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from eps_compact.analysis.sweep import Point, Sweep
-from eps_compact.evidence import Liveness
+from eps_compact.evidence import BlockEvidence
 from eps_core.errors import ConfigError
 from eps_core.files import replace_file
 from eps_train.gating import rewriting
@@ -47,7 +47,7 @@ class Block:
     ratio: float | None
 
 
-def block_map(checkpoint: Checkpoint, live: Iterable[Liveness]) -> tuple[Block, ...]:
+def block_map(checkpoint: Checkpoint, live: Iterable[BlockEvidence]) -> tuple[Block, ...]:
     """All blocks, in the order of computation; `live` as `evidence.liveness` measured them."""
     measured = {block.block: block for block in live}
     deaths = {record.block: record.death for record in checkpoint.gates}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from eps_compact.evidence import Liveness
+from eps_compact.evidence import BlockEvidence
 from eps_compact.plots import LEGEND, strip
 from eps_core import cli
 
@@ -131,7 +131,7 @@ def _proven(done: Compaction) -> list[str]:
     return lines
 
 
-def _show_nearest(live: tuple[Liveness, ...], log: Console) -> None:
+def _show_nearest(live: tuple[BlockEvidence, ...], log: Console) -> None:
     ranked = sorted(
         ((block.ratio, block) for block in live if block.ratio is not None),
         key=lambda pair: pair[0],

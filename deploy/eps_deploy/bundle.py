@@ -219,10 +219,10 @@ def open_engine(bundle: Bundle) -> Engine:
         recorded = bundle.manifest["engine"].get("provider", "")
         return open_onnx(bundle, provider=recorded)
     from eps_deploy.engines.trt.engine import TrtEngine
-    from eps_deploy.engines.trt.plan import SIDECAR, Sidecar
+    from eps_deploy.engines.trt.plan import SIDECAR, PlanMetadata
 
     name = str(bundle.root / bundle.model)
-    sidecar = Sidecar.from_dict(json.loads(bundle.read(SIDECAR)), name=f"{name}.json")
+    sidecar = PlanMetadata.from_dict(json.loads(bundle.read(SIDECAR)), name=f"{name}.json")
     return _agreeing(bundle, TrtEngine(bundle.read(bundle.model), sidecar, name=name))
 
 

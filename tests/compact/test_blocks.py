@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from eps_compact.evidence import Liveness
+from eps_compact.evidence import BlockEvidence
 from eps_compact.plots import LEGEND, block_map, strip
 from eps_train.training.checkpoint import Checkpoint
 from tests.checkpoints import make_checkpoint
 
 
-def live(block: str, *, closed: float | None, peak: float = 5.0) -> Liveness:
-    return Liveness(block=block, epsilon=2.5, peak=peak, quiet=0.0, samples=9, closed=closed)
+def live(block: str, *, closed: float | None, peak: float = 5.0) -> BlockEvidence:
+    return BlockEvidence(block=block, epsilon=2.5, peak=peak, quiet=0.0, samples=9, closed=closed)
 
 
-def made() -> tuple[Checkpoint, list[Liveness]]:
+def made() -> tuple[Checkpoint, list[BlockEvidence]]:
     checkpoint = make_checkpoint(dead=["stages.0.0", "stages.1.2"])
     closed = {"stages.0.1": 0.4, "stages.2.2": 1.0, "stages.2.0": None}
     measured = [

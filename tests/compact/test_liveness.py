@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from eps_compact.evidence import Liveness, Response, live_blocks, liveness, observe
+from eps_compact.evidence import BlockEvidence, Response, live_blocks, liveness, observe
 from eps_core.errors import TrainingError
 from eps_train.data.images import ImageSet
 from eps_train.gating import rewriting
@@ -35,7 +35,7 @@ def responses(
     return observe(model, normalize, images, blocks).responses
 
 
-def measure(checkpoint: Checkpoint, model: nn.Module, images: Tensor) -> tuple[Liveness, ...]:
+def measure(checkpoint: Checkpoint, model: nn.Module, images: Tensor) -> tuple[BlockEvidence, ...]:
     blocks = list(live_blocks(checkpoint))
     return liveness(checkpoint, responses(model, normalize(checkpoint), images, blocks))
 

@@ -42,7 +42,7 @@ def test_as_much_goes_as_the_accuracy_allows(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("option", "module", "function"),
-    [("--sweep", "sweep", "sweep"), ("--ledger", "importance", "ledger")],
+    [("--sweep", "sweep", "sweep"), ("--importance", "importance", "importance")],
 )
 def test_sweep_and_ledger_have_so_many_seconds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str, module: str, function: str

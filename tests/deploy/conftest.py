@@ -50,7 +50,7 @@ def make_workshop(folder: Path, *, seed: int = 0) -> Path:
 
 def deploy(folder: Path, *args: object) -> Result:
     """`eps-deploy --engine ort` in `folder`, with little time for latency."""
-    return run("eps-deploy", main, "--engine", "ort", "--latency-budget", "0.4", *args, cwd=folder)
+    return run("eps-deploy", main, "--engine", "ort", "--time-budget", "0.4", *args, cwd=folder)
 
 
 @pytest.fixture(scope="session")

@@ -191,7 +191,7 @@ def test_a_model_that_computes_something_else_fails_the_parity_check(
         (["--engine", "ort", "--min-speedup", "nan"], "--min-speedup nan: give a number"),
         (["--engine", "ort", "--min-speedup", "inf"], "--min-speedup inf: give a number"),
         (["--engine", "ort", "--max-accuracy-drop", "-1"], "--max-accuracy-drop -1.0: give"),
-        (["--engine", "ort", "--latency-budget", "-1"], "--latency-budget -1.0: give"),
+        (["--engine", "ort", "--time-budget", "-1"], "--time-budget -1.0: give"),
         (["--engine", "ort", "-o", "ckpt.pt"], "ckpt.pt: exists already"),
         (["--engine", "ort", "-o", "ckpt.pt", "--force"], "ckpt.pt: is not a bundle"),
         (["--engine", "ort", "-o", ".", "--force"], ".: is not a bundle"),

@@ -20,7 +20,7 @@ from eps_train.cli import main as train_main
 from tests.commands import Result, run
 
 GOLDEN = Path(__file__).parents[1] / "meta" / "golden" / "formats.json"
-TINY = ("--model", "cifar:8x4", "--epochs", "2", "--epsilon-from", "1")
+TINY = ("--model", "cifar:8x4", "--epochs", "2", "--epsilon-warmup", "1")
 
 
 def keys(value: Any) -> Any:

@@ -15,7 +15,7 @@ from PIL import Image, features
 from eps_core.preprocessing import Preprocessing
 from eps_deploy.cli import predict
 from eps_deploy.serving import protocol
-from eps_deploy.serving.protocol import Refusal
+from eps_deploy.serving.protocol import ApiError
 from eps_train.data.images import FileSet
 
 Pixels = npt.NDArray[Any]
@@ -83,7 +83,7 @@ def served(path: Path, how: Preprocessing) -> Pixels | str:
     try:
         pixels: Pixels = protocol.decode(path.read_bytes(), how, 10**6)
         return np.squeeze(pixels, axis=0)
-    except Refusal as refusal:
+    except ApiError as refusal:
         return str(refusal)
 
 

@@ -24,7 +24,7 @@ from tests.commands import Result, files_in, run
 from tests.deploy.engines.trt.fake_gpu import FakeGpu
 from tests.deploy.engines.trt.machine import Machine, OnnxBuilder, network
 
-ANYTHING_GOES = ("--min-speedup", "0", "--max-accuracy-drop", "100", "--latency-budget", "0.2")
+ANYTHING_GOES = ("--min-speedup", "0", "--max-accuracy-drop", "100", "--time-budget", "0.2")
 
 
 @pytest.fixture

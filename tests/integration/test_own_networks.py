@@ -14,7 +14,7 @@ import eps_compact
 from eps_compact.cli import main as compact_main
 from eps_train.cli import main as train_main
 from eps_train.gating import rewriting
-from eps_train.training.checkpoint import Checkpoint, Death
+from eps_train.training.checkpoint import Checkpoint, PruneRecord
 from tests.commands import run
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -47,7 +47,7 @@ SHORT = ("--epochs", "2", "--epsilon", "0.001")
 def bury(path: Path, block: str) -> None:
     """Have a short run's checkpoint say that a block died."""
     checkpoint = Checkpoint.load(path)
-    death = Death(epoch=2, epsilon=2.5, steps=40, peak=1.0, heldout_peak=1.0, samples=143)
+    death = PruneRecord(epoch=2, epsilon=2.5, steps=40, peak=1.0, heldout_peak=1.0, samples=143)
     checkpoint.gates = [
         replace(record, death=death) if record.block == block else record
         for record in checkpoint.gates

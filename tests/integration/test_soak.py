@@ -16,7 +16,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from eps_train.training.checkpoint import Checkpoint
-from eps_train.training.files import RunFiles
+from eps_train.training.files import RunPaths
 
 ROOT = Path(__file__).parents[2]
 EPOCHS, KILLS, KEPT = 60, 20, 3
@@ -71,7 +71,7 @@ def killed(folder: Path, chance: random.Random, *, most: int) -> bool:
 
 def progress(folder: Path) -> tuple[int, int]:
     """Epoch and step that `last.pt` holds; every file is looked at on the way."""
-    files = RunFiles.of(folder)
+    files = RunPaths.of(folder)
     for path in (files.best, *files.all_kept().values()):
         if path.exists():
             Checkpoint.load(path)
@@ -104,11 +104,11 @@ def test_twenty_kills_at_random_moments(tmp_path: Path, monkeypatch: pytest.Monk
         assert here < (EPOCHS, 0), "it has to be killed more often"
         done = here
     train(disturbed, "--resume")
-    assert_same(RunFiles.of(disturbed), RunFiles.of(undisturbed))
+    assert_same(RunPaths.of(disturbed), RunPaths.of(undisturbed))
     assert not list(disturbed.rglob(".*.part"))
 
 
-def assert_same(ours: RunFiles, theirs: RunFiles) -> None:
+def assert_same(ours: RunPaths, theirs: RunPaths) -> None:
     assert list(ours.all_kept()) == list(theirs.all_kept()) == [58, 59, 60]
     for name in ("ckpt.pt", "last.pt", *(path.name for path in theirs.all_kept().values())):
         mine, other = (Checkpoint.load(files.last.with_name(name)) for files in (ours, theirs))

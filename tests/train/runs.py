@@ -15,7 +15,7 @@ from eps_train.config import TrainingConfig
 from eps_train.data import dataset
 from eps_train.data.dataset import Data
 from eps_train.training.distributed import ALONE, Group
-from eps_train.training.guards import EpochReport
+from eps_train.training.guards import EpochMetrics
 from eps_train.training.trainer import Trainer
 
 # Which of its 9 blocks die, and when, depends on the last bits of what the CPU or GPU computes.
@@ -26,7 +26,7 @@ DYING = replace(
     epochs=7,
     batch_size=32,
     epsilon=3.0,
-    descent=((0.9, 0.01),),
+    final_decay=((0.9, 0.01),),
 )
 
 # Not stages.1.2, whose output the side head reads as well: in the backward pass its removal changes
@@ -43,7 +43,7 @@ class DoomedTrainer(Trainer):
     """
 
     def thresholds(self, epoch: int) -> dict[str, float]:
-        first = {block: last - self.config.closed_epochs for block, last in DEATHS.items()}
+        first = {block: last - self.config.patience for block, last in DEATHS.items()}
         return {
             block: SHUT if epoch >= first.get(block, epoch + 1) else 0.0 for block in self.gates
         }
@@ -78,7 +78,7 @@ def trainer(
     )
 
 
-def deaths(reports: Iterable[EpochReport]) -> dict[str, int]:
+def deaths(reports: Iterable[EpochMetrics]) -> dict[str, int]:
     """The blocks that died, with the 1-based epoch; DEATHS for a whole run of `dying_trainer`."""
     return {block: report.epoch for report in reports for block in report.died}
 

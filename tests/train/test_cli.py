@@ -282,11 +282,11 @@ def test_list_recipes_names_them_all(tmp_path: Path) -> None:
 
 
 def test_show_recipe_prints_the_resolved_configuration(tmp_path: Path) -> None:
-    flags = ("--epochs", 9, "--epsilon", 1.5, "--epsilon-from", 4, "--seed", 3)
+    flags = ("--epochs", 9, "--epsilon", 1.5, "--epsilon-warmup", 4, "--seed", 3)
     shown = TrainingConfig.from_dict(
         json.loads(eps_train(tmp_path, "--show-recipe", *flags).stdout)
     )
-    assert shown.epsilon_from == 4
+    assert shown.epsilon_warmup == 4
     assert (shown.recipe, shown.epochs, shown.epsilon, shown.seed) == ("digits", 9, 1.5, 3)
 
 

@@ -14,7 +14,7 @@ from eps_train.gating.gate import EpsilonGate, relu_gate
 from eps_train.training.checkpoint import Checkpoint
 from eps_train.training.distributed import Group
 from eps_train.training.evaluate import logits, score
-from eps_train.training.guards import EpochReport
+from eps_train.training.guards import EpochMetrics
 from eps_train.training.optimizer import set_rate
 from eps_train.training.step import WARM_UP, GraphedStep
 from eps_train.training.trainer import Stopped, Trainer
@@ -37,7 +37,7 @@ def trainer(folder: Path, **changes: Any) -> Trainer:
 
 def test_blocks_die_and_the_checkpoint_answers_alike_on_the_cpu(tmp_path: Path) -> None:
     run = trainer(tmp_path)
-    reports: list[EpochReport] = []
+    reports: list[EpochMetrics] = []
     run.run(reports.append)
     assert deaths(reports) == DEATHS
     assert all(parameter.is_cuda for parameter in run.model.parameters())
@@ -91,7 +91,7 @@ def test_the_gate_is_the_papers(dtype: torch.dtype, scale: float) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16"])
 def test_blocks_die_in_every_precision_and_float32_ships(tmp_path: Path, precision: str) -> None:
     run = trainer(tmp_path, precision=precision)
-    reports: list[EpochReport] = []
+    reports: list[EpochMetrics] = []
     run.run(reports.append)
     assert deaths(reports) == DEATHS
     assert not torch.backends.cudnn.allow_tf32, "allowed in training steps alone"
@@ -161,9 +161,7 @@ def test_a_replayed_step_is_the_step(
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     found = {}
     for choice in ("off", "on"):
-        run = trainer(
-            tmp_path, model=model, precision=precision, closed_epochs=9, cuda_graph=choice
-        )
+        run = trainer(tmp_path, model=model, precision=precision, patience=9, cuda_graph=choice)
         found[choice] = two_epochs(run)
         captures = run.take_step.captures if isinstance(run.take_step, GraphedStep) else 0
         assert captures == {"off": 0, "on": 2}[choice]
@@ -264,7 +262,7 @@ def _rebuilt(run: Trainer, folder: Path) -> Trainer:
 
 
 def test_a_compiled_run_goes_on_over_its_removals(tmp_path: Path) -> None:
-    reports: list[EpochReport] = []
+    reports: list[EpochMetrics] = []
     trainer(tmp_path, compile=True).run(reports.append)
     assert deaths(reports) == DEATHS
 
@@ -274,7 +272,7 @@ def test_a_compiled_run_goes_on_over_its_removals(tmp_path: Path) -> None:
 
 def nccl_run(group: Group, folder: Path, changes: dict[str, Any]) -> dict[str, int]:
     assert group.world is not None
-    reports: list[EpochReport] = []
+    reports: list[EpochMetrics] = []
     trainer(folder, group=group, **changes).run(reports.append)
     return deaths(reports)
 

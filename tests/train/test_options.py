@@ -27,7 +27,7 @@ from eps_train.training.trainer import Trainer
 from tests.commands import Result, run
 
 EPOCHS = 2
-NEVER_DEAD = ("--closed-epochs", 99)
+NEVER_DEAD = ("--patience", 99)
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def test_two_runs_alike_give_the_same_tensors(train: Train, reference: Trained) 
         ("--batch-size", 16),
         ("--momentum", 0.5),
         ("--nesterov",),
-        ("--side-weight", 0.9),
+        ("--aux-loss-weight", 0.9),
     ],
     ids=lambda option: str(option[0]),
 )
@@ -242,22 +242,31 @@ def test_batch_norm_is_synchronised(train: Train, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
-    ("options", "rates"),
+    ("options", "lr_schedule"),
     [
-        (("--rates", "0:0.05,1:0.03", "--descent", "none"), [0.05, 0.03]),
-        (("--rates", "0:0.05", "--descent", "0.5:0.004"), [0.05, 0.004]),
+        (("--lr-schedule", "0:0.05,1:0.03", "--final-decay", "none"), [0.05, 0.03]),
+        (("--lr-schedule", "0:0.05", "--final-decay", "0.5:0.004"), [0.05, 0.004]),
         # All gates are closed in the first epoch, so it has lost blocks.
         (
-            ("--rates", "0:0.05", "--restart", "0:0.02", "--descent", "none", "--epsilon", 1e9),
+            (
+                "--lr-schedule",
+                "0:0.05",
+                "--lr-restart",
+                "0:0.02",
+                "--final-decay",
+                "none",
+                "--epsilon",
+                1e9,
+            ),
             [0.05, 0.02],
         ),
     ],
-    ids=["--rates", "--descent", "--restart"],
+    ids=["--lr-schedule", "--final-decay", "--lr-restart"],
 )
 def test_the_rate_of_every_epoch(
-    train: Train, options: tuple[object, ...], rates: list[float]
+    train: Train, options: tuple[object, ...], lr_schedule: list[float]
 ) -> None:
-    assert train(*options, *NEVER_DEAD).epochs("rate") == rates
+    assert train(*options, *NEVER_DEAD).epochs("rate") == lr_schedule
 
 
 def test_weights_decay(train: Train, reference: Trained) -> None:
@@ -266,7 +275,7 @@ def test_weights_decay(train: Train, reference: Trained) -> None:
 
 def test_without_weight_there_is_no_side_head(train: Train, reference: Trained) -> None:
     assert reference.best.side_head is not None
-    assert train("--side-weight", 0).best.side_head is None
+    assert train("--aux-loss-weight", 0).best.side_head is None
 
 
 # -- the input -----------------------------------------------------------------------------------
@@ -341,10 +350,10 @@ def test_the_mean_image_is_taken_off(train: Train, reference: Trained, images: P
     ("options", "epsilons"),
     [
         (("--epsilon", 1.5), [1.5, 1.5]),
-        (("--epsilon-from", 1), [0.0, 2.5]),
-        (("--settle-at", 0.5), [2.5, 0.0]),
+        (("--epsilon-warmup", 1), [0.0, 2.5]),
+        (("--freeze-gates-at", 0.5), [2.5, 0.0]),
     ],
-    ids=["--epsilon", "--epsilon-from", "--settle-at"],
+    ids=["--epsilon", "--epsilon-warmup", "--freeze-gates-at"],
 )
 def test_the_threshold_of_every_epoch(
     train: Train, options: tuple[object, ...], epsilons: list[float]
@@ -359,7 +368,7 @@ def test_a_response_within_epsilon_closes_the_gate(train: Train) -> None:
 
 def test_a_target_leads_the_threshold(train: Train) -> None:
     """It rises to just above the weakest block's response in the epoch before."""
-    trained = train("--target-parameters", 0.8, "--model", "cifar:14x4", "--descent", "none")
+    trained = train("--target-parameters", 0.8, "--model", "cifar:14x4", "--final-decay", "none")
     first, second = trained.epochs("epsilon")
     weakest = min(gate["peak"] for gate in trained.epochs("gates")[0].values())
     assert first == 0
@@ -374,7 +383,7 @@ def test_a_drop_in_accuracy_holds_the_target_back(
     accuracies = iter([0.8] + [0.4] * 99)
     monkeypatch.setattr(trainer, "score", lambda *_: Score(next(accuracies), 1.0, 10))
     guard = ("--max-accuracy-drop", 5) if guarded else ()
-    long = ("--epochs", 5, "--epsilon-from", 4, "--descent", "none")
+    long = ("--epochs", 5, "--epsilon-warmup", 4, "--final-decay", "none")
     trained = train("--target-parameters", 0.5, *guard, "--model", "cifar:14x4", *long)
     chosen = trained.epochs("epsilon")[4] > 0
     assert chosen is not guarded
@@ -383,7 +392,7 @@ def test_a_drop_in_accuracy_holds_the_target_back(
 
 @pytest.mark.parametrize("epochs", [2, 3])
 def test_a_block_dies_after_so_many_closed_epochs(train: Train, closed: str, epochs: int) -> None:
-    trained = train("--model", "cifar:14x4", "--epochs", 3, "--closed-epochs", epochs)
+    trained = train("--model", "cifar:14x4", "--epochs", 3, "--patience", epochs)
     assert trained.epochs("died") == [[closed] if epoch == epochs else [] for epoch in (1, 2, 3)]
 
 

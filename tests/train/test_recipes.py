@@ -10,16 +10,19 @@ from eps_core.errors import ConfigError
 from eps_train.config import TrainingConfig
 from eps_train.data.dataset import DATASETS
 from eps_train.recipes import RECIPES, recipe
-from eps_train.schedule import RateSchedule
+from eps_train.schedule import LearningRateSchedule
 
 CIFAR = [name for name in RECIPES if name.startswith("cifar")]
 SVHN = [name for name in RECIPES if name.startswith("svhn")]
 IMAGENET = [name for name in RECIPES if name.startswith("imagenet")]
 
 
-def schedule(run: TrainingConfig) -> RateSchedule:
-    return RateSchedule(
-        epochs=run.epochs, rates=run.rates, restart=run.restart, descent=run.descent
+def schedule(run: TrainingConfig) -> LearningRateSchedule:
+    return LearningRateSchedule(
+        epochs=run.epochs,
+        lr_schedule=run.lr_schedule,
+        lr_restart=run.lr_restart,
+        final_decay=run.final_decay,
     )
 
 
@@ -103,11 +106,11 @@ def test_the_last_descent_ends_on_the_papers_lowest_rate(name: str) -> None:
     plan = schedule(run)
     for epoch in range(plan.epochs):
         plan.observe(epoch, float(epoch))  # an epoch that lost a block, every time
-    rates = [plan.rate(epoch) for epoch in range(plan.descent_epoch, plan.epochs)]
-    assert rates == sorted(rates, reverse=True)
-    assert rates[0] <= 0.01
-    assert rates[-1] == run.rates[-1][1]
-    assert len(rates) >= 0.1 * plan.epochs
+    lr_schedule = [plan.rate(epoch) for epoch in range(plan.descent_epoch, plan.epochs)]
+    assert lr_schedule == sorted(lr_schedule, reverse=True)
+    assert lr_schedule[0] <= 0.01
+    assert lr_schedule[-1] == run.lr_schedule[-1][1]
+    assert len(lr_schedule) >= 0.1 * plan.epochs
 
 
 @pytest.mark.parametrize("name", IMAGENET)
@@ -123,7 +126,7 @@ def test_the_rest_of_imagenet_is_the_papers_too(name: str, epsilon: float) -> No
     run = recipe(name)
     assert (run.epsilon, run.epochs, run.batch_size) == (epsilon, 110, 256)
     assert (run.momentum, run.nesterov, run.weight_decay) == (0.9, True, 1e-4)
-    assert (run.side_weight, run.restart, run.descent) == (0.1, (), ())
+    assert (run.aux_loss_weight, run.lr_restart, run.final_decay) == (0.1, (), ())
     assert (run.augmentation, run.flip, run.normalization) == ("imagenet", True, "channel")
     assert run.model == f"imagenet:{name.rpartition('-')[2]}"
     outline = DATASETS[run.dataset]
@@ -138,7 +141,7 @@ def test_the_rest_is_the_papers_too(name: str) -> None:
     run = recipe(name)
     assert run.epsilon == (1.5 if name in SVHN else 2.5)
     assert (run.momentum, run.nesterov, run.batch_size) == (0.9, False, 128)
-    assert (run.weight_decay, run.side_weight) == (2e-4, 0.1)
+    assert (run.weight_decay, run.aux_loss_weight) == (2e-4, 0.1)
     assert run.epochs == (200 if name in SVHN else 1000)
     assert run.model == f"cifar:{name.rpartition('-')[2]}x16"
     assert run.flip == (name in CIFAR)
@@ -151,7 +154,9 @@ def test_every_recipe_ends_on_its_lowest_rate_even_after_a_late_loss(name: str) 
     run = recipe(name)
     plan = schedule(run)
     plan.observe(plan.descent_epoch - 2, 9.0)
-    lowest = min(value for steps in (run.rates, run.restart, run.descent) for _, value in steps)
+    lowest = min(
+        value for steps in (run.lr_schedule, run.lr_restart, run.final_decay) for _, value in steps
+    )
     assert plan.rate(run.epochs - 1) == lowest
 
 

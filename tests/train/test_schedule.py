@@ -2,15 +2,20 @@ from __future__ import annotations
 
 import pytest
 
-from eps_train.schedule import RateSchedule, value_at
+from eps_train.schedule import LearningRateSchedule, value_at
 
 RATES = ((0, 0.1), (4, 0.01))
 RESTART = ((0, 0.1), (3, 0.01), (5, 0.001))
 
 
-def schedule(**changes: object) -> RateSchedule:
-    fields = {"epochs": 20, "rates": RATES, "restart": RESTART, "descent": ((0.8, 0.001),)}
-    return RateSchedule(**{**fields, **changes})  # type: ignore[arg-type]
+def schedule(**changes: object) -> LearningRateSchedule:
+    fields = {
+        "epochs": 20,
+        "lr_schedule": RATES,
+        "lr_restart": RESTART,
+        "final_decay": ((0.8, 0.001),),
+    }
+    return LearningRateSchedule(**{**fields, **changes})  # type: ignore[arg-type]
 
 
 def test_a_step_function_holds_until_its_next_step() -> None:
@@ -37,7 +42,7 @@ def test_less_than_one_more_discarded_block_is_no_loss() -> None:
 
 
 def test_without_a_restart_table_the_rate_never_goes_back_up() -> None:
-    plan = schedule(restart=())
+    plan = schedule(lr_restart=())
     assert plan.observe(6, 5.0)
     assert plan.rate(7) == 0.01
 

@@ -15,7 +15,7 @@ from eps_core.errors import ConfigError, DamagedImages
 from eps_core.files import held
 from eps_train import config, recipes
 from eps_train.config import SectionedCommand, config_options
-from eps_train.training.files import RunFiles
+from eps_train.training.files import RunPaths
 
 if TYPE_CHECKING:
     from eps_train.config import TrainingConfig
@@ -113,9 +113,9 @@ def cli(
     if show_recipe:
         click.echo(json.dumps(chosen.to_dict(), indent=2))
         return
-    runs = {RunFiles.of(output): chosen}
+    runs = {RunPaths.of(output): chosen}
     if with_baseline:
-        runs[RunFiles.of(output, "baseline")] = chosen.baseline()
+        runs[RunPaths.of(output, "baseline")] = chosen.baseline()
     files = [file for run in runs for file in run.all()]
     console.refuse_missing(weights)
     if not resume and not dry_run:
@@ -189,7 +189,7 @@ def _list_recipes() -> None:
 
 
 def _train(
-    runs: dict[RunFiles, TrainingConfig],
+    runs: dict[RunPaths, TrainingConfig],
     run: Callable[..., Run],
     output: Path,
     group: Group,
@@ -198,7 +198,7 @@ def _train(
 ) -> list[dict[str, Any]]:
     """Train one run after another into the folder `output`; returns their summaries."""
 
-    def prepare(files: RunFiles) -> Run:
+    def prepare(files: RunPaths) -> Run:
         return run(runs[files], files=files)
 
     def make_way() -> None:
@@ -233,7 +233,7 @@ def _told(load: Callable[[], Data]) -> Data:
 
 
 def _earlier_data(
-    runs: dict[RunFiles, TrainingConfig], chosen: TrainingConfig
+    runs: dict[RunPaths, TrainingConfig], chosen: TrainingConfig
 ) -> DataIdentity | None:
     """The data of the run that is to be resumed; None where there is none, or of another set."""
     from eps_train.training.checkpoint import Checkpoint

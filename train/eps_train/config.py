@@ -23,11 +23,11 @@ CHOICES = {
 
 _ANY = sys.float_info.max  # below infinity and not a number
 _LIMITS = {
-    "epsilon_from": (0, _ANY),
-    "settle_at": (0, 1),
+    "epsilon_warmup": (0, _ANY),
+    "freeze_gates_at": (0, 1),
     "momentum": (0, 0.9999),
     "weight_decay": (0, _ANY),
-    "side_weight": (0, _ANY),
+    "aux_loss_weight": (0, _ANY),
     "seed": (0, 2**32 - 1),
     "shift": (0, 1000),
     "cpu_threads": (0, 4096),
@@ -58,17 +58,18 @@ class TrainingConfig:
             epochs; None: epsilon stays as it is (as in the paper).
         max_accuracy_drop: points of validation accuracy below the run's best from which on an
             epsilon that is led does not rise; None: it may always.
-        epsilon_from: 0-based epoch from which epsilon acts; before it all gates are open.
-        settle_at: share of the run after which live gates stay open, so that what ships is what
-            is trained; 1 never does that (as in the paper).
-        closed_epochs: K, whole epochs in a row a gate must be closed on every step to be dead.
+        epsilon_warmup: 0-based epoch from which epsilon acts; before it all gates are open.
+        freeze_gates_at: share of the run after which live gates stay open, so that what ships is
+            what is trained; 1 never does that (as in the paper).
+        patience: K, whole epochs in a row a gate must be closed on every step to be dead.
         live_removal: take dead blocks out of the running network.
-        rates: learning rate from the 0-based epoch on.
-        restart: the same, counted from an epoch that lost a block; empty: no restarts.
-        descent: caps on the rate from a share of the run on; the first of them ends all restarts.
+        lr_schedule: learning rate from the 0-based epoch on.
+        lr_restart: the same, counted from an epoch that lost a block; empty: no restarts.
+        final_decay: caps on the learning rate from a share of the run on; the first of them ends
+            all restarts.
         momentum, nesterov, weight_decay: of SGD; only weights of convolutions and linear layers
             decay.
-        side_weight: weight of the side head's cross-entropy; 0 for none.
+        aux_loss_weight: weight of the side head's cross-entropy; 0 for none.
         normalization: `channel` takes mean and deviation per channel, `pixel` the mean image and
             128, as the paper does on small images.
         augmentation: `shift` is random shifts and mirroring; `svhn` and `imagenet` are the paper's
@@ -93,17 +94,17 @@ class TrainingConfig:
     epsilon: float | None
     target_parameters: float | None = None
     max_accuracy_drop: float | None = None
-    epsilon_from: int = 0
-    settle_at: float = 1.0
-    closed_epochs: int = 2
+    epsilon_warmup: int = 0
+    freeze_gates_at: float = 1.0
+    patience: int = 2
     live_removal: bool = True
-    rates: Steps
-    restart: Steps = ()
-    descent: Steps
+    lr_schedule: Steps
+    lr_restart: Steps = ()
+    final_decay: Steps
     momentum: float = 0.9
     nesterov: bool = False
     weight_decay: float
-    side_weight: float = 0.1
+    aux_loss_weight: float = 0.1
     normalization: str = "channel"
     augmentation: str = "shift"
     shift: int = 0
@@ -120,10 +121,10 @@ class TrainingConfig:
                 raise ConfigError(f"--{name.replace('_', '-')} must be at least 1")
         if self.batch_size < 2:
             raise ConfigError("--batch-size must be at least 2: batch norm needs two images")
-        if self.closed_epochs < 2:
-            raise ConfigError("--closed-epochs must be at least 2: one closed epoch proves nothing")
-        if not self.rates or self.rates[0][0] != 0:
-            raise ConfigError("--rates must start at epoch 0")
+        if self.patience < 2:
+            raise ConfigError("--patience must be at least 2: one closed epoch proves nothing")
+        if not self.lr_schedule or self.lr_schedule[0][0] != 0:
+            raise ConfigError("--lr-schedule must start at epoch 0")
         for name, (low, high) in _LIMITS.items():
             if not low <= getattr(self, name) <= high:
                 limits = f"{low:g} or more" if high == _ANY else f"{low:g} to {high:g}"
@@ -296,7 +297,7 @@ _OPTIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ),
     (
         _THRESHOLD,
-        "--epsilon-from",
+        "--epsilon-warmup",
         {
             "type": _COUNT,
             "metavar": "EPOCH",
@@ -325,12 +326,12 @@ _OPTIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ),
     (
         _THRESHOLD,
-        "--closed-epochs",
+        "--patience",
         {"type": click.IntRange(min=2), "help": "Whole epochs a gate is closed before it is dead."},
     ),
     (
         _THRESHOLD,
-        "--settle-at",
+        "--freeze-gates-at",
         {"type": _SHARE, "help": "Share of the run after which live gates stay open."},
     ),
     (
@@ -348,17 +349,17 @@ _OPTIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ),
     (
         _OPTIMISER,
-        "--rates",
+        "--lr-schedule",
         {**_STEPS, "help": "Learning rate by epoch, such as 0:0.1,82:0.01."},
     ),
     (
         _OPTIMISER,
-        "--restart",
+        "--lr-restart",
         {**_STEPS, "help": "The same, by epochs since one lost a block; none: no restart."},
     ),
     (
         _OPTIMISER,
-        "--descent",
+        "--final-decay",
         {**_STEPS, "help": "Caps on the rate, by share of the run, such as 0.6:0.01; none."},
     ),
     (_OPTIMISER, "--momentum", {"type": click.FloatRange(0, 1, max_open=True), "help": "Of SGD."}),
@@ -370,7 +371,7 @@ _OPTIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ),
     (
         _OPTIMISER,
-        "--side-weight",
+        "--aux-loss-weight",
         {"type": _NOT_NEGATIVE, "help": "Weight of the side head's loss; 0: no side head."},
     ),
     (

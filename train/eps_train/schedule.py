@@ -16,7 +16,7 @@ def value_at(steps: Steps, position: float) -> float:
 
 
 @dataclass(kw_only=True, slots=True)
-class RateSchedule:
+class LearningRateSchedule:
     """Learning rate per epoch (paper, section 4.1, and the authors' code).
 
     The rate follows `rates` from the start, and `restart` anew after every epoch that lost a block:
@@ -26,24 +26,24 @@ class RateSchedule:
     """
 
     epochs: int
-    rates: Steps
-    restart: Steps
-    descent: Steps
+    lr_schedule: Steps
+    lr_restart: Steps
+    final_decay: Steps
     restarted_at: int | None = field(default=None)
     discarded: float = field(default=0.0)
 
     @property
     def descent_epoch(self) -> int:
         """0-based epoch at which the last descent begins; `epochs` when there is none."""
-        return round(self.descent[0][0] * self.epochs) if self.descent else self.epochs
+        return round(self.final_decay[0][0] * self.epochs) if self.final_decay else self.epochs
 
     def rate(self, epoch: int) -> float:
         """Learning rate of the 0-based `epoch`, which lies behind every epoch observed so far."""
         if self.restarted_at is None:
-            rate = value_at(self.rates, epoch)
+            rate = value_at(self.lr_schedule, epoch)
         else:
-            rate = value_at(self.restart, epoch - self.restarted_at)
-        caps = [cap for share, cap in self.descent if round(share * self.epochs) <= epoch]
+            rate = value_at(self.lr_restart, epoch - self.restarted_at)
+        caps = [cap for share, cap in self.final_decay if round(share * self.epochs) <= epoch]
         return min([rate, *caps])
 
     def observe(self, epoch: int, discarded: float) -> bool:
@@ -51,7 +51,7 @@ class RateSchedule:
         lost = discarded >= self.discarded + 1
         if lost:
             self.discarded = discarded
-            if self.restart and epoch + 1 < self.descent_epoch:
+            if self.lr_restart and epoch + 1 < self.descent_epoch:
                 self.restarted_at = epoch + 1
         return lost
 

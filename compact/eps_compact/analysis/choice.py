@@ -22,10 +22,10 @@ Report = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Wishes:
+class PruneOptions:
     """The options that ask for more than the dead blocks; names as on the command line."""
 
-    ledger: bool = False
+    importance: bool = False
     sweep: bool = False
     target_parameters: float | None = None
     target_flops: float | None = None
@@ -44,7 +44,7 @@ class Wishes:
     @property
     def times(self) -> bool:
         """Whether networks have to be timed."""
-        return self.ledger or self.sweeps
+        return self.importance or self.sweeps
 
     @property
     def sweeps(self) -> bool:
@@ -53,7 +53,7 @@ class Wishes:
     def check(self, *, no_data: bool) -> None:
         """Raise ConfigError for what cannot go together."""
         named = {
-            "--ledger": self.ledger,
+            "--importance": self.importance,
             "--sweep": self.sweep,
             "--target-parameters": self.target_parameters is not None,
             "--target-flops": self.target_flops is not None,
@@ -65,10 +65,12 @@ class Wishes:
             raise ConfigError(f"--no-data: {given[0]} needs the held-out images; leave one out")
         for option in ("seconds", "timer"):
             if getattr(self, option) is not None and not self.times:
-                raise ConfigError(f"--{option}: is for --ledger and --sweep; give one of them too")
+                raise ConfigError(
+                    f"--{option}: is for --importance and --sweep; give one of them too"
+                )
         if self.device is not None and not (self.times or self.finetune_epochs):
             raise ConfigError(
-                "--device: is for --ledger, --sweep and --finetune-epochs; give one of them too"
+                "--device: is for --importance, --sweep and --finetune-epochs; give one of them too"
             )
 
     @property
@@ -86,7 +88,7 @@ class Wishes:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Choice:
+class Selection:
     """What is to be compacted.
 
     Attributes:
@@ -121,11 +123,11 @@ class Choice:
 def choose(
     checkpoint: Checkpoint,
     data: Data,
-    wishes: Wishes,
+    wishes: PruneOptions,
     timer: Timer | None,
     device: torch.device,
     report: Report,
-) -> Choice:
+) -> Selection:
     """Sweep, pick and train on, as far as `wishes` goes.
 
     Args:
@@ -161,7 +163,7 @@ def choose(
         point = pareto.pick(swept, goal)
         report(goal.told(point))
     also = point.removed if point is not None else ()
-    chosen = Choice(checkpoint=checkpoint, also=also, sweep=swept, goal=goal, point=point)
+    chosen = Selection(checkpoint=checkpoint, also=also, sweep=swept, goal=goal, point=point)
     if not wishes.finetune_epochs:
         return chosen
     tuned = _tune(checkpoint, data, also, wishes.finetune_epochs, device, report)

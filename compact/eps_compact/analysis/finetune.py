@@ -22,7 +22,7 @@ from eps_train.models.spec import NetworkSpec
 from eps_train.training.checkpoint import Checkpoint
 from eps_train.training.evaluate import Score
 from eps_train.training.forward import cpu_threads
-from eps_train.training.guards import EpochReport
+from eps_train.training.guards import EpochMetrics
 from eps_train.training.trainer import Trainer
 
 RATES = (0.1, 0.01)  # of the run's first rate: for two thirds of the epochs, and for the rest
@@ -38,7 +38,7 @@ class Finetuned:
             named in its network. Its metrics have the test part's score.
         removed: blocks taken out beyond the dead ones.
         epochs: that it was trained for.
-        rates: the learning rates, the first and the last.
+        lr_schedule: the learning rates, the first and the last.
         whole: validation accuracy of the network that lost only its dead blocks (0..1).
         before, after: the same of the network without `removed`, and of it once trained on.
         drop_before, drop_after: points lost against `whole`, with Tango's 95 % intervals.
@@ -50,7 +50,7 @@ class Finetuned:
     checkpoint: Checkpoint
     removed: tuple[str, ...]
     epochs: int
-    rates: tuple[float, float]
+    lr_schedule: tuple[float, float]
     whole: float
     before: float
     after: float
@@ -66,7 +66,7 @@ class Finetuned:
         return {
             **kept,
             "removed": list(self.removed),
-            "rates": list(self.rates),
+            "lr_schedule": list(self.lr_schedule),
             "drop_before": asdict(self.drop_before),
             "drop_after": asdict(self.drop_after),
             "test": self.test.to_dict(),
@@ -96,7 +96,7 @@ def finetune(
     *,
     epochs: int,
     device: torch.device = CPU,
-    report: Callable[[EpochReport], None] = lambda epoch: None,
+    report: Callable[[EpochMetrics], None] = lambda epoch: None,
 ) -> Finetuned:
     """Train the checkpoint's network on, without its dead blocks and without those in `removed`.
 
@@ -132,7 +132,7 @@ def finetune(
         checkpoint=tuned,
         removed=beyond,
         epochs=epochs,
-        rates=(config.rates[0][1], config.descent[0][1]),
+        lr_schedule=(config.lr_schedule[0][1], config.final_decay[0][1]),
         whole=whole.accuracy,
         before=before.accuracy,
         after=after.accuracy,
@@ -149,7 +149,7 @@ def _trained(
     data: Data,
     device: torch.device,
     start: tuple[NetworkSpec, Mapping[str, Tensor]],
-    report: Callable[[EpochReport], None],
+    report: Callable[[EpochMetrics], None],
 ) -> tuple[Checkpoint, float]:
     """The best checkpoint of a run from `start`, and the seconds of training."""
     with tempfile.TemporaryDirectory() as folder, cpu_threads(config.cpu_threads):
@@ -176,16 +176,16 @@ def _answers(networks: Iterable[nn.Module], data: Data, device: torch.device) ->
 
 def tuning_config(config: TrainingConfig, epochs: int, device: torch.device) -> TrainingConfig:
     """The run that trains on what `config` made, without what belongs to gates and processes."""
-    first = config.rates[0][1]
+    first = config.lr_schedule[0][1]
     return replace(
         config.baseline(),
         epochs=epochs,
-        epsilon_from=0,
-        settle_at=1.0,
-        rates=((0, RATES[0] * first),),
-        restart=(),
-        descent=((SETTLING, RATES[1] * first),),
-        side_weight=0.0,
+        epsilon_warmup=0,
+        freeze_gates_at=1.0,
+        lr_schedule=((0, RATES[0] * first),),
+        lr_restart=(),
+        final_decay=((SETTLING, RATES[1] * first),),
+        aux_loss_weight=0.0,
         precision=config.precision if device.type == "cuda" else "fp32",
         compile=False,
         sync_batchnorm=False,

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from eps_compact.evidence import Liveness
+from eps_compact.evidence import BlockEvidence
 from eps_compact.exporting import FromPixels
 from eps_compact.folding import fold
 from eps_core import cli
@@ -515,7 +515,7 @@ class Entry:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Ledger:
+class Importance:
     """What every live block costs and is worth.
 
     Attributes:
@@ -540,16 +540,16 @@ class Ledger:
         return {**asdict(self), "entries": [asdict(entry) for entry in self.entries]}
 
 
-def ledger(
+def measure_importance(
     checkpoint: Checkpoint,
     validation: Part,
     *,
-    live: Iterable[Liveness] = (),
+    live: Iterable[BlockEvidence] = (),
     seconds: float = SECONDS,
     device: torch.device = CPU,
     timer: Timer | None = None,
     report: Callable[[str], None] = lambda line: None,
-) -> Ledger:
+) -> Importance:
     """Weigh every live block of a checkpoint's network, within `seconds`.
 
     Args:
@@ -589,7 +589,7 @@ def ledger(
             " even on the first images; give it more"
         )
     ratios = {block.block: block.ratio for block in live}
-    return Ledger(
+    return Importance(
         entries=tuple(_entry(checkpoint, cost, times, answers, ratios) for cost in costs),
         accuracy=answers.whole.accuracy,
         loss=answers.whole.mean_loss,
@@ -633,7 +633,7 @@ def _entry(
     )
 
 
-def table(found: Ledger) -> Table:
+def table(found: Importance) -> Table:
     """The ledger for people: in the order of computation, or of many blocks the least missed."""
     entries = found.entries
     which = ""

@@ -388,7 +388,7 @@ def refuse_unlike(subjects: list[Subject]) -> None:
             told = "; ".join(f"{name} {a} and {b}" for name, (a, b) in unlike.items())
             raise BenchError(
                 f"{subjects[0].name} and {other.name} are unlike: {told};"
-                " add --allow-unlike to compare them all the same"
+                " add --allow-mismatch to compare them all the same"
             )
 
 

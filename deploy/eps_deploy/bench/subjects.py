@@ -90,9 +90,9 @@ def _plan(path: Path) -> Subject:
     if not path.exists():
         raise BenchError(f"{path}: no such file")
     from eps_deploy.engines.trt.engine import TrtEngine
-    from eps_deploy.engines.trt.plan import Sidecar
+    from eps_deploy.engines.trt.plan import PlanMetadata
 
-    sidecar = Sidecar.load(path.with_name(f"{path.name}.json"))
+    sidecar = PlanMetadata.load(path.with_name(f"{path.name}.json"))
     engine = TrtEngine(path.read_bytes(), sidecar, device=_DEVICE, name=str(path))
     return EngineSubject(engine, str(path), sidecar.precision)
 

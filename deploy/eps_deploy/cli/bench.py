@@ -80,7 +80,7 @@ def _number(context: click.Context, option: click.Parameter, value: float | None
     help="Find the batch size with most throughput whose 99th percentile is within X ms.",
 )
 @click.option(
-    "--allow-unlike", is_flag=True, help="Compare files that differ in more than the network."
+    "--allow-mismatch", is_flag=True, help="Compare files that differ in more than the network."
 )
 @click.option("-o", "--output", type=_FILE, metavar="FILE", help="Write all of it, as JSON.")
 @click.option("--force", is_flag=True, help="Overwrite the file of -o.")
@@ -92,7 +92,7 @@ def cli(
     threads: int,
     provider: Provider,
     slo_ms: float | None,
-    allow_unlike: bool,
+    allow_mismatch: bool,
     output: Path | None,
     force: bool,
     as_json: bool,
@@ -102,7 +102,7 @@ def cli(
     The first FILE is the reference; the others are timed in turns with it, in this process, and
     called faster or slower when the whole interval of the ratio lies 3 % or more from 1. Files that
     differ in more than the network (images, classes, precision, runtime, provider, threads) are
-    refused unless --allow-unlike is given. Exit status 3: no batch size keeps the limit of
+    refused unless --allow-mismatch is given. Exit status 3: no batch size keeps the limit of
     --slo-ms.
     """
     if slo_ms is not None and batches:
@@ -119,7 +119,7 @@ def cli(
         for path in files:
             subjects.append(open_subject(path, provider=provider, threads=threads))
             stack.callback(subjects[-1].close)
-        if not allow_unlike:
+        if not allow_mismatch:
             refuse_unlike(subjects)
         log = console.log()
         for line in about(subjects):

@@ -117,7 +117,7 @@ _CALIBRATION = ("calibration_samples", "calibration_method")
     help="Check: what the lower end of the speed-up's interval at batch 1 must reach.",
 )
 @click.option(
-    "--latency-budget",
+    "--time-budget",
     type=float,
     default=60.0,
     show_default=True,

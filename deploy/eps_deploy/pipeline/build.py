@@ -33,7 +33,7 @@ from eps_deploy.engines.trt.plan import (
     PLAN,
     SIDECAR,
     Host,
-    Sidecar,
+    PlanMetadata,
     load_tensorrt,
     this_platform,
 )
@@ -42,7 +42,7 @@ from eps_deploy.export.export import Deployed, export_onnx, in_precision
 from eps_deploy.export.half import rounded
 from eps_deploy.export.mixed_precision import units
 from eps_deploy.export.quantize import quantize
-from eps_deploy.pipeline.inputs import Sources
+from eps_deploy.pipeline.inputs import Inputs
 from eps_deploy.pipeline.options import Options
 from eps_deploy.report.report import Check
 from eps_train.data.dataset import DataIdentity
@@ -161,7 +161,7 @@ class Models:
         return {name: hashlib.sha256(data).hexdigest() for name, data in self.files().items()}
 
 
-def build_networks(sources: Sources) -> Networks:
+def build_networks(sources: Inputs) -> Networks:
     """All three in evaluation mode on the CPU."""
     identity = sources.compact.data
     if sources.baseline is None:
@@ -201,7 +201,7 @@ def on_gpu(device: int, *networks: Deployed) -> Iterator[None]:
 
 def export(
     options: Options,
-    sources: Sources,
+    sources: Inputs,
     networks: Networks,
     calibration: Images | None,
     stages: Stages,
@@ -288,7 +288,7 @@ def _model(
     )
 
 
-def size(sources: Sources, networks: Networks) -> dict[str, Any]:
+def size(sources: Inputs, networks: Networks) -> dict[str, Any]:
     """Parameters and FLOPs of both networks, as `report.json` has them."""
     shape = sources.compact.data.input_shape
     baseline = cost(networks.baseline.network, shape)
@@ -323,7 +323,7 @@ class Plan:
     """
 
     content: bytes
-    sidecar: Sidecar
+    sidecar: PlanMetadata
     layers: str
 
     def open(self, options: Options, name: str) -> Engine:
@@ -345,7 +345,7 @@ class Plan:
     def unpack(cls, packed: bytes) -> Plan:
         line, _, content = packed.partition(b"\n")
         header = json.loads(line)
-        sidecar = Sidecar.from_dict(header["sidecar"])
+        sidecar = PlanMetadata.from_dict(header["sidecar"])
         return cls(content=content, sidecar=sidecar, layers=header["layers"])
 
 
@@ -470,7 +470,7 @@ _IN_TORCH = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Side:
+class Variant:
     """One of the two networks, in all the forms that exist of it.
 
     Attributes:
@@ -488,11 +488,11 @@ class Side:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Sides:
+class Variants:
     """Both networks, and the files that come with the engine that ships, by name."""
 
-    compact: Side
-    baseline: Side
+    compact: Variant
+    baseline: Variant
     files: dict[str, bytes]
 
     def describe(self, options: Options) -> dict[str, Any]:
@@ -535,7 +535,7 @@ def not_run(options: Options) -> list[dict[str, str]]:
 @contextmanager
 def opened(
     options: Options, networks: Networks, models: Models, stages: Stages, say: Callable[[str], None]
-) -> Iterator[Sides]:
+) -> Iterator[Variants]:
     """Both networks' engines for the length of a block."""
     with ExitStack() as stack:
         opener = _trt if options.engine == "trt" else _ort
@@ -549,16 +549,16 @@ def _ort(
     stages: Stages,
     say: Callable[[str], None],
     stack: ExitStack,
-) -> Sides:
-    def side(torch: Deployed, model: bytes, name: str) -> Side:
+) -> Variants:
+    def side(torch: Deployed, model: bytes, name: str) -> Variant:
         engine = _ort_engine(options, model, name, stack)
         plain = options.precision.float == "float32" and not options.precision.quantized
         if options.provider == "cpu" and plain:
-            return Side(torch=torch, reference=engine.infer, engine=engine, same=True)
+            return Variant(torch=torch, reference=engine.infer, engine=engine, same=True)
         held = reference(options, torch, model, name, stack)
-        return Side(torch=torch, reference=held, engine=engine)
+        return Variant(torch=torch, reference=held, engine=engine)
 
-    return Sides(
+    return Variants(
         compact=side(networks.compact, models.compact, "model.onnx"),
         baseline=side(networks.baseline, models.baseline, "baseline.onnx"),
         files={},
@@ -586,10 +586,10 @@ def _trt(
     stages: Stages,
     say: Callable[[str], None],
     stack: ExitStack,
-) -> Sides:
+) -> Variants:
     files: dict[str, bytes] = {}
 
-    def side(torch: Deployed, model: bytes, name: str) -> Side:
+    def side(torch: Deployed, model: bytes, name: str) -> Variant:
         engine: Engine | None = None
         if not options.defer_build:
             plan = build_plan(options, model, name, stages, say)
@@ -597,9 +597,9 @@ def _trt(
             if name == "model":
                 files.update(plan.files())
         held = reference(options, torch, model, f"{name}.onnx", stack)
-        return Side(torch=torch, reference=held, engine=engine)
+        return Variant(torch=torch, reference=held, engine=engine)
 
-    return Sides(
+    return Variants(
         compact=side(networks.compact, models.compact, "model"),
         baseline=side(networks.baseline, models.baseline, "baseline"),
         files=files,

@@ -26,8 +26,8 @@ from eps_deploy.bench.accuracy import (
 )
 from eps_deploy.bench.latency import Latency, Picture
 from eps_deploy.engines.base import Images, Logits
-from eps_deploy.pipeline.build import Side, Sides
-from eps_deploy.pipeline.inputs import Sources
+from eps_deploy.pipeline.build import Variant, Variants
+from eps_deploy.pipeline.inputs import Inputs
 from eps_deploy.pipeline.options import Options
 from eps_deploy.report import report
 
@@ -47,7 +47,7 @@ class TestPart:
 
 
 def chain(
-    options: Options, sources: Sources, gated: Infer, sides: Sides, part: TestPart
+    options: Options, sources: Inputs, gated: Infer, sides: Variants, part: TestPart
 ) -> list[Parity]:
     """Every form of each network against the form that it was made from.
 
@@ -71,7 +71,7 @@ def chain(
             parity.compare(stage, reference, candidate, picked.tolist(), limit, options.batches)
         )
 
-    def follow(name: str, side: Side) -> None:
+    def follow(name: str, side: Variant) -> None:
         """From torch over the ONNX file to the engine."""
         reference = passes(side.reference)
         compare(f"{name}-onnx", torch_passes[name], reference, limit)
@@ -91,7 +91,7 @@ def chain(
 
 
 def accuracy(
-    options: Options, sources: Sources, sides: Sides, part: TestPart
+    options: Options, sources: Inputs, sides: Variants, part: TestPart
 ) -> tuple[dict[str, Any], list[report.Check]]:
     """Each form of the compact network on the whole test part, and the drop from the baseline."""
 
@@ -131,7 +131,7 @@ def accuracy(
 
 
 def timed(
-    options: Options, sides: Sides, part: TestPart, picture: Picture, say: Callable[[str], None]
+    options: Options, sides: Variants, part: TestPart, picture: Picture, say: Callable[[str], None]
 ) -> list[Latency]:
     """Both engines in turns, at batch 1 and 16, or the largest that they take."""
     baseline, compact = sides.baseline.engine, sides.compact.engine
@@ -146,7 +146,7 @@ def timed(
                 baseline,
                 compact,
                 images,
-                budget=options.latency_budget,
+                budget=options.time_budget,
                 picture=picture,
                 gpu=options.gpu,
             )

@@ -14,7 +14,7 @@ BASELINE = "baseline.pt"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Sources:
+class Inputs:
     """The files of a deployment, read and verified.
 
     Attributes:
@@ -37,7 +37,7 @@ class Sources:
 
 def find_sources(
     model: Path, checkpoint: Path | None = None, baseline: Path | None = None
-) -> Sources:
+) -> Inputs:
     """Read `model` (a `compact.pt`) and what belongs to it.
 
     Args:
@@ -60,7 +60,7 @@ def find_sources(
         # A broken link is one that was meant to be there: it is named, not passed over.
         found = (path for path in beside if path.exists() or path.is_symlink())
         baseline = next(found, None)
-    return Sources(
+    return Inputs(
         compact=compact,
         checkpoint=source,
         baseline=None if baseline is None else _load_baseline(baseline, compact),

@@ -36,7 +36,7 @@ class Options:
         device: index of the GPU.
         max_accuracy_drop: percentage points.
         min_speedup: ratio that the speed-up's interval must reach.
-        latency_budget: seconds for the latency measurements of a batch size.
+        time_budget: seconds for the latency measurements of a batch size.
         force: replace a bundle at `output`.
         resume: take up what a killed run had finished.
         command: the command line, for the report and `reproduce.sh`.
@@ -63,7 +63,7 @@ class Options:
     device: int = 0
     max_accuracy_drop: float = 0.5
     min_speedup: float = 1.0
-    latency_budget: float = 60.0
+    time_budget: float = 60.0
     force: bool = False
     resume: bool = False
     command: str = "eps-deploy"
@@ -73,7 +73,7 @@ class Options:
             check_name(self.name)
         except ConfigError as error:
             raise ConfigError(f"--name: {error}") from None
-        for name in ("max_accuracy_drop", "min_speedup", "latency_budget"):
+        for name in ("max_accuracy_drop", "min_speedup", "time_budget"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ConfigError(f"--{_flag(name)} {value}: give a number of at least 0")

@@ -22,9 +22,9 @@ from eps_deploy.export import half
 from eps_deploy.export.mixed_precision import Repair, Trial, repair, units
 from eps_deploy.export.quantize import pick
 from eps_deploy.pipeline import build, evaluate, write
-from eps_deploy.pipeline.build import Models, Networks, Sides, Stages, digest_of
+from eps_deploy.pipeline.build import Models, Networks, Stages, Variants, digest_of
 from eps_deploy.pipeline.evaluate import TestPart
-from eps_deploy.pipeline.inputs import Sources, find_sources
+from eps_deploy.pipeline.inputs import Inputs, find_sources
 from eps_deploy.pipeline.options import Options
 from eps_deploy.pipeline.write import BundleWriter
 from eps_deploy.report import report
@@ -37,7 +37,7 @@ from eps_train.training.forward import cpu_threads
 # -- `--repair` in a deployment: keeping what a lower precision harms most in a higher one
 
 
-def require(sources: Sources) -> None:
+def require(sources: Inputs) -> None:
     """Raise ConfigError when there is nothing that could miss its limit."""
     if sources.baseline is None:
         raise ConfigError(
@@ -48,7 +48,7 @@ def require(sources: Sources) -> None:
 
 def repaired(
     options: Options,
-    sources: Sources,
+    sources: Inputs,
     built: Networks,
     models: Models,
     calibration: Images | None,
@@ -145,7 +145,7 @@ def plan(options: Options) -> list[str]:
     lines.append(
         f"would measure no latency: {why}"
         if why
-        else f"would measure the latency for up to {options.latency_budget:g} s a batch size"
+        else f"would measure the latency for up to {options.time_budget:g} s a batch size"
     )
     lines.append(f"would write {options.output}")
     return lines
@@ -157,7 +157,7 @@ def _writer(options: Options) -> BundleWriter:
     return BundleWriter(options.output, force=options.force)
 
 
-def _read(options: Options, say: Say) -> tuple[Sources, TestPart, Images | None]:
+def _read(options: Options, say: Say) -> tuple[Inputs, TestPart, Images | None]:
     """The files, the test images, and for int8 the images to calibrate on."""
     sources = find_sources(options.model, options.checkpoint, options.baseline)
     say(f"baseline: {sources.baseline_path or 'none trained; full depth, for latency only'}")
@@ -182,7 +182,7 @@ class _Job:
     """One deployment, from its networks to its bundle's content."""
 
     options: Options
-    sources: Sources
+    sources: Inputs
     part: TestPart
     networks: Networks
     stages: Stages
@@ -200,7 +200,7 @@ class _Job:
                 options, sources, built, models, calibration, self.part, stages, self.say
             )
 
-    def measure(self, models: Models, sides: Sides, repair: Repair | None) -> _Found:
+    def measure(self, models: Models, sides: Variants, repair: Repair | None) -> _Found:
         options, sources = self.options, self.sources
         with _timed(self.say, "compared the logits of every stage"), cpu_threads(1):
             proven = self._once("parity", models, lambda: self._parity(sides))
@@ -263,7 +263,7 @@ class _Job:
         }
         return self.stages.data(name, key, make)
 
-    def _parity(self, sides: Sides) -> dict[str, Any]:
+    def _parity(self, sides: Variants) -> dict[str, Any]:
         chain: list[Parity] = evaluate.chain(
             self.options, self.sources, self.networks.gated.infer, sides, self.part
         )
@@ -273,7 +273,7 @@ class _Job:
             "checks": [asdict(check) for check in checks],
         }
 
-    def _accuracy(self, sides: Sides) -> dict[str, Any]:
+    def _accuracy(self, sides: Variants) -> dict[str, Any]:
         options, built = self.options, self.networks
         with build.on_gpu(options.device, built.compact, built.baseline):
             entry, checks = evaluate.accuracy(options, self.sources, sides, self.part)
@@ -284,7 +284,7 @@ class _Job:
         peak = half.peak(models.compact, images, self.options.max_batch)
         return asdict(report.headroom_check(peak, len(images)))
 
-    def write(self, folder: Path, models: Models, sides: Sides, found: _Found) -> None:
+    def write(self, folder: Path, models: Models, sides: Variants, found: _Found) -> None:
         """All of the bundle but its manifest."""
         data = self.sources.compact.data
         for name, content in {**models.files(), **sides.files}.items():
@@ -317,7 +317,7 @@ _NO_BASELINE = {
 }
 
 
-def _blocks(sources: Sources) -> dict[str, Any]:
+def _blocks(sources: Inputs) -> dict[str, Any]:
     network = sources.compact.network
     live = [entry["block"] for entry in sources.compact.certificate.get("removed_live", [])]
     return report.blocks_entry(network.all_blocks(), network.removed, live)

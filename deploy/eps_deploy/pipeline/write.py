@@ -27,11 +27,11 @@ from eps_core.errors import ConfigError, naming
 from eps_deploy.bench.latency import Picture
 from eps_deploy.bundle import MANIFEST, encode_manifest, is_bundle, load_bundle
 from eps_deploy.engines.base import INPUT_NAME, OUTPUT_NAME, EngineError, Images, Logits
-from eps_deploy.engines.trt.plan import SIDECAR, Sidecar
+from eps_deploy.engines.trt.plan import SIDECAR, PlanMetadata
 from eps_deploy.export.mixed_precision import Repair
 from eps_deploy.export.types import executed_types, layer_types
-from eps_deploy.pipeline.build import Models, Sides
-from eps_deploy.pipeline.inputs import Sources
+from eps_deploy.pipeline.build import Models, Variants
+from eps_deploy.pipeline.inputs import Inputs
 from eps_deploy.pipeline.options import Options
 from eps_deploy.report import report
 from eps_deploy.triton import Kind, Served
@@ -86,7 +86,7 @@ def picture(pixels: npt.NDArray[np.uint8], data: DataIdentity) -> Picture:
 
 
 def precision_entry(
-    options: Options, models: Models, sides: Sides, repair: Repair | None
+    options: Options, models: Models, sides: Variants, repair: Repair | None
 ) -> dict[str, Any]:
     """What was asked for, what stands in `model.onnx`, and what the runtime makes of it."""
     types = layer_types(onnx.load_from_string(models.compact))
@@ -94,7 +94,7 @@ def precision_entry(
     if options.engine == "ort":
         executed = _executed(options, models)
     elif sides.files:
-        executed = dict(Sidecar.from_dict(json.loads(sides.files[SIDECAR])).layers) or None
+        executed = dict(PlanMetadata.from_dict(json.loads(sides.files[SIDECAR])).layers) or None
     return report.precision_entry(
         options.precision,
         graph=dict(sorted(Counter(types.values()).items())),
@@ -115,11 +115,11 @@ def _executed(options: Options, models: Models) -> dict[str, int] | None:
         return None  # everything was measured by now: no reason to end a deployment
 
 
-def served(options: Options, data: DataIdentity, sides: Sides) -> Served:
+def served(options: Options, data: DataIdentity, sides: Variants) -> Served:
     """What Triton has to know."""
     capability = None
     if SIDECAR in sides.files:
-        sidecar = Sidecar.from_dict(json.loads(sides.files[SIDECAR]))
+        sidecar = PlanMetadata.from_dict(json.loads(sides.files[SIDECAR]))
         capability = sidecar.host.compute_capability
     on_cpu = options.engine == "ort" and options.provider == "cpu"
     return Served(
@@ -141,7 +141,7 @@ def _kind(options: Options) -> Kind:
 
 
 def manifest_fields(
-    options: Options, sources: Sources, engine: Mapping[str, Any], file: str
+    options: Options, sources: Inputs, engine: Mapping[str, Any], file: str
 ) -> dict[str, Any]:
     """`manifest.json` but for the files' hashes, which the writer adds.
 
@@ -327,7 +327,7 @@ def _flush(path: Path) -> None:
 _EXTRAS = {"ort": "deploy,ort", "trt": "deploy,ort,trt"}
 
 
-def script(options: Options, sources: Sources, report: Mapping[str, Any]) -> str:
+def script(options: Options, sources: Inputs, report: Mapping[str, Any]) -> str:
     """A POSIX shell script; it starts from the files whose digests it checks first.
 
     It installs into an environment of its own and writes into a folder of its own.

@@ -33,8 +33,8 @@ from eps_deploy.serving.middleware import (
 )
 from eps_deploy.serving.protocol import (
     JSON_LENGTH,
+    ApiError,
     Parser,
-    Refusal,
     Request,
     Signature,
     busy,
@@ -101,7 +101,7 @@ class Inference:
         if given is None:
             return None
         if not given.isdigit() or len(given) > 12:
-            raise Refusal(f"{JSON_LENGTH} must be a number of bytes")
+            raise ApiError(f"{JSON_LENGTH} must be a number of bytes")
         return int(given)
 
     async def _parse(
@@ -165,7 +165,7 @@ def _top(scope: Scope) -> int:
     query = parse_qs(scope["query_string"].decode("latin-1"), keep_blank_values=True)
     given = query.get("top", [str(_TOP)])[-1]
     if not (given.isascii() and given.isdigit()) or len(given) > 6 or int(given) < 1:
-        raise Refusal("top must be a number of labels, at least 1")
+        raise ApiError("top must be a number of labels, at least 1")
     return int(given)
 
 
@@ -319,7 +319,7 @@ class Api:
     async def load(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The bundle's folder is read again: no client may name another one."""
         if not self._allow_load:
-            raise Refusal(
+            raise ApiError(
                 "loading is off; start the server with --allow-load",
                 status=403,
                 reason="not-allowed",
@@ -327,14 +327,14 @@ class Api:
         _refuse_other_sites(dict(scope["headers"]))
         check_model(scope, self._service.current.signature)
         if await self._parameters(scope, receive):
-            raise Refusal("load takes no parameters: the server reads its own bundle again")
+            raise ApiError("load takes no parameters: the server reads its own bundle again")
         try:
             await self._service.load()
-        except Refusal:
+        except ApiError:
             raise
         except (EpsError, OSError) as error:
             self._service.say(f"the bundle was not loaded: {error}")
-            raise Refusal(
+            raise ApiError(
                 "the bundle cannot be loaded, and the one before is served on; the server's log"
                 " says why",
                 reason="load-failed",
@@ -377,7 +377,7 @@ def _refuse_other_sites(headers: dict[bytes, bytes]) -> None:
     by_browser = b"origin" in headers or b"sec-fetch-site" in headers
     asked_first = b"authorization" in headers or kind == b"application/json"
     if not asked_first and (kind or by_browser):
-        raise Refusal(
+        raise ApiError(
             "send the header Content-Type: application/json, so that no web page can do this",
             status=403,
             reason="cross-site",

@@ -18,7 +18,7 @@ from queue import SimpleQueue
 import numpy as np
 
 from eps_deploy.engines.base import Engine, Images, Logits, finite_rows
-from eps_deploy.serving.protocol import InferenceFailed, Refusal, busy
+from eps_deploy.serving.protocol import ApiError, InferenceFailed, busy
 
 # -- The bounded queue between the event loop and the engines' threads
 #
@@ -303,7 +303,7 @@ class Batcher:
             raise self.refusal()
         return job
 
-    def refusal(self) -> Refusal:
+    def refusal(self) -> ApiError:
         """What a request is told for which the queue has no room."""
         return busy(
             f"{self.queue.images} images are waiting, and {self.queue.limit} may",
@@ -313,7 +313,7 @@ class Batcher:
 
     def cancel(self, job: Job) -> None:
         """The client went away: out of the queue; what an engine has of it is thrown away."""
-        self._fail(job, Refusal("the client went away", status=499, reason="disconnected"))
+        self._fail(job, ApiError("the client went away", status=499, reason="disconnected"))
 
     async def infer(self, job: Job, timeout: float | None = None) -> Logits:
         """The logits of a job; when this is cancelled, so is the job.
@@ -344,7 +344,7 @@ class Batcher:
         await asyncio.to_thread(self._courier.join)
 
     def _expire(self, job: Job) -> None:
-        self._fail(job, Refusal("no answer within the timeout", status=503, reason="deadline"))
+        self._fail(job, ApiError("no answer within the timeout", status=503, reason="deadline"))
 
     def _fail(self, job: Job, error: Exception) -> None:
         self.queue.drop(job)

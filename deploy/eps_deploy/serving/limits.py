@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
-from eps_deploy.serving.protocol import Refusal, busy, too_large
+from eps_deploy.serving.protocol import ApiError, busy, too_large
 
 MIB = 1 << 20
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -88,7 +88,7 @@ class Body:
     async def read(self) -> bytes:
         """All of it."""
         if self._encoding != b"identity":  # unpacked, it could be of any size (RFC 9110, 15.5.16)
-            raise Refusal(
+            raise ApiError(
                 "send the body uncompressed",
                 status=415,
                 reason="encoding",
@@ -100,7 +100,7 @@ class Body:
         while True:
             message = await self._receive()
             if message["type"] == "http.disconnect":
-                raise Refusal("the client went away", status=499, reason="disconnected")
+                raise ApiError("the client went away", status=499, reason="disconnected")
             chunk = message.get("body", b"")
             size += len(chunk)
             self._take(size - self._held)

@@ -19,7 +19,7 @@ from typing import Any
 from starlette.exceptions import HTTPException
 
 from eps_deploy.serving.metrics import Metrics
-from eps_deploy.serving.protocol import InferenceFailed, Refusal, as_refusal
+from eps_deploy.serving.protocol import ApiError, InferenceFailed, as_refusal
 
 # -- Logs: one JSON object a line, or plain text for a person at a terminal
 
@@ -81,7 +81,7 @@ def check_token(token: bytes, authorization: bytes) -> None:
     # compare_digest first and always: the time shall not tell how much of it was right.
     right = hmac.compare_digest(given.strip(), token)
     if not right or scheme.lower() != b"bearer":
-        raise Refusal(
+        raise ApiError(
             "this server wants a token: send the header Authorization: Bearer TOKEN",
             status=401,
             reason="token",
@@ -204,7 +204,7 @@ class Frame:
             if self._token is not None and scope["path"] not in OPEN:
                 check_token(self._token, headers.get(b"authorization", b""))
             await self._inner(scope, receive, marked)
-        except (Refusal, HTTPException, InferenceFailed) as error:
+        except (ApiError, HTTPException, InferenceFailed) as error:
             refusal = _as_refusal(error)
             reason = refusal.reason
             if not status:
@@ -213,7 +213,7 @@ class Frame:
             reason = "internal"
             log_mistake(marks)
             if not status:
-                await _send_refusal(Refusal("internal error", status=500, reason=reason), marked)
+                await _send_refusal(ApiError("internal error", status=500, reason=reason), marked)
         self._account.close(
             scope.get(ENDPOINT, "none"),
             status,
@@ -226,16 +226,16 @@ class Frame:
         )
 
 
-def _as_refusal(error: Refusal | HTTPException | InferenceFailed) -> Refusal:
+def _as_refusal(error: ApiError | HTTPException | InferenceFailed) -> ApiError:
     if not isinstance(error, HTTPException):
         return as_refusal(error)
     headers = tuple(
         (name.lower().encode(), value.encode()) for name, value in (error.headers or {}).items()
     )
-    return Refusal(str(error.detail), status=error.status_code, reason="unknown", headers=headers)
+    return ApiError(str(error.detail), status=error.status_code, reason="unknown", headers=headers)
 
 
-async def _send_refusal(refusal: Refusal, send: Send) -> None:
+async def _send_refusal(refusal: ApiError, send: Send) -> None:
     headers = list(refusal.headers)
     if refusal.retry_after is not None:
         headers.append((b"retry-after", str(refusal.retry_after).encode()))

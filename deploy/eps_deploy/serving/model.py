@@ -21,7 +21,7 @@ from eps_deploy.engines.base import Engine, EngineError
 from eps_deploy.engines.trt.build import BuildOptions, build, write_plan
 from eps_deploy.engines.trt.cuda import Cuda, host_facts
 from eps_deploy.engines.trt.engine import TrtEngine
-from eps_deploy.engines.trt.plan import PLAN, SIDECAR, Sidecar, load_tensorrt
+from eps_deploy.engines.trt.plan import PLAN, SIDECAR, PlanMetadata, load_tensorrt
 from eps_deploy.precision import PRECISIONS
 from eps_deploy.serving.limits import Limits
 from eps_deploy.serving.protocol import Signature, decode
@@ -115,12 +115,12 @@ class PlanCache:
                 time.sleep(_POLL)
         raise EngineError("the build was called off")
 
-    def _kept(self, place: Path, model: bytes) -> tuple[bytes, Sidecar] | None:
+    def _kept(self, place: Path, model: bytes) -> tuple[bytes, PlanMetadata] | None:
         """What is in the cache, if it is whole and for this machine."""
         if not (place / SIDECAR).exists():
             return None
         try:
-            sidecar = Sidecar.load(place / SIDECAR)
+            sidecar = PlanMetadata.load(place / SIDECAR)
             plan = (place / PLAN).read_bytes()
             sidecar.check(plan, self._host, name=str(place / PLAN))
             if sidecar.onnx_sha256 != hashlib.sha256(model).hexdigest():
@@ -131,7 +131,7 @@ class PlanCache:
         self._say("the plan is in the cache")
         return plan, sidecar
 
-    def _build(self, place: Path, bundle: Bundle, model: bytes) -> tuple[bytes, Sidecar]:
+    def _build(self, place: Path, bundle: Bundle, model: bytes) -> tuple[bytes, PlanMetadata]:
         self._say("building the plan, which takes from seconds to many minutes")
         built = build(
             model,

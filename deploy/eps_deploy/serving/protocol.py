@@ -28,7 +28,7 @@ from eps_deploy.engines.base import INPUT_NAME, OUTPUT_NAME, Images, Logits
 # -- What a client is refused, and with which HTTP status. Messages name no path of this machine
 
 
-class Refusal(EpsError):
+class ApiError(EpsError):
     """A request that gets an error for an answer: `{"error": message}`.
 
     Args:
@@ -55,28 +55,28 @@ class Refusal(EpsError):
         self.headers = headers
 
 
-def not_found(message: str) -> Refusal:
-    return Refusal(message, status=404, reason="unknown")
+def not_found(message: str) -> ApiError:
+    return ApiError(message, status=404, reason="unknown")
 
 
-def too_large(message: str) -> Refusal:
-    return Refusal(message, status=413, reason="too-large")
+def too_large(message: str) -> ApiError:
+    return ApiError(message, status=413, reason="too-large")
 
 
-def busy(message: str, *, reason: str, retry_after: int = 1) -> Refusal:
+def busy(message: str, *, reason: str, retry_after: int = 1) -> ApiError:
     """The server could answer this, but not now (RFC 9110, 15.6.4)."""
-    return Refusal(message, status=503, reason=reason, retry_after=retry_after)
+    return ApiError(message, status=503, reason=reason, retry_after=retry_after)
 
 
 class InferenceFailed(EpsError):
     """The engine failed at a request that was right: the only error with status 500."""
 
 
-def as_refusal(error: Refusal | InferenceFailed) -> Refusal:
+def as_refusal(error: ApiError | InferenceFailed) -> ApiError:
     """What a client is told of it, on either wire."""
-    if isinstance(error, Refusal):
+    if isinstance(error, ApiError):
         return error
-    return Refusal(str(error), status=500, reason="engine")
+    return ApiError(str(error), status=500, reason="engine")
 
 
 # -- What a request for the network must hold, and what it gets, whichever wire it came on
@@ -169,7 +169,7 @@ def mapping(value: Any, name: str) -> Mapping[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise Refusal(f"{name} must be an object")
+        raise ApiError(f"{name} must be an object")
     return {key: field for key, field in value.items() if field is not None}
 
 
@@ -185,11 +185,11 @@ def _identifier(value: Any) -> str:
     if value is None:
         return ""
     if not isinstance(value, str) or len(value) > _MOST_LETTERS:
-        raise Refusal(f"id must be a string of at most {_MOST_LETTERS} characters")
+        raise ApiError(f"id must be a string of at most {_MOST_LETTERS} characters")
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise Refusal("id holds half of a surrogate pair") from None
+        raise ApiError("id holds half of a surrogate pair") from None
     return value
 
 
@@ -197,14 +197,14 @@ def _timeout(parameters: Mapping[str, Any]) -> float | None:
     """Seconds; Triton's unit in a request is the microsecond, and 0 means none."""
     value = parameters.get("timeout", 0)
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 63:
-        raise Refusal("parameters.timeout must be a number of microseconds, at least 0")
+        raise ApiError("parameters.timeout must be a number of microseconds, at least 0")
     return value / 1e6 if value else None
 
 
 def _flag(parameters: Mapping[str, Any], name: str, default: bool) -> bool:
     value = parameters.get(name, default)
     if not isinstance(value, bool):
-        raise Refusal(f"parameters.{name} must be true or false")
+        raise ApiError(f"parameters.{name} must be true or false")
     return value
 
 
@@ -214,27 +214,27 @@ def _output(outputs: Any, parameters: Mapping[str, Any]) -> tuple[bool, int]:
     if outputs is None or outputs == []:
         return binary, 0
     if not isinstance(outputs, list) or not all(isinstance(item, dict) for item in outputs):
-        raise Refusal("outputs must be a list of objects")
+        raise ApiError("outputs must be a list of objects")
     names = [item.get("name") for item in outputs]
     if names != [OUTPUT_NAME]:
-        raise Refusal(f"outputs asks for {told(names)}; the model has one output, {OUTPUT_NAME!r}")
+        raise ApiError(f"outputs asks for {told(names)}; the model has one output, {OUTPUT_NAME!r}")
     wanted = mapping(outputs[0].get("parameters"), "outputs[0].parameters")
     _refuse_shared_memory(wanted)
     count = wanted.get("classification", 0)
     if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-        raise Refusal("parameters.classification must be a number of classes")
+        raise ApiError("parameters.classification must be a number of classes")
     return _flag(wanted, "binary_data", binary), count
 
 
 def _input(inputs: Any, signature: Signature) -> tuple[Tensor, Shape]:
     if not isinstance(inputs, list) or not all(isinstance(item, dict) for item in inputs):
-        raise Refusal("inputs must be a list of objects")
+        raise ApiError("inputs must be a list of objects")
     names = [item.get("name") for item in inputs]
     if names != [INPUT_NAME]:
-        raise Refusal(f"inputs holds {told(names)}; the model has one input, {INPUT_NAME!r}")
+        raise ApiError(f"inputs holds {told(names)}; the model has one input, {INPUT_NAME!r}")
     tensor = inputs[0]
     if tensor.get("datatype") != DATATYPE:
-        raise Refusal(
+        raise ApiError(
             f"the datatype of {INPUT_NAME!r} is {DATATYPE}, raw pixels 0 to 255,"
             f" not {told(tensor.get('datatype'))}"
         )
@@ -249,15 +249,15 @@ def _shape(value: Any, signature: Signature) -> Shape:
     whole = all(isinstance(size, int) and not isinstance(size, bool) for size in sizes)
     if not whole or len(sizes) != 4 or sizes[1:] != fixed or sizes[0] < 1:
         wanted = ", ".join(map(str, fixed))
-        raise Refusal(f"the shape of {INPUT_NAME!r} is [N, {wanted}], not {told(value)}")
+        raise ApiError(f"the shape of {INPUT_NAME!r} is [N, {wanted}], not {told(value)}")
     if sizes[0] > signature.max_images:
-        raise Refusal(f"one request may hold up to {signature.max_images} images")
+        raise ApiError(f"one request may hold up to {signature.max_images} images")
     return tuple(sizes)
 
 
 def _refuse_shared_memory(parameters: Mapping[str, Any]) -> None:
     if "shared_memory_region" in parameters:
-        raise Refusal("this server has no shared memory; send the tensor in the body")
+        raise ApiError("this server has no shared memory; send the tensor in the body")
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,26 +347,26 @@ def decode(content: bytes, preprocessing: Preprocessing, max_pixels: int) -> Ima
     from PIL import Image, UnidentifiedImageError
 
     if not content:
-        raise Refusal("the body is empty; send the picture's bytes")
+        raise ApiError("the body is empty; send the picture's bytes")
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             _check_size(image.width, image.height, preprocessing, max_pixels)
             return preprocessing.apply(image)[None]
-    except Refusal:
+    except ApiError:
         raise
     except UnidentifiedImageError:
-        raise Refusal("not a JPEG, PNG or WebP picture; send its bytes as the body") from None
+        raise ApiError("not a JPEG, PNG or WebP picture; send its bytes as the body") from None
     except Exception as error:  # Pillow's decoders raise many types for what is damaged
-        raise Refusal(f"the picture cannot be decoded: {_line(error)}") from None
+        raise ApiError(f"the picture cannot be decoded: {_line(error)}") from None
 
 
 def _check_size(width: int, height: int, preprocessing: Preprocessing, most: int) -> None:
     if width * height > most:
-        raise Refusal(f"the picture has {width} x {height} pixels; at most {most} are accepted")
+        raise ApiError(f"the picture has {width} x {height} pixels; at most {most} are accepted")
     for across, down in ((width, height), (height, width)):  # it may lie on its side
         scale = max(preprocessing.resize[0] / down, preprocessing.resize[1] / across)
         if across * scale * down * scale > most:
-            raise Refusal(
+            raise ApiError(
                 f"the picture has {width} x {height} pixels, too long and thin: scaled for the"
                 f" network it would have more than the {most} that are accepted"
             )
@@ -383,7 +383,7 @@ def from_bytes(content: memoryview, shape: tuple[int, ...]) -> Images:
     """Row-major pixels as they are, without a copy. Raises Refusal for another number of them."""
     wanted = math.prod(shape)
     if len(content) != wanted:
-        raise Refusal(
+        raise ApiError(
             f"{INPUT_NAME!r} of shape {list(shape)} has {wanted} bytes, not {len(content)}"
         )
     return np.frombuffer(content, dtype=np.uint8).reshape(shape)
@@ -392,11 +392,11 @@ def from_bytes(content: memoryview, shape: tuple[int, ...]) -> Images:
 def from_json(data: Any, shape: tuple[int, ...]) -> Images:
     """Pixels from JSON's lists. Raises Refusal for another shape, or what is no whole 0..255."""
     if not isinstance(data, list):
-        raise Refusal(f"{INPUT_NAME!r} needs data, a list of pixels, or binary_data_size")
+        raise ApiError(f"{INPUT_NAME!r} needs data, a list of pixels, or binary_data_size")
     flat = _flat(data, shape) if data and isinstance(data[0], list) else data
     _check_count(len(flat), shape)
     if set(map(type, flat)) != {int}:  # True would pass for 1
-        raise Refusal(f"the pixels of {INPUT_NAME!r} must be whole numbers")
+        raise ApiError(f"the pixels of {INPUT_NAME!r} must be whole numbers")
     return from_numbers(flat, shape)
 
 
@@ -406,14 +406,14 @@ def from_numbers(numbers: Sequence[int], shape: tuple[int, ...]) -> Images:
     try:
         pixels = bytes(numbers)
     except ValueError:
-        raise Refusal(f"the pixels of {INPUT_NAME!r} must lie between 0 and 255") from None
+        raise ApiError(f"the pixels of {INPUT_NAME!r} must lie between 0 and 255") from None
     return np.frombuffer(pixels, dtype=np.uint8).reshape(shape)
 
 
 def _check_count(count: int, shape: tuple[int, ...]) -> None:
     wanted = math.prod(shape)
     if count != wanted:
-        raise Refusal(f"{INPUT_NAME!r} of shape {list(shape)} has {wanted} pixels, not {count}")
+        raise ApiError(f"{INPUT_NAME!r} of shape {list(shape)} has {wanted} pixels, not {count}")
 
 
 def _flat(data: list[Any], shape: tuple[int, ...]) -> list[Any]:
@@ -421,7 +421,7 @@ def _flat(data: list[Any], shape: tuple[int, ...]) -> list[Any]:
     level: list[Any] = [data]
     for axis, size in enumerate(shape):
         if not all(type(part) is list and len(part) == size for part in level):
-            raise Refusal(
+            raise ApiError(
                 f"the data of {INPUT_NAME!r} must be nested as its shape {list(shape)} says,"
                 f" or flat; axis {axis} is not"
             )
@@ -448,7 +448,7 @@ def read_request(body: bytes, json_length: int | None, signature: Signature) -> 
         pixels = from_bytes(memoryview(body), (1, *signature.input_shape))
         return Request(images=pixels, binary=True)
     if json_length is not None and not 0 < json_length <= len(body):
-        raise Refusal(f"{JSON_LENGTH} is {json_length}, the body has {len(body)} bytes")
+        raise ApiError(f"{JSON_LENGTH} is {json_length}, the body has {len(body)} bytes")
     document = parse_json(body if json_length is None else body[:json_length])
     rest = memoryview(body)[len(body) if json_length is None else json_length :]
     return understand(document, partial(_pixels, rest), signature)
@@ -459,13 +459,13 @@ def parse_json(text: bytes) -> dict[str, Any]:
     try:
         document = json.loads(text, parse_constant=_refuse_constant)
     except UnicodeDecodeError:
-        raise Refusal("the body is not JSON: not UTF-8") from None
+        raise ApiError("the body is not JSON: not UTF-8") from None
     except RecursionError:
-        raise Refusal("the body is not JSON that is accepted: nested too deeply") from None
+        raise ApiError("the body is not JSON that is accepted: nested too deeply") from None
     except ValueError as error:
-        raise Refusal(f"the body is not JSON: {error}") from None
+        raise ApiError(f"the body is not JSON: {error}") from None
     if not isinstance(document, dict):
-        raise Refusal("the body must be a JSON object")
+        raise ApiError("the body must be a JSON object")
     return document
 
 
@@ -477,12 +477,12 @@ def _pixels(rest: memoryview, tensor: Tensor, shape: Shape) -> Images:
     size = mapping(tensor.get("parameters"), "inputs[0].parameters").get("binary_data_size")
     if size is None:
         if len(rest):
-            raise Refusal(f"{len(rest)} bytes after the JSON belong to no tensor")
+            raise ApiError(f"{len(rest)} bytes after the JSON belong to no tensor")
         return from_json(tensor.get("data"), shape)
     if tensor.get("data") is not None:
-        raise Refusal(f"{INPUT_NAME!r} has both data and binary_data_size")
+        raise ApiError(f"{INPUT_NAME!r} has both data and binary_data_size")
     if isinstance(size, bool) or not isinstance(size, int) or size != len(rest):
-        raise Refusal(
+        raise ApiError(
             f"binary_data_size is {told(size)}, and {len(rest)} bytes follow the JSON"
             f" (whose length stands in {JSON_LENGTH})"
         )

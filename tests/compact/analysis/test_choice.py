@@ -46,9 +46,9 @@ def certificate(folder: Path) -> dict[str, Any]:
 
 def test_a_ledger_weighs_every_live_block(folder: Path) -> None:
     """Timed on ONNX Runtime, which the networks will run on, unless something else is asked for."""
-    result = compact(folder, "--ledger", "--seconds", 4)
+    result = compact(folder, "--importance", "--seconds", 4)
     assert result.code == 0, result.stderr
-    found = certificate(folder)["ledger"]
+    found = certificate(folder)["importance"]
     assert found["timer"].startswith("onnxruntime ")
     assert "times: onnxruntime " in result.stderr
     listed = [entry["block"] for entry in found["entries"]]
@@ -107,7 +107,7 @@ def test_everything_is_computed_on_the_device_that_is_named(
 
     monkeypatch.setattr(forward, "choose", choose)
     monkeypatch.setattr(torch.nn.Module, "to", to)
-    options = ("--ledger", "--target-parameters", 0.5, "--finetune-epochs", 1)
+    options = ("--importance", "--target-parameters", 0.5, "--finetune-epochs", 1)
     result = compact(folder, *options, "--device", "cuda:3", *QUICK)
     assert result.code == 0, result.stderr
     assert asked == ["cuda:3"]
@@ -190,11 +190,11 @@ def test_a_checkpoint_is_not_tuned_over(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--no-data", "--ledger"), "--no-data: --ledger needs the held-out images"),
+        (("--no-data", "--importance"), "--no-data: --importance needs the held-out images"),
         (("--no-data", "--target-flops", 0.5), "--no-data: --target-flops needs the held-out"),
-        (("--seconds", 5), "--seconds: is for --ledger and --sweep"),
-        (("--timer", "ort"), "--timer: is for --ledger and --sweep"),
-        (("--device", "cpu"), "--device: is for --ledger, --sweep and --finetune-epochs"),
+        (("--seconds", 5), "--seconds: is for --importance and --sweep"),
+        (("--timer", "ort"), "--timer: is for --importance and --sweep"),
+        (("--device", "cpu"), "--device: is for --importance, --sweep and --finetune-epochs"),
     ],
 )
 def test_options_that_cannot_go_together(

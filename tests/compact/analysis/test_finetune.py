@@ -15,7 +15,7 @@ from eps_core.errors import ConfigError
 from eps_train import recipes
 from eps_train.data import dataset
 from eps_train.training.checkpoint import Checkpoint
-from eps_train.training.guards import EpochReport
+from eps_train.training.guards import EpochMetrics
 from tests.checkpoints import make_checkpoint
 
 DIGITS = dataset.load("digits")
@@ -25,17 +25,17 @@ GONE = ("stages.2.1", "stages.2.2")
 
 def trained(dead: tuple[str, ...] = ("stages.1.1",)) -> Checkpoint:
     """Random weights, and the configuration of a run that could have made them."""
-    config = replace(recipes.digits(), model="cifar:20x4", closed_epochs=2)
+    config = replace(recipes.digits(), model="cifar:20x4", patience=2)
     return replace(make_checkpoint(dead=dead), config=config.to_dict())
 
 
 def test_it_learns_from_where_it_stands() -> None:
     checkpoint = trained()
-    told: list[EpochReport] = []
+    told: list[EpochMetrics] = []
     done = finetune(checkpoint, DIGITS, GONE, epochs=3, report=told.append)
     assert [epoch.epoch for epoch in told] == [1, 2, 3]
     assert [epoch.rate for epoch in told] == pytest.approx([0.01, 0.01, 0.001])
-    assert done.rates == pytest.approx((0.01, 0.001))
+    assert done.lr_schedule == pytest.approx((0.01, 0.001))
     assert done.after > done.before
     assert done.drop_after.value == pytest.approx(100 * (done.whole - done.after))
     assert done.drop_before.value == pytest.approx(100 * (done.whole - done.before))
@@ -87,7 +87,7 @@ def test_the_run_is_that_of_the_checkpoint_without_gates_at_a_low_rate() -> None
     )
     tuned = tuning_config(config, 9, CPU)
     assert tuned.plain
-    assert (tuned.side_weight, tuned.compile, tuned.precision) == (0.0, False, "fp32")
+    assert (tuned.aux_loss_weight, tuned.compile, tuned.precision) == (0.0, False, "fp32")
     assert tuned.weight_decay == config.weight_decay
     assert tuning_config(config, 9, torch.device("cuda")).precision == "bf16"
 

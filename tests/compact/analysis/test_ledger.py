@@ -16,15 +16,15 @@ from rich.console import Console
 from eps_compact.analysis import importance
 from eps_compact.analysis.importance import (
     Forking,
-    Ledger,
-    ledger,
+    Importance,
     live_network,
+    measure_importance,
     points,
     scaled,
     table,
 )
 from eps_compact.compaction import compact
-from eps_compact.evidence import Liveness
+from eps_compact.evidence import BlockEvidence
 from eps_core.errors import ConfigError
 from eps_core.stats import Interval
 from eps_train.data import dataset
@@ -45,7 +45,7 @@ def normalize(checkpoint: Checkpoint) -> Normalize:
 
 def test_every_live_block_is_weighed_on_all_images_when_there_is_time() -> None:
     checkpoint = make_checkpoint(dead=DEAD)
-    found = ledger(checkpoint, DIGITS.validation, timer=LayerTimer(), seconds=60)
+    found = measure_importance(checkpoint, DIGITS.validation, timer=LayerTimer(), seconds=60)
     assert [e.block for e in found.entries] == [
         block for block in checkpoint.network.gated if block not in DEAD
     ]
@@ -65,8 +65,12 @@ def test_every_live_block_is_weighed_on_all_images_when_there_is_time() -> None:
 
 def test_the_gates_record_is_that_of_the_last_epoch() -> None:
     checkpoint = make_checkpoint()
-    live = Liveness(block="stages.0.1", epsilon=EPSILON, peak=5.0, quiet=0.1, samples=9, closed=0.2)
-    found = ledger(checkpoint, DIGITS.validation, live=[live], timer=LayerTimer(), seconds=60)
+    live = BlockEvidence(
+        block="stages.0.1", epsilon=EPSILON, peak=5.0, quiet=0.1, samples=9, closed=0.2
+    )
+    found = measure_importance(
+        checkpoint, DIGITS.validation, live=[live], timer=LayerTimer(), seconds=60
+    )
     entry = found.entries[1]
     assert (entry.steps, entry.closed_steps, entry.closed, entry.peak) == (20, 3, 0.15, 7.5)
     assert entry.ratio == 5.0 / EPSILON
@@ -75,7 +79,7 @@ def test_the_gates_record_is_that_of_the_last_epoch() -> None:
 
 def test_a_network_without_gates_has_a_ledger_too() -> None:
     plain = make_checkpoint(gated=False)
-    found = ledger(plain, DIGITS.validation, timer=LayerTimer(), seconds=60)
+    found = measure_importance(plain, DIGITS.validation, timer=LayerTimer(), seconds=60)
     assert [e.block for e in found.entries] == list(plain.network.all_blocks())
     assert all(e.closed is None and e.steps is None for e in found.entries)
     assert "stages.0.0" in text_of(found)
@@ -102,13 +106,13 @@ def test_the_time_decides_on_how_many_images() -> None:
 
 def test_too_little_time_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"^the ledger's 0\.001 seconds are too few .* more$"):
-        ledger(make_checkpoint(), DIGITS.validation, timer=LayerTimer(), seconds=0.001)
+        measure_importance(make_checkpoint(), DIGITS.validation, timer=LayerTimer(), seconds=0.001)
 
 
 def test_nothing_left_to_weigh_is_refused() -> None:
     every = make_checkpoint().network.gated
     with pytest.raises(ConfigError, match="every block is dead"):
-        ledger(make_checkpoint(dead=every), DIGITS.validation)
+        measure_importance(make_checkpoint(dead=every), DIGITS.validation)
 
 
 def test_the_order_of_the_images_is_always_the_same_one_of_chance() -> None:
@@ -125,7 +129,7 @@ def test_no_more_images_are_held_than_fit() -> None:
         assert len(importance.ordered(DIGITS.validation)) == 30
 
 
-def text_of(found: Ledger) -> str:
+def text_of(found: Importance) -> str:
     console = Console(file=io.StringIO(), width=140)
     console.print(table(found))
     assert isinstance(console.file, io.StringIO)
@@ -136,7 +140,7 @@ def test_as_data_and_as_a_table() -> None:
     """A block that breaks the network counts as the worst there is; the data stay JSON."""
     checkpoint = make_checkpoint(dead=DEAD)
     checkpoint.state["stages.2.0.conv2.weight"][0, 0, 0, 0] = math.nan
-    found = ledger(checkpoint, DIGITS.validation, timer=LayerTimer(), seconds=60)
+    found = measure_importance(checkpoint, DIGITS.validation, timer=LayerTimer(), seconds=60)
     plain = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert plain["samples"] == 143
     assert plain["entries"][0]["ms"] == {"value": 2.0, "low": 2.0, "high": 2.0}
@@ -147,7 +151,7 @@ def test_as_data_and_as_a_table() -> None:
 
 
 def test_of_many_blocks_the_table_has_the_least_missed() -> None:
-    found = ledger(make_checkpoint(), DIGITS.validation, timer=LayerTimer(), seconds=60)
+    found = measure_importance(make_checkpoint(), DIGITS.validation, timer=LayerTimer(), seconds=60)
     loss = Interval(0.0, 0.0, 0.0)
     entry = found.entries[0]
     many = tuple(

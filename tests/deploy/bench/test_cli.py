@@ -99,8 +99,8 @@ def test_what_is_unlike_is_refused_and_then_stated(deployed: Path) -> None:
     refused = bench(deployed, *files)
     assert (refused.code, refused.stdout) == (1, "")
     assert "compact.pt and bundle/model.onnx are unlike: runtime torch" in refused.error
-    assert "--allow-unlike" in refused.error
-    allowed = bench(deployed, *files, "--allow-unlike", "--json")
+    assert "--allow-mismatch" in refused.error
+    allowed = bench(deployed, *files, "--allow-mismatch", "--json")
     assert allowed.code == 0, allowed.stderr
     assert "UNLIKE in runtime" in allowed.stderr
     assert list(json.loads(allowed.stdout)["unlike"]) == ["runtime"]

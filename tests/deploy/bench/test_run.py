@@ -140,7 +140,9 @@ def test_the_result_is_plain_data_with_every_run_if_wanted() -> None:
 )
 def test_unlike_things_are_refused_in_words(fact: str, other: object) -> None:
     pair = subjects(replace(FACTS, **{fact: other}))  # type: ignore[arg-type]
-    with pytest.raises(BenchError, match=rf"unlike: {fact} .* and .*; add --allow-unlike") as told:
+    with pytest.raises(
+        BenchError, match=rf"unlike: {fact} .* and .*; add --allow-mismatch"
+    ) as told:
         refuse_unlike(pair)
     assert str(other) in str(told.value)
     assert list(differences(pair)) == [fact]

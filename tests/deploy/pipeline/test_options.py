@@ -75,7 +75,7 @@ def test_latency_is_measured_for_no_longer(options: Any, monkeypatch: pytest.Mon
     picture: Any = None
     with pytest.raises(Called) as caught:
         evaluate.timed(
-            options("--engine", "ort", "--latency-budget", 7.5), sides, part, picture, print
+            options("--engine", "ort", "--time-budget", 7.5), sides, part, picture, print
         )
     assert caught.value.named["budget"] == 7.5
 

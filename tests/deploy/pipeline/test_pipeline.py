@@ -32,7 +32,7 @@ from tests.checkpoints import make_checkpoint
 from tests.commands import Result, files_in, run
 from tests.deploy.fake_ort import FakeSession
 
-ANYTHING_GOES = ("--min-speedup", "0", "--max-accuracy-drop", "100", "--latency-budget", "0.4")
+ANYTHING_GOES = ("--min-speedup", "0", "--max-accuracy-drop", "100", "--time-budget", "0.4")
 DEFERRED = ("--engine", "trt", "--defer-build")
 FULL_CHAIN = ["gated-compact", "compact-onnx", "onnx-engine", "baseline-onnx", "baseline-engine"]
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from eps_deploy.serving.batching import Batcher, Batching, Ran
-from eps_deploy.serving.protocol import InferenceFailed, Refusal
+from eps_deploy.serving.protocol import ApiError, InferenceFailed
 from tests.deploy.serving.engines import FakeEngine, numbered
 
 
@@ -139,7 +139,7 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_come_back() -> None:
         await it.entered()
         tasks += [asyncio.create_task(it.infer(2, 3)), asyncio.create_task(it.infer(4))]
         await asyncio.sleep(0)
-        with pytest.raises(Refusal, match="3 images are waiting, and 3 may") as caught:
+        with pytest.raises(ApiError, match="3 images are waiting, and 3 may") as caught:
             it.batcher.submit(numbered(5))
         assert (caught.value.status, caught.value.retry_after) == (503, 1)
         it.engine.open_gate.set()
@@ -161,7 +161,7 @@ def test_a_cancelled_request_leaves_the_queue() -> None:
         it.batcher.cancel(job)
         with pytest.raises(asyncio.CancelledError):
             await second
-        with pytest.raises(Refusal, match="went away"):
+        with pytest.raises(ApiError, match="went away"):
             await it.batcher.infer(job)
         assert it.batcher.queue.images == 0
         it.engine.open_gate.set()
@@ -179,7 +179,7 @@ def test_a_request_that_is_cancelled_while_it_runs_harms_nobody() -> None:
         other = asyncio.create_task(it.infer(2))
         await it.entered()
         it.batcher.cancel(job)
-        with pytest.raises(Refusal):
+        with pytest.raises(ApiError):
             await it.batcher.infer(job)
         it.engine.open_gate.set()
         assert await other == rows(2)
@@ -194,7 +194,7 @@ def test_a_deadline_is_kept_in_the_queue_and_in_the_engine() -> None:
         await it.entered()
         waiting = asyncio.create_task(it.infer(2, timeout=0.01))
         for task in (running, waiting):
-            with pytest.raises(Refusal, match="no answer within") as caught:
+            with pytest.raises(ApiError, match="no answer within") as caught:
                 await task
             assert (caught.value.status, caught.value.reason) == (503, "deadline")
         assert it.batcher.queue.images == 0

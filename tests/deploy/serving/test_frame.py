@@ -12,7 +12,7 @@ import pytest
 
 from eps_deploy.serving.metrics import Metrics
 from eps_deploy.serving.middleware import Frame, Receive, Scope, Send, send_json
-from eps_deploy.serving.protocol import InferenceFailed, Refusal
+from eps_deploy.serving.protocol import ApiError, InferenceFailed
 
 
 def make_metrics() -> Metrics:
@@ -73,7 +73,7 @@ def log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> An
 
 
 def test_a_refusal_in_the_protocols_form() -> None:
-    asked = Asked(Refusal("too many", status=503, reason="queue-full", retry_after=7))
+    asked = Asked(ApiError("too many", status=503, reason="queue-full", retry_after=7))
     assert (asked.status, asked.json) == (503, {"error": "too many"})
     assert asked.headers[b"retry-after"] == b"7"
     assert asked.metrics.refused == {"queue-full": 1}
@@ -92,7 +92,7 @@ def test_our_own_mistake_is_logged_and_not_told(log: Any) -> None:
 
 
 def test_after_the_answer_has_begun_nothing_is_sent() -> None:
-    asked = Asked(Refusal("the client went away"), late=True)
+    asked = Asked(ApiError("the client went away"), late=True)
     assert [message["type"] for message in asked.messages] == [
         "http.response.start",
         "http.response.body",
@@ -122,9 +122,9 @@ def test_a_token_is_asked_for_before_anything_else() -> None:
 
 
 def test_what_is_logged(log: Any) -> None:
-    for error in (None, Refusal("wrong"), Refusal("busy", status=503)):
+    for error in (None, ApiError("wrong"), ApiError("busy", status=503)):
         Asked(error)
     assert not log.records
-    for error in (None, Refusal("wrong")):
+    for error in (None, ApiError("wrong")):
         Asked(error, log_requests=True)
     assert [record.facts["status"] for record in log.records] == [200, 400]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from eps_deploy.serving.limits import Body, Memory
-from eps_deploy.serving.protocol import Refusal
+from eps_deploy.serving.protocol import ApiError
 
 
 def read(chunks: list[bytes], memory: Memory, headers: dict[str, str] | None = None) -> bytes:
@@ -44,7 +44,7 @@ def test_a_body_in_pieces(headers: dict[str, str]) -> None:
 @pytest.mark.parametrize("headers", [{}, {"content-length": "11"}])
 def test_a_body_that_is_too_large(headers: dict[str, str]) -> None:
     memory = Memory(100)
-    with pytest.raises(Refusal, match="larger than the 10 bytes") as caught:
+    with pytest.raises(ApiError, match="larger than the 10 bytes") as caught:
         read([b"x" * 6, b"y" * 5], memory, headers)
     assert (caught.value.status, memory.used) == (413, 0)
 
@@ -53,21 +53,21 @@ def test_more_than_there_is_memory_for() -> None:
     memory = Memory(9)
     every: list[dict[str, str]] = [{}, {"content-length": "10"}]
     for headers in every:
-        with pytest.raises(Refusal) as caught:
+        with pytest.raises(ApiError) as caught:
             read([b"x" * 5, b"y" * 5], memory, headers)
         assert (caught.value.status, caught.value.retry_after, memory.used) == (503, 1, 0)
 
 
 def test_a_client_that_goes_away() -> None:
     memory = Memory(100)
-    with pytest.raises(Refusal, match="went away"):
+    with pytest.raises(ApiError, match="went away"):
         read([], memory, {"content-length": "6"})
     assert memory.used == 0
 
 
 def test_a_compressed_body_is_refused() -> None:
     """It could be any size when it is unpacked."""
-    with pytest.raises(Refusal, match="uncompressed") as caught:
+    with pytest.raises(ApiError, match="uncompressed") as caught:
         read([b"x"], Memory(100), {"content-encoding": "gzip"})
     assert caught.value.status == 415
     assert (b"accept-encoding", b"identity") in caught.value.headers

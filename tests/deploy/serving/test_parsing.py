@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from eps_deploy.serving.protocol import Parser, Refusal, Request
+from eps_deploy.serving.protocol import ApiError, Parser, Request
 
 LIMIT = 1 << 20
 
@@ -26,7 +26,7 @@ def test_where_it_is_parsed() -> None:
             parser = Parser(workers, LIMIT, ("of JSON", "elsewhere"))
             assert (await parser.parse(100, work)).id == ""
             assert (await parser.parse(LIMIT, work)).id == ""
-            with pytest.raises(Refusal) as caught:
+            with pytest.raises(ApiError) as caught:
                 await parser.parse(LIMIT + 1, work)
         assert caught.value.status == 413
         assert str(caught.value) == (

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from eps_core.preprocessing import Preprocessing
-from eps_deploy.serving.protocol import Refusal, decode
+from eps_deploy.serving.protocol import ApiError, decode
 
 PREPROCESSING = Preprocessing(resize=(16, 16), crop=(8, 8), color="rgb")
 MOST = 100_000
@@ -31,7 +31,7 @@ def noise(width: int, height: int) -> Image.Image:
 
 
 def refused(content: bytes) -> str:
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises(ApiError) as caught:
         decode(content, PREPROCESSING, MOST)
     assert caught.value.status == 400
     return str(caught.value)
@@ -79,7 +79,7 @@ def test_damaged_pictures(kind: str) -> None:
         for wrong in (bytes(damaged), content[: draw.integers(len(content))]):
             try:
                 decode(wrong, PREPROCESSING, MOST)
-            except Refusal as error:
+            except ApiError as error:
                 messages.append(str(error))
     assert messages
     assert not any("0x" in message or "/" in message for message in messages), messages

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from eps_deploy.serving.protocol import Refusal, Request, Signature, read_request, write_answer
+from eps_deploy.serving.protocol import ApiError, Request, Signature, read_request, write_answer
 
 SIGNATURE = Signature(
     name="m", version="1", input_shape=(1, 2, 2), labels=("ant", "bee", "cat"), max_images=8
@@ -175,7 +175,7 @@ WRONG: list[tuple[Any, str]] = [
 
 @pytest.mark.parametrize(("document", "told"), WRONG, ids=range(len(WRONG)))
 def test_wrong_json(document: Any, told: str) -> None:
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises(ApiError) as caught:
         read(document)
     assert told in str(caught.value)
     assert caught.value.status == 400
@@ -195,7 +195,7 @@ def test_wrong_json(document: Any, told: str) -> None:
     ],
 )
 def test_wrong_framing(document: Any, raw: bytes, told: str) -> None:
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises(ApiError) as caught:
         read(document, raw)
     assert told in str(caught.value)
     assert caught.value.status == 400
@@ -203,13 +203,13 @@ def test_wrong_framing(document: Any, raw: bytes, told: str) -> None:
 
 @pytest.mark.parametrize("length", [-1, 5, 10**9])
 def test_a_json_length_that_cannot_be(length: int) -> None:
-    with pytest.raises(Refusal, match="the body has 2 bytes"):
+    with pytest.raises(ApiError, match="the body has 2 bytes"):
         read_request(b"{}", length, SIGNATURE)
 
 
 @pytest.mark.parametrize("body", [b"", b"123", b"12345"])
 def test_a_raw_body_of_another_size(body: bytes) -> None:
-    with pytest.raises(Refusal, match="has 4 bytes, not"):
+    with pytest.raises(ApiError, match="has 4 bytes, not"):
         read_request(body, 0, SIGNATURE)
 
 

@@ -15,7 +15,7 @@ from eps_deploy.engines.base import EngineError
 from eps_deploy.serving import service as service_module
 from eps_deploy.serving.batching import Batching, Ran
 from eps_deploy.serving.model import Model
-from eps_deploy.serving.protocol import InferenceFailed, Refusal, Signature
+from eps_deploy.serving.protocol import ApiError, InferenceFailed, Signature
 from eps_deploy.serving.service import Service, Source
 from tests.deploy.serving.engines import SHAPE, FakeEngine, numbered
 
@@ -79,7 +79,7 @@ def test_it_is_ready_when_the_model_is_loaded(deployed: Path, loader: Loader) ->
     async def test(service: Service) -> None:
         assert service.live
         assert not service.ready
-        with pytest.raises(Refusal, match="still being loaded") as caught:
+        with pytest.raises(ApiError, match="still being loaded") as caught:
             assert service.current
         assert caught.value.status == 503
         await service.load()
@@ -130,7 +130,7 @@ def test_one_load_at_a_time(deployed: Path, loader: Loader) -> None:
     async def test(service: Service) -> None:
         first = asyncio.create_task(service.load())
         await asyncio.sleep(0)
-        with pytest.raises(Refusal, match="being loaded already"):
+        with pytest.raises(ApiError, match="being loaded already"):
             await service.load()
         await first
         assert loader.loads == 1

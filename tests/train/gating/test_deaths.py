@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from eps_train.gating.gate import EpsilonGate, response
-from eps_train.gating.pruning_state import Registry, nonfinite_block, watch_branches
+from eps_train.gating.pruning_state import BlockTracker, nonfinite_block, watch_branches
 
 EPSILON = 2.0
 BLOCKS = ("a", "b")
@@ -31,20 +31,20 @@ def gates_of(model: TwoBlocks) -> dict[str, EpsilonGate]:
     return cast(dict[str, EpsilonGate], dict(model.gates.items()))
 
 
-def epoch(model: TwoBlocks, registry: Registry, steps: int = 3) -> float:
+def epoch(model: TwoBlocks, registry: BlockTracker, steps: int = 3) -> float:
     model.train()
     for _ in range(steps):
         model(torch.zeros(2, 1, 2, 2))
     return registry.record_epoch(gates_of(model), dict.fromkeys(gates_of(model), EPSILON))
 
 
-def latch(model: TwoBlocks, registry: Registry, at: int) -> tuple[str, ...]:
+def latch(model: TwoBlocks, registry: BlockTracker, at: int) -> tuple[str, ...]:
     images = torch.zeros(5, 1, 2, 2)
     return registry.latch(gates_of(model), model, nn.Identity(), images, epoch=at)
 
 
 def test_a_block_dies_after_k_whole_closed_epochs_and_not_before() -> None:
-    model, registry = TwoBlocks(1.0, 3.0), Registry(BLOCKS, closed_epochs=3)
+    model, registry = TwoBlocks(1.0, 3.0), BlockTracker(BLOCKS, patience=3)
     died = []
     for at in range(4):
         epoch(model, registry)
@@ -58,7 +58,7 @@ def test_a_block_dies_after_k_whole_closed_epochs_and_not_before() -> None:
 
 
 def test_one_open_step_starts_the_count_anew() -> None:
-    model, registry = TwoBlocks(1.0, 3.0), Registry(BLOCKS, closed_epochs=2)
+    model, registry = TwoBlocks(1.0, 3.0), BlockTracker(BLOCKS, patience=2)
     epoch(model, registry)
     model.factors["a"] = 5.0
     model.train()
@@ -73,7 +73,7 @@ def test_one_open_step_starts_the_count_anew() -> None:
 
 
 def test_held_out_images_that_contradict_training_keep_a_block_alive() -> None:
-    model, registry = TwoBlocks(1.0, 3.0), Registry(BLOCKS, closed_epochs=2)
+    model, registry = TwoBlocks(1.0, 3.0), BlockTracker(BLOCKS, patience=2)
     epoch(model, registry)
     epoch(model, registry)
     model.factors["a"] = EPSILON  # not below epsilon
@@ -83,7 +83,7 @@ def test_held_out_images_that_contradict_training_keep_a_block_alive() -> None:
 
 
 def test_a_latched_gate_is_never_judged_again() -> None:
-    model, registry = TwoBlocks(1.0, 3.0), Registry(BLOCKS, closed_epochs=2)
+    model, registry = TwoBlocks(1.0, 3.0), BlockTracker(BLOCKS, patience=2)
     for at in range(2):
         epoch(model, registry)
         latch(model, registry, at)
@@ -98,7 +98,7 @@ def test_a_latched_gate_is_never_judged_again() -> None:
 
 
 def test_discarded_is_the_mean_count_over_the_steps() -> None:
-    model, registry = TwoBlocks(1.0, 3.0), Registry(BLOCKS, closed_epochs=9)
+    model, registry = TwoBlocks(1.0, 3.0), BlockTracker(BLOCKS, patience=9)
     model.train()
     for factor in (1.0, 1.0, 1.0, 4.0):
         model.factors["a"] = factor
@@ -109,9 +109,9 @@ def test_discarded_is_the_mean_count_over_the_steps() -> None:
 
 
 def test_restored_registry_goes_on_counting() -> None:
-    model, registry = TwoBlocks(1.0, 3.0), Registry(BLOCKS, closed_epochs=2)
+    model, registry = TwoBlocks(1.0, 3.0), BlockTracker(BLOCKS, patience=2)
     epoch(model, registry)
-    again = Registry(BLOCKS, closed_epochs=2)
+    again = BlockTracker(BLOCKS, patience=2)
     again.restore(list(registry.records.values()), registry.state())
     epoch(model, again)
     assert latch(model, again, 1) == ("a",)
@@ -141,7 +141,7 @@ def test_watched_peaks_are_those_of_every_call_and_watching_ends() -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 def test_a_pass_over_held_out_images_leaves_the_mode_as_it_was(training: bool) -> None:
-    model, registry = TwoBlocks(1.0, 3.0), Registry(BLOCKS, closed_epochs=2)
+    model, registry = TwoBlocks(1.0, 3.0), BlockTracker(BLOCKS, patience=2)
     epoch(model, registry)
     epoch(model, registry)
     model.train(training)

@@ -8,18 +8,18 @@ from pathlib import Path
 import pytest
 
 from eps_train.gating import target as lead_module
-from eps_train.gating.target import EpsilonLead
-from eps_train.training.checkpoint import Checkpoint, Death, GateRecord
+from eps_train.gating.target import EpsilonController
+from eps_train.training.checkpoint import Checkpoint, GateRecord, PruneRecord
 from eps_train.training.trainer import Trainer
 from tests.train.runs import DYING, trainer
 
-LED = replace(DYING, epsilon=None, target_parameters=0.5, epsilon_from=1, epochs=8)
+LED = replace(DYING, epsilon=None, target_parameters=0.5, epsilon_warmup=1, epochs=8)
 
 
-def lead(max_drop: float | None = None) -> EpsilonLead:
+def lead(max_drop: float | None = None) -> EpsilonController:
     """Four blocks of 10 parameters in a network of 50, of which 20 are to stay."""
     sizes = dict.fromkeys("abcd", 10)
-    return EpsilonLead(
+    return EpsilonController(
         target=20,
         sizes=sizes,
         whole=50,
@@ -32,7 +32,7 @@ def lead(max_drop: float | None = None) -> EpsilonLead:
 
 
 def records(peaks: dict[str, float], dead: str = "") -> list[GateRecord]:
-    death = Death(epoch=1, epsilon=1.0, steps=1, peak=0.5, heldout_peak=0.5, samples=1)
+    death = PruneRecord(epoch=1, epsilon=1.0, steps=1, peak=0.5, heldout_peak=0.5, samples=1)
     return [
         GateRecord(
             block=block,
@@ -93,7 +93,7 @@ def test_the_last_descent_begins_with_nothing_new_but_lets_the_chosen_die() -> N
 
 
 def test_every_stage_keeps_a_block() -> None:
-    led = EpsilonLead(
+    led = EpsilonController(
         target=10,
         sizes=dict.fromkeys(("one.0", "one.1", "two.0"), 10),
         whole=50,

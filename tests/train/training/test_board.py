@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from eps_train.training.files import RunFiles
-from eps_train.training.plots import Board
+from eps_train.training.files import RunPaths
+from eps_train.training.plots import TensorBoardLog
 
 
 def line(epoch: int, peaks: dict[str, float], died: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -41,15 +41,15 @@ LINES = [
 ]
 
 
-def write(files: RunFiles, *, first: int, last: int, epochs: int = 4) -> Board:
+def write(files: RunPaths, *, first: int, last: int, epochs: int = 4) -> TensorBoardLog:
     """What a run does that goes on after `first` epochs and ends after `last`."""
-    board = Board(files, epochs=epochs, before=LINES[:first])
+    board = TensorBoardLog(files, epochs=epochs, before=LINES[:first])
     for done in range(first, last):
         board.add(LINES[done], lambda: LINES[: done + 1])  # noqa: B023
     return board
 
 
-def read(files: RunFiles) -> EventAccumulator:
+def read(files: RunPaths) -> EventAccumulator:
     events = EventAccumulator(
         str(files.events(0).parent), {"scalars": 0, "images": 0, "histograms": 0}
     )
@@ -62,7 +62,7 @@ def steps(events: EventAccumulator, tag: str) -> list[int]:
 
 
 def test_tensorboard_reads_what_was_written(tmp_path: Path) -> None:
-    files = RunFiles.of(tmp_path)
+    files = RunPaths.of(tmp_path)
     write(files, first=0, last=4)
     events = read(files)
     values = {
@@ -85,7 +85,7 @@ def test_tensorboard_reads_what_was_written(tmp_path: Path) -> None:
 
 
 def test_peaks_are_a_histogram_in_units_of_epsilon(tmp_path: Path) -> None:
-    files = RunFiles.of(tmp_path)
+    files = RunPaths.of(tmp_path)
     write(files, first=0, last=4)
     first, *_, last = (
         event.histogram_value for event in read(files).Histograms("gates/peak_over_epsilon")
@@ -99,7 +99,7 @@ def test_peaks_are_a_histogram_in_units_of_epsilon(tmp_path: Path) -> None:
 
 
 def test_pictures_show_the_map_and_the_peaks(tmp_path: Path) -> None:
-    files = RunFiles.of(tmp_path)
+    files = RunPaths.of(tmp_path)
     write(files, first=0, last=4, epochs=40)
     events = read(files)
     for tag in ("gates/map", "gates/peaks"):
@@ -115,7 +115,7 @@ def test_pictures_show_the_map_and_the_peaks(tmp_path: Path) -> None:
 @pytest.mark.parametrize("crashed", [1, 2, 4])
 def test_a_resumed_run_has_every_epoch_once(tmp_path: Path, crashed: int) -> None:
     """Killed after `crashed` epochs of which the first alone was saved, while writing the next."""
-    files = RunFiles.of(tmp_path)
+    files = RunPaths.of(tmp_path)
     board = write(files, first=0, last=crashed)
     with board.path.open("ab") as file:
         file.write(b"\x18\0\0\0")  # a record cut short
@@ -128,13 +128,13 @@ def test_a_resumed_run_has_every_epoch_once(tmp_path: Path, crashed: int) -> Non
 
 
 def test_a_run_resumed_with_it_has_the_epochs_before_too(tmp_path: Path) -> None:
-    files = RunFiles.of(tmp_path)
+    files = RunPaths.of(tmp_path)
     write(files, first=2, last=4)
     assert steps(read(files), "loss/training") == [1, 2, 3, 4]
 
 
 def test_other_programs_event_files_stay(tmp_path: Path) -> None:
-    files = RunFiles.of(tmp_path)
+    files = RunPaths.of(tmp_path)
     other = files.events(0).with_name("events.out.tfevents.1700000000.host.42.0")
     other.parent.mkdir(parents=True)
     other.write_bytes(b"")
@@ -143,24 +143,24 @@ def test_other_programs_event_files_stay(tmp_path: Path) -> None:
 
 
 def test_a_plain_run_has_no_figures_of_gates(tmp_path: Path) -> None:
-    files = RunFiles.of(tmp_path, "baseline")
+    files = RunPaths.of(tmp_path, "baseline")
     plain = {**line(1, {}), "dead": 0, "epsilon": 0.0}
-    Board(files, epochs=1, before=[]).add(plain, lambda: [plain])
+    TensorBoardLog(files, epochs=1, before=[]).add(plain, lambda: [plain])
     tags = read(files).Tags()
     assert not any(tag.startswith(("gates", "blocks/dead")) for tag in tags["scalars"])
     assert tags["images"] == []
 
 
 def test_open_gates_and_silent_branches_can_be_shown(tmp_path: Path) -> None:
-    """Epsilon 0, as before --epsilon-from, and branches that start at zero."""
-    files = RunFiles.of(tmp_path)
+    """Epsilon 0, as before --epsilon-warmup, and branches that start at zero."""
+    files = RunPaths.of(tmp_path)
     silent = {**line(1, {"s.0": 0.0, "s.1": 0.0, "t.0": 0.0}), "epsilon": 0.0}
-    Board(files, epochs=1, before=[]).add(silent, lambda: [silent])
+    TensorBoardLog(files, epochs=1, before=[]).add(silent, lambda: [silent])
     assert read(files).Tags()["images"] == ["gates/map", "gates/peaks"]
 
 
 def test_a_full_disk_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files = RunFiles.of(tmp_path)
+    files = RunPaths.of(tmp_path)
     board = write(files, first=0, last=1)
 
     def full(self: Path, *args: object) -> object:

@@ -57,9 +57,9 @@ def epochs_with_a_removal(run: Trainer) -> dict[str, Tensor]:
 def test_weights_are_those_of_the_plain_step_over_a_removal(tmp_path: Path) -> None:
     short: dict[str, Any] = {
         "epochs": 2,
-        "rates": ((0, 0.1), (1, 0.02)),
-        "descent": (),
-        "closed_epochs": 3,
+        "lr_schedule": ((0, 0.1), (1, 0.02)),
+        "final_decay": (),
+        "patience": 3,
     }
     plain, run = trainer(tmp_path, **short), trainer(tmp_path, **short)
     steps = static(run)

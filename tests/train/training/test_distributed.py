@@ -19,7 +19,7 @@ from eps_train.training import distributed
 from eps_train.training import run as agreement
 from eps_train.training.checkpoint import Checkpoint, GateRecord
 from eps_train.training.distributed import ALONE, AgreedStop, Group, StopRequest
-from eps_train.training.guards import EpochReport
+from eps_train.training.guards import EpochMetrics
 from eps_train.training.step import build
 from eps_train.training.trainer import Stopped, Trainer
 from tests.train import processes
@@ -27,7 +27,7 @@ from tests.train.runs import DEATHS, DYING, DoomedTrainer, deaths, digits, dying
 
 RUN = replace(DYING, epochs=6)
 SMOOTH = replace(
-    DYING, model="tests.train.smooth:Smooth", side_weight=0.0, epochs=2, batch_size=40, shift=0
+    DYING, model="tests.train.smooth:Smooth", aux_loss_weight=0.0, epochs=2, batch_size=40, shift=0
 )
 
 
@@ -35,7 +35,7 @@ SMOOTH = replace(
 class Outcome:
     """What one process has at the end of a run."""
 
-    reports: list[EpochReport]
+    reports: list[EpochMetrics]
     state: dict[str, Tensor]
     momentum: list[Tensor]
     dead: tuple[str, ...]
@@ -43,7 +43,7 @@ class Outcome:
     signal: int | None = None
 
 
-def outcome(run: Trainer, reports: list[EpochReport]) -> Outcome:
+def outcome(run: Trainer, reports: list[EpochMetrics]) -> Outcome:
     state = dict(run.network.state_dict())
     momentum = [run.optimizer.state[p]["momentum_buffer"] for _, p in run.named_parameters()]
     return Outcome(reports, state, momentum, run.registry.dead)
@@ -53,7 +53,7 @@ def whole_run(
     group: Group, folder: Path, config: TrainingConfig, kind: type[Trainer] = DoomedTrainer
 ) -> Outcome:
     run = trainer(folder, config, kind=kind, group=group)
-    reports: list[EpochReport] = []
+    reports: list[EpochMetrics] = []
     run.run(reports.append)
     return outcome(run, reports)
 
@@ -72,7 +72,7 @@ def stopped_run(group: Group, folder: Path, config: TrainingConfig, question: in
         return agreed()
 
     run = dying_trainer(folder, config, group=group, stop=stop)
-    reports: list[EpochReport] = []
+    reports: list[EpochMetrics] = []
     with pytest.raises(Stopped):
         run.run(reports.append)
     done = outcome(run, reports)
@@ -83,7 +83,7 @@ def stopped_run(group: Group, folder: Path, config: TrainingConfig, question: in
 def resumed_run(group: Group, folder: Path, config: TrainingConfig) -> Outcome:
     run = dying_trainer(folder, config, group=group)
     run.resume()
-    reports: list[EpochReport] = []
+    reports: list[EpochMetrics] = []
     run.run(reports.append)
     return outcome(run, reports)
 
@@ -122,7 +122,7 @@ def test_a_step_counts_once_for_each_process_that_judges(
     assert live
     assert {gate.steps for gate in live} == {2 * steps}
     death = next(gate.death for gate in Checkpoint.load(folder / "ckpt.pt").gates if gate.death)
-    assert death.steps == 2 * steps * RUN.closed_epochs
+    assert death.steps == 2 * steps * RUN.patience
 
 
 def test_the_result_is_an_ordinary_checkpoint(undisturbed: tuple[Path, list[Outcome]]) -> None:
@@ -175,7 +175,7 @@ BETWEEN = 1.5
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     run = trainer(tmp_path_factory.mktemp("alone"), SMOOTH, epsilon=BETWEEN)
-    reports: list[EpochReport] = []
+    reports: list[EpochMetrics] = []
     run.run(reports.append)
     return outcome(run, reports)
 
@@ -200,7 +200,7 @@ def test_global_gates_judge_as_one_process_judges_the_whole_batch(
 def test_gates_of_a_replica_judge_its_own_part(tmp_path: Path) -> None:
     """As in the paper: half a batch answers less strongly than the whole, so more gates close."""
     # The weights stay as they are, so that both runs judge the same responses.
-    still = replace(SMOOTH, epochs=1, rates=((0, 1e-12),), descent=(), weight_decay=0.0)
+    still = replace(SMOOTH, epochs=1, lr_schedule=((0, 1e-12),), final_decay=(), weight_decay=0.0)
     run = trainer(tmp_path, still)
     with watch_branches(run.gates, response) as seen:
         run.run_epoch()

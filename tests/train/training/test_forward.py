@@ -129,8 +129,8 @@ def test_a_removal_leaves_compiled_what_it_does_not_touch_and_forgets_the_rest(
         return compile_(module, backend=counting, fullgraph=True, **options)
 
     monkeypatch.setattr(torch, "compile", with_our_backend)
-    plain = trainer(tmp_path, closed_epochs=9)
-    made = trainer(tmp_path, closed_epochs=9, compile=True)
+    plain = trainer(tmp_path, patience=9)
+    made = trainer(tmp_path, patience=9, compile=True)
     compiled = []
     for gone in (None, "stages.0.1", "stages.1.2"):
         if gone is not None:

@@ -6,13 +6,13 @@ import pytest
 
 from eps_core.errors import TrainingError
 from eps_train.training import guards
-from eps_train.training.checkpoint import Death, GateRecord
+from eps_train.training.checkpoint import GateRecord, PruneRecord
 from eps_train.training.evaluate import Score
 from tests.train.runs import digits
 
 
 def test_a_stage_that_dies_before_anything_was_learned() -> None:
-    death = Death(epoch=2, epsilon=1.0, steps=20, peak=0.5, heldout_peak=0.5, samples=9)
+    death = PruneRecord(epoch=2, epsilon=1.0, steps=20, peak=0.5, heldout_peak=0.5, samples=9)
     dead = GateRecord(block="one", epsilon=1.0, steps=10, closed_steps=10, peak=0.5, death=death)
     with pytest.raises(TrainingError, match=r"^every block of the first died by epoch 5"):
         guards.refuse_collapse(

@@ -9,8 +9,8 @@ import torch
 
 from eps_core.errors import ConfigError
 from eps_train.training.checkpoint import Checkpoint
-from eps_train.training.files import RunFiles
-from eps_train.training.rotation import KeptCheckpoints
+from eps_train.training.files import RunPaths
+from eps_train.training.rotation import CheckpointRotation
 from eps_train.training.trainer import Trainer
 from tests.commands import files_in
 from tests.train.runs import DEATHS, DYING, digits, dying_trainer
@@ -18,9 +18,9 @@ from tests.train.runs import DEATHS, DYING, digits, dying_trainer
 
 def keeping(folder: Path, count: int, *, resume: bool = False, **changes: Any) -> Trainer:
     """A trainer that keeps the last `count` epochs, as `Run` prepares it."""
-    files = RunFiles.of(folder)
+    files = RunPaths.of(folder)
     made = dying_trainer(folder, **changes)
-    made.kept = KeptCheckpoints(files, count)
+    made.kept = CheckpointRotation(files, count)
     if resume:
         made.resume()
         made.kept.adopt(made.config, made.data, epochs_done=made.epoch)
@@ -33,7 +33,7 @@ def train(made: Trainer, epochs: int) -> None:
 
 
 def kept(folder: Path) -> list[int]:
-    return list(RunFiles.of(folder).all_kept())
+    return list(RunPaths.of(folder).all_kept())
 
 
 @pytest.fixture(scope="module")
@@ -137,16 +137,16 @@ def test_a_full_disk_takes_neither_the_older_ones_nor_last_pt(
 
 
 def test_a_baseline_keeps_its_own(four: Path, tmp_path: Path) -> None:
-    files = RunFiles.of(tmp_path, "baseline")
+    files = RunPaths.of(tmp_path, "baseline")
     made = Trainer(
         DYING.baseline(),
         digits(),
         best_path=files.best,
         last_path=files.last,
         device=torch.device("cpu"),
-        kept=KeptCheckpoints(files, 1),
+        kept=CheckpointRotation(files, 1),
     )
     train(made, 2)
     assert files.kept(2).name == "baseline-epoch-0002.pt"
     assert list(files.all_kept()) == [2]
-    assert RunFiles.of(tmp_path).all_kept() == {}, "not those of the other run"
+    assert RunPaths.of(tmp_path).all_kept() == {}, "not those of the other run"

@@ -14,25 +14,25 @@ from eps_core.errors import ConfigError, TrainingError
 from eps_train.gating import rewriting
 from eps_train.training.checkpoint import Checkpoint
 from eps_train.training.evaluate import score
-from eps_train.training.guards import EpochReport
+from eps_train.training.guards import EpochMetrics
 from eps_train.training.trainer import Stopped, Trainer
 from tests.train.runs import DEATHS, DYING, SHUT, deaths, digits, dying_trainer, trainer
 
-REZERO: dict[str, Any] = {"model": "tests.train.smooth:ReZero", "side_weight": 0.0}
+REZERO: dict[str, Any] = {"model": "tests.train.smooth:ReZero", "aux_loss_weight": 0.0}
 
 
 @pytest.fixture(scope="module")
-def dying(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[EpochReport], Trainer]:
+def dying(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[EpochMetrics], Trainer]:
     """One whole run in which blocks die; its files, epoch reports and trainer."""
     folder = tmp_path_factory.mktemp("dying")
-    reports: list[EpochReport] = []
+    reports: list[EpochMetrics] = []
     finished = dying_trainer(folder)
     finished.run(reports.append)
     return folder, reports, finished
 
 
 def test_blocks_die_and_leave_the_running_network(
-    dying: tuple[Path, list[EpochReport], Trainer],
+    dying: tuple[Path, list[EpochMetrics], Trainer],
 ) -> None:
     _, reports, finished = dying
     died = deaths(reports)
@@ -42,7 +42,7 @@ def test_blocks_die_and_leave_the_running_network(
 
 
 def test_every_death_carries_its_evidence(
-    dying: tuple[Path, list[EpochReport], Trainer],
+    dying: tuple[Path, list[EpochMetrics], Trainer],
 ) -> None:
     folder, _, _ = dying
     steps = digits().identity.sizes["train"] // DYING.batch_size
@@ -50,7 +50,7 @@ def test_every_death_carries_its_evidence(
     found = {record.block: record.death for record in checkpoint.gates if record.death is not None}
     assert {block: death.epoch for block, death in found.items()} == DEATHS
     for death in found.values():
-        assert death.steps == DYING.closed_epochs * steps
+        assert death.steps == DYING.patience * steps
         assert death.epsilon == SHUT
         assert 0 < death.peak < SHUT
         assert 0 < death.heldout_peak < SHUT
@@ -77,11 +77,11 @@ def test_blocks_die_of_themselves(tmp_path: Path) -> None:
 
 
 def test_live_removal_changes_nothing_that_survives(
-    dying: tuple[Path, list[EpochReport], Trainer], tmp_path: Path
+    dying: tuple[Path, list[EpochMetrics], Trainer], tmp_path: Path
 ) -> None:
     """Loss and every tensor of the surviving part equal those of a run that keeps the branches."""
     _, reports, finished = dying
-    kept_reports: list[EpochReport] = []
+    kept_reports: list[EpochMetrics] = []
     keeping = dying_trainer(tmp_path, live_removal=False)
     keeping.run(kept_reports.append)
     assert [r.died for r in kept_reports] == [r.died for r in reports]
@@ -98,7 +98,7 @@ def test_live_removal_changes_nothing_that_survives(
 
 
 def test_checkpoint_is_the_best_since_the_last_block_was_lost(
-    dying: tuple[Path, list[EpochReport], Trainer],
+    dying: tuple[Path, list[EpochMetrics], Trainer],
 ) -> None:
     folder, reports, finished = dying
     last_loss = max(report.epoch for report in reports if report.died)
@@ -109,7 +109,7 @@ def test_checkpoint_is_the_best_since_the_last_block_was_lost(
 
 
 def test_checkpoint_reproduces_its_recorded_accuracies(
-    dying: tuple[Path, list[EpochReport], Trainer],
+    dying: tuple[Path, list[EpochMetrics], Trainer],
 ) -> None:
     """Gated network with dead gates shut and live gates open: exactly what was validated."""
     folder, _, finished = dying
@@ -121,7 +121,7 @@ def test_checkpoint_reproduces_its_recorded_accuracies(
 
 
 def test_weights_of_dead_blocks_stay_in_the_checkpoint(
-    dying: tuple[Path, list[EpochReport], Trainer],
+    dying: tuple[Path, list[EpochMetrics], Trainer],
 ) -> None:
     folder, _, finished = dying
     checkpoint = Checkpoint.load(folder / "last.pt")
@@ -132,7 +132,7 @@ def test_weights_of_dead_blocks_stay_in_the_checkpoint(
 
 @pytest.mark.parametrize("stop_after", [1, 4, 6])
 def test_resumed_run_ends_in_the_same_weights(
-    dying: tuple[Path, list[EpochReport], Trainer], tmp_path: Path, stop_after: int
+    dying: tuple[Path, list[EpochMetrics], Trainer], tmp_path: Path, stop_after: int
 ) -> None:
     """Stopped before, right at, and after the epochs in which blocks died."""
     _, reports, finished = dying
@@ -141,7 +141,7 @@ def test_resumed_run_ends_in_the_same_weights(
         first.save(first.run_epoch())
     again = dying_trainer(tmp_path)
     again.resume()
-    later: list[EpochReport] = []
+    later: list[EpochMetrics] = []
     checkpoint = again.run(later.append)
     assert [r.loss for r in later] == [r.loss for r in reports[stop_after:]]
     assert [r.gates for r in later] == [r.gates for r in reports[stop_after:]]
@@ -153,7 +153,7 @@ def test_resumed_run_ends_in_the_same_weights(
 
 
 def test_resuming_a_finished_run_changes_nothing(
-    dying: tuple[Path, list[EpochReport], Trainer], tmp_path: Path
+    dying: tuple[Path, list[EpochMetrics], Trainer], tmp_path: Path
 ) -> None:
     folder, _, _ = dying
     for name in ("ckpt.pt", "last.pt"):
@@ -214,11 +214,11 @@ def test_every_parameter_is_in_exactly_one_group(tmp_path: Path, changes: dict[s
 @pytest.mark.parametrize("epsilon", [0.0, 0.5])
 def test_a_scale_without_dimensions_is_trained(tmp_path: Path, epsilon: float) -> None:
     """And without decay; a branch whose scale stays at zero would die, whatever it could learn."""
-    run = trainer(tmp_path, **REZERO, epsilon=epsilon, epsilon_from=1, epochs=2)
+    run = trainer(tmp_path, **REZERO, epsilon=epsilon, epsilon_warmup=1, epochs=2)
     run.save(run.run_epoch())
     scales = [run.model.get_parameter(name).item() for name in ("first", "second")]
     assert all(scales)
-    again = trainer(tmp_path, **REZERO, epsilon=epsilon, epsilon_from=1, epochs=2)
+    again = trainer(tmp_path, **REZERO, epsilon=epsilon, epsilon_warmup=1, epochs=2)
     again.resume()
     assert [again.model.get_parameter(name).item() for name in ("first", "second")] == scales
     for made in (run, again):
@@ -251,21 +251,21 @@ def test_a_stage_that_dies_before_learning_stops_the_run(tmp_path: Path) -> None
 
 
 def test_epsilon_acts_from_its_epoch_until_the_network_settles(tmp_path: Path) -> None:
-    scheduled = trainer(tmp_path, epochs=10, epsilon_from=2, settle_at=0.8)
+    scheduled = trainer(tmp_path, epochs=10, epsilon_warmup=2, freeze_gates_at=0.8)
     thresholds = [set(scheduled.thresholds(epoch).values()) for epoch in range(10)]
     assert thresholds == [{0.0}] * 2 + [{3.0}] * 6 + [{0.0}] * 2
 
 
 def test_no_block_dies_while_epsilon_does_not_act(tmp_path: Path) -> None:
-    waiting = trainer(tmp_path, epsilon=1e6, epsilon_from=3, epochs=3)
-    reports: list[EpochReport] = []
+    waiting = trainer(tmp_path, epsilon=1e6, epsilon_warmup=3, epochs=3)
+    reports: list[EpochMetrics] = []
     waiting.run(reports.append)
     assert all(report.discarded == 0 and not report.died for report in reports)
 
 
 def test_candidate_that_held_out_images_contradict_stays_alive(tmp_path: Path) -> None:
     """A closed training record is not enough: the held-out response must be below epsilon too."""
-    built = trainer(tmp_path, replace(DYING, closed_epochs=2))
+    built = trainer(tmp_path, replace(DYING, patience=2))
     built.run_epoch()
     block = "stages.1.1"
     gate = built.gates[block]
@@ -287,7 +287,7 @@ def _assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("steps", [1, 43, 130, 199])
 def test_a_run_stopped_in_the_middle_of_an_epoch_goes_on_exactly(
-    dying: tuple[Path, list[EpochReport], Trainer], tmp_path: Path, steps: int
+    dying: tuple[Path, list[EpochMetrics], Trainer], tmp_path: Path, steps: int
 ) -> None:
     """Of 40 steps an epoch: in the first, before, between and after the epochs of the deaths."""
     _, reports, finished = dying
@@ -299,7 +299,7 @@ def test_a_run_stopped_in_the_middle_of_an_epoch_goes_on_exactly(
         return taken >= steps
 
     first = dying_trainer(tmp_path, stop=stop)
-    seen: list[EpochReport] = []
+    seen: list[EpochMetrics] = []
     with pytest.raises(Stopped):
         first.run(seen.append)
     assert first.step

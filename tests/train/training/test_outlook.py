@@ -13,10 +13,10 @@ from eps_train.data.dataset import DATASETS
 from eps_train.data.images import ImageSet
 from eps_train.gating import rewriting
 from eps_train.models.spec import NetworkSpec
-from eps_train.training.checkpoint import Death, GateRecord
+from eps_train.training.checkpoint import GateRecord, PruneRecord
 from eps_train.training.evaluate import Score
-from eps_train.training.guards import EpochReport
-from eps_train.training.progress import DeathWatch, before_training, decay, zero_branches
+from eps_train.training.guards import EpochMetrics
+from eps_train.training.progress import PruneLog, before_training, decay, zero_branches
 
 
 def plan(config: TrainingConfig) -> str | None:
@@ -27,7 +27,7 @@ def plan(config: TrainingConfig) -> str | None:
 
 def small(**changes: Any) -> TrainingConfig:
     """The runs of paper.md, "Tried on small data": 40 epochs at a fixed rate."""
-    return replace(recipes.digits(), model="cifar:32x16", epochs=40, descent=(), **changes)
+    return replace(recipes.digits(), model="cifar:32x16", epochs=40, final_decay=(), **changes)
 
 
 # -- before training -----------------------------------------------------------------------------
@@ -43,11 +43,11 @@ def test_no_recipe_is_warned_of(name: str) -> None:
 
 def test_the_exponent_is_the_sum_over_the_schedule() -> None:
     """36 epochs at 0.1, 12 at 0.01, 12 at 0.001; 20 steps each; decay 5e-3; momentum 0.9."""
-    rates = 36 * 0.1 + 12 * 0.01 + 12 * 0.001
-    assert decay(recipes.digits(), steps=20) == pytest.approx(rates * 20 * 5e-3 / 0.1)
-    late = replace(recipes.digits(), epsilon_from=30, settle_at=0.9)
-    rates = 6 * 0.1 + 12 * 0.01 + 6 * 0.001
-    assert decay(late, steps=20) == pytest.approx(rates * 20 * 5e-3 / 0.1)
+    lr_schedule = 36 * 0.1 + 12 * 0.01 + 12 * 0.001
+    assert decay(recipes.digits(), steps=20) == pytest.approx(lr_schedule * 20 * 5e-3 / 0.1)
+    late = replace(recipes.digits(), epsilon_warmup=30, freeze_gates_at=0.9)
+    lr_schedule = 6 * 0.1 + 12 * 0.01 + 6 * 0.001
+    assert decay(late, steps=20) == pytest.approx(lr_schedule * 20 * 5e-3 / 0.1)
 
 
 def test_the_run_in_which_no_block_died_is_warned_of_and_the_other_not() -> None:
@@ -83,7 +83,8 @@ def test_a_decay_that_would_do_harm_is_not_offered() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"epochs": 1}, {"epsilon_from": 59}, {"epsilon_from": 30, "settle_at": 0.5}]
+    "changes",
+    [{"epochs": 1}, {"epsilon_warmup": 59}, {"epsilon_warmup": 30, "freeze_gates_at": 0.5}],
 )
 def test_a_run_too_short_for_any_death(changes: dict[str, Any]) -> None:
     warning = plan(replace(recipes.digits(), **changes))
@@ -126,7 +127,7 @@ def test_the_line_names_a_block_and_the_remedy() -> None:
     warning = zero_branches(model, _Scaled(), rewriting.gates(model), images, epsilon=2.5)
     assert warning is not None
     assert warning.startswith("3 of 3 branches start at zero (stages.0.0, ...)")
-    assert "--epsilon-from" in warning
+    assert "--epsilon-warmup" in warning
 
 
 @pytest.mark.parametrize(
@@ -150,16 +151,16 @@ class _Scaled(nn.Module):
 
 # -- while blocks die ----------------------------------------------------------------------------
 
-DEATH = Death(epoch=2, epsilon=2.5, steps=20, peak=1.0, heldout_peak=1.0, samples=9)
+DEATH = PruneRecord(epoch=2, epsilon=2.5, steps=20, peak=1.0, heldout_peak=1.0, samples=9)
 LABELS = torch.arange(10).repeat(10)
 STAGES = {f"stages.{stage}.{block}": f"stages.{stage}" for stage in (0, 1) for block in (0, 1)}
 
 
 def report(
     epoch: int, *, loss: float, dead: tuple[str, ...] = (), died: tuple[str, ...] = ()
-) -> EpochReport:
+) -> EpochMetrics:
     blocks = ("stages.0.0", "stages.0.1", "stages.1.0", "stages.1.1")
-    return EpochReport(
+    return EpochMetrics(
         epoch=epoch,
         rate=0.1,
         epsilon=2.5,
@@ -187,25 +188,25 @@ def report(
 
 
 def test_deaths_before_anything_was_learned_are_told_once() -> None:
-    watch = DeathWatch(recipes.digits(), LABELS, STAGES)
+    watch = PruneLog(recipes.digits(), LABELS, STAGES)
     assert watch.observe(report(1, loss=2.3)) == []
     (warning,) = watch.observe(report(2, loss=1.9, dead=("stages.0.0",), died=("stages.0.0",)))
     assert "blocks died in epoch 2, before the network has learned much" in warning
     assert "the best loss so far is 1.90, where guessing gives 2.30" in warning
-    assert "--epsilon-from" in warning
+    assert "--epsilon-warmup" in warning
     both = ("stages.0.0", "stages.1.0")
     assert watch.observe(report(3, loss=1.8, dead=both, died=("stages.1.0",))) == []
 
 
 def test_deaths_of_a_network_that_has_learned_are_no_cause_for_alarm() -> None:
-    watch = DeathWatch(recipes.digits(), LABELS, STAGES)
+    watch = PruneLog(recipes.digits(), LABELS, STAGES)
     assert watch.observe(report(1, loss=0.9)) == []
     died = report(2, loss=1.6, dead=("stages.0.0",), died=("stages.0.0",))
     assert watch.observe(died) == []
 
 
 def test_a_lost_stage_is_told_once_even_when_all_is_well() -> None:
-    watch = DeathWatch(recipes.digits(), LABELS, STAGES)
+    watch = PruneLog(recipes.digits(), LABELS, STAGES)
     watch.observe(report(1, loss=0.1, dead=("stages.1.0",), died=("stages.1.0",)))
     lost = ("stages.1.0", "stages.1.1")
     (warning,) = watch.observe(report(2, loss=0.1, dead=lost, died=("stages.1.1",)))
@@ -216,7 +217,7 @@ def test_a_lost_stage_is_told_once_even_when_all_is_well() -> None:
 
 def test_the_remedy_for_an_epsilon_that_is_led_is_its_target() -> None:
     led = replace(recipes.digits(), epsilon=None, target_parameters=0.3)
-    watch = DeathWatch(led, LABELS, STAGES)
+    watch = PruneLog(led, LABELS, STAGES)
     lost = ("stages.1.0", "stages.1.1")
     (warning,) = watch.observe(report(2, loss=0.1, dead=lost, died=lost))
     assert "raise --target-parameters" in warning
@@ -226,7 +227,7 @@ def test_a_resumed_run_does_not_repeat_itself() -> None:
     lost = ("stages.1.0", "stages.1.1")
     before = [{"loss": 2.0, "validation": {"loss": 2.1}, "died": list(lost)}]
     records = report(1, loss=2.0, dead=lost).gates
-    watch = DeathWatch(recipes.digits(), LABELS, STAGES, before=before, records=records)
+    watch = PruneLog(recipes.digits(), LABELS, STAGES, before=before, records=records)
     dead = (*lost, "stages.0.0")
     assert watch.observe(report(2, loss=1.9, dead=dead, died=("stages.0.0",))) == []
 
@@ -234,6 +235,6 @@ def test_a_resumed_run_does_not_repeat_itself() -> None:
 def test_rare_classes_make_guessing_easier() -> None:
     """Nine of ten images are of one class: a loss of 0.3 is what guessing gives, not success."""
     labels = torch.tensor([0] * 90 + [1] * 10)
-    watch = DeathWatch(recipes.digits(), labels, STAGES)
+    watch = PruneLog(recipes.digits(), labels, STAGES)
     died = report(1, loss=0.3, dead=("stages.0.0",), died=("stages.0.0",))
     assert len(watch.observe(died)) == 1

@@ -11,7 +11,7 @@ from eps_train.training import forward
 from eps_train.training.checkpoint import Checkpoint
 from eps_train.training.evaluate import score
 from eps_train.training.forward import Precision
-from eps_train.training.guards import EpochReport
+from eps_train.training.guards import EpochMetrics
 from eps_train.training.trainer import Stopped, Trainer
 from tests.train.runs import DEATHS, deaths, digits, dying_trainer, trainer
 
@@ -66,7 +66,7 @@ def test_asking_for_a_precision_draws_no_random_number() -> None:
 @pytest.mark.parametrize("name", HALVES)
 def test_blocks_die_and_all_that_is_kept_is_float32(tmp_path: Path, name: str) -> None:
     run = dying_trainer(tmp_path, precision=name)
-    reports: list[EpochReport] = []
+    reports: list[EpochMetrics] = []
     run.run(reports.append)
     assert deaths(reports) == DEATHS
     assert all(parameter.dtype == torch.float32 for parameter in run.network.parameters())

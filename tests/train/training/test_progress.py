@@ -10,20 +10,20 @@ import pytest
 from rich.console import Console
 
 from eps_core.errors import FileFormatError
-from eps_train.training.checkpoint import Death, GateRecord
+from eps_train.training.checkpoint import GateRecord, PruneRecord
 from eps_train.training.evaluate import Score
-from eps_train.training.guards import EpochReport
+from eps_train.training.guards import EpochMetrics
 from eps_train.training.progress import EpochPrinter, MetricsLog, block_map
 
 ALIVE = GateRecord(block="stages.0.0", epsilon=2.5, steps=10, closed_steps=0, peak=9.0)
 FLICKERING = replace(ALIVE, block="stages.0.1", closed_steps=4)
 CLOSED = replace(ALIVE, block="stages.1.0", closed_steps=10)
-DEATH = Death(epoch=3, epsilon=2.5, steps=20, peak=1.0, heldout_peak=1.0, samples=9)
+DEATH = PruneRecord(epoch=3, epsilon=2.5, steps=20, peak=1.0, heldout_peak=1.0, samples=9)
 DEAD = replace(ALIVE, block="stages.1.1", closed_steps=10, death=DEATH)
 
 
-def report(epoch: int, **changes: object) -> EpochReport:
-    made = EpochReport(
+def report(epoch: int, **changes: object) -> EpochMetrics:
+    made = EpochMetrics(
         epoch=epoch,
         rate=0.1,
         epsilon=2.5,
@@ -83,7 +83,7 @@ def test_a_foreign_file_in_its_place_is_refused_and_kept(tmp_path: Path) -> None
     assert path.read_text() == "my notes\n"
 
 
-def printed(width: int, *reports: EpochReport, terminal: bool = False) -> list[str]:
+def printed(width: int, *reports: EpochMetrics, terminal: bool = False) -> list[str]:
     """What a run with these epochs, in all 1200, says on a console of so many columns."""
     stream = io.StringIO()
     console = Console(

@@ -17,8 +17,8 @@ from eps_core.errors import ConfigError, DataError, Interrupted
 from eps_train.config import TrainingConfig
 from eps_train.training import run as run_module
 from eps_train.training.checkpoint import Checkpoint
-from eps_train.training.files import RunFiles
-from eps_train.training.plots import Board
+from eps_train.training.files import RunPaths
+from eps_train.training.plots import TensorBoardLog
 from eps_train.training.run import Run
 from eps_train.training.trainer import Trainer
 from tests.commands import files_in
@@ -33,14 +33,14 @@ def run(folder: Path, config: TrainingConfig = SHORT, **options: Any) -> Run:
     return Run(
         config,
         digits(),
-        RunFiles.of(folder),
+        RunPaths.of(folder),
         device=torch.device("cpu"),
         **{"resume": False, "weights": None, **options},
     )
 
 
 def steps(folder: Path) -> list[int]:
-    events = EventAccumulator(str(RunFiles.of(folder).events(0).parent))
+    events = EventAccumulator(str(RunPaths.of(folder).events(0).parent))
     events.Reload()
     return [scalar.step for scalar in events.Scalars("loss/training")]
 
@@ -65,13 +65,13 @@ def test_stopped_and_resumed_it_leaves_the_same_as_in_one_go(
         run(tmp_path, keep=2, tensorboard=True).train()
     monkeypatch.undo()
     run(tmp_path, keep=2, tensorboard=True, resume=True).train()
-    assert list(RunFiles.of(tmp_path).all_kept()) == [2, 3]
+    assert list(RunPaths.of(tmp_path).all_kept()) == [2, 3]
     assert steps(tmp_path) == [1, 2, 3]
 
 
 def test_a_kill_before_the_rotation_is_made_up_for(tmp_path: Path) -> None:
     run(tmp_path, keep=2).train()
-    files = RunFiles.of(tmp_path)
+    files = RunPaths.of(tmp_path)
     first = Checkpoint.load(files.kept(2))
     first.metrics["epoch"] = 1
     first.save(files.kept(1))
@@ -117,14 +117,14 @@ def test_without_tensorboard_installed_it_is_refused_at_once(
 def test_an_event_file_that_cannot_be_written_stops_the_run_and_says_what_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    add = Board.add
+    add = TensorBoardLog.add
 
-    def full(self: Board, line: Any, history: Any) -> None:
+    def full(self: TensorBoardLog, line: Any, history: Any) -> None:
         if line["epoch"] == 2:
             raise OSError(28, "No space left on device", str(self.path))
         add(self, line, history)
 
-    monkeypatch.setattr(Board, "add", full)
+    monkeypatch.setattr(TensorBoardLog, "add", full)
     with pytest.raises(OSError, match=r"No space left on device.*events\.out\.tfevents"):
         run(tmp_path, tensorboard=True).train()
     assert "last.pt holds 1 of 3 epochs; --resume goes on from there" in capsys.readouterr().err

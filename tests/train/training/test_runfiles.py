@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from eps_train.training.files import RunFiles
+from eps_train.training.files import RunPaths
 
 
 def touch(folder: Path, *names: str) -> None:
@@ -23,17 +23,17 @@ def test_all_names_what_this_run_wrote_and_nothing_else(tmp_path: Path) -> None:
         "tensorboard/baseline/events.out.tfevents.000000",
         "tensorboard/ckpt/events.out.tfevents.1700000000.host.42.000001",
     )
-    named = {str(path.relative_to(tmp_path)) for path in RunFiles.of(tmp_path).all()}
+    named = {str(path.relative_to(tmp_path)) for path in RunPaths.of(tmp_path).all()}
     assert named == {
         *("ckpt.pt", "last.pt", "metrics.jsonl", "training.png", "config.json"),
         *mine,
     }
-    theirs = {str(path.relative_to(tmp_path)) for path in RunFiles.of(tmp_path, "baseline").all()}
+    theirs = {str(path.relative_to(tmp_path)) for path in RunPaths.of(tmp_path, "baseline").all()}
     assert "baseline-epoch-0012.pt" in theirs
     assert "tensorboard/baseline/events.out.tfevents.000000" in theirs
     assert len(theirs) == 7
 
 
 def test_a_folder_that_does_not_exist_holds_nothing(tmp_path: Path) -> None:
-    files = RunFiles.of(tmp_path / "new")
+    files = RunPaths.of(tmp_path / "new")
     assert files.all() == list(files)

@@ -51,12 +51,12 @@ class BatchPlan:
         self.share = share(self.size)
         self.crops = config.augmentation == "imagenet"
 
-    def epoch(self, epoch: int) -> EpochPlan:
+    def epoch(self, epoch: int) -> EpochSampler:
         """All of the 0-based `epoch`, from (seed, epoch) alone."""
-        return EpochPlan(self, epoch)
+        return EpochSampler(self, epoch)
 
 
-class EpochPlan:
+class EpochSampler:
     """One epoch of a :class:`BatchPlan`; steps are 0-based.
 
     Attributes:

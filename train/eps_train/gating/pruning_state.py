@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from eps_train.data.images import Part
 from eps_train.gating.gate import EpsilonGate, response
-from eps_train.training.checkpoint import Death, GateRecord
+from eps_train.training.checkpoint import GateRecord, PruneRecord
 from eps_train.training.distributed import ALONE, Group
 from eps_train.training.evaluate import logits
 
@@ -36,11 +36,11 @@ class _Streak:
     peak: float = 0.0
 
 
-class Registry:
+class BlockTracker:
     """The gates' history over a run: last records, streaks of closed epochs, and deaths."""
 
-    def __init__(self, blocks: tuple[str, ...], *, closed_epochs: int) -> None:
-        self.closed_epochs = closed_epochs
+    def __init__(self, blocks: tuple[str, ...], *, patience: int) -> None:
+        self.patience = patience
         self.records = {
             block: GateRecord(block=block, epsilon=0.0, steps=0, closed_steps=0, peak=0.0)
             for block in blocks
@@ -100,8 +100,7 @@ class Registry:
         candidates = [
             block
             for block in gates
-            if self.records[block].death is None
-            and self._streaks[block].epochs >= self.closed_epochs
+            if self.records[block].death is None and self._streaks[block].epochs >= self.patience
         ]
         if not candidates:
             return ()
@@ -120,7 +119,7 @@ class Registry:
             record, streak = self.records[block], self._streaks[block]
             peak = heldout_peaks[block]
             if peak < record.epsilon:
-                death = Death(
+                death = PruneRecord(
                     epoch=epoch + 1,
                     epsilon=record.epsilon,
                     steps=streak.steps,

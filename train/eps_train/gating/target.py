@@ -24,7 +24,7 @@ RECENT = 3  # epochs; at a high rate a single validation says little, but errs d
 
 
 @dataclass(kw_only=True, slots=True)
-class EpsilonLead:
+class EpsilonController:
     """The gates of the next epoch, from what the last ones showed.
 
     Attributes:
@@ -61,9 +61,9 @@ class EpsilonLead:
         sizes: Mapping[str, int],
         whole: int,
         *,
-        descent: int,
+        final_decay: int,
         stages: Mapping[str, str],
-    ) -> EpsilonLead:
+    ) -> EpsilonController:
         """That of a run whose last descent begins with the 0-based epoch `descent`."""
         assert config.target_parameters is not None
         drop = config.max_accuracy_drop
@@ -72,9 +72,9 @@ class EpsilonLead:
             sizes=sizes,
             whole=whole,
             stages=stages,
-            start=max(config.epsilon_from, 1, round(LEARN_FIRST * config.epochs)),
-            end=descent,
-            closing=config.closed_epochs,
+            start=max(config.epsilon_warmup, 1, round(LEARN_FIRST * config.epochs)),
+            end=final_decay,
+            closing=config.patience,
             max_drop=None if drop is None else drop / 100,
         )
 

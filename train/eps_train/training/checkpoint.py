@@ -27,7 +27,7 @@ VERSION = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Death:
+class PruneRecord:
     """Why a block counts as dead: the record of the epochs in which its gate never opened.
 
     Attributes:
@@ -66,7 +66,7 @@ class GateRecord:
     steps: int
     closed_steps: int
     peak: float
-    death: Death | None = None
+    death: PruneRecord | None = None
 
 
 @dataclass(kw_only=True, slots=True)
@@ -165,7 +165,7 @@ def current_versions() -> dict[str, str]:
 
 def _record(fields: Mapping[str, Any]) -> GateRecord:
     death = fields["death"]
-    return GateRecord(**{**fields, "death": None if death is None else Death(**death)})
+    return GateRecord(**{**fields, "death": None if death is None else PruneRecord(**death)})
 
 
 # -- Weights to start from: somebody's state dict, as `torch.save` or safetensors wrote it

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 
-class RunFiles(NamedTuple):
+class RunPaths(NamedTuple):
     """The files of one run, known by the name of its checkpoint: `ckpt`, or `baseline`.
 
     `best` is the network to use, `last` is there to resume from; `metrics` is for programs,
@@ -22,7 +22,7 @@ class RunFiles(NamedTuple):
     config: Path
 
     @classmethod
-    def of(cls, output: Path, name: str = "") -> RunFiles:
+    def of(cls, output: Path, name: str = "") -> RunPaths:
         """Those of the run `name` in the folder `output`; the nameless run writes `ckpt.pt`."""
         prefix = f"{name}-" if name else ""
         return cls(

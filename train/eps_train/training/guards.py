@@ -56,7 +56,7 @@ def refuse_collapse(
         raise TrainingError(
             f"every block of {', '.join(lost)} died by epoch {epoch}, at a validation accuracy of"
             f" {validation.accuracy:.1%}: the threshold acts before the network has learned;"
-            " lower --epsilon, or let it act later with --epsilon-from"
+            " lower --epsilon, or let it act later with --epsilon-warmup"
         )
 
 
@@ -121,12 +121,15 @@ def changes(path: Path, last: Checkpoint, config: TrainingConfig, data: Data) ->
 def _later(config: TrainingConfig, before: int) -> list[str]:
     """What depends on the share of the run that is over, and comes later in a longer run."""
     told = []
-    if config.descent:
-        share = config.descent[0][0]
+    if config.final_decay:
+        share = config.final_decay[0][0]
         old, new = round(share * before) + 1, round(share * config.epochs) + 1
         told.append(f"the last descent of the rate begins in epoch {new}, not {old}")
-    if config.settle_at < 1:
-        old, new = round(config.settle_at * before) + 1, round(config.settle_at * config.epochs) + 1
+    if config.freeze_gates_at < 1:
+        old, new = (
+            round(config.freeze_gates_at * before) + 1,
+            round(config.freeze_gates_at * config.epochs) + 1,
+        )
         told.append(f"live gates stay open from epoch {new} on, not {old}")
     if config.target_parameters is not None:
         told.append("epsilon is led to the target along the longer run")
@@ -149,7 +152,7 @@ def refuse_other_count(path: Path, theirs: int, ours: int) -> None:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EpochReport:
+class EpochMetrics:
     """What one epoch brought; every figure is of the network that would ship after it.
 
     Attributes:

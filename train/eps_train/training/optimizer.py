@@ -27,7 +27,7 @@ def make_sgd(named: Named, config: TrainingConfig) -> torch.optim.SGD:
             {"params": decayed, "weight_decay": config.weight_decay},
             {"params": others, "weight_decay": 0.0},
         ],
-        lr=config.rates[0][1],
+        lr=config.lr_schedule[0][1],
         momentum=config.momentum,
         nesterov=config.nesterov,
         fused=True,

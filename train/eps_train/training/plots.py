@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from eps_core.errors import naming
 from eps_train.gating.rewriting import stage_name
-from eps_train.training.files import RunFiles
+from eps_train.training.files import RunPaths
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -247,7 +247,7 @@ def require() -> None:
     import tensorboard.summary.writer.record_writer  # noqa: F401
 
 
-class Board:
+class TensorBoardLog:
     """The event file of one run; steps are 1-based epochs.
 
     A resumed run writes the epochs before it once more, from `metrics.jsonl`, into a file of its
@@ -255,7 +255,7 @@ class Board:
     not asked for then.
     """
 
-    def __init__(self, files: RunFiles, *, epochs: int, before: Metrics) -> None:
+    def __init__(self, files: RunPaths, *, epochs: int, before: Metrics) -> None:
         """Begin the file of a run of `epochs` in all; `before` are the lines of those done."""
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 

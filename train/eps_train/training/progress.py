@@ -23,10 +23,10 @@ from eps_train.data.images import Part
 from eps_train.gating.gate import EpsilonGate, response
 from eps_train.gating.pruning_state import watch_branches
 from eps_train.gating.rewriting import stage_name
-from eps_train.schedule import RateSchedule
+from eps_train.schedule import LearningRateSchedule
 from eps_train.training.checkpoint import GateRecord
 from eps_train.training.evaluate import logits
-from eps_train.training.guards import EpochReport, lost_stages
+from eps_train.training.guards import EpochMetrics, lost_stages
 from eps_train.training.plots import Metrics
 
 LEGEND = "█ alive  ▒ flickering  ░ closed all epoch  · dead"
@@ -75,7 +75,7 @@ class MetricsLog:
         kept = _lines_up_to(path, epochs_done) if epochs_done else []
         replace_file(path, "".join(kept).encode())
 
-    def append(self, report: EpochReport) -> dict[str, Any]:
+    def append(self, report: EpochMetrics) -> dict[str, Any]:
         """Add an epoch; returns its line as :meth:`read` gives it."""
         line = _metrics(report, self._parameters)
         with naming(self.path), self.path.open("a", encoding="utf-8") as file:
@@ -104,7 +104,7 @@ def _lines_up_to(path: Path, epoch: int) -> list[str]:
     return kept
 
 
-def _metrics(report: EpochReport, parameters: int) -> dict[str, Any]:
+def _metrics(report: EpochMetrics, parameters: int) -> dict[str, Any]:
     return {
         "epoch": report.epoch,
         "rate": report.rate,
@@ -167,7 +167,7 @@ class EpochPrinter:
     def __exit__(self, *_: object) -> None:
         self._live.stop()
 
-    def show(self, report: EpochReport) -> None:
+    def show(self, report: EpochMetrics) -> None:
         if report.epoch != self._passed_over:
             self._seconds.append(report.seconds)
         line = self._line(report)
@@ -182,7 +182,7 @@ class EpochPrinter:
                 self._console.print(f"  {_obituary(report.died)}", markup=False)
         self._live.show(line, shown)
 
-    def _line(self, report: EpochReport) -> str:
+    def _line(self, report: EpochMetrics) -> str:
         """An epoch in about 80 characters."""
         parts = [
             f"epoch {report.epoch:>{len(str(self._epochs))}}/{self._epochs}",
@@ -273,10 +273,10 @@ def before_training(config: TrainingConfig, *, steps: int) -> str | None:
     if config.plain:
         return None
     acting = len(_acting(config))
-    if acting < config.closed_epochs:
+    if acting < config.patience:
         return (
             f"no block can die: epsilon acts in {acting} epochs, and a gate has to be closed"
-            f" through {config.closed_epochs}; give more --epochs"
+            f" through {config.patience}; give more --epochs"
         )
     if config.target_parameters is not None:
         return None  # an epsilon that is led reaches for blocks that do not shrink
@@ -331,7 +331,7 @@ def unreachable(
 
 def _acting(config: TrainingConfig) -> range:
     """The 0-based epochs in which a fixed epsilon acts."""
-    return range(config.epsilon_from, round(config.settle_at * config.epochs))
+    return range(config.epsilon_warmup, round(config.freeze_gates_at * config.epochs))
 
 
 def decay(config: TrainingConfig, *, steps: int) -> float:
@@ -340,11 +340,14 @@ def decay(config: TrainingConfig, *, steps: int) -> float:
     The sum of `rate * weight_decay / (1 - momentum)` over all steps on which epsilon acts
     (paper.md, "Tried on small data"). Restarts only add to it.
     """
-    schedule = RateSchedule(
-        epochs=config.epochs, rates=config.rates, restart=config.restart, descent=config.descent
+    schedule = LearningRateSchedule(
+        epochs=config.epochs,
+        lr_schedule=config.lr_schedule,
+        lr_restart=config.lr_restart,
+        final_decay=config.final_decay,
     )
-    rates = sum(schedule.rate(epoch) for epoch in _acting(config))
-    return rates * steps * config.weight_decay / (1 - config.momentum)
+    lr_schedule = sum(schedule.rate(epoch) for epoch in _acting(config))
+    return lr_schedule * steps * config.weight_decay / (1 - config.momentum)
 
 
 def zero_branches(
@@ -370,12 +373,12 @@ def zero_branches(
         return None
     return (
         f"{len(silent)} of {len(gates)} branches start at zero ({silent[0]}, ...), and an epsilon"
-        " that acts from the first epoch shuts them before they can learn; give --epsilon-from, so"
-        " that they train first"
+        " that acts from the first epoch shuts them before they can learn; give --epsilon-warmup,"
+        " so that they train first"
     )
 
 
-class DeathWatch:
+class PruneLog:
     """Says when blocks die too early, or all of a stage; each of it once in a run."""
 
     def __init__(
@@ -404,7 +407,7 @@ class DeathWatch:
         self._stages = stages
         self._lost = set(lost_stages(records, stages))
 
-    def observe(self, report: EpochReport) -> list[str]:
+    def observe(self, report: EpochMetrics) -> list[str]:
         """The warnings that an epoch gives cause for."""
         # Validation alone would be a false witness: at a high rate it swings by tens of points.
         self._loss = min(self._loss, report.validation.loss, report.loss)
@@ -429,7 +432,7 @@ class DeathWatch:
     @property
     def _remedy(self) -> str:
         first = "raise --target-parameters" if self._led else "lower --epsilon"
-        return f"{first}, or let it act later with --epsilon-from"
+        return f"{first}, or let it act later with --epsilon-warmup"
 
 
 def _entropy(labels: Tensor) -> float:

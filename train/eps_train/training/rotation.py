@@ -7,10 +7,10 @@ from eps_train.config import TrainingConfig
 from eps_train.data.dataset import Data
 from eps_train.training import guards
 from eps_train.training.checkpoint import Checkpoint
-from eps_train.training.files import RunFiles
+from eps_train.training.files import RunPaths
 
 
-class KeptCheckpoints:
+class CheckpointRotation:
     """The files `epoch-0012.pt`: ways back that `ckpt.pt` and `last.pt` do not offer.
 
     `ckpt.pt` is the best epoch, to be used; `last.pt` is the newest state, to resume from. Each
@@ -21,7 +21,7 @@ class KeptCheckpoints:
     on resuming counts as such when it holds this configuration, this data and that epoch.
     """
 
-    def __init__(self, files: RunFiles, count: int) -> None:
+    def __init__(self, files: RunPaths, count: int) -> None:
         """Keep the last `count` epochs; 0 writes none, and leaves alone what is there."""
         self._files, self._count = files, count
         self._ours: set[int] = set()

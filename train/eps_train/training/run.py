@@ -27,12 +27,12 @@ from eps_train.schedule import Steps
 from eps_train.training import progress
 from eps_train.training.checkpoint import Checkpoint
 from eps_train.training.distributed import ALONE, AgreedStop, Group, StopRequest
-from eps_train.training.files import RunFiles
+from eps_train.training.files import RunPaths
 from eps_train.training.forward import TrainedNetwork
-from eps_train.training.guards import EpochReport
-from eps_train.training.plots import Board, draw, require
+from eps_train.training.guards import EpochMetrics
+from eps_train.training.plots import TensorBoardLog, draw, require
 from eps_train.training.progress import LEGEND, EpochPrinter, MetricsLog
-from eps_train.training.rotation import KeptCheckpoints
+from eps_train.training.rotation import CheckpointRotation
 from eps_train.training.step import obstacle
 from eps_train.training.trainer import Stopped, Trainer, network_spec
 
@@ -147,9 +147,9 @@ def show_plan(chosen: TrainingConfig, data: Outline) -> None:
         ("parameters", f"{total.parameters:,}"),
         ("FLOPs an image", f"{total.flops:,}"),
         ("epochs", f"{chosen.epochs} of {steps} steps of {chosen.batch_size} images"),
-        ("rate", _steps(chosen.rates)),
-        ("after a loss", _steps(chosen.restart) if chosen.restart else "no restart"),
-        ("last descent", f"{_steps(chosen.descent)} of the run"),
+        ("rate", _steps(chosen.lr_schedule)),
+        ("after a loss", _steps(chosen.lr_restart) if chosen.lr_restart else "no restart"),
+        ("last descent", f"{_steps(chosen.final_decay)} of the run"),
         ("epsilon", _epsilon(chosen)),
     ]
     log = cli.log()
@@ -170,7 +170,7 @@ def show_plan(chosen: TrainingConfig, data: Outline) -> None:
 def _epsilon(chosen: TrainingConfig) -> str:
     if chosen.plain:
         return "none: plain network"
-    start = f" from epoch {chosen.epsilon_from + 1} on" if chosen.epsilon_from else ""
+    start = f" from epoch {chosen.epsilon_warmup + 1} on" if chosen.epsilon_warmup else ""
     if chosen.epsilon is None:
         return f"led to keep {chosen.target_parameters:.0%} of the parameters{start}"
     return f"{chosen.epsilon:g}{start}"
@@ -206,7 +206,7 @@ class Run:
         self,
         config: TrainingConfig,
         data: Data,
-        files: RunFiles,
+        files: RunPaths,
         *,
         device: torch.device,
         resume: bool,
@@ -223,7 +223,7 @@ class Run:
         self._log = cli.log()
         self._stop = StopRequest()
         self._agreed_stop = AgreedStop(self._stop, group)
-        self._kept = KeptCheckpoints(files, keep)
+        self._kept = CheckpointRotation(files, keep)
         if config.cpu_threads:
             torch.set_num_threads(config.cpu_threads)
         self.trainer = Trainer(
@@ -287,16 +287,16 @@ class Run:
         if not (trainer.epoch or trainer.step):
             self._warn_before()
         before = self._metrics.read()
-        self._deaths = progress.DeathWatch(
+        self._deaths = progress.PruneLog(
             self.config,
             trainer.data.validation.labels,
             trainer.stages,
             before=before,
             records=trainer.registry.records.values(),
         )
-        self._board: Board | None = None
+        self._board: TensorBoardLog | None = None
         if self._tensorboard:
-            self._board = Board(self.files, epochs=self.config.epochs, before=before)
+            self._board = TensorBoardLog(self.files, epochs=self.config.epochs, before=before)
 
     def _close(self) -> None:
         """Draw the run, and say so when it did not get where it was led."""
@@ -362,7 +362,7 @@ class Run:
         trainer = self.trainer
         with self._printer() as printer:
 
-            def tell(epoch: EpochReport) -> None:
+            def tell(epoch: EpochMetrics) -> None:
                 line = self._metrics.append(epoch)
                 printer.show(epoch)
                 self._warn(self._deaths.observe(epoch))

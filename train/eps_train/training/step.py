@@ -33,7 +33,7 @@ def build(
     """The network that `spec` names, freshly initialised, with its side head, on the device."""
     model = spec.build()
     taps = rewriting.taps(model)
-    side_head = SideHead(taps[0].channels, classes) if config.side_weight and taps else None
+    side_head = SideHead(taps[0].channels, classes) if config.aux_loss_weight and taps else None
     network = TrainedNetwork(model, side_head)
     if config.sync_batchnorm:
         synchronise_batchnorm(network, group, device)
@@ -66,7 +66,7 @@ class TrainingStep:
         self.precision = Precision(config.precision, device)
         self.optimizer = optimizer
         self._forward, self._normalize = Forward(network, config, group, device), normalize
-        self._side_weight = config.side_weight
+        self._side_weight = config.aux_loss_weight
         self._order = memory_format(config.precision, device)
         self._result = wide_float(device)
 

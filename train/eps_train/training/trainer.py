@@ -17,20 +17,20 @@ from eps_train.config import TrainingConfig
 from eps_train.data.batches import Batches, make
 from eps_train.data.dataset import Data, Outline
 from eps_train.gating import rewriting
-from eps_train.gating.pruning_state import Registry, read_counters, write_counters
+from eps_train.gating.pruning_state import BlockTracker, read_counters, write_counters
 from eps_train.gating.rewriting import branch_parameters
-from eps_train.gating.target import EpsilonLead
+from eps_train.gating.target import EpsilonController
 from eps_train.models.cifar import Normalize, SideHead
 from eps_train.models.spec import NetworkSpec
-from eps_train.schedule import RateSchedule
+from eps_train.schedule import LearningRateSchedule
 from eps_train.training import guards
 from eps_train.training.checkpoint import Checkpoint
 from eps_train.training.distributed import ALONE, Group, running_statistics
 from eps_train.training.evaluate import Score, score
 from eps_train.training.forward import wide_float
-from eps_train.training.guards import EpochReport
+from eps_train.training.guards import EpochMetrics
 from eps_train.training.optimizer import keep_only, make_sgd, momentum, restore_momentum, set_rate
-from eps_train.training.rotation import KeptCheckpoints
+from eps_train.training.rotation import CheckpointRotation
 from eps_train.training.step import GraphedStep, TrainingStep, build, graphed, parameters_of
 
 if TYPE_CHECKING:
@@ -196,7 +196,7 @@ class Trainer:
         last_path: Path,
         device: torch.device,
         stop: Callable[[], bool] = lambda: False,
-        kept: KeptCheckpoints | None = None,
+        kept: CheckpointRotation | None = None,
         group: Group = ALONE,
         start: tuple[NetworkSpec, Mapping[str, Tensor]] | None = None,
         cuda_graph: str = "auto",
@@ -221,18 +221,21 @@ class Trainer:
         if graphed(cuda_graph, config, group, device):
             required = cuda_graph == "on"
             self.take_step = GraphedStep(self.take_step, device, required=required)
-        self.schedule = RateSchedule(
-            epochs=config.epochs, rates=config.rates, restart=config.restart, descent=config.descent
+        self.schedule = LearningRateSchedule(
+            epochs=config.epochs,
+            lr_schedule=config.lr_schedule,
+            lr_restart=config.lr_restart,
+            final_decay=config.final_decay,
         )
-        self.registry = Registry(self.spec.gated, closed_epochs=config.closed_epochs)
+        self.registry = BlockTracker(self.spec.gated, patience=config.patience)
         self.stages = rewriting.stages(self.model, identity.input_shape)
-        self.lead: EpsilonLead | None = None
+        self.lead: EpsilonController | None = None
         if config.target_parameters is not None:
-            self.lead = EpsilonLead.of(
+            self.lead = EpsilonController.of(
                 config,
                 branch_parameters(self.model),
                 self.parameters(),
-                descent=self.schedule.descent_epoch,
+                final_decay=self.schedule.descent_epoch,
                 stages=self.stages,
             )
         self.retired: dict[str, Tensor] = {}  # tensors of removed blocks
@@ -249,7 +252,7 @@ class Trainer:
 
     # -- one run ---------------------------------------------------------------------------------
 
-    def run(self, report: Callable[[EpochReport], None]) -> Checkpoint:
+    def run(self, report: Callable[[EpochMetrics], None]) -> Checkpoint:
         """Train to the last epoch, then touch the test part once, with the best checkpoint."""
         while self.epoch < self.config.epochs:
             done = self.run_epoch()
@@ -260,7 +263,7 @@ class Trainer:
                 raise Stopped
         return self._finish()
 
-    def run_epoch(self) -> EpochReport:
+    def run_epoch(self) -> EpochMetrics:
         """Train one epoch, bury the dead, validate what would ship; :meth:`save` it after that."""
         started = time.perf_counter()
         epoch = self.epoch
@@ -286,7 +289,7 @@ class Trainer:
             self.best = validation
         seconds = time.perf_counter() - started
         self.seconds += seconds
-        return EpochReport(
+        return EpochMetrics(
             epoch=self.epoch,
             rate=rate,
             epsilon=max(thresholds.values(), default=0.0),
@@ -306,9 +309,12 @@ class Trainer:
         """Epsilon of every gate in the running network in the 0-based `epoch`; 0 holds it open."""
         if self.lead is not None:
             return {block: self.lead.threshold(block) for block in self.gates}
-        epsilon, settled = self.config.epsilon, round(self.config.settle_at * self.config.epochs)
+        epsilon, settled = (
+            self.config.epsilon,
+            round(self.config.freeze_gates_at * self.config.epochs),
+        )
         assert epsilon is not None
-        acts = self.config.epsilon_from <= epoch < settled
+        acts = self.config.epsilon_warmup <= epoch < settled
         return dict.fromkeys(self.gates, epsilon if acts else 0.0)
 
     # -- one epoch -------------------------------------------------------------------------------
@@ -414,7 +420,7 @@ class Trainer:
 
     # -- saving and resuming ---------------------------------------------------------------------
 
-    def save(self, report: EpochReport) -> None:
+    def save(self, report: EpochMetrics) -> None:
         """Write `last_path` after an epoch, and `best_path` before it if the epoch was best.
 
         What is kept besides also comes before it: a kill in between repeats the epoch, and so

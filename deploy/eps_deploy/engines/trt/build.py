@@ -30,7 +30,7 @@ from eps_deploy.engines.trt.plan import (
     Host,
     Log,
     Message,
-    Sidecar,
+    PlanMetadata,
     listening,
     load_tensorrt,
     logger_of,
@@ -478,16 +478,16 @@ class Built:
 
     Attributes:
         plan: what `Runtime.deserialize_cuda_engine` takes.
-        facts: all that :class:`Sidecar` holds but the host, and `information`, the inspector's
+        facts: all that :class:`PlanMetadata` holds but the host, and `information`, the inspector's
             JSON (empty when the plan was not loaded, or the inspector gave none).
     """
 
     plan: bytes
     facts: dict[str, Any]
 
-    def sidecar(self, host: Host) -> Sidecar:
+    def sidecar(self, host: Host) -> PlanMetadata:
         facts = {key: value for key, value in self.facts.items() if key != "information"}
-        return Sidecar(host=host, **facts)
+        return PlanMetadata(host=host, **facts)
 
 
 def build(
@@ -549,7 +549,7 @@ def build(
     return worker.run(work, handle)
 
 
-def write_plan(folder: Path, built: Built, host: Host) -> Sidecar:
+def write_plan(folder: Path, built: Built, host: Host) -> PlanMetadata:
     """Put plan and sidecar into `folder`, each whole or not at all, the sidecar last.
 
     An old sidecar does not vouch for a new plan: its hash is another one. Raises OSError.

@@ -24,7 +24,7 @@ from eps_deploy.engines.base import (
     check_images,
 )
 from eps_deploy.engines.trt.cuda import Cuda, Event, Graph, GraphError, capture, host_facts
-from eps_deploy.engines.trt.plan import PLAN, Log, Sidecar, listening, load_tensorrt, logger_of
+from eps_deploy.engines.trt.plan import PLAN, Log, PlanMetadata, listening, load_tensorrt, logger_of
 
 # -- A plan in the GPU's memory: loaded, and asked what it takes
 
@@ -154,7 +154,7 @@ class _Owned(Protocol):
 _Thing = TypeVar("_Thing", bound=_Owned)
 
 
-class Lane:
+class ExecutionContext:
     """Runs a plan for one caller at a time; everything must run inside `cuda.current()`.
 
     Attributes:
@@ -355,7 +355,7 @@ class TrtEngine:
     def __init__(
         self,
         plan: bytes,
-        sidecar: Sidecar,
+        sidecar: PlanMetadata,
         *,
         device: int = 0,
         name: str = PLAN,
@@ -370,8 +370,8 @@ class TrtEngine:
         sidecar.check(plan, self._host, name=name)
         self._bindings, self._no_graphs = _bindings(self._cuda, use_graphs)
         self._changed = threading.Condition()
-        self._lanes: list[Lane] = []
-        self._idle: list[Lane] = []
+        self._lanes: list[ExecutionContext] = []
+        self._idle: list[ExecutionContext] = []
         self._closing = False
         self._broken: str | None = None
         self._one_lane: str | None = None  # why there is no second one
@@ -473,7 +473,7 @@ class TrtEngine:
                 steps.callback(lane.release)
 
     @contextmanager
-    def _lane(self) -> Iterator[Lane]:
+    def _lane(self) -> Iterator[ExecutionContext]:
         """A lane that nobody else has during the block, with the GPU's context current."""
         with self._cuda.current():
             lane = self._take()
@@ -487,7 +487,7 @@ class TrtEngine:
                     self._idle.append(lane)
                     self._changed.notify_all()
 
-    def _take(self) -> Lane:
+    def _take(self) -> ExecutionContext:
         with self._changed:
             while True:
                 if self._closing:
@@ -503,8 +503,8 @@ class TrtEngine:
                         self._one_lane = str(error)  # one is enough to go on
                 self._changed.wait_for(lambda: self._idle or self._closing or self._broken)
 
-    def _add_lane(self) -> Lane:
-        lane = Lane(self._plan, self._cuda, self._bindings)
+    def _add_lane(self) -> ExecutionContext:
+        lane = ExecutionContext(self._plan, self._cuda, self._bindings)
         self._lanes.append(lane)
         return lane
 

@@ -227,7 +227,7 @@ def this_platform() -> str:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Sidecar:
+class PlanMetadata:
     """Where a plan comes from and where it may go.
 
     Attributes:
@@ -299,7 +299,7 @@ class Sidecar:
         return (json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n").encode()
 
     @classmethod
-    def from_dict(cls, data: Any, *, name: str = SIDECAR) -> Sidecar:
+    def from_dict(cls, data: Any, *, name: str = SIDECAR) -> PlanMetadata:
         """The opposite. Raises FileFormatError for what is damaged or too new."""
         try:
             schema = data["schema"]
@@ -315,7 +315,7 @@ class Sidecar:
             raise FileFormatError(f"{name}: not a usable sidecar ({error!r}); {_AGAIN}") from error
 
     @classmethod
-    def load(cls, path: Path) -> Sidecar:
+    def load(cls, path: Path) -> PlanMetadata:
         """Read `model.plan.json`. Raises FileFormatError."""
         try:
             return cls.from_dict(json.loads(path.read_bytes()), name=str(path))

@@ -15,7 +15,7 @@ from typing import Any
 from grpc import aio
 
 from eps_deploy.serving.limits import Limits, Memory
-from eps_deploy.serving.protocol import Refusal, busy
+from eps_deploy.serving.protocol import ApiError, busy
 
 _ENVELOPE = 64 << 10  # bytes of a request beside its pixels
 _PER_PIXEL = 2  # bytes at most, as a varint
@@ -67,7 +67,7 @@ class Arrivals:
             content = await asyncio.wait_for(context.read(), self._patience())
             if content is aio.EOF:
                 # Of a message that is too large grpcio has told the client by itself already.
-                raise Refusal(
+                raise ApiError(
                     f"the call came without its message, or with one of more than {self._largest}"
                     " bytes; the server's --max-body and --max-queue set that",
                     reason="no-message",
@@ -76,7 +76,7 @@ class Arrivals:
             kept = len(content)
             return content
         except asyncio.TimeoutError:
-            raise Refusal("the message took too long", status=408, reason="slow") from None
+            raise ApiError("the message took too long", status=408, reason="slow") from None
         finally:
             self._memory.give_back(self._largest - kept)
 

@@ -11,7 +11,7 @@ from eps_deploy.engines.base import Logits
 from eps_deploy.serving import descriptions
 from eps_deploy.serving.limits import Limits
 from eps_deploy.serving.metrics import Metrics
-from eps_deploy.serving.protocol import Parser, Refusal, Request, too_large
+from eps_deploy.serving.protocol import ApiError, Parser, Request, too_large
 from eps_deploy.serving.rpc import messages
 from eps_deploy.serving.rpc.arrivals import Arrivals
 from eps_deploy.serving.rpc.wire import split
@@ -57,7 +57,7 @@ class Calls:
         name, version = await self._model(context)
         try:
             self._check(self._service.current, name, version)
-        except Refusal:
+        except ApiError:
             return messages.ready(False)
         return messages.ready(self._service.ready)
 

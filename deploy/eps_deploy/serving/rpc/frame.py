@@ -11,7 +11,7 @@ import grpc
 
 from eps_deploy.serving.metrics import Metrics
 from eps_deploy.serving.middleware import Account, Marks, check_token, identify, log_mistake
-from eps_deploy.serving.protocol import InferenceFailed, Refusal, as_refusal, busy
+from eps_deploy.serving.protocol import ApiError, InferenceFailed, as_refusal, busy
 
 SERVICE = "inference.GRPCInferenceService"
 Answer = Callable[[Any], Awaitable[bytes]]
@@ -83,7 +83,7 @@ class Frame:
         metadata = dict(context.invocation_metadata())
         marks = identify(_header(metadata, "x-request-id"), _header(metadata, "traceparent"))
         context.set_trailing_metadata(_texts(marks))
-        refusal: Refusal | None = None
+        refusal: ApiError | None = None
         code, reason = grpc.StatusCode.OK, ""
         try:
             if open:
@@ -93,7 +93,7 @@ class Frame:
                     check_token(self._token, _header(metadata, "authorization"))
                 content = await self._counted(answer, context)
             await self._released.wait()
-        except (Refusal, InferenceFailed) as error:
+        except (ApiError, InferenceFailed) as error:
             refusal = as_refusal(error)
         except asyncio.CancelledError:
             expired = context.time_remaining() == 0
@@ -102,7 +102,7 @@ class Frame:
             raise
         except Exception:
             log_mistake(marks)
-            refusal = Refusal("internal error", status=500, reason="internal")
+            refusal = ApiError("internal error", status=500, reason="internal")
         finally:
             if refusal is not None:
                 code, reason = _code(refusal), refusal.reason
@@ -137,7 +137,7 @@ class Frame:
 
 
 async def _unknown(context: Any) -> bytes:
-    raise Refusal("this server has no such method", status=501, reason="unknown")
+    raise ApiError("this server has no such method", status=501, reason="unknown")
 
 
 def _header(metadata: dict[str, str], name: str) -> bytes:
@@ -148,13 +148,13 @@ def _texts(marks: Marks) -> tuple[tuple[str, str], ...]:
     return tuple((name.decode(), value.decode()) for name, value in marks)
 
 
-def _code(refusal: Refusal) -> grpc.StatusCode:
+def _code(refusal: ApiError) -> grpc.StatusCode:
     if refusal.reason == "deadline":
         return grpc.StatusCode.DEADLINE_EXCEEDED
     return _CODES[refusal.status]
 
 
-def _pushback(refusal: Refusal) -> tuple[tuple[str, str], ...]:
+def _pushback(refusal: ApiError) -> tuple[tuple[str, str], ...]:
     """When to try again, for clients that retry by themselves (gRFC A6)."""
     if refusal.retry_after is None:
         return ()

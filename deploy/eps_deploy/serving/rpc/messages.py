@@ -16,7 +16,7 @@ from open_inference.grpc import protocol
 from eps_deploy.engines.base import INPUT_NAME, OUTPUT_NAME, Images, Logits
 from eps_deploy.serving import protocol as tensors
 from eps_deploy.serving.protocol import (
-    Refusal,
+    ApiError,
     Request,
     Shape,
     Signature,
@@ -73,12 +73,12 @@ def _pixels(
     given = [field.name for field, _ in contents.ListFields()]
     if raw:
         if given:
-            raise Refusal(f"{INPUT_NAME!r} has both contents and raw_input_contents")
+            raise ApiError(f"{INPUT_NAME!r} has both contents and raw_input_contents")
         if len(raw) != 1:
-            raise Refusal(f"raw_input_contents holds {len(raw)} tensors, and inputs one")
+            raise ApiError(f"raw_input_contents holds {len(raw)} tensors, and inputs one")
         return tensors.from_bytes(raw[0], shape)
     if given != ["uint_contents"]:
-        raise Refusal(
+        raise ApiError(
             f"{INPUT_NAME!r} needs its pixels in raw_input_contents, or in contents.uint_contents"
         )
     return tensors.from_numbers(contents.uint_contents, shape)
@@ -142,7 +142,9 @@ def _parse(kind: type[M], content: bytes) -> M:
     try:
         message.ParseFromString(content)
     except DecodeError:
-        raise Refusal(f"the message is no {kind.__name__} of the Open Inference Protocol") from None
+        raise ApiError(
+            f"the message is no {kind.__name__} of the Open Inference Protocol"
+        ) from None
     parsed: M = message
     return parsed
 

@@ -9,7 +9,7 @@ a value.
 
 from __future__ import annotations
 
-from eps_deploy.serving.protocol import Refusal
+from eps_deploy.serving.protocol import ApiError
 
 _RAW = 7 << 3 | 2  # the tag of raw_input_contents: a field of bytes
 _MOST_FIELDS = 256  # a tensor, an output and each parameter are one
@@ -27,7 +27,7 @@ def split(content: bytes) -> tuple[bytes, list[memoryview]]:
     end = 0
     while end < len(content):
         if len(rest) + len(raw) == _MOST_FIELDS:
-            raise Refusal(f"the message has more than {_MOST_FIELDS} fields")
+            raise ApiError(f"the message has more than {_MOST_FIELDS} fields")
         begin = end
         tag, start = _varint(content, begin)
         start, end = _value(content, tag & 7, start)
@@ -64,5 +64,5 @@ def _varint(content: bytes, at: int) -> tuple[int, int]:
     raise _broken()
 
 
-def _broken() -> Refusal:
-    return Refusal("the message is no ModelInferRequest of the Open Inference Protocol")
+def _broken() -> ApiError:
+    return ApiError("the message is no ModelInferRequest of the Open Inference Protocol")

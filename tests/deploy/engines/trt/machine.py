@@ -21,7 +21,7 @@ from onnx import TensorProto, helper, numpy_helper
 from eps_deploy.engines.base import Images, Logits
 from eps_deploy.engines.ort import OrtEngine
 from eps_deploy.engines.trt.cuda import Cuda, host_facts
-from eps_deploy.engines.trt.plan import Host, Sidecar
+from eps_deploy.engines.trt.plan import Host, PlanMetadata
 from eps_deploy.export.types import layer_types
 from tests.deploy.engines.trt.builder import FLOAT, HALF, MODEL, Builder
 from tests.deploy.engines.trt.contract import FakeModule, Version
@@ -81,7 +81,7 @@ def expected(batch: Images, model: bytes | None = None) -> Logits:
         return engine.infer(batch)
 
 
-def sidecar_of(plan: bytes, host: Host, **changes: Any) -> Sidecar:
+def sidecar_of(plan: bytes, host: Host, **changes: Any) -> PlanMetadata:
     facts: dict[str, Any] = {
         "host": host,
         "onnx_sha256": "0" * 64,
@@ -95,7 +95,7 @@ def sidecar_of(plan: bytes, host: Host, **changes: Any) -> Sidecar:
         "seconds": 1.0,
         "log": (),
     }
-    return Sidecar(**{**facts, **changes})
+    return PlanMetadata(**{**facts, **changes})
 
 
 @dataclass

@@ -13,7 +13,7 @@ from eps_core.errors import ConfigError
 from eps_deploy.engines.base import EngineError
 from eps_deploy.engines.trt import build as module
 from eps_deploy.engines.trt.build import BuildOptions, write_plan
-from eps_deploy.engines.trt.plan import HardwareCompatibility, Host, Sidecar
+from eps_deploy.engines.trt.plan import HardwareCompatibility, Host, PlanMetadata
 from tests.deploy.engines.trt.builder import PLAN, Builder
 from tests.deploy.engines.trt.checks import EVERY_BUILD_CHECK, run
 from tests.deploy.engines.trt.contract import VERSIONS, Version
@@ -174,7 +174,7 @@ def test_plan_and_sidecar_are_written(tmp_path: Path, compatibility: HardwareCom
     built = run(module, fake, options=BuildOptions(hardware_compatibility=compatibility))
     sidecar = write_plan(tmp_path, built, fake.host)
     assert (tmp_path / "model.plan").read_bytes() == PLAN
-    assert Sidecar.load(tmp_path / "model.plan.json") == sidecar
+    assert PlanMetadata.load(tmp_path / "model.plan.json") == sidecar
     assert sidecar.hardware_compatibility == compatibility
     assert sidecar.layers == {"fp32": 2}
     assert (tmp_path / "model.plan.layers.json").read_text() == built.facts["information"]

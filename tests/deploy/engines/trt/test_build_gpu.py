@@ -10,7 +10,13 @@ import pytest
 
 from eps_deploy.engines.trt.build import BuildOptions, Built, build, summarize, write_plan
 from eps_deploy.engines.trt.cuda import Cuda, host_facts
-from eps_deploy.engines.trt.plan import AMPERE, HardwareCompatibility, Host, Sidecar, load_tensorrt
+from eps_deploy.engines.trt.plan import (
+    AMPERE,
+    HardwareCompatibility,
+    Host,
+    PlanMetadata,
+    load_tensorrt,
+)
 from eps_deploy.precision import PRECISIONS
 from tests.deploy.engines.trt.networks import every_precision
 
@@ -68,7 +74,7 @@ def test_the_engine_computes_in_what_was_asked_for(
         pytest.skip(f"{host.device} has no {precision}")
     result = built(models, precision, trt, cuda, host)
     sidecar = write_plan(tmp_path, result, host)
-    assert Sidecar.load(tmp_path / "model.plan.json") == sidecar
+    assert PlanMetadata.load(tmp_path / "model.plan.json") == sidecar
     sidecar.check((tmp_path / "model.plan").read_bytes(), host)
     kinds = summarize(result.facts["information"]).all
     assert KINDS.get(precision, "fp32") in kinds, result.facts["information"]

@@ -78,7 +78,7 @@ def test_it_is_noticed(name: str, version: Version, monkeypatch: pytest.MonkeyPa
 
 def checks_the_sidecar(module: ModuleType) -> None:
     """Another plan, another TensorRT, another GPU: none of them is loaded."""
-    written = module.Sidecar.from_dict(run(build, Builder()).sidecar(HOST).to_dict())
+    written = module.PlanMetadata.from_dict(run(build, Builder()).sidecar(HOST).to_dict())
     written.check(PLAN, HOST)
     hosts = [replace(HOST, tensorrt="11.5.0.1"), replace(HOST, compute_capability="8.0")]
     for plan, host in [(b"another", HOST), *((PLAN, host) for host in hosts)]:

@@ -26,7 +26,7 @@ from eps_deploy.engines.ort import OrtEngine
 from eps_deploy.engines.trt.build import BuildOptions, build
 from eps_deploy.engines.trt.cuda import Cuda, host_facts
 from eps_deploy.engines.trt.engine import LANES, TrtEngine
-from eps_deploy.engines.trt.plan import AMPERE, Host, Sidecar, load_tensorrt
+from eps_deploy.engines.trt.plan import AMPERE, Host, PlanMetadata, load_tensorrt
 from eps_deploy.export.export import in_precision
 from eps_deploy.precision import PRECISIONS
 from tests.checkpoints import make_checkpoint
@@ -43,7 +43,7 @@ LEAK = 8 * 2**20  # bytes: less than one engine's buffers in ten of these lives
 @dataclass(frozen=True)
 class Plan:
     content: bytes
-    sidecar: Sidecar
+    sidecar: PlanMetadata
 
     def open(self, **arguments: Any) -> TrtEngine:
         return TrtEngine(self.content, self.sidecar, **arguments)

@@ -18,7 +18,7 @@ from eps_deploy.engines.trt import build as module
 from eps_deploy.engines.trt import build as parse_module
 from eps_deploy.engines.trt import build as worker
 from eps_deploy.engines.trt.build import BuildOptions, Built, check_types, parse, write_plan
-from eps_deploy.engines.trt.plan import Host, Sidecar, this_platform
+from eps_deploy.engines.trt.plan import Host, PlanMetadata, this_platform
 from eps_deploy.precision import PRECISIONS
 from tests.deploy.engines.trt.mutation import install, mutated
 from tests.deploy.engines.trt.networks import (
@@ -92,7 +92,7 @@ def test_every_precision_builds(
     assert "Building engine" in phases
     assert built.facts["flags"] == (("TF32",) if precision == "tf32" else ())
     sidecar = write_plan(tmp_path, built, host)
-    assert Sidecar.load(tmp_path / "model.plan.json") == sidecar
+    assert PlanMetadata.load(tmp_path / "model.plan.json") == sidecar
     sidecar.check((tmp_path / "model.plan").read_bytes(), host)
     assert not (tmp_path / "model.plan.layers.json").exists()  # nothing can be loaded here
 

@@ -120,14 +120,14 @@ def test_close_waits_for_a_call_under_way(monkeypatch: pytest.MonkeyPatch) -> No
     machine = Machine()
     engine = machine.engine(TrtEngine)
     inside, go_on = threading.Event(), threading.Event()
-    send = lane.Lane._send
+    send = lane.ExecutionContext._send
 
-    def slow(self: lane.Lane, pixels: Any) -> None:
+    def slow(self: lane.ExecutionContext, pixels: Any) -> None:
         send(self, pixels)
         inside.set()
         assert go_on.wait(60)
 
-    monkeypatch.setattr(lane.Lane, "_send", slow)
+    monkeypatch.setattr(lane.ExecutionContext, "_send", slow)
     answers: list[Any] = []
     call = threading.Thread(target=lambda: answers.append(engine.infer(images(2))))
     call.start()
@@ -146,14 +146,14 @@ def test_close_waits_for_a_call_under_way(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_so_many_lanes_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine()
-    send = lane.Lane._send
+    send = lane.ExecutionContext._send
     meeting = threading.Barrier(LANES)
 
-    def together(self: lane.Lane, pixels: Any) -> None:
+    def together(self: lane.ExecutionContext, pixels: Any) -> None:
         meeting.wait(60)
         send(self, pixels)
 
-    monkeypatch.setattr(lane.Lane, "_send", together)
+    monkeypatch.setattr(lane.ExecutionContext, "_send", together)
     with machine.engine(TrtEngine) as engine:
         threads = [
             threading.Thread(target=engine.infer, args=(images(2),)) for _ in range(2 * LANES)
@@ -168,15 +168,15 @@ def test_so_many_lanes_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_one_lane_will_do_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine()
-    send = lane.Lane._send
+    send = lane.ExecutionContext._send
     inside, go_on = threading.Event(), threading.Event()
 
-    def slow(self: lane.Lane, pixels: Any) -> None:
+    def slow(self: lane.ExecutionContext, pixels: Any) -> None:
         inside.set()
         assert go_on.wait(60)
         send(self, pixels)
 
-    monkeypatch.setattr(lane.Lane, "_send", slow)
+    monkeypatch.setattr(lane.ExecutionContext, "_send", slow)
     tried = threading.Event()
     with machine.engine(TrtEngine) as engine:
         add_lane = engine._add_lane

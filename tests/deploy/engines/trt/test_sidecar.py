@@ -10,10 +10,10 @@ import pytest
 
 from eps_core.errors import FileFormatError
 from eps_deploy.engines.base import EngineError
-from eps_deploy.engines.trt.plan import Sidecar
+from eps_deploy.engines.trt.plan import PlanMetadata
 from tests.deploy.engines.trt.builder import HOST, PLAN
 
-SIDECAR = Sidecar(
+SIDECAR = PlanMetadata(
     host=HOST,
     onnx_sha256="0" * 64,
     plan_sha256=hashlib.sha256(PLAN).hexdigest(),
@@ -119,7 +119,7 @@ def test_another_model_of_the_same_capability_is_remarked() -> None:
 def test_it_is_read_as_it_was_written(tmp_path: Path) -> None:
     path = tmp_path / "model.plan.json"
     path.write_bytes(SIDECAR.to_json())
-    assert Sidecar.load(path) == SIDECAR
+    assert PlanMetadata.load(path) == SIDECAR
     assert json.loads(path.read_text())["host"]["compute_capability"] == "9.0"
 
 
@@ -147,6 +147,6 @@ def test_a_damaged_one_is_one_line(tmp_path: Path, content: Any, said: str) -> N
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(FileFormatError, match=said) as caught:
-        Sidecar.load(path)
+        PlanMetadata.load(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -10,7 +10,7 @@ import pytest
 from grpc import aio
 
 from eps_deploy.serving.limits import Limits, Memory
-from eps_deploy.serving.protocol import Refusal
+from eps_deploy.serving.protocol import ApiError
 from eps_deploy.serving.rpc import arrivals as arrivals_module
 from eps_deploy.serving.rpc.arrivals import Arrivals, largest
 
@@ -72,7 +72,7 @@ def test_what_is_held_is_counted() -> None:
             assert content == b"abc"
             assert await waiting == b"12345"
             assert memory.used == 3
-        with pytest.raises(Refusal, match="without its message"):
+        with pytest.raises(ApiError, match="without its message"):
             await received(arrivals, Sent(aio.EOF))
 
     check(test)
@@ -94,7 +94,7 @@ def test_no_more_at_a_time_than_there_is_room_for() -> None:
 def test_room_that_others_have_taken() -> None:
     async def test(arrivals: Arrivals, memory: Memory) -> None:
         memory.take(7 * LARGEST + 1)
-        with pytest.raises(Refusal, match="as it has memory for") as caught:
+        with pytest.raises(ApiError, match="as it has memory for") as caught:
             await received(arrivals, Sent(b"x"))
         assert (caught.value.status, caught.value.retry_after) == (503, 1)
         memory.give_back(7 * LARGEST + 1)
@@ -105,7 +105,7 @@ def test_room_that_others_have_taken() -> None:
 
 def test_a_message_that_never_comes() -> None:
     async def test(arrivals: Arrivals, memory: Memory) -> None:
-        with pytest.raises(Refusal, match="took too long") as caught:
+        with pytest.raises(ApiError, match="took too long") as caught:
             await received(arrivals, Sent())
         assert caught.value.status == 408
 
@@ -135,7 +135,7 @@ def test_a_place_that_never_becomes_free(monkeypatch: pytest.MonkeyPatch) -> Non
     async def test(arrivals: Arrivals, memory: Memory) -> None:
         slow = [started(arrivals, Sent()) for _ in range(4)]
         await turns()
-        with pytest.raises(Refusal) as caught:
+        with pytest.raises(ApiError) as caught:
             await received(arrivals, Sent(b"here"))
         assert (caught.value.status, caught.value.reason) == (503, "memory")
         for task in slow:

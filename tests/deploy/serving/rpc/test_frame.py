@@ -10,7 +10,7 @@ import grpc
 import pytest
 from grpc import aio
 
-from eps_deploy.serving.protocol import InferenceFailed, Refusal, busy
+from eps_deploy.serving.protocol import ApiError, InferenceFailed, busy
 from eps_deploy.serving.rpc.frame import Frame
 from tests.deploy.serving.test_frame import make_metrics
 
@@ -97,11 +97,11 @@ def test_an_answer() -> None:
 @pytest.mark.parametrize(
     ("refusal", "code"),
     [
-        (Refusal("wrong"), CODE.INVALID_ARGUMENT),
-        (Refusal("no", status=404, reason="unknown"), CODE.NOT_FOUND),
-        (Refusal("large", status=413, reason="too-large"), CODE.RESOURCE_EXHAUSTED),
-        (Refusal("slow", status=408, reason="slow"), CODE.DEADLINE_EXCEEDED),
-        (Refusal("late", status=503, reason="deadline"), CODE.DEADLINE_EXCEEDED),
+        (ApiError("wrong"), CODE.INVALID_ARGUMENT),
+        (ApiError("no", status=404, reason="unknown"), CODE.NOT_FOUND),
+        (ApiError("large", status=413, reason="too-large"), CODE.RESOURCE_EXHAUSTED),
+        (ApiError("slow", status=408, reason="slow"), CODE.DEADLINE_EXCEEDED),
+        (ApiError("late", status=503, reason="deadline"), CODE.DEADLINE_EXCEEDED),
         (busy("full", reason="queue-full", retry_after=7), CODE.UNAVAILABLE),
         (InferenceFailed("the engine failed"), CODE.INTERNAL),
     ],
@@ -146,10 +146,10 @@ def test_a_token_is_asked_for_before_anything_else() -> None:
 
 
 def test_what_is_logged(log: Any) -> None:
-    for error in (None, Refusal("wrong"), busy("full", reason="queue-full")):
+    for error in (None, ApiError("wrong"), busy("full", reason="queue-full")):
         Asked(error)
     assert not log.records
-    for error in (None, Refusal("wrong")):
+    for error in (None, ApiError("wrong")):
         Asked(error, log_requests=True)
     facts = [record.facts for record in log.records]
     assert [entry["status"] for entry in facts] == ["OK", "INVALID_ARGUMENT"]
@@ -191,7 +191,7 @@ def test_answers_are_kept_back_while_the_server_ends() -> None:
             return b"answer"
 
         async def wrong(context: Any) -> bytes:
-            raise Refusal("wrong")
+            raise ApiError("wrong")
 
         frame.hold()
         held = [

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tritonclient.grpc import service_pb2 as messages
 
-from eps_deploy.serving.protocol import Refusal
+from eps_deploy.serving.protocol import ApiError
 from eps_deploy.serving.rpc.wire import split
 from tests.deploy.serving.rpc.asking import blank, request
 
@@ -49,13 +49,13 @@ def test_fields_of_every_kind_are_kept_in_order() -> None:
     ],
 )
 def test_what_is_no_message(content: bytes) -> None:
-    with pytest.raises(Refusal, match="no ModelInferRequest"):
+    with pytest.raises(ApiError, match="no ModelInferRequest"):
         split(content)
 
 
 def test_millions_of_empty_fields() -> None:
     """Protobuf would make an object of each."""
-    with pytest.raises(Refusal, match="more than 256 fields"):
+    with pytest.raises(ApiError, match="more than 256 fields"):
         split(b"\x2a\x00" * 1_000_000)
     assert split(b"\x2a\x00" * 256)[0] == b"\x2a\x00" * 256
 
@@ -65,7 +65,7 @@ def test_any_bytes(content: bytes) -> None:
     """Split or refused; and nothing is lost."""
     try:
         rest, raw = split(content)
-    except Refusal:
+    except ApiError:
         return
     size = sum(len(tensor) for tensor in raw)
     assert len(rest) + size <= len(content)
