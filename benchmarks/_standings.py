@@ -63,7 +63,7 @@ def _noise(turns: Mapping[str, list[Turn]], floors: list[float]) -> str:
     """Of the turn that was disturbed most; the floor's spread stands for the machine's."""
     every = [turn.conditions for some in turns.values() for turn in some]
     worst = max(every, key=lambda conditions: conditions.others or 0.0)
-    return noise(worst, spread([np.array([floor]) for floor in floors]))
+    return noise(worst, spread(np.array(floors)[:, None]))
 
 
 def _range(values: list[float]) -> dict[str, float]:

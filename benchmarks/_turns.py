@@ -12,7 +12,7 @@ from _peers import Side
 from _servers import Server, held
 from _wrk import Load, load
 
-from eps_deploy.bench.machine import Conditions, Watch
+from eps_deploy.bench.machine import Conditions, MachineMonitor
 from eps_deploy.engines.base import Engine, Images
 
 SETTLING = 1  # seconds of load that are not counted
@@ -116,11 +116,11 @@ def _turn(loaded: Contender, floor: float, image: Images, connections: int, seco
     server, post = loaded.server, loaded.side.post(image)
     load(server, post, connections=connections, seconds=SETTLING)
     used, waited, generated = server.used(), server.waited(), _of_children()
-    with Watch() as watch:
-        watch.look()
+    with MachineMonitor() as monitor:
+        monitor.poll()
         seen = load(server, post, connections=connections, seconds=seconds)
-        watch.look()
-        conditions = watch.conditions()
+        monitor.poll()
+        conditions = monitor.conditions()
     length, used = conditions.seconds, server.used() - used
     others = conditions.others
     if others is not None:

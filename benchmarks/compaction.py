@@ -143,10 +143,10 @@ def _compaction(folder: Path) -> tuple[Compaction, dict[str, Any]]:
         "rewriting_and_proofs": seconds["rewriting"] + seconds["proofs"],
         "proofs": [
             {
-                "step": proof.step,
-                "batch": proof.batch,
-                "images": proof.images,
-                "equal": proof.equal,
+                "step": proof.stage,
+                "batch": proof.worst_batch,
+                "images": proof.samples,
+                "equal": proof.max_abs == 0,
                 "max_abs": proof.max_abs,
             }
             for proof in done.proofs

@@ -32,10 +32,10 @@ import torch
 from _pruned import Pair, pair
 from _rounds import machine, say
 
-from eps_core.interleave import Clock, Runs, interleave, wall
 from eps_core.stats import ratio_of_medians
+from eps_core.timing import Clock, Runs, interleave, wall_clock
 from eps_deploy.bench.latency import noise, spread, verdict
-from eps_deploy.bench.machine import Watch
+from eps_deploy.bench.machine import MachineMonitor
 from eps_deploy.engines.base import Images
 from eps_deploy.export.export import export_onnx
 
@@ -45,7 +45,7 @@ DEEPER = 752
 WITHIN = {1: 0.25, 16: 0.15}  # of the FLOPs' ratio
 CPU = torch.device("cpu")
 
-Times = dict[str, list[Runs]]
+Times = dict[str, Runs]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -174,17 +174,17 @@ def _both(
     if processor:
         clocks["processor"] = time.process_time
     found = {}
-    with Watch() as watch:
-        watch.look()
+    with MachineMonitor() as monitor:
+        monitor.poll()
         for name, clock in clocks.items():
-            turns = interleave(
-                [wall(call, clock) for call in calls.values()],
+            timings = interleave(
+                [wall_clock(call, clock) for call in calls.values()],
                 budget=setting.seconds,
-                between=watch.look,
+                between=monitor.poll,
             )
-            found[name] = dict(zip(calls, turns.times, strict=True))
-            row[f"{name}_runs"] = [turns.blocks, turns.runs]
-        conditions = watch.conditions()
+            found[name] = dict(zip(calls, timings.times, strict=True))
+            row[f"{name}_runs"] = list(timings.times[0].shape)
+        conditions = monitor.conditions()
     row["starved"] = conditions.starved
     row["noise"] = noise(conditions, max(spread(blocks) for blocks in found["wall"].values()))
     return found
@@ -196,7 +196,7 @@ def _judged(row: Mapping[str, Any], clock: str, found: Any) -> Any:
 
 
 def _medians(times: Times) -> dict[str, float]:
-    return {side: 1e3 * float(np.median(np.stack(blocks))) for side, blocks in times.items()}
+    return {side: float(np.median(samples)) for side, samples in times.items()}
 
 
 def _export(networks: Pair, folder: Path) -> dict[str, Path]:

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from eps_compact import certificate as fingerprint
 from eps_compact import folding
 from eps_compact.folding import Pair
-from eps_core import sealed
+from eps_core import checksummed
 from eps_core.errors import ConfigError, FileFormatError, GraphError
 from eps_train.data.dataset import DataIdentity
 from eps_train.gating import rewriting
@@ -82,7 +82,7 @@ class CompactArtifact:
 
     def save(self, path: Path) -> str:
         """Write the artifact atomically; returns its digest."""
-        self.digest = sealed.write(
+        self.digest = checksummed.write(
             path,
             {
                 "format": FORMAT,
@@ -106,7 +106,7 @@ class CompactArtifact:
         :meth:`other_code`. Raises FileFormatError that names the file: missing, damaged, foreign,
         too new, or holding other tensors than its network needs.
         """
-        payload, digest = sealed.read(path, format=FORMAT, version=VERSION)
+        payload, digest = checksummed.read(path, format=FORMAT, version=VERSION)
         try:
             artifact = cls(
                 network=NetworkSpec.from_dict(payload["network"]),

@@ -13,7 +13,7 @@ import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from types import FunctionType
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from eps_compact.evidence import BlockEvidence, Findings
+from eps_core.checks import Parity, compare_logits
 from eps_core.errors import EpsError
 from eps_train.gating.tracing import ByMode, in_mode
 from eps_train.training.checkpoint import Checkpoint, current_versions
@@ -31,10 +32,10 @@ BATCHES = (1, 7, 32)  # kernels are chosen by batch size, so each is compared wi
 ROUNDS = 2  # batches of each size and each kind of input
 SEED = 0  # of the random images
 AT_ONCE = 4  # batches that are computed beside each other, which takes their memory
+REWRITING, FOLDING = "rewriting", "folding"  # stages of the proof
 BOUND = 1e-5  # of the folding, relative to the largest logit
 ALL_EVIDENCE = "training record and held-out images"
 RECORD_ALONE = "training record alone"
-_TINY = 1e-30  # all logits may be 0
 _SLACK = 1e-6  # relative; epsilon is a float32 number on the gate
 
 
@@ -42,52 +43,22 @@ class ProofError(EpsError):
     """The compact network is not the gated one, or a removed block is not on record as dead."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Proof:
-    """One comparison of logits, float32, on one kind of input at one batch size.
-
-    Attributes:
-        step: `rewriting`: the gated network and the plain one; `folding`: the plain network and the
-            one whose convolutions took up their batch norms.
-        inputs: what they were shown: `held-out images` or `random uint8 images`.
-        batch: images in each call.
-        images: images in all calls.
-        equal: whether all logits are equal (`torch.equal`).
-        max_abs: largest absolute difference.
-        relative: `max_abs` over the largest magnitude among the former's logits.
-        bound: largest `relative` that passes; 0 demands equality.
-    """
-
-    step: str
-    inputs: str
-    batch: int
-    images: int
-    equal: bool
-    max_abs: float
-    relative: float
-    bound: float
-
-    @property
-    def passed(self) -> bool:
-        return self.relative <= self.bound if self.step == "folding" else self.equal
-
-    @property
-    def failure(self) -> str:
-        """One line for a comparison that has not passed."""
-        where = f"on {self.inputs} at batch {self.batch}"
-        unsound = math.isnan(self.relative)
-        if self.step == "rewriting":
-            amount = "logits that are not finite" if unsound else f"by up to {self.max_abs:g}"
-            return (
-                f"the compact network differs from the gated one {where} ({amount}); train again,"
-                " or report this as a bug"
-            )
-        amount = (
-            "makes logits that are not finite"
-            if unsound
-            else f"moves logits by {self.relative:.1e} of the largest, more than {self.bound:g},"
+def failure(proof: Parity) -> str:
+    """One line for a proof that has not passed."""
+    where = f"on {proof.inputs} at batch {proof.worst_batch}"
+    if proof.stage == REWRITING:
+        unequal = proof.max_abs is not None
+        amount = f"by up to {proof.max_abs:g}" if unequal else "logits that are not finite"
+        return (
+            f"the compact network differs from the gated one {where} ({amount}); train again,"
+            " or report this as a bug"
         )
-        return f"folding {amount} {where}; keep it unfolded with --no-fold"
+    amount = (
+        "makes logits that are not finite"
+        if proof.relative is None
+        else f"moves logits by {proof.relative:.1e} of the largest, more than {proof.limit:g},"
+    )
+    return f"folding {amount} {where}; keep it unfolded with --no-fold"
 
 
 def compare(
@@ -96,7 +67,7 @@ def compare(
     normalize: nn.Module,
     heldout: Tensor,
     folded: nn.Module | None = None,
-) -> tuple[Proof, ...]:
+) -> tuple[Parity, ...]:
     """Logits of `gated` and `plain`, and of `plain` and `folded` if given, in evaluation mode.
 
     All lie on one device. They are shown `heldout` (uint8 `[N, C, H, W]`; N may be 0) and random
@@ -119,10 +90,16 @@ def compare(
     proofs = []
     for size, inputs, images in shown:
         batches = [next(said) for _ in images.split(size)]
-        expected, found, *others = (torch.cat(each) for each in zip(*batches, strict=True))
-        proofs.append(_proof("rewriting", inputs, size, expected, found))
-        proofs += [_proof("folding", inputs, size, found, rounded) for rounded in others]
-    return tuple(sorted(proofs, key=lambda proof: (proof.step == "folding", proof.batch)))
+        expected, found, *others = (
+            torch.cat(each).cpu().numpy() for each in zip(*batches, strict=True)
+        )
+        pairs = [(REWRITING, 0.0, expected, found)]
+        pairs += [(FOLDING, BOUND, found, rounded) for rounded in others]
+        proofs += [
+            compare_logits(stage, [a], [b], batches=[size], limit=limit, inputs=inputs)
+            for stage, limit, a, b in pairs
+        ]
+    return tuple(sorted(proofs, key=lambda proof: (proof.stage == FOLDING, proof.worst_batch)))
 
 
 def _each(
@@ -143,7 +120,7 @@ def prove(
     normalize: nn.Module,
     heldout: Tensor,
     folded: nn.Module | None = None,
-) -> tuple[Proof, ...]:
+) -> tuple[Parity, ...]:
     """Show that `plain` computes what `gated` does, to the last bit, and `folded` within `BOUND`.
 
     As :func:`compare`, but raises ProofError for the first comparison that fails: it names the
@@ -152,7 +129,7 @@ def prove(
     proofs = compare(gated, plain, normalize, heldout, folded)
     for proof in proofs:
         if not proof.passed:
-            raise ProofError(proof.failure)
+            raise ProofError(failure(proof))
     return proofs
 
 
@@ -175,7 +152,7 @@ def check_evidence(checkpoint: Checkpoint) -> None:
 def certificate(
     checkpoint: Checkpoint,
     *,
-    proofs: tuple[Proof, ...],
+    proofs: tuple[Parity, ...],
     findings: Findings,
     closed_at_least: float,
     counts: dict[str, dict[str, int]],
@@ -196,7 +173,7 @@ def certificate(
     data = checkpoint.data
     kept = [block for block in findings.live if block.block not in findings.beyond]
     beyond = [block for block in findings.live if block.block in findings.beyond]
-    folding = [asdict(proof) for proof in proofs if proof.step == "folding"]
+    folding = [_proof_entry(proof) for proof in proofs if proof.stage == FOLDING]
     return {
         "lossless": not beyond,
         "evidence": ALL_EVIDENCE if findings.images else RECORD_ALONE,
@@ -205,7 +182,7 @@ def certificate(
         "closed_at_least": closed_at_least,
         "removed_live": [_entry(block) for block in beyond],
         "accuracy": findings.accuracy,
-        "proof": [asdict(proof) for proof in proofs if proof.step == "rewriting"],
+        "proof": [_proof_entry(proof) for proof in proofs if proof.stage == REWRITING],
         "folding": None if folded is None else {"bound": BOUND, **folded, "proof": folding},
         "live": [_entry(block) for block in kept],
         "flicker": None if findings.flicker is None else _plain(asdict(findings.flicker)),
@@ -254,18 +231,17 @@ def _inputs(heldout: Tensor, size: int) -> Iterator[tuple[str, Tensor]]:
     yield "random uint8 images", noise.to(torch.uint8).to(heldout.device)
 
 
-def _proof(step: str, inputs: str, size: int, expected: Tensor, found: Tensor) -> Proof:
-    largest = (expected - found).abs().max().item()
-    return Proof(
-        step=step,
-        inputs=inputs,
-        batch=size,
-        images=len(expected),
-        equal=torch.equal(expected, found),
-        max_abs=largest,
-        relative=largest / max(expected.abs().max().item(), _TINY),
-        bound=BOUND if step == "folding" else 0.0,
-    )
+def _proof_entry(proof: Parity) -> dict[str, Any]:
+    return {
+        "step": proof.stage,
+        "inputs": proof.inputs,
+        "batch": proof.worst_batch,
+        "images": proof.samples,
+        "equal": proof.max_abs == 0,
+        "max_abs": proof.max_abs,
+        "relative": proof.relative,
+        "bound": proof.limit,
+    }
 
 
 # -- What a network's code does, as a few numbers: two builds of one network have the same

@@ -11,10 +11,11 @@ from torch import Tensor, fx, nn
 
 from eps_compact import certificate, evidence
 from eps_compact.artifact import CompactArtifact
-from eps_compact.certificate import Proof, fingerprint
+from eps_compact.certificate import fingerprint
 from eps_compact.evidence import BlockEvidence, Findings
 from eps_compact.folding import fold
 from eps_compact.plots import Block, block_map
+from eps_core.checks import Parity
 from eps_train.data.images import Part
 from eps_train.gating import rewriting
 from eps_train.models.cifar import Normalize
@@ -100,7 +101,7 @@ class Compaction:
 
     artifact: CompactArtifact
     blocks: tuple[Block, ...]
-    proofs: tuple[Proof, ...]
+    proofs: tuple[Parity, ...]
     findings: Findings
 
     @property

@@ -115,7 +115,7 @@ def certificate_file(artifact: CompactArtifact) -> dict[str, Any]:
 
 def read_certificate(path: Path) -> dict[str, Any]:
     """A `compact.json`; FileFormatError when it is something else."""
-    from eps_core.sealed import read_bytes
+    from eps_core.checksummed import read_bytes
 
     try:
         found = json.loads(read_bytes(path))

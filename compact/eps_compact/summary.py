@@ -112,9 +112,9 @@ def _flickering(done: Compaction) -> list[str]:
 def _proven(done: Compaction) -> list[str]:
     certificate = done.artifact.certificate
     shown = "held-out and random" if certificate["heldout"] else "random"
-    rewriting = [proof for proof in done.proofs if proof.step == "rewriting"]
-    images = sum(proof.images for proof in rewriting)
-    batches = ", ".join(str(size) for size in dict.fromkeys(p.batch for p in rewriting))
+    rewriting = [proof for proof in done.proofs if proof.stage == "rewriting"]
+    images = sum(proof.samples for proof in rewriting)
+    batches = ", ".join(str(size) for size in dict.fromkeys(p.worst_batch for p in rewriting))
     shut = "" if certificate["lossless"] else " with the same blocks shut"
     lines = [
         f"proof: all logits equal (torch.equal, float32) those of the gated network{shut} on"

@@ -10,11 +10,11 @@ from torch import fx
 
 from eps_compact import certificate
 from eps_compact.artifact import CompactArtifact
-from eps_compact.certificate import Proof, ProofError
+from eps_compact.certificate import ProofError, failure
 from eps_compact.compaction import compact, counts, folded_counts, proof_images
 from eps_compact.folding import fold
 from eps_compact.outputs import Outputs, certificate_file, read_certificate
-from eps_core.checks import Check, Verification
+from eps_core.checks import Check, Parity, Verification
 from eps_core.errors import ConfigError, DataError, FileFormatError
 from eps_train.data.dataset import load_again
 from eps_train.data.images import Part
@@ -49,13 +49,13 @@ def verify(
     source = _checkpoint(path, artifact, checkpoint)
     found = Verification(lossless=bool(artifact.certificate.get("lossless", True)))
     add = found.checks.append
-    add(Check("artifact", True, f"SHA-256 seal {artifact.digest[:12]} matches"))
+    add(Check("artifact", True, f"SHA-256 {artifact.digest[:12]} matches"))
     add(_code(artifact))
     add(_certificate_beside(path, artifact))
     recorded = artifact.checkpoint["digest"]
     same = source.digest == recorded == artifact.certificate.get("checkpoint", recorded)
     add(
-        Check("checkpoint", True, f"SHA-256 seal {source.digest[:12]} is the recorded one")
+        Check("checkpoint", True, f"SHA-256 {source.digest[:12]} is the recorded one")
         if same
         else Check(
             "checkpoint",
@@ -178,8 +178,8 @@ def _proven(artifact: CompactArtifact, source: Checkpoint, heldout: Part | None)
         images,
         shipped if folded else None,
     )
-    yield _equal([proof for proof in proofs if proof.step == "rewriting"])
-    yield _close([proof for proof in proofs if proof.step == "folding"])
+    yield _equal([proof for proof in proofs if proof.stage == certificate.REWRITING])
+    yield _close([proof for proof in proofs if proof.stage == certificate.FOLDING])
     yield _counts(artifact, source, plain, shipped)
 
 
@@ -194,28 +194,28 @@ def _tensors(artifact: CompactArtifact, plain: fx.GraphModule) -> Check:
     return Check("tensors", True, f"all {len(state)} are those that the checkpoint gives")
 
 
-def _equal(proofs: list[Proof]) -> Check:
+def _equal(proofs: list[Parity]) -> Check:
     failed = next((proof for proof in proofs if not proof.passed), None)
     if failed is not None:
-        return Check("rewriting", False, failed.failure)
+        return Check("rewriting", False, failure(failed))
     return Check("rewriting", True, f"all logits equal (torch.equal) {_on(proofs)}")
 
 
-def _close(proofs: list[Proof]) -> Check:
+def _close(proofs: list[Parity]) -> Check:
     if not proofs:
         return Check("folding", None, "not folded")
     failed = next((proof for proof in proofs if not proof.passed), None)
     if failed is not None:
-        return Check("folding", False, failed.failure)
-    worst = max(proof.relative for proof in proofs)
+        return Check("folding", False, failure(failed))
+    worst = max(proof.relative or 0.0 for proof in proofs)
     detail = f"logits move by {worst:.1e} of the largest, limit {certificate.BOUND:g},"
     return Check("folding", True, f"{detail} {_on(proofs)}")
 
 
-def _on(proofs: list[Proof]) -> str:
+def _on(proofs: list[Parity]) -> str:
     kinds = " and ".join(dict.fromkeys(proof.inputs for proof in proofs))
-    sizes = ", ".join(str(size) for size in dict.fromkeys(proof.batch for proof in proofs))
-    return f"on {sum(proof.images for proof in proofs)} {kinds} at batches {sizes}"
+    sizes = ", ".join(str(size) for size in dict.fromkeys(proof.worst_batch for proof in proofs))
+    return f"on {sum(proof.samples for proof in proofs)} {kinds} at batches {sizes}"
 
 
 def _counts(

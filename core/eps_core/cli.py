@@ -1,7 +1,6 @@
-"""What all commands share: how they end, how they speak, how they refuse.
+"""Shared CLI helpers: exit codes, output, error formatting, the torchrun environment.
 
-Exit codes: 0 done and all checks passed, 1 a clear error, 2 usage, 3 a check failed, 130
-interrupted.
+Exit codes: 0 success and all checks passed, 1 error, 2 usage, 3 a check failed, 130 interrupted.
 Results go to stdout, everything else to stderr.
 """
 
@@ -13,7 +12,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,149 +29,13 @@ from eps_core.errors import (
     reader_death,
 )
 
-# -- What torchrun tells a process about itself, in environment variables
-
-
-def launched() -> bool:
-    """Whether torchrun started this process."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
-
-
-def rank() -> int:
-    """Its number among the processes of the run; 0 without torchrun."""
-    return int(os.environ.get("RANK", "0")) if launched() else 0
-
-
-def restarts() -> int:
-    """How often torchrun has started the processes again because one had ended."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) if launched() else 0
-
-
-def on_one_machine() -> bool:
-    """Whether all processes of the run are on this machine."""
-    return os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
-
-
 CHECK_FAILED = 3
 INTERRUPTED = 130
 
+ProgressCallback = Callable[[str], None]
+"""Receives the progress of a long operation, one line per call."""
 
-def run(command: click.Command) -> NoReturn:
-    """Run a click command as a program: one line for what the user can repair, and an exit code.
-
-    A command returns its exit code; None counts as 0.
-    """
-    name = Path(sys.argv[0]).stem
-    _prepare_streams()
-    # Pillow warns of images that are large or untidy, and reads them all the same.
-    warnings.filterwarnings("ignore", module=r"PIL\.")
-    try:
-        _refuse_deleted_folder()
-        code = command.main(prog_name=name, standalone_mode=False)
-        sys.stdout.flush()  # here a reader that went away is no surprise yet
-    except click.UsageError as error:
-        error.show()
-        sys.exit(2)
-    except click.ClickException as error:
-        _fail(name, error.format_message())
-    except (click.Abort, KeyboardInterrupt) as error:
-        if isinstance(error.__cause__, EOFError):
-            raise  # click takes any EOFError for the user's; nothing here asks the user for input
-        print(f"{name}: interrupted", file=sys.stderr)
-        sys.exit(INTERRUPTED)
-    except Interrupted as error:
-        if not rank():
-            print(f"{name}: interrupted", file=sys.stderr)
-        sys.exit(128 + error.signal)
-    except PeerError:
-        sys.exit(1)
-    except EpsError as error:
-        _fail(name, str(error))
-    except BrokenPipeError:
-        _drop_output()
-        sys.exit(1)
-    except OSError as error:
-        _fail(name, _os_error(error))
-    except ModuleNotFoundError as error:
-        _fail(name, missing_package(error))
-    except (MemoryError, RuntimeError) as error:
-        if (death := reader_death(error)) is not None:
-            _fail(name, death)
-        if not _out_of_memory(error):
-            raise  # our own mistake, with its traceback
-        smaller = ", ".join(_memory_options(command))
-        take = f"take a smaller {smaller}, or" if smaller else "take"
-        _fail(name, f"out of memory; {take} a machine with more")
-    sys.exit(code or 0)
-
-
-def _prepare_streams() -> None:
-    """Whatever the surroundings, what is printed can neither fail nor land in another file.
-
-    A stream that was closed becomes the null device: otherwise the next file to be opened would
-    take its number. Characters that the encoding lacks are written as escapes.
-    """
-    for stream in ("stdout", "stderr"):
-        if getattr(sys, stream) is None:
-            setattr(sys, stream, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
-        elif isinstance(getattr(sys, stream), io.TextIOWrapper):
-            getattr(sys, stream).reconfigure(errors="backslashreplace")
-
-
-def _refuse_deleted_folder() -> None:
-    try:
-        Path.cwd()
-    except FileNotFoundError:
-        raise ConfigError("the current folder was deleted; cd to one that exists") from None
-
-
-def _drop_output() -> None:
-    """After a reader went away (`| head`): nothing more is written, and exit does not complain."""
-    null = os.open(os.devnull, os.O_WRONLY)
-    for stream in (sys.stdout, sys.stderr):
-        os.dup2(null, stream.fileno())
-
-
-def _os_error(error: OSError) -> str:
-    """What the system said, about which file, and what helps against it."""
-    where = f"{error.filename}: " if error.filename else ""
-    remedy = _REMEDIES.get(error.errno or 0)
-    return f"{where}{error.strerror or error}" + (f"; {remedy}" if remedy else "")
-
-
-_ELSEWHERE = "choose another place, or change who may write there"
-_REMEDIES = {
-    errno.ENOSPC: "free some space, or choose another place",
-    errno.EDQUOT: "free some space, or choose another place",
-    errno.EROFS: "choose another place",
-    errno.EACCES: _ELSEWHERE,
-    errno.EPERM: _ELSEWHERE,
-}
-
-
-def _memory_options(command: click.Command) -> list[str]:
-    """The options of a command that decide how much memory it takes."""
-    known = {option for item in command.params for option in item.opts}
-    return [option for option in ("--image-size", "--batch-size", "--model") if option in known]
-
-
-def _out_of_memory(error: Exception) -> bool:
-    """Whether memory ran out, in Python or in torch, on the CPU or on a GPU."""
-    text = str(error)
-    return isinstance(error, MemoryError) or any(
-        sign in text for sign in ("out of memory", "allocate memory", "not enough memory")
-    )
-
-
-def missing_package(error: ModuleNotFoundError) -> str:
-    """One line that names the extra which brings the package that could not be imported."""
-    package = (error.name or "").partition(".")[0]
-    extra = _EXTRAS.get(package)
-    if extra is None:
-        raise error  # our own mistake, not the user's surroundings
-    return f"{package} is not installed; pip install 'eps-resnet[{extra}]'"
-
-
+# Packages that an import may lack, and the extra of eps-resnet that installs them.
 _EXTRAS = {
     "torch": "train",
     "sklearn": "train",
@@ -193,12 +56,129 @@ _EXTRAS = {
     "httptools": "serve",
     "prometheus_client": "serve",
 }
+_NOT_WRITABLE = "choose another place, or change who may write there"
+_REMEDIES = {
+    errno.ENOSPC: "free some space, or choose another place",
+    errno.EDQUOT: "free some space, or choose another place",
+    errno.EROFS: "choose another place",
+    errno.EACCES: _NOT_WRITABLE,
+    errno.EPERM: _NOT_WRITABLE,
+}
+_MEMORY_OPTIONS = ("--image-size", "--batch-size", "--model")  # they decide how much is used
+
+
+def launched() -> bool:
+    """Whether torchrun started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def rank() -> int:
+    """Rank of this process in the run; 0 without torchrun."""
+    return int(os.environ.get("RANK", "0")) if launched() else 0
+
+
+def restarts() -> int:
+    """How often torchrun has restarted the processes because one had ended."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) if launched() else 0
+
+
+def on_one_machine() -> bool:
+    """Whether all processes of the run are on this machine."""
+    return os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+
+
+def run(command: click.Command) -> NoReturn:
+    """Run a click command as a program: exit with its code, and with one line for an error.
+
+    The command's function returns the exit code; None counts as 0. Errors that the user cannot
+    repair keep their traceback.
+    """
+    name = Path(sys.argv[0]).stem
+    _prepare_streams()
+    # Pillow warns of images that are large or malformed, and reads them all the same.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    try:
+        try:
+            Path.cwd()
+        except FileNotFoundError:
+            raise ConfigError("the current folder was deleted; cd to one that exists") from None
+        code = command.main(prog_name=name, standalone_mode=False)
+        sys.stdout.flush()  # a BrokenPipeError is handled here, but not at exit
+    except click.UsageError as error:
+        error.show()
+        sys.exit(2)
+    except click.ClickException as error:
+        _fail(name, error.format_message())
+    except (click.Abort, KeyboardInterrupt) as error:
+        if isinstance(error.__cause__, EOFError):
+            raise  # click turns any EOFError into Abort; no command here reads input from the user
+        print(f"{name}: interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except Interrupted as error:
+        if not rank():
+            print(f"{name}: interrupted", file=sys.stderr)
+        sys.exit(128 + error.signal)
+    except PeerError:
+        sys.exit(1)
+    except EpsError as error:
+        _fail(name, str(error))
+    except BrokenPipeError:  # `| head` has ended; exit must not write to it again
+        null = os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(null, stream.fileno())
+        sys.exit(1)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        remedy = _REMEDIES.get(error.errno or 0)
+        _fail(name, f"{where}{error.strerror or error}" + (f"; {remedy}" if remedy else ""))
+    except ModuleNotFoundError as error:
+        _fail(name, missing_package(error))
+    except (MemoryError, RuntimeError) as error:
+        if (death := reader_death(error)) is not None:
+            _fail(name, death)
+        if not _out_of_memory(error):
+            raise  # a bug, with its traceback
+        known = {option for item in command.params for option in item.opts}
+        smaller = ", ".join(option for option in _MEMORY_OPTIONS if option in known)
+        take = f"take a smaller {smaller}, or" if smaller else "take"
+        _fail(name, f"out of memory; {take} a machine with more")
+    sys.exit(code or 0)
+
+
+def _prepare_streams() -> None:
+    """Make printing safe whatever the streams are.
+
+    A closed stream becomes the null device: otherwise the next file to be opened would get its
+    number. Characters that the encoding lacks are written as escapes.
+    """
+    for stream in ("stdout", "stderr"):
+        if getattr(sys, stream) is None:
+            setattr(sys, stream, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif isinstance(getattr(sys, stream), io.TextIOWrapper):
+            getattr(sys, stream).reconfigure(errors="backslashreplace")
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, in Python or in torch, on the CPU or on a GPU."""
+    text = str(error)
+    return isinstance(error, MemoryError) or any(
+        sign in text for sign in ("out of memory", "allocate memory", "not enough memory")
+    )
+
+
+def missing_package(error: ModuleNotFoundError) -> str:
+    """One line that names the extra to install; re-raises `error` for packages without one."""
+    package = (error.name or "").partition(".")[0]
+    extra = _EXTRAS.get(package)
+    if extra is None:
+        raise error  # a bug, not the user's environment
+    return f"{package} is not installed; pip install 'eps-resnet[{extra}]'"
 
 
 def refuse_missing(*paths: Path | None) -> None:
-    """Raise FileFormatError when a file to be read is not there; None was not given.
+    """Raise FileFormatError unless every input file exists; None stands for an option not given.
 
-    Inputs are looked at before outputs: of a name that was mistyped, nothing else is to be said.
+    Call it before :func:`refuse_existing`, so that a mistyped input is reported first.
     """
     for path in paths:
         if path is not None and path.is_dir():
@@ -208,16 +188,16 @@ def refuse_missing(*paths: Path | None) -> None:
 
 
 def refuse_existing(paths: Iterable[Path], force: bool) -> None:
-    """Raise ConfigError when one of `paths` exists and `--force` was not given."""
+    """Raise ConfigError if one of `paths` exists and `--force` was not given."""
     for path in paths:
         if not force and (path.exists() or path.is_symlink()):
             raise ConfigError(f"{path}: exists already; choose another place or add --force")
 
 
 def log() -> Console:
-    """Where progress and tables go: stderr; a file or pipe gets lines of up to 120 characters.
+    """Console for progress and tables, on stderr; tables are 120 characters wide in a file or pipe.
 
-    Markup is off: a path with square brackets or colons in it is printed as it is.
+    Markup is off, so that paths with square brackets or colons are printed unchanged.
     """
     terminal = sys.stderr.isatty()
     return Console(
@@ -225,17 +205,17 @@ def log() -> Console:
         highlight=False,
         markup=False,
         emoji=False,
-        quiet=rank() > 0,  # of several processes one speaks; an error says who has it
+        quiet=rank() > 0,  # only one of several processes prints
         soft_wrap=not terminal,
         width=None if terminal else 120,
     )
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """A summary table: first column names, the others right-aligned."""
+    """Table with a left-aligned first column, the others right-aligned."""
     result = Table(title=title, title_justify="left")
     for index, column in enumerate(columns):
-        # Folded, never cut: a figure without its end is worse than an ugly table.
+        # Fold, never truncate: a number without its end would be wrong.
         result.add_column(column, justify="right" if index else "left", overflow="fold")
     for row in rows:
         result.add_row(*row)
@@ -243,7 +223,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> 
 
 
 def emit_json(summary: dict[str, Any]) -> None:
-    """Print the summary as one JSON object on stdout, the last thing that `--json` prints."""
+    """Print `summary` as one JSON object on stdout."""
     if not rank():
         print(json.dumps(summary, allow_nan=False))
 

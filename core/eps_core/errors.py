@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 class EpsError(Exception):
-    """Something in the user's input or surroundings; one line: what, where, remedy."""
+    """Base class; the message is one line that names the option or file and the repair."""
 
 
 class ConfigError(EpsError):
@@ -20,10 +20,10 @@ class DataError(EpsError):
 
 
 class DamagedImages(DataError):
-    """Images that cannot be used, all of them.
+    """Images that cannot be decoded.
 
     Attributes:
-        problems: by path, one line each that names it.
+        problems: one line for each image, by its path.
     """
 
     def __init__(self, message: str, problems: Mapping[str, str]) -> None:
@@ -44,14 +44,14 @@ class TrainingError(EpsError):
 
 
 class PeerError(EpsError):
-    """Another process of the same run failed, and says itself why; this one ends with it."""
+    """Another process of the same run failed and reports why; this one ends without a message."""
 
 
 class Interrupted(Exception):
-    """The user stopped a command that had something to save, and it has saved it.
+    """A command was stopped by a signal, and has saved its state.
 
     Attributes:
-        signal: number of the signal that asked for it.
+        signal: number of the signal.
     """
 
     def __init__(self, signal: int) -> None:
@@ -61,7 +61,7 @@ class Interrupted(Exception):
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Have an OSError from the block name `path`: a full disk does not say which file it was."""
+    """Set the filename of an OSError from the `with` block, which a full disk leaves out."""
     try:
         yield
     except OSError as error:
@@ -71,9 +71,9 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def reader_death(error: BaseException) -> str | None:
-    """One line for torch's error about a process of its DataLoader that ended; None for others.
+    """One line for torch's error about a DataLoader worker that died; None for other errors.
 
-    torch raises it from a signal handler, so that it may come up anywhere.
+    torch raises it from a signal handler, so it may appear anywhere.
     """
     text = str(error)
     if not isinstance(error, RuntimeError) or "DataLoader worker" not in text:

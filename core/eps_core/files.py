@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all. No torch here: servers have none."""
+"""Atomic file writes, and a lock on a folder. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,12 +10,18 @@ from types import ModuleType
 
 from eps_core.errors import ConfigError, naming
 
+fcntl: ModuleType | None
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Put `content` at `path` in one step: temporary file, fsync, read back, rename.
+    """Write `content` to `path` atomically: temporary file, fsync, read back, rename.
 
-    The temporary file's name is always the same, so that what a killed process leaves behind is
-    taken up by the next one.
+    The temporary file's name is always the same, so that the next write overwrites what a killed
+    process has left behind. Missing folders are created.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
@@ -34,7 +40,7 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the rename itself durable (POSIX only; other systems do so by themselves)."""
+    """Make a rename within `folder` durable (POSIX only; other systems do so by themselves)."""
     if os.name != "posix":
         return
     handle = os.open(folder, os.O_RDONLY)
@@ -44,24 +50,19 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-# -- A folder that one process at a time writes into
-#
-# The lock is the kernel's (flock on the folder itself): it leaves no file behind and ends with the
-# process, however that ends.
-
-fcntl: ModuleType | None
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+# The lock of a folder is the kernel's (flock on the folder itself): it leaves no file behind and
+# ends with the process, however that ends.
 
 
 def acquire(folder: Path, busy: str, *, follow: bool = True) -> int | None:
-    """Make `folder` if need be and lock it, until :func:`release` or the end of the process.
+    """Create `folder` if it is missing and lock it, until :func:`release` or the process ends.
 
     Returns a handle for `release`; None where folders cannot be locked (Windows, some network file
-    systems). Raises ConfigError with the message `busy` when another process holds it, and OSError
-    when `folder` is a link and `follow` is false.
+    systems).
+
+    Raises:
+        ConfigError: another process holds the lock; its message is `busy`.
+        OSError: `folder` is a link and `follow` is false, or as the file system does.
     """
     if fcntl is None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -79,7 +80,7 @@ def acquire(folder: Path, busy: str, *, follow: bool = True) -> int | None:
             return None
         if folder.exists() and os.path.samestat(os.fstat(handle), folder.stat()):
             return handle
-        os.close(handle)  # whoever held it moved it away meanwhile
+        os.close(handle)  # the folder was moved away since it was opened
 
 
 def release(handle: int | None) -> None:
@@ -89,7 +90,7 @@ def release(handle: int | None) -> None:
 
 @contextmanager
 def held(folder: Path, busy: str) -> Iterator[None]:
-    """Hold the lock of `folder` for the length of a block; see :func:`acquire`."""
+    """Hold the lock of `folder` within a `with` block; see :func:`acquire`."""
     with naming(folder):
         handle = acquire(folder, busy)
     try:

@@ -1,8 +1,8 @@
-"""From an image file to the network's input, as data: one function for every stage.
+"""Image preprocessing: from an image file to the network's input.
 
-Training's evaluation, calibration, `eps-predict` and the server call :meth:`Preprocessing.apply`,
-with the values recorded in the checkpoint and in the bundle's manifest. This module needs numpy and
-Pillow only: the serving image has no torch.
+Training's evaluation, calibration, `eps-predict` and the server all call
+:meth:`Preprocessing.apply`, with the values recorded in the checkpoint and in the bundle's
+manifest. Imports no torch: the serving image has none.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 COLORS = ("grey", "rgb")
-_MOST_PIXELS = 178_956_970  # of an image once scaled; where Pillow sees a decompression bomb too
+_MAX_PIXELS = 178_956_970  # of a resized image; Pillow's own limit for decompression bombs
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 
 _ORIENTATION = 0x0112  # EXIF
@@ -31,18 +32,22 @@ _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # TIFF
 _RANGELESS = {"I": "32-bit integers", "F": "floating-point numbers"}
 
 ChooseBox = Callable[[int, int], tuple[int, int, int, int]]
-"""From height and width of a picture to top, left, height and width of a part of it, in pixels."""
+"""Maps height and width of an image to top, left, height and width of a crop, in pixels."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Preprocessing:
-    """How a picture of any size becomes uint8 `[C, height, width]`.
+    """Conversion of an image of any size to uint8 `[C, height, width]`.
 
-    The picture is turned upright as its EXIF orientation says, converted to `color`, scaled with
-    its aspect ratio kept until it just covers `resize` (height, width in pixels), and cropped at
-    the centre to `crop`. Of 16 bits the upper 8 are kept; pixels of 32 bits, whose range nobody
-    knows, are refused with a ValueError. Normalisation is not part of it: the exported network
-    does that itself.
+    The image is rotated as its EXIF orientation says, converted to `color`, resized with its aspect
+    ratio kept until it just covers `resize`, and cropped at the centre to `crop`. Of 16-bit pixels
+    the upper 8 bits are kept. Normalisation is part of the exported network, not of this.
+
+    Attributes:
+        resize, crop: height and width in pixels.
+        color: `grey` or `rgb`.
+        interpolation: one of :data:`INTERPOLATIONS`, as Pillow computes it.
+        exif_rotation: whether the EXIF orientation is applied.
     """
 
     resize: tuple[int, int]
@@ -66,35 +71,36 @@ class Preprocessing:
         """Shape `[C, H, W]` of what :meth:`apply` returns."""
         return (1 if self.color == "grey" else 3, *self.crop)
 
-    def to_dict(self) -> dict[str, Any]:
-        fields = asdict(self)
-        return {**fields, "resize": list(self.resize), "crop": list(self.crop)}
-
     @property
     def antialias(self) -> bool:
-        """Whether a pixel of an image that shrinks is made of all pixels that it covers.
+        """Whether downscaling averages over all source pixels, as Pillow does except for `nearest`.
 
-        So it is in Pillow, for every interpolation but `nearest`. Torch's has `antialias=True` for
-        it; OpenCV's INTER_LINEAR is another, and gives other pixels.
+        Torch needs `antialias=True` for the same pixels; OpenCV's INTER_LINEAR gives others.
         """
         return self.interpolation != "nearest"
 
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "resize": list(self.resize), "crop": list(self.crop)}
+
     def described(self) -> dict[str, Any]:
-        """:meth:`to_dict` with `antialias`, for those who prepare images elsewhere."""
+        """:meth:`to_dict` with `antialias`, for clients that preprocess images themselves."""
         return {**self.to_dict(), "antialias": self.antialias}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Preprocessing:
         """Inverse of :meth:`to_dict`. Raises ConfigError for missing or unknown fields."""
         try:
-            return cls(
-                **{**fields, "resize": _pair(fields["resize"]), "crop": _pair(fields["crop"])}
-            )
-        except (TypeError, KeyError, ValueError) as error:
+            cls(**fields)  # raises a TypeError for unknown fields, which msgspec ignores
+            return msgspec.convert(dict(fields), cls)
+        except (TypeError, ValueError) as error:
             raise ConfigError(f"not a preprocessing description: {error}") from None
 
     def apply(self, image: Image.Image) -> npt.NDArray[np.uint8]:
-        """Return `image` as uint8 `[C, H, W]`."""
+        """Return `image` as uint8 `[C, H, W]`.
+
+        Raises ValueError for pixels of 32 bits, whose range is unknown, and for an image too long
+        and thin to resize.
+        """
         image = self._upright(image)
         height, width = self.resize
         scale = max(height / image.height, width / image.width)
@@ -102,7 +108,7 @@ class Preprocessing:
             max(width, round(image.width * scale)),
             max(height, round(image.height * scale)),
         )
-        if covering[0] * covering[1] > _MOST_PIXELS:
+        if covering[0] * covering[1] > _MAX_PIXELS:
             raise ValueError(f"{image.width}x{image.height} pixels are too long and thin to scale")
         if covering != image.size:
             image = image.resize(covering, self._resampling)
@@ -111,9 +117,9 @@ class Preprocessing:
         return _planes(image)
 
     def apply_crop(self, image: Image.Image, choose: ChooseBox) -> npt.NDArray[np.uint8]:
-        """A box of `image`, scaled to `crop` without regard to its aspect ratio: for training.
+        """Return the crop that `choose` selects, resized to `crop` regardless of its aspect ratio.
 
-        `choose` is told height and width of the picture, upright and of its full size.
+        For training. `choose` receives height and width of the rotated image at full size.
         """
         image = self._upright(image)
         top, left, height, width = choose(image.height, image.width)
@@ -146,11 +152,11 @@ class Preprocessing:
 
 
 def with_image(path: Path, use: Callable[[Image.Image], T]) -> T:
-    """What `use` makes of an image file, opened; DataError names the file when that fails."""
+    """Open an image file and return `use(image)`. Raises DataError that names the file."""
     from PIL import Image, UnidentifiedImageError
 
     try:
-        # Not by its path: Pillow maps some TIFF files into memory then, and forgets to turn them.
+        # Not by its path: Pillow would map some TIFF files into memory and ignore their rotation.
         with path.open("rb") as file, Image.open(file) as image:
             return use(image)
     except FileNotFoundError:
@@ -159,34 +165,34 @@ def with_image(path: Path, use: Callable[[Image.Image], T]) -> T:
         raise DataError(f"{path}: is a folder, not an image") from None
     except UnidentifiedImageError:
         raise DataError(f"{path}: not an image that Pillow can read") from None
-    except Exception as error:  # Pillow's decoders raise many types for what is damaged
+    except Exception as error:  # Pillow's decoders raise many types for damaged files
         reason = error.strerror if isinstance(error, OSError) else None
         problem = reason or str(error) or type(error).__name__
         raise DataError(f"{path}: cannot be decoded: {problem}") from None
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
-    """Height and width of a picture once it is turned as its EXIF orientation says."""
+    """Return height and width of an image once its EXIF orientation is applied."""
     turned = image.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
     return (image.width, image.height) if turned else (image.height, image.width)
 
 
 def peak_of_sixteen_bits(image: Image.Image) -> int:
-    """The largest of the 0..65535 in a grey image of 16 bits; 0 for any other image."""
+    """Return the largest value, 0..65535, of a 16-bit grey image; 0 for any other image."""
     values = _sixteen_bits(image)
     return 0 if values is None else int(values.max())
 
 
 def _planes(image: Image.Image) -> npt.NDArray[np.uint8]:
-    """Pixels `[C, H, W]` of a grey or RGB image."""
+    """Return the pixels `[C, H, W]` of a grey or RGB image."""
     pixels = np.asarray(image, dtype=np.uint8)
     return np.ascontiguousarray(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """`image` in a mode that Pillow converts to grey or RGB as one expects, its EXIF data kept.
+    """Return `image` in a mode that Pillow converts to grey or RGB, with its EXIF data.
 
-    Raises ValueError for numbers without a known range, of which Pillow would make black or white.
+    Raises ValueError for numbers without a known range, which Pillow would clip to black or white.
     """
     from PIL import Image
 
@@ -204,8 +210,8 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _sixteen_bits(image: Image.Image) -> npt.NDArray[np.uint16] | None:
-    """The pixels of a grey image of 9 to 16 bits, black to white 0..65535; None for any other."""
-    # Pillow brings PGM to 0..65535, whatever its maxval; before 11.3 that is its mode for PNG too.
+    """Return the pixels of a 9- to 16-bit grey image, scaled to 0..65535; None for any other."""
+    # Pillow scales PGM to 0..65535, whatever its maxval; before 11.3 PNG has the same mode.
     known = image.mode == "I" and image.format in ("PPM", "PNG")
     if not (known or image.mode.startswith("I;16")):
         return None
@@ -213,11 +219,6 @@ def _sixteen_bits(image: Image.Image) -> npt.NDArray[np.uint16] | None:
     tags = getattr(image, "tag_v2", {})  # of TIFF
     if tags.get(_BITS_PER_SAMPLE) == (12,):
         values = (values << 4 | values >> 8).astype(np.uint16)
-    if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:  # which Pillow heeds up to 8 bits only
+    if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:  # Pillow inverts images of up to 8 bits only
         values = ~values
     return values
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    height, width = value
-    return int(height), int(width)

@@ -1,12 +1,12 @@
-"""Intervals for what is claimed: a drop in accuracy or a rise in loss, and what medians tell.
+"""95 % confidence intervals: paired differences, means, medians and ratios of medians.
 
-No torch, no scipy: each is a few lines of numpy, and tests hold them to references.
+Needs numpy only, neither torch nor scipy; tests compare each function with a reference.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,10 +15,12 @@ import numpy.typing as npt
 Z_95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
 _TAIL = 0.025  # of a two-sided 95 % interval
 
+Floats = npt.NDArray[np.float64]
+
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """An estimate with its 95 % interval."""
+    """An estimate with its 95 % confidence interval."""
 
     value: float
     low: float
@@ -66,62 +68,58 @@ def _tango_statistic(delta: float, b: int, c: int, n: int) -> float:
     return distance / math.sqrt(variance)
 
 
-def paired_mean(differences: npt.NDArray[np.float64]) -> Interval:
+def paired_mean(differences: Floats) -> Interval:
     """Mean of differences measured on the same samples, `[N]`, by the normal approximation.
 
-    With a single sample nothing is known of their spread: the interval is then the value alone.
+    The interval of a single sample is its value alone.
     """
     assert len(differences) > 0
     value = float(differences.mean())
-    spread = float(differences.std(ddof=1)) if len(differences) > 1 else 0.0
-    reach = Z_95 * spread / math.sqrt(len(differences))
+    std = float(differences.std(ddof=1)) if len(differences) > 1 else 0.0
+    reach = Z_95 * std / math.sqrt(len(differences))
     return Interval(value, value - reach, value + reach)
 
 
-def ratio_of_medians(
-    numerator: Sequence[npt.NDArray[np.float64]], denominator: Sequence[npt.NDArray[np.float64]]
-) -> Interval:
-    """How many times as long the runs of `numerator` took as those of `denominator`.
-
-    Both are lists of blocks, block i of one measured right beside block i of the other. Runs within
-    a block share whatever the machine was doing then, and so do the two blocks of a pair; what
-    counts is therefore one ratio for each pair, of the medians of its blocks. See
-    :func:`typical` for what becomes of them.
-    """
-    return typical(_medians(numerator) / _medians(denominator))
+# Times are measured in blocks, `[blocks, runs]` or one array a block; see `eps_core.timing`. Runs
+# within a block share whatever the machine was doing then, and so do blocks of two calls that were
+# measured side by side. What counts as independent is therefore one number a block, its median, or
+# one ratio or difference for each pair of blocks.
 
 
-def difference_of_medians(
-    first: Sequence[npt.NDArray[np.float64]], second: Sequence[npt.NDArray[np.float64]]
-) -> Interval:
-    """By how much longer the runs of `first` took, as :func:`ratio_of_medians` does it."""
-    return typical(_medians(first) - _medians(second))
+def median(blocks: Iterable[Floats]) -> Interval:
+    """Median of the blocks' medians."""
+    return _median_interval(_medians(blocks))
 
 
-def median(blocks: Sequence[npt.NDArray[np.float64]]) -> Interval:
-    """The median of the blocks' medians, with the interval of :func:`typical`."""
-    return typical(_medians(blocks))
+def ratio_of_medians(numerator: Iterable[Floats], denominator: Iterable[Floats]) -> Interval:
+    """Median over pairs of blocks of the ratio of their medians."""
+    return _median_interval(_medians(numerator) / _medians(denominator))
 
 
-def typical(values: npt.NDArray[np.float64]) -> Interval:
-    """Median of `[N]` independent values, between the two of them that make its 95 % interval.
+def difference_of_medians(first: Iterable[Floats], second: Iterable[Floats]) -> Interval:
+    """Median over pairs of blocks of the difference of their medians."""
+    return _median_interval(_medians(first) - _medians(second))
 
-    Each value lies below the true median as often as above it, whatever the distribution is: how
-    many do is binomial, which gives the order statistics that bound it (Conover, Practical
-    Nonparametric Statistics, 3.2). With fewer than six values these would be further out than the
-    lowest and the highest, which are given then: of five, they hold 94 %.
+
+def _medians(blocks: Iterable[Floats]) -> Floats:
+    return np.array([np.median(block) for block in blocks])
+
+
+def _median_interval(values: Floats) -> Interval:
+    """Median of `[N]` independent values, with order statistics as its 95 % interval.
+
+    Each value is below the true median as often as above it, whatever the distribution: the number
+    below is binomial, which gives the order statistics that bound the median (Conover, Practical
+    Nonparametric Statistics, 3.2). Fewer than six values have no such interval; the lowest and the
+    highest stand for it (of five values they hold 94 %).
     """
     ordered = np.sort(values)
     count = len(ordered)
     assert count > 0
     outside = 0  # values that may be left out at each end
-    tail = 0.5**count  # the chance of at most so many on one side
+    tail = 0.5**count  # probability of at most so many on one side
     while tail <= _TAIL:
         outside += 1
         tail += math.comb(count, outside) * 0.5**count
     edge = max(outside - 1, 0)
     return Interval(float(np.median(ordered)), float(ordered[edge]), float(ordered[-1 - edge]))
-
-
-def _medians(blocks: Sequence[npt.NDArray[np.float64]]) -> npt.NDArray[np.float64]:
-    return np.array([np.median(block) for block in blocks])

@@ -22,11 +22,11 @@ import numpy as np
 import numpy.typing as npt
 
 from eps_core import cli
-from eps_core.checks import Check, Verification
+from eps_core.checks import Check, Parity, Verification, compare_logits
 from eps_core.errors import ConfigError, FileFormatError
 from eps_core.preprocessing import Preprocessing
 from eps_deploy.bench import accuracy
-from eps_deploy.bench.accuracy import PARITY_LIMITS, Parity
+from eps_deploy.bench.accuracy import PARITY_LIMITS
 from eps_deploy.engines.base import Engine, EngineError, Images, Logits
 from eps_deploy.precision import PRECISIONS
 
@@ -126,7 +126,7 @@ def is_bundle(folder: Path) -> bool:
 
 
 def encode_manifest(fields: Mapping[str, Any]) -> bytes:
-    """The manifest's bytes, sealed with their own digest."""
+    """The manifest's bytes, with their own digest."""
     unsealed = {"format": FORMAT, "schema": SCHEMA, "digest": NO_DIGEST, **fields}
     text = json.dumps(unsealed, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
     blank = text.encode()
@@ -309,7 +309,9 @@ def prove(bundle: Bundle, engine: Engine, stage: str) -> Parity:
     answers = accuracy.passes(engine.infer, images, batches)
     expected = [logits] * len(batches)
     limit = PARITY_LIMITS[bundle.manifest["precision"]]
-    told = accuracy.compare(stage, expected, answers, indices.tolist(), limit, batches)
+    told = compare_logits(
+        stage, expected, answers, batches=batches, limit=limit, indices=indices.tolist()
+    )
     if told.relative is None:
         raise EngineError("on the stored samples some of the engine's logits are not finite")
     if told.passed is False:
@@ -406,7 +408,9 @@ def _parity(bundle: Bundle, name: str, open_it: Callable[[], Engine]) -> Check:
     except ModuleNotFoundError as error:
         return Check(name, None, cli.missing_package(error))
     expected = [logits] * len(batches)
-    told = accuracy.compare(name, expected, answers, indices.tolist(), limit, batches)
+    told = compare_logits(
+        name, expected, answers, batches=batches, limit=limit, indices=indices.tolist()
+    )
     if told.relative is None:
         return Check(name, False, "some logits are not finite")
     return Check(

@@ -14,7 +14,7 @@ from torch import Tensor
 import eps_compact
 from eps_compact.artifact import FORMAT, VERSION, CompactArtifact
 from eps_compact.folding import fold
-from eps_core import sealed
+from eps_core import checksummed
 from eps_core.errors import FileFormatError
 from eps_train.data import dataset
 from eps_train.gating import rewriting
@@ -45,8 +45,8 @@ def file(tmp_path: Path) -> Path:
 
 
 def rewrite(file: Path, **parts: Any) -> None:
-    payload, _ = sealed.read(file, format=FORMAT, version=VERSION)
-    sealed.write(file, {**payload, **parts})
+    payload, _ = checksummed.read(file, format=FORMAT, version=VERSION)
+    checksummed.write(file, {**payload, **parts})
 
 
 def images() -> Tensor:
@@ -144,9 +144,9 @@ def test_unusable_parts(file: Path, part: str, value: object) -> None:
 
 
 def test_missing_parts(file: Path) -> None:
-    payload, _ = sealed.read(file, format=FORMAT, version=VERSION)
+    payload, _ = checksummed.read(file, format=FORMAT, version=VERSION)
     for part in payload.keys() - {"format", "version"}:
-        sealed.write(file, {name: value for name, value in payload.items() if name != part})
+        checksummed.write(file, {name: value for name, value in payload.items() if name != part})
         with pytest.raises(FileFormatError, match=f"not a usable compact network .*{part}"):
             CompactArtifact.load(file)
 
@@ -202,9 +202,9 @@ def test_a_folded_network_is_built_as_it_was_saved(folded: Path) -> None:
 
 
 def test_files_from_before_folding(file: Path) -> None:
-    payload, _ = sealed.read(file, format=FORMAT, version=VERSION)
+    payload, _ = checksummed.read(file, format=FORMAT, version=VERSION)
     del payload["folded"]
-    sealed.write(file, {**payload, "version": 1})
+    checksummed.write(file, {**payload, "version": 1})
     found = CompactArtifact.load(file)
     assert found.folded == ()
     gated = make_checkpoint(dead=DEAD).build_gated().eval()

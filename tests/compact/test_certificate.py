@@ -54,13 +54,13 @@ def test_the_proof_covers_all_batches_and_both_kinds_of_input(
 ) -> None:
     gated, plain = networks(made)
     proofs = prove(gated, plain, normalize(), heldout)
-    assert [(proof.inputs, proof.batch) for proof in proofs] == [
+    assert [(proof.inputs, proof.worst_batch) for proof in proofs] == [
         (inputs, size)
         for size in (1, 7, 32)
         for inputs in ("held-out images", "random uint8 images")
     ]
-    assert all(proof.equal and proof.max_abs == 0 for proof in proofs)
-    assert all(proof.images >= proof.batch for proof in proofs)
+    assert all(proof.passed and proof.max_abs == 0 for proof in proofs)
+    assert all(proof.samples >= proof.worst_batch for proof in proofs)
     assert gated.training, "the mode is left as it was"
 
 

@@ -21,7 +21,7 @@ from torch import fx, nn
 import eps_compact
 from eps_compact.artifact import CompactArtifact
 from eps_compact.cli import main
-from eps_core import sealed
+from eps_core import checksummed
 from eps_train.training.checkpoint import FORMAT, VERSION, Checkpoint
 from tests.checkpoints import make_checkpoint
 from tests.commands import Result, files_in, run
@@ -324,8 +324,8 @@ def test_damaged_checkpoints(folder: Path) -> None:
 def test_foreign_and_too_new_checkpoints(folder: Path) -> None:
     torch.save({"state_dict": {}}, folder / "foreign.pt")
     assert_refused(folder, compact(folder, "foreign.pt"), "not an eps-resnet file")
-    payload, _ = sealed.read(folder / "ckpt.pt", format=FORMAT, version=VERSION)
-    sealed.write(folder / "new.pt", {**payload, "version": VERSION + 1})
+    payload, _ = checksummed.read(folder / "ckpt.pt", format=FORMAT, version=VERSION)
+    checksummed.write(folder / "new.pt", {**payload, "version": VERSION + 1})
     assert_refused(folder, compact(folder, "new.pt"), "upgrade eps-resnet")
 
 

@@ -15,7 +15,7 @@ import pytest
 from eps_compact.artifact import FORMAT, VERSION, CompactArtifact
 from eps_compact.cli import main as compact_main
 from eps_compact.folding import fold
-from eps_core import sealed
+from eps_core import checksummed
 from eps_deploy.cli.verify import main
 from eps_train.training.checkpoint import Checkpoint
 from tests.checkpoints import make_checkpoint
@@ -56,8 +56,8 @@ def results(result: Result) -> dict[str, bool | None]:
 
 def alter(folder: Path, **changes: Any) -> None:
     """Write the artifact anew, sealed, with parts of its payload changed; its certificate goes."""
-    payload, _ = sealed.read(folder / "compact.pt", format=FORMAT, version=VERSION)
-    sealed.write(folder / "compact.pt", {**payload, **changes})
+    payload, _ = checksummed.read(folder / "compact.pt", format=FORMAT, version=VERSION)
+    checksummed.write(folder / "compact.pt", {**payload, **changes})
     (folder / "compact.json").unlink(missing_ok=True)
 
 
@@ -281,9 +281,9 @@ def test_files_from_before_folding(folder: Path) -> None:
     certificate = CompactArtifact.load(folder / "compact.pt").certificate
     old = ("removed", "live", "counts", "data", "checkpoint", "versions", "proof")
     alter(folder, certificate={name: certificate[name] for name in old}, version=1)
-    payload, _ = sealed.read(folder / "compact.pt", format=FORMAT, version=VERSION)
+    payload, _ = checksummed.read(folder / "compact.pt", format=FORMAT, version=VERSION)
     del payload["folded"]
-    sealed.write(folder / "compact.pt", payload)
+    checksummed.write(folder / "compact.pt", payload)
     result = verify(folder, "compact.pt", "--json")
     assert result.code == 0, result.stderr
     untold = dict.fromkeys(("code", "certificate", "folding"))

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from eps_core import cli, sealed
+from eps_core import checksummed, cli
 from eps_core.files import held, replace_file
 from eps_train.cli import main
 from eps_train.config import TrainingConfig
@@ -169,8 +169,8 @@ def test_resume_refuses_every_one_of_fifty_flipped_bits(folder: Path) -> None:
 
 
 def test_resume_refuses_a_newer_format(folder: Path) -> None:
-    payload, _ = sealed.read(folder / "last.pt", format=FORMAT, version=1)
-    sealed.write(folder / "last.pt", {**payload, "version": 99})
+    payload, _ = checksummed.read(folder / "last.pt", format=FORMAT, version=1)
+    checksummed.write(folder / "last.pt", {**payload, "version": 99})
     result = eps_train(folder, *TINY, "--resume")
     assert result.code == 1
     assert "last.pt: format version 99 is newer" in result.error
@@ -518,7 +518,7 @@ def test_a_full_disk_says_what_is_safe(tmp_path: Path, monkeypatch: pytest.Monke
                 raise OSError(28, "No space left on device", str(path))
         replace_file(path, content)
 
-    monkeypatch.setattr(sealed, "replace_file", full)
+    monkeypatch.setattr(checksummed, "replace_file", full)
     result = eps_train(tmp_path, *TINY)
     assert result.code == 1
     assert "last.pt holds 1 of 2 epochs; --resume goes on from there" in result.stderr

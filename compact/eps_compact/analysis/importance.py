@@ -24,8 +24,8 @@ from eps_compact.folding import fold
 from eps_core import cli
 from eps_core.cli import missing_package
 from eps_core.errors import ConfigError
-from eps_core.interleave import interleave, wall
 from eps_core.stats import Interval, difference_of_medians, paired_difference, paired_mean
+from eps_core.timing import Runs, interleave, wall_clock
 from eps_train.data.dataset import DataIdentity
 from eps_train.data.images import ImageSet, Part
 from eps_train.gating import rewriting
@@ -361,8 +361,6 @@ def pixels(part: Part, which: range, device: torch.device) -> ImageSet:
 #
 # What is timed is what ships: folded, behind its normalisation, without gates and taps.
 
-Runs = npt.NDArray[np.float64]  # milliseconds
-
 
 class Timer(Protocol):
     """Times a network against what is left of it without some of its blocks.
@@ -388,8 +386,8 @@ class Timer(Protocol):
 class Measure(Protocol):
     """Times the networks that are left of one network without some of its blocks."""
 
-    def __call__(self, without: Sequence[Collection[str]], seconds: float) -> list[list[Runs]]:
-        """Milliseconds of every run, by network and block; see :mod:`eps_core.interleave`.
+    def __call__(self, without: Sequence[Collection[str]], seconds: float) -> list[Runs]:
+        """Milliseconds of every run, `[blocks, runs]` for each network; see `eps_core.timing`.
 
         Args:
             without: of each network, the blocks that it lacks.
@@ -423,21 +421,16 @@ class TorchTimer:
                 torch.cuda.synchronize(image.device)
 
         @torch.no_grad()
-        def measure(without: Sequence[Collection[str]], seconds: float) -> list[list[Runs]]:
+        def measure(without: Sequence[Collection[str]], seconds: float) -> list[Runs]:
             networks = [
                 FromPixels(plain(folded, blocks), self._identity).to(image.device)
                 for blocks in without
             ]
             with cpu_threads(1):
-                return interleaved([partial(call, network) for network in networks], seconds)
+                calls = [wall_clock(partial(call, network)) for network in networks]
+                return interleave(calls, budget=seconds).times
 
         return measure
-
-
-def interleaved(calls: Sequence[Callable[[], object]], seconds: float) -> list[list[Runs]]:
-    """Time calls that return when their work is done, in turns: as :class:`Measure` gives them."""
-    turns = interleave([wall(call) for call in calls], budget=seconds)
-    return [[1000 * block for block in blocks] for blocks in turns.times]
 
 
 def block_times(

@@ -18,7 +18,6 @@ from eps_compact.analysis.importance import (
     BranchCost,
     Forking,
     Measure,
-    Runs,
     Timer,
     TorchTimer,
     accuracy_drop,
@@ -36,6 +35,7 @@ from eps_compact.analysis.importance import (
 from eps_core import cli
 from eps_core.errors import ConfigError
 from eps_core.stats import Interval, median, ratio_of_medians
+from eps_core.timing import Runs
 from eps_train.data.images import Part
 from eps_train.gating import rewriting
 from eps_train.models.cifar import Normalize
@@ -557,7 +557,7 @@ def _points(stages: list[_Stage], measure: Measure, seconds: float) -> tuple[Poi
     return tuple(found)
 
 
-def _point(stage: _Stage, runs: list[Runs], first_runs: list[Runs]) -> Point:
+def _point(stage: _Stage, runs: Runs, first_runs: Runs) -> Point:
     return Point(
         removed=stage.removed,
         parameters=stage.size.parameters,

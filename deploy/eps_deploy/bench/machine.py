@@ -1,8 +1,8 @@
-"""What else the machine did during a measurement: its clocks and its other work. Read only.
+"""The machine: processor, NVIDIA driver and GPUs; clocks and other load during a measurement.
 
-Nothing here changes a clock, a limit or a mode. A GPU is asked through NVML (the package
-nvidia-ml-py, module `pynvml`) where that is installed; everything else is what the operating system
-tells. Whatever cannot be read is None, and never a guess.
+Read only: nothing here changes a clock, a limit or a mode. GPU clocks come from NVML (module
+`pynvml` of the package nvidia-ml-py) where it is installed, everything else from the operating
+system and nvidia-smi; no CUDA package is needed. Whatever cannot be read is None.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ import re
 import shutil
 import subprocess
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-# -- What a measurement ran on, as reports say it. Nothing that names the machine itself
+# -- Processor
 
 
 def machine() -> dict[str, Any]:
-    """Plain data: python, system, processor, cores."""
+    """Plain data for reports: python, system, processor, cores. Nothing that names the machine."""
     return {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
@@ -33,14 +33,14 @@ def machine() -> dict[str, Any]:
 
 
 def cpus() -> int:
-    """Those that this process may use."""
+    """Number of CPUs that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def processor() -> str:
-    """The processor's name; "unknown" where the system does not tell."""
+    """Name of the processor, or "unknown"."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -49,23 +49,23 @@ def processor() -> str:
     return names[0] if names else platform.processor() or "unknown"
 
 
-# -- What the NVIDIA driver says of itself and its GPUs: no CUDA package, no pycuda, no context
+# -- NVIDIA driver and GPUs, without a CUDA context
 
-CUDA_13_DRIVER = 580  # the first that runs it
+CUDA_13_DRIVER = 580  # oldest driver for CUDA 13
 _KERNEL_MODULE = Path("/proc/driver/nvidia/version")
 _FIELDS = ("index", "name", "compute_cap", "memory.total", "memory.free", "driver_version")
-_SECONDS = 30.0  # a driver that was just loaded takes some to answer
+_SECONDS = 30.0  # a driver that was just loaded is slow to answer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gpu:
-    """One line of nvidia-smi.
+    """A GPU as nvidia-smi lists it.
 
     Attributes:
-        index: as nvidia-smi counts, which knows nothing of CUDA_VISIBLE_DEVICES.
+        index: as nvidia-smi counts, regardless of CUDA_VISIBLE_DEVICES.
         name: `NVIDIA H100 80GB HBM3`.
         compute_capability: `9.0`.
-        memory, free: MiB; None where it has none of its own, as GB10 and Jetson.
+        memory, free: MiB; None for a GPU without memory of its own, such as GB10 and Jetson.
         driver: `580.65.06`.
     """
 
@@ -78,13 +78,13 @@ class Gpu:
 
 
 def is_too_old(driver: str) -> bool:
-    """Whether a driver (`570.86.15`) is older than CUDA 13 needs, which pip installs by default."""
+    """Whether a driver (`570.86.15`) is too old for CUDA 13, which pip installs by default."""
     major = driver.partition(".")[0]
     return major.isdecimal() and int(major) < CUDA_13_DRIVER
 
 
 def gpus() -> tuple[Gpu, ...]:
-    """The GPUs that nvidia-smi lists; none where it is missing or sees none."""
+    """GPUs that nvidia-smi lists; none where it is missing or fails."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return ()
@@ -97,24 +97,45 @@ def gpus() -> tuple[Gpu, ...]:
         return ()
     if done.returncode:
         return ()
-    return tuple(gpu for line in done.stdout.splitlines() if (gpu := _parse(line)) is not None)
+    return tuple(gpu for line in done.stdout.splitlines() if (gpu := _parse_gpu(line)) is not None)
+
+
+def _parse_gpu(line: str) -> Gpu | None:
+    """Parse one line of nvidia-smi; None if it is incomplete, as of a GPU that fell off the bus."""
+    parts = [part.strip() for part in line.split(",")]
+    if len(parts) != len(_FIELDS) or re.fullmatch(r"\d+\.\d+", parts[2]) is None:
+        return None
+    try:
+        memory, free = (
+            None if text in ("[N/A]", "[Not Supported]") else int(text) for text in parts[3:5]
+        )
+        return Gpu(
+            index=int(parts[0]),
+            name=parts[1],
+            compute_capability=parts[2],
+            memory=memory,
+            free=free,
+            driver=parts[5],
+        )
+    except ValueError:
+        return None
 
 
 def driver_version() -> str | None:
-    """The display driver's version, as `580.65.06`; None where there is none to be seen."""
+    """Version of the display driver, as `580.65.06`; None without one."""
     try:
         text = _KERNEL_MODULE.read_text(encoding="utf-8", errors="replace")
     except OSError:
-        # Under WSL the driver is that of Windows, and there is no kernel module.
+        # WSL uses the driver of Windows and has no kernel module.
         return next((gpu.driver for gpu in gpus()), None)
     found = re.search(r"\b\d{3,}\.\d+(?:\.\d+)*\b", text)
     return found.group() if found else None
 
 
 def pci_bus_id(ordinal: int) -> str | None:
-    """Where the GPU that CUDA calls `ordinal` is, as `0000:65:00.0`; None where CUDA cannot tell.
+    """PCI address, as `0000:65:00.0`, of the GPU that CUDA calls `ordinal`; None without CUDA.
 
-    CUDA counts the fastest first, and only what CUDA_VISIBLE_DEVICES leaves it; nvidia-smi and NVML
+    CUDA counts the fastest GPU first, and only those in CUDA_VISIBLE_DEVICES; nvidia-smi and NVML
     count all of them by this address.
     """
     try:
@@ -130,39 +151,11 @@ def pci_bus_id(ordinal: int) -> str | None:
     return None if failed else text.value.decode()
 
 
-def _parse(line: str) -> Gpu | None:
-    """A GPU from one line; None for a line that is none, as of a GPU that fell off the bus."""
-    parts = [part.strip() for part in line.split(",")]
-    if len(parts) != len(_FIELDS):
-        return None
-    index, name, capability, memory, free, driver = parts
-    if re.fullmatch(r"\d+\.\d+", capability) is None:
-        return None
-    try:
-        return Gpu(
-            index=int(index),
-            name=name,
-            compute_capability=capability,
-            memory=_mebibytes(memory),
-            free=_mebibytes(free),
-            driver=driver,
-        )
-    except ValueError:
-        return None
+# -- GPU clocks, temperature and throttling, read through NVML
 
+CLOCK_MOVED = 0.02  # of the lowest to the highest GPU clock: one step is under 1 %
 
-def _mebibytes(text: str) -> int | None:
-    return None if text in ("[N/A]", "[Not Supported]") else int(text)
-
-
-# -- One NVIDIA GPU's clocks, temperature and throttling, read through NVML; nothing is changed
-#
-# NVML is the module `pynvml` of the package nvidia-ml-py. Without it, or without a driver, there
-# are no readings.
-
-CLOCK_MOVED = 0.02  # of the lowest to the highest GPU clock: one step of them is under 1 %
-
-# Bits of nvmlClocksEventReasons (nvml.h); idleness and clocks that somebody set are no throttling.
+# Bits of nvmlClocksEventReasons (nvml.h); idleness and clocks set by a user are no throttling.
 _THROTTLES = {
     0x4: "software power cap",
     0x8: "hardware slowdown",
@@ -174,7 +167,7 @@ _THROTTLES = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Range:
-    """First and last reading, and the lowest and highest of all (of clocks, under load)."""
+    """First and last reading, and the lowest and highest (for clocks, under load)."""
 
     before: float
     after: float
@@ -184,14 +177,14 @@ class Range:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GpuReading:
-    """What NVML told of one GPU.
+    """NVML readings of one GPU over a measurement.
 
     Attributes:
-        name: as NVML has it.
-        sm_mhz, memory_mhz, celsius, watts: over the measurement.
-        highest_sm_mhz: what its processors can reach.
-        throttled: reasons for which the clocks were held down, at any time.
-        others: programs besides this one that computed on it.
+        name: as NVML reports it.
+        sm_mhz, memory_mhz, celsius, watts: clocks, temperature and power.
+        highest_sm_mhz: maximum clock of its processors.
+        throttled: reasons for which the clocks were reduced, at any time.
+        others: other programs that computed on it.
     """
 
     name: str
@@ -204,7 +197,7 @@ class GpuReading:
     others: int | None
 
     def disturbances(self) -> list[str]:
-        """What speaks against a measurement on it, each in words."""
+        """Reasons to distrust a measurement on it."""
         found = []
         if self.throttled:
             found.append(f"the GPU was throttled ({', '.join(self.throttled)})")
@@ -217,8 +210,8 @@ class GpuReading:
         return found
 
 
-class GpuWatch:
-    """One GPU through NVML. Each reading may be refused, by a laptop's GPU or a slice of one."""
+class GpuMonitor:
+    """Polls one GPU through NVML. Laptop GPUs and MIG slices refuse some readings."""
 
     def __init__(self, nvml: Any, handle: Any) -> None:
         self._nvml, self._handle = nvml, handle
@@ -226,7 +219,7 @@ class GpuWatch:
         self._reasons = 0
         self._others: int | None = None
 
-    def look(self) -> None:
+    def poll(self) -> None:
         nvml = self._nvml
         readings = {
             "sm_mhz": self._ask("nvmlDeviceGetClockInfo", nvml.NVML_CLOCK_SM),
@@ -238,14 +231,14 @@ class GpuWatch:
             readings["watts"] /= 1000
         for name, value in readings.items():
             self._readings.setdefault(name, []).append(value)
-        # The younger name first: NVML 12 renamed it.
+        # NVML 12 renamed it.
         reasons = self._ask("nvmlDeviceGetCurrentClocksEventReasons")
         if reasons is None:
             reasons = self._ask("nvmlDeviceGetCurrentClocksThrottleReasons")
         self._reasons |= reasons or 0
         running = self._ask("nvmlDeviceGetComputeRunningProcesses")
         if running is not None:
-            # One of them is this one, under a number of its own if it runs in a container.
+            # One of them is this process, under another pid if it runs in a container.
             self._others = max(len(running) - 1, self._others or 0)
 
     def summary(self) -> GpuReading:
@@ -271,38 +264,32 @@ class GpuWatch:
         self._nvml.nvmlShutdown()
 
 
-def open_gpu(ordinal: int, nvml: Any) -> GpuWatch | None:
-    """The GPU that CUDA calls `ordinal`; None without NVML or its driver."""
-    if nvml is None:
-        try:
-            nvml = import_module("pynvml")
-        except ImportError:
-            return None
+def open_gpu(ordinal: int, nvml: Any) -> GpuMonitor | None:
+    """MachineMonitor the GPU that CUDA calls `ordinal`; None without NVML or its driver."""
+    try:
+        nvml = nvml or import_module("pynvml")
+    except ImportError:
+        return None
     try:
         nvml.nvmlInit()
     except nvml.NVMLError:
         return None
     try:
-        return GpuWatch(nvml, _handle(ordinal, nvml))
+        if (address := pci_bus_id(ordinal)) is not None:
+            return GpuMonitor(nvml, nvml.nvmlDeviceGetHandleByPciBusId(address))
+        # Without its address, assume that CUDA and NVML count alike.
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        name = visible.split(",")[ordinal].strip() if visible else str(ordinal)
+        if name.isdecimal():
+            return GpuMonitor(nvml, nvml.nvmlDeviceGetHandleByIndex(int(name)))
+        return GpuMonitor(nvml, nvml.nvmlDeviceGetHandleByUUID(name))
     except (nvml.NVMLError, IndexError):
         nvml.nvmlShutdown()
         return None
 
 
-def _handle(ordinal: int, nvml: Any) -> Any:
-    """By its address where CUDA tells it; else by its number, as if both counted alike."""
-    address = pci_bus_id(ordinal)
-    if address is not None:
-        return nvml.nvmlDeviceGetHandleByPciBusId(address)
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    name = visible.split(",")[ordinal].strip() if visible else str(ordinal)
-    if name.isdecimal():
-        return nvml.nvmlDeviceGetHandleByIndex(int(name))
-    return nvml.nvmlDeviceGetHandleByUUID(name)
-
-
 def span(readings: list[float | None], *, at_work: bool = False) -> Range | None:
-    """None without a reading. `at_work`: the first one, of an idle GPU, is no low or high."""
+    """Summarise readings; None without any. `at_work`: the first, of an idle GPU, is no extreme."""
     read = [float(value) for value in readings if value is not None]
     if not read:
         return None
@@ -310,34 +297,33 @@ def span(readings: list[float | None], *, at_work: bool = False) -> Range | None
     return Range(before=read[0], after=read[-1], low=min(counted), high=max(counted))
 
 
-__all__ = ["Conditions", "Gpu", "Range", "Watch"]
+# -- Conditions of a measurement
 
 _PROC = Path("/proc")
 _CPUS = Path("/sys/devices/system/cpu")
 
-# A share of all cores that others use, above which a measurement is called noisy; and of stolen
-# time, which a virtual machine's host gave to others.
-BUSY = 0.10
-STOLEN = 0.01
+# Above these a measurement is noisy.
+BUSY = 0.10  # of all cores, used by other programs
+STOLEN = 0.01  # of all cores, given to others by the host of a virtual machine
 WAITED = 0.02  # of the time, for a free core
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Conditions:
-    """What a measurement went through.
+    """What else the machine did during a measurement.
 
     Attributes:
-        seconds: its length.
+        seconds: length of the measurement.
         cores: of the machine.
-        load: average number of running programs over a minute, from the system.
-        others: cores that other programs used, on average; None where the system does not tell.
+        load: load average over a minute.
+        others: cores that other programs used, on average; None if unknown.
         stolen: cores that the host of a virtual machine gave to others.
-        waited: seconds that this process's threads waited for a core, in each second. That does
-            not only blur times: a call that is longer than a time slice is almost always
-            interrupted, a short one hardly ever, so that ratios come out wrong too.
+        waited: seconds that this process's threads waited for a core, in each second. This makes
+            ratios wrong too: a call longer than a time slice is almost always interrupted, a short
+            one hardly ever.
         cpu_mhz: mean frequency of the cores.
-        governor: who chooses that frequency, as Linux names it.
-        gpu: None when no GPU was used, or NVML is not to be had.
+        governor: of that frequency, as Linux names it.
+        gpu: None when no GPU was used, or NVML is unavailable.
     """
 
     seconds: float
@@ -350,16 +336,13 @@ class Conditions:
     governor: str | None
     gpu: GpuReading | None
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
     @property
     def starved(self) -> bool:
-        """Whether this process had to wait for a core so often that ratios are wrong too."""
+        """Whether this process waited for a core so often that ratios are wrong too."""
         return self.waited is not None and self.waited > WAITED
 
     def disturbances(self) -> list[str]:
-        """What speaks against the measurement, each in words; empty on a quiet machine."""
+        """Reasons to distrust the measurement; empty on a quiet machine."""
         found = []
         if self.others is not None and self.others > BUSY * self.cores:
             found.append(f"other programs used {self.others:.1f} of {self.cores} cores")
@@ -372,13 +355,13 @@ class Conditions:
         return found
 
 
-class Watch:
-    """Reads the clocks when it is told to; a context manager.
+class MachineMonitor:
+    """Reads clocks and load whenever it is polled; a context manager.
 
     Args:
         gpu: number of the CUDA device that is measured, None for none.
-        nvml: the module `pynvml`, for tests; None: import it if it is there.
-        proc, cpus: where Linux tells of its work and of its cores, for tests.
+        nvml: the module `pynvml`; a parameter for tests.
+        proc, cpus: folders where Linux reports load and cores; parameters for tests.
     """
 
     def __init__(
@@ -391,37 +374,41 @@ class Watch:
         self._times: list[tuple[float, float, tuple[float, float] | None]] = []
         self._waits: list[dict[str, float]] = []
 
-    def look(self) -> None:
+    def poll(self) -> None:
         """Take a reading: before, between and after the blocks of a measurement."""
         self._times.append((time.perf_counter(), time.process_time(), _work(self._proc)))
         self._waits.append(_waits(self._proc))
         self._loads.append(os.getloadavg()[0] if hasattr(os, "getloadavg") else None)
         self._mhz.append(_mhz(self._cpus))
         if self._gpu is not None:
-            self._gpu.look()
+            self._gpu.poll()
 
     def conditions(self) -> Conditions:
-        """What went on from the first look to the last; there must have been one."""
+        """Summarise the readings; :meth:`poll` must have been called."""
         (began, own, work), (ended, own_after, work_after) = self._times[0], self._times[-1]
         seconds = ended - began
         others = stolen = None
         if work is not None and work_after is not None and seconds > 0:
-            # Ticks of 10 ms: a moment's difference may come out a little below zero.
+            # In ticks of 10 ms a short difference may be slightly negative.
             others = max(0.0, (work_after[0] - work[0] - (own_after - own)) / seconds)
             stolen = max(0.0, (work_after[1] - work[1]) / seconds)
+        before, after = self._waits[0], self._waits[-1]
+        waited = None
+        if after and seconds > 0:  # over the threads that exist at the end
+            waited = sum(wait - before.get(thread, 0.0) for thread, wait in after.items()) / seconds
         return Conditions(
             seconds=seconds,
             cores=os.cpu_count() or 1,
             load=span(self._loads),
             others=others,
             stolen=stolen,
-            waited=_waited(self._waits[0], self._waits[-1], seconds),
+            waited=waited,
             cpu_mhz=span(self._mhz),
             governor=_text(self._cpus / "cpu0" / "cpufreq" / "scaling_governor"),
             gpu=None if self._gpu is None else self._gpu.summary(),
         )
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> MachineMonitor:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -430,7 +417,7 @@ class Watch:
 
 
 def _work(proc: Path) -> tuple[float, float] | None:
-    """Seconds that all cores together have worked, and that were stolen from them, since boot."""
+    """Seconds of work and of stolen time since boot, over all cores."""
     text = _text(proc / "stat")
     if text is None:
         return None
@@ -441,8 +428,7 @@ def _work(proc: Path) -> tuple[float, float] | None:
 
 
 def _waits(proc: Path) -> dict[str, float]:
-    """Seconds that each thread of this process has waited for a core; empty where Linux does not
-    count them."""
+    """Seconds that each thread of this process has waited for a core; empty if unknown."""
     found = {}
     for path in proc.glob("self/task/*/schedstat"):
         text = _text(path)  # None: the thread has just ended
@@ -451,16 +437,8 @@ def _waits(proc: Path) -> dict[str, float]:
     return found
 
 
-def _waited(before: dict[str, float], after: dict[str, float], seconds: float) -> float | None:
-    """Of each second, over the threads that are there in the end."""
-    if not after or seconds <= 0:
-        return None
-    return sum(wait - before.get(thread, 0.0) for thread, wait in after.items()) / seconds
-
-
 def _mhz(cpus: Path) -> float | None:
-    """Mean frequency of all cores; None where Linux does not control it, as in most machines of a
-    cloud."""
+    """Mean frequency of all cores; None where Linux does not control it, as on most clouds."""
     texts = [_text(path) for path in cpus.glob("cpu[0-9]*/cpufreq/scaling_cur_freq")]
     read = [float(text) / 1000 for text in texts if text is not None]
     return sum(read) / len(read) if read else None

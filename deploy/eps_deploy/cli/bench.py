@@ -1,4 +1,4 @@
-"""The command `eps-bench`: honest latency of any model file."""
+"""The command `eps-bench`: latency of model files, measured side by side."""
 
 from __future__ import annotations
 
@@ -13,26 +13,23 @@ import click
 from rich.table import Table
 
 from eps_core import cli as console
-from eps_deploy.bench.latency import (
-    DEVICE,
-    END_TO_END,
-    WHOLE,
-    Bench,
-    Subject,
-    Times,
-    Tried,
-    differences,
-)
+from eps_core.formatting import interval, milliseconds
 
 if TYPE_CHECKING:
-    from eps_deploy.bench.latency import Subject
+    from eps_deploy.bench.latency import Attempt, Latency, ModelFile, Times
     from eps_deploy.engines.ort import Provider
 
 _FILE = click.Path(path_type=Path)
+_TITLES = {
+    "call": "whole calls, images in memory",
+    "device": "the GPU's own time",
+    "end_to_end": "from an image's bytes to a label",
+}
+_PERCENTILES = ("p50", "p90", "p95", "p99")
 
 
 def _number(context: click.Context, option: click.Parameter, value: float | None) -> float | None:
-    """Neither bound of a click.FloatRange refuses what is no number."""
+    """Refuse nan, which neither bound of a click.FloatRange does."""
     if value is not None and math.isnan(value):
         raise click.BadParameter("nan is not a number")
     return value
@@ -46,16 +43,16 @@ def _number(context: click.Context, option: click.Parameter, value: float | None
     type=click.IntRange(min=1),
     multiple=True,
     metavar="N",
-    help="Images in a call; may be given several times.  [default: 1 and 16]",
+    help="Images in a call; repeatable.  [default: 1 and 16]",
 )
 @click.option(
-    "--seconds",
+    "--time-budget",
     type=click.FloatRange(min=0, max=86_400),
     default=20.0,
     show_default=True,
     callback=_number,
-    metavar="S",
-    help="Time for each batch size, at most.",
+    metavar="SECONDS",
+    help="Maximum time for each batch size.",
 )
 @click.option(
     "--threads",
@@ -63,14 +60,14 @@ def _number(context: click.Context, option: click.Parameter, value: float | None
     default=1,
     show_default=True,
     metavar="N",
-    help="Threads on the processor.",
+    help="CPU threads.",
 )
 @click.option(
     "--provider",
     type=click.Choice(["cpu", "cuda", "tensorrt"]),
     default="cpu",
     show_default=True,
-    help="What runs .onnx and .pt files; a plan runs on TensorRT in any case.",
+    help="Execution provider of .onnx and .pt files; a plan always runs on TensorRT.",
 )
 @click.option(
     "--slo-ms",
@@ -82,13 +79,13 @@ def _number(context: click.Context, option: click.Parameter, value: float | None
 @click.option(
     "--allow-mismatch", is_flag=True, help="Compare files that differ in more than the network."
 )
-@click.option("-o", "--output", type=_FILE, metavar="FILE", help="Write all of it, as JSON.")
+@click.option("-o", "--output", type=_FILE, metavar="FILE", help="Write all results as JSON.")
 @click.option("--force", is_flag=True, help="Overwrite the file of -o.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON on stdout.")
 def cli(
     files: tuple[Path, ...],
     batches: tuple[int, ...],
-    seconds: float,
+    time_budget: float,
     threads: int,
     provider: Provider,
     slo_ms: float | None,
@@ -97,42 +94,44 @@ def cli(
     force: bool,
     as_json: bool,
 ) -> int:
-    """Time each FILE: a bundle, a .onnx, a .plan with its .plan.json, or a .pt of ours.
+    """Measure the latency of each FILE: a bundle, a .onnx, a .plan with its .plan.json, or a .pt.
 
-    The first FILE is the reference; the others are timed in turns with it, in this process, and
-    called faster or slower when the whole interval of the ratio lies 3 % or more from 1. Files that
-    differ in more than the network (images, classes, precision, runtime, provider, threads) are
-    refused unless --allow-mismatch is given. Exit status 3: no batch size keeps the limit of
-    --slo-ms.
+    The first FILE is the reference. The others are timed in turns with it, in this process, and
+    reported as faster or slower if the whole interval of the ratio is 3 % or more away from 1.
+    Files that differ in more than the network (images, classes, precision, runtime, provider,
+    threads) are refused unless --allow-mismatch is given. The exit status is 3 if no batch size
+    meets the limit of --slo-ms.
     """
     if slo_ms is not None and batches:
         raise click.UsageError("--slo-ms and --batch: the first chooses the batch size itself.")
     if output is not None:
-        console.refuse_missing(*(path for path in files if not path.is_dir()))  # a bundle is one
+        console.refuse_missing(*(path for path in files if not path.is_dir()))
         console.refuse_existing([output], force)
-    from eps_deploy.bench.latency import differences, refuse_unlike
+    from eps_deploy.bench.latency import differences, require_match
     from eps_deploy.bench.machine import machine
-    from eps_deploy.bench.subjects import open_subject
+    from eps_deploy.bench.model_files import open_model_file
 
+    log = console.log()
     with ExitStack() as stack:
-        subjects: list[Subject] = []
+        opened: list[ModelFile] = []
         for path in files:
-            subjects.append(open_subject(path, provider=provider, threads=threads))
-            stack.callback(subjects[-1].close)
+            opened.append(open_model_file(path, provider=provider, threads=threads))
+            stack.push(opened[-1].engine)
         if not allow_mismatch:
-            refuse_unlike(subjects)
-        log = console.log()
-        for line in about(subjects):
+            require_match(opened)
+        unlike = differences(opened)
+        for line in about(opened, unlike):
             log.print(line)
         if slo_ms is None:
-            found, details, passed = _compare(subjects, batches, seconds)
+            found, details, passed = _compare(opened, unlike, batches, time_budget)
         else:
-            found, details, passed = _sweep(subjects, slo_ms, seconds)
+            found, passed = _sweep(opened, slo_ms, time_budget)
+            details = found
         head = {
             "schema": 1,
             "passed": passed,
-            "files": [{"file": s.name, **s.facts.to_dict(), "remark": s.remark} for s in subjects],
-            "unlike": differences(subjects),
+            "files": [{"file": f.name, **f.facts, "remark": f.remark} for f in opened],
+            "unlike": unlike,
             "machine": machine(),
         }
     if output is not None:
@@ -146,20 +145,24 @@ def cli(
 
 
 def _compare(
-    subjects: list[Subject], asked: tuple[int, ...], seconds: float
+    files: list[ModelFile], unlike: dict[str, list[str]], asked: tuple[int, ...], budget: float
 ) -> tuple[dict[str, Any], dict[str, Any], bool]:
-    """The summary, the same with every run, and that nothing was missed."""
-    from eps_deploy.bench.latency import choose_batches, compare
+    """Return the summary, the same with every run, and True."""
+    from eps_deploy.bench.latency import choose_batches, measure
 
     log = console.log()
-    names = [subject.name for subject in subjects]
+    gpu = next((file.gpu for file in files if file.gpu is not None), None)
     results = []
-    for batch in choose_batches(subjects, asked):
-        results.append(compare(subjects, batch, seconds=seconds))
-        for table in of_batch(subjects, results[-1]):
+    for batch in choose_batches(files, asked):
+        found = measure([file.workload(batch) for file in files], budget=budget, gpu=gpu)
+        results.append(found)
+        for table in tables(files, unlike, found):
             log.print(table)
-        for line in remarks(results[-1]):
-            log.print(line)
+        warm = "" if found.warm else " The warm-up did not become flat in its time."
+        p99 = "" if found.p99_reliable else " Fewer than 200 runs: p99 (*) is unreliable."
+        log.print(f"{found.blocks} blocks of {found.runs} runs of each file, in turns.{warm}{p99}")
+        log.print(found.noise)
+    names = [file.name for file in files]
     summary, details = (
         {"batches": [result.to_dict(names, samples=samples) for result in results]}
         for samples in (False, True)
@@ -167,123 +170,89 @@ def _compare(
     return summary, details, True
 
 
-def _sweep(
-    subjects: list[Subject], limit: float, seconds: float
-) -> tuple[dict[str, Any], dict[str, Any], bool]:
-    from eps_deploy.bench.latency import best, sweep
+def _sweep(files: list[ModelFile], limit: float, budget: float) -> tuple[dict[str, Any], bool]:
+    """Return the summary, and whether a batch size was found for every file."""
+    from eps_deploy.bench.latency import best, sweep_batches
 
     log = console.log()
-    found, chosen = [], []
-    for subject in subjects:
-        tried = sweep(
-            subject,
-            limit,
-            seconds=seconds,
-            report=lambda each: log.print(tried_line(each)),
+    sweeps, chosen = [], []
+    for file in files:
+        attempts = sweep_batches(
+            file, limit, budget=budget, report=lambda each: log.print(attempt_line(each))
         )
-        chosen.append(best(tried))
-        log.print(chosen_line(subject.name, chosen[-1], limit))
-        found.append(
+        chosen.append(best(attempts))
+        log.print(chosen_line(file.name, chosen[-1], limit))
+        sweeps.append(
             {
-                "file": subject.name,
+                "file": file.name,
                 "best": chosen[-1] and chosen[-1].to_dict(),
-                "tried": [each.to_dict() for each in tried],
+                "tried": [each.to_dict() for each in attempts],
             }
         )
-    summary = {"slo_ms": limit, "sweeps": found}
-    return summary, summary, all(chosen)
+    return {"slo_ms": limit, "sweeps": sweeps}, all(chosen)
 
 
 def main() -> NoReturn:
     console.run(cli)
 
 
-# -- What `eps-bench` says to people
-
-_TITLES = {
-    WHOLE: "whole calls, images in memory",
-    DEVICE: "the GPU's own time",
-    END_TO_END: "from a picture's bytes to a label",
-}
-_PERCENTILES = ("p50", "p90", "p95", "p99")
+# -- Lines and tables
 
 
-def about(subjects: Sequence[Subject]) -> Iterator[str]:
-    """What all have in common, what not, and what a reader must know of one."""
-    unlike = differences(list(subjects))
-    facts = subjects[0].facts.to_dict()
+def about(files: Sequence[ModelFile], unlike: dict[str, list[str]]) -> Iterator[str]:
+    """What all files have in common, in what they differ, and remarks on single files."""
+    facts = files[0].facts
     common = {name: value for name, value in facts.items() if name not in unlike and value}
     yield ", ".join(f"{name} {value}" for name, value in common.items())
     if unlike:
-        yield f"UNLIKE in {', '.join(unlike)}: the ratios tell of more than the networks"
-    for subject in subjects:
-        if subject.remark:
-            yield subject.remark
+        yield f"MISMATCH in {', '.join(unlike)}: the ratios compare more than the networks"
+    for file in files:
+        if file.remark:
+            yield file.remark
 
 
-def of_batch(subjects: Sequence[Subject], found: Bench) -> Iterator[Table]:
+def tables(
+    files: Sequence[ModelFile], unlike: dict[str, list[str]], found: Latency
+) -> Iterator[Table]:
     """A table for each way of timing."""
-    unlike = differences(list(subjects))
-    for way in found.times[0]:
-        rows = [
-            (
-                subject.name,
-                *(values[index] for values in unlike.values()),
-                *_cells(found.times[index][way], found.p99_reliable),
-            )
-            for index, subject in enumerate(subjects)
-        ]
-        columns = ["file", *unlike, *(f"{p} ms" for p in _PERCENTILES), "images/s"]
-        compared = len(subjects) > 1
-        table = console.table(
-            f"Batch {found.batch}: {_TITLES[way]}",
-            [*columns, "speed-up (95 % interval)", "verdict"] if compared else columns,
-            rows if compared else [row[:-2] for row in rows],
-        )
-        yield table
-
-
-def remarks(found: Bench) -> Iterator[str]:
-    """How the times of a batch size came about."""
-    warm = "" if found.warm else " The warm-up did not become flat in its time."
-    p99 = "" if found.p99_reliable else " Fewer than 200 runs: p99 (*) is unreliable."
-    yield f"{found.blocks} blocks of {found.runs} runs of each file, in turns.{warm}{p99}"
-    yield found.noise
-
-
-def tried_line(tried: Tried) -> str:
-    if tried.ms is None or tried.rate is None:
-        return f"batch {tried.batch}: {tried.failure}"
-    word = "within" if tried.passed else "above"
-    star = "" if tried.p99_reliable else f" ({tried.runs} runs: p99 is unreliable)"
-    return (
-        f"batch {tried.batch}: p50 {_ms(tried.ms['p50'])} ms, p99 {_ms(tried.ms['p99'])} ms"
-        f" ({word} the limit), {tried.rate:,.0f} images/s{star}"
-    )
-
-
-def chosen_line(name: str, chosen: Tried | None, limit: float) -> str:
-    if chosen is None:
-        return f"{name}: no batch size keeps p99 within {limit:g} ms"
-    assert chosen.ms is not None
-    return (
-        f"{name}: batch {chosen.batch} gives most throughput within {limit:g} ms:"
-        f" {chosen.rate:,.0f} images/s at p99 {_ms(chosen.ms['p99'])} ms"
-    )
+    columns = ["file", *unlike, *(f"{p} ms" for p in _PERCENTILES), "images/s"]
+    if len(files) > 1:
+        columns += ["speed-up (95 % interval)", "verdict"]
+    for way, times in found.times.items():
+        rows = []
+        for index, file in enumerate(files):
+            facts = (values[index] for values in unlike.values())
+            row = [file.name, *facts, *_cells(times[index], found.p99_reliable)]
+            rows.append(row[: len(columns)])
+        yield console.table(f"Batch {found.batch}: {_TITLES[way]}", columns, rows)
 
 
 def _cells(times: Times, p99_reliable: bool) -> tuple[str, ...]:
-    values = [_ms(times.ms[name]) for name in _PERCENTILES]
+    values = [milliseconds(times.ms[name]) for name in _PERCENTILES]
     if not p99_reliable:
         values[-1] += "*"
-    speedup = times.speedup
-    ratio = (
-        "reference"
-        if speedup is None
-        else f"{speedup.value:.2f} ({speedup.low:.2f} to {speedup.high:.2f})"
-    )
+    ratio = "reference" if times.speedup is None else interval(times.speedup)
     return (*values, f"{times.rate:,.0f}", ratio, times.verdict or "")
 
 
-def _ms(value: float) -> str:
-    return f"{value:.3f}" if value < 100 else f"{value:.1f}"
+def attempt_line(attempt: Attempt) -> str:
+    times = attempt.times
+    if times is None:
+        return f"batch {attempt.batch}: {attempt.failure}"
+    word = "within" if attempt.passed else "above"
+    p50, p99 = (milliseconds(times.ms[name]) for name in ("p50", "p99"))
+    note = "" if times.p99_reliable else f" ({times.samples.size} runs: p99 is unreliable)"
+    return (
+        f"batch {attempt.batch}: p50 {p50} ms, p99 {p99} ms ({word} the limit),"
+        f" {times.rate:,.0f} images/s{note}"
+    )
+
+
+def chosen_line(name: str, chosen: Attempt | None, limit: float) -> str:
+    if chosen is None or chosen.times is None:
+        return f"{name}: no batch size keeps p99 within {limit:g} ms"
+    p99 = milliseconds(chosen.times.ms["p99"])
+    return (
+        f"{name}: batch {chosen.batch} gives most throughput within {limit:g} ms:"
+        f" {chosen.times.rate:,.0f} images/s at p99 {p99} ms"
+    )

@@ -1,10 +1,10 @@
-"""Times of blocks on ONNX Runtime, for the ledger and the sweep of `eps_compact`.
+"""Block times on ONNX Runtime, for block importance and the sweep of `eps_compact`.
 
-To export a network may take seconds, so it is exported once, with every block in it, and blocks are
-left out of the ONNX graph: the residual addition becomes its shortcut, and what nothing uses any
-more goes. That is what an export without them would have made. Names do not survive the export, so
-each branch is multiplied by a number of its own, by which its addition is found again; these
-multiplications are taken out first.
+An export may take seconds, so the network is exported once with every block, and blocks are removed
+from the ONNX graph: the residual addition becomes its shortcut, and unused nodes are dropped. The
+result is what an export without these blocks would be. Names do not survive the export, so each
+branch is multiplied by a constant of its own, by which its addition is found again; these
+multiplications are removed first.
 """
 
 from __future__ import annotations
@@ -23,22 +23,23 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor, fx
 
-from eps_compact.analysis.importance import Measure, Runs, interleaved
+from eps_compact.analysis.importance import Measure
 from eps_compact.folding import fold
 from eps_core.errors import GraphError
+from eps_core.timing import Runs, interleave, wall_clock
 from eps_deploy.engines.ort import THREADS, OrtEngine
 from eps_deploy.export.export import export_onnx
 from eps_train.data.dataset import DataIdentity
 from eps_train.gating import rewriting
 
-# Markers are float32 numbers that no network has by chance, and far from 1 and from each other, as
-# exporters take for equal what is close.
+# Markers are float32 numbers that no network has by chance, far from 1 and from each other, as
+# exporters merge constants that are close.
 _FIRST_MARKER = 3.0
 _STEP = 2.0**-12
 
 
 class OrtTimer:
-    """A `Timer` (`eps_compact.analysis.importance`) that runs networks as `--engine ort` does.
+    """Block timer plug-in (`eps_compact.analysis.importance.Timer`) that runs `OrtEngine`.
 
     Args:
         identity: the data that the networks were trained on.
@@ -48,38 +49,36 @@ class OrtTimer:
 
     def __init__(self, identity: DataIdentity) -> None:
         self._identity = identity
-        self._last: tuple[bytes, Removable] | None = None  # the sweep's network is the ledger's too
+        self._last: tuple[bytes, Removable] | None = None  # one command may load it twice
 
     def load(self, model: fx.GraphModule, image: Tensor) -> Measure:
-        """As `Timer` has it; the network may lie on any device."""
+        """Implement `Timer.load`; the network may be on any device."""
         key = _fingerprint(model)
         if self._last is None or self._last[0] != key:
             self._last = key, Removable(model, self._identity)
         _, exported = self._last
         pixels = image.cpu().numpy()
 
-        def measure(without: Sequence[Collection[str]], seconds: float) -> list[list[Runs]]:
-            with ExitStack() as engines:
-                calls = [
-                    partial(
-                        engines.enter_context(OrtEngine(exported.without(blocks))).infer, pixels
-                    )
-                    for blocks in without
+        def measure(without: Sequence[Collection[str]], seconds: float) -> list[Runs]:
+            with ExitStack() as stack:
+                engines = [
+                    stack.enter_context(OrtEngine(exported.without(blocks))) for blocks in without
                 ]
-                return interleaved(calls, seconds)
+                calls = [wall_clock(partial(engine.infer, pixels)) for engine in engines]
+                return interleave(calls, budget=seconds).times
 
         return measure
 
 
 class Removable:
-    """A network in ONNX that blocks can be left out of.
+    """An ONNX network from which blocks can be removed.
 
     Args:
-        model: a network with gates at all blocks that may be left out.
+        model: a network with gates at all blocks that may be removed.
         identity: the data that it was trained on.
 
     Raises:
-        GraphError: it cannot be exported, or a block is not found again in what was exported.
+        GraphError: it cannot be exported, or a block is not found in the exported graph.
     """
 
     def __init__(self, model: fx.GraphModule, identity: DataIdentity) -> None:
@@ -94,24 +93,24 @@ class Removable:
         self._shortcuts = _unmark(self._whole.graph, blocks)
 
     def without(self, blocks: Collection[str]) -> bytes:
-        """The ONNX file of the network without these blocks."""
+        """Return the ONNX file of the network without these blocks."""
         less = onnx.ModelProto()
         less.CopyFrom(self._whole)
         shortcuts = {self._shortcuts[block][0]: self._shortcuts[block][1] for block in blocks}
         for node in less.graph.node:
             if node.output[0] in shortcuts:
-                # ONNX Runtime takes it out itself.
+                # ONNX Runtime eliminates it.
                 replacement = onnx.helper.make_node(
                     "Identity", [shortcuts[node.output[0]]], list(node.output), name=node.name
                 )
                 node.CopyFrom(replacement)
-        _sweep_out(less.graph)
+        _remove_unused(less.graph)
         found: bytes = less.SerializeToString()
         return found
 
 
 def _fingerprint(model: fx.GraphModule) -> bytes:
-    """Equal for networks of the same layers, steps and numbers."""
+    """SHA-256 of the layers, the code and the tensors."""
     found = hashlib.sha256(f"{model}{model.code}".encode())
     for name, tensor in model.state_dict().items():
         found.update(name.encode())
@@ -120,9 +119,9 @@ def _fingerprint(model: fx.GraphModule) -> bytes:
 
 
 def _marked(model: fx.GraphModule) -> tuple[fx.GraphModule, tuple[str, ...]]:
-    """A folded copy on the CPU with additions for gates, the branch times :func:`_marker` before.
+    """Return a folded copy on the CPU, each gate replaced by `shortcut + branch * marker`.
 
-    Returns its blocks too, in the order of their markers.
+    Also returns its blocks, in the order of their markers.
     """
     folded, _ = fold(rewriting.drop_taps(model))
     folded.cpu()
@@ -143,17 +142,17 @@ def _marker(number: int) -> float:
     return _FIRST_MARKER + (number + 1) * _STEP
 
 
-def _unmark(found: onnx.GraphProto, blocks: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Take the markers out; returns by block the names of its sum and of its shortcut."""
-    scalars = _scalars(found)
+def _unmark(graph: onnx.GraphProto, blocks: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Remove the markers. Returns for each block the names of its sum and of its shortcut."""
+    scalars = _scalars(graph)
     numbers = {_marker(number): block for number, block in enumerate(blocks)}
     marks: dict[str, tuple[str, str]] = {}  # by the name of the product: block, name of the branch
-    for node in [node for node in found.node if node.op_type == "Mul"]:
+    for node in [node for node in graph.node if node.op_type == "Mul"]:
         for branch, factor in (tuple(node.input), tuple(node.input)[::-1]):
             if block := numbers.get(scalars.get(factor, 0.0)):
                 marks[node.output[0]] = block, branch
     shortcuts: dict[str, tuple[str, str]] = {}
-    for node in found.node:
+    for node in graph.node:
         for index, name in enumerate(node.input):
             if name in marks and node.op_type == "Add" and len(node.input) == 2:
                 block, node.input[index] = marks.pop(name)
@@ -163,16 +162,16 @@ def _unmark(found: onnx.GraphProto, blocks: Sequence[str]) -> dict[str, tuple[st
         raise GraphError(
             f"cannot find {lost} in the exported network; have torch time the blocks: --timer torch"
         )
-    _sweep_out(found)
+    _remove_unused(graph)
     return shortcuts
 
 
-def _scalars(found: onnx.GraphProto) -> dict[str, float]:
-    """Values of the constants that are one float32 number, by name."""
-    tensors = {tensor.name: tensor for tensor in found.initializer}
+def _scalars(graph: onnx.GraphProto) -> dict[str, float]:
+    """Values of float32 scalar constants, by name."""
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
     tensors |= {
         node.output[0]: attribute.t
-        for node in found.node
+        for node in graph.node
         if node.op_type == "Constant"
         for attribute in node.attribute
         if attribute.name == "value"
@@ -184,16 +183,16 @@ def _scalars(found: onnx.GraphProto) -> dict[str, float]:
     }
 
 
-def _sweep_out(found: onnx.GraphProto) -> None:
-    """Drop the nodes and constants that no output needs."""
-    needed = {port.name for port in found.output}
-    for index in reversed(range(len(found.node))):  # each node stands behind those that it reads
-        node = found.node[index]
+def _remove_unused(graph: onnx.GraphProto) -> None:
+    """Remove nodes and constants that no output depends on."""
+    needed = {port.name for port in graph.output}
+    for index in reversed(range(len(graph.node))):  # nodes are topologically sorted
+        node = graph.node[index]
         if needed.intersection(node.output):
             needed.update(node.input)
         else:
-            del found.node[index]
-    for index in reversed(range(len(found.initializer))):
-        if found.initializer[index].name not in needed:
-            del found.initializer[index]
-    del found.value_info[:]
+            del graph.node[index]
+    for index in reversed(range(len(graph.initializer))):
+        if graph.initializer[index].name not in needed:
+            del graph.initializer[index]
+    del graph.value_info[:]

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from eps_core.checks import Check
 from eps_core.files import replace_file
 from eps_deploy.bench.accuracy import Infer
 from eps_deploy.bench.machine import cpus
@@ -44,7 +45,6 @@ from eps_deploy.export.mixed_precision import units
 from eps_deploy.export.quantize import quantize
 from eps_deploy.pipeline.inputs import Inputs
 from eps_deploy.pipeline.options import Options
-from eps_deploy.report.report import Check
 from eps_train.data.dataset import DataIdentity
 from eps_train.gating import rewriting
 from eps_train.models.spec import cost
@@ -413,8 +413,8 @@ def rehearse(options: Options, model: bytes) -> Check | None:
         plain = replace(options.plan, version_compatible=False, hardware_compatibility="none")
         build(model, options.precision, plain, host=host, trt=trt)
     except EngineError as error:
-        return Check(name=BUILDER, passed=False, value=None, limit=0.0, text=str(error))
-    return Check(name=BUILDER, passed=True, value=0.0, limit=0.0, text=text)
+        return Check(name=BUILDER, passed=False, value=None, limit=0.0, detail=str(error))
+    return Check(name=BUILDER, passed=True, value=0.0, limit=0.0, detail=text)
 
 
 def wishes(options: Options) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from eps_compact.certificate import BOUND as FOLDING_LIMIT
+from eps_core.checks import Check, Parity, compare_logits
 from eps_deploy.bench import accuracy as parity
 from eps_deploy.bench import latency
 from eps_deploy.bench.accuracy import (
@@ -20,11 +21,10 @@ from eps_deploy.bench.accuracy import (
     PARITY_LIMITS,
     Classes,
     Infer,
-    Parity,
     accuracy_drop,
     classes,
 )
-from eps_deploy.bench.latency import Latency, Picture
+from eps_deploy.bench.latency import ExampleImage, Latency, Workload
 from eps_deploy.engines.base import Images, Logits
 from eps_deploy.pipeline.build import Variant, Variants
 from eps_deploy.pipeline.inputs import Inputs
@@ -68,7 +68,14 @@ def chain(
         limit: float,
     ) -> None:
         told.append(
-            parity.compare(stage, reference, candidate, picked.tolist(), limit, options.batches)
+            compare_logits(
+                stage,
+                reference,
+                candidate,
+                batches=options.batches,
+                limit=limit,
+                indices=picked.tolist(),
+            )
         )
 
     def follow(name: str, side: Variant) -> None:
@@ -92,7 +99,7 @@ def chain(
 
 def accuracy(
     options: Options, sources: Inputs, sides: Variants, part: TestPart
-) -> tuple[dict[str, Any], list[report.Check]]:
+) -> tuple[dict[str, Any], list[Check]]:
     """Each form of the compact network on the whole test part, and the drop from the baseline."""
 
     def named(infer: Infer) -> Classes:
@@ -131,7 +138,11 @@ def accuracy(
 
 
 def timed(
-    options: Options, sides: Variants, part: TestPart, picture: Picture, say: Callable[[str], None]
+    options: Options,
+    sides: Variants,
+    part: TestPart,
+    example: ExampleImage,
+    say: Callable[[str], None],
 ) -> list[Latency]:
     """Both engines in turns, at batch 1 and 16, or the largest that they take."""
     baseline, compact = sides.baseline.engine, sides.compact.engine
@@ -143,11 +154,11 @@ def timed(
         images = part.images[part.spread(batch)]
         timings.append(
             latency.measure(
-                baseline,
-                compact,
-                images,
+                [
+                    Workload(engine=engine, images=images, example=example)
+                    for engine in (baseline, compact)
+                ],
                 budget=options.time_budget,
-                picture=picture,
                 gpu=options.gpu,
             )
         )

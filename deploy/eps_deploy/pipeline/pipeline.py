@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from eps_core.checks import Check, Parity
 from eps_core.cli import refuse_missing
 from eps_core.errors import ConfigError
 from eps_deploy import triton
-from eps_deploy.bench.accuracy import Classes, Infer, Parity, accuracy_drop, classes
+from eps_deploy.bench.accuracy import Classes, Infer, accuracy_drop, classes
 from eps_deploy.bench.latency import Latency, save_samples
 from eps_deploy.engines.base import Images
 from eps_deploy.engines.trt.plan import PLAN
@@ -30,7 +31,6 @@ from eps_deploy.pipeline.write import BundleWriter
 from eps_deploy.report import report
 from eps_deploy.report.render import render_html as render_html
 from eps_deploy.report.render import render_markdown as render_markdown
-from eps_deploy.report.report import Check
 from eps_train.data.dataset import load_again
 from eps_train.training.forward import cpu_threads
 
@@ -235,7 +235,7 @@ class _Job:
                 "max_accuracy_drop": options.max_accuracy_drop,
                 "min_speedup": options.min_speedup,
             },
-            "checks": [asdict(check) for check in checks],
+            "checks": [report.check_entry(check) for check in checks],
             **build.size(sources, self.networks),
             "blocks": _blocks(sources),
             "accuracy": right["entry"],

@@ -24,7 +24,7 @@ from PIL import Image
 from eps_core import files as folder_lock
 from eps_core.cli import refuse_existing
 from eps_core.errors import ConfigError, naming
-from eps_deploy.bench.latency import Picture
+from eps_deploy.bench.latency import ExampleImage
 from eps_deploy.bundle import MANIFEST, encode_manifest, is_bundle, load_bundle
 from eps_deploy.engines.base import INPUT_NAME, OUTPUT_NAME, EngineError, Images, Logits
 from eps_deploy.engines.trt.plan import SIDECAR, PlanMetadata
@@ -80,9 +80,9 @@ def png(pixels: npt.NDArray[np.uint8]) -> bytes:
     return file.getvalue()
 
 
-def picture(pixels: npt.NDArray[np.uint8], data: DataIdentity) -> Picture:
+def picture(pixels: npt.NDArray[np.uint8], data: DataIdentity) -> ExampleImage:
     """A test image as a server gets it."""
-    return Picture(content=png(pixels), preprocessing=data.preprocessing, labels=data.classes)
+    return ExampleImage(content=png(pixels), preprocessing=data.preprocessing, labels=data.classes)
 
 
 def precision_entry(

@@ -8,14 +8,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import Any
 
-from eps_deploy.bench.accuracy import METHOD, Drop, Parity
-from eps_deploy.bench.latency import Comparison, Latency
+from eps_core.checks import Check, Parity
+from eps_deploy.bench.accuracy import METHOD, Drop
+from eps_deploy.bench.latency import CALL, DEVICE, END_TO_END, Latency
 from eps_deploy.bench.machine import machine
 from eps_deploy.export.half import LARGEST, Peak
 from eps_deploy.export.mixed_precision import Repair
@@ -36,25 +37,15 @@ _PACKAGES = (
 )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Check:
-    """One promise and whether it was kept.
-
-    Attributes:
-        name: `parity-STAGE`, `agreement`, `accuracy`, `headroom`, `speedup` or `builder`.
-        passed: whether it holds.
-        value: what was measured; None when it was no finite number.
-        limit: what `value` is held to.
-        text: the same in words.
-        conclusive: False when there is too little data to be sure of `passed`.
-    """
-
-    name: str
-    passed: bool
-    value: float | None
-    limit: float
-    text: str
-    conclusive: bool = True
+def check_entry(check: Check) -> dict[str, Any]:
+    return {
+        "name": check.name,
+        "passed": check.passed,
+        "value": check.value,
+        "limit": check.limit,
+        "text": check.detail,
+        "conclusive": check.conclusive,
+    }
 
 
 def parity_check(parity: Parity) -> Check | None:
@@ -76,7 +67,7 @@ def parity_check(parity: Parity) -> Check | None:
         passed=bool(parity.passed),
         value=parity.relative,
         limit=limit,
-        text=text,
+        detail=text,
     )
 
 
@@ -87,7 +78,7 @@ def agreement_check(share: float, limit: float, samples: int) -> Check:
         passed=share >= limit,
         value=share,
         limit=limit,
-        text=(
+        detail=(
             f"the class of the compact network on {100 * share:.2f} % of {samples:,} images,"
             f" limit {100 * limit:g} %"
         ),
@@ -97,13 +88,16 @@ def agreement_check(share: float, limit: float, samples: int) -> Check:
 def headroom_check(peak: Peak, samples: int) -> Check:
     """The largest activation of the float16 part against the largest number that float16 has."""
     finite = math.isfinite(peak.value)
-    text = f"{peak.value:,.5g} at {peak.node}" if finite else f"not finite at {peak.node}"
+    text = f"{peak.value:,.5g}" if finite else "not finite"
     return Check(
         name="headroom",
         passed=peak.value <= LARGEST,
         value=peak.value if finite else None,
         limit=LARGEST,
-        text=f"largest activation {text}, on {samples:,} test images; float16 ends at {LARGEST:g}",
+        detail=(
+            f"largest activation {text} at {peak.node}, on {samples:,} test images; float16 ends at"
+            f" {LARGEST:g}"
+        ),
     )
 
 
@@ -122,22 +116,23 @@ def accuracy_check(drop: Drop) -> Check:
         passed=drop.passed,
         value=points.value,
         limit=drop.limit,
-        text=text,
+        detail=text,
         conclusive=drop.conclusive,
     )
 
 
 def speedup_check(latency: Latency, limit: float) -> Check:
     """The speed-up of whole calls; its whole interval must reach the limit."""
-    speedup = latency.speedup
+    speedup = latency.times[CALL][1].speedup
+    assert speedup is not None, "of the compact engine"
     # Then even the ratio is wrong: long calls are interrupted and short ones are not.
-    starved = latency.conditions is not None and latency.conditions.starved
+    starved = latency.conditions.starved
     return Check(
         name="speedup",
         passed=speedup.low >= limit,
         value=speedup.low,
         limit=limit,
-        text=(
+        detail=(
             f"{speedup.value:.2f} times as fast at batch {latency.batch} (95 % interval"
             f" {speedup.low:.2f} to {speedup.high:.2f}), limit {limit:g} for its lower end"
             + ("; the machine was too busy to be sure" if starved else "")
@@ -147,7 +142,9 @@ def speedup_check(latency: Latency, limit: float) -> Check:
 
 
 def parity_entry(parity: Parity) -> dict[str, Any]:
-    return {**asdict(parity), "batches": list(parity.batches), "passed": parity.passed}
+    entry = {**asdict(parity), "batches": list(parity.batches), "passed": parity.passed}
+    del entry["inputs"]
+    return entry
 
 
 def precision_entry(
@@ -224,30 +221,33 @@ def drop_entry(drop: Drop) -> dict[str, Any]:
 
 
 def latency_entry(latency: Latency) -> dict[str, Any]:
-    conditions = latency.conditions
+    """Latency of a baseline and a compact engine, in this order."""
     return {
         "batch": latency.batch,
-        **_comparison(latency),
-        "end_to_end": _comparison(latency.end_to_end) if latency.end_to_end else None,
-        "device": _comparison(latency.device) if latency.device else None,
+        **(_comparison(latency, CALL) or {}),
+        "end_to_end": _comparison(latency, END_TO_END),
+        "device": _comparison(latency, DEVICE),
         "blocks": latency.blocks,
         "runs_per_block": latency.runs,
         "p99_reliable": latency.p99_reliable,
         "warm": latency.warm,
         "spread": latency.spread,
         "noise": latency.noise,
-        "conditions": None if conditions is None else conditions.to_dict(),
+        "conditions": asdict(latency.conditions),
     }
 
 
-def _comparison(found: Comparison | Latency) -> dict[str, Any]:
-    speedup = found.speedup
+def _comparison(latency: Latency, way: str) -> dict[str, Any] | None:
+    if way not in latency.times:
+        return None
+    baseline, compact = latency.times[way]
+    speedup = compact.speedup
     return {
-        "baseline_ms": found.baseline_ms,
-        "compact_ms": found.compact_ms,
-        "speedup": {"median": speedup.value, "low": speedup.low, "high": speedup.high},
-        "verdict": found.verdict,
-        "throughput": {"baseline": found.baseline_rate, "compact": found.compact_rate},
+        "baseline_ms": baseline.ms,
+        "compact_ms": compact.ms,
+        "speedup": speedup and {"median": speedup.value, "low": speedup.low, "high": speedup.high},
+        "verdict": compact.verdict,
+        "throughput": {"baseline": baseline.rate, "compact": compact.rate},
     }
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from eps_core import files
+from eps_core.checks import Parity
 from eps_core.errors import ConfigError, EpsError, FileFormatError
-from eps_deploy.bench.accuracy import Parity
 from eps_deploy.bundle import ONNX, Bundle, Choice, load_bundle, open_engine, open_served, prove
 from eps_deploy.engines.base import Engine, EngineError
 from eps_deploy.engines.trt.build import BuildOptions, build, write_plan

@@ -1,11 +1,11 @@
-"""The paired drop in accuracy and what it decides."""
+"""Predictions over all test images, and the paired drop in accuracy."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from eps_deploy.bench.accuracy import Correct, accuracy_drop, classes
+from eps_deploy.bench.accuracy import Correct, accuracy_drop, classes, passes, pick_samples
 from eps_deploy.engines.base import Images, Logits
 
 
@@ -13,6 +13,27 @@ def outcomes(total: int, wrong: list[int]) -> Correct:
     right = np.ones(total, dtype=bool)
     right[wrong] = False
     return right
+
+
+def test_every_batch_size_sees_every_image() -> None:
+    images = np.zeros((33, 1, 8, 8), np.uint8)
+    seen: list[int] = []
+
+    def infer(batch: Images) -> Logits:
+        seen.append(len(batch))
+        return np.zeros((len(batch), 10), np.float32)
+
+    assert [len(logits) for logits in passes(infer, images, (1, 2, 7, 32))] == [33] * 4
+    assert seen == [1] * 33 + [2] * 16 + [1] + [7] * 4 + [5] + [32, 1]
+
+
+@pytest.mark.parametrize("total", [1, 5, 33, 359, 10_000])
+def test_samples_spread_over_the_whole_test_part(total: int) -> None:
+    picked = pick_samples(total, 33)
+    assert len(picked) == 33
+    assert picked.min() == 0
+    assert picked.max() == total - 1
+    assert len(set(picked.tolist())) == min(total, 33)
 
 
 def test_every_image_counts_once_also_in_the_last_batch() -> None:

@@ -16,7 +16,7 @@ from tests.commands import Result, files_in, run
 
 
 def bench(folder: Path, *args: object) -> Result:
-    return run("eps-bench", main, "--seconds", "0.1", *args, cwd=folder)
+    return run("eps-bench", main, "--time-budget", "0.1", *args, cwd=folder)
 
 
 def stranger(
@@ -77,12 +77,12 @@ def test_two_files_of_a_bundle(deployed: Path) -> None:
     assert "reference" in result.stderr
 
 
-def test_a_bundle_is_timed_from_the_picture_on_too(deployed: Path) -> None:
+def test_a_bundle_is_timed_from_the_image_on_too(deployed: Path) -> None:
     result = bench(deployed, "bundle", "bundle", "--batch", 1, "--json")
     assert result.code == 0, result.stderr
     (batch,) = json.loads(result.stdout)["batches"]
     assert set(batch["files"][1]) == {"file", "call", "end_to_end"}
-    assert "from a picture's bytes to a label" in result.stderr
+    assert "from an image's bytes to a label" in result.stderr
 
 
 def test_networks_in_torch(deployed: Path) -> None:
@@ -94,15 +94,15 @@ def test_networks_in_torch(deployed: Path) -> None:
     assert len(found["batches"][0]["files"]) == 3
 
 
-def test_what_is_unlike_is_refused_and_then_stated(deployed: Path) -> None:
+def test_a_mismatch_is_refused_and_then_stated(deployed: Path) -> None:
     files = ("compact.pt", "bundle/model.onnx", "--batch", 1)
     refused = bench(deployed, *files)
     assert (refused.code, refused.stdout) == (1, "")
-    assert "compact.pt and bundle/model.onnx are unlike: runtime torch" in refused.error
+    assert "compact.pt and bundle/model.onnx do not match: runtime torch" in refused.error
     assert "--allow-mismatch" in refused.error
     allowed = bench(deployed, *files, "--allow-mismatch", "--json")
     assert allowed.code == 0, allowed.stderr
-    assert "UNLIKE in runtime" in allowed.stderr
+    assert "MISMATCH in runtime" in allowed.stderr
     assert list(json.loads(allowed.stdout)["unlike"]) == ["runtime"]
     header = next(line for line in allowed.stderr.splitlines() if "p50 ms" in line)
     assert "runtime" in header
@@ -185,7 +185,7 @@ def test_half_precision_in_the_file_is_no_half_precision_on_this_processor(
 
 def test_the_batch_with_most_throughput_under_a_limit(deployed: Path) -> None:
     result = run(
-        "eps-bench", main, "bundle/model.onnx", "--slo-ms", 60_000, "--seconds", 0, "--json",
+        "eps-bench", main, "bundle/model.onnx", "--slo-ms", 60_000, "--time-budget", 0, "--json",
         cwd=deployed,
     )  # fmt: skip
     assert result.code == 0, result.stderr
@@ -273,8 +273,8 @@ def test_refusals_are_one_line_and_write_nothing(
         [],
         ["a.onnx", "--batch", "0"],
         ["a.onnx", "--threads", "0"],
-        ["a.onnx", "--seconds", "-1"],
-        ["a.onnx", "--seconds", "nan"],
+        ["a.onnx", "--time-budget", "-1"],
+        ["a.onnx", "--time-budget", "nan"],
         ["a.onnx", "--slo-ms", "0"],
         ["a.onnx", "--slo-ms", "5", "--batch", "1"],
         ["a.onnx", "--provider", "rocm"],

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from eps_deploy.bench import latency as run_module
-from eps_deploy.bench import subjects
-from eps_deploy.bench.subjects import TorchSubject
+from eps_deploy.bench import latency, model_files
+from eps_deploy.bench.model_files import TorchEngine
 from eps_deploy.cli.bench import main
+from eps_deploy.engines.base import Images, Logits
 from tests.commands import run
 
 
@@ -33,7 +33,7 @@ def bench(folder: Path, *args: object) -> None:
 
 
 def test_onnx_runtime_runs_as_asked_for(deployed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(subjects, "open_session", call)
+    monkeypatch.setattr(model_files, "open_session", call)
     with pytest.raises(Called) as caught:
         bench(deployed, "bundle/model.onnx", "--threads", 3, "--provider", "cuda")
     assert caught.value.named.items() >= {"threads": 3, "provider": "cuda"}.items()
@@ -41,29 +41,24 @@ def test_onnx_runtime_runs_as_asked_for(deployed: Path, monkeypatch: pytest.Monk
 
 def test_torch_has_so_many_threads(deployed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     counts: list[int] = []
-    prepare = TorchSubject.call
+    infer = TorchEngine.infer
 
-    def counted(self: TorchSubject, batch: int) -> Any:
-        once = prepare(self, batch)
+    def counted(self: TorchEngine, images: Images) -> Logits:
+        logits = infer(self, images)
+        counts.append(torch.get_num_threads())
+        return logits
 
-        def call() -> Any:
-            answer = once()
-            counts.append(torch.get_num_threads())
-            return answer
-
-        return call
-
-    monkeypatch.setattr(TorchSubject, "call", counted)
+    monkeypatch.setattr(TorchEngine, "infer", counted)
     before = torch.get_num_threads()
     try:
-        bench(deployed, "compact.pt", "--threads", 3, "--batch", 1, "--seconds", 0)
+        bench(deployed, "compact.pt", "--threads", 3, "--batch", 1, "--time-budget", 0)
     finally:
         torch.set_num_threads(before)
     assert set(counts) == {3}
 
 
-def test_so_many_seconds_are_spent(deployed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_module, "interleave", call)
+def test_the_time_budget_is_spent(deployed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency, "interleave", call)
     with pytest.raises(Called) as caught:
-        bench(deployed, "bundle/model.onnx", "--seconds", 0.5)
+        bench(deployed, "bundle/model.onnx", "--time-budget", 0.5)
     assert caught.value.named["budget"] == 0.5

@@ -1,4 +1,4 @@
-"""Blocks timed on ONNX Runtime, and taken out of the graph that it runs."""
+"""Block times on ONNX Runtime, and blocks removed from the graph that it runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from eps_compact.analysis.importance import block_times, branch_costs, live_network, plain
 from eps_core.errors import GraphError
-from eps_core.interleave import MIN_BLOCKS
+from eps_core.timing import MIN_BLOCKS
 from eps_deploy.engines.ort import OrtEngine
 from eps_deploy.export import block_timer
 from eps_deploy.export.block_timer import OrtTimer, Removable
@@ -96,18 +96,18 @@ def test_a_network_with_other_additions_and_products() -> None:
             np.testing.assert_allclose(engine.infer(IMAGES), expected, rtol=0, atol=1e-4)
 
 
-def test_every_network_is_timed_as_often(model: fx.GraphModule) -> None:
+def test_every_network_is_timed_equally_often(model: fx.GraphModule) -> None:
     timer = OrtTimer(DIGITS.identity)
     measure = timer.load(model, torch.from_numpy(IMAGES[:1]))
     found = measure([(), tuple(rewriting.gates(model))], 0)
-    assert [len(rounds) for rounds in found] == [MIN_BLOCKS, MIN_BLOCKS]
+    assert [len(times) for times in found] == [MIN_BLOCKS, MIN_BLOCKS]
     times = block_times(branch_costs(model, DIGITS.identity.input_shape), measure, 0.5)
     assert list(times) == list(rewriting.gates(model))
     assert timer.name.startswith("onnxruntime ")
 
 
 def test_the_same_network_is_exported_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The sweep's is the ledger's too; one with another weight is another network."""
+    """Importance and sweep load the same one; other weights make another network."""
     made: list[object] = []
     monkeypatch.setattr(block_timer, "Removable", lambda *given: made.append(given))
     timer = OrtTimer(DIGITS.identity)

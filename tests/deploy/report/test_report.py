@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from jsonschema import Draft202012Validator
 
+from eps_core.checks import Check
 from eps_core.stats import Interval
 from eps_deploy.bench.accuracy import Drop, accuracy_drop
 from eps_deploy.report import report
@@ -36,7 +37,7 @@ def dropped(lost: int, total: int) -> Drop:
     return accuracy_drop(np.ones(total, dtype=bool), engine, limit=0.5)
 
 
-def checked(stage: Any) -> report.Check:
+def checked(stage: Any) -> Check:
     check = report.parity_check(stage)
     assert check is not None
     return check
@@ -51,9 +52,9 @@ def test_parity_check() -> None:
         0.02,
     )
     assert not checked(replace(PARITY, limit=0.001)).passed
-    assert "not finite" in checked(replace(PARITY, max_abs=None, relative=None)).text
-    assert "differ by 0.5" in checked(replace(PARITY, max_abs=0.5, limit=0.0)).text
-    assert "equal to the last bit" in checked(replace(PARITY, relative=0.0, limit=0.0)).text
+    assert "not finite" in checked(replace(PARITY, max_abs=None, relative=None)).detail
+    assert "differ by 0.5" in checked(replace(PARITY, max_abs=0.5, limit=0.0)).detail
+    assert "equal to the last bit" in checked(replace(PARITY, relative=0.0, limit=0.0)).detail
 
 
 def test_a_stage_without_a_limit_is_told_and_not_judged() -> None:
@@ -66,21 +67,22 @@ def test_a_stage_without_a_limit_is_told_and_not_judged() -> None:
 def test_accuracy_check_says_when_there_are_too_few_images() -> None:
     few, many = report.accuracy_check(dropped(0, 359)), report.accuracy_check(dropped(0, 10_000))
     assert (few.passed, few.conclusive, many.passed, many.conclusive) == (True, False, True, True)
-    assert "too few images to tell" in few.text
-    assert "too few" not in many.text
-    assert "on 10,000 images" in many.text
+    assert "too few images to tell" in few.detail
+    assert "too few" not in many.detail
+    assert "on 10,000 images" in many.detail
 
 
 def test_there_is_no_minus_before_nothing() -> None:
     drop = dropped(10, 1000)
     points = replace(drop.points, low=-0.001)
     assert (
-        "interval of the drop +0.00 to" in report.accuracy_check(replace(drop, points=points)).text
+        "interval of the drop +0.00 to"
+        in report.accuracy_check(replace(drop, points=points)).detail
     )
 
 
 def test_accuracy_check_says_which_way() -> None:
-    assert "1.00 points below the baseline" in report.accuracy_check(dropped(10, 1000)).text
+    assert "1.00 points below the baseline" in report.accuracy_check(dropped(10, 1000)).detail
     assert not report.accuracy_check(dropped(10, 1000)).passed
 
 
@@ -93,11 +95,10 @@ def test_the_speedup_s_lower_end_is_judged() -> None:
 
 
 def test_a_machine_too_busy_leaves_the_speedup_in_doubt() -> None:
-    assert LATENCY.conditions is not None
     starved = replace(LATENCY, conditions=replace(LATENCY.conditions, waited=0.5))
     check = report.speedup_check(starved, 1.0)
     assert (check.passed, check.conclusive) == (True, False)
-    assert "too busy" in check.text
+    assert "too busy" in check.detail
     found = make_report(timings=[starved])
     assert "the machine was too busy to be sure: speedup" in verdict_line(found)
 

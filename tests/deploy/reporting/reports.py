@@ -6,14 +6,14 @@ The numbers are those of a Fashion-MNIST network of 27 blocks; what differs is p
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
+from eps_core.checks import Parity
 from eps_core.stats import Interval
-from eps_deploy.bench.accuracy import Parity, accuracy_drop
-from eps_deploy.bench.latency import Comparison, Latency
+from eps_deploy.bench.accuracy import accuracy_drop
+from eps_deploy.bench.latency import Latency, Times
 from eps_deploy.bench.machine import Conditions, GpuReading, Range
 from eps_deploy.precision import PRECISIONS
 from eps_deploy.report import report
@@ -45,26 +45,34 @@ def parity(stage: str, relative: float | None = 3.5e-7, limit: float | None = 1e
     )
 
 
-def comparison(baseline: float, ratio: Interval, batch: int = 1) -> Comparison:
-    def times(median: float) -> dict[str, float]:
-        return {"p50": median, "p90": 1.35 * median, "p95": 1.45 * median, "p99": 1.8 * median}
+def pair(
+    baseline: float, ratio: Interval, batch: int = 1, shape: tuple[int, int] = (20, 200)
+) -> list[Times]:
+    """Times of a baseline and a compact engine, `shape` blocks and runs each."""
 
-    return Comparison(
-        baseline_ms=times(baseline),
-        compact_ms=times(baseline / ratio.value),
-        speedup=ratio,
-        baseline_rate=1000 * batch / baseline,
-        compact_rate=1000 * batch / baseline * ratio.value,
-    )
+    def times(median: float, speedup: Interval | None) -> Times:
+        return Times(
+            ms={"p50": median, "p90": 1.35 * median, "p95": 1.45 * median, "p99": 1.8 * median},
+            rate=1000 * batch / median,
+            speedup=speedup,
+            samples=np.full(shape, median),
+        )
+
+    return [times(baseline, None), times(baseline / ratio.value, ratio)]
 
 
-def latency(batch: int, baseline: float, ratio: Interval, **changes: Any) -> Latency:
-    whole = comparison(baseline, ratio, batch)
+def latency(
+    batch: int,
+    baseline: float,
+    ratio: Interval,
+    *,
+    shape: tuple[int, int] = (20, 200),
+    others: dict[str, list[Times]] | None = None,
+    **changes: Any,
+) -> Latency:
     fields: dict[str, Any] = {
-        **{name: getattr(whole, name) for name in Comparison.__slots__},
         "batch": batch,
-        "blocks": 20,
-        "runs": 200,
+        "times": {"call": pair(baseline, ratio, batch, shape), **(others or {})},
         "warm": True,
         "spread": 0.04,
         "conditions": Conditions(
@@ -154,7 +162,7 @@ def make_report(
             PRECISIONS["fp32"], graph={"float32": 24}, executed={"float32": 24}
         ),
         "goals": {"max_accuracy_drop": limit, "min_speedup": goal},
-        "checks": [asdict(check) for check in checks],
+        "checks": [report.check_entry(check) for check in checks],
         "parameters": {"baseline": 214_402, "compact": 89_762},
         "flops": {"baseline": 13_205_440, "compact": 5_549_248},
         "blocks": report.blocks_entry(blocks, dead, live),
@@ -213,9 +221,7 @@ def failed() -> dict[str, Any]:
         lost=700,
         won=20,
         timings=[
-            latency(
-                1, 0.372, Interval(0.93, 0.88, 0.97), warm=False, blocks=5, runs=7, spread=0.31
-            ),
+            latency(1, 0.372, Interval(0.93, 0.88, 0.97), warm=False, shape=(5, 7), spread=0.31),
             latency(16, 512.0, Interval(1.01, 0.9, 1.4)),
         ],
         goal=1.2,
@@ -247,8 +253,10 @@ def on_a_gpu() -> dict[str, Any]:
         1,
         0.21,
         Interval(3.1, 2.9, 3.2),
-        end_to_end=comparison(0.9, Interval(1.2, 1.15, 1.26)),
-        device=comparison(0.15, Interval(4.0, 3.9, 4.05)),
+        others={
+            "device": pair(0.15, Interval(4.0, 3.9, 4.05)),
+            "end_to_end": pair(0.9, Interval(1.2, 1.15, 1.26)),
+        },
         conditions=on_gpu(),
     )
     found = make_report(

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from eps_core import sealed
+from eps_core import checksummed
 from eps_core.errors import ConfigError, DataError
 from eps_core.preprocessing import Preprocessing
 from eps_train.data import dataset
@@ -213,8 +213,8 @@ def test_unknown_data_sets_are_listed_beside_the_known() -> None:
 @pytest.mark.parametrize("normalization", ["channel", "pixel"])
 def test_identity_survives_a_file(normalization: str, tmp_path: Path) -> None:
     identity = dataset.load("digits", normalization=normalization).identity
-    sealed.write(tmp_path / "a", {"format": "f", "version": 1, "data": identity.to_dict()})
-    payload, _ = sealed.read(tmp_path / "a", format="f", version=1)
+    checksummed.write(tmp_path / "a", {"format": "f", "version": 1, "data": identity.to_dict()})
+    payload, _ = checksummed.read(tmp_path / "a", format="f", version=1)
     assert DataIdentity.from_dict(payload["data"]) == identity
     assert dataset.load_again(identity).identity == identity
 

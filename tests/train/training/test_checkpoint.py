@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from eps_core import sealed
+from eps_core import checksummed
 from eps_core.errors import FileFormatError
 from eps_train.gating import rewriting
 from eps_train.training.checkpoint import FORMAT, VERSION, Checkpoint
@@ -70,10 +70,10 @@ def test_plain_networks_have_no_gates(tmp_path: Path) -> None:
 
 
 def test_a_missing_part_is_refused(file: Path) -> None:
-    payload, _ = sealed.read(file, format=FORMAT, version=VERSION)
+    payload, _ = checksummed.read(file, format=FORMAT, version=VERSION)
     for part in payload.keys() - {"format", "version"}:
         less = {name: value for name, value in payload.items() if name != part}
-        sealed.write(file, less)
+        checksummed.write(file, less)
         with pytest.raises(FileFormatError, match=f"^{file}: not a usable checkpoint .*{part}"):
             Checkpoint.load(file)
 
@@ -90,14 +90,14 @@ def test_a_missing_part_is_refused(file: Path) -> None:
     ],
 )
 def test_unusable_parts_are_refused(file: Path, part: str, value: object) -> None:
-    payload, _ = sealed.read(file, format=FORMAT, version=VERSION)
-    sealed.write(file, {**payload, part: value})
+    payload, _ = checksummed.read(file, format=FORMAT, version=VERSION)
+    checksummed.write(file, {**payload, part: value})
     with pytest.raises(FileFormatError, match=f"^{file}: not a usable checkpoint"):
         Checkpoint.load(file)
 
 
 def test_too_new(file: Path) -> None:
-    payload, _ = sealed.read(file, format=FORMAT, version=VERSION)
-    sealed.write(file, {**payload, "version": VERSION + 1})
+    payload, _ = checksummed.read(file, format=FORMAT, version=VERSION)
+    checksummed.write(file, {**payload, "version": VERSION + 1})
     with pytest.raises(FileFormatError, match="newer than this eps-resnet reads"):
         Checkpoint.load(file)

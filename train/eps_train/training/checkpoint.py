@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from eps_core import sealed
+from eps_core import checksummed
+from eps_core.checksummed import read_bytes
 from eps_core.errors import ConfigError, FileFormatError
-from eps_core.sealed import read_bytes
 from eps_train.data.dataset import DataIdentity
 from eps_train.gating import rewriting
 from eps_train.gating.tracing import OWN
@@ -127,13 +127,13 @@ class Checkpoint:
             "resume": self.resume,
             "versions": self.versions,
         }
-        self.digest = sealed.write(path, payload)
+        self.digest = checksummed.write(path, payload)
         return self.digest
 
     @classmethod
     def load(cls, path: Path) -> Checkpoint:
         """Read and verify a checkpoint. Raises FileFormatError that names the file."""
-        payload, digest = sealed.read(path, format=FORMAT, version=VERSION)
+        payload, digest = checksummed.read(path, format=FORMAT, version=VERSION)
         try:
             return cls(
                 network=NetworkSpec.from_dict(payload["network"]),

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from eps_core import sealed
+from eps_core import checksummed
 from eps_core.errors import FileFormatError
 
 FORMAT = "eps-resnet-made-up"
@@ -34,13 +34,13 @@ def payload(**other: Any) -> dict[str, Any]:
 
 
 def read(path: Path, version: int = 1) -> dict[str, Any]:
-    return sealed.read(path, format=FORMAT, version=version)[0]
+    return checksummed.read(path, format=FORMAT, version=version)[0]
 
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     path = tmp_path / "made.pt"
-    sealed.write(path, payload())
+    checksummed.write(path, payload())
     return path
 
 
@@ -53,11 +53,11 @@ def test_round_trip(file: Path) -> None:
 
 def test_digest_names_the_content(tmp_path: Path) -> None:
     one, same, other = (tmp_path / name for name in "abc")
-    digest = sealed.write(one, payload())
+    digest = checksummed.write(one, payload())
     assert len(digest) == 64
-    assert sealed.read(one, format=FORMAT, version=1)[1] == digest
-    assert sealed.write(same, payload()) == digest
-    assert sealed.write(other, payload(more=1)) != digest
+    assert checksummed.read(one, format=FORMAT, version=1)[1] == digest
+    assert checksummed.write(same, payload()) == digest
+    assert checksummed.write(other, payload(more=1)) != digest
 
 
 def test_torch_and_zip_tools_still_open_it(file: Path) -> None:
@@ -98,18 +98,18 @@ def test_another_format_is_named(file: Path) -> None:
     with pytest.raises(
         FileFormatError, match=f"expected an eps-resnet-other file, found {FORMAT}$"
     ):
-        sealed.read(file, format="eps-resnet-other", version=1)
+        checksummed.read(file, format="eps-resnet-other", version=1)
 
 
 @pytest.mark.parametrize("content", [{"weights": torch.zeros(2)}, {"format": 7, "version": 1}])
 def test_sealed_but_of_no_known_format(content: dict[str, Any], tmp_path: Path) -> None:
-    sealed.write(tmp_path / "a.pt", content)
+    checksummed.write(tmp_path / "a.pt", content)
     with pytest.raises(FileFormatError, match="found another program's file"):
         read(tmp_path / "a.pt")
 
 
 def test_too_new_asks_for_an_upgrade(tmp_path: Path) -> None:
-    sealed.write(tmp_path / "a.pt", payload(version=3))
+    checksummed.write(tmp_path / "a.pt", payload(version=3))
     with pytest.raises(FileFormatError, match=r"version 3 is newer .* \(up to 2\); upgrade"):
         read(tmp_path / "a.pt", version=2)
     assert read(tmp_path / "a.pt", version=4)["version"] == 3
@@ -117,7 +117,7 @@ def test_too_new_asks_for_an_upgrade(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("version", [None, "1", 0, -2, 1.5])
 def test_no_usable_version(version: object, tmp_path: Path) -> None:
-    sealed.write(tmp_path / "a.pt", payload(version=version))
+    checksummed.write(tmp_path / "a.pt", payload(version=version))
     with pytest.raises(FileFormatError, match="no usable format version"):
         read(tmp_path / "a.pt")
 
@@ -157,7 +157,7 @@ def test_code_in_a_pickle_never_runs_even_under_a_valid_seal(tmp_path: Path) -> 
 def test_what_could_not_be_read_is_not_written(value: object, file: Path) -> None:
     before = file.read_bytes()
     with pytest.raises(TypeError, match="neither a tensor nor plain data"):
-        sealed.write(file, payload(deep=[{"in": (value,)}]))
+        checksummed.write(file, payload(deep=[{"in": (value,)}]))
     assert file.read_bytes() == before
 
 
@@ -175,7 +175,7 @@ def broken(*args: object, **kwargs: object) -> None:
 def test_a_full_disk_names_the_file(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", broken)  # as the system does, it names none
     with pytest.raises(OSError, match="No space left") as error:
-        sealed.write(file, payload())
+        checksummed.write(file, payload())
     assert error.value.filename == str(file)
 
 
@@ -192,10 +192,10 @@ def test_an_accident_while_writing_leaves_the_old_file_and_no_litter(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(place, accident)
         with pytest.raises((OSError, KeyboardInterrupt)):
-            sealed.write(file, payload(more=2))
+            checksummed.write(file, payload(more=2))
     assert file.read_bytes() == before
     assert os.listdir(file.parent) == [file.name]
-    sealed.write(file, payload(more=2))
+    checksummed.write(file, payload(more=2))
     assert read(file)["more"] == 2
 
 
@@ -204,7 +204,7 @@ def test_a_disk_that_returns_other_bytes_is_noticed(file: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pathlib.Path.read_bytes", lambda path: before)
         with pytest.raises(OSError, match="what was read back differs"):
-            sealed.write(file, payload(more=2))
+            checksummed.write(file, payload(more=2))
     assert file.read_bytes() == before
 
 
@@ -221,13 +221,13 @@ def test_a_process_killed_while_writing_leaves_the_old_file(file: Path) -> None:
     killed = subprocess.run([sys.executable, "-c", KILLED, str(file)], check=False)
     assert killed.returncode == -signal.SIGKILL
     assert read(file)["numbers"] == payload()["numbers"]
-    sealed.write(file, payload(more=2))
+    checksummed.write(file, payload(more=2))
     assert os.listdir(file.parent) == [file.name], "what the killed one left is taken up"
 
 
 def test_folders_are_made_and_permissions_are_as_usual(tmp_path: Path) -> None:
     path = tmp_path / "new" / "folder" / "a.pt"
-    sealed.write(path, payload())
+    checksummed.write(path, payload())
     ordinary = tmp_path / "ordinary"
     ordinary.touch()
     assert path.stat().st_mode == ordinary.stat().st_mode

@@ -1,10 +1,11 @@
-"""The watch on made-up files of Linux and a made-up NVML."""
+"""Conditions of a measurement, from fake files of Linux and a fake NVML."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from eps_deploy.bench import machine
-from eps_deploy.bench.machine import Conditions, Range, Watch
+from eps_deploy.bench.machine import Conditions, MachineMonitor, Range
 
 
 class FakeNvml:
@@ -77,17 +78,17 @@ def no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "pci_bus_id", lambda ordinal: None)
 
 
-def watched(nvml: Any, gpu: int = 0) -> Conditions:
-    with Watch(gpu, nvml=nvml) as watch:
+def monitored(nvml: Any, gpu: int = 0) -> Conditions:
+    with MachineMonitor(gpu, nvml=nvml) as monitor:
         for _ in range(3):
-            watch.look()
-        return watch.conditions()
+            monitor.poll()
+        return monitor.conditions()
 
 
 def test_a_gpu_is_read_and_left_alone() -> None:
     """The fake has no function that sets anything: to call one would be an error."""
     nvml = FakeNvml()
-    gpu = watched(nvml).gpu
+    gpu = monitored(nvml).gpu
     assert gpu is not None
     assert gpu.name == "NVIDIA H100"
     assert gpu.sm_mhz == Range(before=345, after=1755, low=1755, high=1980)
@@ -97,10 +98,10 @@ def test_a_gpu_is_read_and_left_alone() -> None:
 
 
 def test_throttling_between_the_blocks_is_said_though_the_gpu_idles_before_and_after() -> None:
-    said = " ".join(watched(FakeNvml()).disturbances())
-    assert "throttled (software power cap, software thermal slowdown)" in said
-    assert "moved from 1755 to 1980 MHz" in said
-    assert "1 other program computed on the GPU" in said
+    found = " ".join(monitored(FakeNvml()).disturbances())
+    assert "throttled (software power cap, software thermal slowdown)" in found
+    assert "moved from 1755 to 1980 MHz" in found
+    assert "1 other program computed on the GPU" in found
 
 
 def test_an_older_nvml_has_another_name_for_the_reasons() -> None:
@@ -113,19 +114,19 @@ def test_an_older_nvml_has_another_name_for_the_reasons() -> None:
         def nvmlDeviceGetCurrentClocksThrottleReasons(self, handle: str) -> int:
             return 0x40
 
-    gpu = watched(Older()).gpu
+    gpu = monitored(Older()).gpu
     assert gpu is not None
     assert gpu.throttled == ("hardware thermal slowdown",)
 
 
-def test_the_gpu_that_is_watched_is_the_one_that_cuda_runs_on(
+def test_the_gpu_that_is_monitored_is_the_one_that_cuda_runs_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """CUDA counts the fastest GPU first, NVML by address: the same number may be another GPU."""
     monkeypatch.setattr(machine, "pci_bus_id", ["0000:65:00.0", "0000:17:00.0"].__getitem__)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,0")
     nvml = FakeNvml()
-    assert watched(nvml, 1).gpu is not None
+    assert monitored(nvml, 1).gpu is not None
     assert nvml.asked == ["0000:17:00.0"]
 
 
@@ -140,7 +141,7 @@ def test_cuda_and_nvml_number_gpus_differently(
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     nvml = FakeNvml()
-    watched(nvml, ordinal)
+    monitored(nvml, ordinal)
     assert nvml.asked == [asked]
 
 
@@ -150,9 +151,9 @@ def test_no_driver_or_no_such_gpu_leaves_the_gpu_out(monkeypatch: pytest.MonkeyP
             raise self.NVMLError
 
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert watched(Driverless()).gpu is None
+    assert monitored(Driverless()).gpu is None
     nvml = FakeNvml()
-    assert watched(nvml, 7).gpu is None
+    assert monitored(nvml, 7).gpu is None
     assert nvml.open == 0
 
 
@@ -171,12 +172,12 @@ def test_the_work_of_others_and_stolen_time_on_linux(
     monkeypatch.setattr("eps_deploy.bench.machine.time.perf_counter", lambda: now[0])
     monkeypatch.setattr("eps_deploy.bench.machine.time.process_time", lambda: now[1])
     monkeypatch.setattr("eps_deploy.bench.machine.os.cpu_count", lambda: 2)
-    watch = Watch(proc=tmp_path / "proc", cpus=tmp_path / "cpu")
+    monitor = MachineMonitor(proc=tmp_path / "proc", cpus=tmp_path / "cpu")
     for user, stolen in ((100 * ticks, 7 * ticks), (113 * ticks, 7 * ticks + ticks // 2)):
         now[:] = next(moments)
         write_stat(tmp_path / "proc", user=user, stolen=stolen)
-        watch.look()
-    found = watch.conditions()
+        monitor.poll()
+    found = monitor.conditions()
     assert (found.seconds, found.cores) == (10, 2)
     assert found.others == pytest.approx(0.4)
     assert found.stolen == pytest.approx(0.05)
@@ -192,9 +193,9 @@ def test_frequencies_where_linux_tells_them(tmp_path: Path) -> None:
         folder.mkdir(parents=True)
         (folder / "scaling_cur_freq").write_text(f"{khz}\n")
         (folder / "scaling_governor").write_text("powersave\n")
-    watch = Watch(proc=tmp_path, cpus=tmp_path)
-    watch.look()
-    found = watch.conditions()
+    monitor = MachineMonitor(proc=tmp_path, cpus=tmp_path)
+    monitor.poll()
+    found = monitor.conditions()
     assert found.cpu_mhz == Range(before=2500, after=2500, low=2500, high=2500)
     assert found.governor == "powersave"
 
@@ -205,7 +206,7 @@ def test_waiting_for_a_core_is_counted_over_all_threads(
     """In 10 s one thread waited 3 s, and a new one half a second; a third has ended."""
     now = [0.0]
     monkeypatch.setattr("eps_deploy.bench.machine.time.perf_counter", lambda: now[0])
-    watch = Watch(proc=tmp_path, cpus=tmp_path)
+    monitor = MachineMonitor(proc=tmp_path, cpus=tmp_path)
     for moment, waits in ((0.0, {"1": 2.0, "7": 9.0}), (10.0, {"1": 5.0, "9": 0.5})):
         now[0] = moment
         shutil.rmtree(tmp_path / "self", ignore_errors=True)
@@ -213,28 +214,28 @@ def test_waiting_for_a_core_is_counted_over_all_threads(
             folder = tmp_path / "self" / "task" / thread
             folder.mkdir(parents=True)
             (folder / "schedstat").write_text(f"123456789 {int(wait * 1e9)} 42\n")
-        watch.look()
-    found = watch.conditions()
+        monitor.poll()
+    found = monitor.conditions()
     assert found.waited == pytest.approx(0.35)
     assert found.disturbances() == ["this process waited 35 % of the time for a core"]
 
 
 def test_what_cannot_be_read_is_none(tmp_path: Path) -> None:
-    watch = Watch(proc=tmp_path, cpus=tmp_path)
-    watch.look()
-    watch.look()
-    found = watch.conditions()
+    monitor = MachineMonitor(proc=tmp_path, cpus=tmp_path)
+    monitor.poll()
+    monitor.poll()
+    found = monitor.conditions()
     assert (found.others, found.stolen, found.waited) == (None, None, None)
     assert (found.cpu_mhz, found.governor, found.gpu) == (None, None, None)
     assert found.disturbances() == []
-    json.dumps(found.to_dict(), allow_nan=False)
+    json.dumps(asdict(found), allow_nan=False)
 
 
 def test_the_machine_that_runs_this_test() -> None:
-    with Watch() as watch:
-        watch.look()
+    with MachineMonitor() as monitor:
+        monitor.poll()
         sum(range(300_000))
-        watch.look()
-        found = watch.conditions()
+        monitor.poll()
+        found = monitor.conditions()
     assert found.seconds > 0
     assert found.others is None or found.others >= 0  # in ticks of 10 ms: no more can be said

@@ -1,10 +1,11 @@
-"""Sealed files: `torch.save` archives that carry the SHA-256 of their own bytes.
+"""Checksummed files: `torch.save` archives that carry the SHA-256 of their own bytes.
 
-`torch.load` verifies no record checksum, so a flipped bit loads wrong numbers in silence. A sealed
-file is an ordinary `torch.save` zip archive whose zip comment (APPNOTE.TXT 4.3.16, the last field
-of the archive) is the hexadecimal SHA-256 of every byte before it. `torch.load` and `unzip` ignore
-the comment; :func:`read` checks it before a single byte is unpickled. Payloads hold only tensors,
-dict, list, tuple, str, int, float, bool and None, and are always loaded with ``weights_only=True``.
+`torch.load` verifies no record checksum, so a flipped bit would load wrong numbers without an
+error. A checksummed file is an ordinary `torch.save` zip archive whose zip comment (APPNOTE.TXT
+4.3.16, the last field of the archive) is the hexadecimal SHA-256 of every byte before it.
+`torch.load` and `unzip` ignore the comment; :func:`read` checks it before it unpickles anything.
+Payloads hold only tensors, dict, list, tuple, str, int, float, bool and None, and are always loaded
+with ``weights_only=True``.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from eps_core.errors import FileFormatError
 from eps_core.files import replace_file
 
 _END_OF_ARCHIVE = b"PK\x05\x06"  # end of central directory record, 22 bytes when uncommented
-_SEAL_LENGTH = 64  # hexadecimal digits of a SHA-256
+_DIGITS = 64  # of a SHA-256 in hexadecimal
 _PLAIN = (str, int, float, bool, type(None))
 
 Payload = dict[str, Any]
@@ -30,9 +31,7 @@ Payload = dict[str, Any]
 def write(path: Path, payload: Payload) -> str:
     """Write `payload` to `path` atomically and return its digest (64 hexadecimal digits).
 
-    The bytes go to a temporary file in the same folder, are flushed to the disk, read back and
-    compared, and only then renamed into place: whatever was at `path` stays whole until the new
-    file is known to be.
+    The temporary file is read back and compared before it replaces `path`.
 
     Raises:
         TypeError: the payload is one that :func:`read` would refuse.
@@ -43,7 +42,7 @@ def write(path: Path, payload: Payload) -> str:
     torch.save(payload, buffer)
     content = bytearray(buffer.getvalue())
     assert content[-22:-18] == _END_OF_ARCHIVE, "torch.save no longer ends with a bare zip record"
-    content[-2:] = _SEAL_LENGTH.to_bytes(2, "little")
+    content[-2:] = _DIGITS.to_bytes(2, "little")  # length of the comment
     digest = hashlib.sha256(content).hexdigest()
     content += digest.encode("ascii")
     replace_file(path, bytes(content))
@@ -51,7 +50,7 @@ def write(path: Path, payload: Payload) -> str:
 
 
 def read(path: Path, *, format: str, version: int) -> tuple[Payload, str]:
-    """Return the verified payload of a sealed file and its digest.
+    """Return the verified payload of a checksummed file and its digest.
 
     Args:
         path: the file.
@@ -62,12 +61,11 @@ def read(path: Path, *, format: str, version: int) -> tuple[Payload, str]:
         FileFormatError: missing, truncated, altered, foreign, of another format, or too new.
     """
     content = read_bytes(path)
-    seal = content[-_SEAL_LENGTH:]
-    intact = hashlib.sha256(content[:-_SEAL_LENGTH]).hexdigest().encode("ascii") == seal
-    if not intact:
+    digest = content[-_DIGITS:]
+    if hashlib.sha256(content[:-_DIGITS]).hexdigest().encode("ascii") != digest:
         raise FileFormatError(
             f"{path}: damaged, truncated, or not an eps-resnet file"
-            " (its SHA-256 seal does not match); restore it from a good copy or make it again"
+            " (its SHA-256 checksum does not match); restore it from a good copy or make it again"
         )
     try:
         payload = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
@@ -78,7 +76,8 @@ def read(path: Path, *, format: str, version: int) -> tuple[Payload, str]:
     found = payload.get("format") if isinstance(payload, dict) else None
     if found != format:
         kind = found if isinstance(found, str) else "another program's file"
-        raise FileFormatError(f"{path}: expected {_article(format)}, found {kind}")
+        article = "an" if format[0] in "aeiou" else "a"
+        raise FileFormatError(f"{path}: expected {article} {format} file, found {kind}")
     if not isinstance(payload.get("version"), int) or payload["version"] < 1:
         raise FileFormatError(f"{path}: no usable format version; make the file again")
     if payload["version"] > version:
@@ -86,7 +85,19 @@ def read(path: Path, *, format: str, version: int) -> tuple[Payload, str]:
             f"{path}: format version {payload['version']} is newer than this eps-resnet reads"
             f" (up to {version}); upgrade eps-resnet"
         )
-    return payload, seal.decode("ascii")
+    return payload, digest.decode("ascii")
+
+
+def read_bytes(path: Path) -> bytes:
+    """Return the bytes of a file that a user named. Raises FileFormatError if it is unreadable."""
+    if path.is_dir():
+        raise FileFormatError(f"{path}: is a folder, not a file")
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise FileFormatError(f"{path}: no such file") from None
+    except OSError as error:
+        raise FileFormatError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def _require_plain(value: object) -> None:
@@ -103,19 +114,3 @@ def _require_plain(value: object) -> None:
             _require_plain(item)
     else:
         raise TypeError(f"{type(value).__name__} is neither a tensor nor plain data: {value!r}")
-
-
-def read_bytes(path: Path) -> bytes:
-    """The bytes of a file that a user named; FileFormatError when it is not there to be read."""
-    if path.is_dir():
-        raise FileFormatError(f"{path}: is a folder, not a file")
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise FileFormatError(f"{path}: no such file") from None
-    except OSError as error:
-        raise FileFormatError(f"{path}: cannot be read: {error.strerror}") from None
-
-
-def _article(format: str) -> str:
-    return f"an {format} file" if format[0] in "aeiou" else f"a {format} file"
