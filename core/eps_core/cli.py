@@ -32,7 +32,7 @@ from eps_core.errors import (
 CHECK_FAILED = 3
 INTERRUPTED = 130
 
-ProgressCallback = Callable[[str], None]
+Log = Callable[[str], None]
 """Receives the progress of a long operation, one line per call."""
 
 # Packages that an import may lack, and the extra of eps-resnet that installs them.

@@ -146,7 +146,7 @@ def test_links_into_a_content_store_are_followed(bundle: Path, deployed: Path) -
     for name, main, *arguments in (
         ("eps-predict", predict, bundle, picture),
         ("eps-verify", verify, bundle),
-        ("eps-bench", bench, bundle, bundle, "--batch", 1, "--seconds", 0.01),
+        ("eps-bench", bench, bundle, bundle, "--batch", 1, "--time-budget", 0.01),
     ):
         result = run(name, main, *arguments, cwd=bundle.parent)
         assert result.code == 0, result.stderr
