@@ -1,4 +1,4 @@
-"""Whatever happens to a file between writing and reading, it is whole or it is refused."""
+"""Checksummed files: damaged, truncated, foreign and newer ones are refused; writes are atomic."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ def test_torch_and_zip_tools_still_open_it(file: Path) -> None:
 
 
 def test_fifty_flipped_bits_are_all_refused(file: Path) -> None:
-    whole, chance = file.read_bytes(), random.Random(0)
-    for bit in chance.sample(range(8 * len(whole)), 50):
+    whole, rng = file.read_bytes(), random.Random(0)
+    for bit in rng.sample(range(8 * len(whole)), 50):
         content = bytearray(whole)
         content[bit // 8] ^= 1 << bit % 8
         file.write_bytes(content)
@@ -78,8 +78,8 @@ def test_fifty_flipped_bits_are_all_refused(file: Path) -> None:
 
 
 def test_fifty_truncations_are_all_refused(file: Path) -> None:
-    whole, chance = file.read_bytes(), random.Random(0)
-    for length in [0, 1, 63, 64, 65, len(whole) - 1, *chance.sample(range(len(whole)), 44)]:
+    whole, rng = file.read_bytes(), random.Random(0)
+    for length in [0, 1, 63, 64, 65, len(whole) - 1, *rng.sample(range(len(whole)), 44)]:
         file.write_bytes(whole[:length])
         with pytest.raises(FileFormatError, match="damaged, truncated, or not an eps-resnet file"):
             read(file)
@@ -102,7 +102,7 @@ def test_another_format_is_named(file: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [{"weights": torch.zeros(2)}, {"format": 7, "version": 1}])
-def test_sealed_but_of_no_known_format(content: dict[str, Any], tmp_path: Path) -> None:
+def test_a_valid_checksum_but_an_unknown_format(content: dict[str, Any], tmp_path: Path) -> None:
     checksummed.write(tmp_path / "a.pt", content)
     with pytest.raises(FileFormatError, match="found another program's file"):
         read(tmp_path / "a.pt")
@@ -132,17 +132,19 @@ class Trap:
         return os.mkdir, (str(self.folder),)
 
 
-def seal(content: bytes) -> bytes:
+def with_checksum(content: bytes) -> bytes:
     return content + hashlib.sha256(content).hexdigest().encode()
 
 
-def test_code_in_a_pickle_never_runs_even_under_a_valid_seal(tmp_path: Path) -> None:
+def test_code_in_a_pickle_never_runs_even_with_a_valid_checksum(tmp_path: Path) -> None:
     archive, bare, folder = (tmp_path / name for name in ("archive.pt", "bare.pt", "folder"))
     torch.save(payload(trap=Trap(folder)), archive)
     content = bytearray(archive.read_bytes())
-    content[-2:] = (64).to_bytes(2, "little")  # announces the seal as the archive's comment
-    archive.write_bytes(seal(bytes(content)))
-    bare.write_bytes(seal(pickle.dumps(payload(trap=Trap(folder), tensors=None, half=None))))
+    content[-2:] = (64).to_bytes(2, "little")  # length of the archive's comment
+    archive.write_bytes(with_checksum(bytes(content)))
+    bare.write_bytes(
+        with_checksum(pickle.dumps(payload(trap=Trap(folder), tensors=None, half=None)))
+    )
     for path in (archive, bare):
         with pytest.raises(FileFormatError, match="refused: it holds more than tensors and plain"):
             read(path)
@@ -184,13 +186,13 @@ def interrupted(*args: object, **kwargs: object) -> None:
 
 
 @pytest.mark.parametrize("place", ["os.fsync", "pathlib.Path.replace", "pathlib.Path.read_bytes"])
-@pytest.mark.parametrize("accident", [broken, interrupted])
-def test_an_accident_while_writing_leaves_the_old_file_and_no_litter(
-    file: Path, place: str, accident: Any
+@pytest.mark.parametrize("failure", [broken, interrupted])
+def test_a_failed_write_leaves_the_old_file_and_no_temporary_file(
+    file: Path, place: str, failure: Any
 ) -> None:
     before = file.read_bytes()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(place, accident)
+        patch.setattr(place, failure)
         with pytest.raises((OSError, KeyboardInterrupt)):
             checksummed.write(file, payload(more=2))
     assert file.read_bytes() == before
@@ -199,7 +201,7 @@ def test_an_accident_while_writing_leaves_the_old_file_and_no_litter(
     assert read(file)["more"] == 2
 
 
-def test_a_disk_that_returns_other_bytes_is_noticed(file: Path) -> None:
+def test_a_disk_that_returns_other_bytes_is_an_error(file: Path) -> None:
     before = file.read_bytes()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pathlib.Path.read_bytes", lambda path: before)
@@ -222,10 +224,10 @@ def test_a_process_killed_while_writing_leaves_the_old_file(file: Path) -> None:
     assert killed.returncode == -signal.SIGKILL
     assert read(file)["numbers"] == payload()["numbers"]
     checksummed.write(file, payload(more=2))
-    assert os.listdir(file.parent) == [file.name], "what the killed one left is taken up"
+    assert os.listdir(file.parent) == [file.name], "the temporary file is overwritten"
 
 
-def test_folders_are_made_and_permissions_are_as_usual(tmp_path: Path) -> None:
+def test_missing_folders_are_created_and_permissions_are_the_default(tmp_path: Path) -> None:
     path = tmp_path / "new" / "folder" / "a.pt"
     checksummed.write(path, payload())
     ordinary = tmp_path / "ordinary"

@@ -1,4 +1,4 @@
-"""However a command ends, it ends as the design says: a code, and one line for the user."""
+"""Exit codes, error lines and output streams of all commands."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def end(tmp_path: Path, error: BaseException | None = None, code: int | None = N
     return run("eps-made-up", lambda: console.run(cli), cwd=tmp_path)
 
 
-def test_what_takes_less_memory_is_named_where_a_command_has_it(tmp_path: Path) -> None:
+def test_out_of_memory_names_the_options_that_reduce_it(tmp_path: Path) -> None:
     @click.command()
     @click.option("--model")
     @click.option("--image-size")
@@ -77,7 +77,7 @@ def test_a_command_returns_its_exit_code(tmp_path: Path, returned: int | None, c
         ),
     ],
 )
-def test_what_the_user_can_repair_is_one_line_and_exit_1(
+def test_errors_that_the_user_can_repair_are_one_line_and_exit_1(
     tmp_path: Path, error: Exception, line: str
 ) -> None:
     assert end(tmp_path, error) == Result(1, "", f"eps-made-up: error: {line}\n")
@@ -99,12 +99,12 @@ def test_ctrl_c_exits_with_130(tmp_path: Path) -> None:
     "error",
     [ValueError("ours"), RuntimeError("ours"), ModuleNotFoundError("ours", name="eps_train.x")],
 )
-def test_our_own_mistakes_keep_their_traceback(tmp_path: Path, error: Exception) -> None:
+def test_bugs_keep_their_traceback(tmp_path: Path, error: Exception) -> None:
     with pytest.raises(type(error), match="ours"):
         end(tmp_path, error)
 
 
-def test_an_early_end_of_input_is_not_taken_for_ctrl_c(tmp_path: Path) -> None:
+def test_an_eof_error_is_not_taken_for_ctrl_c(tmp_path: Path) -> None:
     with pytest.raises(click.Abort):
         end(tmp_path, EOFError("a decoder's"))
 
@@ -147,7 +147,7 @@ def test_characters_that_the_encoding_lacks_are_escaped(tmp_path: Path) -> None:
     assert done.stdout.endswith("x\n")
 
 
-def test_file_names_that_are_no_unicode_are_escaped(tmp_path: Path) -> None:
+def test_file_names_that_are_not_unicode_are_escaped(tmp_path: Path) -> None:
     done = shell(tmp_path, "", os.fsdecode(b"caf\xe9"))
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("caf\\udce9\n")
@@ -160,11 +160,11 @@ def test_closed_streams_do_no_harm(tmp_path: Path, redirect: str) -> None:
 
 
 @pytest.mark.parametrize("redirect", ["| head -c 1", "2>&1 | head -c 1"])
-def test_a_reader_that_goes_away_is_no_error_to_speak_of(tmp_path: Path, redirect: str) -> None:
+def test_a_closed_pipe_prints_no_error(tmp_path: Path, redirect: str) -> None:
     assert shell(tmp_path, redirect, "text").stderr.count("Error") == 0
 
 
-def test_square_brackets_and_colons_are_printed_as_they_are(tmp_path: Path) -> None:
+def test_square_brackets_and_colons_are_printed_unchanged(tmp_path: Path) -> None:
     text = "[red]x[/] [/b] :smile:"
     done = shell(tmp_path, "", text)
     assert done.returncode == 0, done.stderr

@@ -1,3 +1,5 @@
+"""The lock on a folder."""
+
 from __future__ import annotations
 
 import subprocess
@@ -21,7 +23,9 @@ with held(Path(sys.argv[1]), ""):
 """
 
 
-def test_one_process_at_a_time_and_nothing_is_left_when_it_is_killed(tmp_path: Path) -> None:
+def test_the_lock_excludes_others_until_its_holder_is_killed(
+    tmp_path: Path,
+) -> None:
     folder = tmp_path / "new" / "out"
     command = [sys.executable, "-c", HOLDER, str(folder)]
     with subprocess.Popen(
@@ -36,7 +40,7 @@ def test_one_process_at_a_time_and_nothing_is_left_when_it_is_killed(tmp_path: P
         assert not list(folder.iterdir())
 
 
-def test_the_lock_ends_with_the_block(tmp_path: Path) -> None:
+def test_the_lock_ends_with_the_with_block(tmp_path: Path) -> None:
     for _ in range(2):
         with held(tmp_path, BUSY):
             pass

@@ -1,4 +1,4 @@
-"""From image files of every kind to the network's pixels, checked pixel by pixel."""
+"""Preprocessing of image files of every kind, checked pixel by pixel."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_shape_and_type() -> None:
         assert pixels.flags.c_contiguous
 
 
-def test_an_image_of_the_right_size_is_not_touched() -> None:
+def test_an_image_of_the_right_size_is_unchanged() -> None:
     image = Image.fromarray(numbered(4, 6))
     for interpolation in ("nearest", "bilinear", "bicubic", "lanczos"):
         how = preprocessing((4, 6), interpolation=interpolation)
@@ -82,7 +82,7 @@ def test_averaging_when_shrinking_is_smooth() -> None:
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-def test_what_it_says_of_antialiasing_is_so(interpolation: str) -> None:
+def test_antialias_tells_how_torch_gets_the_same_pixels(interpolation: str) -> None:
     """A client that prepares images with torch gets the same pixels, and only with antialias."""
     pixels = np.random.default_rng(0).integers(0, 256, (1, 1, 37, 53), dtype=np.uint8)
     cut = preprocessing((9, 13), interpolation=interpolation)
@@ -214,7 +214,7 @@ def test_pixels_without_a_known_range_are_refused_by_name(
 
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
 @pytest.mark.parametrize("mode", ["L", "P", "I;16", "RGB", "RGBA", "CMYK"])
-def test_an_uncompressed_tiff_is_turned_whatever_its_mode(
+def test_an_uncompressed_tiff_is_rotated_in_every_mode(
     mode: str, orientation: int, tmp_path: Path
 ) -> None:
     """By its path, Pillow maps such a file into memory, and gives it back as it is stored."""
@@ -229,7 +229,7 @@ def test_an_uncompressed_tiff_is_turned_whatever_its_mode(
     assert abs(found - upright).max() <= 1
 
 
-def test_a_crop_is_chosen_in_the_upright_picture_and_scaled(tmp_path: Path) -> None:
+def test_a_crop_is_chosen_in_the_rotated_image_and_resized(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
     exif = Image.Exif()
     exif[0x0112] = 6  # a quarter turn clockwise rights it
@@ -287,7 +287,7 @@ def test_unusable_descriptions(change: dict[str, Any]) -> None:
 
 def test_files_that_are_no_images(tmp_path: Path) -> None:
     text = tmp_path / "notes.txt"
-    text.write_text("no picture")
+    text.write_text("no image")
     empty = tmp_path / "empty.png"
     empty.touch()
     expected = {
@@ -305,7 +305,7 @@ def test_files_that_are_no_images(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of damaged tags
 @pytest.mark.parametrize("ending", ["png", "jpg", "gif", "tiff", "bmp", "webp"])
 def test_damaged_images_are_decoded_or_named(ending: str, tmp_path: Path) -> None:
-    chance = random.Random(0)
+    rng = random.Random(0)
     path = tmp_path / f"photo.{ending}"
     pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path)
@@ -314,9 +314,9 @@ def test_damaged_images_are_decoded_or_named(ending: str, tmp_path: Path) -> Non
     for attempt in range(40):
         content = bytearray(whole)
         if attempt % 2:
-            del content[chance.randrange(len(content)) :]
+            del content[rng.randrange(len(content)) :]
         else:
-            content[chance.randrange(min(64, len(content)))] ^= 1 << chance.randrange(8)
+            content[rng.randrange(min(64, len(content)))] ^= 1 << rng.randrange(8)
         path.write_bytes(content)
         try:
             pixels = how.read(path)
@@ -330,7 +330,7 @@ def test_damaged_images_are_decoded_or_named(ending: str, tmp_path: Path) -> Non
     assert refused >= 10
 
 
-def test_a_thread_of_pixels_is_refused_before_it_fills_the_memory(tmp_path: Path) -> None:
+def test_a_very_thin_image_is_refused_before_it_fills_the_memory(tmp_path: Path) -> None:
     Image.new("1", (1, 60_000_000)).save(tmp_path / "thread.png")
     with pytest.raises(DataError, match=r"thread\.png: .* 1x60000000 pixels are too long and thin"):
         preprocessing((8, 8)).read(tmp_path / "thread.png")

@@ -1,4 +1,4 @@
-"""Intervals against closed forms, a brute-force likelihood, published figures and simulation."""
+"""Confidence intervals against closed forms, a brute-force likelihood, publications, simulation."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_published_example() -> None:
 
 
 @given(st.integers(0, 30), st.integers(0, 30), st.integers(1, 200))
-def test_swapping_the_two_turns_the_interval_round(b: int, c: int, more: int) -> None:
+def test_swapping_the_two_mirrors_the_interval(b: int, c: int, more: int) -> None:
     total = b + c + more
     there, back = paired_difference(b, c, total), paired_difference(c, b, total)
     assert (there.low, there.value, there.high) == pytest.approx(
@@ -69,12 +69,12 @@ def test_the_bounds_solve_the_score_equation(b: int, c: int, n: int) -> None:
 
 
 @pytest.mark.parametrize(("first", "second"), [(0.005, 0.005), (0.01, 0.0), (0.1, 0.05)])
-def test_the_interval_covers_what_it_says(first: float, second: float) -> None:
+def test_the_interval_has_its_nominal_coverage(first: float, second: float) -> None:
     """Of 2000 simulated test parts of 359 images, about 95 % have the true difference inside."""
-    chance = np.random.default_rng(1)
+    rng = np.random.default_rng(1)
     shares = [first, second, 1 - first - second]
     covered = 0
-    for b, c, _ in chance.multinomial(359, shares, size=2000):
+    for b, c, _ in rng.multinomial(359, shares, size=2000):
         interval = paired_difference(int(b), int(c), 359)
         covered += interval.low <= first - second <= interval.high
     assert 0.93 <= covered / 2000 <= 0.995
@@ -91,22 +91,22 @@ def test_a_difference_of_equal_blocks_is_sharp() -> None:
 
 
 def test_a_disturbance_of_whole_blocks_widens_the_interval() -> None:
-    """Runs of a block share their fate: 1000 of them in five disturbed blocks are no 1000 facts."""
-    chance = np.random.default_rng(0)
+    """Runs of one block are not independent: a thousand of them count as one observation."""
+    rng = np.random.default_rng(0)
     bottom = [np.full(200, 1.0)] * 6
-    calm = [1.5 + chance.normal(0, 0.01, 200) for _ in range(6)]
+    calm = [1.5 + rng.normal(0, 0.01, 200) for _ in range(6)]
     disturbed = [block + shift for block, shift in zip(calm, (0, 0, 0, 1, 1, 1), strict=True)]
     quiet, noisy = ratio_of_medians(calm, bottom), ratio_of_medians(disturbed, bottom)
     assert quiet.high - quiet.low < 0.01
     assert noisy.high - noisy.low > 0.9
 
 
-def test_what_befalls_both_of_a_pair_alike_does_not_show() -> None:
-    """A machine that is at times three times as slow; the ratio is 2 all the same."""
-    chance = np.random.default_rng(4)
-    speeds = chance.choice([1.0, 3.0], 50)
-    bottom = [speed * (1 + chance.normal(0, 0.01, 9)) for speed in speeds]
-    top = [2 * speed * (1 + chance.normal(0, 0.01, 9)) for speed in speeds]
+def test_a_disturbance_of_both_blocks_of_a_pair_cancels() -> None:
+    """The machine is three times as slow at times; the ratio is still 2."""
+    rng = np.random.default_rng(4)
+    speeds = rng.choice([1.0, 3.0], 50)
+    bottom = [speed * (1 + rng.normal(0, 0.01, 9)) for speed in speeds]
+    top = [2 * speed * (1 + rng.normal(0, 0.01, 9)) for speed in speeds]
     interval = ratio_of_medians(top, bottom)
     assert 1.99 < interval.low <= 2 <= interval.high < 2.01
 
@@ -114,11 +114,11 @@ def test_what_befalls_both_of_a_pair_alike_does_not_show() -> None:
 @pytest.mark.parametrize("blocks", [6, 7, 12, 20, 33, 100])
 def test_the_interval_covers_the_true_ratio_difference_and_median(blocks: int) -> None:
     """True medians 2 and 1, each block with a shift of its own: in 95 of 100, and hardly more."""
-    chance = np.random.default_rng(blocks)
+    rng = np.random.default_rng(blocks)
     covered = np.zeros(3)
     for _ in range(400):
-        top = [2 + chance.normal(0, 0.1) + chance.normal(0, 0.05, 5) for _ in range(blocks)]
-        bottom = [1 + chance.normal(0, 0.001, 5) for _ in range(blocks)]
+        top = [2 + rng.normal(0, 0.1) + rng.normal(0, 0.05, 5) for _ in range(blocks)]
+        bottom = [1 + rng.normal(0, 0.001, 5) for _ in range(blocks)]
         found = ratio_of_medians(top, bottom), difference_of_medians(top, bottom), median(top)
         covered += [
             interval.low <= true <= interval.high
@@ -142,14 +142,14 @@ def test_many_blocks_leave_the_outer_ones_out() -> None:
 
 
 def test_the_interval_of_a_mean_covers_it() -> None:
-    chance = np.random.default_rng(7)
+    rng = np.random.default_rng(7)
     covered = 0
     for _ in range(400):
-        interval = paired_mean(chance.exponential(size=100) - 1)
+        interval = paired_mean(rng.exponential(size=100) - 1)
         covered += interval.low <= 0 <= interval.high
     assert covered >= 0.9 * 400
 
 
-def test_one_sample_tells_no_spread() -> None:
+def test_the_interval_of_one_sample_is_its_value() -> None:
     interval = paired_mean(np.array([0.25]))
     assert (interval.low, interval.value, interval.high) == (0.25, 0.25, 0.25)

@@ -317,43 +317,42 @@ def save_samples(path: Path, latencies: Sequence[Latency]) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelFile:
-    """A model file that is loaded, with what must match before two latencies are compared.
+    """A model file and the engine that runs it.
 
     Attributes:
         name: the file, as the user named it.
         engine: runs it.
-        input: type and shape of one image, as in `uint8 [3, 32, 32]`.
-        output: as in `float32 [10]`.
         precision: what its layers compute in, as in `fp32`.
-        runtime: with its version.
-        provider: what runs it.
-        threads: on the CPU; None for what runs on a GPU.
-        dtype: of the images.
+        gpu: number of the CUDA device that it runs on; None for the CPU.
         batches: smallest and largest batch that it takes; None: no limit of its own.
-        gpu: number of the CUDA device that it runs on; None for none.
+        dtype: of the images.
+        output: type and shape of the output for one image; None: float32 logits.
         remark: what a reader of its times must know.
         example: an image for end-to-end times.
     """
 
     name: str
     engine: Engine
-    input: str
-    output: str
     precision: str
-    runtime: str
-    provider: str
-    threads: int | None
-    dtype: npt.DTypeLike = np.uint8
+    gpu: int | None
     batches: tuple[int, int | None] = (1, None)
-    gpu: int | None = None
+    dtype: npt.DTypeLike = np.uint8
+    output: str | None = None
     remark: str | None = None
     example: ExampleImage | None = None
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What must match, by name."""
-        names = ("input", "output", "precision", "runtime", "provider", "threads")
-        return {name: getattr(self, name) for name in names}
+        """What must match before two latencies are compared."""
+        engine = self.engine.describe()
+        return {
+            "input": f"{np.dtype(self.dtype)} {list(self.engine.input_shape)}",
+            "output": self.output or f"float32 [{self.engine.classes}]",
+            "precision": self.precision,
+            "runtime": f"{engine['runtime']} {engine['version']}",
+            "provider": engine["provider"],
+            "threads": engine["threads"] if self.gpu is None else None,
+        }
 
     def workload(self, batch: int) -> Workload:
         """A batch of random images: any pixels as uint8, standard normal numbers as floats."""
@@ -369,11 +368,9 @@ class ModelFile:
 
 def differences(files: Sequence[ModelFile]) -> dict[str, list[str]]:
     """Facts in which the files differ, with each file's value."""
-    return {
-        name: [str(file.facts[name]) for file in files]
-        for name in files[0].facts
-        if len({file.facts[name] for file in files}) > 1
-    }
+    facts = [file.facts for file in files]
+    values = {name: [str(each[name]) for each in facts] for name in facts[0]}
+    return {name: each for name, each in values.items() if len(set(each)) > 1}
 
 
 def require_match(files: Sequence[ModelFile]) -> None:

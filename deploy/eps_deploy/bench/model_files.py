@@ -78,18 +78,12 @@ def plan_file(
     engine: Engine, name: str, precision: str, example: ExampleImage | None = None
 ) -> ModelFile:
     """Describe a TensorRT plan that is loaded."""
-    facts = engine.describe()
     return ModelFile(
         name=name,
         engine=engine,
-        input=f"uint8 {list(engine.input_shape)}",
-        output=f"float32 [{engine.classes}]",
         precision=precision,
-        runtime=f"{facts['runtime']} {facts['version']}",
-        provider=str(facts.get("provider", facts.get("device", "GPU"))),
-        threads=None,
-        batches=(1, engine.max_batch),
         gpu=_DEVICE,
+        batches=(1, engine.max_batch),
         example=example,
     )
 
@@ -120,7 +114,7 @@ class OnnxFileEngine:
     """
 
     def __init__(self, model: bytes, *, name: str, provider: Provider, threads: int) -> None:
-        self._name, self._provider = name, provider
+        self._name, self._provider, self._threads = name, provider, threads
         self._session: Any = open_session(model, provider=provider, threads=threads, name=name)
         ports = self._session.get_inputs()
         found = ", ".join(f"{port.name} {port.type} {port.shape}" for port in ports)
@@ -140,19 +134,14 @@ class OnnxFileEngine:
         self.dtype = _INPUTS[ports[0].type]
         self.input_shape = (sizes[0], sizes[1], sizes[2])
         self.fixed_batch: int | None = batch if isinstance(batch, int) else None
-        self.outputs = [  # type and sizes of each
-            (port.type.removeprefix("tensor(").removesuffix(")"), port.shape[1:])
-            for port in self._session.get_outputs()
-        ]
-
-    @property
-    def classes(self) -> int:
-        sizes = self.outputs[0][1]
-        return sizes[-1] if sizes and isinstance(sizes[-1], int) else 0
-
-    @property
-    def max_batch(self) -> int:
-        return self.fixed_batch or _LARGEST
+        self.max_batch = self.fixed_batch or _LARGEST
+        outputs = []
+        for port in self._session.get_outputs():
+            dtype = port.type.removeprefix("tensor(").removesuffix(")")
+            shape = [str(size) if isinstance(size, int) else "?" for size in port.shape[1:]]
+            outputs.append(f"{_DTYPES.get(dtype, dtype)} [{', '.join(shape)}]")
+        self.output = " and ".join(outputs)
+        self.classes = int(shape[-1]) if shape and shape[-1].isdecimal() else 0
 
     def infer(self, images: npt.NDArray[Any]) -> Logits:
         try:
@@ -164,8 +153,12 @@ class OnnxFileEngine:
         return output
 
     def describe(self) -> dict[str, Any]:
-        version = onnxruntime.__version__
-        return {"runtime": "onnxruntime", "version": version, "provider": self._provider}
+        return {
+            "runtime": "onnxruntime",
+            "version": onnxruntime.__version__,
+            "provider": self._provider,
+            "threads": self._threads,
+        }
 
     def __enter__(self) -> OnnxFileEngine:
         return self
@@ -184,10 +177,6 @@ def onnx_file(
     """Load an ONNX network."""
     precision = _precision(model)
     engine = OnnxFileEngine(model, name=name, provider=provider, threads=threads)
-    outputs = []
-    for dtype, sizes in engine.outputs:
-        shape = ", ".join(str(size) if isinstance(size, int) else "?" for size in sizes)
-        outputs.append(f"{_DTYPES.get(dtype, dtype)} [{shape}]")
     on_cpu = provider == "cpu"
     remark = None
     if on_cpu and "fp16" in precision and "float16" not in executed_types(model, name=name):
@@ -198,15 +187,11 @@ def onnx_file(
     return ModelFile(
         name=name,
         engine=engine,
-        input=f"{np.dtype(engine.dtype)} {list(engine.input_shape)}",
-        output=" and ".join(outputs),
         precision=precision,
-        runtime=f"onnxruntime {onnxruntime.__version__}",
-        provider=provider,
-        threads=threads if on_cpu else None,
-        dtype=engine.dtype,
-        batches=(engine.fixed_batch or 1, engine.fixed_batch),
         gpu=None if on_cpu else _DEVICE,
+        batches=(engine.fixed_batch or 1, engine.fixed_batch),
+        dtype=engine.dtype,
+        output=engine.output,
         remark=remark,
         example=example,
     )
@@ -311,7 +296,12 @@ class TorchEngine:
         return logits
 
     def describe(self) -> dict[str, Any]:
-        return {"runtime": "torch", "version": torch.__version__, "provider": self.device.type}
+        return {
+            "runtime": "torch",
+            "version": f"{torch.__version__} eager",
+            "provider": self.device.type,
+            "threads": self._threads,
+        }
 
     def __enter__(self) -> TorchEngine:
         return self
@@ -333,18 +323,8 @@ def torch_file(path: Path, device: str, threads: int) -> ModelFile:
     engine = TorchEngine(
         Deployed(model, identity), identity, name=str(path), device=device, threads=threads
     )
-    on_gpu = engine.device.type == "cuda"
-    return ModelFile(
-        name=str(path),
-        engine=engine,
-        input=f"uint8 {list(engine.input_shape)}",
-        output=f"float32 [{engine.classes}]",
-        precision="fp32",
-        runtime=f"torch {torch.__version__} eager",
-        provider=engine.device.type,
-        threads=None if on_gpu else threads,
-        gpu=(engine.device.index or 0) if on_gpu else None,
-    )
+    gpu = (engine.device.index or 0) if engine.device.type == "cuda" else None
+    return ModelFile(name=str(path), engine=engine, precision="fp32", gpu=gpu)
 
 
 def _load(path: Path) -> tuple[torch.nn.Module, DataIdentity]:

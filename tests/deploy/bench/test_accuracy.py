@@ -56,7 +56,7 @@ def test_the_drop_is_paired() -> None:
     assert drop.points.low < 0 < drop.points.value < drop.points.high
 
 
-def test_images_that_both_get_wrong_say_nothing() -> None:
+def test_images_that_both_get_wrong_do_not_count() -> None:
     both = list(range(50))
     some, none = (accuracy_drop(outcomes(400, w), outcomes(400, w), 0.5) for w in (both, []))
     assert some.points == none.points

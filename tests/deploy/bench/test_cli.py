@@ -1,4 +1,4 @@
-"""`eps-bench` on files of ours and of strangers."""
+"""`eps-bench` on our own and on foreign model files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def bench(folder: Path, *args: object) -> Result:
     return run("eps-bench", main, "--time-budget", "0.1", *args, cwd=folder)
 
 
-def stranger(
+def foreign(
     path: Path,
     *,
     shape: tuple[int | str, ...] = ("batch", 3, 8, 8),
@@ -27,7 +27,7 @@ def stranger(
     classes: int = 10,
     inputs: int = 1,
 ) -> Path:
-    """A convolution and a mean, under names that are nobody's convention."""
+    """A convolution and a mean, with unusual names."""
     weight = np.random.default_rng(0).normal(size=(classes, 3, 3, 3)).astype(np.float32)
     ports = [
         helper.make_tensor_value_info(f"pixel_values_{n}", kind, list(shape)) for n in range(inputs)
@@ -109,7 +109,7 @@ def test_a_mismatch_is_refused_and_then_stated(deployed: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "kind", "batches", "told"),
+    ("shape", "kind", "batches", "input"),
     [
         (("batch", 3, 8, 8), TensorProto.FLOAT, [1, 16], "float32 [3, 8, 8]"),
         ((4, 3, 8, 8), TensorProto.FLOAT, [4], "float32 [3, 8, 8]"),
@@ -117,19 +117,19 @@ def test_a_mismatch_is_refused_and_then_stated(deployed: Path) -> None:
         (("n", 3, 6, 9), TensorProto.FLOAT16, [1, 16], "float16 [3, 6, 9]"),
     ],
 )
-def test_a_strangers_network(
-    tmp_path: Path, shape: tuple[int | str, ...], kind: int, batches: list[int], told: str
+def test_a_foreign_network(
+    tmp_path: Path, shape: tuple[int | str, ...], kind: int, batches: list[int], input: str
 ) -> None:
-    stranger(tmp_path / "theirs.onnx", shape=shape, kind=kind)
+    foreign(tmp_path / "theirs.onnx", shape=shape, kind=kind)
     result = bench(tmp_path, "theirs.onnx", "--json")
     assert result.code == 0, result.stderr
     found = json.loads(result.stdout)
     assert [batch["batch"] for batch in found["batches"]] == batches
-    assert (found["files"][0]["input"], found["files"][0]["precision"]) == (told, "fp32")
+    assert (found["files"][0]["input"], found["files"][0]["precision"]) == (input, "fp32")
 
 
 def test_weights_beside_the_file_are_found(tmp_path: Path) -> None:
-    model = onnx.load(stranger(tmp_path / "theirs.onnx"))
+    model = onnx.load(foreign(tmp_path / "theirs.onnx"))
     onnx.save(
         model, tmp_path / "split.onnx", save_as_external_data=True, location="w", size_threshold=0
     )
@@ -146,7 +146,7 @@ def test_weights_beside_the_file_are_found(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("location", ["../w", "missing"])
 def test_weights_that_are_not_beside_the_file(tmp_path: Path, location: str) -> None:
-    model = onnx.load(stranger(tmp_path / "theirs.onnx"))
+    model = onnx.load(foreign(tmp_path / "theirs.onnx"))
     (tmp_path / "inner").mkdir()
     path = tmp_path / "inner" / "split.onnx"
     onnx.save(model, path, save_as_external_data=True, location="w", size_threshold=0)
@@ -162,11 +162,11 @@ def test_weights_that_are_not_beside_the_file(tmp_path: Path, location: str) -> 
     assert str(path) in result.error
 
 
-def test_half_precision_in_the_file_is_no_half_precision_on_this_processor(
+def test_a_float16_file_on_a_processor_without_float16_has_a_remark(
     tmp_path: Path,
 ) -> None:
     """ONNX Runtime computes it in float32: what is timed is not what the file says."""
-    model = onnx.load(stranger(tmp_path / "theirs.onnx"))
+    model = onnx.load(foreign(tmp_path / "theirs.onnx"))
     weight = numpy_helper.to_array(model.graph.initializer[0]).astype(np.float16)
     model.graph.initializer[0].CopyFrom(numpy_helper.from_array(weight, "w"))
     model.graph.node[0].attribute[0].i = TensorProto.FLOAT16
@@ -226,14 +226,14 @@ def make_bad_files(folder: Path) -> None:
     (folder / "foreign.pt").write_bytes(b"PK not ours")
     (folder / "alone.plan").write_bytes(b"ftrt")
     (folder / "folder").mkdir()
-    stranger(folder / "two.onnx", inputs=2)
-    stranger(folder / "sizes.onnx", shape=("n", 3, "h", "w"))
-    stranger(folder / "fixed.onnx", shape=(4, 3, 8, 8))
-    stranger(folder / "ints.onnx", kind=TensorProto.INT64)
+    foreign(folder / "two.onnx", inputs=2)
+    foreign(folder / "sizes.onnx", shape=("n", 3, "h", "w"))
+    foreign(folder / "fixed.onnx", shape=(4, 3, 8, 8))
+    foreign(folder / "ints.onnx", kind=TensorProto.INT64)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["nowhere.onnx"], "nowhere.onnx: no such file"),
         (["nowhere.pt"], "nowhere.pt: no such file"),
@@ -256,13 +256,13 @@ def make_bad_files(folder: Path) -> None:
     ],
 )
 def test_refusals_are_one_line_and_write_nothing(
-    tmp_path: Path, arguments: list[str], told: str
+    tmp_path: Path, arguments: list[str], message: str
 ) -> None:
     make_bad_files(tmp_path)
     before = files_in(tmp_path)
     result = bench(tmp_path, *arguments)
     assert (result.code, result.stdout) == (1, "")
-    assert told in result.error
+    assert message in result.error
     assert len(result.error.splitlines()) == 1
     assert files_in(tmp_path) == before
 

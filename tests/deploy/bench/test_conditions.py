@@ -74,7 +74,7 @@ class FakeNvml:
 
 @pytest.fixture(autouse=True)
 def no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever this machine has: CUDA does not tell where its GPUs are."""
+    """CUDA knows no PCI addresses, whatever this machine has."""
     monkeypatch.setattr(machine, "pci_bus_id", lambda ordinal: None)
 
 
@@ -85,7 +85,7 @@ def monitored(nvml: Any, gpu: int = 0) -> Conditions:
         return monitor.conditions()
 
 
-def test_a_gpu_is_read_and_left_alone() -> None:
+def test_a_gpu_is_only_read() -> None:
     """The fake has no function that sets anything: to call one would be an error."""
     nvml = FakeNvml()
     gpu = monitored(nvml).gpu
@@ -97,7 +97,7 @@ def test_a_gpu_is_read_and_left_alone() -> None:
     assert nvml.open == 0
 
 
-def test_throttling_between_the_blocks_is_said_though_the_gpu_idles_before_and_after() -> None:
+def test_throttling_between_the_blocks_is_reported_though_the_gpu_idles_before_and_after() -> None:
     found = " ".join(monitored(FakeNvml()).disturbances())
     assert "throttled (software power cap, software thermal slowdown)" in found
     assert "moved from 1755 to 1980 MHz" in found
@@ -187,7 +187,7 @@ def test_the_work_of_others_and_stolen_time_on_linux(
     ]
 
 
-def test_frequencies_where_linux_tells_them(tmp_path: Path) -> None:
+def test_frequencies_where_linux_reports_them(tmp_path: Path) -> None:
     for core, khz in ((0, 2_000_000), (1, 3_000_000)):
         folder = tmp_path / f"cpu{core}" / "cpufreq"
         folder.mkdir(parents=True)

@@ -107,7 +107,7 @@ def test_the_budget_is_kept() -> None:
         assert Made(lambda run: 0.004, lambda run: 0.002, budget).spent <= budget * 1.05
 
 
-def test_a_budget_of_nothing_still_makes_six_blocks() -> None:
+def test_a_budget_of_zero_still_makes_six_blocks() -> None:
     made = Made(lambda run: 1.0, lambda run: 0.5, budget=0)
     assert (made.found.blocks, made.found.runs) == (6, 1)
     assert value(made.compact) == pytest.approx(2)
@@ -140,7 +140,7 @@ def test_a_steady_drift_of_the_machine_does_not_bias_the_ratio() -> None:
     assert value(found.times["call"][1]) == pytest.approx(2, rel=0.02)
 
 
-def test_cold_runs_are_not_counted() -> None:
+def test_warm_up_runs_do_not_count() -> None:
     """The first thirty runs are far slower, as after loading a network."""
     made = Made(
         lambda run: 0.03 if run < 30 else 0.004, lambda run: 0.02 if run < 30 else 0.002, budget=10
@@ -256,7 +256,7 @@ class GpuEngine(FakeEngine):
         return np.full(runs, 500 * (self._clock.now - before) / runs)
 
 
-def test_an_engine_that_can_tell_is_timed_on_its_device_too() -> None:
+def test_an_engine_with_time_on_device_is_timed_on_its_device_too() -> None:
     made = Made(lambda run: 0.004, lambda run: 0.001, budget=5, kind=GpuEngine)
     baseline, compact = made.found.times["device"]
     assert baseline.ms["p50"] == pytest.approx(2)
@@ -298,7 +298,7 @@ def test_the_result_is_plain_data_with_every_run_if_wanted() -> None:
     assert (len(samples), len(samples[0])) == (entry["blocks"], entry["runs_per_block"])
 
 
-def test_what_is_said_of_noise() -> None:
+def test_the_description_of_noise() -> None:
     quiet = Conditions(
         seconds=1,
         cores=2,
@@ -316,7 +316,7 @@ def test_what_is_said_of_noise() -> None:
     assert "Measure again" in latency.noise(quiet, 0.3, alone=True)
 
 
-def test_who_waits_for_a_core_gets_wrong_ratios_too() -> None:
+def test_waiting_for_a_core_makes_ratios_wrong_too() -> None:
     """A call longer than a time slice is nearly always interrupted, a short one hardly ever."""
     starved = Conditions(
         seconds=1,

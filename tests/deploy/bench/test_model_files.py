@@ -36,12 +36,18 @@ class Clock:
 class FakeEngine:
     """Takes `seconds(batch)` for a call."""
 
-    input_shape = (1, 8, 8)
     classes = 10
     max_batch = 300
 
-    def __init__(self, clock: Clock, seconds: Callable[[int], float]) -> None:
-        self._clock, self._seconds = clock, seconds
+    def __init__(
+        self,
+        clock: Clock,
+        seconds: Callable[[int], float],
+        input_shape: tuple[int, int, int] = (1, 8, 8),
+        **facts: Any,
+    ) -> None:
+        self._clock, self._seconds, self._facts = clock, seconds, facts
+        self.input_shape = input_shape
 
     def infer(self, images: Images) -> Logits:
         if len(images) > self.max_batch:
@@ -50,7 +56,8 @@ class FakeEngine:
         return np.zeros((len(images), 10), np.float32)
 
     def describe(self) -> dict[str, Any]:
-        return {}
+        own = {"runtime": "onnxruntime", "version": "1.31.1", "provider": "cpu", "threads": 1}
+        return own | self._facts
 
     def __enter__(self) -> FakeEngine:
         return self
@@ -63,18 +70,13 @@ def made(
     name: str = "m.onnx",
     seconds: Callable[[int], float] = lambda batch: 1,
     clock: Clock | None = None,
+    engine: dict[str, Any] | None = None,
     **changes: Any,
 ) -> ModelFile:
-    facts: dict[str, Any] = {
-        "input": "uint8 [1, 8, 8]",
-        "output": "float32 [10]",
-        "precision": "fp32",
-        "runtime": "onnxruntime 1.31.1",
-        "provider": "cpu",
-        "threads": 1,
-    }
-    engine = FakeEngine(clock or Clock(), seconds)
-    return ModelFile(name=name, engine=engine, **{**facts, **changes})
+    """A file whose engine has the facts of `engine`."""
+    fake = FakeEngine(clock or Clock(), seconds, **(engine or {}))
+    fields: dict[str, Any] = {"precision": "fp32", "gpu": None}
+    return ModelFile(name=name, engine=fake, **{**fields, **changes})
 
 
 def compare(files: list[ModelFile], batch: int, clock: Clock) -> Latency:
@@ -103,25 +105,39 @@ def test_images_have_the_type_that_the_network_takes(dtype: npt.DTypeLike) -> No
     assert images.std() > 0.5
 
 
+def test_facts() -> None:
+    assert made().facts == {
+        "input": "uint8 [1, 8, 8]",
+        "output": "float32 [10]",
+        "precision": "fp32",
+        "runtime": "onnxruntime 1.31.1",
+        "provider": "cpu",
+        "threads": 1,
+    }
+
+
 @pytest.mark.parametrize(
-    ("fact", "other"),
+    ("fact", "changes", "value"),
     [
-        ("input", "uint8 [3, 8, 8]"),
-        ("output", "float32 [100]"),
-        ("precision", "fp16"),
-        ("runtime", "torch 2.13.0 eager"),
-        ("provider", "cuda"),
-        ("threads", 2),
+        ("input", {"engine": {"input_shape": (3, 8, 8)}}, "uint8 [3, 8, 8]"),
+        ("input", {"dtype": np.float16}, "float16 [1, 8, 8]"),
+        ("output", {"output": "float32 [100]"}, "float32 [100]"),
+        ("precision", {"precision": "fp16"}, "fp16"),
+        ("runtime", {"engine": {"runtime": "torch"}}, "torch 1.31.1"),
+        ("provider", {"engine": {"provider": "cuda"}}, "cuda"),
+        ("threads", {"engine": {"threads": 2}}, "2"),
+        ("threads", {"gpu": 0}, "None"),
     ],
 )
-def test_files_that_do_not_match_are_refused(fact: str, other: object) -> None:
-    changes: dict[str, Any] = {fact: other}
+def test_files_that_do_not_match_are_refused(
+    fact: str, changes: dict[str, Any], value: str
+) -> None:
     pair = [made(), made("other.onnx", **changes)]
     with pytest.raises(
         BenchError, match=rf"^m.onnx and other.onnx do not match: {fact} .* and .*; add --allow-mis"
     ) as error:
         require_match(pair)
-    assert str(other) in str(error.value)
+    assert value in str(error.value)
     assert list(differences(pair)) == [fact]
 
 
@@ -257,7 +273,8 @@ class Plan:
         return np.full(runs, 0.25)
 
     def describe(self) -> dict[str, Any]:
-        return {"runtime": "tensorrt", "version": "11.4.0", "provider": "TensorRT"}
+        facts = {"runtime": "tensorrt", "version": "11.4.0", "provider": "TensorRT"}
+        return facts | {"threads": 1}
 
     def __enter__(self) -> Plan:
         return self
@@ -271,8 +288,8 @@ def test_a_plan_is_timed_by_its_own_events_within_its_profile() -> None:
     found = measure([file.workload(8)] * 2, budget=0)
     assert found.times["device"][1].ms["p50"] == pytest.approx(0.25)
     assert found.times["device"][1].rate == pytest.approx(32_000)
-    assert (file.runtime, file.provider) == ("tensorrt 11.4.0", "TensorRT")
-    assert (file.precision, file.threads, file.gpu) == ("int8-fp16", None, 0)
+    assert (file.facts["runtime"], file.facts["provider"]) == ("tensorrt 11.4.0", "TensorRT")
+    assert (file.facts["precision"], file.facts["threads"], file.gpu) == ("int8-fp16", None, 0)
     assert choose_batches([file], []) == (1, 16)
     with pytest.raises(BenchError, match="takes batches of 1 to 32 images, not 33"):
         choose_batches([file], [33])

@@ -1,4 +1,4 @@
-"""What nvidia-smi and the kernel module tell, and what they do not."""
+"""GPUs and driver from nvidia-smi, the kernel module and libcuda."""
 
 from __future__ import annotations
 

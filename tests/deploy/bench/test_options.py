@@ -1,4 +1,4 @@
-"""What options of eps-bench reach."""
+"""Options of eps-bench reach what they configure."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.commands import run
 
 
 class Called(Exception):
-    """What something was called with; it ends what called it."""
+    """Raised with the arguments of a call."""
 
     def __init__(self, *args: object, **named: object) -> None:
         super().__init__(args, named)
