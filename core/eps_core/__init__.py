@@ -1,1 +1,1 @@
-"""Shared foundation of the eps-resnet packages; imports no torch."""
+"""Shared foundation of the eps-resnet packages. Only `checksummed` imports torch."""
