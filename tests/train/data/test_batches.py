@@ -14,7 +14,7 @@ from torch import Tensor
 
 from eps_core.errors import DataError
 from eps_train import recipes
-from eps_train.config import CHOICES, TrainingConfig
+from eps_train.config import TrainingConfig, choices
 from eps_train.data import batches, dataset
 from eps_train.data.augment import EpochOrder
 from eps_train.data.batches import Batches, DeviceBatches, LoaderBatches
@@ -22,7 +22,7 @@ from eps_train.data.dataset import Data
 from eps_train.data.images import FileSet, ImageSet
 
 CPU = torch.device("cpu")
-AUGMENTATIONS = CHOICES["augmentation"]
+AUGMENTATIONS = choices("augmentation")
 
 
 def config(augmentation: str = "shift", **changes: object) -> TrainingConfig:
