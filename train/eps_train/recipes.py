@@ -144,6 +144,15 @@ RECIPES: dict[str, Callable[[], TrainingConfig]] = {
 }
 
 
+def describe() -> list[str]:
+    """One line per recipe: its name, data set, model, epsilon and epochs."""
+    return [
+        f"{name:14} {made.dataset}, {made.model}, epsilon {made.epsilon or 0:g},"
+        f" {made.epochs} epochs"
+        for name, made in ((name, make()) for name, make in RECIPES.items())
+    ]
+
+
 def recipe(name: str) -> TrainingConfig:
     """The named recipe's configuration. Raises ConfigError for an unknown name."""
     if name not in RECIPES:
