@@ -210,13 +210,13 @@ def _train(
         )
         prepare = partial(Run, data=data, device=place, resume=resume, group=group, **options)
         first, *later = runs
-        prepared = prepare(runs[first], files=first)
+        prepared = prepare(config=runs[first], files=first)
         busy = f"--output {output}: another eps-train is writing there"
         with group.led(held(output, busy)):
             group.lead(clear_output)
             return [
                 prepared.train(),
-                *(prepare(runs[paths], files=paths).train() for paths in later),
+                *(prepare(config=runs[paths], files=paths).train() for paths in later),
             ]
 
 

@@ -20,6 +20,30 @@ import msgspec
 from eps_core.errors import ConfigError
 from eps_train.schedule import Steps
 
+T = TypeVar("T")
+
+
+def plain_data(record: Any) -> dict[str, Any]:
+    """A dataclass as JSON and checkpoints hold it: dicts, lists, strings and numbers."""
+
+    def lists(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: lists(item) for name, item in value.items()}
+        return [lists(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+    plain: dict[str, Any] = lists(msgspec.to_builtins(record))
+    return plain
+
+
+def from_plain_data(values: Any, kind: type[T]) -> T:
+    """Inverse of :func:`plain_data`. Raises ConfigError that names the first bad field."""
+    try:
+        return msgspec.convert(values, kind)
+    except msgspec.ValidationError as error:
+        problem, _, place = str(error).partition(" - at `$.")
+        name = f"{place.rstrip('`')}: " if place else ""
+        raise ConfigError(f"{name}{problem[0].lower()}{problem[1:]}") from None
+
 
 @dataclass(frozen=True, slots=True)
 class Range:
@@ -239,8 +263,7 @@ class TrainingConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as JSON and checkpoints hold it."""
-        plain: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(self))
-        return plain
+        return plain_data(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainingConfig:
@@ -251,12 +274,7 @@ class TrainingConfig:
                 f"unknown configuration field {unknown[0]}; if an earlier version wrote it,"
                 " CHANGELOG.md names the field that replaced it"
             )
-        try:
-            return msgspec.convert(values, cls)
-        except msgspec.ValidationError as error:
-            problem, _, place = str(error).partition(" - at `$.")
-            name = place.rstrip("`") or "not a training configuration"
-            raise ConfigError(f"{name}: {problem[0].lower()}{problem[1:]}") from None
+        return from_plain_data(values, cls)
 
 
 # -- Command-line options: one for every field, and `--config`
@@ -337,7 +355,7 @@ def _click_type(item: Field[Any]) -> Any:
     kind, values = str(item.type).removesuffix(" | None"), item.metadata["values"]
     if isinstance(values, Range):
         if kind == "int":
-            return click.IntRange(values.low, values.high)
+            return click.IntRange(int(values.low), values.high and int(values.high))
         return click.FloatRange(values.low, values.high, values.open, values.open)
     if values:
         return click.Choice(values)
