@@ -195,6 +195,16 @@ def test_resume_with_other_options_is_refused(folder: Path) -> None:
         assert difference in result.error
 
 
+def test_resume_of_a_run_of_an_earlier_version_is_refused(folder: Path) -> None:
+    last = Checkpoint.load(folder / "last.pt")
+    last.config["rates"] = last.config.pop("lr_schedule")
+    last.save(folder / "last.pt")
+    result = eps_train(folder, *TINY, "--resume")
+    assert result.code == 1
+    assert "last.pt: written by an earlier version of eps-train, whose" in result.error
+    assert "had the field rates; resume it with that version" in result.error
+
+
 def test_resume_with_more_epochs_goes_on_and_says_what_changes(folder: Path) -> None:
     result = eps_train(folder, *TINY, "--epochs", 4, "--resume")
     assert result.code == 0, result.stderr
