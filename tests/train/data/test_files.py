@@ -170,16 +170,17 @@ def test_no_more_workers_than_find_room_in_shared_memory(
     assert loading._fitting_workers(4, 100) == workers
 
 
-def test_with_the_64_mb_of_a_container_chunks_are_smaller(
+def test_the_64_mb_of_a_container_are_enough_to_scan_with_eight_workers(
     files: FileSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loading, "worker_count", lambda: 8)
     monkeypatch.setattr(memory, "shared", lambda: 64 << 20)
-    assert loading.fitting_answer(32 << 20, 1) == (64 << 20) // 18
-    assert loading.fitting_answer(32 << 20, 5 << 20) == 5 << 20, "one image at least"
-    expected = files.images
-    monkeypatch.setattr(memory, "shared", lambda: 0)
-    assert torch.equal(files.images, expected)
+    assert loading._fitting_workers(8, loading._CHUNK) == 8
+    monkeypatch.setattr(loading, "_CHUNK", 3 * 5 * 4)  # three images
+    monkeypatch.setattr(loading, "worker_count", lambda: 2)
+    expected = np.stack([HOW.read(files.path(index)) for index in range(20)])
+    for free in (None, 64 << 20, 0):
+        monkeypatch.setattr(memory, "shared", lambda free=free: free)
+        assert np.array_equal(files.images.numpy(), expected)
 
 
 def test_a_scan_decodes_images_into_their_places(files: FileSet) -> None:

@@ -31,6 +31,7 @@ Mean = tuple[float | tuple[tuple[float, ...], ...], ...]
 
 PIXEL_SCALE = 128.0  # what the paper divides small images by
 _SAMPLE = 1_000  # images that represent a part on disk
+_BATCH = 100
 _SEED = 0
 
 
@@ -59,10 +60,10 @@ def measure(train: Part, kind: str) -> tuple[Mean, tuple[float, ...]]:
         mean: Mean = msgspec.convert(image.tolist(), Mean)
         return mean, (PIXEL_SCALE,) * len(mean)
     if isinstance(train, ImageSet):
-        return _channels(train.batches(_SAMPLE))
+        return _channels(train.batches(_BATCH))
     assert isinstance(train, FileSet)
     chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(_SEED))[:_SAMPLE]
-    return _channels(train[chosen.sort().values].chunks())
+    return _channels(train[chosen.sort().values].batches(_BATCH))
 
 
 def summary(mean: Mean, std: tuple[float, ...]) -> dict[str, Any]:

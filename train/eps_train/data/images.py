@@ -215,18 +215,6 @@ def worker_count() -> int:
     return min(workers, MOST_WORKERS) if workers > 1 else 0
 
 
-def fitting_answer(wanted: int, smallest: int) -> int:
-    """Bytes of an answer, at most `wanted`, for which every worker finds room in shared memory.
-
-    At least `smallest`, for which :func:`load` may have to start fewer workers.
-    """
-    room = shared()
-    if room is None:
-        return wanted
-    share = room // local_processes() // (_AHEAD * worker_count() + _BESIDES)
-    return max(smallest, min(wanted, share))
-
-
 def _fitting_workers(wanted: int, answer_bytes: int) -> int:
     """Number of workers, at most `wanted`, whose answers fit in shared memory."""
     room = shared()
@@ -333,7 +321,7 @@ def _prepare_worker(worker: int) -> None:
 # -- Images that stay on disk
 
 _CPU = torch.device("cpu")
-_CHUNK = 32 << 20  # bytes of pixels that a worker reads at a time by default
+_CHUNK = 2 << 20  # bytes of pixels that a worker scans at a time: many fit in shared memory
 
 
 @dataclass(slots=True)
@@ -415,10 +403,6 @@ class FileSet:
         ):
             yield ImageSet(pixels, labels).to(self.device)
 
-    def chunks(self) -> Iterator[ImageSet]:
-        """As :meth:`batches`, of a size that suits the memory."""
-        return self.batches(self._chunk)
-
     @property
     def images(self) -> Tensor:
         """All pixels, on `device`. Raises DataError when they do not fit in memory."""
@@ -440,7 +424,7 @@ class FileSet:
         Raises:
             DataError: the images do not fit in memory.
         """
-        total, size = ScanStatistics(), self._chunk
+        total, size = ScanStatistics(), max(1, _CHUNK // self._image_bytes)
         try:
             count = len(self) if keep else 0
             pixels = torch.empty((count, *self.preprocessing.shape), dtype=torch.uint8)
@@ -472,11 +456,6 @@ class FileSet:
     @property
     def _image_bytes(self) -> int:
         return math.prod(self.preprocessing.shape)
-
-    @property
-    def _chunk(self) -> int:
-        """Images that a worker reads at a time by default."""
-        return max(1, fitting_answer(_CHUNK, self._image_bytes) // self._image_bytes)
 
     def _load(
         self, read: Callable[[slice], Answer], size: int, *, answer_bytes: int, pin: bool = False
