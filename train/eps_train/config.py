@@ -46,7 +46,7 @@ def from_plain_data(values: Any, kind: type[T]) -> T:
 
 
 @dataclass(frozen=True, slots=True)
-class Range:
+class Bounds:
     """Limits of a number; `high` None: any finite one. `open` excludes both ends."""
 
     low: float
@@ -66,7 +66,7 @@ class Range:
 def _option(
     section: str,
     help: str,
-    values: Range | tuple[str, ...] | None = None,
+    values: Bounds | tuple[str, ...] | None = None,
     *,
     metavar: str | None = None,
 ) -> dict[str, Any]:
@@ -106,15 +106,15 @@ class TrainingConfig:
             " timm:NAME[,ARGUMENT=VALUE], or package.module:factory."
         )
     )
-    epochs: int = field(metadata=_run("Number of epochs.", Range(1)))
-    batch_size: int = field(metadata=_run("Images per step, over all processes.", Range(2)))
-    seed: int = field(default=0, metadata=_run("Random seed.", Range(0, 2**32 - 1)))
+    epochs: int = field(metadata=_run("Number of epochs.", Bounds(1)))
+    batch_size: int = field(metadata=_run("Images per step, over all processes.", Bounds(2)))
+    seed: int = field(default=0, metadata=_run("Random seed.", Bounds(0, 2**32 - 1)))
 
     epsilon: float | None = field(
         metadata=_pruning(
             "Threshold of all gates, in units of the branch's output; 0 trains the baseline without"
             " gates.",
-            Range(0),
+            Bounds(0),
         )
     )
     epsilon_warmup: int = field(
@@ -122,7 +122,7 @@ class TrainingConfig:
         metadata=_pruning(
             "Epochs with open gates before epsilon applies; use more than 0 for networks whose"
             " branches start at zero.",
-            Range(0),
+            Bounds(0),
             metavar="EPOCHS",
         ),
     )
@@ -130,7 +130,7 @@ class TrainingConfig:
         default=None,
         metadata=_pruning(
             "Adjust epsilon during training to reach this fraction of the parameters.",
-            Range(0, 1, open=True),
+            Bounds(0, 1, open=True),
             metavar="FRACTION",
         ),
     )
@@ -139,7 +139,7 @@ class TrainingConfig:
         metadata=_pruning(
             "With --target-parameters: raise epsilon only while validation accuracy is at most"
             " POINTS below its best.",
-            Range(0, 100),
+            Bounds(0, 100),
             metavar="POINTS",
         ),
     )
@@ -147,7 +147,7 @@ class TrainingConfig:
         default=2,
         metadata=_pruning(
             "Consecutive epochs a gate must be closed on every step before its block is removed.",
-            Range(2),  # a single closed epoch proves nothing
+            Bounds(2),  # a single closed epoch proves nothing
         ),
     )
     freeze_gates_at: float = field(
@@ -155,7 +155,7 @@ class TrainingConfig:
         metadata=_pruning(
             "Fraction of the run after which live gates stay open, so that the network that ships"
             " is the one that is trained; 1: never.",
-            Range(0, 1),
+            Bounds(0, 1),
         ),
     )
     live_removal: bool = field(
@@ -183,14 +183,14 @@ class TrainingConfig:
             " ends all restarts; none: no limits."
         )
     )
-    momentum: float = field(default=0.9, metadata=_optimizer("SGD momentum.", Range(0, 0.9999)))
+    momentum: float = field(default=0.9, metadata=_optimizer("SGD momentum.", Bounds(0, 0.9999)))
     nesterov: bool = field(default=False, metadata=_optimizer("Use Nesterov momentum."))
     weight_decay: float = field(
-        metadata=_optimizer("Weight decay of convolutions and linear layers.", Range(0))
+        metadata=_optimizer("Weight decay of convolutions and linear layers.", Bounds(0))
     )
     aux_loss_weight: float = field(
         default=0.1,
-        metadata=_optimizer("Weight of the side head's loss; 0: no side head.", Range(0)),
+        metadata=_optimizer("Weight of the side head's loss; 0: no side head.", Bounds(0)),
     )
 
     normalization: str = field(
@@ -208,7 +208,7 @@ class TrainingConfig:
         ),
     )
     shift: int = field(
-        default=0, metadata=_input("Largest random shift, in pixels.", Range(0, 1000))
+        default=0, metadata=_input("Largest random shift, in pixels.", Bounds(0, 1000))
     )
     flip: bool = field(default=False, metadata=_input("Flip images horizontally at random."))
 
@@ -229,7 +229,7 @@ class TrainingConfig:
     # Part of the configuration because sums depend on it: the same seed gives the same network only
     # with the same number of threads.
     cpu_threads: int = field(
-        default=0, metadata=_hardware("CPU threads of torch; 0: one per core.", Range(0, 4096))
+        default=0, metadata=_hardware("CPU threads of torch; 0: one per core.", Bounds(0, 4096))
     )
 
     def __post_init__(self) -> None:
@@ -353,9 +353,11 @@ def config_options(function: _Function) -> _Function:
 
 def _click_type(item: Field[Any]) -> Any:
     kind, values = str(item.type).removesuffix(" | None"), item.metadata["values"]
-    if isinstance(values, Range):
+    if isinstance(values, Bounds):
         if kind == "int":
-            return click.IntRange(int(values.low), values.high and int(values.high))
+            return click.IntRange(
+                int(values.low), None if values.high is None else int(values.high)
+            )
         return click.FloatRange(values.low, values.high, values.open, values.open)
     if values:
         return click.Choice(values)
