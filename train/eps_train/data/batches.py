@@ -60,7 +60,7 @@ class Batches(ABC):
     """
 
     def __init__(
-        self, images: Part, config: TrainingConfig, device: torch.device, share: Share = slice
+        self, images: Part, config: TrainingConfig, device: torch.device, share: Share
     ) -> None:
         self.count, self.config, self.device = len(images), config, device
         self.size = min(config.batch_size, self.count)

@@ -22,7 +22,7 @@ EXPANSION = 4  # output channels of a bottleneck over its inner channels
 Before = Literal["nothing", "branch", "both"]  # where a block's leading BN-ReLU acts
 
 
-class Block(nn.Module):
+class PreactivationBlock(nn.Module):
     """BN-ReLU, then two 3x3 convolutions, or 1x1, 3x3, 1x1 for a bottleneck; BN-ReLU between them.
 
     The stride is that of the (first) 3x3 convolution. The shortcut is a 1x1 convolution where the
@@ -91,7 +91,7 @@ class ImageNetResNet(GatedResNet):
             for index in range(count):
                 inner = width * 2**stage
                 blocks.append(
-                    Block(
+                    PreactivationBlock(
                         channels,
                         inner,
                         bottleneck=bottleneck,
