@@ -22,7 +22,7 @@ from torch import Tensor
 from eps_core.preprocessing import Preprocessing
 from eps_train.config import TrainingConfig
 from eps_train.data.dataset import Data, split
-from eps_train.data.images import ImageSet, Source
+from eps_train.data.images import ImageSet, RawDataset
 from eps_train.recipes import cifar
 from eps_train.training import step
 from eps_train.training.optimizer import set_rate
@@ -183,7 +183,7 @@ def random_images(config: TrainingConfig, train: int) -> Data:
         pixels = torch.randint(0, 256, (count, 3, 32, 32), generator=generator, dtype=torch.uint8)
         return ImageSet(pixels, torch.arange(count) % 10)
 
-    source = Source(
+    source = RawDataset(
         train=some(train),
         validation=some(10),
         test=some(10),

@@ -29,7 +29,7 @@ from _steps import gate, memory
 from _timm import timm
 
 from eps_core.errors import ConfigError
-from eps_train.config import CHOICES
+from eps_train.config import choices
 from eps_train.training import forward
 
 SECTIONS: dict[str, Callable[[Options], Plan]] = {
@@ -59,7 +59,7 @@ def _sections(context: click.Context, option: click.Parameter, value: str) -> tu
 @click.option("--rounds", default=60, show_default=True, help="gate: rounds of both sides.")
 @click.option(
     "--precision",
-    type=click.Choice(CHOICES["precision"]),
+    type=click.Choice(choices("precision")),
     default="fp32",
     show_default=True,
     help="gate, memory: as eps-train --precision.",

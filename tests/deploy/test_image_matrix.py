@@ -59,7 +59,7 @@ def written(mode: str, kind: str, orientation: int) -> bytes | None:
 
 def trained(path: Path, how: Preprocessing) -> Pixels | str:
     """What training holds in memory."""
-    held, found = FileSet.of(path.parent, [path.name], [0], how).hold()
+    held, found = FileSet.of(path.parent, [path.name], [0], how).scan(keep=True)
     problems = list(found.problems.values())
     return problems[0] if problems else held.images.numpy()[0]
 

@@ -102,7 +102,7 @@ def test_weights_to_start_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_refusals_are_one_line(tmp_path: Path) -> None:
     for model, reason in {
         "nowhere:net": "no module named nowhere",
-        "os:abort": "makes no networks",
+        "os:abort": "is part of Python and has no networks",
         "cifar": "not a model",
     }.items():
         refused = run("eps-train", train_main, "--model", model, cwd=tmp_path)

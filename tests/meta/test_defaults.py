@@ -15,13 +15,20 @@ from tests.meta.project import files, packages
 
 _TESTS = "tests put their own in its place"
 _FACTORY = "called through FAMILIES with what the network's name says"
+_OPTION = "the option of eps-train sets it"
+_SECTION = "called as _run, _pruning and so on, one for each section of the help"
 _FX = "torch.fx passes what the network's own call passed"
 
 EXCEPTIONS = {
     "insert_gates(epsilon)": "public API; eps-train sets its thresholds epoch by epoch",
     "insert_gates(example)": "public API; eps-train compares the networks where it knows the data",
     "compact(dead)": "public API; eps-compact latches gates instead",
-    "SectionedOption(section)": "click passes it",
+    "TrainingConfig(live_removal)": _OPTION,
+    "TrainingConfig(momentum)": _OPTION,
+    "TrainingConfig(patience)": _OPTION,
+    "TrainingConfig(seed)": _OPTION,
+    "_option(metavar)": _SECTION,
+    "_option(values)": _SECTION,
     "TrtEngine(use_graphs)": "graphs and launches are compared by tests",
     "executed_types(exact_qdq)": "exact and fused arithmetic are compared by a test",
     "examine(ask)": _TESTS,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import subprocess
@@ -113,6 +114,12 @@ def test_imports_go_one_way(package: str) -> None:
 
 def test_the_order_covers_every_package() -> None:
     assert set(ORDER) == set(packages())
+
+
+@pytest.mark.parametrize("package", ORDER)
+def test_every_public_name_is_there(package: str) -> None:
+    module = importlib.import_module(package)
+    assert not [name for name in getattr(module, "__all__", []) if not hasattr(module, name)]
 
 
 def test_the_roots_are_not_packages() -> None:

@@ -158,10 +158,10 @@ def test_resume_from_a_damaged_checkpoint_is_refused(folder: Path, how: str) -> 
 def test_resume_refuses_every_one_of_fifty_flipped_bits(folder: Path) -> None:
     last = folder / "last.pt"
     whole = last.read_bytes()
-    chance = random.Random(1)
+    random_state = random.Random(1)
     for _ in range(50):
         altered = bytearray(whole)
-        altered[chance.randrange(len(whole))] ^= 1 << chance.randrange(8)
+        altered[random_state.randrange(len(whole))] ^= 1 << random_state.randrange(8)
         last.write_bytes(altered)
         result = eps_train(folder, *TINY, "--resume")
         assert result.code == 1
@@ -193,6 +193,16 @@ def test_resume_with_other_options_is_refused(folder: Path) -> None:
         result = eps_train(folder, *TINY, *options, "--resume")
         assert result.code == 1
         assert difference in result.error
+
+
+def test_resume_of_a_run_of_an_earlier_version_is_refused(folder: Path) -> None:
+    last = Checkpoint.load(folder / "last.pt")
+    last.config["rates"] = last.config.pop("lr_schedule")
+    last.save(folder / "last.pt")
+    result = eps_train(folder, *TINY, "--resume")
+    assert result.code == 1
+    assert "last.pt: written by an earlier version of eps-train, whose" in result.error
+    assert "had the field rates; resume it with that version" in result.error
 
 
 def test_resume_with_more_epochs_goes_on_and_says_what_changes(folder: Path) -> None:
@@ -315,20 +325,20 @@ def test_ctrl_c_says_how_to_go_on_and_exits_130(
     assert eps_train(tmp_path, *TINY, "--resume").code == 0
 
 
-def pictures(folder: Path) -> None:
+def write_images(folder: Path) -> None:
     """Two classes, light and dark, in colour, of two sizes."""
-    chance = np.random.default_rng(0)
+    random_state = np.random.default_rng(0)
     for name, low in (("dark", 0), ("light", 128)):
         (folder / name).mkdir(parents=True)
         for index in range(40):
             size = (12, 16) if index % 2 else (16, 12)
-            pixels = chance.integers(low, low + 128, (*size, 3), dtype=np.uint8)
+            pixels = random_state.integers(low, low + 128, (*size, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / name / f"{index}.png")
 
 
-def test_trains_on_a_folder_of_pictures(tmp_path: Path) -> None:
-    pictures(tmp_path / "my pictures")
-    common = ("--dataset", "folder:my pictures", "--model", "cifar:8x4", "--epochs", 3)
+def test_trains_on_a_folder_of_images(tmp_path: Path) -> None:
+    write_images(tmp_path / "my images")
+    common = ("--dataset", "folder:my images", "--model", "cifar:8x4", "--epochs", 3)
     refused = eps_train(tmp_path, *common)
     assert refused.code == 1
     assert "--image-size" in refused.error
@@ -340,14 +350,14 @@ def test_trains_on_a_folder_of_pictures(tmp_path: Path) -> None:
     assert made.sizes == {"train": 58, "validation": 6, "test": 16}
 
 
-def split_pictures(folder: Path) -> None:
+def write_split_images(folder: Path) -> None:
     """Train, Val and Test of two classes each, small and of one size."""
-    chance = np.random.default_rng(0)
+    random_state = np.random.default_rng(0)
     for part, count in (("Train", 12), ("Val", 4), ("Test", 5)):
         for name, low in (("dark", 0), ("light", 128)):
             (folder / part / name).mkdir(parents=True)
             for index in range(count):
-                pixels = chance.integers(low, low + 128, (8, 8), dtype=np.uint8)
+                pixels = random_state.integers(low, low + 128, (8, 8), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / part / name / f"{index}.png")
 
 
@@ -355,7 +365,7 @@ def split_pictures(folder: Path) -> None:
 def test_the_first_line_names_classes_parts_and_what_is_left_out(
     options: tuple[str, ...], tmp_path: Path
 ) -> None:
-    split_pictures(tmp_path / "set")
+    write_split_images(tmp_path / "set")
     (tmp_path / "set" / "Train" / "dark" / "notes.txt").touch()
     result = eps_train(tmp_path, "--dataset", "folder:set", *TINY, "--epochs", 1, *options)
     assert result.code == 0, result.stderr
@@ -369,7 +379,7 @@ def test_all_damaged_images_are_listed_before_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also of a set that stays on disk, of which the test part is read last."""
-    split_pictures(tmp_path / "set")
+    write_split_images(tmp_path / "set")
     monkeypatch.setattr(dataset, "room_for_images", lambda: 100)
     damaged_ones = ["Test/dark/3.png", "Test/light/1.png", "Val/dark/0.png"]
     for name in damaged_ones:
@@ -399,7 +409,7 @@ def test_all_damaged_images_are_listed_before_training(
 
 
 def test_a_test_image_that_changed_does_not_stop_a_run_from_going_on(tmp_path: Path) -> None:
-    split_pictures(tmp_path / "set")
+    write_split_images(tmp_path / "set")
     common = ("--dataset", "folder:set", *TINY)
     assert eps_train(tmp_path, *common).code == 0
     Image.new("L", (8, 8), 7).save(tmp_path / "set" / "Test" / "dark" / "0.png")
@@ -415,7 +425,7 @@ def test_a_test_image_that_changed_does_not_stop_a_run_from_going_on(tmp_path: P
 def test_a_run_is_resumed_however_its_folder_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    split_pictures(tmp_path / "set")
+    write_split_images(tmp_path / "set")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert eps_train(tmp_path, "--dataset", "folder:set", *TINY).code == 0
     for other in ("folder:./set/", f"folder:{tmp_path / 'set'}", "folder:~/set"):
@@ -433,24 +443,24 @@ def test_a_folder_that_is_not_named_or_not_there(tmp_path: Path) -> None:
     assert "folder:gone: no such folder; name where it lies with --data-root" in missing.error
 
 
-def test_large_pictures_are_read_without_a_remark(
+def test_large_images_are_read_without_a_remark(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    pictures(tmp_path / "set")
+    write_images(tmp_path / "set")
     result = eps_train(tmp_path, "--dataset", "folder:set", *TINY, "--epochs", 1, "--image-size", 8)
     assert result.code == 0, result.stderr
     assert "DecompressionBomb" not in result.stderr
 
 
-def test_images_of_one_colour_are_not_trained_on(tmp_path: Path) -> None:
+def test_images_of_one_color_are_not_trained_on(tmp_path: Path) -> None:
     for index in range(20):
         path = tmp_path / "set" / "ab"[index % 2] / f"{index}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("L", (8, 8)).save(path)
     result = eps_train(tmp_path, "--dataset", "folder:set", *TINY)
     assert result.code == 1
-    assert "data set folder:set: its training images are all one colour" in result.error
+    assert "data set folder:set: its training images are all one color" in result.error
 
 
 def test_on_a_narrow_terminal_no_word_of_the_summary_is_broken(

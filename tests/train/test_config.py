@@ -26,18 +26,22 @@ def test_baseline_differs_in_epsilon_alone() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"epochs": 0}, "--epochs must be at least 1"),
-        ({"batch_size": 1}, "--batch-size must be at least 2"),
-        ({"epsilon": -1.0}, "--epsilon -1: must be finite"),
-        ({"patience": 1}, "one closed epoch proves nothing"),
+        ({"epochs": 0}, "--epochs 0: must be finite and at least 1"),
+        ({"batch_size": 1}, "--batch-size 1: must be finite and at least 2"),
+        ({"epsilon": -1.0}, "--epsilon -1.0: must be finite and at least 0"),
+        ({"patience": 1}, "--patience 1: must be finite and at least 2"),
         ({"lr_schedule": ((1, 0.1),)}, "--lr-schedule must start at epoch 0"),
-        ({"momentum": 1.0}, "--momentum 1: must be 0 to 0.9999"),
-        ({"weight_decay": float("nan")}, "--weight-decay nan: must be 0 or more"),
-        ({"precision": "fp8"}, "--precision fp8: is not one of fp32, tf32, bf16, fp16"),
+        ({"momentum": 1.0}, "--momentum 1.0: must be 0 to 0.9999$"),
+        ({"weight_decay": float("nan")}, "--weight-decay nan: must be finite and at least 0"),
+        ({"precision": "fp8"}, "--precision fp8: must be one of fp32, tf32, bf16, fp16"),
         ({"epsilon": None}, "--epsilon is missing; give it, or --target-parameters"),
         ({"target_parameters": 0.3}, "--epsilon and --target-parameters contradict"),
-        ({"target_parameters": 1.5, "epsilon": None}, "--target-parameters 1.5: must lie between"),
-        ({"max_accuracy_drop": 1.0}, "--max-accuracy-drop guards --target-parameters"),
+        (
+            {"target_parameters": 1.0, "epsilon": None},
+            "--target-parameters 1.0: must be 0 to 1, both excluded",
+        ),
+        ({"seed": 2**32}, "--seed 4294967296: must be 0 to 4294967295"),
+        ({"max_accuracy_drop": 1.0}, "--max-accuracy-drop only applies to --target-parameters"),
     ],
 )
 def test_impossible_configurations_are_refused(changes: dict[str, object], message: str) -> None:
@@ -46,9 +50,11 @@ def test_impossible_configurations_are_refused(changes: dict[str, object], messa
 
 
 def test_unknown_and_missing_fields_are_refused() -> None:
-    with pytest.raises(ConfigError, match="unknown configuration field speed"):
+    with pytest.raises(
+        ConfigError, match="unknown configuration field speed; if an earlier version wr"
+    ):
         TrainingConfig.from_dict({**digits().to_dict(), "speed": 9})
-    with pytest.raises(ConfigError, match="not a training configuration"):
+    with pytest.raises(ConfigError, match=r"^object missing required field `dataset`$"):
         TrainingConfig.from_dict({"recipe": "digits"})
 
 
@@ -65,5 +71,5 @@ def test_unknown_and_missing_fields_are_refused() -> None:
     ],
 )
 def test_fields_of_another_type_are_refused_by_name(field: str, value: object) -> None:
-    with pytest.raises(ConfigError, match=f"{field} is .*, which is no "):
+    with pytest.raises(ConfigError, match=rf"^{field}(\[.*)?: expected .*, got "):
         TrainingConfig.from_dict({**digits().to_dict(), field: value})

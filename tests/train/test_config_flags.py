@@ -103,7 +103,7 @@ def test_a_config_as_powershell_writes_it(tmp_path: Path, encoding: str) -> None
         ("{", "not JSON"),
         ("\xff", "not JSON"),
         ("[]", "not a JSON object"),
-        ('{"recipe": "digits"}', "not a training configuration"),
+        ('{"recipe": "digits"}', "object missing required field `dataset`"),
         ('{"speed": 9}', "unknown configuration field speed"),
     ],
 )

@@ -84,7 +84,7 @@ def _train(images: Path, folder: Path, *args: object) -> Trained:
     plain = ("--batch-size", 32, "--shift", 0, "--device", "cpu")
     with mock.patch(
         "eps_train.training.run.draw", return_value=b""
-    ):  # the picture takes longer than all
+    ):  # drawing takes longer than the run
         result = run("eps-train", main, *small, *plain, *args, cwd=folder)
     assert result.code == 0, result.stderr
     return Trained(folder, result)

@@ -1,6 +1,6 @@
-"""Train ε-ResNets: residual networks whose useless blocks become strict identities.
+"""Train ε-ResNets: residual networks whose redundant blocks become strict identities.
 
-Public names are loaded on first use, so that importing the package (and `--help`) is instant.
+Public names are imported on first use, so that importing the package (and `--help`) is fast.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from eps_train.models.spec import NetworkSpec
     from eps_train.training.checkpoint import Checkpoint
 
-_HOMES = {
-    "Checkpoint": "training.checkpoint",
+_MODULES = {
+    "Checkpoint": "eps_train.training.checkpoint",
     "EpsError": "eps_core.errors",
-    "EpsilonGate": "gating.gate",
-    "NetworkSpec": "models.spec",
-    "insert_gates": "gating.rewriting",
-    "remove_blocks": "gating.rewriting",
-    "ungated": "graph",
+    "EpsilonGate": "eps_train.gating.gate",
+    "NetworkSpec": "eps_train.models.spec",
+    "insert_gates": "eps_train.gating.rewriting",
+    "remove_blocks": "eps_train.gating.rewriting",
+    "ungated": "eps_train.gating.rewriting",
 }
 
 __all__ = [
@@ -37,7 +37,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = _HOMES[name]
-    return getattr(import_module(home if "eps_core" in home else f"{__name__}.{home}"), name)
+    return getattr(import_module(_MODULES[name]), name)

@@ -1,4 +1,4 @@
-"""`python -m eps_train` is `eps-train`; torchrun starts it so."""
+"""`python -m eps_train`: the command `eps-train`, as torchrun starts it."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ import sys
 from eps_train.cli import main
 
 if __name__ == "__main__":
-    sys.argv[0] = "eps-train"  # as which the messages name it
+    sys.argv[0] = "eps-train"  # the name in its messages
     main()

@@ -1,4 +1,4 @@
-"""`eps-train`: train an ε-ResNet, or its plain baseline, or both."""
+"""`eps-train`: train an ε-ResNet, its baseline, or both."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ from eps_train.training.files import RunPaths
 if TYPE_CHECKING:
     from eps_train.config import TrainingConfig
     from eps_train.data.dataset import Data, DataIdentity
-    from eps_train.training.distributed import Group
-    from eps_train.training.run import Run
+
+Runs = dict[RunPaths, "TrainingConfig"]
+"""What to train, one run after another, by the files that each writes."""
 
 
 @click.command(cls=SectionedCommand, context_settings={"show_default": True})
@@ -30,16 +31,16 @@ if TYPE_CHECKING:
     "--config",
     "config_file",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="The same from a file: what --show-recipe printed, or a run's config.json.",
+    help="Configuration file to start from: the output of --show-recipe, or a run's config.json.",
 )
 @config_options
 @click.option(
     "--data-root",
     type=click.Path(path_type=Path),
-    help="Folder with the data set's files; digits needs none.  [default: this folder]",
+    help="Folder of the data set's files; digits needs none.  [default: current folder]",
 )
-@click.option("--download", is_flag=True, help="Fetch the files that are missing, where possible.")
-@click.option("--skip-damaged", is_flag=True, help="Train without the images that cannot be read.")
+@click.option("--download", is_flag=True, help="Download missing files where possible.")
+@click.option("--skip-damaged", is_flag=True, help="Skip images that cannot be read.")
 @click.option(
     "--weights",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -55,11 +56,11 @@ if TYPE_CHECKING:
     "--keep",
     type=click.IntRange(min=0),
     default=0,
-    help="Keep the last N epochs' checkpoints too: epoch-0012.pt and so on.",
+    help="Also keep the checkpoints of the last N epochs: epoch-0012.pt and so on.",
 )
-@click.option("--tensorboard", is_flag=True, help="Write event files below tensorboard/.")
-@click.option("--resume", is_flag=True, help="Go on from last.pt where a run was stopped.")
-@click.option("--force", is_flag=True, help="Start anew over an earlier run's files.")
+@click.option("--tensorboard", is_flag=True, help="Write TensorBoard event files to tensorboard/.")
+@click.option("--resume", is_flag=True, help="Resume a stopped run from last.pt.")
+@click.option("--force", is_flag=True, help="Overwrite the files of an earlier run.")
 @click.option("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps.")
 @click.option(
     "--cuda-graph",
@@ -67,10 +68,10 @@ if TYPE_CHECKING:
     default="auto",
     help="Replay the training step from a CUDA graph; auto: on one GPU, without --compile or fp16.",
 )
-@click.option("--with-baseline", is_flag=True, help="Then train the plain twin: baseline.pt.")
-@click.option("--dry-run", is_flag=True, help="Show what would be trained, and stop.")
-@click.option("--list-recipes", is_flag=True, help="List the recipes, and stop.")
-@click.option("--show-recipe", is_flag=True, help="Print the configuration as JSON, and stop.")
+@click.option("--with-baseline", is_flag=True, help="Then train the baseline too: baseline.pt.")
+@click.option("--dry-run", is_flag=True, help="Show what would be trained and exit.")
+@click.option("--list-recipes", is_flag=True, help="List the recipes and exit.")
+@click.option("--show-recipe", is_flag=True, help="Print the configuration as JSON and exit.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON on stdout.")
 def cli(
     recipe: str | None,
@@ -93,15 +94,15 @@ def cli(
     as_json: bool,
     **fields: Any,
 ) -> None:
-    """Train an ε-ResNet: blocks whose response stays below epsilon die and are taken out.
+    """Train an ε-ResNet and remove residual blocks whose response stays below epsilon.
 
-    Without arguments it trains depth 110 on scikit-learn's digits into this folder.
+    Without arguments, trains depth 110 on scikit-learn's digits into the current folder.
     """
     if list_recipes:
-        _list_recipes()
+        click.echo("\n".join(recipes.describe()))
         return
-    if console.restarts():
-        resume, force = True, False  # what is there, the processes before have written
+    if console.restarts():  # torchrun started the processes again: go on with what they wrote
+        resume, force = True, False
     if resume and force:
         raise click.UsageError("--resume and --force contradict each other")
     if recipe and config_file:
@@ -116,18 +117,12 @@ def cli(
     runs = {RunPaths.of(output): chosen}
     if with_baseline:
         runs[RunPaths.of(output, "baseline")] = chosen.baseline()
-    files = [file for run in runs for file in run.all()]
     console.refuse_missing(weights)
-    if not resume and not dry_run:
-        console.refuse_existing(files, force)
-        _refuse_folders(files)
-    if resume and not output.is_dir() and not console.restarts():
-        raise ConfigError(f"--output {output}: no such folder to resume in")
+    if not dry_run:
+        _check_output(output, runs, resume=resume, force=force)
 
     from eps_train.data import dataset
-    from eps_train.training import distributed, forward
     from eps_train.training import run as summary
-    from eps_train.training.run import Run
 
     load = partial(
         dataset.load,
@@ -138,37 +133,25 @@ def cli(
         skip_damaged=skip_damaged,
     )
     if dry_run:
-        known = chosen.dataset in dataset.DATASETS
         outline = (
             dataset.outline(chosen.dataset, data_root, chosen.image_size)
-            if known
-            else _told(load).identity.outline
+            if chosen.dataset in dataset.DATASETS
+            else _describe(load).identity.outline
         )
         summary.show_plan(chosen, outline)
         return
-    place = forward.choose(device)
-    with distributed.joined(place) as group:
-        like = _earlier_data(runs, chosen) if resume else None
-        room = min(
-            group.gather(dataset.room_for_images())
-        )  # before one of them has taken its share
-        images = group.first(
-            lambda: _told(
-                partial(load, download=download, like=like, room=room, check=like is None)
-            )
-        )
-        run = partial(
-            Run,
-            data=images,
-            device=place,
-            resume=resume,
-            weights=weights,
-            keep=keep,
-            tensorboard=tensorboard,
-            group=group,
-            cuda_graph=cuda_graph,
-        )
-        summaries = _train(runs, run, output, group, resume, force)
+    summaries = _train(
+        runs,
+        partial(load, download=download),
+        output,
+        device,
+        force=force,
+        resume=resume,
+        weights=weights,
+        keep=keep,
+        tensorboard=tensorboard,
+        cuda_graph=cuda_graph,
+    )
     summary.show(summaries)
     if as_json:
         console.emit_json({"runs": summaries})
@@ -178,30 +161,38 @@ def main() -> NoReturn:
     console.run(cli)
 
 
-def _list_recipes() -> None:
-    for name, make in recipes.RECIPES.items():
-        listed = make()
-        assert listed.epsilon is not None  # no recipe leads it
-        click.echo(
-            f"{name:14} {listed.dataset}, {listed.model}, epsilon {listed.epsilon:g},"
-            f" {listed.epochs} epochs"
-        )
+def _check_output(output: Path, runs: Runs, *, resume: bool, force: bool) -> None:
+    """Raise ConfigError when the runs cannot write their files, or cannot be resumed from them."""
+    if resume:
+        if not output.is_dir() and not console.restarts():
+            raise ConfigError(f"--output {output}: no such folder to resume in")
+        return
+    files = [file for paths in runs for file in paths.all()]
+    console.refuse_existing(files, force)
+    for file in files:
+        if file.is_dir():
+            raise ConfigError(f"{file}: is a folder; move it away or choose another --output")
 
 
 def _train(
-    runs: dict[RunPaths, TrainingConfig],
-    run: Callable[..., Run],
+    runs: Runs,
+    load: Callable[..., Data],
     output: Path,
-    group: Group,
-    resume: bool,
+    device: str,
+    *,
     force: bool,
+    resume: bool,
+    **options: Any,
 ) -> list[dict[str, Any]]:
-    """Train one run after another into the folder `output`; returns their summaries."""
+    """Train one run after another into the folder `output`; returns their summaries.
 
-    def prepare(files: RunPaths) -> Run:
-        return run(runs[files], files=files)
+    `options` are those of :class:`~eps_train.training.run.Run`.
+    """
+    from eps_train.data import dataset
+    from eps_train.training import distributed, forward
+    from eps_train.training.run import Run
 
-    def make_way() -> None:
+    def clear_output() -> None:
         if not resume:
             console.refuse_existing(files, force)  # they may have come into being meanwhile
         if force:
@@ -209,44 +200,47 @@ def _train(
                 file.unlink(missing_ok=True)
 
     files = [file for paths in runs for file in paths.all()]
-    first, *later = runs
-    prepared = prepare(first)
-    busy = f"--output {output}: another eps-train is writing there"
-    with group.led(held(output, busy)):
-        group.lead(make_way)
-        return [prepared.train(), *(prepare(paths).train() for paths in later)]
+    place = forward.choose(device)
+    with distributed.joined(place) as group:
+        like = _resumed_data(runs) if resume else None
+        # Gathered before one of the processes has taken its share.
+        room = min(group.gather(dataset.room_for_images()))
+        data = group.first(
+            lambda: _describe(partial(load, like=like, room=room, check=like is None))
+        )
+        prepare = partial(Run, data=data, device=place, resume=resume, group=group, **options)
+        first, *later = runs
+        prepared = prepare(config=runs[first], files=first)
+        busy = f"--output {output}: another eps-train is writing there"
+        with group.led(held(output, busy)):
+            group.lead(clear_output)
+            return [
+                prepared.train(),
+                *(prepare(config=runs[paths], files=paths).train() for paths in later),
+            ]
 
 
-def _told(load: Callable[[], Data]) -> Data:
-    """What `load` loads, described; all images that are damaged are listed before it fails."""
+def _describe(load: Callable[[], Data]) -> Data:
+    """Load a data set and log its description, or every image that cannot be read."""
     log = console.log()
     try:
-        images = load()
+        data = load()
     except DamagedImages as error:
         for problem in error.problems.values():
             log.print(problem)
         raise
-    log.print(images.describe())
-    if images.warning:
-        log.print(f"warning: {images.warning}")
-    return images
+    log.print(data.describe())
+    if data.warning:
+        log.print(f"warning: {data.warning}")
+    return data
 
 
-def _earlier_data(
-    runs: dict[RunPaths, TrainingConfig], chosen: TrainingConfig
-) -> DataIdentity | None:
+def _resumed_data(runs: Runs) -> DataIdentity | None:
     """The data of the run that is to be resumed; None where there is none, or of another set."""
     from eps_train.training.checkpoint import Checkpoint
 
-    for files in runs:
+    for files, chosen in runs.items():
         if files.last.exists():
             identity = Checkpoint.load(files.last).data
             return identity if identity.may_be(chosen.dataset) else None
     return None
-
-
-def _refuse_folders(files: list[Path]) -> None:
-    """Raise ConfigError when a folder lies where a file is to be written."""
-    for file in files:
-        if file.is_dir():
-            raise ConfigError(f"{file}: is a folder; move it away or choose another --output")

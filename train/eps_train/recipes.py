@@ -1,4 +1,4 @@
-"""Named runs: functions that return a complete configuration; a variant changes a few lines."""
+"""Recipes: named functions that return a complete training configuration."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from eps_train.config import TrainingConfig
 def digits() -> TrainingConfig:
     """Depth 110 on scikit-learn's digits: minutes on a CPU.
 
-    The decay is 25 times the paper's because a dead branch shrinks by about
-    `exp(-rate * decay * steps / (1 - momentum))`, and this run has 1,200 steps, not 390,000. No
-    restarts: 36 epochs at the high rate are enough here, and the rest is needed to settle.
+    The weight decay is 25 times the paper's because a dead branch shrinks by about
+    `exp(-lr * decay * steps / (1 - momentum))`, and this run has 1,200 steps, not 390,000. The
+    learning rate does not restart: 36 epochs at the high one are enough.
     """
     return TrainingConfig(
         recipe="digits",
@@ -27,15 +27,17 @@ def digits() -> TrainingConfig:
         final_decay=((0.6, 0.01), (0.8, 0.001)),
         weight_decay=5e-3,
         shift=1,
-        # The tensors are too small for more: a second thread gains a fifth on an idle machine, and
-        # on a busy one the two wait for each other many times longer than they work.
+        # The tensors are too small for more: a second thread gains a fifth on an idle machine; on a
+        # busy one, the two wait for each other many times longer than they work.
         cpu_threads=1,
     )
 
 
 def fashion_mnist() -> TrainingConfig:
-    """Depth 56, width 8, on all of Fashion-MNIST scaled down to 14x14: a quarter of an hour on one
-    core; docs/results.md has what came out of it."""
+    """Depth 56, width 8, on Fashion-MNIST at 14x14: 15 minutes on one core.
+
+    docs/results.md has the results.
+    """
     return TrainingConfig(
         recipe="fashion-mnist",
         dataset="fashion-mnist",
@@ -44,8 +46,8 @@ def fashion_mnist() -> TrainingConfig:
         epochs=16,
         batch_size=128,
         epsilon=2.5,
-        # A narrow network starts with responses near 2.5: at once, the threshold would take out
-        # blocks that have learned nothing yet.
+        # A narrow network starts with responses near 2.5, so that epsilon would remove blocks
+        # before they have learned anything.
         epsilon_warmup=3,
         lr_schedule=((0, 0.1),),
         final_decay=((0.6, 0.01), (0.85, 0.001)),
@@ -59,8 +61,8 @@ def fashion_mnist() -> TrainingConfig:
 def cifar(name: str, *, dataset: str, depth: int) -> TrainingConfig:
     """The paper's run on CIFAR-10 or CIFAR-100 (its section 4.1 and the authors' code).
 
-    Different from it: a last descent that no restart interrupts, and a validation part held out of
-    the training data.
+    Differences: a final decay that no restart interrupts, and a validation part held out of the
+    training data.
     """
     return TrainingConfig(
         recipe=name,
@@ -82,8 +84,8 @@ def cifar(name: str, *, dataset: str, depth: int) -> TrainingConfig:
 def svhn(name: str, *, depth: int) -> TrainingConfig:
     """The paper's run on SVHN, its train and extra parts mixed.
 
-    Different from it as :func:`cifar` is, and in that the decay stays as it is: the authors' falls
-    to a fifth after 480,000 steps, which is about half-way.
+    Differences: those of :func:`cifar`, and a constant weight decay; the authors' falls to a fifth
+    after 480,000 steps, about half-way.
     """
     return TrainingConfig(
         recipe=name,
@@ -103,10 +105,10 @@ def svhn(name: str, *, depth: int) -> TrainingConfig:
 
 
 def imagenet(name: str, *, depth: int, epsilon: float) -> TrainingConfig:
-    """The paper's run on ImageNet (its section 4.2 and the authors' code); the rate never restarts.
+    """The paper's run on ImageNet (its section 4.2 and the authors' code), without restarts.
 
-    Its epoch is 5,000 steps of 256 images; ours is a pass over the training part, 4,965 steps once
-    10 images of each class are held out for validation. What it validates on is our test part.
+    Differences: an epoch is a pass over the training part, not 5,000 steps of 256 images (4,965
+    with 10 images per class held out for validation). The paper's validation set is our test part.
     """
     return TrainingConfig(
         recipe=name,
@@ -142,6 +144,15 @@ RECIPES: dict[str, Callable[[], TrainingConfig]] = {
     **_SVHN,
     **_IMAGENET,
 }
+
+
+def describe() -> list[str]:
+    """One line per recipe: its name, data set, model, epsilon and epochs."""
+    return [
+        f"{name:14} {made.dataset}, {made.model}, epsilon {made.epsilon or 0:g},"
+        f" {made.epochs} epochs"
+        for name, made in ((name, make()) for name, make in RECIPES.items())
+    ]
 
 
 def recipe(name: str) -> TrainingConfig:

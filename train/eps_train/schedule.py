@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-Steps = tuple[tuple[float, float], ...]
+Steps = tuple[tuple[int | float, float], ...]
 """(from, value) pairs in ascending order: a step function."""
 
 

@@ -34,12 +34,12 @@ needs_torchvision = pytest.mark.skipif(
 def test_missing_files_are_named_with_the_place_to_put_them(
     name: str, file: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(DataError) as refusal:
+    with pytest.raises(DataError) as error:
         dataset.load(name, tmp_path)
     message = rf"data set {name}: .*{re.escape(file)}.*--data-root.*--download fetch them$"
-    assert re.fullmatch(message, str(refusal.value))
-    assert "True" not in str(refusal.value), "torchvision's advice is for Python programs"
-    assert not list(tmp_path.iterdir()), "nothing is fetched unasked"
+    assert re.fullmatch(message, str(error.value))
+    assert "True" not in str(error.value), "torchvision's advice is for Python programs"
+    assert not list(tmp_path.iterdir()), "nothing is downloaded unasked"
 
 
 @needs_torchvision
@@ -62,10 +62,10 @@ def test_without_a_network_one_line_says_what_to_put_where(
 ) -> None:
     for scheme in ("http", "https"):  # a proxy that nobody answers at: no network
         monkeypatch.setenv(f"{scheme}_proxy", "http://127.0.0.1:9")
-    with pytest.raises(DataError) as refusal:
+    with pytest.raises(DataError) as error:
         dataset.load(name, tmp_path, download=True)
-    message = str(refusal.value)
-    assert message.startswith(f"data set {name}: cannot be fetched into {tmp_path} (")
+    message = str(error.value)
+    assert message.startswith(f"data set {name}: cannot be downloaded into {tmp_path} (")
     assert "Connection refused" in message
     assert file in message
     assert "\n" not in message

@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from eps_train.data.augment import EpochOrder, shift_and_flip, step_chance
+from eps_train.data.augment import EpochOrder, shift_and_flip, step_uniform
 
 
 def test_shift_and_flip_equals_pad_crop_and_mirror_one_by_one() -> None:
@@ -41,13 +41,13 @@ def test_an_epoch_sees_every_image_once_and_shifts_both_ways() -> None:
     assert 400 < int(draw.mirrored.sum()) < 600
 
 
-def test_the_chance_of_a_step_can_be_drawn_again_and_is_that_steps_own() -> None:
+def test_the_random_numbers_of_a_step_can_be_drawn_again_and_are_that_steps_own() -> None:
     drawn = {
-        (seed, epoch, step): step_chance(20, 3, seed=seed, epoch=epoch, step=step)
+        (seed, epoch, step): step_uniform(20, 3, seed=seed, epoch=epoch, step=step)
         for seed in (0, 1, 2**32 - 1)
         for epoch in (0, 1, 999)
         for step in (0, 1, 2)
     }
     assert len(torch.stack(list(drawn.values())).unique(dim=0)) == 27
-    for (seed, epoch, step), chance in drawn.items():
-        assert torch.equal(chance, step_chance(20, 3, seed=seed, epoch=epoch, step=step))
+    for (seed, epoch, step), uniform in drawn.items():
+        assert torch.equal(uniform, step_uniform(20, 3, seed=seed, epoch=epoch, step=step))

@@ -13,17 +13,17 @@ ANCHORS = ((0.2, 0.2), (0.2, 0.8), (0.8, 0.8), (0.8, 0.2))
 
 
 def nothing(count: int) -> torch.Tensor:
-    """Chance that leaves an image as it is: the middle of every range."""
+    """Random numbers that leave an image as it is: the middle of every range."""
     return torch.full((count, NUMBERS), 0.5)
 
 
-def by_hand(image: torch.Tensor, chance: list[float], top: int, left: int) -> np.ndarray:
+def by_hand(image: torch.Tensor, uniform: list[float], top: int, left: int) -> np.ndarray:
     """Pad to 40x40, brightness, contrast, warp and crop of one 32x32 image."""
     padded = np.pad(image.numpy().astype(np.float64), ((0, 0), (4, 4), (4, 4)))
-    padded = np.clip(padded + (2 * chance[0] - 1) * 10, 0, 255)
+    padded = np.clip(padded + (2 * uniform[0] - 1) * 10, 0, 255)
     mean = padded.mean(axis=(1, 2), keepdims=True)
-    padded = np.clip((padded - mean) * (0.8 + 0.4 * chance[1]) + mean, 0, 255)
-    moves = (2 * np.array(chance[2:]).reshape(4, 2) - 1) * 3
+    padded = np.clip((padded - mean) * (0.8 + 0.4 * uniform[1]) + mean, 0, 255)
+    moves = (2 * np.array(uniform[2:]).reshape(4, 2) - 1) * 3
     found = np.empty((3, 32, 32))
     for row in range(32):
         for column in range(32):
@@ -49,12 +49,12 @@ def by_hand(image: torch.Tensor, chance: list[float], top: int, left: int) -> np
 def test_it_is_the_authors_augmentation() -> None:
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (3, 3, 32, 32), generator=generator, dtype=torch.uint8)
-    chance = torch.rand(3, NUMBERS, generator=generator)
+    uniform = torch.rand(3, NUMBERS, generator=generator)
     shifts = torch.tensor([[0, 8], [3, 1], [4, 4]])
-    found = distort(images, chance, shifts, 4)
+    found = distort(images, uniform, shifts, 4)
     assert found.dtype == torch.uint8
     for index, (top, left) in enumerate(shifts.tolist()):
-        expected = by_hand(images[index], chance[index].tolist(), top, left)
+        expected = by_hand(images[index], uniform[index].tolist(), top, left)
         assert np.abs(found[index].numpy() - expected).max() < 0.51, "rounding, and no more"
 
 
@@ -64,11 +64,11 @@ def test_the_middle_of_every_range_changes_nothing() -> None:
     assert torch.equal(distort(images, nothing(4), centre, 2), images)
 
 
-def test_every_image_has_its_own_chance() -> None:
+def test_every_image_has_its_own_random_numbers() -> None:
     images = torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8).expand(5, -1, -1, -1)
-    chance, shifts = torch.rand(5, NUMBERS), torch.randint(0, 9, (5, 2))
-    together = distort(images, chance, shifts, 4)
+    uniform, shifts = torch.rand(5, NUMBERS), torch.randint(0, 9, (5, 2))
+    together = distort(images, uniform, shifts, 4)
     for index in range(5):
-        alone = distort(images[:1], chance[index : index + 1], shifts[index : index + 1], 4)
+        alone = distort(images[:1], uniform[index : index + 1], shifts[index : index + 1], 4)
         assert torch.equal(together[index], alone[0])
     assert len(together.unique(dim=0)) == 5

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from eps_core.errors import DataError
 from eps_train import recipes
-from eps_train.config import CHOICES, TrainingConfig
+from eps_train.config import TrainingConfig, choices
 from eps_train.data import batches, dataset
 from eps_train.data.augment import EpochOrder
 from eps_train.data.batches import Batches, DeviceBatches, LoaderBatches
@@ -22,7 +22,7 @@ from eps_train.data.dataset import Data
 from eps_train.data.images import FileSet, ImageSet
 
 CPU = torch.device("cpu")
-AUGMENTATIONS = CHOICES["augmentation"]
+AUGMENTATIONS = choices("augmentation")
 
 
 def config(augmentation: str = "shift", **changes: object) -> TrainingConfig:
@@ -36,8 +36,8 @@ def half(number: int) -> Callable[[int], slice]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two classes of pictures of different sizes; the brightness of each is its number."""
-    root = tmp_path_factory.mktemp("pictures")
+    """Two classes of images of different sizes; the brightness of each is its number."""
+    root = tmp_path_factory.mktemp("images")
     for number in range(80):
         path = root / "ab"[number % 2] / f"{number:02}.png"
         path.parent.mkdir(exist_ok=True)
@@ -123,8 +123,8 @@ def test_an_epoch_holds_different_images_with_their_labels(on_disk: Data) -> Non
     assert len(seen) == 50
 
 
-def test_a_crop_from_disk_is_one_of_the_whole_picture(on_disk: Data) -> None:
-    """Plain pictures stay plain however they are cropped, and flips change nothing."""
+def test_a_crop_from_disk_is_one_of_the_whole_image(on_disk: Data) -> None:
+    """Plain images stay plain however they are cropped, and flips change nothing."""
     made = batches.make(on_disk, config("imagenet"), CPU)
     for batch, _ in pixels_of(made, 0):
         grey = batch.float().amax(dim=(2, 3)) - batch.float().amin(dim=(2, 3))

@@ -16,7 +16,7 @@ from eps_core.errors import ConfigError, DataError
 from eps_core.preprocessing import Preprocessing
 from eps_train.data import dataset
 from eps_train.data.dataset import Data, DataIdentity
-from eps_train.data.images import ImageSet, Part, Source
+from eps_train.data.images import ImageSet, Part, RawDataset
 from eps_train.models.cifar import Normalize
 
 PREPROCESSING = Preprocessing(resize=(2, 2), crop=(2, 2), color="rgb")
@@ -37,9 +37,9 @@ def split(whole: ImageSet, classes: int) -> Data:
     return dataset.split(source(whole, classes), name="made")
 
 
-def source(train: ImageSet, classes: int, **parts: ImageSet) -> Source:
+def source(train: ImageSet, classes: int, **parts: ImageSet) -> RawDataset:
     names = tuple("abcdefgh"[:classes])
-    made = Source(train=train, classes=names, preprocessing=PREPROCESSING)
+    made = RawDataset(train=train, classes=names, preprocessing=PREPROCESSING)
     return replace(made, **parts)  # type: ignore[arg-type]
 
 
@@ -110,7 +110,7 @@ def test_no_more_than_ten_thousand_images_are_held_out_for_validation() -> None:
     labels[:30_000] = 0
     images = labels.to(torch.uint8).view(-1, 1, 1, 1)
     how = Preprocessing(resize=(1, 1), crop=(1, 1), color="grey")
-    large = Source(
+    large = RawDataset(
         train=ImageSet(images, labels),
         test=ImageSet(images[:9], labels[:9]),
         classes=("a", "b", "c"),
@@ -187,7 +187,7 @@ def test_parts_that_the_source_keeps_apart_stay_as_they_are() -> None:
     assert sorted(indices(with_test.train) + indices(with_test.validation)) == list(range(90))
 
 
-def test_a_known_set_is_brought_to_another_size_as_its_pictures_would_be() -> None:
+def test_a_known_set_is_brought_to_another_size_as_its_image_files_would_be() -> None:
     digits, larger = dataset.load("digits"), dataset.load("digits", image_size=(16, 12))
     assert larger.identity.input_shape == (1, 16, 12)
     assert larger.identity.outline == dataset.outline("digits", image_size=(16, 12))
@@ -195,8 +195,8 @@ def test_a_known_set_is_brought_to_another_size_as_its_pictures_would_be() -> No
     for part in PARTS:
         before, after = getattr(digits, part), getattr(larger, part)
         assert torch.equal(after.labels, before.labels), "split alike"
-        picture = Image.fromarray(before.images[3, 0].numpy())
-        expected = larger.identity.preprocessing.apply(picture)
+        image_file = Image.fromarray(before.images[3, 0].numpy())
+        expected = larger.identity.preprocessing.apply(image_file)
         assert np.array_equal(after.images[3].numpy(), expected)
     again = dataset.load_again(larger.identity)
     assert torch.equal(again.test.images, larger.test.images)

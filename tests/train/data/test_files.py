@@ -30,12 +30,12 @@ HOW = Preprocessing(resize=(5, 4), crop=(5, 4), color="grey")
 
 @pytest.fixture
 def files(tmp_path: Path) -> FileSet:
-    """Twenty pictures, the first ones of more than one batch."""
-    chance = np.random.default_rng(0)
+    """Twenty images, the first of more than one batch."""
+    random = np.random.default_rng(0)
     names = [f"{index % 3}/{index:02}.png" for index in range(20)]
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        pixels = chance.integers(0, 256, (5, 4), dtype=np.uint8)
+        pixels = random.integers(0, 256, (5, 4), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / name)
     return FileSet.of(tmp_path, names, [index % 3 for index in range(20)], HOW)
 
@@ -58,10 +58,10 @@ def test_a_part_of_it_is_read_alone(files: FileSet) -> None:
 
 def test_a_broken_file_is_one_line_also_from_a_worker(files: FileSet) -> None:
     files.path(13).write_bytes(b"\x89PNG\r\n\x1a\n")
-    with pytest.raises(DataError) as refusal:
+    with pytest.raises(DataError) as error:
         list(files.batches(6))
-    assert str(refusal.value).startswith(f"{files.path(13)}: not an image")
-    assert "\n" not in str(refusal.value)
+    assert str(error.value).startswith(f"{files.path(13)}: not an image")
+    assert "\n" not in str(error.value)
 
 
 def test_evaluation_from_disk_equals_that_from_memory(files: FileSet) -> None:
@@ -90,7 +90,7 @@ def double(number: int) -> tuple[Tensor]:
     return (torch.tensor(2 * number),)
 
 
-def refuse(number: int) -> tuple[Tensor]:
+def fail(number: int) -> tuple[Tensor]:
     raise DataError(f"{number} is not to be read")
 
 
@@ -113,9 +113,9 @@ def test_reading_draws_no_random_numbers_of_the_networks(workers: int) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_refusal_is_passed_on_as_it_is(workers: int) -> None:
+def test_an_error_of_a_worker_is_passed_on_as_it_is(workers: int) -> None:
     with pytest.raises(DataError, match=r"^4 is not to be read$"):
-        list(load(refuse, [4], workers=workers))
+        list(load(fail, [4], workers=workers))
 
 
 def test_a_worker_that_dies_is_one_line() -> None:
@@ -170,26 +170,27 @@ def test_no_more_workers_than_find_room_in_shared_memory(
     assert loading._fitting_workers(4, 100) == workers
 
 
-def test_with_the_64_mb_of_a_container_chunks_are_smaller(
+def test_the_64_mb_of_a_container_are_enough_to_scan_with_eight_workers(
     files: FileSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loading, "worker_count", lambda: 8)
     monkeypatch.setattr(memory, "shared", lambda: 64 << 20)
-    assert loading.fitting_answer(32 << 20, 1) == (64 << 20) // 18
-    assert loading.fitting_answer(32 << 20, 5 << 20) == 5 << 20, "one image at least"
-    expected = files.images
-    monkeypatch.setattr(memory, "shared", lambda: 0)
-    assert torch.equal(files.images, expected)
+    assert loading._fitting_workers(8, loading._CHUNK) == 8
+    monkeypatch.setattr(loading, "_CHUNK", 3 * 5 * 4)  # three images
+    monkeypatch.setattr(loading, "worker_count", lambda: 2)
+    expected = np.stack([HOW.read(files.path(index)) for index in range(20)])
+    for free in (None, 64 << 20, 0):
+        monkeypatch.setattr(memory, "shared", lambda free=free: free)
+        assert np.array_equal(files.images.numpy(), expected)
 
 
-def test_what_is_held_is_decoded_into_its_place(files: FileSet) -> None:
-    held, found = files.hold()
+def test_a_scan_decodes_images_into_their_places(files: FileSet) -> None:
+    held, found = files.scan(keep=True)
     assert not found.problems
     assert torch.equal(held.images, torch.cat([batch.images for batch in files.batches(6)]))
-    files.path(3).write_bytes(b"no picture")
-    held, found = files.hold()
+    files.path(3).write_bytes(b"no image")
+    held, found = files.scan(keep=True)
     assert list(found.problems) == [str(files.path(3))]
-    assert found.problems == files.check().problems
+    assert found.problems == files.scan(keep=False)[1].problems
     assert held.images[3].count_nonzero() == 0
     assert len(files.without(found.problems)) == 19
 

@@ -26,9 +26,9 @@ def idx_bytes(array: np.ndarray[tuple[int, ...], np.dtype[np.uint8]]) -> bytes:
 
 def write_set(folder: Path, *, train: int = 40, test: int = 20) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    chance = np.random.default_rng(0)
+    random = np.random.default_rng(0)
     for part, count in (("train", train), ("t10k", test)):
-        images = chance.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        images = random.integers(0, 256, (count, 28, 28), dtype=np.uint8)
         labels = np.arange(count, dtype=np.uint8) % 10
         (folder / f"{part}-images-idx3-ubyte").write_bytes(idx_bytes(images))
         (folder / f"{part}-labels-idx1-ubyte").write_bytes(idx_bytes(labels))

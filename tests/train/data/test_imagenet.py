@@ -1,4 +1,4 @@
-"""ImageNet's layout, with a handful of pictures in it."""
+"""ImageNet's layout, with a handful of images in it."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ CLASSES = ("n01440764", "n01443537", "n01484850")
 
 
 def write_set(root: Path, *, train: int = 20, val: int = 3) -> None:
-    chance = np.random.default_rng(0)
+    random = np.random.default_rng(0)
     for part, count in (("train", train), ("val", val)):
         for name in CLASSES:
             (root / part / name).mkdir(parents=True)
             for index in range(count):
-                size = (*chance.integers(30, 60, 2).tolist(), 3)
-                pixels = chance.integers(0, 256, size, dtype=np.uint8)
+                size = (*random.integers(30, 60, 2).tolist(), 3)
+                pixels = random.integers(0, 256, size, dtype=np.uint8)
                 Image.fromarray(pixels).save(root / part / name / f"{name}_{index}.JPEG")
 
 
@@ -43,7 +43,7 @@ def test_val_becomes_the_test_part_and_validation_is_split_off(tmp_path: Path) -
     assert dataset.load_again(made.identity, tmp_path).identity == made.identity
 
 
-def test_pictures_are_scaled_to_256_and_cropped_to_224(tmp_path: Path) -> None:
+def test_images_are_scaled_to_256_and_cropped_to_224(tmp_path: Path) -> None:
     write_set(tmp_path, train=3)
     source = imagenet.read_imagenet(tmp_path)
     assert (source.preprocessing.resize, source.preprocessing.crop) == ((256, 256), (224, 224))

@@ -1,4 +1,4 @@
-"""Mean and deviation of a training part, and what is said about them."""
+"""Mean and std of a training part, and their summary."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def test_the_sum_of_many_bright_images_does_not_overflow() -> None:
 
 
 @pytest.mark.parametrize("kind", ["channel", "pixel"])
-def test_images_of_one_colour_are_refused(kind: str) -> None:
+def test_images_of_one_color_are_refused(kind: str) -> None:
     plain = torch.tensor([9, 0, 255], dtype=torch.uint8).view(1, 3, 1, 1).repeat(20, 1, 4, 5)
     labels = torch.zeros(20, dtype=torch.int64)
-    with pytest.raises(DataError, match=r"all one colour \(every pixel is 9, 0, 255 of 255\)"):
+    with pytest.raises(DataError, match=r"all one color \(every pixel is 9, 0, 255 of 255\)"):
         dataset.measure(ImageSet(plain, labels), kind)
     plain[7, 1, 2, 2] = 1
     dataset.measure(ImageSet(plain, labels), kind)

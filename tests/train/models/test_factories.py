@@ -1,4 +1,4 @@
-"""Networks by name: found, called with what they take, refused in one line."""
+"""Networks by name: found, called with their arguments, or one line of error."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from eps_train.models import registry
 from eps_train.models.registry import arguments_for, check_ends, find, make
 
 
-def refusal(function: Any, *args: Any, **kwargs: Any) -> str:
+def error_of(function: Any, *args: Any, **kwargs: Any) -> str:
     with pytest.raises(ConfigError) as error:
         function(*args, **kwargs)
     assert "\n" not in str(error.value)
@@ -35,34 +35,34 @@ def test_factories_are_called_with_what_they_take(own: str) -> None:
 @pytest.mark.parametrize(
     ("member", "reason"),
     [
-        ("fixed", "is no factory of networks: it has none of the arguments num_classes, classes"),
-        ("demanding", "needs depth too; a factory is called with num_classes"),
+        ("fixed", "not a network factory: it has none of the arguments num_classes, classes"),
+        ("demanding", "requires depth too; a factory is called with num_classes"),
         ("Nets", "there is no network Nets in somebodys; did you mean Net?"),
         ("OWN", "there is no network OWN in somebodys"),
     ],
 )
-def test_what_is_no_factory(own: str, member: str, reason: str) -> None:
-    message = refusal(arguments_for, f"{own}:{member}", in_channels=1, classes=7)
+def test_what_is_not_a_factory(own: str, member: str, reason: str) -> None:
+    message = error_of(arguments_for, f"{own}:{member}", in_channels=1, classes=7)
     assert message.startswith(f"{own}:{member}: {reason}")
 
 
 def test_what_factories_may_do_wrong(own: str) -> None:
-    assert "made a int, not a torch.nn.Module" in refusal(
+    assert "returned int, not torch.nn.Module" in error_of(
         make, f"{own}:nothing", {"num_classes": 7}
     )
-    assert "failed with RuntimeError: two lines" in refusal(
+    assert "failed with RuntimeError: two lines" in error_of(
         make, f"{own}:broken", {"num_classes": 7}
     )
 
 
 @pytest.mark.parametrize("name", ["nowhere.at.all:net", "nowhere:net", "somebodys.inner:net"])
 def test_modules_that_are_not_there(own: str, name: str) -> None:
-    assert "no module named " in refusal(find, name)
+    assert "no module named " in error_of(find, name)
 
 
 @pytest.mark.parametrize("name", ["os:abort", "sys:exit", "builtins:exec", "os.path:join"])
 def test_pythons_own_modules_make_no_networks(name: str) -> None:
-    assert "makes no networks" in refusal(make, name, {})
+    assert "is part of Python and has no networks" in error_of(make, name, {})
 
 
 @pytest.mark.parametrize(
@@ -70,12 +70,12 @@ def test_pythons_own_modules_make_no_networks(name: str) -> None:
     [{}, {"width": 4}, {"num_classes": "7"}, {"num_classes": 7, "width": 9}, {"num_classes": True}],
 )
 def test_a_file_cannot_choose_other_arguments(own: str, arguments: dict[str, Any]) -> None:
-    refusal(make, f"{own}:Net", arguments)
+    error_of(make, f"{own}:Net", arguments)
 
 
 @pytest.mark.parametrize("name", ["a:b:c", "a b:c", "a:", ":a", "a:b.c"])
 def test_names_that_are_none(name: str) -> None:
-    assert "write mypackage.module:factory" in refusal(find, name)
+    assert "write mypackage.module:factory" in error_of(find, name)
 
 
 def ends(model: nn.Module, **sizes: int) -> None:
@@ -85,12 +85,12 @@ def ends(model: nn.Module, **sizes: int) -> None:
 def test_ends_that_do_not_fit_the_data(own: str) -> None:
     net = make(f"{own}:Net", {"num_classes": 7, "in_channels": 3})
     ends(net, in_channels=3, classes=7)
-    message = refusal(ends, net, in_channels=1, classes=7)
+    message = error_of(ends, net, in_channels=1, classes=7)
     assert message.startswith("it: takes images of 3 channels, the data has 1; choose")
-    message = refusal(ends, net, in_channels=3, classes=5)
+    message = error_of(ends, net, in_channels=3, classes=5)
     assert message == "it: returns 7 logits, the data has 5 classes"
     pair = make(f"{own}:several", {"num_classes": 7, "in_chans": 3})
-    assert "returns several outputs" in refusal(ends, pair, in_channels=3, classes=7)
+    assert "returns several outputs" in error_of(ends, pair, in_channels=3, classes=7)
 
 
 class Shaped(nn.Module):
@@ -104,7 +104,7 @@ class Shaped(nn.Module):
 
 
 def test_only_what_is_plainly_wrong_is_refused() -> None:
-    assert "returns 12 logits" in refusal(ends, Shaped(), in_channels=1, classes=7)
+    assert "returns 12 logits" in error_of(ends, Shaped(), in_channels=1, classes=7)
     ends(nn.Sequential(Shaped(), nn.Conv1d(1, 1, 1)), in_channels=1, classes=7)
 
 
@@ -114,10 +114,10 @@ def test_only_what_is_plainly_wrong_is_refused() -> None:
     [("torchvision:resnet51", "resnet50"), ("timm:resnetv2_51", "resnetv2_50")],
 )
 def test_unknown_names_list_near_ones(name: str, near: str) -> None:
-    message = refusal(find, name)
+    message = error_of(find, name)
     assert message.startswith(f"{name}: there is no network ")
     assert near in message.partition("did you mean")[2]
-    assert "did you mean" not in refusal(find, f"{name.partition(':')[0]}:zzzzqqqq")
+    assert "did you mean" not in error_of(find, f"{name.partition(':')[0]}:zzzzqqqq")
 
 
 @pytest.mark.usefixtures("timm_models")
@@ -142,7 +142,7 @@ def test_libraries_that_cannot_be_imported(
     monkeypatch.syspath_prepend(tmp_path)
     for name in [n for n in sys.modules if n.partition(".")[0] == library]:
         monkeypatch.delitem(sys.modules, name)
-    message = refusal(find, f"{library}:resnet18")
+    message = error_of(find, f"{library}:resnet18")
     assert message.startswith(f"{library}:resnet18: ")
     assert reason in message
 

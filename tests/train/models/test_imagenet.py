@@ -8,7 +8,7 @@ from torch import nn
 
 from eps_train.gating import rewriting
 from eps_train.gating.gate import EpsilonGate
-from eps_train.models.imagenet import Block, ImageNetResNet
+from eps_train.models.imagenet import ImageNetResNet, PreactivationBlock
 
 # Blocks a stage, from the paper.
 COUNTS = {
@@ -102,7 +102,7 @@ def test_the_tap_is_behind_the_middle_block_in_the_third_stage(depth: int) -> No
 
 def leading_norms(block: nn.Module) -> tuple[int, int]:
     """Norms on the way of both paths, and at the beginning of the branch alone."""
-    assert isinstance(block, Block)
+    assert isinstance(block, PreactivationBlock)
     first = next(iter(block.branch.children()))
     return len(list(block.preactivation.children())) // 2, int(isinstance(first, nn.BatchNorm2d))
 
@@ -127,17 +127,17 @@ def test_shortcuts_carry_weights_only_where_channels_change() -> None:
 
 def test_blocks_are_their_layers_in_the_order_of_the_paper() -> None:
     x = torch.randn(2, 8, 6, 6)
-    both = Block(8, 4, bottleneck=True, stride=2, before="both").eval()
+    both = PreactivationBlock(8, 4, bottleneck=True, stride=2, before="both").eval()
     norm, act = both.preactivation.children()
     conv1, norm1, _, conv2, norm2, _, conv3 = both.branch.children()
     ready = act(norm(x))
     branch = conv3(norm2(conv2(norm1(conv1(ready)).relu())).relu())
     assert torch.equal(both(x), both.shortcut(ready) + branch)
     assert [conv.stride for conv in (conv1, conv2, conv3)] == [(1, 1), (2, 2), (1, 1)]
-    alone = Block(8, 8, bottleneck=False, stride=1, before="branch").eval()
+    alone = PreactivationBlock(8, 8, bottleneck=False, stride=1, before="branch").eval()
     norm, _, conv1, norm1, _, conv2 = alone.branch.children()
     assert torch.equal(alone(x), x + conv2(norm1(conv1(norm(x).relu())).relu()))
-    bare = Block(8, 8, bottleneck=False, stride=1, before="nothing").eval()
+    bare = PreactivationBlock(8, 8, bottleneck=False, stride=1, before="nothing").eval()
     conv1, norm1, _, conv2 = bare.branch.children()
     assert torch.equal(bare(x), x + conv2(norm1(conv1(x)).relu()))
 

@@ -126,7 +126,10 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     assert refusal(tmp_path / "none.pt", FileFormatError).endswith("none.pt: no such file")
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "module._orig_mod."])
+@pytest.mark.parametrize(
+    "prefix",
+    ["module.", "_orig_mod.", "model.", "backbone.", "module._orig_mod.", "model.backbone."],
+)
 def test_prefixes_of_wrappers(prefix: str, tmp_path: Path) -> None:
     state = plain(trained())
     torch.save({f"{prefix}{name}": t for name, t in state.items()}, tmp_path / "wrapped.pt")

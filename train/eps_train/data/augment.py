@@ -1,7 +1,9 @@
-"""Random choices of an epoch, and random shift and mirroring.
+"""Data augmentation: random shifts and flips, and the paper's for ImageNet and SVHN.
 
-All augmentation works on batches of uint8 pixels, on the device where the images live. What chance
-decides is drawn apart from that, on the CPU: the same numbers on every device.
+It works on batches of uint8 pixels on the device of the images. The random numbers are drawn on the
+CPU, from seeds of their own, so that they are the same on every device and in every version: a
+resumed run depends on it. (torchvision's v2 transforms draw one choice for a whole batch, from the
+global random state.)
 """
 
 from __future__ import annotations
@@ -18,9 +20,7 @@ _PRIME = 1_000_003
 
 @dataclass(frozen=True, slots=True)
 class EpochOrder:
-    """All random choices of one epoch, drawn at once from its own seed.
-
-    An epoch can so be repeated exactly from its number alone, on any device.
+    """Order, shifts and flips of one epoch, drawn at once from its own seed.
 
     Attributes:
         order: permutation of the training images, int64 `[N]`.
@@ -40,40 +40,37 @@ class EpochOrder:
         mirrored = torch.rand(count, generator=generator) < (0.5 if flip else 0.0)
         return cls(order, shifts, mirrored)
 
-    def to(self, device: torch.device) -> EpochOrder:
-        return EpochOrder(self.order.to(device), self.shifts.to(device), self.mirrored.to(device))
 
+def step_uniform(*shape: int, seed: int, epoch: int, step: int) -> Tensor:
+    """Uniform random numbers float32 in [0, 1) of one step of one epoch, in this `shape`.
 
-def step_chance(*shape: int, seed: int, epoch: int, step: int) -> Tensor:
-    """Uniform numbers float32 in [0, 1), `shape` of them: chance of one step of one epoch.
-
-    Drawn step by step, because a large set's numbers for a whole epoch would fill the memory.
+    Drawn step by step, because the numbers of a whole epoch of a large set would fill the memory.
     """
     mixed = ((seed * _PRIME + epoch) * _PRIME + step + 1) % 2**63
     return torch.rand(shape, generator=torch.Generator().manual_seed(mixed))
 
 
-def there(numbers: Tensor, images: Tensor) -> Tensor:
-    """`numbers`, which lie on the CPU, where the images are; nothing waits for a GPU meanwhile."""
+def like_images(numbers: Tensor, images: Tensor) -> Tensor:
+    """Copy `numbers` from the CPU to the device of `images`, without waiting for a GPU."""
     return numbers.to(images.device, non_blocking=True)
 
 
-def between(chance: Tensor, low: float, high: float) -> Tensor:
-    """Uniform in `low`..`high` from uniform in 0..1, as `[N, 1, 1, 1]` from `[N]`."""
-    return (low + (high - low) * chance).view(-1, 1, 1, 1)
+def between(uniform: Tensor, low: float, high: float) -> Tensor:
+    """Scale `[N]` random numbers in 0..1 to `low`..`high`, as `[N, 1, 1, 1]`."""
+    return (low + (high - low) * uniform).view(-1, 1, 1, 1)
 
 
 def with_contrast(images: Tensor, factor: Tensor) -> Tensor:
-    """Every channel's distance from its mean over the image, times `factor` `[N, 1, 1, 1]`.
+    """Multiply each channel's distance from its mean over the image by `factor` `[N, 1, 1, 1]`.
 
-    On float images `[N, C, H, W]`, as the authors' code has it.
+    For float images `[N, C, H, W]`, as in the authors' code.
     """
     mean = images.mean(dim=(2, 3), keepdim=True)
     return (images - mean) * factor + mean
 
 
 def to_pixels(images: Tensor) -> Tensor:
-    """Float images as uint8, rounded, what lies outside 0..255 clipped."""
+    """Float images as uint8, rounded and clipped to 0..255."""
     return images.round().clamp(0, 255).to(torch.uint8)
 
 
@@ -94,7 +91,7 @@ def shift_and_flip(images: Tensor, shifts: Tensor, mirrored: Tensor, pad: int) -
     return padded[index, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-# -- The paper's augmentation for ImageNet: crop of 8..100 % of the area, colour jitter, lighting
+# -- The paper's augmentation for ImageNet: crop of 8..100 % of the area, color jitter, lighting
 #
 # The ranges are those of the authors' code, but for the lighting: there it is scaled as if pixels
 # went from 0 to 1, which leaves nothing of it; here as Krizhevsky et al. (NIPS 2012) describe it.
@@ -106,7 +103,7 @@ IMAGENET_BRIGHTNESS = 30.0  # pixel units, added or taken
 IMAGENET_CONTRAST = (0.8, 1.2)
 SATURATION = (0.6, 1.4)
 _LIGHTING = 0.1  # standard deviation, in units of the principal components
-# Principal components of ImageNet's colours (red, green, blue), as fb.resnet.torch published them.
+# Principal components of ImageNet's colors (red, green, blue), as fb.resnet.torch published them.
 _EIGENVALUES = (0.2175, 0.0188, 0.0045)
 _EIGENVECTORS = (
     (-0.5675, 0.7192, 0.4009),
@@ -115,46 +112,46 @@ _EIGENVECTORS = (
 )
 _GREY = (0.299, 0.587, 0.114)  # luminance (ITU-R BT.601)
 
-CROP_NUMBERS = 4 * _TRIES  # that chance has to give for an image
+CROP_NUMBERS = 4 * _TRIES  # random numbers per image
 COLOR_NUMBERS = 6
 CHANGES = 4
 
 
-def boxes(height: int, width: int, chance: Tensor) -> Tensor:
-    """Random crops of an image: top, left, height, width in pixels, int64 `[N, 4]`.
+def boxes(height: int, width: int, uniform: Tensor) -> Tensor:
+    """Choose random crops of an image: top, left, height, width in pixels, int64 `[N, 4]`.
 
-    Of ten tries the first that lies within the image; the whole image when none does.
+    The first of ten tries that is within the image; the whole image when none is.
 
     Args:
         height, width: of the image.
-        chance: `[N, CROP_NUMBERS]`, uniform in 0..1.
+        uniform: `[N, CROP_NUMBERS]`, random numbers in 0..1.
     """
-    chance = chance.view(len(chance), _TRIES, 4)
-    area = (AREA[0] + (AREA[1] - AREA[0]) * chance[..., 0]) * (height * width)
+    uniform = uniform.view(len(uniform), _TRIES, 4)
+    area = (AREA[0] + (AREA[1] - AREA[0]) * uniform[..., 0]) * (height * width)
     low, high = map(math.log, ASPECT)
-    aspect = torch.exp(low + (high - low) * chance[..., 1])  # as often 3:4 as 4:3
+    aspect = torch.exp(low + (high - low) * uniform[..., 1])  # as often 3:4 as 4:3
     widths = torch.sqrt(area * aspect).round().clamp_min(1)
     heights = torch.sqrt(area / aspect).round().clamp_min(1)
-    tops = (chance[..., 2] * (height - heights + 1)).floor()
-    lefts = (chance[..., 3] * (width - widths + 1)).floor()
+    tops = (uniform[..., 2] * (height - heights + 1)).floor()
+    lefts = (uniform[..., 3] * (width - widths + 1)).floor()
     tries = torch.stack([tops, lefts, heights, widths], dim=-1)
     inside = (heights <= height) & (widths <= width)
     first = inside.to(torch.uint8).argmax(dim=1)
     chosen = tries[torch.arange(len(tries), device=tries.device), first]
-    whole = there(torch.tensor([0, 0, height, width], dtype=tries.dtype), tries)
+    whole = like_images(torch.tensor([0, 0, height, width], dtype=tries.dtype), tries)
     return torch.where(inside.any(dim=1, keepdim=True), chosen, whole).to(torch.int64)
 
 
 def crop(images: Tensor, found: Tensor) -> Tensor:
-    """Each image's box (as :func:`boxes` gives them), scaled up to the size of the images.
+    """Crop each image to its box from :func:`boxes` and resize it to its old size (bilinear).
 
-    Bilinear. uint8 `[N, C, H, W]` to the same.
+    uint8 `[N, C, H, W]` to the same.
     """
     top, left, height, width = found.to(torch.float32).unbind(dim=1)
     size = images.shape[2:]
 
     def places(start: Tensor, extent: Tensor, length: int) -> Tensor:
-        """Centres of the new pixels, -1..1 across the old image."""
+        """Centers of the new pixels, -1..1 across the old image."""
         steps = (torch.arange(length, device=images.device) + 0.5) / length
         return 2 * (start[:, None] + extent[:, None] * steps) / length - 1
 
@@ -170,43 +167,43 @@ def crop(images: Tensor, found: Tensor) -> Tensor:
     return to_pixels(F.grid_sample(pixels, grid, padding_mode="border", align_corners=False))
 
 
-def recolor(images: Tensor, chance: Tensor, order: Tensor) -> Tensor:
+def recolor(images: Tensor, uniform: Tensor, order: Tensor) -> Tensor:
     """Change brightness, contrast, saturation and lighting, in the given order.
 
-    uint8 `[N, C, H, W]` to the same; on grey images brightness and contrast alone.
+    uint8 `[N, C, H, W]` to the same; of grey images only brightness and contrast change.
 
     Args:
         images: as above.
-        chance: `[N, COLOR_NUMBERS]`, uniform in 0..1.
+        uniform: `[N, COLOR_NUMBERS]`, random numbers in 0..1.
         order: order of the changes, int64 `[4]`, on the CPU.
     """
     pixels = images.to(torch.float32)
     changes = [_brighten, _contrast, _saturate, _light]
     for index in order.tolist():
         if images.shape[1] == len(_GREY) or changes[index] in (_brighten, _contrast):
-            pixels = changes[index](pixels, chance)
+            pixels = changes[index](pixels, uniform)
     return to_pixels(pixels)
 
 
-def _brighten(pixels: Tensor, chance: Tensor) -> Tensor:
-    return pixels + between(chance[:, 0], -IMAGENET_BRIGHTNESS, IMAGENET_BRIGHTNESS)
+def _brighten(pixels: Tensor, uniform: Tensor) -> Tensor:
+    return pixels + between(uniform[:, 0], -IMAGENET_BRIGHTNESS, IMAGENET_BRIGHTNESS)
 
 
-def _contrast(pixels: Tensor, chance: Tensor) -> Tensor:
-    return with_contrast(pixels, between(chance[:, 1], *IMAGENET_CONTRAST))
+def _contrast(pixels: Tensor, uniform: Tensor) -> Tensor:
+    return with_contrast(pixels, between(uniform[:, 1], *IMAGENET_CONTRAST))
 
 
-def _saturate(pixels: Tensor, chance: Tensor) -> Tensor:
-    factor = between(chance[:, 2], *SATURATION)
-    grey = there(torch.tensor(_GREY), pixels).view(1, 3, 1, 1)
+def _saturate(pixels: Tensor, uniform: Tensor) -> Tensor:
+    factor = between(uniform[:, 2], *SATURATION)
+    grey = like_images(torch.tensor(_GREY), pixels).view(1, 3, 1, 1)
     return pixels * factor + (pixels * grey).sum(dim=1, keepdim=True) * (1 - factor)
 
 
-def _light(pixels: Tensor, chance: Tensor) -> Tensor:
+def _light(pixels: Tensor, uniform: Tensor) -> Tensor:
     """Add to every pixel a random amount of each principal component."""
-    normal = torch.special.ndtri(chance[:, 3:6].clamp(1e-6, 1 - 1e-6))
-    scale = there(torch.tensor(_EIGENVALUES), pixels) * (255 * _LIGHTING)
-    vectors = there(torch.tensor(_EIGENVECTORS), pixels)
+    normal = torch.special.ndtri(uniform[:, 3:6].clamp(1e-6, 1 - 1e-6))
+    scale = like_images(torch.tensor(_EIGENVALUES), pixels) * (255 * _LIGHTING)
+    vectors = like_images(torch.tensor(_EIGENVECTORS), pixels)
     shift: Tensor = (normal * scale) @ vectors.T
     return pixels + shift[:, :, None, None]
 
@@ -221,10 +218,10 @@ SVHN_CONTRAST = (0.8, 1.2)
 _ANCHORS = ((0.2, 0.2), (0.2, 0.8), (0.8, 0.8), (0.8, 0.2))  # row, column, as shares of the image
 _REACH = 3 / 40  # of an anchor, either way, as a share of the padded image: 3 pixels of 40
 _WIDTH = 0.2  # of the bell with which a place follows an anchor: exp(-distance² / width)
-NUMBERS = 2 + 2 * len(_ANCHORS)  # that chance has to give for an image
+NUMBERS = 2 + 2 * len(_ANCHORS)  # random numbers per image
 
 
-def distort(images: Tensor, chance: Tensor, shifts: Tensor, pad: int) -> Tensor:
+def distort(images: Tensor, uniform: Tensor, shifts: Tensor, pad: int) -> Tensor:
     """Pad by `pad` zero pixels, change brightness and contrast, warp, crop back at `shifts`.
 
     The warp moves four anchors by up to 3 of 40 pixels, each way on its own, and every other place
@@ -232,14 +229,14 @@ def distort(images: Tensor, chance: Tensor, shifts: Tensor, pad: int) -> Tensor:
 
     Args:
         images: uint8 `[N, C, H, W]`.
-        chance: `[N, NUMBERS]`, uniform in 0..1.
+        uniform: `[N, NUMBERS]`, random numbers in 0..1.
         shifts: int64 `[N, 2]`, top and left of the crop in the padded image, 0..2 * pad.
         pad: pixels.
     """
     padded = F.pad(images.to(torch.float32), (pad, pad, pad, pad))
-    padded = (padded + between(chance[:, 0], -SVHN_BRIGHTNESS, SVHN_BRIGHTNESS)).clamp(0, 255)
-    padded = with_contrast(padded, between(chance[:, 1], *SVHN_CONTRAST)).clamp(0, 255)
-    moves = (2 * chance[:, 2:].view(len(images), len(_ANCHORS), 2) - 1) * _REACH
+    padded = (padded + between(uniform[:, 0], -SVHN_BRIGHTNESS, SVHN_BRIGHTNESS)).clamp(0, 255)
+    padded = with_contrast(padded, between(uniform[:, 1], *SVHN_CONTRAST)).clamp(0, 255)
+    moves = (2 * uniform[:, 2:].view(len(images), len(_ANCHORS), 2) - 1) * _REACH
     grid = _warped(moves, shifts, images.shape[2:], padded.shape[2:])
     warped = F.grid_sample(padded, grid, padding_mode="border", align_corners=True)
     return to_pixels(warped)
@@ -256,7 +253,7 @@ def _warped(
     for axis in (0, 1):
         window = torch.arange(size[axis], device=moves.device) + shifts[:, axis, None]
         places.append(window / padded[axis])
-    anchors = there(torch.tensor(_ANCHORS), moves)
+    anchors = like_images(torch.tensor(_ANCHORS), moves)
     near_row, near_column = (
         torch.exp(-((place[:, None] - anchors[:, axis, None]) ** 2) / _WIDTH)
         for axis, place in enumerate(places)

@@ -1,25 +1,24 @@
-"""Where a training step's images come from."""
+"""The batches of an epoch, augmented, from memory or from disk."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from eps_train.config import TrainingConfig
 from eps_train.data import augment
-from eps_train.data.augment import EpochOrder, shift_and_flip, step_chance, there
+from eps_train.data.augment import EpochOrder, like_images, shift_and_flip, step_uniform
 from eps_train.data.dataset import Data
-from eps_train.data.images import FileSet, ImageSet, load
+from eps_train.data.images import FileSet, ImageSet, Part, load
 
-# -- What chance decides in training: which images make up a batch, and what is done to them
-
-_ORDER = augment.CHANGES  # numbers whose ranks are the order of the changes of colour
-_NUMBERS = {
+_ORDER = augment.CHANGES  # numbers whose ranks are the order of the color changes
+_NUMBERS = {  # uniform random numbers per image
     "shift": 0,
     "svhn": augment.NUMBERS,
     "imagenet": augment.CROP_NUMBERS + augment.COLOR_NUMBERS + _ORDER,
@@ -29,130 +28,15 @@ Share = Callable[[int], slice]
 """From the number of images in a batch to those among them that are this process's."""
 
 
-class BatchPlan:
-    """The batches of a training part of `count` images.
-
-    Attributes:
-        size: images in a batch, those of all processes together.
-        steps: batches in an epoch; images that make up no full batch are left out.
-        crops: whether images are cropped before all else, which can be done where they are read.
-    """
-
-    def __init__(
-        self,
-        count: int,
-        config: TrainingConfig,
-        device: torch.device,
-        share: Callable[[int], slice],
-    ) -> None:
-        self.count, self.config, self.device = count, config, device
-        self.size = min(config.batch_size, count)
-        self.steps = count // self.size
-        self.share = share(self.size)
-        self.crops = config.augmentation == "imagenet"
-
-    def epoch(self, epoch: int) -> EpochSampler:
-        """All of the 0-based `epoch`, from (seed, epoch) alone."""
-        return EpochSampler(self, epoch)
-
-
-class EpochSampler:
-    """One epoch of a :class:`BatchPlan`; steps are 0-based.
-
-    Attributes:
-        draw: the epoch's order, shifts and mirroring, on the CPU.
-    """
-
-    def __init__(self, plan: BatchPlan, epoch: int) -> None:
-        config = plan.config
-        self._plan, self._epoch = plan, epoch
-        self.draw = EpochOrder.draw(
-            plan.count, seed=config.seed, epoch=epoch, shift=config.shift, flip=config.flip
-        )
-        self._placed = self.draw.to(plan.device)
-
-    def rows(self, step: int) -> slice:
-        """This process's part of a step's batch, as a slice of the epoch's order."""
-        size = self._plan.size
-        mine = range(step * size, (step + 1) * size)[self._plan.share]
-        return slice(mine.start, mine.stop)
-
-    def crop_chance(self, step: int) -> Tensor:
-        """What decides the crops of this process's images, as `augment_imagenet.boxes` takes it."""
-        return self._chance(step)[self._plan.share, : augment.CROP_NUMBERS]
-
-    def augmented(self, images: Tensor, step: int, *, cropped: bool = False) -> Tensor:
-        """This process's images of a step, uint8 `[n, C, H, W]` on the device, changed at random.
-
-        `cropped` images have had the crop of :meth:`crop_chance` already.
-        """
-        config, rows = self._plan.config, self.rows(step)
-        shifts, mirrored = self._placed.shifts[rows], self._placed.mirrored[rows]
-        if config.augmentation == "shift":
-            return shift_and_flip(images, shifts, mirrored, config.shift)
-        if config.augmentation == "svhn":
-            chance = self._chance(step)[self._plan.share]
-            images = augment.distort(images, there(chance, images), shifts, config.shift)
-        else:
-            images = self._imagenet(images, step, cropped=cropped)
-        return shift_and_flip(images, torch.zeros_like(shifts), mirrored, 0)
-
-    def _imagenet(self, images: Tensor, step: int, *, cropped: bool) -> Tensor:
-        chance = self._chance(step)
-        order = chance[0, -_ORDER:].argsort()  # of the whole batch, the same in all processes
-        if not cropped:
-            height, width = images.shape[2:]
-            boxes = augment.boxes(height, width, self.crop_chance(step))
-            images = augment.crop(images, there(boxes, images))
-        colors = chance[self._plan.share, augment.CROP_NUMBERS : -_ORDER]
-        return augment.recolor(images, there(colors, images), order)
-
-    def _chance(self, step: int) -> Tensor:
-        """Uniform numbers for every image of a step's whole batch, on the CPU."""
-        config = self._plan.config
-        numbers = _NUMBERS[config.augmentation]
-        return step_chance(self._plan.size, numbers, seed=config.seed, epoch=self._epoch, step=step)
-
-
-class Batches(Protocol):
-    """The training part, batch by batch, on the device, augmented, as raw uint8 pixels.
-
-    Every random choice follows from (seed, epoch) alone, so that an epoch can be entered in its
-    middle and goes on exactly as if it had not been left.
-    """
-
-    @property
-    def size(self) -> int:
-        """Images in a batch, those of all processes together.
-
-        All batches of an epoch are full: batch norm wants them alike.
-        """
-
-    @property
-    def steps(self) -> int:
-        """Batches in an epoch."""
-
-    def epoch(self, epoch: int, *, first: int) -> Iterator[ImageSet]:
-        """The batches of the 0-based `epoch` from the 0-based step `first` on.
-
-        Of each batch this process's share. Raises DataError that names a file that cannot be read.
-        """
-
-
-def make(
-    data: Data,
-    config: TrainingConfig,
-    device: torch.device,
-    share: Share = slice,
-) -> Batches:
+def make(data: Data, config: TrainingConfig, device: torch.device, share: Share = slice) -> Batches:
     """The batches of `data.train`, from memory or from disk.
 
     Args:
-        data: the whole set, loaded with the normalisation that `config` names.
+        data: the data set, loaded with the normalization that `config` names.
         config: batch size, seed and augmentation.
         device: where the batches go, and where they are augmented.
-        share: from the number of images in a batch to those that are this process's; all if not
-            given. What it raises is passed on.
+        share: from the number of images in a batch to those that are this process's; all by
+            default. What it raises is passed on.
     """
     assert data.identity.normalization == config.normalization, "load the data as config says"
     if isinstance(data.train, FileSet):
@@ -161,84 +45,168 @@ def make(
     return DeviceBatches(data.train, config, device, share)
 
 
-class DeviceBatches:
-    """A set that fits lies on the device as a whole and is augmented there, in batches.
+class Batches(ABC):
+    """The training part, batch by batch, on the device, augmented, as raw uint8 pixels.
 
-    On a GPU that has too little free memory for it, it stays in the computer's own.
+    Every random choice follows from (seed, epoch) alone, so that an epoch can be entered in its
+    middle and goes on exactly as if it had not been left.
+
+    Attributes:
+        count: images in the training part.
+        size: images per batch, over all processes. Every batch is full, because batch norm depends
+            on the batch size; the images of a last incomplete batch are left out.
+        steps: batches per epoch.
+        share: this process's images of a batch.
     """
 
     def __init__(
-        self,
-        images: ImageSet,
-        config: TrainingConfig,
-        device: torch.device,
-        share: Share = slice,
+        self, images: Part, config: TrainingConfig, device: torch.device, share: Share
     ) -> None:
-        roomy = _has_room(device, images.images.nbytes)
-        self._images = images.to(device) if roomy else images
-        self._plan = plan = BatchPlan(len(images), config, device, share)
-        self.size, self.steps = plan.size, plan.steps
+        self.count, self.config, self.device = len(images), config, device
+        self.size = min(config.batch_size, self.count)
+        self.steps = self.count // self.size
+        self.share = share(self.size)
+
+    @abstractmethod
+    def epoch(self, epoch: int, *, first: int) -> Iterator[ImageSet]:
+        """This process's share of the batches of an epoch, from step `first` on (both 0-based).
+
+        Raises DataError that names a file that cannot be read.
+        """
+
+
+class DeviceBatches(Batches):
+    """Batches of a set that fits in memory: it is on the device as a whole.
+
+    On a GPU with too little free memory for it, it stays in the host's memory.
+    """
+
+    def __init__(
+        self, images: ImageSet, config: TrainingConfig, device: torch.device, share: Share = slice
+    ) -> None:
+        super().__init__(images, config, device, share)
+        room = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else None
+        fits = room is None or images.images.nbytes <= room
+        self._images = images.to(device) if fits else images
 
     def epoch(self, epoch: int, *, first: int) -> Iterator[ImageSet]:
-        plan = self._plan.epoch(epoch)
-        order = plan.draw.order.to(self._images.labels.device)
+        sampler = EpochSampler(self, epoch)
+        order = sampler.order.to(self._images.labels.device)
         for step in range(first, self.steps):
-            batch = self._images[order[plan.rows(step)]].to(self._plan.device)
-            yield ImageSet(plan.augmented(batch.images, step), batch.labels)
+            batch = self._images[order[sampler.rows(step)]].to(self.device)
+            yield ImageSet(sampler.augment(batch.images, step), batch.labels)
 
 
-class LoaderBatches:
-    """A set on disk is read and cropped by worker processes; the device does the rest."""
+class LoaderBatches(Batches):
+    """Batches of a set on disk: worker processes read and crop, the device does the rest."""
 
     def __init__(
         self, files: FileSet, config: TrainingConfig, device: torch.device, share: Share = slice
     ) -> None:
-        self._plan = plan = BatchPlan(len(files), config, device, share)
-        self.size, self.steps = plan.size, plan.steps
-        self._read = _Reader(files, plan.crops)
+        super().__init__(files, config, device, share)
+        self._read = _Reader(files, crops=config.augmentation == "imagenet")
 
     def epoch(self, epoch: int, *, first: int) -> Iterator[ImageSet]:
-        plan, device = self._plan.epoch(epoch), self._plan.device
+        sampler = EpochSampler(self, epoch)
         steps = range(first, self.steps)
-        wanted = ((plan.draw.order[plan.rows(step)], plan.crop_chance(step)) for step in steps)
-        answers = load(self._read, wanted, pin=device.type == "cuda")
+        # As arrays: tensors would be sent to the workers through shared memory.
+        requests = (
+            (sampler.order[sampler.rows(step)].numpy(), sampler.crop_uniform(step).numpy())
+            for step in steps
+        )
+        answers = load(self._read, requests, pin=self.device.type == "cuda")
         for step, (pixels, labels) in zip(steps, answers, strict=True):
-            batch = ImageSet(
-                pixels.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+            images = pixels.to(self.device, non_blocking=True)
+            yield ImageSet(
+                sampler.augment(images, step, cropped=True),
+                labels.to(self.device, non_blocking=True),
             )
-            yield ImageSet(plan.augmented(batch.images, step, cropped=True), batch.labels)
+
+
+class EpochSampler:
+    """Which images make up the batches of one epoch, and how each is augmented.
+
+    Attributes:
+        order: permutation of the training images, int64 `[N]`, on the CPU.
+    """
+
+    def __init__(self, batches: Batches, epoch: int) -> None:
+        config = batches.config
+        self._batches, self._config, self._epoch = batches, config, epoch
+        choices = EpochOrder.draw(
+            batches.count, seed=config.seed, epoch=epoch, shift=config.shift, flip=config.flip
+        )
+        self.order = choices.order
+        self._shifts = choices.shifts.to(batches.device)
+        self._mirrored = choices.mirrored.to(batches.device)
+
+    def rows(self, step: int) -> slice:
+        """This process's part of a step's batch, as a slice of the epoch's order."""
+        size = self._batches.size
+        mine = range(step * size, (step + 1) * size)[self._batches.share]
+        return slice(mine.start, mine.stop)
+
+    def crop_uniform(self, step: int) -> Tensor:
+        """Random numbers for the crops of this process's images, as `augment.boxes` takes them."""
+        return self._uniform(step)[self._batches.share, : augment.CROP_NUMBERS]
+
+    def augment(self, images: Tensor, step: int, *, cropped: bool = False) -> Tensor:
+        """Augment this process's images of a step, uint8 `[n, C, H, W]` on the device.
+
+        `cropped` images have been cropped by :meth:`crop_uniform` already.
+        """
+        config, rows = self._config, self.rows(step)
+        shifts, mirrored = self._shifts[rows], self._mirrored[rows]
+        if config.augmentation == "shift":
+            return shift_and_flip(images, shifts, mirrored, config.shift)
+        whole = self._uniform(step)
+        uniform = whole[self._batches.share]
+        if config.augmentation == "svhn":
+            images = augment.distort(images, like_images(uniform, images), shifts, config.shift)
+        else:
+            if not cropped:
+                height, width = images.shape[2:]
+                boxes = augment.boxes(height, width, uniform[:, : augment.CROP_NUMBERS])
+                images = augment.crop(images, like_images(boxes, images))
+            colors = uniform[:, augment.CROP_NUMBERS : -_ORDER]
+            order = whole[0, -_ORDER:].argsort()  # of the whole batch, the same in all processes
+            images = augment.recolor(images, like_images(colors, images), order)
+        return shift_and_flip(images, torch.zeros_like(shifts), mirrored, 0)
+
+    def _uniform(self, step: int) -> Tensor:
+        """Uniform random numbers for every image of a step's whole batch, on the CPU."""
+        numbers, seed = _NUMBERS[self._config.augmentation], self._config.seed
+        return step_uniform(self._batches.size, numbers, seed=seed, epoch=self._epoch, step=step)
 
 
 @dataclass(frozen=True, slots=True)
 class _Reader:
-    """Reads the files of a batch: as evaluation does, or of each a random crop, scaled."""
+    """Read the files of a batch: as evaluation does, or a random crop of each, scaled."""
 
     files: FileSet
     crops: bool
 
-    def __call__(self, wanted: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        chosen, chance = wanted
+    def __call__(
+        self, request: tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]
+    ) -> tuple[Tensor, Tensor]:
+        chosen, uniform = request
         how = self.files.preprocessing
         pixels = np.empty((len(chosen), *how.shape), dtype=np.uint8)
         for row, index in enumerate(chosen.tolist()):
             path = self.files.path(index)
-            crop = _Crop(chance[row]) if self.crops else None
-            pixels[row] = how.read(path) if crop is None else how.read_crop(path, crop)
-        return torch.from_numpy(pixels), self.files.labels[chosen]
+            if self.crops:
+                pixels[row] = how.read_crop(path, _Crop(torch.from_numpy(uniform[row : row + 1])))
+            else:
+                pixels[row] = how.read(path)
+        return torch.from_numpy(pixels), self.files.labels[torch.from_numpy(chosen)]
 
 
 @dataclass(frozen=True, slots=True)
 class _Crop:
-    """Chooses a box (top, left, height, width) in a picture of whatever size."""
+    """Choose a box (top, left, height, width) in an image of any size."""
 
-    chance: Tensor
+    uniform: Tensor
 
     def __call__(self, height: int, width: int) -> tuple[int, int, int, int]:
-        (box,) = augment.boxes(height, width, self.chance[None]).tolist()
-        top, left, rows, columns = box
+        top, left, rows, columns = augment.boxes(height, width, self.uniform)[0].tolist()
         return top, left, rows, columns
-
-
-def _has_room(device: torch.device, size: int) -> bool:
-    """Whether `size` bytes take no more than half of what a GPU has free."""
-    return device.type != "cuda" or size <= torch.cuda.mem_get_info(device)[0] // 2

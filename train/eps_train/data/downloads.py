@@ -1,4 +1,4 @@
-"""CIFAR-10, CIFAR-100 and SVHN through torchvision's readers, which check the MD5 sums."""
+"""Data sets that can be downloaded: digits, CIFAR, SVHN, MNIST and Fashion-MNIST."""
 
 from __future__ import annotations
 
@@ -17,12 +17,17 @@ from torch import Tensor
 
 from eps_core.errors import DataError
 from eps_core.preprocessing import Preprocessing
-from eps_train.data.images import ImageSet, Source
+from eps_train.data.images import ImageSet, RawDataset
+
+T = TypeVar("T")
+
+_DIGITS = tuple("0123456789")
 
 # -- scikit-learn's digits: 1797 real 8x8 grey scans, in the package itself (UCI, 1998)
 
 
-def read_digits() -> Source:
+def read_digits() -> RawDataset:
+    """The digits of scikit-learn, scaled to 0..255."""
     try:
         from sklearn.datasets import load_digits
     except ImportError:
@@ -32,90 +37,67 @@ def read_digits() -> Source:
     digits = load_digits()
     pixels = torch.from_numpy(digits.images)  # 0..16
     images = (pixels * (255 / 16)).round().to(torch.uint8)[:, None]
-    return Source(
+    return RawDataset(
         train=ImageSet(images, torch.from_numpy(digits.target).to(torch.int64)),
-        classes=tuple(str(digit) for digit in range(10)),
+        classes=_DIGITS,
         preprocessing=Preprocessing(resize=(8, 8), crop=(8, 8), color="grey"),
     )
 
 
-# -- torchvision, also where its compiled part cannot be loaded
-#
-# A torchvision that was built for another torch (a CUDA build beside a torch without CUDA, which
-# is what a package index may serve together) fails on import: it describes two operators that its
-# library would have brought. Its networks and readers need neither, so they are declared here.
-
-_SIGN = "operator torchvision::"
-_declared: list[torch.library.Library] = []  # a declaration lasts as long as its library
+# -- torchvision, which knows where data sets are published, and their checksums
 
 
 def import_torchvision() -> None:
-    """Have `import torchvision` work in this process from here on.
+    """Make `import torchvision` work in this process, or raise what it raises.
 
-    Raises what the import raises when that is something else: not installed, or broken.
+    Package indexes serve torchvision's CUDA build beside torch's CPU build. That pair fails on
+    import, because torchvision describes two operators that its compiled library would have
+    registered. Its networks and data sets use neither, so it is enough to declare them.
     """
     try:
         import_module("torchvision")
     except RuntimeError as error:
-        if _declared or _SIGN not in str(error):
+        if "operator torchvision::" not in str(error) or hasattr(torch.ops.torchvision, "nms"):
             raise
-        _declare_operators()
+        for operator in ("nms", "qnms"):
+            torch.library.define(
+                f"torchvision::{operator}",
+                "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+            )
         for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-            del sys.modules[name]  # what the failed import left behind
+            del sys.modules[name]  # left behind by the failed import
         import_module("torchvision")
 
 
-def _declare_operators() -> None:
-    library = torch.library.Library("torchvision", "DEF")
-    for operator in ("nms", "qnms"):
-        library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _declared.append(library)
+def _with_torchvision(
+    name: str, root: Path, files: str, work: Callable[[], T], *, download: bool
+) -> T:
+    """Return `work()`, which reads a data set through torchvision, and downloads it if asked to.
 
-
-# -- Fetching a data set's files with torchvision, which knows where they are and checks them
-
-T = TypeVar("T")
-
-
-def fetched(name: str, root: Path, files: str, work: Callable[[], T], *, download: bool) -> T:
-    """What `work` returns, a torchvision reader's doing; torchvision can be imported in it.
-
-    Args:
-        name: the data set.
-        root: where its files belong.
-        files: the files, as a message is to name them.
-        work: reads them, and fetches them first where that was asked for.
-        download: whether it was.
-
-    Raises:
-        DataError: says which files to put where.
+    Raises DataError that says which `files` to put into `root`.
     """
-    import_torchvision()
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # where --json prints nothing of its own
+        import_torchvision()
+        with contextlib.redirect_stdout(sys.stderr):  # --json prints nothing else on stdout
             return work()
     except Exception as error:  # torchvision raises RuntimeError, OSError, pickle's own and more
-        reason = _last_line(error)
+        # Where torchvision tried several mirrors, the last line is of the last of them. It goes on
+        # with advice for those who call it from Python.
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        last = lines[-1] if lines else type(error).__name__
+        reason = last.partition(" You can use download=True")[0].strip("<>").rstrip(".")
     if download:
         raise DataError(
-            f"data set {name}: cannot be fetched into {root} ({reason}); put {files} there by hand"
+            f"data set {name}: cannot be downloaded into {root} ({reason}); put {files} there"
         )
     raise DataError(
-        f"data set {name}: not found whole in {root} ({reason}); put {files} there, name its folder"
-        " with --data-root, or have eps-train --download fetch them"
+        f"data set {name}: not found whole in {root} ({reason}); put {files} there, name its"
+        " folder with --data-root, or have eps-train --download fetch them"
     )
 
 
-def _last_line(error: Exception) -> str:
-    """What is wrong; where torchvision tried several mirrors, what the last of them said."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if not lines:
-        return type(error).__name__
-    # It goes on with an advice to those who call it from Python.
-    return lines[-1].partition(" You can use download=True")[0].strip("<>").rstrip(".")
+# -- CIFAR-10, CIFAR-100 and SVHN in the files that torchvision reads
 
-
-_SIZE = (32, 32)
 _FILES = {
     "cifar10": "cifar-10-python.tar.gz (unpacked: the folder cifar-10-batches-py)",
     "cifar100": "cifar-100-python.tar.gz (unpacked: the folder cifar-100-python)",
@@ -123,53 +105,47 @@ _FILES = {
 }
 
 
-def read_archive(name: str, root: Path, *, download: bool = False) -> Source:
+def read_archive(name: str, root: Path, *, download: bool = False) -> RawDataset:
     """Read `cifar10`, `cifar100`, or `svhn` (train and extra mixed, as in the paper).
 
-    Raises DataError that says which files to put where.
+    torchvision checks the MD5 sums. Raises DataError that says which files to put where.
     """
-    train, test, classes = fetched(
-        name, root, _FILES[name], lambda: _parts(name, root, download), download=download
-    )
-    return Source(
+
+    def read() -> tuple[ImageSet, ImageSet, tuple[str, ...]]:
+        from torchvision import datasets
+
+        if name == "svhn":
+            parts = ("train", "extra", "test")
+            svhn = [datasets.SVHN(root, part, download=download) for part in parts]
+            train = _image_set(
+                np.concatenate([part.data for part in svhn[:2]]),
+                np.concatenate([part.labels for part in svhn[:2]]),
+            )
+            return train, _image_set(svhn[2].data, svhn[2].labels), _DIGITS
+        reader = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
+        cifar = [reader(root, train, download=download) for train in (True, False)]
+        train, test = (_image_set(c.data.transpose(0, 3, 1, 2), c.targets) for c in cifar)
+        return train, test, tuple(cifar[0].classes)
+
+    train, test, classes = _with_torchvision(name, root, _FILES[name], read, download=download)
+    return RawDataset(
         train=train,
         test=test,
-        classes=tuple(classes),
-        preprocessing=Preprocessing(resize=_SIZE, crop=_SIZE, color="rgb"),
+        classes=classes,
+        preprocessing=Preprocessing(resize=(32, 32), crop=(32, 32), color="rgb"),
     )
-
-
-def _parts(name: str, root: Path, download: bool) -> tuple[ImageSet, ImageSet, list[str]]:
-    """Training part, test part and label names."""
-    from torchvision import datasets
-
-    if name == "svhn":
-        parts = [datasets.SVHN(root, p, download=download) for p in ("train", "extra", "test")]
-        *seen, test = (_image_set(part.data, part.labels) for part in parts)
-        return _join(seen), test, [str(digit) for digit in range(10)]
-    reader = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
-    both = [reader(root, train, download=download) for train in (True, False)]
-    train, test = (_image_set(_chw(part.data), part.targets) for part in both)
-    return train, test, list(both[0].classes)
-
-
-def _chw(pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
 
 
 def _image_set(pixels: np.ndarray[Any, Any], labels: Any) -> ImageSet:
-    return ImageSet(torch.from_numpy(pixels), torch.as_tensor(np.asarray(labels)).to(torch.int64))
+    """From arrays `[N, C, H, W]` and `[N]` as torchvision holds them."""
+    images = torch.from_numpy(np.ascontiguousarray(pixels))
+    return ImageSet(images, torch.as_tensor(np.asarray(labels)).to(torch.int64))
 
 
-def _join(sets: list[ImageSet]) -> ImageSet:
-    return ImageSet(torch.cat([s.images for s in sets]), torch.cat([s.labels for s in sets]))
-
-
-# -- MNIST and Fashion-MNIST in their own format, IDX (LeCun, "The MNIST database"), or gzipped
+# -- MNIST and Fashion-MNIST in their own format, IDX (LeCun, "The MNIST database")
 #
-# The files are looked for in the data root itself and where torchvision puts them. Whoever packs
-# them again (Debian does, as dataset-fashion-mnist) changes their published MD5 sums, so what is
-# checked is gzip's own CRC, and that shape and length agree.
+# Not through torchvision: packages of the same files (Debian's dataset-fashion-mnist) compress them
+# again, so that their MD5 sums differ. Checked are gzip's own CRC, and that shape and length agree.
 
 _IMAGES, _LABELS = 3, 1  # dimensions, the last byte of the magic number
 _STEMS = tuple(
@@ -178,7 +154,7 @@ _STEMS = tuple(
 
 _FOLDERS = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST"}  # torchvision's names
 _CLASSES = {
-    "mnist": tuple(str(digit) for digit in range(10)),
+    "mnist": _DIGITS,
     "fashion-mnist": (
         "T-shirt/top",
         "Trouser",
@@ -194,14 +170,22 @@ _CLASSES = {
 }
 
 
-def read_idx(name: str, root: Path, *, download: bool = False) -> Source:
+def read_idx(name: str, root: Path, *, download: bool = False) -> RawDataset:
     """Read `mnist` or `fashion-mnist` below `root`: 60,000 training and 10,000 test images.
 
-    Raises DataError that names the file that is missing or damaged; `download` fetches them all
-    when one of them is missing.
+    Looks in `root` itself and where torchvision and others put the files; `download` fetches all of
+    them when one is missing. Raises DataError that names the file that is missing or damaged.
     """
     if download and None in [_find(name, root, stem) for stem in _STEMS]:
-        _fetch(name, root)
+
+        def fetch() -> None:
+            from torchvision import datasets
+
+            reader = datasets.MNIST if name == "mnist" else datasets.FashionMNIST
+            reader(root, download=True)
+
+        files = ", ".join(f"{stem}.gz" for stem in _STEMS)
+        _with_torchvision(name, root, files, fetch, download=True)
     train, test = (
         ImageSet(
             _array(name, root, f"{part}-images-idx3-ubyte", _IMAGES)[:, None],
@@ -210,7 +194,7 @@ def read_idx(name: str, root: Path, *, download: bool = False) -> Source:
         for part in ("train", "t10k")
     )
     size = (int(train.images.shape[2]), int(train.images.shape[3]))
-    return Source(
+    return RawDataset(
         train=train,
         test=test,
         classes=_CLASSES[name],
@@ -250,14 +234,3 @@ def _find(name: str, root: Path, stem: str) -> Path | None:
             if path.is_file():
                 return path
     return None
-
-
-def _fetch(name: str, root: Path) -> None:
-    def work() -> None:
-        from torchvision import datasets
-
-        reader = datasets.MNIST if name == "mnist" else datasets.FashionMNIST
-        reader(root, download=True)
-
-    files = ", ".join(f"{stem}.gz" for stem in _STEMS)
-    fetched(name, root, files, work, download=True)

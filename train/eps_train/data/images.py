@@ -1,4 +1,4 @@
-"""Images with labels: held as raw pixels, or to be read from their files."""
+"""Labelled images, in memory or on disk, and the worker processes that read them."""
 
 from __future__ import annotations
 
@@ -23,15 +23,13 @@ from torch.utils.data import DataLoader, Dataset
 from eps_core.errors import DataError, reader_death
 from eps_core.preprocessing import Preprocessing, peak_of_sixteen_bits, with_image
 
-MEMORY = 8 << 30  # bytes of pixels that were held at most by runs that do not say what they held
-
 
 class Part(Protocol):
-    """A part of a data set, in memory (:class:`ImageSet`) or on disk (`files.FileSet`)."""
+    """A part of a data set: in memory (:class:`ImageSet`) or on disk (:class:`FileSet`)."""
 
     @property
     def images(self) -> Tensor:
-        """All of them, uint8 `[N, C, H, W]`; of a part on disk, read now, every time."""
+        """All images, uint8 `[N, C, H, W]`; a part on disk reads them on every access."""
 
     @property
     def labels(self) -> Tensor:
@@ -43,13 +41,13 @@ class Part(Protocol):
         """The images at an int64 `[M]` index."""
 
     def to(self, device: torch.device) -> Part:
-        """The same, with :meth:`batches` on `device`."""
+        """The same part, with :meth:`batches` on `device`."""
 
     def batches(self, size: int) -> Iterator[ImageSet]:
         """In order, `size` at a time; the last batch may be smaller."""
 
     def update(self, digest: hashlib._Hash) -> None:
-        """Add to `digest` what makes this part the one it is."""
+        """Add the identity of this part to `digest`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +75,10 @@ class ImageSet:
         digest.update(self.images.contiguous().numpy().data)
         digest.update(self.labels.contiguous().numpy().data)
 
-    def through(self, preprocessing: Preprocessing) -> ImageSet:
-        """The same images as `preprocessing` brings a file that holds one of them to the network.
+    def preprocessed(self, preprocessing: Preprocessing) -> ImageSet:
+        """The same images as `preprocessing` reads them from image files.
 
-        So what a run is trained on and what `eps-predict` makes of the original picture are alike.
+        Training and `eps-predict` so see the same pixels of the same image.
         """
         from PIL import Image
 
@@ -93,18 +91,18 @@ class ImageSet:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Source:
-    """What a reader found, before it is split.
+class RawDataset:
+    """A data set as its reader found it, before it is split.
 
     Attributes:
         train: images to train on, or all images when there are no other parts.
-        validation, test: parts that the source itself keeps apart; None: to be split off.
+        validation, test: parts that the data set defines itself; None: to be split off `train`.
         classes: label names by index.
         preprocessing: from an image file to the same pixels.
-        folder: that the files lie in; None where they are no images that one could look at.
-        held: whether parts that consist of files are to be read into memory once they are split.
-        left_out: what lies in the folder and is not used, in words.
-        skipped: files that were there, damaged, and are not used, below `folder`.
+        folder: folder of the image files; None where the data set does not consist of them.
+        held: whether parts on disk are to be read into memory once they are split.
+        left_out: description of the other files in the folder.
+        skipped: damaged files that are not used, relative to `folder`.
     """
 
     train: Part
@@ -117,37 +115,35 @@ class Source:
     left_out: str = ""
     skipped: tuple[str, ...] = ()
 
-    def resized(self, size: tuple[int, int]) -> Source:
-        """All parts, which lie in memory, brought to `size` (height, width)."""
-        preprocessing = replace(self.preprocessing, resize=size, crop=size)
-
-        def through(part: Part) -> ImageSet:
-            assert isinstance(part, ImageSet)
-            return part.through(preprocessing)
-
+    def map_parts(self, change: Callable[[Any], Part]) -> RawDataset:
+        """The data set with `change` applied to every part that it has."""
         return replace(
             self,
-            preprocessing=preprocessing,
-            train=through(self.train),
-            validation=self.validation and through(self.validation),
-            test=self.test and through(self.test),
+            train=change(self.train),
+            validation=self.validation and change(self.validation),
+            test=self.test and change(self.test),
         )
 
 
-# -- Free memory of this machine or container: RAM, and shared memory for reader processes
+# -- Free memory of this machine or container: RAM, and shared memory for worker processes
 
 SHARED = Path("/dev/shm")  # where processes hand tensors to each other on Linux
 _PROC, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
 
 def available() -> int:
-    """Bytes of RAM that can be taken without swapping: what the machine or its cgroup has left.
+    """Bytes of RAM that can be used without swapping, within the limits of this process's cgroups.
 
-    Linux says so itself. Elsewhere it is all the RAM that the machine has.
+    Where the system does not say (not Linux), all the RAM that the machine has.
     """
-    machine = _machine()
-    if machine is None:
-        machine = _installed()
+    meminfo = dict(line.split(":", 1) for line in _lines(_PROC / "meminfo") if ":" in line)
+    if "MemAvailable" in meminfo:
+        machine = int(meminfo["MemAvailable"].split()[0]) * 1024
+    else:
+        try:
+            machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        except (AttributeError, ValueError, OSError):  # Windows has no such call
+            machine = sys.maxsize
     return min([machine, *_cgroup_rooms()])
 
 
@@ -155,7 +151,7 @@ def shared() -> int | None:
     """Free bytes of shared memory; None where it has no limit of its own."""
     try:
         found = os.statvfs(SHARED)
-    except (AttributeError, OSError):  # no such call, or no such place
+    except (AttributeError, OSError):  # no such call, or no such folder
         return None
     return found.f_bavail * found.f_frsize
 
@@ -165,23 +161,8 @@ def local_processes() -> int:
     return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-def _machine() -> int | None:
-    for line in _lines(_PROC / "meminfo"):
-        name, _, rest = line.partition(":")
-        if name == "MemAvailable":
-            return int(rest.split()[0]) * 1024
-    return None
-
-
-def _installed() -> int:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # Windows has no such call
-        return sys.maxsize
-
-
 def _cgroup_rooms() -> list[int]:
-    """What is left below the limit of every cgroup that this process is in, of both versions."""
+    """Bytes left below the limit of each cgroup of this process, of both cgroup versions."""
     rooms = []
     for line in _lines(_PROC / "self" / "cgroup"):
         number, controllers, path = line.split(":", 2)
@@ -192,24 +173,21 @@ def _cgroup_rooms() -> list[int]:
             usage = "memory.usage_in_bytes"
         else:
             continue
-        # In a container the path may be the host's, while the files lie at the root.
+        # In a container the path may be the host's, while the files are at the root.
         inner = root / path.lstrip("/")
         for folder in (inner, *inner.parents):
-            room = _room(folder, limit, usage) if folder.is_relative_to(root) else None
-            if room is not None:
-                rooms.append(room)
+            if not folder.is_relative_to(root):
+                continue
+            most, used = _lines(folder / limit), _lines(folder / usage)
+            if not most or not used or not most[0].strip().isdecimal():  # "max": no limit
+                continue
+            # The kernel reclaims cached files that have not been read lately.
+            stat = dict(
+                line.split(" ", 1) for line in _lines(folder / "memory.stat") if " " in line
+            )
+            cached = max(int(stat.get(n, 0)) for n in ("inactive_file", "total_inactive_file"))
+            rooms.append(max(0, int(most[0]) - int(used[0]) + cached))
     return rooms
-
-
-def _room(folder: Path, limit: str, usage: str) -> int | None:
-    most, used = (_lines(folder / name) for name in (limit, usage))
-    if not most or not used or not most[0].strip().isdecimal():  # "max": no limit
-        return None
-    # The kernel gives back cached files that nobody has looked at lately.
-    names = ("inactive_file", "total_inactive_file")
-    statistics = dict(line.split(" ", 1) for line in _lines(folder / "memory.stat") if " " in line)
-    cached = max([int(statistics[name]) for name in names if name in statistics], default=0)
-    return max(0, int(most[0]) - int(used[0]) + cached)
 
 
 def _lines(path: Path) -> list[str]:
@@ -225,32 +203,20 @@ Request = TypeVar("Request")
 Answer = TypeVar("Answer")
 
 MOST_WORKERS = 16
-_AHEAD = 2  # answers that each worker may be ahead of who asked
+_AHEAD = 2  # answers that each worker reads ahead
 _BESIDES = 2  # answers in use or on the way, however many workers there are
 
 
 def worker_count() -> int:
-    """One worker a core, shared out among the processes of a `torchrun`; none on one core."""
+    """One worker per core, shared out among the processes of a `torchrun`; none on one core."""
     affinity = getattr(os, "sched_getaffinity", None)  # what a container may use; Linux has it
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     workers = cores // local_processes()
     return min(workers, MOST_WORKERS) if workers > 1 else 0
 
 
-def fitting_answer(wanted: int, smallest: int) -> int:
-    """Bytes of an answer, `wanted` at most, of which all workers find room in shared memory.
-
-    It is not below `smallest`, for which :func:`load` may have to take fewer workers.
-    """
-    room = shared()
-    if room is None:
-        return wanted
-    share = room // local_processes() // (_AHEAD * worker_count() + _BESIDES)
-    return max(smallest, min(wanted, share))
-
-
 def _fitting_workers(wanted: int, answer_bytes: int) -> int:
-    """How many workers find room for their answers in shared memory, `wanted` at most."""
+    """Number of workers, at most `wanted`, whose answers fit in shared memory."""
     room = shared()
     if room is None or not answer_bytes:
         return wanted
@@ -271,27 +237,26 @@ def load(
     The workers live until the last answer, or until this iterator is dropped.
 
     Args:
-        read: from a request to an answer, tensors perhaps among it, by that request alone; it is
-            sent to the workers, so it must be picklable.
-        requests: what to read.
-        pin: hand the tensors over in pinned memory, from where a GPU fetches them by itself.
-        workers: processes; 0 reads in this one; None: :func:`worker_count`.
-        answer_bytes: of the tensors in an answer; where shared memory is short (64 MB in a
-            container, if nothing is said), fewer workers are started, or none.
+        read: from a request to a tuple of tensors and other objects; picklable, as it is sent to
+            the workers.
+        requests: what to read; without tensors, which would be sent through shared memory.
+        pin: return the tensors in pinned memory, for asynchronous copies to a GPU.
+        workers: number of processes; 0 reads in this one; None: :func:`worker_count`.
+        answer_bytes: size of the tensors of an answer; where shared memory is short (64 MB in a
+            container by default), fewer workers are started, or none.
 
     Raises:
-        DataError: what `read` raised, or that a worker died, or that shared memory ran out.
+        DataError: what `read` raised, or a worker died, or shared memory ran out.
     """
     wanted = worker_count() if workers is None else workers
     count = _fitting_workers(wanted, answer_bytes)
     loader: DataLoader[Any] = DataLoader(
         _Reading(read, shared=count > 0),
         batch_size=None,
-        sampler=map(_sent, requests),
+        sampler=requests,
         num_workers=count,
         prefetch_factor=_AHEAD if count else None,
         pin_memory=pin,
-        collate_fn=_as_it_is,
         worker_init_fn=_prepare_worker,
         # Its own, else every start would draw from the generator that networks draw from.
         generator=torch.Generator(),
@@ -306,12 +271,12 @@ def load(
             if (death := reader_death(error)) is None:
                 raise
             raise DataError(death) from None
-        if isinstance(answer, _Refusal):
+        if isinstance(answer, _ReadError):
             raise DataError(answer)
         yield answer
 
 
-class _Refusal(str):
+class _ReadError(str):
     """The message of a DataError: raised in a worker, it would arrive with a stack trace in it."""
 
 
@@ -319,37 +284,21 @@ class _Reading(Dataset[Any], Generic[Request, Answer]):
     def __init__(self, read: Callable[[Request], Answer], *, shared: bool) -> None:
         self._read, self._shared = read, shared
 
-    def __getitem__(self, request: Request) -> Answer | _Refusal:
+    def __getitem__(self, request: Request) -> Answer | _ReadError:
         try:
-            answer = self._read(_received(request))
+            answer = self._read(request)
             if self._shared:
                 _share(answer)
         except DataError as error:
-            return _Refusal(error)
+            return _ReadError(error)
         return answer
 
 
-def _sent(request: Any) -> Any:
-    """A request without tensors, which would be sent by way of shared memory, as arrays instead."""
-    if isinstance(request, tuple):
-        return tuple(item.numpy() if isinstance(item, Tensor) else item for item in request)
-    return request
-
-
-def _received(request: Any) -> Any:
-    """Inverse of :func:`_sent`."""
-    if isinstance(request, tuple):
-        return tuple(
-            torch.from_numpy(item) if isinstance(item, np.ndarray) else item for item in request
-        )
-    return request
-
-
 def _share(answer: Any) -> None:
-    """Move the tensors of an answer into shared memory.
+    """Move the tensors of an answer into shared memory. Raises DataError.
 
-    torch would do so in a thread behind the worker, where it prints what went wrong and drops the
-    answer, for which the main process then waits for ever. Raises DataError.
+    torch would do so in a background thread of the worker, where it prints the error and drops the
+    answer, and the main process would wait for it for ever.
     """
     try:
         for item in answer:
@@ -362,30 +311,26 @@ def _share(answer: Any) -> None:
         ) from None
 
 
-def _as_it_is(answer: Any) -> Any:
-    return answer
-
-
 def _prepare_worker(worker: int) -> None:
-    """Leave Ctrl-C to the main process, and Pillow's remarks on odd files unsaid."""
+    """Leave Ctrl-C to the main process, and silence Pillow's warnings of odd files."""
     # It reaches every process of a terminal, but the main one still wants to finish its step.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     warnings.filterwarnings("ignore", module="PIL")
 
 
-# -- Images that stay on disk: a data set that is too large to be held
+# -- Images that stay on disk
 
 _CPU = torch.device("cpu")
-_CHUNK = 32 << 20  # bytes of pixels that a worker reads at a time, where it is not said
+_CHUNK = 2 << 20  # bytes of pixels that a worker scans at a time: many fit in shared memory
 
 
 @dataclass(slots=True)
-class Findings:
-    """What a look at every file of a part found.
+class ScanStatistics:
+    """What decoding every file of a part showed.
 
     Attributes:
         problems: files that cannot be used, by path, one line each that names the file.
-        deep: images that are grey with 16 bits.
+        deep: number of grey images with 16 bits.
         peak: largest value, 0..65535, in any of those.
     """
 
@@ -393,7 +338,7 @@ class Findings:
     deep: int = 0
     peak: int = 0
 
-    def add(self, other: Findings) -> None:
+    def add(self, other: ScanStatistics) -> None:
         self.problems |= other.problems
         self.deep += other.deep
         self.peak = max(self.peak, other.peak)
@@ -401,7 +346,7 @@ class Findings:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class FileSet:
-    """Image files with labels, read whenever they are looked at.
+    """Image files with labels, read on every access.
 
     Attributes:
         root: folder that the names are relative to.
@@ -433,8 +378,8 @@ class FileSet:
 
     def without(self, paths: Collection[str]) -> FileSet:
         """The set without the files at `paths`."""
-        kept = [str(self.path(index)) not in paths for index in range(len(self))]
-        return self[torch.tensor(kept, dtype=torch.bool).nonzero().flatten()]
+        stays = [str(self.path(index)) not in paths for index in range(len(self))]
+        return self[torch.tensor(stays, dtype=torch.bool).nonzero().flatten()]
 
     def to(self, device: torch.device) -> FileSet:
         return replace(self, device=device)
@@ -452,105 +397,48 @@ class FileSet:
 
     def batches(self, size: int) -> Iterator[ImageSet]:
         """As `Part.batches`, read by worker processes. Raises DataError that names a bad file."""
-        alone = 0 if len(self) <= size else None  # a single batch is not worth a process
         pin = self.device.type == "cuda"
-        answers = load(
-            self.read,
-            self._slices(size),
-            pin=pin,
-            workers=alone,
-            answer_bytes=size * self._image_bytes,
-        )
-        for pixels, labels in answers:
+        for pixels, labels in self._load(
+            self.read, size, answer_bytes=size * self._image_bytes, pin=pin
+        ):
             yield ImageSet(pixels, labels).to(self.device)
 
     @property
     def images(self) -> Tensor:
-        """All pixels, on `device`. Raises DataError when they are too many to be held."""
-        if self.nbytes > available():
+        """All pixels, on `device`. Raises DataError when they do not fit in memory."""
+        if len(self) * self._image_bytes > available():
             raise self._too_large()
-        held, found = self.hold()
+        part, found = self.scan(keep=True)
         for problem in found.problems.values():
             raise DataError(problem)
-        return held.images.to(self.device)
+        return part.images.to(self.device)
 
-    def chunks(self) -> Iterator[ImageSet]:
-        """As :meth:`batches`, of a size that suits the memory."""
-        return self.batches(self._chunk)
+    def scan(self, *, keep: bool) -> tuple[Part, ScanStatistics]:
+        """Decode every file once.
 
-    def hold(self) -> tuple[ImageSet, Findings]:
-        """All images, in the memory of the CPU, and what was found; a bad one's pixels are 0.
+        Args:
+            keep: whether to return the images in the memory of the CPU (the pixels of a bad file
+                are 0); otherwise this set is returned. Takes no more memory than the images and a
+                few chunks.
 
-        No more memory is taken than they need, and some chunks. Raises DataError when there is not
-        as much.
+        Raises:
+            DataError: the images do not fit in memory.
         """
+        total, size = ScanStatistics(), max(1, _CHUNK // self._image_bytes)
         try:
-            pixels = torch.empty((len(self), *self.preprocessing.shape), dtype=torch.uint8)
+            count = len(self) if keep else 0
+            pixels = torch.empty((count, *self.preprocessing.shape), dtype=torch.uint8)
         except (MemoryError, RuntimeError):
             raise self._too_large() from None
-        found, start = Findings(), 0
-        for chunk, part in self._looked_at(keep=True):
+        start = 0
+        scanned = self._load(
+            partial(self._scan, keep=keep), size, answer_bytes=keep * size * self._image_bytes
+        )
+        for chunk, found in scanned:
             pixels[start : start + len(chunk)] = chunk
             start += len(chunk)
-            found.add(part)
-        return ImageSet(pixels, self.labels), found
-
-    def check(self) -> Findings:
-        """Decode every file once, and keep nothing of it."""
-        found = Findings()
-        for _, part in self._looked_at(keep=False):
-            found.add(part)
-        return found
-
-    @property
-    def nbytes(self) -> int:
-        """Of all pixels."""
-        return len(self) * self._image_bytes
-
-    @property
-    def _image_bytes(self) -> int:
-        return math.prod(self.preprocessing.shape)
-
-    @property
-    def _chunk(self) -> int:
-        """Images that a worker reads at a time, where it is not said."""
-        return max(1, fitting_answer(_CHUNK, self._image_bytes) // self._image_bytes)
-
-    def _slices(self, size: int) -> Iterator[slice]:
-        return (slice(start, start + size) for start in range(0, len(self), size))
-
-    def _looked_at(self, *, keep: bool) -> Iterator[tuple[Tensor, Findings]]:
-        size = self._chunk
-        return load(
-            partial(self._look, keep=keep),
-            self._slices(size),
-            workers=0 if len(self) <= size else None,
-            answer_bytes=size * self._image_bytes if keep else 0,
-        )
-
-    def _look(self, index: slice, *, keep: bool) -> tuple[Tensor, Findings]:
-        """Pixels uint8 `[n, C, H, W]`, if they are to be kept, and what was found there."""
-        chosen, found = range(*index.indices(len(self))), Findings()
-        how = self.preprocessing
-        pixels = np.zeros((len(chosen) if keep else 0, *how.shape), dtype=np.uint8)
-        for row, number in enumerate(chosen):
-            path = self.path(number)
-            try:
-                peak, image = with_image(path, lambda i: (peak_of_sixteen_bits(i), how.apply(i)))
-            except DataError as error:
-                found.problems[str(path)] = str(error)
-                continue
-            found.add(Findings(deep=int(peak > 0), peak=peak))
-            if keep:
-                pixels[row] = image
-        return torch.from_numpy(pixels), found
-
-    def _too_large(self) -> DataError:
-        return DataError(
-            f"{self.root}: {len(self):,} images of"
-            f" {'x'.join(map(str, self.preprocessing.shape))} do not fit in the memory that is"
-            f" free ({self.nbytes / 2**30:.1f} GiB are needed); choose a smaller --image-size"
-        )
+            total.add(found)
+        return (ImageSet(pixels, self.labels) if keep else self), total
 
     def update(self, digest: hashlib._Hash) -> None:
         """Every name (below the root), file size and label, and how files are read.
@@ -564,3 +452,40 @@ class FileSet:
             size = os.stat(os.path.join(root, name)).st_size
             digest.update(name.replace(separator, b"/") + b"\0%d\0" % size)
         digest.update(self.labels.numpy().data)
+
+    @property
+    def _image_bytes(self) -> int:
+        return math.prod(self.preprocessing.shape)
+
+    def _load(
+        self, read: Callable[[slice], Answer], size: int, *, answer_bytes: int, pin: bool = False
+    ) -> Iterator[Answer]:
+        """:func:`load` all images, `size` per request."""
+        slices = [slice(start, start + size) for start in range(0, len(self), size)]
+        alone = 0 if len(slices) <= 1 else None  # a single batch is not worth a process
+        return load(read, slices, pin=pin, workers=alone, answer_bytes=answer_bytes)
+
+    def _scan(self, index: slice, *, keep: bool) -> tuple[Tensor, ScanStatistics]:
+        """Pixels uint8 `[n, C, H, W]`, none unless `keep`, and the statistics of these files."""
+        chosen, found = range(*index.indices(len(self))), ScanStatistics()
+        how = self.preprocessing
+        pixels = np.zeros((len(chosen) if keep else 0, *how.shape), dtype=np.uint8)
+        for row, number in enumerate(chosen):
+            path = self.path(number)
+            try:
+                peak, image = with_image(path, lambda i: (peak_of_sixteen_bits(i), how.apply(i)))
+            except DataError as error:
+                found.problems[str(path)] = str(error)
+                continue
+            found.add(ScanStatistics(deep=int(peak > 0), peak=peak))
+            if keep:
+                pixels[row] = image
+        return torch.from_numpy(pixels), found
+
+    def _too_large(self) -> DataError:
+        needed = len(self) * self._image_bytes / 2**30
+        return DataError(
+            f"{self.root}: {len(self):,} images of"
+            f" {'x'.join(map(str, self.preprocessing.shape))} do not fit in the memory that is"
+            f" free ({needed:.1f} GiB are needed); choose a smaller --image-size"
+        )

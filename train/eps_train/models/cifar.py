@@ -1,6 +1,6 @@
-"""Network families with ε-gates in place: pre-activation residual networks as in the paper.
+"""The paper's CIFAR and SVHN family with ε-gates in place, and the layers around any network.
 
-A family is a factory of an ordinary `nn.Module` that maps normalised float images `[N, C, H, W]` to
+A family is a factory of an ordinary `nn.Module` that maps normalized float images `[N, C, H, W]` to
 logits `[N, classes]`. Its residual additions are :class:`~eps_train.gating.gate.EpsilonGate`
 modules (with epsilon 0: open), and a :class:`Tap` marks where the training loop may attach the side
 head.
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Tap(nn.Identity):
-    """A named point of a network whose activations the training loop reads with a forward hook."""
+    """Marks the activations that the training loop's side head reads with a forward hook."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Downsample(nn.Module):
     """Parameter-free shortcut across a change of shape: 2x2 average pool, then zero channels.
 
     Odd sizes round up, as the strided convolution of the branch does; a border window averages the
-    pixels that exist. Half of the new channels go before the old ones, the rest after (as in the
+    pixels that exist. Half of the new channels precede the old ones, the rest follow (as in the
     authors' code).
     """
 
@@ -53,7 +53,7 @@ class BasicBlock(nn.Module):
         self, in_channels: int, out_channels: int, *, stride: int = 1, preactivated: bool = False
     ) -> None:
         super().__init__()
-        # The very first block sits behind the stem's own BN-ReLU and has none of its own.
+        # The first block follows the stem's BN-ReLU and has none of its own.
         self.bn1 = nn.Identity() if preactivated else nn.BatchNorm2d(in_channels)
         self.relu1 = nn.Identity() if preactivated else nn.ReLU()
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False)
@@ -71,7 +71,42 @@ class BasicBlock(nn.Module):
         return out
 
 
-class CifarResNet(nn.Module):
+class GatedResNet(nn.Module):
+    """Stem, stages of blocks, pooled head and classifier.
+
+    The tap follows block `tap[1]` of stage `tap[0]`, which has half of the last stage's `channels`.
+    """
+
+    def __init__(
+        self,
+        stem: nn.Sequential,
+        stages: Sequence[nn.Sequential],
+        *,
+        tap: tuple[int, int],
+        channels: int,
+        classes: int,
+    ) -> None:
+        super().__init__()
+        self.stem = stem
+        self.stages = nn.ModuleList(stages)
+        self.side_tap = Tap(channels // 2)
+        self.tap = tap
+        self.head = pooling(channels)
+        self.classifier = nn.Linear(channels, classes)
+        initialise(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for number, stage in enumerate(self.stages):
+            for index, block in enumerate(stage.children()):
+                x = block(x)
+                if (number, index) == self.tap:
+                    x = self.side_tap(x)
+        logits: Tensor = self.classifier(self.head(x))
+        return logits
+
+
+class CifarResNet(GatedResNet):
     """The paper's CIFAR and SVHN family: depth 6n + 2, three stages of n blocks, widths w, 2w, 4w.
 
     Any image from 8x8 up, odd and non-square sizes too. Parameters at depth 110, width 16, RGB,
@@ -81,7 +116,6 @@ class CifarResNet(nn.Module):
     def __init__(
         self, *, depth: int, width: int = 16, in_channels: int = 3, classes: int = 10
     ) -> None:
-        super().__init__()
         n, rest = divmod(depth - 2, 6)
         if rest or n < 1:
             nearest = max(1, round((depth - 2) / 6)) * 6 + 2
@@ -90,10 +124,10 @@ class CifarResNet(nn.Module):
             )
         if min(width, in_channels, classes) < 1:
             raise ValueError("width, in_channels and classes must be at least 1")
-        self.stem = nn.Sequential(
+        stem = nn.Sequential(
             nn.Conv2d(in_channels, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
         )
-        self.stages = nn.ModuleList()
+        stages = []
         channels = width
         for index, out_channels in enumerate((width, 2 * width, 4 * width)):
             stage = nn.Sequential()
@@ -108,23 +142,9 @@ class CifarResNet(nn.Module):
                     )
                 )
                 channels = out_channels
-            self.stages.append(stage)
-        self.side_tap = Tap(2 * width)
-        self.side_after = n // 2  # block of stage 2 after which the side head looks (paper's code)
-        self.head = nn.Sequential(
-            nn.BatchNorm2d(channels), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
-        )
-        self.classifier = nn.Linear(channels, classes)
-        initialise(self)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stages[0](self.stem(x))
-        for index, block in enumerate(self.stages[1].children()):
-            x = block(x)
-            if index == self.side_after:
-                x = self.side_tap(x)
-        logits: Tensor = self.classifier(self.head(self.stages[2](x)))
-        return logits
+            stages.append(stage)
+        # The tap follows the middle block of the second stage (paper's code).
+        super().__init__(stem, stages, tap=(1, n // 2), channels=channels, classes=classes)
 
 
 class SideHead(nn.Module):
@@ -132,9 +152,7 @@ class SideHead(nn.Module):
 
     def __init__(self, channels: int, classes: int) -> None:
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.BatchNorm2d(channels), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
-        )
+        self.layers = pooling(channels)
         self.classifier = nn.Linear(channels, classes)
         initialise(self)
 
@@ -143,11 +161,16 @@ class SideHead(nn.Module):
         return logits
 
 
+def pooling(channels: int) -> nn.Sequential:
+    """BN-ReLU and global average pool, `[N, C, H, W]` to `[N, C]`."""
+    return nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
 def initialise(model: nn.Module) -> None:
-    """He initialisation, fan-out, for convolutions; zero bias for linear layers."""
+    """He initialization, fan-out, for convolutions; zero bias for linear layers."""
     for module in model.modules():
         if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
-            continue  # nothing to fill; torch would work out a standard deviation all the same
+            continue  # nothing to fill; torch would compute a std all the same
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         elif isinstance(module, nn.Linear):
@@ -157,7 +180,7 @@ def initialise(model: nn.Module) -> None:
 class Normalize(nn.Module):
     """uint8 images `[N, C, H, W]` to float32 `(pixel - mean) / std`.
 
-    In pixel units 0..255: a mean per channel, or a mean image `[C][H][W]`; a deviation per channel.
+    In pixel units 0..255: the mean per channel, or the mean image `[C][H][W]`; the std per channel.
     """
 
     mean: Tensor
@@ -171,7 +194,7 @@ class Normalize(nn.Module):
 
     @classmethod
     def of(cls, identity: DataIdentity) -> Normalize:
-        """The one of a data set."""
+        """The normalization of a data set."""
         return cls(list(identity.mean), list(identity.std))
 
     def forward(self, images: Tensor) -> Tensor:

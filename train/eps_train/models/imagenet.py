@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 from torch import Tensor, nn
 
 from eps_train.gating.gate import EpsilonGate
-from eps_train.models.cifar import Tap, initialise
+from eps_train.models.cifar import GatedResNet
 
 # Blocks of the four stages, and whether they are bottlenecks.
 DEPTHS: dict[int, tuple[tuple[int, int, int, int], bool]] = {
@@ -18,17 +17,17 @@ DEPTHS: dict[int, tuple[tuple[int, int, int, int], bool]] = {
     101: ((3, 4, 23, 3), True),
     152: ((3, 8, 36, 3), True),
 }
-EXPANSION = 4  # of a bottleneck: channels behind it over channels within
+EXPANSION = 4  # output channels of a bottleneck over its inner channels
 
 Before = Literal["nothing", "branch", "both"]  # where a block's leading BN-ReLU acts
 
 
-class Block(nn.Module):
+class PreactivationBlock(nn.Module):
     """BN-ReLU, then two 3x3 convolutions, or 1x1, 3x3, 1x1 for a bottleneck; BN-ReLU between them.
 
     The stride is that of the (first) 3x3 convolution. The shortcut is a 1x1 convolution where the
     number of channels changes. The leading BN-ReLU acts on the branch alone; in the first block of
-    a later stage on both paths; the very first block, behind the stem's own, has none.
+    a later stage on both paths; the first block, which follows the stem's, has none.
     """
 
     def __init__(
@@ -36,12 +35,23 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         out_channels = width * EXPANSION if bottleneck else width
+        if bottleneck:
+            convolutions = [
+                nn.Conv2d(in_channels, width, 1, bias=False),
+                nn.Conv2d(width, width, 3, stride, 1, bias=False),
+                nn.Conv2d(width, out_channels, 1, bias=False),
+            ]
+        else:
+            convolutions = [
+                nn.Conv2d(in_channels, width, 3, stride, 1, bias=False),
+                nn.Conv2d(width, width, 3, 1, 1, bias=False),
+            ]
+        layers: list[nn.Module] = [convolutions[0]]
+        for convolution in convolutions[1:]:
+            layers += [nn.BatchNorm2d(width), nn.ReLU(), convolution]
         leading: list[nn.Module] = [nn.BatchNorm2d(in_channels), nn.ReLU()]
         self.preactivation = nn.Sequential(*leading if before == "both" else ())
-        self.branch = nn.Sequential(
-            *leading if before == "branch" else (),
-            *_layers(_convolutions(in_channels, width, bottleneck, stride)),
-        )
+        self.branch = nn.Sequential(*leading if before == "branch" else (), *layers)
         self.shortcut: nn.Module = nn.Identity()
         if in_channels != out_channels:
             self.shortcut = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
@@ -53,36 +63,35 @@ class Block(nn.Module):
         return out
 
 
-class ImageNetResNet(nn.Module):
+class ImageNetResNet(GatedResNet):
     """Depth 18 or 34 (basic blocks), 50, 101 or 152 (bottlenecks); widths w, 2w, 4w, 8w.
 
-    The tap is behind the middle block of the network, in the third stage. Parameters at depth 101,
+    The tap follows the middle block of the network, in the third stage. Parameters at depth 101,
     width 64, RGB, 1000 classes: 44,541,480 (derived by hand in the tests).
     """
 
     def __init__(
         self, *, depth: int, width: int = 64, in_channels: int = 3, classes: int = 1000
     ) -> None:
-        super().__init__()
         if depth not in DEPTHS:
             raise ValueError(f"depth must be one of {', '.join(map(str, DEPTHS))}, not {depth}")
         if min(width, in_channels, classes) < 1:
             raise ValueError("width, in_channels and classes must be at least 1")
         counts, bottleneck = DEPTHS[depth]
-        self.stem = nn.Sequential(
+        stem = nn.Sequential(
             nn.Conv2d(in_channels, width, 7, 2, 3, bias=False),
             nn.BatchNorm2d(width),
             nn.ReLU(),
             nn.MaxPool2d(3, 2, 1),
         )
-        self.stages = nn.ModuleList()
+        stages = []
         channels = width
         for stage, count in enumerate(counts):
             blocks = nn.Sequential()
             for index in range(count):
                 inner = width * 2**stage
                 blocks.append(
-                    Block(
+                    PreactivationBlock(
                         channels,
                         inner,
                         bottleneck=bottleneck,
@@ -91,43 +100,6 @@ class ImageNetResNet(nn.Module):
                     )
                 )
                 channels = inner * EXPANSION if bottleneck else inner
-            self.stages.append(blocks)
-        self.side_tap = Tap(channels // 2)
-        self.side_after = sum(counts) // 2 - sum(counts[:2])  # block of the third stage
-        self.head = nn.Sequential(
-            nn.BatchNorm2d(channels), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
-        )
-        self.classifier = nn.Linear(channels, classes)
-        initialise(self)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stages[1](self.stages[0](self.stem(x)))
-        for index, block in enumerate(self.stages[2].children()):
-            x = block(x)
-            if index == self.side_after:
-                x = self.side_tap(x)
-        logits: Tensor = self.classifier(self.head(self.stages[3](x)))
-        return logits
-
-
-def _convolutions(
-    in_channels: int, width: int, bottleneck: bool, stride: int
-) -> Sequence[nn.Conv2d]:
-    if bottleneck:
-        return (
-            nn.Conv2d(in_channels, width, 1, bias=False),
-            nn.Conv2d(width, width, 3, stride, 1, bias=False),
-            nn.Conv2d(width, width * EXPANSION, 1, bias=False),
-        )
-    return (
-        nn.Conv2d(in_channels, width, 3, stride, 1, bias=False),
-        nn.Conv2d(width, width, 3, 1, 1, bias=False),
-    )
-
-
-def _layers(convolutions: Sequence[nn.Conv2d]) -> list[nn.Module]:
-    """The convolutions with BN-ReLU between them."""
-    layers: list[nn.Module] = [convolutions[0]]
-    for convolution in convolutions[1:]:
-        layers += [nn.BatchNorm2d(convolution.in_channels), nn.ReLU(), convolution]
-    return layers
+            stages.append(blocks)
+        tap = (2, sum(counts) // 2 - sum(counts[:2]))
+        super().__init__(stem, stages, tap=tap, channels=channels, classes=classes)

@@ -1,13 +1,14 @@
-"""Where networks come from: our own families, torchvision, timm, or a function of the user's.
+"""Networks by name: our own families, torchvision, timm, or a function of the user's.
 
-A network is named in text: `cifar` and `imagenet` are families with gates in place, all others get
-theirs from :func:`eps_train.gating.rewriting.insert_gates`: `torchvision:resnet50`,
-`timm:resnetv2_50`, `mypackage.module:factory`.
+`cifar` and `imagenet` are families with gates in place; all others get theirs from
+:func:`eps_train.gating.rewriting.insert_gates`: `torchvision:resnet50`, `timm:resnetv2_50`,
+`mypackage.module:factory`.
 
-A name may come from a file that a stranger wrote, and a factory is a function that is called. So
-only a function with an argument for the number of classes is taken for a factory, it gets that and
-the number of channels and nothing else, and Python's own modules are not looked into. Networks of
-timm may be given more (`timm:NAME,img_size=64`), but nothing that reads a file or a network.
+Security: a name may come from a file that a stranger wrote, and a factory is a function that is
+called. So only a function with an argument for the number of classes counts as a factory, it is
+called with that and the number of channels and nothing else, and Python's own modules are excluded.
+Networks of timm accept further arguments (`timm:NAME,img_size=64`), but none that reads a file or
+downloads.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import difflib
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -30,25 +32,22 @@ Factory = Callable[..., nn.Module]
 
 FAMILIES: dict[str, Factory] = {"cifar": CifarResNet, "imagenet": ImageNetResNet}
 
-# What factories call the number of classes and of the images' channels.
+# Names of the arguments for the number of classes and of image channels.
 _CLASSES = ("num_classes", "classes", "n_classes")
 _CHANNELS = ("in_chans", "in_channels", "input_channels")
 
-# What timm's `create_model` uses itself: for files to read, or a module of another kind.
+# Arguments of timm's `create_model` that read files or return a module of another kind.
 _NOT_FOR_TIMM = frozenset(
     {"pretrained", "checkpoint_path", "cache_dir", "features_only", "scriptable", "exportable"}
     | {"no_jit", *_CLASSES, *_CHANNELS}
 )
 
-_INSTALL = "pip install 'eps-resnet[train]'"
-_SAME_BUILD = "torchvision's build must match torch's, so install both from the same index"
-
 
 def arguments_for(name: str, *, in_channels: int, classes: int) -> dict[str, int]:
-    """The arguments that the named factory (no family) takes, by its signature.
+    """Arguments for the named factory (not a family), from its signature.
 
-    Raises ConfigError when there is no such factory, it needs others, or it cannot be told the
-    number of classes.
+    Raises ConfigError when there is no such factory, it requires others, or it has no argument for
+    the number of classes.
     """
     parameters = _parameters(name, find(name))
     arguments = {}
@@ -57,7 +56,7 @@ def arguments_for(name: str, *, in_channels: int, classes: int) -> dict[str, int
             arguments[chosen] = value
     if not parameters.keys() & set(_CLASSES):
         raise ConfigError(
-            f"{name}: is no factory of networks: it has none of the arguments {', '.join(_CLASSES)}"
+            f"{name}: not a network factory: it has none of the arguments {', '.join(_CLASSES)}"
         )
     needed = [
         parameter.name
@@ -68,16 +67,17 @@ def arguments_for(name: str, *, in_channels: int, classes: int) -> dict[str, int
     ]
     if needed:
         raise ConfigError(
-            f"{name}: needs {', '.join(needed)} too; a factory is called with {_CLASSES[0]}, and"
+            f"{name}: requires {', '.join(needed)} too; a factory is called with {_CLASSES[0]}, and"
             f" with {_CHANNELS[0]} if it has that, so give the others a default"
         )
     return arguments
 
 
 def split_arguments(text: str) -> tuple[str, dict[str, Any]]:
-    """`timm:NAME,img_size=64` as name and arguments; numbers, true, false and words are values.
+    """Split `timm:NAME,img_size=64` into name and arguments.
 
-    Raises ConfigError for what cannot be read, or is not to be given.
+    Values are numbers, true, false and identifiers. Raises ConfigError for arguments that cannot be
+    read or are not permitted.
     """
     name, *given = text.split(",")
     arguments = {}
@@ -86,7 +86,7 @@ def split_arguments(text: str) -> tuple[str, dict[str, Any]]:
         arguments[key] = _value(value)
         if not _is_further(name, key, arguments[key]):
             raise ConfigError(
-                f"{text}: {part} is no argument that a network can be given;"
+                f"{text}: {part} is not a permitted argument;"
                 " write timm:NAME,ARGUMENT=VALUE, as in timm:vit_tiny_patch16_224,img_size=64"
             )
     return name, arguments
@@ -104,7 +104,7 @@ def _value(text: str) -> Any:
 
 
 def _is_further(name: str, key: str, value: Any) -> bool:
-    """Whether a network may be given this argument besides those for classes and channels."""
+    """Whether a network may have this argument besides those for classes and channels."""
     if not name.startswith("timm:") or not key.isidentifier() or key in _NOT_FOR_TIMM:
         return False
     if key.startswith("pretrained"):
@@ -116,9 +116,9 @@ def make(name: str, arguments: Mapping[str, Any]) -> nn.Module:
     """Call the named family or factory.
 
     Raises:
-        ConfigError: no such name, arguments that are not its own, a factory that failed, or
-            something else than a network came back.
-        ValueError: a family that has no member of this size.
+        ConfigError: no such name, other arguments than it has, a factory that failed or that did
+            not return a network.
+        ValueError: the family has no member of this size.
     """
     factory = FAMILIES.get(name) or find(name)
     parameters = _parameters(name, factory)
@@ -130,22 +130,21 @@ def make(name: str, arguments: Mapping[str, Any]) -> nn.Module:
         return factory(**arguments)
     ends = arguments.keys() - further
     if not ends <= {*_CLASSES, *_CHANNELS} or not ends & set(_CLASSES):
-        raise ConfigError(f"{name}: is no factory of networks with arguments {dict(arguments)}")
+        raise ConfigError(f"{name}: not a network factory with arguments {dict(arguments)}")
     try:
         model = factory(**arguments)
     except Exception as error:  # whatever the user's code raises
         line = " ".join(str(error).split())
         raise ConfigError(f"{name}: failed with {type(error).__name__}: {line}") from error
     if not isinstance(model, nn.Module):
-        raise ConfigError(f"{name}: made a {type(model).__name__}, not a torch.nn.Module")
+        raise ConfigError(f"{name}: returned {type(model).__name__}, not torch.nn.Module")
     return model
 
 
 def check_ends(name: str, model: fx.GraphModule, *, in_channels: int, classes: int) -> None:
-    """Raise ConfigError when a network plainly takes other images or gives other answers.
+    """Raise ConfigError when a network's channels or classes are not those of the data.
 
-    What is looked at is the convolution that takes the images, and the linear layer that the output
-    comes from.
+    Checks the convolution that takes the images, and the linear layer that the output comes from.
     """
     modules = dict(model.named_modules())
     images = next(node for node in model.graph.nodes if node.op == "placeholder")
@@ -154,7 +153,7 @@ def check_ends(name: str, model: fx.GraphModule, *, in_channels: int, classes: i
     if first is not None and first.in_channels != in_channels:
         raise ConfigError(
             f"{name}: takes images of {first.in_channels} channels, the data has {in_channels};"
-            f" choose a network that can be told ({_CHANNELS[0]}), as those of timm can"
+            f" choose a network with an argument for it ({_CHANNELS[0]}), as those of timm have"
         )
     last = next(node for node in model.graph.nodes if node.op == "output").args[0]
     if not isinstance(last, fx.Node):
@@ -169,55 +168,50 @@ def check_ends(name: str, model: fx.GraphModule, *, in_channels: int, classes: i
 
 
 def find(name: str) -> Factory:
-    """The factory of that name; it has been called with nothing yet. Raises ConfigError."""
+    """Return the factory of that name, without calling it. Raises ConfigError."""
     library, _, member = name.partition(":")
-    if library == "torchvision":
-        return _torchvision(name, member)
-    if library == "timm":
-        return _timm(name, member)
+    if library in ("torchvision", "timm"):
+        return _from_library(name, library, member)
     return _own(name, library, member)
 
 
-def _torchvision(name: str, member: str) -> Factory:
+def _from_library(name: str, library: str, member: str) -> Factory:
+    install = "pip install 'eps-resnet[train]'" if library == "torchvision" else "pip install timm"
     try:
-        import_torchvision()
-        from torchvision import models
+        import_torchvision()  # which timm imports too
+        found = import_module("torchvision.models" if library == "torchvision" else "timm")
     except ModuleNotFoundError as error:
-        raise ConfigError(f"{name}: {error.name} is not installed; {_INSTALL}") from None
+        raise ConfigError(f"{name}: {error.name} is not installed; {install}") from None
     except (ImportError, RuntimeError, OSError) as error:
         line = " ".join(str(error).split())
         raise ConfigError(
-            f"{name}: torchvision cannot be imported ({line}); {_SAME_BUILD}"
+            f"{name}: {library} cannot be imported ({line}); torchvision's build must match"
+            " torch's, so install both from the same index"
         ) from None
-    if member not in (known := models.list_models(module=models)):
+    if library == "torchvision":
+        known = found.list_models(module=found)  # networks for classification alone
+        factory: Factory = partial(_torchvision_model, found, member)
+    else:
+        known = found.list_models()
+        factory = partial(_timm_model, found, member)
+    # A name of timm's may have the tag of its pretrained weights.
+    if member not in known and not (library == "timm" and found.is_model(member)):
         raise _unknown(name, member, known)
-
-    def factory(*, num_classes: int) -> nn.Module:
-        model: nn.Module = models.get_model(member, weights=None, num_classes=num_classes)
-        return model
-
     return factory
 
 
-def _timm(name: str, member: str) -> Factory:
-    try:
-        import_torchvision()  # which timm imports
-        import timm
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"{name}: {error.name} is not installed; pip install timm") from None
-    except (ImportError, RuntimeError, OSError) as error:  # it imports torchvision
-        line = " ".join(str(error).split())
-        raise ConfigError(f"{name}: timm cannot be imported ({line}); {_SAME_BUILD}") from None
-    if not timm.is_model(member):
-        raise _unknown(name, member, timm.list_models())
+def _torchvision_model(models: Any, member: str, *, num_classes: int) -> nn.Module:
+    model: nn.Module = models.get_model(member, weights=None, num_classes=num_classes)
+    return model
 
-    def factory(*, num_classes: int, in_chans: int, **further: Any) -> nn.Module:
-        model: nn.Module = timm.create_model(
-            member, pretrained=False, num_classes=num_classes, in_chans=in_chans, **further
-        )
-        return model
 
-    return factory
+def _timm_model(
+    timm: Any, member: str, *, num_classes: int, in_chans: int, **further: Any
+) -> nn.Module:
+    model: nn.Module = timm.create_model(
+        member, pretrained=False, num_classes=num_classes, in_chans=in_chans, **further
+    )
+    return model
 
 
 def _own(name: str, module_name: str, member: str) -> Factory:
@@ -225,7 +219,7 @@ def _own(name: str, module_name: str, member: str) -> Factory:
     if not all(part.isidentifier() for part in parts):
         raise ConfigError(f"{name}: not a network; write mypackage.module:factory")
     if parts[0] in sys.stdlib_module_names:
-        raise ConfigError(f"{name}: {parts[0]} is a module of Python's own, and makes no networks")
+        raise ConfigError(f"{name}: {parts[0]} is part of Python and has no networks")
     try:
         found: Any = import_module(module_name)
     except ModuleNotFoundError as error:
@@ -242,7 +236,7 @@ def _parameters(name: str, factory: Factory) -> Mapping[str, inspect.Parameter]:
     try:
         return inspect.signature(factory).parameters
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{name}: cannot tell what arguments it takes ({error})") from None
+        raise ConfigError(f"{name}: its arguments are unknown ({error})") from None
 
 
 def _unknown(name: str, member: str, known: Iterable[str]) -> ConfigError:

@@ -1,4 +1,4 @@
-"""A saved network is data: its family and arguments, its gates, the blocks that are gone."""
+"""Network specification: a network as data, which is rebuilt without pickling code."""
 
 from __future__ import annotations
 
@@ -12,30 +12,31 @@ from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from eps_core.errors import ConfigError, FileFormatError, GraphError
+from eps_train.config import from_plain_data, plain_data
 from eps_train.gating import parity, rewriting
 from eps_train.models import registry
 from eps_train.models.registry import FAMILIES
 
-_WIDTHS = {"cifar": 16, "imagenet": 64}  # where `--model` names none: those of the paper
+_WIDTHS = {"cifar": 16, "imagenet": 64}  # default widths: those of the paper
 _NOT_A_MODEL = (
     "not a model; write cifar:DEPTH or cifar:DEPTHxWIDTH, imagenet:DEPTH, torchvision:NAME,"
     " timm:NAME or package.module:factory, for example cifar:110, cifar:56x16 or imagenet:50"
 )
-_DIGITS = 4  # of depth and width; what is longer takes minutes to fail
+_DIGITS = 4  # of depth and width; longer numbers take minutes to fail
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NetworkSpec:
-    """How to rebuild a network's graph; its tensors are kept beside it.
+    """How to rebuild a network's graph; its tensors are stored separately.
 
     Attributes:
-        family: a key of `factories.FAMILIES`, or a factory: `torchvision:resnet50`,
+        family: a key of `registry.FAMILIES`, or a factory: `torchvision:resnet50`,
             `timm:resnetv2_50`, `mypackage.module:factory`.
         arguments: its keyword arguments: int, and for timm also float, bool and str.
-        gated: blocks that carry a gate; every other block's gate is a plain addition.
-        removed: blocks that were taken out.
-        broadcast: residual additions that are no blocks, because their shortcut has another shape
-            than their sum, and so cannot stand for it.
+        gated: blocks with a gate; every other block has a plain addition.
+        removed: blocks that were removed.
+        broadcast: residual additions that are not blocks, because their shortcut has another shape
+            than their sum, and so cannot replace it.
     """
 
     family: str
@@ -45,23 +46,12 @@ class NetworkSpec:
     broadcast: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "family": self.family,
-            "arguments": dict(self.arguments),
-            "gated": list(self.gated),
-            "removed": list(self.removed),
-            "broadcast": list(self.broadcast),
-        }
+        return plain_data(self)
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> NetworkSpec:
-        return cls(
-            family=fields["family"],
-            arguments=dict(fields["arguments"]),
-            gated=tuple(fields["gated"]),
-            removed=tuple(fields["removed"]),
-            broadcast=tuple(fields.get("broadcast", ())),
-        )
+        """Inverse of :meth:`to_dict`. Raises ConfigError for bad fields."""
+        return from_plain_data(fields, cls)
 
     @classmethod
     def parse(
@@ -72,20 +62,21 @@ class NetworkSpec:
         classes: int,
         image_size: tuple[int, int] | None = None,
     ) -> NetworkSpec:
-        """Read what `--model` takes; all blocks are gated.
+        """Parse the value of `--model`; all blocks are gated.
 
-        That is ``cifar:DEPTH``, ``imagenet:DEPTH`` (both also ``DEPTHxWIDTH``),
+        It is ``cifar:DEPTH``, ``imagenet:DEPTH`` (both also ``DEPTHxWIDTH``),
         ``torchvision:NAME``, ``timm:NAME``, or ``package.module:factory`` for a function or class
-        that is called with `num_classes`, and with `in_chans` if it has that. Those of timm may be
-        given further arguments: ``timm:NAME,img_size=64``.
+        that is called with `num_classes`, and with `in_chans` if it has that. Those of timm accept
+        further arguments: ``timm:NAME,img_size=64``.
 
-        With `image_size`, height and width, a network of somebody else's is run: on a blank batch,
-        and with open gates beside itself as it was written.
+        With `image_size`, height and width, a network that is not of our families is run on a blank
+        batch, and compared with itself with open gates.
 
         Raises:
-            ConfigError: no such network, impossible arguments, or one that does not fit the data.
-            GraphError: a network that cannot be traced, has no residual addition, or would not do
-                the same with gates.
+            ConfigError: no such network, impossible arguments, or a network that does not fit the
+                data.
+            GraphError: a network that cannot be traced, has no residual addition, or computes
+                something else with gates.
         """
         family = text.partition(":")[0]
         ends = {"in_channels": in_channels, "classes": classes}
@@ -113,20 +104,20 @@ class NetworkSpec:
         return replace(spec, gated=tuple(rewriting.gates(skeleton)))
 
     def all_blocks(self) -> tuple[str, ...]:
-        """Names of all residual blocks that the network is built with."""
+        """Names of all residual blocks, removed ones included."""
         return tuple(rewriting.gates(self.skeleton()))
 
     def _whole(self) -> fx.GraphModule:
-        """The network with all gates, freshly initialised."""
+        """The network with all gates, freshly initialized."""
         model = registry.make(self.family, self.arguments)
         if self.family in FAMILIES:
-            return rewriting.trace(model, one_mode=True)  # none of ours asks for its mode
+            return rewriting.trace(model, one_mode=True)  # ours do not depend on train/eval mode
         return rewriting.without_gates(
             rewriting.add_gates(model), self.broadcast, rewriting.BROADCAST
         )
 
     def _try_out(self, shape: tuple[int, int, int], classes: int) -> tuple[str, ...]:
-        """Run the network on images of this shape; returns the additions with other shortcuts."""
+        """Run the network on images of this shape; returns its `broadcast` additions."""
         size = "x".join(map(str, shape))
         blank = torch.zeros((parity.BATCH, *shape))
         with torch.random.fork_rng(devices=[]):
@@ -136,8 +127,8 @@ class NetworkSpec:
         except Exception as error:  # whatever the user's forward() raises
             line = " ".join(str(error).split()) or type(error).__name__
             raise ConfigError(
-                f"{self.family}: does not run on a batch of images of {size} ({line}); it must take"
-                " images alone, of the size that --image-size makes them"
+                f"{self.family}: does not run on a batch of images of {size} ({line}); it must"
+                " accept images of the size of --image-size as its only input"
             ) from error
         if not isinstance(logits, Tensor) or logits.shape != (parity.BATCH, classes):
             found = "x".join(map(str, logits.shape)) if isinstance(logits, Tensor) else "no tensor"
@@ -152,9 +143,9 @@ class NetworkSpec:
         return rewriting.broadcasts(gated, blank)
 
     def skeleton(self) -> fx.GraphModule:
-        """The network with all gates and without numbers (on the meta device).
+        """The network with all gates and without data (on the meta device).
 
-        Where a factory computes with its tensors, they are real.
+        Where a factory computes with its tensors, they have data.
         """
         try:
             with torch.device("meta"):
@@ -166,10 +157,10 @@ class NetworkSpec:
             return self._whole()
 
     def _to_be_filled(self) -> fx.GraphModule:
-        """The network with all gates; its tensors are to be replaced, so they cost no time.
+        """The network with all gates, whose tensors are to be replaced.
 
-        A factory of somebody else's may keep tensors beside the state dict, so it gets to make
-        them, but draws no random numbers of ours.
+        A factory may store tensors outside the state dict, so it has to make them; it draws no
+        random numbers of the caller's state.
         """
         if self.family in FAMILIES:
             return self.skeleton()
@@ -177,9 +168,9 @@ class NetworkSpec:
             return self._whole()
 
     def build(self, state: Mapping[str, Tensor] | None = None) -> fx.GraphModule:
-        """Build the network, in training mode: freshly initialised, or filled with `state`.
+        """Build the network, in training mode: freshly initialized, or with the tensors of `state`.
 
-        `state` may hold more than this network needs (weights of removed blocks), not less.
+        `state` may hold more than this network needs (weights of removed blocks), but not less.
         Raises FileFormatError when the spec or the tensors do not fit each other.
         """
         try:
@@ -200,7 +191,7 @@ class NetworkSpec:
                     raise FileFormatError(
                         f"tensor {name} has another shape or type than its network"
                     )
-            # Copies: two networks built from one state must not share what training changes.
+            # Copies: two networks built from one state must not share parameters.
             built.load_state_dict(
                 {name: state[name].clone() for name in needed}, assign=self.family in FAMILIES
             )
@@ -227,7 +218,7 @@ def _is_factory(text: str) -> bool:
     return all(part.isidentifier() for part in (*module.split("."), member))
 
 
-# -- What a network costs: parameters and floating-point operations
+# -- Cost: parameters and floating-point operations
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,7 +226,7 @@ class Cost:
     """Learned parameters, and FLOPs of one forward pass of one image.
 
     A multiply-add counts as two FLOPs. Convolutions and linear layers are counted, as is usual;
-    normalisation, activations and additions are not.
+    normalization, activations and additions are not.
     """
 
     parameters: int
@@ -243,7 +234,7 @@ class Cost:
 
 
 def cost(model: nn.Module, input_shape: tuple[int, int, int]) -> Cost:
-    """Count `model` for one float32 image of `input_shape` `[C, H, W]`; nothing is computed."""
+    """Count `model` for one float32 image of `input_shape` `[C, H, W]`, on the meta device."""
     skeleton = copy.deepcopy(model).to("meta").eval()
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():

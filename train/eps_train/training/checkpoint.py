@@ -173,7 +173,8 @@ def _record(fields: Mapping[str, Any]) -> GateRecord:
 # Under what others, and eps-train, keep their tensors: averaged ones first, as timm takes them.
 _AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
 _NESTED = (*_AVERAGED, "state_dict", "model_state_dict", "state", "model")
-_PREFIXES = ("module.", "_orig_mod.", "model.")  # of DataParallel, torch.compile, Lightning
+# Of DataParallel, torch.compile, Lightning, and what trains a network as part of another.
+_PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")
 _COUNTERS = ("num_batches_tracked", "n_averaged")  # of batch norms, which older files lack; of EMA
 _OF_A_GATE = re.compile(
     r"(^|\.)gate\d*\.(epsilon|dead|steps|closed_steps|finite_steps|peak)$"

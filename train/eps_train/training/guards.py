@@ -91,6 +91,11 @@ def refuse_other_run(path: Path, last: Checkpoint, config: TrainingConfig, data:
             " where the original data lies with --data-root"
         )
     theirs, ours = last.config, config.to_dict()
+    if unknown := sorted(theirs.keys() - ours.keys()):
+        raise ConfigError(
+            f"{path}: written by an earlier version of eps-train, whose configuration had the field"
+            f" {unknown[0]}; resume it with that version, or start anew in another --output folder"
+        )
     for name in sorted(ours.keys() | theirs.keys()):
         old, new = theirs.get(name), ours.get(name)
         if old == new or (name == "dataset" and last.data.may_be(config.dataset)):
