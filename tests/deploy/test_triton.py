@@ -17,7 +17,7 @@ from tritonclient.grpc import model_config_pb2 as triton_pb
 
 from eps_deploy.bundle import Bundle, load_bundle
 from eps_deploy.engines.ort import OrtEngine
-from eps_deploy.triton import Served, write_repository
+from eps_deploy.triton import TritonModel, write_repository
 
 DTYPES = {"tensor(uint8)": triton_pb.TYPE_UINT8, "tensor(float)": triton_pb.TYPE_FP32}
 
@@ -31,7 +31,7 @@ def loaded(bundle: Path) -> Bundle:
     return found
 
 
-def served(bundle: Bundle, **changes: Any) -> Served:
+def served(bundle: Bundle, **changes: Any) -> TritonModel:
     fields: dict[str, Any] = {
         "input_shape": bundle.input_shape,
         "labels": bundle.labels,
@@ -40,7 +40,7 @@ def served(bundle: Bundle, **changes: Any) -> Served:
         "kind": "KIND_CPU",
         "threads": 1,
     }
-    return Served(**{**fields, **changes})
+    return TritonModel(**{**fields, **changes})
 
 
 def images(bundle: Bundle) -> Any:
