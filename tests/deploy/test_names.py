@@ -41,8 +41,8 @@ def test_the_server_answers_to_it(named: Path, deployed: Path) -> None:
             assert process.get(path).json["name"] == NAME, path
         assert process.get("/v1/card").json["name"] == NAME  # which the page shows
         assert process.post(f"{model}/infer", infer()).json["model_name"] == NAME
-        picture = next((named / "examples").glob("*.png")).read_bytes()
-        assert process.post("/v1/classify", picture).json["model_name"] == NAME
+        image = next((named / "examples").glob("*.png")).read_bytes()
+        assert process.post("/v1/classify", image).json["model_name"] == NAME
         assert process.post("/v2/repository/index").json[0]["name"] == NAME
         assert f"{model}/infer" in process.get("/openapi.json").json["paths"]
         load = f"/v2/repository/models/{NAME}/load"

@@ -39,7 +39,7 @@ def test_healthy_on_another_port(
     deployed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = tmp_path / "cmdline"
-    monkeypatch.setattr(healthcheck, "_FIRST", first)
+    monkeypatch.setattr(healthcheck, "_FIRST_PROCESS", first)
     with thread(deployed / "bundle", limits=Limits()) as client:
         first.write_bytes(line("eps-serve", "/models", "--port", str(client.port)))
         assert healthcheck.main() == 0
@@ -50,8 +50,8 @@ def test_what_answers_otherwise_is_not_healthy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = tmp_path / "cmdline"
-    monkeypatch.setattr(healthcheck, "_FIRST", first)
-    monkeypatch.setattr(healthcheck, "_PATIENCE", 0.1)
+    monkeypatch.setattr(healthcheck, "_FIRST_PROCESS", first)
+    monkeypatch.setattr(healthcheck, "_TIMEOUT", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         first.write_bytes(line("eps-serve", "/models", "--port", str(silent.getsockname()[1])))
         assert healthcheck.main() == 1

@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from eps_deploy.serving.batching import Ran
 from eps_deploy.serving.metrics import Metrics
 from tests.deploy.serving.running import MODEL, command, until
-from tests.deploy.serving.test_frame import make_metrics
+from tests.deploy.serving.test_middleware import make_metrics
 
 
 def used() -> Metrics:

@@ -130,14 +130,14 @@ def test_every_path_that_is_read(served: Process, document: Document) -> None:
 def test_every_path_that_takes_something(
     served: Process, document: Document, deployed: Path
 ) -> None:
-    picture = next((deployed / "bundle" / "examples").glob("*.png")).read_bytes()
+    image = next((deployed / "bundle" / "examples").glob("*.png")).read_bytes()
     best = {"name": "logits", "parameters": {"classification": 3}}
     raw = {"name": "logits", "parameters": {"binary_data": True}}
     for path, body, headers in (
         ("/v2/repository/index", b"", {}),
         (LOAD, b"{}", {}),
         (LOAD, b'{"parameters": {"config": null}}', {}),
-        ("/v1/classify", picture, {}),
+        ("/v1/classify", image, {}),
         (f"{MODEL}/infer", infer(), {}),
         (f"{MODEL}/infer", infer(outputs=[best]), {}),
         (f"{MODEL}/infer", infer(outputs=[raw]), {}),
@@ -217,9 +217,9 @@ def test_refusals(served: Process, document: Document) -> None:
         (400, "POST", f"{MODEL}/infer", b"{", {}),
         (400, "POST", f"{MODEL}/infer", bytes(64), {HEADER: "65"}),
         (400, "POST", f"{MODEL}/infer", bytes(64), {HEADER: "99999999999"}),
-        (400, "POST", "/v1/classify", b"no picture", {}),
-        (400, "POST", "/v1/classify?top=0", b"no picture", {}),
-        (400, "POST", "/v1/classify?top=", b"no picture", {}),
+        (400, "POST", "/v1/classify", b"no image", {}),
+        (400, "POST", "/v1/classify?top=0", b"no image", {}),
+        (400, "POST", "/v1/classify?top=", b"no image", {}),
         (400, "POST", LOAD, b'{"parameters": {"config": ""}}', {}),
         (404, "POST", f"{VERSIONED}/infer", infer(), {}),
         (404, "GET", f"{VERSIONED}/stats", None, {}),

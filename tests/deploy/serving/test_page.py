@@ -19,7 +19,7 @@ def test_it_loads_nothing_from_anywhere() -> None:
 
 
 def test_the_policy_knows_its_script_and_style() -> None:
-    policy = dict(app.headers())[b"content-security-policy"].decode()
+    policy = dict(app.page_headers())[b"content-security-policy"].decode()
     text = app.html().decode()
     for kind in ("style", "script"):
         (inner,) = re.findall(f"<{kind}>(.*?)</{kind}>", text, re.DOTALL)

@@ -227,7 +227,7 @@ def test_a_plan_that_answers_wrongly_is_not_served(
             provider="auto",
             max_images=256,
             engine_cache=tmp_path / "cache",
-            say=lambda line: None,
+            log=lambda line: None,
             stop=threading.Event(),
         )
 

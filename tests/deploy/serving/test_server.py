@@ -14,7 +14,7 @@ from eps_deploy.engines.base import EngineError
 from eps_deploy.serving import server
 from eps_deploy.serving import service as service_module
 from eps_deploy.serving.server import listen
-from eps_deploy.serving.service import Source
+from eps_deploy.serving.service import ModelSource
 from tests.deploy.serving.running import MODEL, Client
 
 
@@ -25,7 +25,7 @@ class Start:
         monkeypatch.setattr(service_module, "open_model", load)
         self.listener = listen("127.0.0.1", 0)
         self.client = Client(self.listener.getsockname()[1])
-        self._settings = server.Settings(source=Source(path=bundle), port=0)
+        self._settings = server.Settings(source=ModelSource(path=bundle), port=0)
         self._bundle = load_bundle(bundle)
         self._servers: list[Any] = []
         self.result: bool | BaseException | None = None

@@ -16,7 +16,7 @@ from eps_deploy.serving import service as service_module
 from eps_deploy.serving.batching import Batching, Ran
 from eps_deploy.serving.model import Model
 from eps_deploy.serving.protocol import ApiError, InferenceFailed, Signature
-from eps_deploy.serving.service import Service, Source
+from eps_deploy.serving.service import ModelSource, Service
 from tests.deploy.serving.engines import SHAPE, FakeEngine, numbered
 
 
@@ -58,8 +58,8 @@ def serve(deployed: Path, test: Callable[[Service], Awaitable[None]]) -> list[Ra
     ran: list[Ran] = []
 
     async def body() -> None:
-        source = Source(path=deployed / "bundle", batching=Batching())
-        service = Service(source, name="eps_resnet", say=lambda line: None, observe=ran.append)
+        source = ModelSource(path=deployed / "bundle", batching=Batching())
+        service = Service(source, name="eps_resnet", log=lambda line: None, observe=ran.append)
         await asyncio.wait_for(test(service), 60)
         await asyncio.wait_for(service.close(), 60)
         assert not service.ready
@@ -161,8 +161,8 @@ def test_a_real_bundle_is_loaded_proven_and_carded(deployed: Path) -> None:
     said: list[str] = []
 
     async def body() -> None:
-        source = Source(path=deployed / "bundle", batching=Batching(instances=2))
-        service = Service(source, name="eps_resnet", say=said.append, observe=lambda ran: None)
+        source = ModelSource(path=deployed / "bundle", batching=Batching(instances=2))
+        service = Service(source, name="eps_resnet", log=said.append, observe=lambda ran: None)
         await service.load()
         served = service.current
         assert len(served.model.engines) == 2

@@ -18,7 +18,7 @@ from eps_deploy.engines.base import Images, Logits
 from eps_deploy.serving import service as service_module
 from eps_deploy.serving import shadow as shadow_module
 from eps_deploy.serving.limits import Limits
-from eps_deploy.serving.shadow import Shadow, Shadowing
+from eps_deploy.serving.shadow import Shadow, ShadowOptions
 from tests.commands import run
 from tests.deploy.serving.engines import FakeEngine, numbered
 from tests.deploy.serving.running import MODEL, Client, command, thread, until
@@ -179,7 +179,7 @@ def beside(monkeypatch: pytest.MonkeyPatch, deployed: Path) -> Iterator[tuple[Cl
     Loader(monkeypatch, load_bundle(deployed / "bundle"))
     engine = Beside()
     monkeypatch.setattr(service_module, "open_shadow", lambda *_, **__: engine)
-    source = Shadowing(path=None, share=1.0)
+    source = ShadowOptions(path=None, share=1.0)
     with thread(deployed / "bundle", limits=Limits(), shadow=source) as client:
         yield client, engine
     assert engine.closed
@@ -227,7 +227,7 @@ def beginning(share: float, test: Callable[[Shadow, Beside], None]) -> tuple[boo
     engine = Beside()
 
     async def everything() -> bool:
-        said: dict[str, Any] = {"observe": lambda batch: None, "say": lambda line: None}
+        said: dict[str, Any] = {"observe": lambda batch: None, "log": lambda line: None}
         shadow = Shadow(engine, FakeEngine(), share, **said)
         await asyncio.to_thread(test, shadow, engine)
         return await shadow.end()

@@ -20,7 +20,7 @@ def full(monkeypatch: pytest.MonkeyPatch, deployed: Path) -> Iterator[Full]:
 
 def test_refused_while_the_accepted_ones_still_wait(full: Full, deployed: Path) -> None:
     """A hundred requests for each that was accepted, in both forms; then all is as before."""
-    picture = next((deployed / "bundle" / "examples").glob("*.png")).read_bytes()
+    image = next((deployed / "bundle" / "examples").glob("*.png")).read_bytes()
     with full.client.open() as connection:
         for _ in range(100 * PLACES):
             connection.sendall(ONE)
@@ -28,7 +28,7 @@ def test_refused_while_the_accepted_ones_still_wait(full: Full, deployed: Path) 
             assert (status, headers["retry-after"]) == (503, "1")
             assert headers["content-type"] == "application/json"
             assert json.loads(body) == {"error": f"{PLACES} images are waiting, and {PLACES} may"}
-    answer = full.client.post("/v1/classify?top=3", picture, X_Request_ID="my-own")
+    answer = full.client.post("/v1/classify?top=3", image, X_Request_ID="my-own")
     assert (answer.status, answer.headers["retry-after"]) == (503, "1")
     assert answer.headers["x-request-id"] == "my-own"
     assert full.refused() == 100 * PLACES + 1
@@ -40,7 +40,7 @@ def test_refused_while_the_accepted_ones_still_wait(full: Full, deployed: Path) 
     for connection in full.accepted:
         assert read_one(connection)[0] == 200
     assert full.queued == 0
-    assert full.client.post("/v1/classify", picture).status == 200
+    assert full.client.post("/v1/classify", image).status == 200
 
 
 def test_before_the_body_has_come(full: Full) -> None:

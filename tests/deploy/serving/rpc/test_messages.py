@@ -184,7 +184,7 @@ WRONG: list[tuple[Any, str]] = [
     (with_parameter("timeout", "string_param", "1s"), "timeout"),
     (with_parameter("timeout", "bool_param", True), "timeout"),
     (with_parameter("timeout", "uint64_param", 1 << 63), "timeout"),
-    (identified("x" * 257), "id must be"),
+    (identified("x" * 257), "id: expected `str` of length <= 256"),
     (b"\x0a", "no ModelInferRequest"),
     (b"\x0a\x01\xff", "no ModelInferRequest"),  # a name that is not UTF-8
     (b"\x2a\x00" * 257, "more than 256 fields"),

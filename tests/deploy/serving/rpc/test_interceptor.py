@@ -11,8 +11,8 @@ import pytest
 from grpc import aio
 
 from eps_deploy.serving.protocol import ApiError, InferenceFailed, busy
-from eps_deploy.serving.rpc.frame import Frame
-from tests.deploy.serving.test_frame import make_metrics
+from eps_deploy.serving.rpc.interceptor import RpcInterceptor
+from tests.deploy.serving.test_middleware import make_metrics
 
 CODE = grpc.StatusCode
 
@@ -61,8 +61,10 @@ class Asked(Context):
         asyncio.run(self._ask(token, log_requests, open))
 
     async def _ask(self, token: bytes | None, log_requests: bool, open: bool) -> None:
-        frame = Frame(self.metrics, token=token, log_requests=log_requests, most=1)
-        handler = frame.handler("ModelInfer", self._inner, open=open)
+        interceptor = RpcInterceptor(
+            self.metrics, token=token, log_requests=log_requests, max_calls=1
+        )
+        handler = interceptor.handler("ModelInfer", self._inner, open=open)
         try:
             self.answer = await handler.stream_unary(None, self)
         except (aio.AbortError, asyncio.CancelledError):
@@ -159,14 +161,17 @@ def test_what_is_logged(log: Any) -> None:
 
 def test_more_calls_than_there_may_be() -> None:
     async def body() -> None:
-        frame = Frame(make_metrics(), token=None, log_requests=False, most=1)
+        interceptor = RpcInterceptor(make_metrics(), token=None, log_requests=False, max_calls=1)
         go = asyncio.Event()
 
         async def wait(context: Any) -> bytes:
             await go.wait()
             return b"answer"
 
-        handler, probe = frame.handler("ModelInfer", wait), frame.handler("Live", wait, open=True)
+        handler, probe = (
+            interceptor.handler("ModelInfer", wait),
+            interceptor.handler("Live", wait, open=True),
+        )
         first = asyncio.create_task(handler.stream_unary(None, Context({}, None)))
         await asyncio.sleep(0)
         second = Context({}, None)
@@ -184,7 +189,7 @@ def test_more_calls_than_there_may_be() -> None:
 
 def test_answers_are_kept_back_while_the_server_ends() -> None:
     async def body() -> None:
-        frame = Frame(make_metrics(), token=None, log_requests=False, most=9)
+        interceptor = RpcInterceptor(make_metrics(), token=None, log_requests=False, max_calls=9)
         asked: list[Context] = [Context({}, None), Context({}, None)]
 
         async def fine(context: Any) -> bytes:
@@ -193,16 +198,18 @@ def test_answers_are_kept_back_while_the_server_ends() -> None:
         async def wrong(context: Any) -> bytes:
             raise ApiError("wrong")
 
-        frame.hold()
+        interceptor.hold()
         held = [
-            asyncio.create_task(frame.handler("ModelInfer", answer).stream_unary(None, context))
+            asyncio.create_task(
+                interceptor.handler("ModelInfer", answer).stream_unary(None, context)
+            )
             for answer, context in zip((fine, wrong), asked, strict=True)
         ]
         for _ in range(10):
             await asyncio.sleep(0)
         assert not any(task.done() for task in held)
         assert asked[1].code is CODE.OK
-        frame.release()
+        interceptor.release()
         assert await held[0] == b"answer"
         with pytest.raises(aio.AbortError):
             await held[1]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from eps_deploy.serving.metrics import Metrics
-from eps_deploy.serving.middleware import Frame, Receive, Scope, Send, send_json
+from eps_deploy.serving.middleware import HttpMiddleware, Receive, Scope, Send, send_json
 from eps_deploy.serving.protocol import ApiError, InferenceFailed
 
 
@@ -20,7 +20,7 @@ def make_metrics() -> Metrics:
 
 
 class Asked:
-    """One request to a frame around an application that raises `error`, or answers."""
+    """One request to a middleware around an application that raises `error`, or answers."""
 
     def __init__(
         self,
@@ -34,11 +34,13 @@ class Asked:
     ) -> None:
         self.messages: list[MutableMapping[str, Any]] = []
         self.metrics = make_metrics()
-        frame = Frame(self._inner, self.metrics, token=token, log_requests=log_requests)
+        middleware = HttpMiddleware(
+            self._inner, self.metrics, token=token, log_requests=log_requests
+        )
         self._error, self._late = error, late
         given = [(name.replace("_", "-").encode(), v.encode()) for name, v in headers.items()]
         scope = {"type": "http", "method": "GET", "path": path, "headers": given}
-        asyncio.run(frame(scope, self._receive, self._send))
+        asyncio.run(middleware(scope, self._receive, self._send))
 
     async def _receive(self) -> MutableMapping[str, Any]:
         return {"type": "http.disconnect"}

@@ -1,4 +1,4 @@
-"""No client is let in to an engine that does not answer what the network answered in torch."""
+"""Replay of the stored samples: an engine that differs from torch is not served."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from eps_deploy.bundle import load_bundle, open_engine, prove, warm
+from eps_deploy.bundle import load_bundle, open_engine, prove, replay
 from eps_deploy.engines.base import EngineError, Images, Logits
 
 
@@ -56,7 +56,7 @@ def test_a_gpu_prepares_each_batch_size_before_a_client_needs_it(
         prove(bundle, watched, "here")
         assert watched.sizes == set(range(1, 33))
         watched.sizes.clear()
-        warm(bundle, watched)
+        replay(bundle, watched, "here")
         assert watched.sizes == set(range(1, 33))
 
 
