@@ -16,10 +16,10 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from eps_deploy.serving.limits import Limits
-from eps_deploy.serving.metrics import Metrics
 from eps_deploy.serving.middleware import (
     ENDPOINT,
     ON_DISCONNECT,
+    Access,
     HttpMiddleware,
     Message,
     Receive,
@@ -252,13 +252,10 @@ class LoadShedder:
 
     Args:
         service: has the queue.
-        metrics: count these answers too.
-        token, log_requests: see :class:`HttpMiddleware`.
+        access: authenticates and logs these requests too.
     """
 
-    def __init__(
-        self, service: Service, metrics: Metrics, *, token: bytes | None, log_requests: bool
-    ) -> None:
+    def __init__(self, service: Service, access: Access) -> None:
         self._service = service
         infer = f"/v2/models/{service.name}/infer"
         self._endpoints = {
@@ -266,9 +263,7 @@ class LoadShedder:
             for path, name in ((infer, "infer"), ("/v1/classify", "classify"))
         }
         self._admitted = 0  # in this turn of the event loop: they are not in the queue yet
-        self._middleware = HttpMiddleware(
-            self._queue_full, metrics, token=token, log_requests=log_requests
-        )
+        self._middleware = HttpMiddleware(self._queue_full, access)
 
     def answer(self, method: bytes, url: bytes, scope: Scope, keep_alive: bool) -> bytes | None:
         """Return the whole answer to a request of which only the headers are known.

@@ -74,20 +74,6 @@ _TRACEPARENT = re.compile(rb"[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]
 HeaderList = list[tuple[bytes, bytes]]
 
 
-def check_token(token: bytes, authorization: bytes) -> None:
-    """Raise ApiError (401) unless a header Authorization has the value `Bearer TOKEN`."""
-    scheme, _, given = authorization.partition(b" ")
-    # compare_digest first and always: the time must not tell how much of it was right.
-    right = hmac.compare_digest(given.strip(), token)
-    if not right or scheme.lower() != b"bearer":
-        raise ApiError(
-            "this server wants a token: send the header Authorization: Bearer TOKEN",
-            status=401,
-            reason="token",
-            headers=((b"www-authenticate", b"Bearer"),),
-        )
-
-
 def trace_headers(request_id: bytes, traceparent: bytes) -> HeaderList:
     """Headers that identify a request, for its answer and the log.
 
@@ -102,17 +88,34 @@ def trace_headers(request_id: bytes, traceparent: bytes) -> HeaderList:
     return headers
 
 
-class AccessLog:
-    """Count and log answered requests.
+class Access:
+    """Authentication, access log and request counts, for HTTP and gRPC.
 
     Args:
-        metrics: count.
+        metrics: count requests and errors.
+        token: that clients must send; None: none.
         log_requests: log every request, not only those that failed because of this server.
     """
 
-    def __init__(self, metrics: Metrics, *, log_requests: bool) -> None:
+    def __init__(self, metrics: Metrics, *, token: bytes | None, log_requests: bool) -> None:
         self._metrics = metrics
+        self._token = token
         self._log_requests = log_requests
+
+    def check_token(self, authorization: bytes) -> None:
+        """Raise ApiError (401) unless a header Authorization has the value `Bearer TOKEN`."""
+        if self._token is None:
+            return
+        scheme, _, given = authorization.partition(b" ")
+        # compare_digest first and always: the time must not tell how much of it was right.
+        right = hmac.compare_digest(given.strip(), self._token)
+        if not right or scheme.lower() != b"bearer":
+            raise ApiError(
+                "this server wants a token: send the header Authorization: Bearer TOKEN",
+                status=401,
+                reason="token",
+                headers=((b"www-authenticate", b"Bearer"),),
+            )
 
     def record(
         self,
@@ -173,17 +176,12 @@ class HttpMiddleware:
 
     Args:
         inner: answers, or raises ApiError, InferenceFailed or Starlette's HTTPException.
-        metrics: count requests and errors.
-        token: that clients must send as `Authorization: Bearer TOKEN`; None: none.
-        log_requests: log every request, not only those that failed because of this server.
+        access: authenticates and logs.
     """
 
-    def __init__(
-        self, inner: Application, metrics: Metrics, *, token: bytes | None, log_requests: bool
-    ) -> None:
+    def __init__(self, inner: Application, access: Access) -> None:
         self._inner = inner
-        self._token = token
-        self._access_log = AccessLog(metrics, log_requests=log_requests)
+        self._access = access
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -202,8 +200,8 @@ class HttpMiddleware:
 
         error: ApiError | None = None
         try:
-            if self._token is not None and scope["path"] not in OPEN:
-                check_token(self._token, headers.get(b"authorization", b""))
+            if scope["path"] not in OPEN:
+                self._access.check_token(headers.get(b"authorization", b""))
             await self._inner(scope, receive, send_traced)
         except HTTPException as raised:
             allow = tuple(
@@ -227,7 +225,7 @@ class HttpMiddleware:
                 answer.append((b"retry-after", str(error.retry_after).encode()))
             body = {"error": str(error)}
             await send_json(body, send_traced, status=error.status, headers=answer)
-        self._access_log.record(
+        self._access.record(
             scope.get(ENDPOINT, "none"),
             status,
             began=began,

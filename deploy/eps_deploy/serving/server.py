@@ -28,7 +28,7 @@ from eps_deploy.serving.app import Api
 from eps_deploy.serving.connections import LoadShedder, limited_protocol
 from eps_deploy.serving.limits import Limits, Memory
 from eps_deploy.serving.metrics import Metrics
-from eps_deploy.serving.middleware import HttpMiddleware
+from eps_deploy.serving.middleware import Access, HttpMiddleware
 from eps_deploy.serving.model import read_bundle
 from eps_deploy.serving.service import ModelSource, Service
 from eps_deploy.serving.shadow import read_shadow
@@ -179,13 +179,31 @@ async def serve(
         held=lambda: memory.used,
         shadow=settings.source.shadow is not None,
     )
+    access = Access(metrics, token=token, log_requests=settings.log_requests)
     api = Api(service, metrics, limits=limits, memory=memory, allow_load=settings.allow_load)
-    app = HttpMiddleware(api.router(), metrics, token=token, log_requests=settings.log_requests)
-    shedder = LoadShedder(service, metrics, token=token, log_requests=settings.log_requests)
-    server = _UvicornServer(_uvicorn_config(app, limits, shedder), service, listener)
+    config = uvicorn.Config(
+        HttpMiddleware(api.router(), access),
+        http=limited_protocol(limits, LoadShedder(service, access).answer),
+        ws="none",
+        lifespan="off",
+        loop="asyncio",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        timeout_keep_alive=limits.idle_seconds,
+        timeout_graceful_shutdown=_DRAIN,
+    )
+    server = _UvicornServer(config, service, listener)
     host, port = listener.getsockname()[:2]
     if settings.grpc_port is not None:
-        server.rpc = _rpc_server(settings, bundle, service, metrics, memory, token)
+        from eps_deploy.serving.rpc.server import RpcServer
+
+        # grpcio cannot change the size later: a bundle with larger images needs a new process.
+        images = (settings.source.batching.max_queue, *bundle.input_shape)
+        server.rpc = RpcServer(
+            service, metrics, access, limits=limits, memory=memory, images=images
+        )
         await server.rpc.start(host, settings.grpc_port)
         middleware.log(f"listening on grpc://{_in_url(host)}:{server.rpc.port}")
     loading = asyncio.create_task(_load(service, bundle, server))
@@ -201,66 +219,29 @@ async def serve(
     return finished
 
 
-def _rpc_server(
-    settings: Settings,
-    bundle: Bundle,
-    service: Service,
-    metrics: Metrics,
-    memory: Memory,
-    token: bytes | None,
-) -> RpcServer:
-    from eps_deploy.serving.rpc.server import RpcServer
-
-    return RpcServer(
-        service,
-        metrics,
-        limits=settings.limits,
-        memory=memory,
-        # grpcio cannot change it later: a bundle with larger images needs a new process.
-        images=(settings.source.batching.max_queue, *bundle.input_shape),
-        token=token,
-        log_requests=settings.log_requests,
-    )
-
-
 async def _run_both(server: _UvicornServer, listener: socket.socket) -> None:
     """Serve HTTP, and gRPC if it is enabled; when one ends, the other ends too."""
-    if server.rpc is None:
+    rpc = server.rpc
+    if rpc is None:
         await server.serve(sockets=[listener.dup()])
         return
-    watching = asyncio.create_task(_watch(server.rpc, server))
+
+    async def watch() -> None:
+        try:
+            await rpc.wait()
+        finally:
+            server.should_exit = True
+
+    watching = asyncio.create_task(watch())
     try:
         await server.serve(sockets=[listener.dup()])
     finally:
-        await server.rpc.stop(_DRAIN)
+        await rpc.stop(_DRAIN)
     await watching
-
-
-async def _watch(rpc: RpcServer, server: _UvicornServer) -> None:
-    try:
-        await rpc.wait()
-    finally:
-        server.should_exit = True
 
 
 def _in_url(host: str) -> str:
     return f"[{host}]" if ":" in host else host
-
-
-def _uvicorn_config(app: HttpMiddleware, limits: Limits, shedder: LoadShedder) -> uvicorn.Config:
-    return uvicorn.Config(
-        app,
-        http=limited_protocol(limits, shedder.answer),
-        ws="none",
-        lifespan="off",
-        loop="asyncio",
-        log_config=None,
-        access_log=False,
-        proxy_headers=False,
-        server_header=False,
-        timeout_keep_alive=limits.idle_seconds,
-        timeout_graceful_shutdown=_DRAIN,
-    )
 
 
 async def _load(service: Service, bundle: Bundle, server: _UvicornServer) -> None:

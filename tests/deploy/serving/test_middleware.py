@@ -1,4 +1,4 @@
-"""What is around every request, and above all what happens when something goes wrong inside."""
+"""HTTP middleware: errors as JSON, authentication, access log, and errors inside."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from eps_deploy.serving.metrics import Metrics
-from eps_deploy.serving.middleware import HttpMiddleware, Receive, Scope, Send, send_json
+from eps_deploy.serving.middleware import Access, HttpMiddleware, Receive, Scope, Send, send_json
 from eps_deploy.serving.protocol import ApiError, InferenceFailed
 
 
@@ -34,9 +34,8 @@ class Asked:
     ) -> None:
         self.messages: list[MutableMapping[str, Any]] = []
         self.metrics = make_metrics()
-        middleware = HttpMiddleware(
-            self._inner, self.metrics, token=token, log_requests=log_requests
-        )
+        access = Access(self.metrics, token=token, log_requests=log_requests)
+        middleware = HttpMiddleware(self._inner, access)
         self._error, self._late = error, late
         given = [(name.replace("_", "-").encode(), v.encode()) for name, v in headers.items()]
         scope = {"type": "http", "method": "GET", "path": path, "headers": given}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,6 +18,9 @@ from referencing import Registry
 from referencing.jsonschema import DRAFT202012
 
 from eps_deploy.serving import openapi
+from eps_deploy.serving.app import Api
+from eps_deploy.serving.limits import Limits, Memory
+from eps_deploy.serving.protocol import Signature
 from eps_deploy.serving.service import Service
 from tests.deploy.serving.held import ONE, filled, read_one
 from tests.deploy.serving.running import MODEL, Answer, Client, Process, command, until
@@ -106,6 +110,34 @@ def test_it_is_sound(document: Document) -> None:
             names += part.values()
         elif isinstance(part, list):
             names += part
+
+
+def test_it_has_the_routes_of_the_server(document: Document) -> None:
+    nothing: Any = None
+    api = Api(nothing, nothing, limits=Limits(), memory=Memory(0), allow_load=True)
+    routes = {
+        (path.replace("{model}", "eps_resnet"), method.lower()) for path, method, *_ in api.routes()
+    }
+    documented = {
+        (path, method)
+        for path, item in document.document["paths"].items()
+        for method in item.keys() - {"parameters"}
+    }
+    assert documented == routes - {("/favicon.ico", "get")}
+
+
+@pytest.mark.parametrize("most", [None, 1, 3])
+def test_nothing_in_it_is_left_to_be_filled_in(most: int | None) -> None:
+    """With a model and without; `{version}` is a parameter of paths."""
+    signature = None
+    if most is not None:
+        signature = Signature(
+            name="m", version="1", input_shape=(3, 8, 9), labels=("a",), max_images=most
+        )
+    found = openapi.document("m", signature)
+    assert set(re.findall(r"\{\w+\}", json.dumps(found))) == {"{version}"}
+    tensors = found["components"]["schemas"]["InferRequest"]["properties"]["inputs"]["items"]
+    assert len(tensors["anyOf"]) == (2 if most == 3 else 1)
 
 
 def test_before_there_is_a_model() -> None:

@@ -79,7 +79,7 @@ def test_the_unpruned_network_beside_the_pruned_one(deployed: Path) -> None:
         assert found["eps_shadow_served_seconds_count"] == 20
         ours = process.get("/metrics").body.decode()
         assert "eps_images_total 60.0" in ours  # the shadow's are not counted as answers
-        assert any("shadow: baseline.onnx gets 1 of" in line for line in process.lines)
+        assert any("shadow: baseline.onnx runs 1 of" in line for line in process.lines)
         assert process.stop() == 0
 
 
@@ -262,7 +262,7 @@ def test_the_share_is_kept_and_the_same_each_time() -> None:
 
 def test_the_end_waits_for_no_shadow_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     """And forgets what waits: the end of the server is not the time for it."""
-    monkeypatch.setattr(shadow_module, "_PATIENCE", 0.01)
+    monkeypatch.setattr(shadow_module, "_JOIN_SECONDS", 0.01)
 
     def test(shadow: Shadow, engine: Beside) -> None:
         engine.open_gate.clear()

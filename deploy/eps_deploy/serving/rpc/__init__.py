@@ -8,3 +8,6 @@ import os
 
 # grpcio's C++ part logs to stderr by itself, among others lines that any client can cause.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
+# Imported before protobuf, so that the error names the missing package that an extra brings.
+import grpc  # noqa: E402, F401

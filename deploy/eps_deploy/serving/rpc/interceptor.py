@@ -9,14 +9,7 @@ from typing import Any
 
 import grpc
 
-from eps_deploy.serving.metrics import Metrics
-from eps_deploy.serving.middleware import (
-    AccessLog,
-    HeaderList,
-    check_token,
-    log_unexpected,
-    trace_headers,
-)
+from eps_deploy.serving.middleware import Access, HeaderList, log_unexpected, trace_headers
 from eps_deploy.serving.protocol import ApiError, InferenceFailed, as_api_error, busy
 
 SERVICE = "inference.GRPCInferenceService"
@@ -39,17 +32,12 @@ class RpcInterceptor:
     """Wrap the gRPC methods.
 
     Args:
-        metrics: count calls and errors.
-        token: that clients must send as metadata `authorization: Bearer TOKEN`; None: none.
-        log_requests: log every call, not only those that failed because of this server.
+        access: authenticates and logs; the token is in the metadata `authorization`.
         max_calls: calls that may be in progress at one time, beside those of open methods.
     """
 
-    def __init__(
-        self, metrics: Metrics, *, token: bytes | None, log_requests: bool, max_calls: int
-    ) -> None:
-        self._access_log = AccessLog(metrics, log_requests=log_requests)
-        self._token = token
+    def __init__(self, access: Access, *, max_calls: int) -> None:
+        self._access = access
         self._max_calls = max_calls
         self._in_progress = 0
         self._released = asyncio.Event()
@@ -95,8 +83,7 @@ class RpcInterceptor:
             if open:
                 content = await method(context)
             else:
-                if self._token is not None:
-                    check_token(self._token, _header(metadata, "authorization"))
+                self._access.check_token(_header(metadata, "authorization"))
                 content = await self._limited(method, context)
             await self._released.wait()
         except (ApiError, InferenceFailed) as raised:
@@ -114,7 +101,7 @@ class RpcInterceptor:
                 late = error.reason == "deadline"
                 code = grpc.StatusCode.DEADLINE_EXCEEDED if late else _STATUS_CODES[error.status]
                 reason = error.reason
-            self._access_log.record(
+            self._access.record(
                 name,
                 code.name,
                 began=began,

@@ -1,4 +1,4 @@
-"""gRPC server of the Open Inference Protocol: its messages, its six methods, start and end.
+"""gRPC server of the Open Inference Protocol: messages, methods, start and stop.
 
 Source: the protocol's `open_inference_grpc.proto`, of which Triton's messages are a superset.
 """
@@ -21,6 +21,7 @@ from eps_deploy.engines.base import INPUT_NAME, OUTPUT_NAME, Images, Logits
 from eps_deploy.serving import metadata
 from eps_deploy.serving.limits import Limits, Memory
 from eps_deploy.serving.metrics import Metrics
+from eps_deploy.serving.middleware import Access
 from eps_deploy.serving.protocol import (
     ApiError,
     InferRequest,
@@ -144,100 +145,12 @@ def _encode(message: Any) -> bytes:
     return encoded
 
 
-# -- Methods
+# -- The server
 
 _JSON_ALTERNATIVE = ("beside raw_input_contents", "there")
 _PARSER_THREADS = 2
 _MAX_NAME_MESSAGE = 64 << 10  # bytes of a message that only names a model
-
-
-class RpcMethods:
-    """The methods of the protocol; each receives grpcio's context and returns encoded bytes.
-
-    Args:
-        service: answers.
-        metrics: count inferences.
-        limits: of what clients send.
-        receiver: receives the messages.
-    """
-
-    def __init__(
-        self, service: Service, metrics: Metrics, *, limits: Limits, receiver: MessageReceiver
-    ) -> None:
-        self._service = service
-        self._metrics = metrics
-        self._receiver = receiver
-        workers = ThreadPoolExecutor(_PARSER_THREADS, thread_name_prefix="eps-rpc-parse")
-        self._parser = RequestParser(workers, limits.json, _JSON_ALTERNATIVE)
-
-    # The messages of these three are empty and not read.
-
-    async def server_live(self, context: Any) -> bytes:
-        return _encode(protocol.ServerLiveResponse(live=self._service.live))
-
-    async def server_ready(self, context: Any) -> bytes:
-        return _encode(protocol.ServerReadyResponse(ready=self._service.ready))
-
-    async def server_metadata(self, context: Any) -> bytes:
-        return _encode(protocol.ServerMetadataResponse(**metadata.server("classification")))
-
-    async def model_ready(self, context: Any) -> bytes:
-        """False, like Triton, also for a model that does not exist or is not loaded."""
-        name, version = await self._read_model(context)
-        try:
-            self._check(self._service.current, name, version)
-            ready = self._service.ready
-        except ApiError:
-            ready = False
-        return _encode(protocol.ModelReadyResponse(ready=ready))
-
-    async def model_metadata(self, context: Any) -> bytes:
-        name, version = await self._read_model(context)
-        served = self._service.current
-        self._check(served, name, version)
-        return _encode(protocol.ModelMetadataResponse(**metadata.model(served)))
-
-    async def model_infer(self, context: Any) -> bytes:
-        began = time.perf_counter()
-        with self._service.current.used() as served:
-            if self._service.room < 1:  # known before a byte of its message is received
-                raise served.batcher.queue_full()
-            async with self._receiver.message(context) as content:
-                rest, raw = split_raw_tensors(content)
-                work = partial(read_infer, rest, raw, served.signature)
-                request = await self._parser.parse(len(rest), work)
-                # Within the request's own timeout and the client's deadline. When the client goes
-                # away grpcio cancels this, and the images leave the queue.
-                timeouts = (request.timeout, context.time_remaining())
-                timeout = min((each for each in timeouts if each is not None), default=None)
-                job = served.batcher.submit(request.images)
-                logits = await served.batcher.infer(job, timeout)
-            answer = write_infer(request, logits, served.signature)
-        self._metrics.inferred(time.perf_counter() - began, len(logits))
-        return answer
-
-    async def _read_model(self, context: Any) -> tuple[str, str]:
-        """Name and version in a ModelReadyRequest or ModelMetadataRequest: they look the same."""
-        async with self._receiver.message(context) as content:
-            if len(content) > _MAX_NAME_MESSAGE:
-                raise too_large(
-                    f"the message is larger than the {_MAX_NAME_MESSAGE} bytes that are accepted"
-                )
-            message = _parse(protocol.ModelMetadataRequest, content)
-            return message.name, message.version
-
-    def _check(self, served: ServedModel, name: str, version: str) -> None:
-        served.signature.check(name, version or served.signature.version)
-
-
-# -- Server
-
 _DRAIN_PAUSE = 0.2  # seconds for calls that are on their way when the server is stopped
-_MAX_AGE = 600  # seconds; then a client reconnects, perhaps to a new server
-_MAX_AGE_GRACE = 60
-_KEEPALIVE = 60  # seconds after which a silent client with a call is pinged
-_MIN_PING_INTERVAL = 10  # seconds between the pings of a client, which may come without any call
-_MILLI = 1000
 
 
 class RpcServer:
@@ -245,39 +158,39 @@ class RpcServer:
 
     Args:
         service: answers.
-        metrics: count.
+        metrics: count inferences.
+        access: authenticates and logs.
         limits: of what clients send.
         memory: counts the messages that are held.
         images: shape `[N, C, H, W]` of the most images that one request may hold.
-        token, log_requests: see :class:`RpcInterceptor`.
     """
 
     def __init__(
         self,
         service: Service,
         metrics: Metrics,
+        access: Access,
         *,
         limits: Limits,
         memory: Memory,
         images: tuple[int, ...],
-        token: bytes | None,
-        log_requests: bool,
     ) -> None:
+        self._service = service
+        self._metrics = metrics
         size = max_message_size(limits, images)
-        receiver = MessageReceiver(limits, memory, size)
-        methods = RpcMethods(service, metrics, limits=limits, receiver=receiver)
-        self._interceptor = RpcInterceptor(
-            metrics, token=token, log_requests=log_requests, max_calls=limits.connections
-        )
+        self._receiver = MessageReceiver(limits, memory, size)
+        workers = ThreadPoolExecutor(_PARSER_THREADS, thread_name_prefix="eps-rpc-parse")
+        self._parser = RequestParser(workers, limits.json, _JSON_ALTERNATIVE)
+        self._interceptor = RpcInterceptor(access, max_calls=limits.connections)
         handlers = {
             name: self._interceptor.handler(name, method, open=open)
             for name, method, open in (
-                ("ServerLive", methods.server_live, True),
-                ("ServerReady", methods.server_ready, True),
-                ("ServerMetadata", methods.server_metadata, False),
-                ("ModelReady", methods.model_ready, False),
-                ("ModelMetadata", methods.model_metadata, False),
-                ("ModelInfer", methods.model_infer, False),
+                ("ServerLive", self._server_live, True),
+                ("ServerReady", self._server_ready, True),
+                ("ServerMetadata", self._server_metadata, False),
+                ("ModelReady", self._model_ready, False),
+                ("ModelMetadata", self._model_metadata, False),
+                ("ModelInfer", self._model_infer, False),
             )
         }
         self.port = 0
@@ -324,6 +237,72 @@ class RpcServer:
         await asyncio.sleep(0)  # now every client is being told
         self._interceptor.release()
         await stopping
+
+    # -- Methods: each receives grpcio's context and returns an encoded message
+
+    async def _server_live(self, context: Any) -> bytes:
+        return _encode(protocol.ServerLiveResponse(live=self._service.live))
+
+    async def _server_ready(self, context: Any) -> bytes:
+        return _encode(protocol.ServerReadyResponse(ready=self._service.ready))
+
+    async def _server_metadata(self, context: Any) -> bytes:
+        return _encode(protocol.ServerMetadataResponse(**metadata.server("classification")))
+
+    async def _model_ready(self, context: Any) -> bytes:
+        """False, like Triton, also for a model that does not exist or is not loaded."""
+        name, version = await self._read_model(context)
+        try:
+            self._check(self._service.current, name, version)
+            ready = self._service.ready
+        except ApiError:
+            ready = False
+        return _encode(protocol.ModelReadyResponse(ready=ready))
+
+    async def _model_metadata(self, context: Any) -> bytes:
+        name, version = await self._read_model(context)
+        served = self._service.current
+        self._check(served, name, version)
+        return _encode(protocol.ModelMetadataResponse(**metadata.model(served)))
+
+    async def _model_infer(self, context: Any) -> bytes:
+        began = time.perf_counter()
+        with self._service.current.used() as served:
+            if self._service.room < 1:  # known before a byte of its message is received
+                raise served.batcher.queue_full()
+            async with self._receiver.message(context) as content:
+                rest, raw = split_raw_tensors(content)
+                work = partial(read_infer, rest, raw, served.signature)
+                request = await self._parser.parse(len(rest), work)
+                # Within the request's own timeout and the client's deadline. When the client goes
+                # away grpcio cancels this, and the images leave the queue.
+                timeouts = (request.timeout, context.time_remaining())
+                timeout = min((each for each in timeouts if each is not None), default=None)
+                job = served.batcher.submit(request.images)
+                logits = await served.batcher.infer(job, timeout)
+            answer = write_infer(request, logits, served.signature)
+        self._metrics.inferred(time.perf_counter() - began, len(logits))
+        return answer
+
+    async def _read_model(self, context: Any) -> tuple[str, str]:
+        """Name and version in a ModelReadyRequest or ModelMetadataRequest: they look the same."""
+        async with self._receiver.message(context) as content:
+            if len(content) > _MAX_NAME_MESSAGE:
+                raise too_large(
+                    f"the message is larger than the {_MAX_NAME_MESSAGE} bytes that are accepted"
+                )
+            message = _parse(protocol.ModelMetadataRequest, content)
+            return message.name, message.version
+
+    def _check(self, served: ServedModel, name: str, version: str) -> None:
+        served.signature.check(name, version or served.signature.version)
+
+
+_MAX_AGE = 600  # seconds; then a client reconnects, perhaps to a new server
+_MAX_AGE_GRACE = 60
+_KEEPALIVE = 60  # seconds after which a silent client with a call is pinged
+_MIN_PING_INTERVAL = 10  # seconds between the pings of a client, which may come without any call
+_MILLI = 1000
 
 
 def _channel_options(limits: Limits, size: int) -> list[tuple[str, int]]:

@@ -1,4 +1,4 @@
-"""What is around every call, and above all what happens when something goes wrong inside."""
+"""gRPC interceptor: errors as status codes, authentication, access log, and errors inside."""
 
 from __future__ import annotations
 
@@ -10,11 +10,16 @@ import grpc
 import pytest
 from grpc import aio
 
+from eps_deploy.serving.middleware import Access
 from eps_deploy.serving.protocol import ApiError, InferenceFailed, busy
 from eps_deploy.serving.rpc.interceptor import RpcInterceptor
 from tests.deploy.serving.test_middleware import make_metrics
 
 CODE = grpc.StatusCode
+
+
+def make_access() -> Access:
+    return Access(make_metrics(), token=None, log_requests=False)
 
 
 class Context:
@@ -61,9 +66,8 @@ class Asked(Context):
         asyncio.run(self._ask(token, log_requests, open))
 
     async def _ask(self, token: bytes | None, log_requests: bool, open: bool) -> None:
-        interceptor = RpcInterceptor(
-            self.metrics, token=token, log_requests=log_requests, max_calls=1
-        )
+        access = Access(self.metrics, token=token, log_requests=log_requests)
+        interceptor = RpcInterceptor(access, max_calls=1)
         handler = interceptor.handler("ModelInfer", self._inner, open=open)
         try:
             self.answer = await handler.stream_unary(None, self)
@@ -161,7 +165,7 @@ def test_what_is_logged(log: Any) -> None:
 
 def test_more_calls_than_there_may_be() -> None:
     async def body() -> None:
-        interceptor = RpcInterceptor(make_metrics(), token=None, log_requests=False, max_calls=1)
+        interceptor = RpcInterceptor(make_access(), max_calls=1)
         go = asyncio.Event()
 
         async def wait(context: Any) -> bytes:
@@ -189,7 +193,7 @@ def test_more_calls_than_there_may_be() -> None:
 
 def test_answers_are_kept_back_while_the_server_ends() -> None:
     async def body() -> None:
-        interceptor = RpcInterceptor(make_metrics(), token=None, log_requests=False, max_calls=9)
+        interceptor = RpcInterceptor(make_access(), max_calls=9)
         asked: list[Context] = [Context({}, None), Context({}, None)]
 
         async def fine(context: Any) -> bytes:
