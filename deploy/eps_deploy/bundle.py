@@ -16,8 +16,9 @@ import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
+import msgspec
 import numpy as np
 
 from eps_core import cli
@@ -100,9 +101,9 @@ def load_bundle(path: Path | str) -> Bundle:
 
 
 def check_name(name: Any) -> str:
-    """Check a model's name, which is part of URLs and a folder's name. Raises ConfigError.
+    """Check and return a model's name, which is part of URLs and a folder's name.
 
-    `stats` is not allowed: `v2/models/stats` is a path of the protocol.
+    Raises ConfigError. `stats` is not allowed: `v2/models/stats` is a path of the protocol.
     """
     if not (isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}", name)):
         raise ConfigError(
@@ -144,8 +145,8 @@ def _read_manifest(root: Path) -> dict[str, Any]:
     except OSError as error:
         raise FileFormatError(f"{path}: cannot be read: {error.strerror}; {_RESTORE}") from None
     try:
-        manifest = json.loads(content, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError):
+        manifest = msgspec.json.decode(content)
+    except (msgspec.DecodeError, RecursionError):
         raise FileFormatError(f"{path}: damaged or not JSON; {_RESTORE}") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise FileFormatError(f"{path}: not a manifest of eps-deploy")
@@ -162,10 +163,6 @@ def _read_manifest(root: Path) -> dict[str, Any]:
     return manifest
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(name)
-
-
 def _verified(root: Path, name: str, listed: Any) -> bytes:
     """Read a listed file and verify its size and SHA-256.
 
@@ -175,7 +172,7 @@ def _verified(root: Path, name: str, listed: Any) -> bytes:
     pure = PurePosixPath(name)
     path = root / pure
     if pure.is_absolute() or ".." in pure.parts or any(char in name for char in "\\:\0"):
-        raise FileFormatError(f"{root / MANIFEST}: lists {name}, which lies outside the bundle")
+        raise FileFormatError(f"{root / MANIFEST}: lists {name}, which is outside the bundle")
     wanted = listed if isinstance(listed, dict) else {}
     try:
         # Before a byte is read: a link may lead to an endless device.

@@ -136,7 +136,7 @@ def _plan(capability: str) -> list[str]:
     return [
         'backend: "tensorrt"',
         f'default_model_filename: "{_PLAN}"',
-        # A plan for another kind of GPU is put beside this one, and gets a line here.
+        # A plan for another kind of GPU is put beside this one, with another line here.
         f'cc_model_filenames [ {{ key: "{capability}" value: "{_PLAN}" }} ]',
         "instance_group [ { count: 1 kind: KIND_GPU } ]",
     ]

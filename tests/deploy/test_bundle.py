@@ -1,4 +1,4 @@
-"""Reading a bundle: whole and true, or refused in one line."""
+"""Loading and verifying a bundle; damaged or forged ones are rejected in one line."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_foreign_manifests_are_refused(bundle: Path, content: bytes) -> None:
     assert MANIFEST in refusal(bundle)
 
 
-def test_places_without_a_bundle_are_refused(tmp_path: Path) -> None:
+def test_folders_without_a_bundle_are_rejected(tmp_path: Path) -> None:
     assert "no manifest.json" in refusal(tmp_path)
     assert "no such folder" in refusal(tmp_path / "nowhere")
     (tmp_path / "file").write_text("x")

@@ -1,4 +1,4 @@
-"""Every kind of image file: training, eps-predict and the server see the same pixels in it."""
+"""All kinds of image files: training, eps-predict and the server read the same pixels."""
 
 from __future__ import annotations
 

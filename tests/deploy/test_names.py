@@ -1,4 +1,4 @@
-"""`eps-deploy --name`: what clients and Triton call the model."""
+"""`eps-deploy --name`: the model's name for clients and Triton."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_two_bundles_in_one_triton_repository(named: Path, deployed: Path, tmp_p
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "..", "a b", 'a"b', "-x", "é", "x" * 64, "stats"])
-def test_names_that_cannot_be(workshop: Path, name: str) -> None:
+def test_invalid_names(workshop: Path, name: str) -> None:
     result = deploy(workshop, "--name", name, "--dry-run")
     assert (result.code, result.stdout) == (1, "")
     assert result.error.startswith("eps-deploy: error: --name: model name ")

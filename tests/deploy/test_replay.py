@@ -36,7 +36,7 @@ class Bent:
     def __exit__(self, *_: object) -> None: ...
 
 
-def test_an_engine_that_is_right(deployed: Path) -> None:
+def test_an_engine_that_equals_torch(deployed: Path) -> None:
     bundle = load_bundle(deployed / "bundle")
     with open_engine(bundle) as engine:
         watched = Bent(engine, lambda logits: logits)
@@ -68,13 +68,13 @@ def test_a_gpu_prepares_each_batch_size_before_a_client_needs_it(
         (lambda logits: np.full_like(logits, np.nan), "not finite"),
     ],
 )
-def test_an_engine_that_is_wrong(deployed: Path, bend: Any, told: str) -> None:
+def test_an_engine_that_differs_from_torch(deployed: Path, bend: Any, told: str) -> None:
     bundle = load_bundle(deployed / "bundle")
     with open_engine(bundle) as engine, pytest.raises(EngineError, match=told):
         prove(bundle, Bent(engine, bend), "here")
 
 
-def test_int8_kernels_have_a_limit_too(deployed: Path) -> None:
+def test_the_limit_of_int8(deployed: Path) -> None:
     """They may round otherwise than the file says; a network that answers otherwise is refused."""
     bundle = load_bundle(deployed / "bundle")
     bundle = replace(bundle, manifest={**bundle.manifest, "precision": "int8"})

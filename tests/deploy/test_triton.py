@@ -1,4 +1,4 @@
-"""The Triton repository, read back with Triton's own protobuf and held to the engine."""
+"""The Triton repository, parsed with Triton's own protobuf and compared with the engine."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_a_largest_batch_of_one(loaded: Bundle) -> None:
     assert {warm_up.batch_size for warm_up in found.model_warmup} == {1}
 
 
-def test_labels_stay_one_a_line(loaded: Bundle) -> None:
+def test_labels_with_line_breaks(loaded: Bundle) -> None:
     names = ["plain", "two\nlines", 'a "quoted" one', "名前", *loaded.labels[4:]]
     model, found = write(loaded, labels=names)
     lines = (model / found.output[0].label_filename).read_text(encoding="utf-8").splitlines()

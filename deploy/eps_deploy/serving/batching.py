@@ -231,7 +231,7 @@ class Batching:
 
 
 @dataclass(frozen=True, slots=True)
-class Ran:
+class BatchStats:
     """A batch that ran, for metrics.
 
     Attributes:
@@ -264,7 +264,7 @@ class Batcher:
         self,
         engines: Sequence[Engine],
         options: Batching,
-        observe: Callable[[Ran], None],
+        observe: Callable[[BatchStats], None],
         after: Callable[[Images, Logits], None] | None = None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
@@ -413,7 +413,7 @@ class Batcher:
         begun = [piece.job for piece in pieces if piece.start == 0]
         waited = tuple(job.begun - job.arrived for job in begun)
         not_finite = 0 if finite is None else int(np.count_nonzero(~finite))
-        self._observe(Ran(at, seconds, waited, failed, not_finite))
+        self._observe(BatchStats(at, seconds, waited, failed, not_finite))
 
 
 def _joined(pieces: Sequence[Piece]) -> Images:

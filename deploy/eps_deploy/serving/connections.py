@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 Shed = Callable[[bytes, bytes, MutableMapping[str, Any], bool], bytes | None]
 _UPGRADE = re.compile(rb"\r\nupgrade[ \t]*:", re.IGNORECASE)
-_DRAIN_PAUSE = 0.2  # seconds that an idle connection gets for a request that is on its way
+_DRAIN_PAUSE = 0.2  # seconds that an idle connection stays open for a request that is on its way
 
 
 class LimitedProtocol(HttpToolsProtocol):

@@ -14,8 +14,8 @@ from prometheus_client import Counter, Histogram
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector, CollectorRegistry
 
-from eps_deploy.serving.batching import Ran
-from eps_deploy.serving.shadow import Compared
+from eps_deploy.serving.batching import BatchStats
+from eps_deploy.serving.shadow import ShadowBatch
 
 CONTENT_TYPE = prometheus.CONTENT_TYPE_PLAIN_0_0_4
 _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
@@ -49,7 +49,7 @@ class ShadowMetrics:
             "served_seconds", "Time of the same batches on the served engine."
         )
 
-    def compared(self, batch: Compared) -> None:
+    def compared(self, batch: ShadowBatch) -> None:
         """Count a batch that was sampled for the shadow."""
         if batch.outcome == "dropped":
             self._dropped += batch.images
@@ -158,7 +158,7 @@ class Metrics:
     def _gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
         prometheus.Gauge(f"eps_{name}", text, registry=self._registry).set_function(read)
 
-    def ran(self, batch: Ran) -> None:
+    def ran(self, batch: BatchStats) -> None:
         """Count a batch that ran, or failed."""
         if batch.failed is not None:
             self._failures.inc()
@@ -177,7 +177,7 @@ class Metrics:
             totals.queue.add(seconds)
             self._waited.observe(seconds)
 
-    def compared(self, batch: Compared) -> None:
+    def compared(self, batch: ShadowBatch) -> None:
         """Count a batch of the shadow."""
         if self._shadow is not None:
             self._shadow.compared(batch)
@@ -191,7 +191,7 @@ class Metrics:
     def answered(self, endpoint: str, code: int | str) -> None:
         self._requests.labels(endpoint, str(code)).inc()
 
-    def refuse(self, reason: str, seconds: float) -> None:
+    def failed(self, reason: str, seconds: float) -> None:
         self.totals.fail.add(seconds)
         self.refused[reason] = self.refused.get(reason, 0) + 1
         self._refusals.labels(reason).inc()

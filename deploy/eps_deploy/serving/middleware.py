@@ -142,7 +142,7 @@ class Access:
         seconds = time.perf_counter() - began
         self._metrics.answered(endpoint, code)
         if reason:
-            self._metrics.refuse(reason, seconds)
+            self._metrics.failed(reason, seconds)
         if not self._log_requests and not failed:
             return
         facts |= {"status": code, "ms": round(1e3 * seconds, 3)}

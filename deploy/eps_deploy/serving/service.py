@@ -13,13 +13,12 @@ from typing import Any, TypeVar
 from eps_core.errors import ConfigError
 from eps_deploy.bundle import Bundle, Choice
 from eps_deploy.engines.base import Engine
-from eps_deploy.serving.batching import Batcher, Batching, Ran
-from eps_deploy.serving.model import Model, open_model, read_bundle
+from eps_deploy.serving.batching import Batcher, Batching, BatchStats
+from eps_deploy.serving.model import Log, Model, open_model, read_bundle
 from eps_deploy.serving.protocol import busy
-from eps_deploy.serving.shadow import Compared, Shadow, ShadowOptions, open_shadow
+from eps_deploy.serving.shadow import Shadow, ShadowBatch, ShadowOptions, open_shadow
 
 T = TypeVar("T")
-Log = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,7 +47,7 @@ class ServedModel:
         self,
         model: Model,
         batching: Batching,
-        observe: Callable[[Ran], None],
+        observe: Callable[[BatchStats], None],
         shadow: Shadow | None = None,
     ) -> None:
         self.model = model
@@ -100,12 +99,12 @@ class Service:
         *,
         name: str,
         log: Log,
-        observe: Callable[[Ran], None],
-        compared: Callable[[Compared], None] = lambda batch: None,
+        observe: Callable[[BatchStats], None],
+        compared: Callable[[ShadowBatch], None] = lambda batch: None,
     ) -> None:
         self.name = name
         self._source = source
-        self._log = log
+        self.log = log
         self._observe = observe
         self._compared = compared
         self._stuck = False
@@ -135,9 +134,6 @@ class Service:
     def room(self) -> int:
         """Images for which the queue has room."""
         return self._source.batching.max_queue - self.queued
-
-    def log(self, message: str) -> None:
-        self._log(message)
 
     @property
     def current(self) -> ServedModel:
@@ -190,7 +186,7 @@ class Service:
     def _shadow(self, engine: Engine, served: Engine) -> Shadow:
         assert self._source.shadow is not None
         share = self._source.shadow.share
-        return Shadow(engine, served, share, observe=self._compared, log=self._log)
+        return Shadow(engine, served, share, observe=self._compared, log=self.log)
 
     def _open(self, bundle: Bundle | None) -> tuple[Model, Engine | None]:
         """Open the model, and the shadow's engine if there is one."""
@@ -208,7 +204,7 @@ class Service:
             max_images=source.batching.max_queue,
             engine_cache=source.engine_cache,
             provider=source.provider,
-            log=self._log,
+            log=self.log,
             stop=self._stop,
         )
         if source.shadow is None:
@@ -220,7 +216,7 @@ class Service:
                 source.shadow,
                 engine_cache=source.engine_cache,
                 provider=source.provider,
-                log=self._log,
+                log=self.log,
                 stop=self._stop,
             )
             undo.pop_all()

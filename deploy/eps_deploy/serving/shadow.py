@@ -50,7 +50,7 @@ class ShadowOptions:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Compared:
+class ShadowBatch:
     """A batch that was sampled for the shadow, for metrics.
 
     Attributes:
@@ -162,7 +162,7 @@ class Shadow:
         served: Engine,
         share: float,
         *,
-        observe: Callable[[Compared], None],
+        observe: Callable[[ShadowBatch], None],
         log: Log,
     ) -> None:
         self._loop = asyncio.get_running_loop()
@@ -200,7 +200,7 @@ class Shadow:
                     self._images += len(images)
                     self._changed.notify()
         if not room:
-            self._report(Compared(outcome="dropped", images=len(images)))
+            self._report(ShadowBatch(outcome="dropped", images=len(images)))
 
     async def end(self) -> bool:
         """Drop what waits and free the engine; False when it is stuck in a batch."""
@@ -235,11 +235,11 @@ class Shadow:
                     if not failing:
                         self._log(f"the shadow fails, and is only counted from now on: {error}")
                     failing = True
-                    self._report(Compared(outcome="failed", images=len(batch.images)))
+                    self._report(ShadowBatch(outcome="failed", images=len(batch.images)))
                     continue
                 failing = False
                 self._report(
-                    Compared(
+                    ShadowBatch(
                         outcome="compared",
                         images=len(batch.images),
                         disagreed=int(np.count_nonzero(logits.argmax(axis=1) != batch.top)),
@@ -248,7 +248,7 @@ class Shadow:
                     )
                 )
 
-    def _report(self, compared: Compared) -> None:
+    def _report(self, compared: ShadowBatch) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: the process is ending
             self._loop.call_soon_threadsafe(self._observe, compared)
 

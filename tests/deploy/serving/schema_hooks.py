@@ -1,4 +1,4 @@
-"""What schemathesis cannot learn from OpenAPI; the command imports this (SCHEMATHESIS_HOOKS)."""
+"""Hooks for schemathesis (SCHEMATHESIS_HOOKS): what OpenAPI cannot express."""
 
 from __future__ import annotations
 

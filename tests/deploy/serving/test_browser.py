@@ -1,4 +1,4 @@
-"""The page as people meet it: with a mouse, with the keyboard alone, on a telephone."""
+"""The page in a browser: mouse, keyboard only, small screen."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_a_busy_server(monkeypatch: pytest.MonkeyPatch, deployed: Path, tmp_path
         visit(full.client, tmp_path / "profile", doing)
 
 
-def test_with_the_keyboard_alone(deployed: Path, tmp_path: Path) -> None:
+def test_keyboard_only(deployed: Path, tmp_path: Path) -> None:
     """A token is typed, then an image is chosen."""
     (tmp_path / "token").write_text("0123456789abcdef")
     with command(deployed / "bundle", "--token-file", tmp_path / "token") as process:
@@ -107,7 +107,7 @@ def test_with_the_keyboard_alone(deployed: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("width", [320, 390, 1100])
-def test_nothing_has_to_be_scrolled_sideways(deployed: Path, tmp_path: Path, width: int) -> None:
+def test_no_horizontal_scrolling(deployed: Path, tmp_path: Path, width: int) -> None:
     with command(deployed / "bundle", "--shadow", "baseline") as process:
         process.wait_ready()
 

@@ -1,4 +1,4 @@
-"""Requests that were damaged at random: an answer or a refusal, never a 5xx, and nothing leaks."""
+"""Randomly damaged requests: an answer or an error, never a 5xx, and nothing leaks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images from strangers: three formats, whatever their size; bombs are not opened."""
+"""Decoding of images: three formats, any size, decompression bombs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def refused(content: bytes) -> str:
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_as_the_evaluation_reads_a_file(kind: str, tmp_path: Path) -> None:
+def test_pixels_equal_those_of_evaluation(kind: str, tmp_path: Path) -> None:
     content = encoded(noise(40, 30), kind)
     (tmp_path / "image").write_bytes(content)
     found = decode_image(content, PREPROCESSING, MOST)
@@ -46,7 +46,7 @@ def test_as_the_evaluation_reads_a_file(kind: str, tmp_path: Path) -> None:
     assert found.shape == (1, 3, 8, 8)
 
 
-def test_an_image_on_its_side() -> None:
+def test_exif_rotation() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     turned = encoded(noise(40, 30), "PNG", exif=exif)
@@ -62,7 +62,7 @@ def test_other_formats(kind: str) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"text", b"\x89PNG\r\n\x1a\n", bytes(1000)])
-def test_what_is_no_image(content: bytes) -> None:
+def test_not_an_image(content: bytes) -> None:
     assert refused(content)
 
 
@@ -96,13 +96,13 @@ def bomb(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
-def test_a_bomb_is_refused_by_its_header() -> None:
+def test_a_decompression_bomb_is_rejected_by_its_header() -> None:
     assert "9000 x 9000 pixels; at most 100000" in refused(bomb(9000, 9000))
     assert "decompression bomb" in refused(bomb(30_000, 30_000))  # Pillow's own words
     assert "pixels; at most" in refused(encoded(Image.new("1", (400, 400)), "PNG"))
 
 
-def test_an_image_that_scaling_would_blow_up() -> None:
+def test_an_image_too_large_after_scaling() -> None:
     assert "too long and thin" in refused(encoded(Image.new("RGB", (1, 5000)), "PNG"))
     assert "too long and thin" in refused(encoded(Image.new("RGB", (5000, 1)), "PNG"))
     assert decode_image(encoded(Image.new("RGB", (1, 300)), "PNG"), PREPROCESSING, MOST).shape

@@ -73,7 +73,7 @@ def log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> An
     return caplog
 
 
-def test_a_refusal_in_the_protocols_form() -> None:
+def test_an_api_error_as_json() -> None:
     asked = Asked(ApiError("too many", status=503, reason="queue-full", retry_after=7))
     assert (asked.status, asked.json) == (503, {"error": "too many"})
     assert asked.headers[b"retry-after"] == b"7"
@@ -86,13 +86,13 @@ def test_an_engine_that_fails(log: Any) -> None:
     assert [record.facts["reason"] for record in log.records] == ["engine"]
 
 
-def test_our_own_mistake_is_logged_and_not_told(log: Any) -> None:
+def test_an_unexpected_exception_is_logged_and_not_sent(log: Any) -> None:
     asked = Asked(KeyError("/a/path/of/this/host"))
     assert (asked.status, asked.json) == (500, {"error": "internal error"})
     assert "/a/path/of/this/host" in str(log.records[0].exc_info)
 
 
-def test_after_the_answer_has_begun_nothing_is_sent() -> None:
+def test_an_error_after_the_response_has_started_sends_nothing() -> None:
     asked = Asked(ApiError("the client went away"), late=True)
     assert [message["type"] for message in asked.messages] == [
         "http.response.start",
@@ -101,7 +101,7 @@ def test_after_the_answer_has_begun_nothing_is_sent() -> None:
 
 
 @pytest.mark.parametrize("given", ["", "x y", "x" * 129, "ä"])
-def test_a_request_id_that_is_none_is_replaced(given: str) -> None:
+def test_an_invalid_request_id_is_replaced(given: str) -> None:
     found = Asked(x_request_id=given).headers[b"x-request-id"]
     assert len(found) == 16
     assert found != Asked(x_request_id=given).headers[b"x-request-id"]
@@ -109,11 +109,11 @@ def test_a_request_id_that_is_none_is_replaced(given: str) -> None:
 
 
 @pytest.mark.parametrize("given", ["", "00-1-2-01", f"00-{'0' * 32}-{'b' * 16}-01", "x" * 55])
-def test_a_trace_that_is_none_is_not_passed_on(given: str) -> None:
+def test_an_invalid_traceparent_is_dropped(given: str) -> None:
     assert b"traceparent" not in Asked(traceparent=given).headers
 
 
-def test_a_token_is_asked_for_before_anything_else() -> None:
+def test_the_token_is_checked_first() -> None:
     error = AssertionError("must not be reached")
     assert Asked(error, token=b"secret", path="/v1/card").status == 401
     assert Asked(error, token=b"secret", authorization="Bearer sécret").status == 401
@@ -122,7 +122,7 @@ def test_a_token_is_asked_for_before_anything_else() -> None:
     assert Asked(token=b"secret", path="/v2/health/live").status == 200
 
 
-def test_what_is_logged(log: Any) -> None:
+def test_access_log(log: Any) -> None:
     for error in (None, ApiError("wrong"), ApiError("busy", status=503)):
         Asked(error)
     assert not log.records

@@ -1,4 +1,4 @@
-"""Options of eps-serve: limits at a server that has them all, and what others reach."""
+"""Options of eps-serve: limits, instances, engine cache, address."""
 
 from __future__ import annotations
 

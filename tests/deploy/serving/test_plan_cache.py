@@ -1,4 +1,4 @@
-"""A plan that is built by the server: once, kept, checked, and never in the bundle.
+"""Plan cache of the server: plans are built once, kept, checked, and never in the bundle.
 
 TensorRT and the GPU are those of the tests of running plans; the build itself is tested with them.
 """

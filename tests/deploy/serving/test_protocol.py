@@ -65,7 +65,7 @@ def test_a_raw_body_is_one_image_and_gets_a_binary_answer() -> None:
     assert request.binary
 
 
-def test_what_is_wanted_back() -> None:
+def test_output_options() -> None:
     every = {"inputs": [tensor()], "parameters": {"binary_data_output": True}}
     assert read(every).binary
     one = {**every, "outputs": [{"name": "logits", "parameters": {"binary_data": False}}]}
@@ -115,7 +115,7 @@ NULLS = {
     "document",
     [NULLS, {**NULLS, "parameters": None, "outputs": None, "inputs": [tensor(parameters=None)]}],
 )
-def test_null_means_not_given(document: Any) -> None:
+def test_null_counts_as_absent(document: Any) -> None:
     request = read(document)
     np.testing.assert_array_equal(request.images, PIXELS)
     found = (request.id, request.binary, request.classification, request.timeout)
@@ -199,7 +199,7 @@ WRONG: list[tuple[Any, str]] = [
 
 
 @pytest.mark.parametrize(("document", "told"), WRONG, ids=range(len(WRONG)))
-def test_wrong_json(document: Any, told: str) -> None:
+def test_invalid_json_requests(document: Any, told: str) -> None:
     with pytest.raises(ApiError) as caught:
         read(document)
     assert told in str(caught.value)
@@ -219,7 +219,7 @@ def test_wrong_json(document: Any, told: str) -> None:
         ({"inputs": [tensor()]}, b"1", "belong to no tensor"),
     ],
 )
-def test_wrong_framing(document: Any, raw: bytes, told: str) -> None:
+def test_invalid_binary_requests(document: Any, raw: bytes, told: str) -> None:
     with pytest.raises(ApiError) as caught:
         read(document, raw)
     assert told in str(caught.value)
@@ -227,7 +227,7 @@ def test_wrong_framing(document: Any, raw: bytes, told: str) -> None:
 
 
 @pytest.mark.parametrize("length", [-1, 5, 10**9])
-def test_a_json_length_that_cannot_be(length: int) -> None:
+def test_an_invalid_json_length(length: int) -> None:
     with pytest.raises(ApiError, match="the body has 2 bytes"):
         read_request(b"{}", length, SIGNATURE)
 
@@ -238,7 +238,7 @@ def test_a_raw_body_of_another_size(body: bytes) -> None:
         read_request(body, 0, SIGNATURE)
 
 
-def test_a_json_answer_holds_the_very_logits() -> None:
+def test_a_json_answer_holds_the_exact_logits() -> None:
     request = InferRequest(images=PIXELS, id='say "so"')
     body, length = write_answer(request, LOGITS, SIGNATURE)
     assert length is None

@@ -1,4 +1,4 @@
-"""The process around the model: probes while it is loaded, and an end at any time."""
+"""The server process: probes during loading, shutdown at any time."""
 
 from __future__ import annotations
 
@@ -92,6 +92,6 @@ def test_a_model_that_cannot_be_loaded_ends_the_server(
     assert str(result) == "no such GPU"
 
 
-def test_a_token_without_the_space_around_it(tmp_path: Path) -> None:
+def test_token_file(tmp_path: Path) -> None:
     (tmp_path / "token").write_bytes(b"  0123456789abcdef\r\n")
     assert server.read_token(tmp_path / "token") == b"0123456789abcdef"

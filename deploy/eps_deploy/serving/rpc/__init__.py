@@ -10,4 +10,4 @@ import os
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 # Imported before protobuf, so that the error names the missing package that an extra brings.
-import grpc  # noqa: E402, F401
+import grpc  # noqa: F401

@@ -66,12 +66,12 @@ async def turns() -> None:
         await asyncio.sleep(0)
 
 
-def test_the_largest_message_that_could_be_right() -> None:
+def test_max_message_size() -> None:
     assert max_message_size(Limits(), (256, 1, 8, 8)) == 2 * 256 * 64 + 65536
     assert max_message_size(Limits(body=1000), (256, 3, 224, 224)) == 1000
 
 
-def test_what_is_held_is_counted() -> None:
+def test_held_memory_is_counted() -> None:
     async def test(receiver: MessageReceiver, memory: Memory) -> None:
         sent = Sent()
         waiting = started(receiver, sent)
@@ -88,7 +88,7 @@ def test_what_is_held_is_counted() -> None:
     check(test)
 
 
-def test_no_more_at_a_time_than_there_is_room_for() -> None:
+def test_messages_received_at_a_time_are_bounded() -> None:
     async def test(receiver: MessageReceiver, memory: Memory) -> None:
         sent = [Sent() for _ in range(6)]
         waiting = [started(receiver, each) for each in sent]
@@ -101,7 +101,7 @@ def test_no_more_at_a_time_than_there_is_room_for() -> None:
     check(test)
 
 
-def test_room_that_others_have_taken() -> None:
+def test_memory_taken_by_others() -> None:
     async def test(receiver: MessageReceiver, memory: Memory) -> None:
         memory.take(7 * LARGEST + 1)
         with pytest.raises(ApiError, match="as it has memory for") as caught:
@@ -122,7 +122,7 @@ def test_a_message_that_never_comes() -> None:
     check(test, Limits(memory=8 * LARGEST, body_seconds=0.05))
 
 
-def test_slow_clients_hold_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_clients_delay_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """A hundred that send nothing, for four places; and one that does, after them."""
     monkeypatch.setattr(flow_control, "_CONTENDED_SECONDS", 0.05)
 
@@ -139,7 +139,7 @@ def test_slow_clients_hold_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     check(test)
 
 
-def test_a_place_that_never_becomes_free(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slot_that_never_becomes_free(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flow_control, "_CONTENDED_SECONDS", 60)
 
     async def test(receiver: MessageReceiver, memory: Memory) -> None:
@@ -178,7 +178,7 @@ def test_clients_that_go_away_while_they_wait() -> None:
 # -- Splitting raw tensors off
 
 
-def test_a_request_in_parts() -> None:
+def test_split_a_request() -> None:
     message = request(blank(3))
     message.id = "7"
     message.parameters["timeout"].int64_param = 5
@@ -214,7 +214,7 @@ def test_fields_of_every_kind_are_kept_in_order() -> None:
         b"\x0e",
     ],
 )
-def test_what_is_no_message(content: bytes) -> None:
+def test_not_a_message(content: bytes) -> None:
     with pytest.raises(ApiError, match="no ModelInferRequest"):
         split_raw_tensors(content)
 

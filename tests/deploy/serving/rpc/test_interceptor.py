@@ -113,7 +113,7 @@ def test_an_answer() -> None:
     ],
     ids=lambda value: getattr(value, "name", ""),
 )
-def test_a_refusal_as_a_status(refusal: Exception, code: Any) -> None:
+def test_an_api_error_as_a_status_code(refusal: Exception, code: Any) -> None:
     asked = Asked(refusal, x_request_id="mine")
     assert (asked.code, asked.details) == (code, str(refusal))
     assert asked.counted(code.name)
@@ -124,7 +124,7 @@ def test_a_refusal_as_a_status(refusal: Exception, code: Any) -> None:
     assert asked.trailing.get("grpc-retry-pushback-ms") == again
 
 
-def test_our_own_mistake_is_logged_and_not_told(log: Any) -> None:
+def test_an_unexpected_exception_is_logged_and_not_sent(log: Any) -> None:
     asked = Asked(KeyError("/a/path/of/this/host"))
     assert (asked.code, asked.details) == (CODE.INTERNAL, "internal error")
     assert "/a/path/of/this/host" in str(log.records[0].exc_info)
@@ -141,7 +141,7 @@ def test_a_client_that_goes_away(remaining: float | None, code: str, reason: str
     assert asked.metrics.refused == {reason: 1}
 
 
-def test_a_token_is_asked_for_before_anything_else() -> None:
+def test_the_token_is_checked_first() -> None:
     error = AssertionError("must not be reached")
     for given in ("", "secret", "Bearer wrong", "Bearer sécret", "Basic secret"):
         asked = Asked(error, token=b"secret", authorization=given)
@@ -151,7 +151,7 @@ def test_a_token_is_asked_for_before_anything_else() -> None:
     assert Asked(token=b"secret", open=True).answer == b"answer"
 
 
-def test_what_is_logged(log: Any) -> None:
+def test_access_log(log: Any) -> None:
     for error in (None, ApiError("wrong"), busy("full", reason="queue-full")):
         Asked(error)
     assert not log.records
@@ -163,7 +163,7 @@ def test_what_is_logged(log: Any) -> None:
     assert facts[1]["reason"] == "invalid"
 
 
-def test_more_calls_than_there_may_be() -> None:
+def test_too_many_calls_in_progress() -> None:
     async def body() -> None:
         interceptor = RpcInterceptor(make_access(), max_calls=1)
         go = asyncio.Event()
@@ -191,7 +191,7 @@ def test_more_calls_than_there_may_be() -> None:
     asyncio.run(body())
 
 
-def test_answers_are_kept_back_while_the_server_ends() -> None:
+def test_answers_are_held_back_during_shutdown() -> None:
     async def body() -> None:
         interceptor = RpcInterceptor(make_access(), max_calls=9)
         asked: list[Context] = [Context({}, None), Context({}, None)]
