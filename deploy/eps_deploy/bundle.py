@@ -146,7 +146,7 @@ def _read_manifest(root: Path) -> dict[str, Any]:
         raise FileFormatError(f"{path}: cannot be read: {error.strerror}; {_RESTORE}") from None
     try:
         manifest = msgspec.json.decode(content)
-    except (msgspec.DecodeError, RecursionError):
+    except (ValueError, RecursionError):
         raise FileFormatError(f"{path}: damaged or not JSON; {_RESTORE}") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise FileFormatError(f"{path}: not a manifest of eps-deploy")
