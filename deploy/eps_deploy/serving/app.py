@@ -63,15 +63,7 @@ class RepositoryRequest(Struct):
 
 
 class Api:
-    """The HTTP interface.
-
-    Args:
-        service: answers.
-        metrics: count inferences.
-        limits: of what clients send.
-        memory: counts the bodies that are held.
-        allow_load: whether clients may reload the bundle.
-    """
+    """The HTTP interface; with `allow_load`, clients may reload the bundle."""
 
     def __init__(
         self,

@@ -248,12 +248,7 @@ def limited_protocol(limits: Limits, shed: Shed) -> type[LimitedProtocol]:
 
 
 class LoadShedder:
-    """Answer inference requests in the application's place while the queue is full.
-
-    Args:
-        service: has the queue.
-        access: authenticates and logs these requests too.
-    """
+    """Answer inference requests in the application's place while the queue is full."""
 
     def __init__(self, service: Service, access: Access) -> None:
         self._service = service

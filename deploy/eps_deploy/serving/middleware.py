@@ -172,12 +172,7 @@ ENDPOINT = "eps.endpoint"  # key of a scope: name of the route, for metrics
 
 
 class HttpMiddleware:
-    """Wrap an ASGI application.
-
-    Args:
-        inner: answers, or raises ApiError, InferenceFailed or Starlette's HTTPException.
-        access: authenticates and logs.
-    """
+    """Wrap an ASGI application, which may raise ApiError, InferenceFailed or HTTPException."""
 
     def __init__(self, inner: Application, access: Access) -> None:
         self._inner = inner

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from eps_core.errors import ConfigError
 from eps_deploy.bundle import Bundle, Choice
@@ -225,25 +226,14 @@ class Service:
 
 async def _in_thread(work: Callable[[], T]) -> T:
     """Run `work` on a daemon thread, for which the end of the process does not wait."""
-    loop = asyncio.get_running_loop()
-    result: asyncio.Future[T] = loop.create_future()
-
-    def deliver(value: Any, error: BaseException | None) -> None:
-        if result.done():
-            return
-        if error is not None:
-            result.set_exception(error)
-        else:
-            result.set_result(value)
+    future: Future[T] = Future()
+    future.set_running_or_notify_cancel()  # from now on it cannot be cancelled
 
     def run() -> None:
-        value, error = None, None
         try:
-            value = work()
-        except Exception as raised:
-            error = raised
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(deliver, value, error)
+            future.set_result(work())
+        except Exception as error:
+            future.set_exception(error)
 
     threading.Thread(target=run, name="eps-load", daemon=True).start()
-    return await result
+    return await asyncio.wrap_future(future)

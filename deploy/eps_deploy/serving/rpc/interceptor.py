@@ -29,12 +29,7 @@ _STATUS_CODES = {
 
 
 class RpcInterceptor:
-    """Wrap the gRPC methods.
-
-    Args:
-        access: authenticates and logs; the token is in the metadata `authorization`.
-        max_calls: calls that may be in progress at one time, beside those of open methods.
-    """
+    """Wrap the gRPC methods; at most `max_calls` are in progress, beside those of open methods."""
 
     def __init__(self, access: Access, *, max_calls: int) -> None:
         self._access = access

@@ -156,13 +156,7 @@ _DRAIN_PAUSE = 0.2  # seconds for calls that are on their way when the server is
 class RpcServer:
     """The gRPC server; make, use and stop it on the event loop.
 
-    Args:
-        service: answers.
-        metrics: count inferences.
-        access: authenticates and logs.
-        limits: of what clients send.
-        memory: counts the messages that are held.
-        images: shape `[N, C, H, W]` of the most images that one request may hold.
+    `images` is the shape `[N, C, H, W]` of the most images that one request may hold.
     """
 
     def __init__(
