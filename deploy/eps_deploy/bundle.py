@@ -1,8 +1,8 @@
-"""The bundle: a folder with everything that serves a network, and a manifest that vouches for it.
+"""Bundle: a folder with everything that serves a network, and a manifest with checksums.
 
 `manifest.json` holds the SHA-256 of every other file, and its own: `digest` is the SHA-256 of the
-manifest's bytes with the digest's 64 digits replaced by zeros. :func:`load_bundle` checks all of
-it. No torch here: servers have none.
+manifest's bytes with the digest's 64 digits replaced by zeros. :func:`load_bundle` verifies all of
+them. This module does not import torch: servers have none.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
+import msgspec
 import numpy as np
-import numpy.typing as npt
 
 from eps_core import cli
 from eps_core.checks import Check, Parity, Verification, compare_logits
@@ -27,15 +27,15 @@ from eps_core.errors import ConfigError, FileFormatError
 from eps_core.preprocessing import Preprocessing
 from eps_deploy.bench import accuracy
 from eps_deploy.bench.accuracy import PARITY_LIMITS
-from eps_deploy.engines.base import Engine, EngineError, Images, Logits
+from eps_deploy.engines.base import Engine, EngineError
 from eps_deploy.precision import PRECISIONS
 
 FORMAT = "eps-resnet-bundle"
 SCHEMA = 1
 MANIFEST = "manifest.json"
-NAME = "eps_resnet"  # of a model that was given none
+NAME = "eps_resnet"  # default name of a model
 NO_DIGEST = "0" * 64
-_AGAIN = "restore it from a good copy or run eps-deploy again"
+_RESTORE = "restore it from a good copy or run eps-deploy again"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,9 +44,9 @@ class Bundle:
 
     Attributes:
         root: its folder.
-        name: of the model; clients ask for it.
+        name: of the model, as clients use it.
         manifest: `manifest.json` as plain data.
-        preprocessing: from a picture to the network's input.
+        preprocessing: from an image to the network's input.
         labels: names of the classes, by index.
         input_shape: shape `[C, H, W]` of one image.
         model: name of the file that the engine loads.
@@ -61,7 +61,7 @@ class Bundle:
     model: str
 
     def read(self, name: str) -> bytes:
-        """The bytes of one of the bundle's files, verified again. Raises FileFormatError."""
+        """Read and verify one of the bundle's files. Raises FileFormatError."""
         listed = self.manifest["files"].get(name)
         if listed is None:
             raise FileFormatError(f"{self.root}: the bundle has no file {name}")
@@ -101,10 +101,9 @@ def load_bundle(path: Path | str) -> Bundle:
 
 
 def check_name(name: Any) -> str:
-    """A model's name that paths, folders, Triton and KServe take. Raises ConfigError for another.
+    """Check and return a model's name, which is part of URLs and a folder's name.
 
-    It is one part of a URL and one folder, as both write it without escapes; `v2/models/stats` has
-    a meaning of its own.
+    Raises ConfigError. `stats` is not allowed: `v2/models/stats` is a path of the protocol.
     """
     if not (isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}", name)):
         raise ConfigError(
@@ -117,7 +116,7 @@ def check_name(name: Any) -> str:
 
 
 def is_bundle(folder: Path) -> bool:
-    """Whether `folder` holds a manifest of ours, of any version and however damaged."""
+    """Whether `folder` holds a bundle's manifest, of any version, damaged or not."""
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -126,9 +125,9 @@ def is_bundle(folder: Path) -> bool:
 
 
 def encode_manifest(fields: Mapping[str, Any]) -> bytes:
-    """The manifest's bytes, with their own digest."""
-    unsealed = {"format": FORMAT, "schema": SCHEMA, "digest": NO_DIGEST, **fields}
-    text = json.dumps(unsealed, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    """Encode a manifest, with its own digest."""
+    blank_fields = {"format": FORMAT, "schema": SCHEMA, "digest": NO_DIGEST, **fields}
+    text = json.dumps(blank_fields, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
     blank = text.encode()
     digest = hashlib.sha256(blank).hexdigest()
     return blank.replace(NO_DIGEST.encode(), digest.encode(), 1)
@@ -144,11 +143,11 @@ def _read_manifest(root: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise FileFormatError(f"{root}: not a bundle of eps-deploy (no {MANIFEST} in it)") from None
     except OSError as error:
-        raise FileFormatError(f"{path}: cannot be read: {error.strerror}; {_AGAIN}") from None
+        raise FileFormatError(f"{path}: cannot be read: {error.strerror}; {_RESTORE}") from None
     try:
-        manifest = json.loads(content, parse_constant=_refuse_constant)
+        manifest = msgspec.json.decode(content)
     except (ValueError, RecursionError):
-        raise FileFormatError(f"{path}: damaged or not JSON; {_AGAIN}") from None
+        raise FileFormatError(f"{path}: damaged or not JSON; {_RESTORE}") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise FileFormatError(f"{path}: not a manifest of eps-deploy")
     schema = manifest.get("schema")
@@ -160,56 +159,52 @@ def _read_manifest(root: Path) -> dict[str, Any]:
     digest = str(manifest.get("digest")).encode()
     blank = content.replace(digest, NO_DIGEST.encode(), 1)
     if schema != SCHEMA or hashlib.sha256(blank).hexdigest().encode() != digest:
-        raise FileFormatError(f"{path}: damaged or edited (its digest does not match); {_AGAIN}")
+        raise FileFormatError(f"{path}: damaged or edited (its digest does not match); {_RESTORE}")
     return manifest
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(name)
-
-
 def _verified(root: Path, name: str, listed: Any) -> bytes:
-    """The content of a listed file.
+    """Read a listed file and verify its size and SHA-256.
 
-    A manifest can be forged, so its names must stay in the bundle. Links may lead anywhere, as into
-    the store of a Hugging Face cache or of DVC: the SHA-256 proves what is read through them.
+    A manifest can be forged, so its names must stay in the bundle. Links may lead anywhere, such as
+    into the store of a Hugging Face cache or of DVC: the SHA-256 proves what is read through them.
     """
     pure = PurePosixPath(name)
     path = root / pure
-    if pure.is_absolute() or ".." in pure.parts or any(sign in name for sign in "\\:\0"):
-        raise FileFormatError(f"{root / MANIFEST}: lists {name}, which lies outside the bundle")
+    if pure.is_absolute() or ".." in pure.parts or any(char in name for char in "\\:\0"):
+        raise FileFormatError(f"{root / MANIFEST}: lists {name}, which is outside the bundle")
     wanted = listed if isinstance(listed, dict) else {}
     try:
-        # Before a byte is read: a link may lead to a device without end.
+        # Before a byte is read: a link may lead to an endless device.
         found = path.stat()
         if not stat.S_ISREG(found.st_mode):
-            raise FileFormatError(f"{path}: not a file; {_AGAIN}")
+            raise FileFormatError(f"{path}: not a file; {_RESTORE}")
         if found.st_size != wanted.get("bytes"):
             raise FileFormatError(
                 f"{path}: {found.st_size} bytes where the manifest says {wanted.get('bytes')};"
-                f" {_AGAIN}"
+                f" {_RESTORE}"
             )
         content = path.read_bytes()
     except FileNotFoundError:
         where = f" (its link leads to {os.readlink(path)})" if path.is_symlink() else ""
-        raise FileFormatError(f"{path}: missing from the bundle{where}; {_AGAIN}") from None
+        raise FileFormatError(f"{path}: missing from the bundle{where}; {_RESTORE}") from None
     except OSError as error:
         raise FileFormatError(f"{path}: cannot be read: {error.strerror}") from None
     if hashlib.sha256(content).hexdigest() != wanted.get("sha256"):
-        raise FileFormatError(f"{path}: changed: its SHA-256 is not the manifest's; {_AGAIN}")
+        raise FileFormatError(f"{path}: changed: its SHA-256 is not the manifest's; {_RESTORE}")
     return content
 
 
-# -- From a bundle to the engine that serves it, whichever that is. No torch here
+# -- The bundle's engine
 
 ONNX = "model.onnx"
 Choice = Literal["auto", "cpu", "cuda"]
 
 
 def open_engine(bundle: Bundle) -> Engine:
-    """The engine that the bundle's manifest names, ready to run; close it after use.
+    """Open the engine that the bundle's manifest names; close it after use.
 
-    Where the plan is still to be built, that is ONNX Runtime on the processor.
+    Where the plan is still to be built, that is ONNX Runtime on the CPU.
 
     Raises:
         EngineError: the engine does not run on this machine, or the plan was built for another.
@@ -229,11 +224,15 @@ def open_engine(bundle: Bundle) -> Engine:
 def open_onnx(
     bundle: Bundle, *, file: str = ONNX, provider: str = "", rounded: bool = False
 ) -> Engine:
-    """A network in any bundle on ONNX Runtime; raises as :func:`open_engine` does.
+    """Open a network of any bundle on ONNX Runtime; raises the errors of :func:`open_engine`.
 
-    On the processor, and with the arithmetic of the file, unless `provider` is the execution
-    provider of the manifest. `rounded`: float16 too is computed as the file says, see
-    `export.half`, which needs the package onnx.
+    Args:
+        bundle: verified.
+        file: name of the ONNX file in the bundle.
+        provider: execution provider, as the manifest has it; "": the CPU, with the exact arithmetic
+            of the file.
+        rounded: compute float16 exactly as the file says too, see `export.half`; it needs the
+            package onnx.
     """
     from eps_deploy.engines.ort import PROVIDERS, OrtEngine, Provider
 
@@ -256,14 +255,15 @@ def open_onnx(
     return _agreeing(bundle, engine)
 
 
-def open_served(bundle: Bundle, file: str, choice: Choice, say: Callable[[str], None]) -> Engine:
-    """A network in a bundle on the ONNX Runtime provider that a server chooses.
+def open_served(bundle: Bundle, file: str, choice: Choice, log: Callable[[str], None]) -> Engine:
+    """Open a network of a bundle on the ONNX Runtime provider that a server is configured for.
 
     Args:
-        bundle: as `load_bundle` gives it.
+        bundle: verified.
         file: name of the ONNX file in the bundle.
         choice: `auto`: the GPU where ONNX Runtime really runs the network on it, else the CPU.
-        say: told why a GPU is not used although the bundle or the installed package is for one.
+        log: called with the reason when a GPU is not used although the bundle or the installed
+            package is for one.
 
     Raises:
         EngineError: ONNX Runtime does not run the network on the provider.
@@ -284,7 +284,7 @@ def open_served(bundle: Bundle, file: str, choice: Choice, say: Callable[[str], 
             return open_onnx(bundle, file=file, provider=provider)
         except EngineError as error:
             if provider == recorded or provider in get_available_providers():
-                say(f"not served by {provider}: {error}")
+                log(f"not served by {provider}: {error}")
     return open_onnx(bundle, file=file, provider=cpu)
 
 
@@ -294,128 +294,109 @@ def _agreeing(bundle: Bundle, engine: Engine) -> Engine:
     return engine
 
 
-# -- Warm-up and proof in one: the stored samples through an engine, before a client is let in
+# -- Replay of the stored samples: warm-up and proof in one
 
 SAMPLES = "samples.npz"
 
 
-def prove(bundle: Bundle, engine: Engine, stage: str) -> Parity:
-    """Warm up, and compare with torch's logits.
+def replay(bundle: Bundle, engine: Engine, stage: str) -> Parity:
+    """Run the stored samples through an engine and compare its logits with those of torch.
 
-    Raises EngineError when the engine fails, or answers something else than torch did.
+    On a GPU with every batch size, because TensorRT and cuDNN prepare each one at its first use; on
+    the CPU with 1, 2 and the largest. The samples are repeated where they do not fill the largest
+    batch. Afterwards the engine is warm.
+
+    Args:
+        bundle: holds the samples, and the precision that sets the limit.
+        engine: to run.
+        stage: name of the comparison.
     """
-    images, logits, indices = _samples(bundle, engine)
-    batches = _batches(engine)
+    with np.load(io.BytesIO(bundle.read(SAMPLES)), allow_pickle=False) as stored:
+        order = np.arange(max(len(stored["images"]), engine.max_batch)) % len(stored["images"])
+        images, logits, indices = (stored[key][order] for key in ("images", "logits", "indices"))
+    largest = engine.max_batch
+    on_cpu = engine.describe().get("provider") == "CPUExecutionProvider"
+    batches = sorted({1, min(2, largest), largest}) if on_cpu else list(range(1, largest + 1))
     answers = accuracy.passes(engine.infer, images, batches)
-    expected = [logits] * len(batches)
     limit = PARITY_LIMITS[bundle.manifest["precision"]]
-    told = compare_logits(
+    expected = [logits] * len(batches)
+    return compare_logits(
         stage, expected, answers, batches=batches, limit=limit, indices=indices.tolist()
     )
-    if told.relative is None:
+
+
+def prove(bundle: Bundle, engine: Engine, stage: str) -> Parity:
+    """Replay the stored samples. Raises EngineError: the engine fails or differs from torch."""
+    parity = replay(bundle, engine, stage)
+    if parity.relative is None:
         raise EngineError("on the stored samples some of the engine's logits are not finite")
-    if told.passed is False:
+    if parity.passed is False:
         raise EngineError(
-            f"on the stored samples the engine differs from torch by {told.relative:.2g} of the"
-            f" largest logit, and {told.limit:g} is the limit for {bundle.manifest['precision']};"
-            " deploy the network again on this machine"
+            f"on the stored samples the engine differs from torch by {parity.relative:.2g} of the"
+            f" largest logit, and {parity.limit:g} is the limit for"
+            f" {bundle.manifest['precision']}; deploy the network again on this machine"
         )
-    return told
+    return parity
 
 
-def warm(bundle: Bundle, engine: Engine) -> None:
-    """Run the bundle's samples, of which nobody knows what this engine must answer."""
-    accuracy.passes(engine.infer, _samples(bundle, engine)[0], _batches(engine))
-
-
-def _samples(bundle: Bundle, engine: Engine) -> tuple[Images, Logits, npt.NDArray[np.int64]]:
-    """Images, torch's logits and indices; so many that the largest batch is a full one."""
-    with np.load(io.BytesIO(bundle.read(SAMPLES)), allow_pickle=False) as samples:
-        images, logits, indices = samples["images"], samples["logits"], samples["indices"]
-    if len(images) < engine.max_batch:
-        repeat = np.arange(engine.max_batch) % len(images)
-        images, logits, indices = images[repeat], logits[repeat], indices[repeat]
-    return images, logits, indices
-
-
-def _batches(engine: Engine) -> list[int]:
-    """All sizes on a GPU: TensorRT and cuDNN prepare each of them when it first comes."""
-    on_cpu = engine.describe().get("provider") == "CPUExecutionProvider"
-    largest = engine.max_batch
-    return sorted({1, min(2, largest), largest} if on_cpu else range(1, largest + 1))
-
-
-# -- Proving a bundle again, on any machine, from its files alone. No torch here
+# -- Verification of a bundle, on any machine, from its files alone
 #
-# That every file is the one that its manifest names is seen by `load_bundle` already; what follows
-# is whether the engine still answers, on this machine, what the network answered in torch.
+# `load_bundle` has verified the files; what is left is whether the engine still answers, on this
+# machine, what the network answered in torch.
 
 REPORT = "report.json"
 
 
 def verify_bundle(path: Path, *, report: Callable[[str], None]) -> Verification:
-    """Check the bundle at `path`; `report` is told what is being done, a line at a time.
+    """Verify the bundle at `path`; `report` is called with a line for each step.
 
-    Raises FileFormatError when a file is damaged, missing or foreign: then there is no bundle to
-    be proven.
+    Raises FileFormatError when a file is damaged, missing or foreign: then there is no bundle.
     """
     bundle = load_bundle(path)
-    told = json.loads(bundle.read(REPORT))
-    found = Verification(lossless=bool(told.get("lossless", True)))
+    verdict = json.loads(bundle.read(REPORT))
+    found = Verification(lossless=bool(verdict.get("lossless", True)))
     add = found.checks.append
     add(Check("files", True, f"SHA-256 of {len(bundle.manifest['files'])} files match"))
-    add(_report(bundle, told))
+    add(_check_report(bundle, verdict))
     report("running the engine on the stored samples")
     precision = PRECISIONS[bundle.manifest["precision"]]
+    engine = bundle.manifest["engine"]
     half = precision.float == "float16"
-    add(_parity(bundle, "onnx", lambda: open_onnx(bundle, rounded=half)))
+    add(_check_engine(bundle, "onnx", lambda: open_onnx(bundle, rounded=half)))
     if bundle.model.endswith(".plan"):
-        add(_parity(bundle, "plan", lambda: open_engine(bundle)))
-    elif bundle.manifest["engine"].get("deferred"):
+        add(_check_engine(bundle, "plan", lambda: open_engine(bundle)))
+    elif engine.get("deferred"):
         add(Check("plan", None, "still to be built, by the machine that serves the bundle"))
-    elif half or precision.quantized or _provider(bundle) != "CPUExecutionProvider":
-        # What is served is not computed as the file says.
-        add(_parity(bundle, "engine", lambda: open_engine(bundle)))
+    elif half or precision.quantized or engine.get("provider", "") != "CPUExecutionProvider":
+        # The served engine does not compute exactly as the file says.
+        add(_check_engine(bundle, "engine", lambda: open_engine(bundle)))
     return found
 
 
-def _provider(bundle: Bundle) -> str:
-    return str(bundle.manifest["engine"].get("provider", ""))
-
-
-def _report(bundle: Bundle, told: dict[str, Any]) -> Check:
-    """Whether the report is on this bundle's engine, and what its verdict was."""
+def _check_report(bundle: Bundle, report: dict[str, Any]) -> Check:
+    """Whether the report is about this bundle's engine, and what its verdict is."""
     ours = (bundle.manifest["precision"], bundle.manifest["engine"]["name"])
-    theirs = (told.get("precision", {}).get("name"), told.get("engine"))
+    theirs = (report.get("precision", {}).get("name"), report.get("engine"))
     if ours != theirs:
         return Check("report", False, f"is on {theirs}, the manifest on {ours}")
     words = {True: "passed", False: "FAILED: a goal was missed", None: "open"}
-    verdict = told.get("passed")
+    verdict = report.get("passed")
     return Check("report", verdict is not False, f"verdict then: {words[verdict]}")
 
 
-def _parity(bundle: Bundle, name: str, open_it: Callable[[], Engine]) -> Check:
-    """The stored samples' logits against those that torch gave when the bundle was made."""
-    with np.load(io.BytesIO(bundle.read(SAMPLES)), allow_pickle=False) as samples:
-        images, logits, indices = samples["images"], samples["logits"], samples["indices"]
-    limit = PARITY_LIMITS[bundle.manifest["precision"]]
+def _check_engine(bundle: Bundle, name: str, open_it: Callable[[], Engine]) -> Check:
     try:
         with open_it() as engine:
-            batches = sorted({min(size, engine.max_batch) for size in (1, 2, engine.max_batch)})
-            answers = accuracy.passes(engine.infer, images, batches)
+            parity = replay(bundle, engine, name)
     except EngineError as error:
         return Check(name, None, str(error))
     except ModuleNotFoundError as error:
         return Check(name, None, cli.missing_package(error))
-    expected = [logits] * len(batches)
-    told = compare_logits(
-        name, expected, answers, batches=batches, limit=limit, indices=indices.tolist()
-    )
-    if told.relative is None:
+    if parity.relative is None:
         return Check(name, False, "some logits are not finite")
     return Check(
         name,
-        told.passed,
-        f"{len(images)} samples: largest difference {told.relative:.2g} of the largest logit,"
-        f" limit {limit:g}; same class on {100 * told.top1_agreement:.2f} %",
+        parity.passed,
+        f"{parity.samples} samples: largest difference {parity.relative:.2g} of the largest logit,"
+        f" limit {parity.limit:g}; same class on {100 * parity.top1_agreement:.2f} %",
     )

@@ -1,9 +1,9 @@
-"""`triton/`: a model repository for NVIDIA Triton, made of a bundle's own files.
+"""Model repository for NVIDIA Triton (`triton/` in a bundle), made of the bundle's own files.
 
     triton/NAME/config.pbtxt        serves the plan if there is one, else the ONNX file
     triton/NAME/configs/onnx.pbtxt  beside a plan: --model-config-name=onnx serves the ONNX file
     triton/NAME/labels.txt          names of the classes, one a line
-    triton/NAME/warmup/             real images, which Triton runs before it says that it is ready
+    triton/NAME/warmup/             real images, which Triton runs before it is ready
     triton/NAME/1/                  model.onnx, model.plan
 
 Layout and fields: Triton's docs/user_guide/model_repository.md and model_configuration.md, and
@@ -31,16 +31,16 @@ Kind = Literal["KIND_CPU", "KIND_GPU", "KIND_AUTO"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Served:
-    """What Triton has to know of the network.
+class TritonModel:
+    """The network as Triton's configuration describes it.
 
     Attributes:
         input_shape: `[C, H, W]` of one image.
         labels: names of the classes, by index.
-        preprocessing: how an image becomes the input, for clients, which have to do it.
+        preprocessing: how an image becomes the input, for clients, which do it.
         max_batch: largest batch; with a plan, of its profile.
         kind: where ONNX Runtime runs `model.onnx`; KIND_AUTO: on a GPU if there is one.
-        threads: of ONNX Runtime within one operator, as measured; None: its own choice.
+        threads: of ONNX Runtime within one operator; None: its own choice.
         capability: compute capability that `model.plan` was built for, such as `9.0`; None: there
             is no plan, or not yet.
     """
@@ -54,58 +54,61 @@ class Served:
     capability: str | None = None
 
 
-def write_repository(folder: Path, served: Served, samples: Images, *, name: str) -> Path:
+def write_repository(folder: Path, model: TritonModel, samples: Images, *, name: str) -> Path:
     """Write `triton/NAME` into the bundle that is being written at `folder`; return that folder.
 
     Args:
-        folder: holds `model.onnx`, and `model.plan` where `served` has a capability.
-        served: see there.
+        folder: holds `model.onnx`, and `model.plan` where `model` has a capability.
+        model: to be described.
         samples: real images, uint8 `[N, C, H, W]`, N at least 1; the first few become warm-ups.
-        name: of the model, as `check_name` accepts it; clients ask for it.
+        name: of the model, as `check_name` accepts it.
 
     Raises:
-        OSError: as the file system does.
+        OSError: the folder cannot be written.
     """
     assert len(samples) > 0
-    assert samples.shape[1:] == tuple(served.input_shape)
-    model = folder / FOLDER / name
-    (model / "1").mkdir(parents=True)
-    _place(folder / _ONNX, model / "1" / _ONNX)
-    images = _write_warm_ups(model / "warmup", samples)
-    onnx = "\n".join([*_common(served, name, images), *_onnx(served)]) + "\n"
-    if served.capability is None:
-        _write_text(model / "config.pbtxt", onnx)
+    assert samples.shape[1:] == tuple(model.input_shape)
+    root = folder / FOLDER / name
+    (root / "1").mkdir(parents=True)
+    (root / "warmup").mkdir()
+    _link(folder / _ONNX, root / "1" / _ONNX)
+    warm_ups = []  # raw pixels, one image a file: Triton repeats it up to the batch size
+    for index, image in enumerate(samples[:_WARM_UPS]):
+        warm_ups.append(f"{INPUT_NAME}-{index}")
+        (root / "warmup" / warm_ups[-1]).write_bytes(image.tobytes())
+    common = _common(model, name, warm_ups)
+    onnx = [*common, *_onnx(model)]
+    if model.capability is None:
+        _write_lines(root / "config.pbtxt", onnx)
     else:
-        _place(folder / _PLAN, model / "1" / _PLAN)
-        plan = "\n".join([*_common(served, name, images), *_plan(served.capability)]) + "\n"
-        _write_text(model / "config.pbtxt", plan)
-        (model / "configs").mkdir()
-        _write_text(model / "configs" / f"{ONNX_CONFIG}.pbtxt", onnx)
-    _write_text(model / "labels.txt", "".join(f"{_line(label)}\n" for label in served.labels))
-    return model
+        _link(folder / _PLAN, root / "1" / _PLAN)
+        _write_lines(root / "config.pbtxt", [*common, *_plan(model.capability)])
+        (root / "configs").mkdir()
+        _write_lines(root / "configs" / f"{ONNX_CONFIG}.pbtxt", onnx)
+    _write_lines(root / "labels.txt", [" ".join(label.split()) for label in model.labels])
+    return root
 
 
-def _common(served: Served, name: str, warm_ups: Sequence[str]) -> list[str]:
-    """What both configurations say. The batch size is in `max_batch_size`, so no part of `dims`.
+def _common(model: TritonModel, name: str, warm_ups: Sequence[str]) -> list[str]:
+    """The lines of both configurations. The batch size is in `max_batch_size`, not in `dims`.
 
-    Nothing is set of the dynamic batcher: it takes as many waiting requests as fit, and delays
-    none.
+    The dynamic batcher has its defaults: it takes as many waiting requests as fit, without delay.
     """
-    image = f"data_type: TYPE_UINT8 dims: [ {', '.join(map(str, served.input_shape))} ]"
-    classes = len(served.labels)
+    image = f"data_type: TYPE_UINT8 dims: [ {', '.join(map(str, model.input_shape))} ]"
+    classes = len(model.labels)
     runs = [(1, file) for file in warm_ups]
-    if served.max_batch > 1:
-        runs.append((served.max_batch, warm_ups[0]))
+    if model.max_batch > 1:
+        runs.append((model.max_batch, warm_ups[0]))
     return [
         f'name: "{name}"',
-        f"max_batch_size: {served.max_batch}",
+        f"max_batch_size: {model.max_batch}",
         f'input [ {{ name: "{INPUT_NAME}" {image} }} ]',
         f'output [ {{ name: "{OUTPUT_NAME}" data_type: TYPE_FP32 dims: [ {classes} ]'
         ' label_filename: "labels.txt" } ]',
         "dynamic_batching { }",
         # JSON in a string of protobuf's text format, whose escapes are those of JSON.
         'parameters { key: "preprocessing" value { string_value:'
-        f" {json.dumps(json.dumps(served.preprocessing))} }} }}",
+        f" {json.dumps(json.dumps(model.preprocessing))} }} }}",
         *(
             f'model_warmup [ {{ name: "{file}-batch-{batch}" batch_size: {batch}'
             f' inputs {{ key: "{INPUT_NAME}" value {{ {image} input_data_file: "{file}" }} }} }} ]'
@@ -114,16 +117,16 @@ def _common(served: Served, name: str, warm_ups: Sequence[str]) -> list[str]:
     ]
 
 
-def _onnx(served: Served) -> list[str]:
+def _onnx(model: TritonModel) -> list[str]:
     lines = [
         'backend: "onnxruntime"',
         f'default_model_filename: "{_ONNX}"',
-        f"instance_group [ {{ count: 1 kind: {served.kind} }} ]",
+        f"instance_group [ {{ count: 1 kind: {model.kind} }} ]",
     ]
-    if served.threads is not None:  # else Triton gives every instance all cores
+    if model.threads is not None:  # otherwise each of Triton's instances uses all cores
         lines += [
             'parameters { key: "intra_op_thread_count"'
-            f' value {{ string_value: "{served.threads}" }} }}',
+            f' value {{ string_value: "{model.threads}" }} }}',
             'parameters { key: "inter_op_thread_count" value { string_value: "1" } }',
         ]
     return lines
@@ -133,27 +136,17 @@ def _plan(capability: str) -> list[str]:
     return [
         'backend: "tensorrt"',
         f'default_model_filename: "{_PLAN}"',
-        # Whoever builds a plan for another kind of GPU puts it beside this one and adds a line.
+        # A plan for another kind of GPU is put beside this one, with another line here.
         f'cc_model_filenames [ {{ key: "{capability}" value: "{_PLAN}" }} ]',
         "instance_group [ { count: 1 kind: KIND_GPU } ]",
     ]
 
 
-def _write_warm_ups(folder: Path, samples: Images) -> list[str]:
-    """Raw pixels, one image a file: Triton itself repeats it up to the batch size asked for."""
-    folder.mkdir()
-    names = []
-    for index, image in enumerate(samples[:_WARM_UPS]):
-        names.append(f"{INPUT_NAME}-{index}")
-        (folder / names[-1]).write_bytes(image.tobytes())
-    return names
+def _link(source: Path, target: Path) -> None:
+    """Hard-link a file, or copy it where the file system has no hard links.
 
-
-def _place(source: Path, target: Path) -> None:
-    """A second name for the same bytes, or a copy where the file system has no hard links.
-
-    A link, because the manifest vouches for both names and nothing ever changes a bundle's files,
-    so a copy would only double its size. Not a symbolic one: `triton/` is mounted alone.
+    A copy doubles the bundle's size, and nothing ever changes a bundle's files. A symbolic link
+    would be broken: `triton/` is mounted alone.
     """
     try:
         os.link(source, target)
@@ -161,10 +154,5 @@ def _place(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _line(label: str) -> str:
-    """A class's name on one line; Triton counts lines."""
-    return " ".join(label.split())
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8", newline="\n")
+def _write_lines(path: Path, lines: Sequence[str]) -> None:
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="\n")

@@ -1,4 +1,4 @@
-"""Reading a bundle: whole and true, or refused in one line."""
+"""Loading and verifying a bundle; damaged or forged ones are rejected in one line."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_foreign_manifests_are_refused(bundle: Path, content: bytes) -> None:
     assert MANIFEST in refusal(bundle)
 
 
-def test_places_without_a_bundle_are_refused(tmp_path: Path) -> None:
+def test_folders_without_a_bundle_are_rejected(tmp_path: Path) -> None:
     assert "no manifest.json" in refusal(tmp_path)
     assert "no such folder" in refusal(tmp_path / "nowhere")
     (tmp_path / "file").write_text("x")
@@ -141,10 +141,10 @@ def into_a_store(bundle: Path) -> Path:
 
 def test_links_into_a_content_store_are_followed(bundle: Path, deployed: Path) -> None:
     """By every command that reads a bundle: the hashes prove what the links lead to."""
-    picture = next((deployed / "bundle" / "examples").glob("*.png"))
+    image = next((deployed / "bundle" / "examples").glob("*.png"))
     into_a_store(bundle)
     for name, main, *arguments in (
-        ("eps-predict", predict, bundle, picture),
+        ("eps-predict", predict, bundle, image),
         ("eps-verify", verify, bundle),
         ("eps-bench", bench, bundle, bundle, "--batch", 1, "--time-budget", 0.01),
     ):
@@ -152,7 +152,7 @@ def test_links_into_a_content_store_are_followed(bundle: Path, deployed: Path) -
         assert result.code == 0, result.stderr
     with command(bundle) as process:
         process.wait_ready()
-        assert process.post("/v1/classify", picture.read_bytes()).status == 200
+        assert process.post("/v1/classify", image.read_bytes()).status == 200
 
 
 def test_what_a_link_leads_to_must_have_the_right_content(bundle: Path) -> None:

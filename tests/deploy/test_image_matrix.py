@@ -1,4 +1,4 @@
-"""Every kind of image file: training, eps-predict and the server see the same pixels in it."""
+"""All kinds of image files: training, eps-predict and the server read the same pixels."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def predicted(path: Path, how: Preprocessing) -> Pixels | str:
 def served(path: Path, how: Preprocessing) -> Pixels | str:
     """What the server makes of the file's bytes."""
     try:
-        pixels: Pixels = protocol.decode(path.read_bytes(), how, 10**6)
+        pixels: Pixels = protocol.decode_image(path.read_bytes(), how, 10**6)
         return np.squeeze(pixels, axis=0)
     except ApiError as refusal:
         return str(refusal)
@@ -108,7 +108,7 @@ def test_all_three_see_the_same_pixels_or_refuse_them_by_name(
             if kind in SERVED:
                 ways.append(answer)
             else:
-                assert answer == "not a JPEG, PNG or WebP picture; send its bytes as the body"
+                assert answer == "not a JPEG, PNG or WebP image; send its bytes as the body"
             if isinstance(ways[0], str):
                 assert mode in ("I", "F"), ways
                 assert all("have no known range" in str(way) for way in ways), ways
@@ -118,11 +118,11 @@ def test_all_three_see_the_same_pixels_or_refuse_them_by_name(
             upright = looks(path, mode, orientation, how)
             assert abs(ways[0].astype(int) - upright).mean() <= 6, (orientation, color)
     if mode == "L":
-        assert compared, "every format has grey pictures"
+        assert compared, "every format has grey images"
 
 
 def looks(path: Path, mode: str, orientation: int, how: Preprocessing) -> Pixels:
-    """The pixels that one expects, in whole numbers: of the picture as 8 bits, turned by numpy."""
+    """The pixels that one expects, in whole numbers: of the image as 8 bits, turned by numpy."""
     grey = np.asarray(image("L" if mode.startswith("I") else mode).convert("L"))
     with Image.open(path) as opened:
         turned = opened.getexif().get(0x0112, 1)

@@ -1,4 +1,4 @@
-"""`eps-deploy --name`: what clients and Triton call the model."""
+"""`eps-deploy --name`: the model's name for clients and Triton."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def test_the_server_answers_to_it(named: Path, deployed: Path) -> None:
             assert process.get(path).json["name"] == NAME, path
         assert process.get("/v1/card").json["name"] == NAME  # which the page shows
         assert process.post(f"{model}/infer", infer()).json["model_name"] == NAME
-        picture = next((named / "examples").glob("*.png")).read_bytes()
-        assert process.post("/v1/classify", picture).json["model_name"] == NAME
+        image = next((named / "examples").glob("*.png")).read_bytes()
+        assert process.post("/v1/classify", image).json["model_name"] == NAME
         assert process.post("/v2/repository/index").json[0]["name"] == NAME
         assert f"{model}/infer" in process.get("/openapi.json").json["paths"]
         load = f"/v2/repository/models/{NAME}/load"
@@ -67,7 +67,7 @@ def test_two_bundles_in_one_triton_repository(named: Path, deployed: Path, tmp_p
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "..", "a b", 'a"b', "-x", "é", "x" * 64, "stats"])
-def test_names_that_cannot_be(workshop: Path, name: str) -> None:
+def test_invalid_names(workshop: Path, name: str) -> None:
     result = deploy(workshop, "--name", name, "--dry-run")
     assert (result.code, result.stdout) == (1, "")
     assert result.error.startswith("eps-deploy: error: --name: model name ")

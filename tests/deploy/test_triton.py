@@ -1,4 +1,4 @@
-"""The Triton repository, read back with Triton's own protobuf and held to the engine."""
+"""The Triton repository, parsed with Triton's own protobuf and compared with the engine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tritonclient.grpc import model_config_pb2 as triton_pb
 
 from eps_deploy.bundle import Bundle, load_bundle
 from eps_deploy.engines.ort import OrtEngine
-from eps_deploy.triton import Served, write_repository
+from eps_deploy.triton import TritonModel, write_repository
 
 DTYPES = {"tensor(uint8)": triton_pb.TYPE_UINT8, "tensor(float)": triton_pb.TYPE_FP32}
 
@@ -31,7 +31,7 @@ def loaded(bundle: Path) -> Bundle:
     return found
 
 
-def served(bundle: Bundle, **changes: Any) -> Served:
+def served(bundle: Bundle, **changes: Any) -> TritonModel:
     fields: dict[str, Any] = {
         "input_shape": bundle.input_shape,
         "labels": bundle.labels,
@@ -40,7 +40,7 @@ def served(bundle: Bundle, **changes: Any) -> Served:
         "kind": "KIND_CPU",
         "threads": 1,
     }
-    return Served(**{**fields, **changes})
+    return TritonModel(**{**fields, **changes})
 
 
 def images(bundle: Bundle) -> Any:
@@ -136,7 +136,7 @@ def test_a_largest_batch_of_one(loaded: Bundle) -> None:
     assert {warm_up.batch_size for warm_up in found.model_warmup} == {1}
 
 
-def test_labels_stay_one_a_line(loaded: Bundle) -> None:
+def test_labels_with_line_breaks(loaded: Bundle) -> None:
     names = ["plain", "two\nlines", 'a "quoted" one', "名前", *loaded.labels[4:]]
     model, found = write(loaded, labels=names)
     lines = (model / found.output[0].label_filename).read_text(encoding="utf-8").splitlines()

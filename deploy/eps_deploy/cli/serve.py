@@ -1,11 +1,10 @@
-"""The command `eps-serve`: a bundle as a service."""
+"""The command `eps-serve`: serve a bundle over HTTP and gRPC."""
 
 from __future__ import annotations
 
 import math
 import os
 import signal
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -34,7 +33,7 @@ def _finite(context: click.Context, parameter: click.Parameter, value: float) ->
     default="127.0.0.1",
     show_default=True,
     metavar="ADDRESS",
-    help="Where to listen; 0.0.0.0: everywhere.",
+    help="Address to listen on; 0.0.0.0 listens on all interfaces.",
 )
 @click.option(
     "--port",
@@ -42,20 +41,20 @@ def _finite(context: click.Context, parameter: click.Parameter, value: float) ->
     default=8000,
     show_default=True,
     metavar="PORT",
-    help="0: any that is free.",
+    help="Port to listen on; 0 picks a free one.",
 )
 @click.option(
     "--grpc-port",
     type=click.IntRange(0, 65535),
     metavar="PORT",
-    help="Listen for gRPC as well; 0: any that is free.",
+    help="Also serve gRPC on this port; 0 picks a free one.",
 )
 @click.option(
     "--provider",
     type=click.Choice(["auto", "cpu", "cuda"]),
     default="auto",
     show_default=True,
-    help="ONNX Runtime execution provider; auto: cuda where it runs the network, else cpu.",
+    help="ONNX Runtime execution provider; auto uses CUDA where it runs the network, else the CPU.",
 )
 @click.option(
     "--max-queue",
@@ -63,7 +62,7 @@ def _finite(context: click.Context, parameter: click.Parameter, value: float) ->
     default=256,
     show_default=True,
     metavar="N",
-    help="Images that may wait; beyond that the answer is 503.",
+    help="Maximum number of images that wait; further requests are answered with 503.",
 )
 @click.option(
     "--max-delay-ms",
@@ -72,9 +71,9 @@ def _finite(context: click.Context, parameter: click.Parameter, value: float) ->
     show_default=True,
     callback=_finite,
     metavar="X",
-    help="Time that an image may wait for others while an engine is free.",
+    help="Maximum time in ms that an image waits for a larger batch while an engine is free.",
 )
-@click.option("--no-batching", is_flag=True, help="Run the images of each request by themselves.")
+@click.option("--no-batching", is_flag=True, help="Run each request's images in their own batches.")
 @click.option(
     "--instances",
     type=click.IntRange(1, 64),
@@ -87,23 +86,23 @@ def _finite(context: click.Context, parameter: click.Parameter, value: float) ->
     "--token-file",
     type=_PATH,
     metavar="FILE",
-    help="Holds the token that clients must send: Authorization: Bearer TOKEN.",
+    help="File with the token that clients must send (Authorization: Bearer TOKEN).",
 )
 @click.option(
     "--allow-load",
     is_flag=True,
-    help="Let clients have BUNDLE read again: POST v2/repository/models/M/load.",
+    help="Allow clients to reload BUNDLE (POST v2/repository/models/M/load).",
 )
 @click.option(
     "--engine-cache",
     type=_PATH,
     metavar="DIR",
-    help="Keep the plan here that --defer-build left to this machine.",
+    help="Folder to keep TensorRT plans in that are built here (eps-deploy --defer-build).",
 )
 @click.option(
     "--shadow",
     metavar="DIR|baseline",
-    help="Run this bundle, or BUNDLE's unpruned network, beside it, and compare.",
+    help="Run this bundle, or BUNDLE's baseline, on a share of the batches, and compare.",
 )
 @click.option(
     "--shadow-share",
@@ -112,7 +111,7 @@ def _finite(context: click.Context, parameter: click.Parameter, value: float) ->
     show_default=True,
     callback=_finite,
     metavar="X",
-    help="Share of the batches that --shadow gets.",
+    help="Fraction of the batches that --shadow runs.",
 )
 @click.option(
     "--max-body",
@@ -120,7 +119,7 @@ def _finite(context: click.Context, parameter: click.Parameter, value: float) ->
     default=32,
     show_default=True,
     metavar="MIB",
-    help="Size of a request.",
+    help="Maximum size of a request in MiB.",
 )
 @click.option(
     "--max-pixels",
@@ -128,7 +127,7 @@ def _finite(context: click.Context, parameter: click.Parameter, value: float) ->
     default=50,
     show_default=True,
     metavar="MPX",
-    help="Millions of pixels of a picture.",
+    help="Maximum size of an image in megapixels.",
 )
 @click.option(
     "--max-connections",
@@ -136,7 +135,7 @@ def _finite(context: click.Context, parameter: click.Parameter, value: float) ->
     default=1000,
     show_default=True,
     metavar="N",
-    help="Open at one time, on each port.",
+    help="Maximum number of open connections on each port.",
 )
 @click.option("--log-requests", is_flag=True, help="Log every request.")
 def cli(
@@ -159,30 +158,28 @@ def cli(
     max_connections: int,
     log_requests: bool,
 ) -> None:
-    """Serve the network in BUNDLE over HTTP: KServe v2, pictures, metrics, and a page at /.
+    """Serve the network in BUNDLE over HTTP: KServe v2, image classification, metrics, a page at /.
 
-    With --grpc-port also over gRPC, by the same protocol.
+    With --grpc-port, KServe v2 is also served over gRPC.
 
-    SIGTERM and Ctrl-C: what was accepted is answered, then exit 0. Again: at once.
+    On SIGTERM or Ctrl-C, finish in-flight requests and exit 0; a second signal exits immediately.
     """
     from eps_deploy.serving.batching import Batching
     from eps_deploy.serving.limits import Limits
     from eps_deploy.serving.server import Settings, run
-    from eps_deploy.serving.service import Source
-    from eps_deploy.serving.shadow import Shadowing
+    from eps_deploy.serving.service import ModelSource
+    from eps_deploy.serving.shadow import ShadowOptions
 
-    # Pillow warns of pictures that are large or untidy, and reads them all the same.
-    warnings.filterwarnings("ignore", module=r"PIL\.")
     batching = Batching(
         max_queue=max_queue,
         max_delay=max_delay_ms / 1000,
         merge=not no_batching,
         instances=instances,
     )
-    shadowing = None
+    shadow_options = None
     if shadow is not None:
         other = Path(shadow) if shadow != "baseline" else None
-        shadowing = Shadowing(path=other, share=shadow_share)
+        shadow_options = ShadowOptions(path=other, share=shadow_share)
     limits = Limits(
         body=max_body * _MIB,
         memory=8 * max_body * _MIB,
@@ -191,12 +188,12 @@ def cli(
     )
     run(
         Settings(
-            source=Source(
+            source=ModelSource(
                 path=bundle,
                 engine_cache=engine_cache,
                 provider=provider,
                 batching=batching,
-                shadow=shadowing,
+                shadow=shadow_options,
             ),
             host=host,
             port=port,
@@ -210,7 +207,7 @@ def cli(
 
 
 def main() -> NoReturn:
-    # The first process of a container ignores SIGTERM until it handles it. Nothing has begun yet
-    # that would have to end well; the server puts its own handler in place of this one.
+    # The first process of a container ignores SIGTERM until it has a handler. Nothing needs to be
+    # shut down yet; the server replaces this handler by its own.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     console.run(cli)

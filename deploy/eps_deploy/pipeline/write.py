@@ -34,7 +34,7 @@ from eps_deploy.pipeline.build import Models, Variants
 from eps_deploy.pipeline.inputs import Inputs
 from eps_deploy.pipeline.options import Options
 from eps_deploy.report import report
-from eps_deploy.triton import Kind, Served
+from eps_deploy.triton import Kind, TritonModel
 from eps_train.data import dataset
 from eps_train.data.dataset import DataIdentity
 
@@ -115,14 +115,14 @@ def _executed(options: Options, models: Models) -> dict[str, int] | None:
         return None  # everything was measured by now: no reason to end a deployment
 
 
-def served(options: Options, data: DataIdentity, sides: Variants) -> Served:
+def served(options: Options, data: DataIdentity, sides: Variants) -> TritonModel:
     """What Triton has to know."""
     capability = None
     if SIDECAR in sides.files:
         sidecar = PlanMetadata.from_dict(json.loads(sides.files[SIDECAR]))
         capability = sidecar.host.compute_capability
     on_cpu = options.engine == "ort" and options.provider == "cpu"
-    return Served(
+    return TritonModel(
         input_shape=data.input_shape,
         labels=data.classes,
         preprocessing=data.preprocessing.described(),

@@ -1,9 +1,7 @@
-"""The server of `eps-serve`: KServe v2 over HTTP, batching, limits, life cycle, metrics, a page.
+"""Server of `eps-serve`: KServe v2 over HTTP and gRPC, dynamic batching, limits, metrics, a page.
 
-No torch here. From the bottom up: `refusals`, `limits`, `tensors`, `contract`, `protocol` and
-`pictures` (pure functions), `queueing` and `batching` (images on their way through the engine),
-`proving`, `plan_cache` and `model` (a bundle that is loaded and proven), `service` (the model that
-is served now), `metrics`, `envelope`, `parsing`, `frame`, `inference`, `forms`, `infer_schemas`,
-`schemas`, `openapi` and `routes` (HTTP), `rpc` (gRPC), `shedding`, `connections`, `listening` and
-`server` (the process).
+From the bottom up: `protocol` (validation and encoding), `limits`, `batching`, `model` (a loaded
+and proven bundle), `shadow`, `service` (the served model), `metrics`, `metadata`, `middleware`,
+`openapi` and `app` (HTTP), `rpc` (gRPC), `connections` and `server` (the process). `healthcheck` is
+the command of the image's HEALTHCHECK. Nothing here imports torch.
 """

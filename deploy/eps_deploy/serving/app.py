@@ -1,4 +1,4 @@
-"""What is served under which path: KServe v2, pictures, figures, the page."""
+"""Routes and handlers of the HTTP server: KServe v2, image classification, metrics, the page."""
 
 from __future__ import annotations
 
@@ -7,24 +7,25 @@ import base64
 import hashlib
 import re
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from importlib.resources import files
 from typing import Any
 from urllib.parse import parse_qs
 
+from msgspec import Struct
 from starlette.routing import Route, Router
 
 from eps_core.errors import EpsError
 from eps_deploy.cli.predict import best
 from eps_deploy.engines.base import Images, Logits
-from eps_deploy.serving import descriptions, openapi
+from eps_deploy.serving import metadata, openapi
 from eps_deploy.serving.limits import Body, Limits, Memory
 from eps_deploy.serving.metrics import CONTENT_TYPE, Metrics
 from eps_deploy.serving.middleware import (
     ENDPOINT,
-    GONE,
+    ON_DISCONNECT,
     Receive,
     Scope,
     Send,
@@ -34,196 +35,35 @@ from eps_deploy.serving.middleware import (
 from eps_deploy.serving.protocol import (
     JSON_LENGTH,
     ApiError,
-    Parser,
-    Request,
-    Signature,
+    RequestParser,
     busy,
-    decode,
-    mapping,
+    convert,
+    decode_image,
     not_found,
     parse_json,
     read_request,
     write_answer,
 )
-from eps_deploy.serving.service import Served, Service
+from eps_deploy.serving.service import ServedModel, Service
 
-# -- Answering with the network: infer requests of KServe v2, and pictures
-
+_EXTENSIONS = ("binary_tensor_data", "classification", "model_configuration", "statistics")
 _JSON_LENGTH = JSON_LENGTH.lower().encode()
-_JSON = ("of JSON", "as raw bytes after the JSON")
-_WORKERS = 2
-_TOP = 5
-
-
-class Inference:
-    """The handlers.
-
-    Args:
-        service: what answers.
-        metrics: counts.
-        limits: see there.
-        memory: counts the bodies that are held.
-    """
-
-    def __init__(
-        self, service: Service, metrics: Metrics, *, limits: Limits, memory: Memory
-    ) -> None:
-        self._service = service
-        self._metrics = metrics
-        self._limits = limits
-        self._memory = memory
-        self._workers = ThreadPoolExecutor(_WORKERS, thread_name_prefix="eps-decode")
-        self._parser = Parser(self._workers, limits.json, _JSON)
-        self._pictures = 0  # that wait for a worker or are with one
-
-    async def infer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        began = time.perf_counter()
-        headers = dict(scope["headers"])
-        with (
-            self._service.current.used() as served,
-            Body(headers, receive, self._limits.body, self._memory, "--max-body") as body,
-        ):
-            check_model(scope, served.signature)
-            json_length = self._json_length(headers)
-            content = await body.read()
-            request = await self._parse(content, json_length, served.signature)
-            logits = await _run(scope, served, request.images, request.timeout)
-            answer, length = write_answer(request, logits, served.signature)
-        if length is None:
-            await send_bytes(answer, b"application/json", send)
-        else:
-            marks = [(_JSON_LENGTH, str(length).encode())]
-            await send_bytes(answer, b"application/octet-stream", send, headers=marks)
-        self._metrics.inferred(time.perf_counter() - began, len(logits))
-
-    def _json_length(self, headers: dict[bytes, bytes]) -> int | None:
-        given = headers.get(_JSON_LENGTH)
-        if given is None:
-            return None
-        if not given.isdigit() or len(given) > 12:
-            raise ApiError(f"{JSON_LENGTH} must be a number of bytes")
-        return int(given)
-
-    async def _parse(
-        self, content: bytes, json_length: int | None, signature: Signature
-    ) -> Request:
-        size = len(content) if json_length is None else min(json_length, len(content))
-        return await self._parser.parse(
-            size, partial(read_request, content, json_length, signature)
-        )
-
-    async def classify(self, scope: Scope, receive: Receive, send: Send) -> None:
-        began = time.perf_counter()
-        headers = dict(scope["headers"])
-        top = _top(scope)
-        with (
-            self._service.current.used() as served,
-            Body(headers, receive, self._limits.body, self._memory, "--max-body") as body,
-        ):
-            pixels = await self._decode(await body.read(), served)
-            logits = await _run(scope, served, pixels, None)
-        answer = {
-            "model_name": served.signature.name,
-            "model_version": served.signature.version,
-            "predictions": best(logits[0], served.signature.labels, top),
-        }
-        await send_json(answer, send)
-        self._metrics.inferred(time.perf_counter() - began, 1)
-
-    async def _decode(self, content: bytes, served: Served) -> Images:
-        if self._pictures >= served.batcher.queue.limit:
-            raise busy("too many pictures are waiting to be decoded", reason="queue-full")
-        self._pictures += 1
-        try:
-            return await asyncio.get_running_loop().run_in_executor(
-                self._workers,
-                decode,
-                content,
-                served.model.bundle.preprocessing,
-                self._limits.pixels,
-            )
-        finally:
-            self._pictures -= 1
-
-
-def check_model(scope: Scope, signature: Signature) -> None:
-    asked = scope.get("path_params", {})
-    signature.check(asked.get("model", signature.name), asked.get("version", signature.version))
-
-
-async def _run(scope: Scope, served: Served, images: Images, timeout: float | None) -> Logits:
-    """The logits; when the client goes away, its images leave the queue."""
-    job = served.batcher.submit(images)
-    scope[GONE] = partial(served.batcher.cancel, job)
-    try:
-        return await served.batcher.infer(job, timeout)
-    finally:
-        del scope[GONE]
-
-
-def _top(scope: Scope) -> int:
-    query = parse_qs(scope["query_string"].decode("latin-1"), keep_blank_values=True)
-    given = query.get("top", [str(_TOP)])[-1]
-    if not (given.isascii() and given.isdigit()) or len(given) > 6 or int(given) < 1:
-        raise ApiError("top must be a number of labels, at least 1")
-    return int(given)
-
-
-# -- The page at `/`: one file that loads nothing from anywhere but this server
-
-_INLINE = re.compile(rb"<(style|script)>(.*?)</\1>", re.DOTALL)
-
-
-@cache
-def html() -> bytes:
-    return files(__package__).joinpath("page.html").read_bytes()
-
-
-@cache
-def headers() -> list[tuple[bytes, bytes]]:
-    """A content security policy that lets the page run its own script and style alone."""
-    hashes: dict[bytes, bytes] = {}
-    for kind, text in _INLINE.findall(html()):
-        digest = base64.b64encode(hashlib.sha256(text).digest())
-        hashes[kind] = b"'sha256-" + digest + b"'"
-    policy = (
-        b"default-src 'none'; connect-src 'self'; img-src blob: data:; base-uri 'none';"
-        b" form-action 'none'; frame-ancestors 'none'; style-src %s; script-src %s"
-    ) % (hashes[b"style"], hashes[b"script"])
-    return [
-        (b"content-security-policy", policy),
-        (b"referrer-policy", b"no-referrer"),
-        (b"cache-control", b"no-cache"),
-    ]
-
-
-_SMALL = 64 << 10  # bytes of a body that says little
+_JSON_ALTERNATIVE = ("of JSON", "as raw bytes after the JSON")
+_DECODER_THREADS = 2
+_TOP = 5  # labels, unless the client asks for another number
+_MAX_PARAMETERS = 64 << 10  # bytes of a body that holds only parameters
 
 Handler = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
-class _Endpoint:
-    """An ASGI application; Starlette would take a plain function for one of requests."""
+class RepositoryRequest(Struct):
+    """Body of the model repository extension's requests."""
 
-    def __init__(self, name: str, handler: Handler) -> None:
-        self._name = name
-        self._handler = handler
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        scope[ENDPOINT] = self._name
-        await self._handler(scope, receive, send)
+    parameters: dict[str, Any] | None = None
 
 
 class Api:
-    """The handlers.
-
-    Args:
-        service: what answers.
-        metrics: counts.
-        limits: see there.
-        memory: counts the bodies that are held.
-        allow_load: whether clients may have the bundle loaded again.
-    """
+    """The HTTP interface; with `allow_load`, clients may reload the bundle."""
 
     def __init__(
         self,
@@ -236,44 +76,49 @@ class Api:
     ) -> None:
         self._service = service
         self._metrics = metrics
+        self._limits = limits
         self._memory = memory
         self._allow_load = allow_load
-        self._inference = Inference(service, metrics, limits=limits, memory=memory)
+        self._workers = ThreadPoolExecutor(_DECODER_THREADS, thread_name_prefix="eps-decode")
+        self._parser = RequestParser(self._workers, limits.json, _JSON_ALTERNATIVE)
+        self._decoding = 0  # images that wait for a worker or are decoded by one
 
-    def router(self) -> Handler:
-        """An ASGI application; it raises what `Frame` makes answers of."""
-        get, post = ("GET",), ("POST",)
-        table: list[tuple[str, tuple[str, ...], str, Handler]] = [
-            ("/v2/models/{model}/infer", post, "infer", self._inference.infer),
-            ("/v2/models/{model}/versions/{version}/infer", post, "infer", self._inference.infer),
-            ("/v1/classify", post, "classify", self._inference.classify),
-            ("/v2/health/live", get, "live", self.live),
-            ("/v2/health/ready", get, "ready", self.ready),
-            ("/metrics", get, "metrics", self.metrics),
-            ("/v2", get, "server", self.server),
-            ("/v2/models/stats", get, "stats", self.stats),
-            ("/v2/repository/index", post, "index", self.index),
-            ("/v2/repository/models/{model}/load", post, "load", self.load),
-            ("/v1/card", get, "card", self.card),
-            ("/v1/figures", get, "figures", self.figures),
-            ("/openapi.json", get, "openapi", self.openapi),
-            ("/", get, "page", self.page),
-            ("/favicon.ico", get, "icon", self.icon),
+    def routes(self) -> list[tuple[str, str, str, Handler]]:
+        """Path, method, endpoint name and handler of each route."""
+        table: list[tuple[str, str, str, Handler]] = [
+            ("/v1/classify", "POST", "classify", self.classify),
+            ("/v2/health/live", "GET", "live", self.live),
+            ("/v2/health/ready", "GET", "ready", self.ready),
+            ("/metrics", "GET", "metrics", self.metrics),
+            ("/v2", "GET", "server", self.server),
+            ("/v2/models/stats", "GET", "stats", self.stats),
+            ("/v2/repository/index", "POST", "index", self.index),
+            ("/v2/repository/models/{model}/load", "POST", "load", self.load),
+            ("/v1/card", "GET", "card", self.card),
+            ("/v1/figures", "GET", "figures", self.figures),
+            ("/openapi.json", "GET", "openapi", self.openapi),
+            ("/", "GET", "page", self.page),
+            ("/favicon.ico", "GET", "icon", self.icon),
         ]
         for prefix in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
             table += [
-                (prefix, get, "model", self.model),
-                (f"{prefix}/ready", get, "model-ready", self.model_ready),
-                (f"{prefix}/config", get, "config", self.config),
-                (f"{prefix}/stats", get, "stats", self.stats),
+                (f"{prefix}/infer", "POST", "infer", self.infer),
+                (prefix, "GET", "model", self.model),
+                (f"{prefix}/ready", "GET", "model-ready", self.model_ready),
+                (f"{prefix}/config", "GET", "config", self.config),
+                (f"{prefix}/stats", "GET", "stats", self.stats),
             ]
+        return table
+
+    def router(self) -> Handler:
+        """Return the ASGI application; it raises the errors that `HttpMiddleware` answers."""
         router = Router(
             routes=[
-                Route(path, _Endpoint(name, handler), methods=methods)
-                for path, methods, name, handler in table
+                Route(path, _Endpoint(name, handler), methods=[method])
+                for path, method, name, handler in self.routes()
             ],
             redirect_slashes=False,
-            default=_nothing_here,
+            default=_no_such_path,
         )
 
         async def routed(scope: Scope, receive: Receive, send: Send) -> None:
@@ -281,6 +126,65 @@ class Api:
             await router(scope, receive, send)
 
         return routed
+
+    # -- Inference
+
+    async def infer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        began = time.perf_counter()
+        headers = dict(scope["headers"])
+        with (
+            self._service.current.used() as served,
+            Body(headers, receive, self._limits.body, self._memory, "--max-body") as body,
+        ):
+            check_model(scope, served)
+            json_length = _json_length(headers)
+            content = await body.read()
+            size = len(content) if json_length is None else min(json_length, len(content))
+            work = partial(read_request, content, json_length, served.signature)
+            request = await self._parser.parse(size, work)
+            logits = await _run(scope, served, request.images, request.timeout)
+            answer, length = write_answer(request, logits, served.signature)
+        if length is None:
+            await send_bytes(answer, b"application/json", send)
+        else:
+            given = [(_JSON_LENGTH, str(length).encode())]
+            await send_bytes(answer, b"application/octet-stream", send, headers=given)
+        self._metrics.inferred(time.perf_counter() - began, len(logits))
+
+    async def classify(self, scope: Scope, receive: Receive, send: Send) -> None:
+        began = time.perf_counter()
+        headers = dict(scope["headers"])
+        top = _top(scope)
+        with (
+            self._service.current.used() as served,
+            Body(headers, receive, self._limits.body, self._memory, "--max-body") as body,
+        ):
+            image = await self._decode(await body.read(), served)
+            logits = await _run(scope, served, image, None)
+        answer = {
+            "model_name": served.signature.name,
+            "model_version": served.signature.version,
+            "predictions": best(logits[0], served.signature.labels, top),
+        }
+        await send_json(answer, send)
+        self._metrics.inferred(time.perf_counter() - began, 1)
+
+    async def _decode(self, content: bytes, served: ServedModel) -> Images:
+        if self._decoding >= served.batcher.queue.limit:
+            raise busy("too many images are waiting to be decoded", reason="queue-full")
+        self._decoding += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(
+                self._workers,
+                decode_image,
+                content,
+                served.model.bundle.preprocessing,
+                self._limits.pixels,
+            )
+        finally:
+            self._decoding -= 1
+
+    # -- Health and metadata
 
     async def live(self, scope: Scope, receive: Receive, send: Send) -> None:
         live = self._service.live
@@ -291,41 +195,43 @@ class Api:
         await send_json({"ready": ready}, send, status=200 if ready else 503)
 
     async def server(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send_json(descriptions.server(self._allow_load), send)
+        repository = ["model_repository"] if self._allow_load else []
+        await send_json(metadata.server(*_EXTENSIONS, *repository), send)
 
     async def model(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send_json(descriptions.model(self._model(scope)), send)
+        await send_json(metadata.model(self._served(scope)), send)
 
     async def model_ready(self, scope: Scope, receive: Receive, send: Send) -> None:
-        name, ready = self._model(scope).signature.name, self._service.ready
+        name, ready = self._served(scope).signature.name, self._service.ready
         await send_json({"name": name, "ready": ready}, send, status=200 if ready else 503)
 
     async def config(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send_json(descriptions.config(self._model(scope)), send)
+        await send_json(metadata.config(self._served(scope)), send)
 
     async def stats(self, scope: Scope, receive: Receive, send: Send) -> None:
-        served = self._model(scope)
-        await send_json(descriptions.statistics(served, self._metrics.totals), send)
+        await send_json(metadata.statistics(self._served(scope), self._metrics.totals), send)
 
-    def _model(self, scope: Scope) -> Served:
+    def _served(self, scope: Scope) -> ServedModel:
         served = self._service.current
-        check_model(scope, served.signature)
+        check_model(scope, served)
         return served
+
+    # -- Model repository
 
     async def index(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._parameters(scope, receive)
-        await send_json(descriptions.index(self._service.name, self._service.ready), send)
+        await send_json(metadata.index(self._service.name, self._service.ready), send)
 
     async def load(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """The bundle's folder is read again: no client may name another one."""
+        """Reload the bundle's folder; a client cannot name another one."""
         if not self._allow_load:
             raise ApiError(
                 "loading is off; start the server with --allow-load",
                 status=403,
                 reason="not-allowed",
             )
-        _refuse_other_sites(dict(scope["headers"]))
-        check_model(scope, self._service.current.signature)
+        _reject_cross_site(dict(scope["headers"]))
+        check_model(scope, self._service.current)
         if await self._parameters(scope, receive):
             raise ApiError("load takes no parameters: the server reads its own bundle again")
         try:
@@ -333,7 +239,7 @@ class Api:
         except ApiError:
             raise
         except (EpsError, OSError) as error:
-            self._service.say(f"the bundle was not loaded: {error}")
+            self._service.log(f"the bundle was not loaded: {error}")
             raise ApiError(
                 "the bundle cannot be loaded, and the one before is served on; the server's log"
                 " says why",
@@ -341,11 +247,15 @@ class Api:
             ) from None
         await send_json({}, send)
 
-    async def _parameters(self, scope: Scope, receive: Receive) -> Mapping[str, Any]:
-        with Body(dict(scope["headers"]), receive, _SMALL, self._memory) as body:
+    async def _parameters(self, scope: Scope, receive: Receive) -> dict[str, Any]:
+        """The parameters that are not null."""
+        with Body(dict(scope["headers"]), receive, _MAX_PARAMETERS, self._memory) as body:
             content = await body.read()
-        given = parse_json(content).get("parameters") if content.strip() else None
-        return mapping(given, "parameters")
+        document = parse_json(content) if content.strip() else {}
+        given = convert(document, RepositoryRequest).parameters or {}
+        return {name: value for name, value in given.items() if value is not None}
+
+    # -- Metrics, the page and its data, OpenAPI
 
     async def metrics(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send_bytes(self._metrics.exposition(), CONTENT_TYPE.encode(), send)
@@ -361,22 +271,67 @@ class Api:
         await send_json(openapi.document(self._service.name, signature), send)
 
     async def page(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send_bytes(html(), b"text/html; charset=utf-8", send, headers=headers())
+        await send_bytes(html(), b"text/html; charset=utf-8", send, headers=page_headers())
 
     async def icon(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send_bytes(b"", b"image/x-icon", send, status=204)
 
 
-def _refuse_other_sites(headers: dict[bytes, bytes]) -> None:
-    """Raise Refusal (403) for what any web page could have sent to this server from a browser.
+class _Endpoint:
+    """An ASGI application; Starlette would call a plain function with a request object."""
 
-    Without asking first, a browser sends no Authorization and no JSON for a page of another site;
-    and what it sends for one has an Origin.
+    def __init__(self, name: str, handler: Handler) -> None:
+        self._name = name
+        self._handler = handler
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope[ENDPOINT] = self._name
+        await self._handler(scope, receive, send)
+
+
+def check_model(scope: Scope, served: ServedModel) -> None:
+    """Raise ApiError (404) when the path names another model or version."""
+    model, given = served.signature, scope.get("path_params", {})
+    model.check(given.get("model", model.name), given.get("version", model.version))
+
+
+async def _run(scope: Scope, served: ServedModel, images: Images, timeout: float | None) -> Logits:
+    """The logits; when the client goes away, its images leave the queue."""
+    job = served.batcher.submit(images)
+    scope[ON_DISCONNECT] = partial(served.batcher.cancel, job)
+    try:
+        return await served.batcher.infer(job, timeout)
+    finally:
+        del scope[ON_DISCONNECT]
+
+
+def _json_length(headers: dict[bytes, bytes]) -> int | None:
+    given = headers.get(_JSON_LENGTH)
+    if given is None:
+        return None
+    if not given.isdigit() or len(given) > 12:
+        raise ApiError(f"{JSON_LENGTH} must be a number of bytes")
+    return int(given)
+
+
+def _top(scope: Scope) -> int:
+    query = parse_qs(scope["query_string"].decode("latin-1"), keep_blank_values=True)
+    given = query.get("top", [str(_TOP)])[-1]
+    if not (given.isascii() and given.isdigit()) or len(given) > 6 or int(given) < 1:
+        raise ApiError("top must be a number of labels, at least 1")
+    return int(given)
+
+
+def _reject_cross_site(headers: dict[bytes, bytes]) -> None:
+    """Raise ApiError (403) for a request that any web page could make a browser send.
+
+    Without a preflight request, a browser sends no Authorization and no JSON for a page of another
+    site; and what it sends for one has an Origin.
     """
     kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
     by_browser = b"origin" in headers or b"sec-fetch-site" in headers
-    asked_first = b"authorization" in headers or kind == b"application/json"
-    if not asked_first and (kind or by_browser):
+    preflighted = b"authorization" in headers or kind == b"application/json"
+    if not preflighted and (kind or by_browser):
         raise ApiError(
             "send the header Content-Type: application/json, so that no web page can do this",
             status=403,
@@ -384,5 +339,33 @@ def _refuse_other_sites(headers: dict[bytes, bytes]) -> None:
         )
 
 
-async def _nothing_here(scope: Scope, receive: Receive, send: Send) -> None:
+async def _no_such_path(scope: Scope, receive: Receive, send: Send) -> None:
     raise not_found("no such path; GET /v2 says what this server is")
+
+
+# -- The page at `/`: one file that loads nothing but this server's data
+
+_INLINE = re.compile(rb"<(style|script)>(.*?)</\1>", re.DOTALL)
+
+
+@cache
+def html() -> bytes:
+    return files(__package__).joinpath("page.html").read_bytes()
+
+
+@cache
+def page_headers() -> list[tuple[bytes, bytes]]:
+    """Headers of the page: its content security policy allows only its own script and style."""
+    hashes: dict[bytes, bytes] = {}
+    for kind, text in _INLINE.findall(html()):
+        digest = base64.b64encode(hashlib.sha256(text).digest())
+        hashes[kind] = b"'sha256-" + digest + b"'"
+    policy = (
+        b"default-src 'none'; connect-src 'self'; img-src blob: data:; base-uri 'none';"
+        b" form-action 'none'; frame-ancestors 'none'; style-src %s; script-src %s"
+    ) % (hashes[b"style"], hashes[b"script"])
+    return [
+        (b"content-security-policy", policy),
+        (b"referrer-policy", b"no-referrer"),
+        (b"cache-control", b"no-cache"),
+    ]

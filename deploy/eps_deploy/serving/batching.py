@@ -1,7 +1,7 @@
-"""From requests to batches and back: one queue, and for each engine one thread that empties it.
+"""Dynamic batching: one bounded queue, and a thread for each engine that empties it.
 
-`submit`, `infer` and the delivery of answers belong to the event loop; only the engine runs on
-the threads.
+`submit`, `infer` and the delivery of answers belong to the event loop; only the engines run on the
+threads.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ import numpy as np
 from eps_deploy.engines.base import Engine, Images, Logits, finite_rows
 from eps_deploy.serving.protocol import ApiError, InferenceFailed, busy
 
-# -- The bounded queue between the event loop and the engines' threads
+# -- The queue between the event loop and the engines' threads
 #
-# Counted in images. Who takes a batch gets a fair part of every waiting request: a request of a
-# thousand images does not hold up those of one image that came after it.
+# Its limit counts images. A batch takes a fair part of every waiting request: a request of a
+# thousand images does not delay those of one image that came after it.
 
 
 @dataclass(eq=False, slots=True)
 class Job:
-    """The images of one request on their way through the engine.
+    """The images of one request, from the queue to their logits.
 
     Attributes:
         images: uint8 `[N, C, H, W]`.
-        answer: gets the logits float32 `[N, classes]`.
+        answer: receives the logits, float32 `[N, classes]`.
         arrived: `time.perf_counter` when it was put into the queue.
-        begun: when its first images were taken out; 0.0: not yet.
+        begun: when its first images were taken out of it; 0.0: not yet.
         taken: images that are out of the queue.
         left: images whose logits are still to come.
-        logits: of the pieces that are done; None: of none.
+        logits: of the pieces that are done; None: no piece is.
     """
 
     images: Images
@@ -56,7 +56,7 @@ class Job:
         return len(self.images) - self.taken
 
     def receive(self, start: int, stop: int, rows: Logits) -> bool:
-        """Take the logits of images `start` to `stop`; whether they were the last ones."""
+        """Store the logits of images `start` to `stop`; True: they were the last ones."""
         self.left -= stop - start
         if self.logits is None:
             if self.left == 0:
@@ -81,7 +81,7 @@ class Piece:
 
 
 class Queue:
-    """Jobs on one side, batches on the other; any thread may call it.
+    """Bounded queue of jobs, emptied in batches; thread-safe.
 
     Args:
         limit: images that may wait.
@@ -104,15 +104,15 @@ class Queue:
 
     @property
     def images(self) -> int:
-        """How many are waiting now."""
+        """Images that are waiting."""
         return self._images
 
     def put(self, job: Job) -> bool:
-        """Whether there was room for the job.
+        """Append the job; False: there is no room for it.
 
-        It needs no more than a batch leaves when it is taken out: as long as small jobs fill every
-        gap at once there is never more, and a large one would never get in. So up to `limit` and
-        the rest of one job are waiting.
+        A job needs no more room than the smallest batch frees: while small jobs fill every gap at
+        once there is never more, and a large one would never be accepted. So up to `limit` images
+        and the rest of one job are waiting.
         """
         with self._changed:
             assert not self._closed
@@ -125,7 +125,7 @@ class Queue:
         return True
 
     def drop(self, job: Job) -> None:
-        """What is still waiting of the job, if anything, leaves the queue."""
+        """Remove what is still waiting of the job, if anything."""
         with self._changed:
             if job in self._jobs:
                 self._jobs.remove(job)
@@ -133,26 +133,26 @@ class Queue:
                 self._untouched -= not job.taken
 
     def take(self) -> list[Piece]:
-        """The next batch; waits for one. Empty when the queue is closed and nothing is left."""
+        """Wait for the next batch. Empty when the queue is closed and nothing is left."""
         with self._changed:
             while True:
                 if not self._jobs:
                     if self._closed:
                         return []
                     self._changed.wait()
-                elif (patience := self._patience()) > 0:
-                    self._changed.wait(patience)
+                elif (seconds := self._delay()) > 0:
+                    self._changed.wait(seconds)
                 else:
                     return self._pick()
 
     def close(self) -> None:
-        """Nothing more is put in; what is there is still taken out."""
+        """Accept no more jobs; what is waiting is still taken out."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
 
-    def _patience(self) -> float:
-        """Seconds for which it is still worth to wait for more images."""
+    def _delay(self) -> float:
+        """Seconds to wait for more images."""
         if not self._max_delay or self._closed or self._images >= self._max_batch:
             return 0.0
         return self._jobs[0].arrived + self._max_delay - time.perf_counter()
@@ -170,18 +170,18 @@ class Queue:
             if job.waiting:
                 self._jobs.append(job)  # the others' turn first
         if self._jobs:
-            self._changed.notify()  # there may be a free engine more
+            self._changed.notify()  # another engine may be free
         return pieces
 
     def _shares(self) -> list[tuple[Job, int]]:
-        """Who gets how much of the next batch; these jobs are taken out.
+        """Remove the jobs of the next batch; return them with their numbers of images in it.
 
-        The oldest gets half of it at least, so that what was accepted is done within twice the
-        time that the whole queue takes. The others, who take turns, share the rest evenly.
+        The oldest job has at least half of the batch, so that what was accepted is done within
+        twice the time that the whole queue takes. The others take turns and share the rest evenly.
         """
         jobs, room = self._jobs, self._max_batch
         if self._images == len(jobs) == self._untouched and self._merge:
-            # One image each, and none had a turn already: what nearly always waits.
+            # The usual case: one image each, and none had a turn already.
             return [(jobs.popleft(), 1) for _ in range(min(room, len(jobs)))]
         oldest = min(jobs, key=lambda job: job.arrived)
         jobs.remove(oldest)
@@ -196,7 +196,7 @@ class Queue:
 
 
 def _fair(wanted: list[int], room: int) -> list[int]:
-    """Max-min fair: nobody gets more as long as another one who gets less wants more."""
+    """Max-min fair shares of `room`: none grows while a smaller one wants more."""
     shares = [0] * len(wanted)
     order = sorted(range(len(wanted)), key=lambda index: wanted[index])
     for position, index in enumerate(order):
@@ -205,15 +205,17 @@ def _fair(wanted: list[int], room: int) -> list[int]:
     return shares
 
 
-_TOO_MANY_FAILURES = 3  # batches in a row: then it is not the batch
-_SMOOTHING = 0.2
+# -- The batcher
+
+_MAX_FAILURES = 3  # batches in a row that fail; more, and the cause is not the batch
+_SMOOTHING = 0.2  # weight of the last batch in the mean time of an image
 
 _Result = tuple[list[Piece], Logits | None, Exception | None, float]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Batching:
-    """How requests become batches.
+    """Options of batching.
 
     Attributes:
         max_queue: images that may wait.
@@ -229,15 +231,15 @@ class Batching:
 
 
 @dataclass(frozen=True, slots=True)
-class Ran:
-    """One batch that ran: for metrics.
+class BatchStats:
+    """A batch that ran, for metrics.
 
     Attributes:
         images: in the batch.
         seconds: of the engine.
-        waited: seconds in the queue, of each job that began with this batch.
-        failed: why it did not work; None: it did.
-        not_finite: images whose logits are not finite: their requests failed, the others did not.
+        waited: seconds in the queue of each job that began with this batch.
+        failed: the engine's error; None: it succeeded.
+        not_finite: images whose logits are not finite; only their requests failed.
     """
 
     images: int
@@ -253,16 +255,16 @@ class Batcher:
     Args:
         engines: one thread is started for each; they are not closed here.
         options: see :class:`Batching`.
-        observe: told of every batch, on the event loop.
-        after: gets every batch that ran, with its logits, when its answers are on their way; on an
-            engine's thread, so it must be quick.
+        observe: called with every batch, on the event loop.
+        after: called with the images and logits of every batch once its answers are on their way;
+            on an engine's thread, so it must be quick.
     """
 
     def __init__(
         self,
         engines: Sequence[Engine],
         options: Batching,
-        observe: Callable[[Ran], None],
+        observe: Callable[[BatchStats], None],
         after: Callable[[Images, Logits], None] | None = None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
@@ -290,21 +292,21 @@ class Batcher:
 
     @property
     def broken(self) -> bool:
-        """Whether the engine has failed so often that it will not recover by itself."""
-        return self._failures >= _TOO_MANY_FAILURES
+        """Whether the last batches all failed, so that the engine will not recover by itself."""
+        return self._failures >= _MAX_FAILURES
 
     def submit(self, images: Images) -> Job:
-        """Put the images into the queue; `Job.answer` gets their logits, or InferenceFailed.
+        """Queue the images; `Job.answer` receives their logits, or InferenceFailed.
 
-        Raises Refusal, at once, when the queue has no room for them.
+        Raises ApiError (503) at once when the queue has no room for them.
         """
         job = Job(images, self._loop.create_future())
         if not self.queue.put(job):
-            raise self.refusal()
+            raise self.queue_full()
         return job
 
-    def refusal(self) -> ApiError:
-        """What a request is told for which the queue has no room."""
+    def queue_full(self) -> ApiError:
+        """The error for a request for which the queue has no room."""
         return busy(
             f"{self.queue.images} images are waiting, and {self.queue.limit} may",
             reason="queue-full",
@@ -312,13 +314,13 @@ class Batcher:
         )
 
     def cancel(self, job: Job) -> None:
-        """The client went away: out of the queue; what an engine has of it is thrown away."""
+        """Drop a job whose client went away; what an engine has of it is discarded."""
         self._fail(job, ApiError("the client went away", status=499, reason="disconnected"))
 
     async def infer(self, job: Job, timeout: float | None = None) -> Logits:
-        """The logits of a job; when this is cancelled, so is the job.
+        """Wait for the logits of a job; cancelling this cancels the job.
 
-        Raises Refusal after `timeout` seconds, InferenceFailed when the engine failed.
+        Raises ApiError after `timeout` seconds, InferenceFailed when the engine failed.
         """
         timer = None
         if timeout is not None:
@@ -333,11 +335,11 @@ class Batcher:
                 timer.cancel()
 
     def close(self) -> None:
-        """No job may be submitted any more; those that were are still answered."""
+        """Accept no more jobs; those in the queue are still answered."""
         self.queue.close()
 
     async def join(self) -> None:
-        """Wait until the threads have answered all jobs and ended."""
+        """Wait until all jobs are answered and the threads have ended."""
         for thread in self._threads:
             await asyncio.to_thread(thread.join)
         self._results.put(None)
@@ -352,7 +354,7 @@ class Batcher:
             job.answer.set_exception(error)
 
     def _retry_after(self) -> int:
-        """Seconds until the queue is likely to be empty; at least 1, which HTTP has as smallest."""
+        """Estimated seconds until the queue is empty; at least 1, the smallest that HTTP has."""
         wait = self.queue.images * self._seconds_per_image / self._engines
         return max(1, min(math.ceil(wait), 60))
 
@@ -372,16 +374,16 @@ class Batcher:
                 self._after(batch, logits)
 
     def _carry(self) -> None:
-        """The thread that hands results to the event loop, so that no engine has to wait for it.
+        """The thread that hands results to the event loop, so that no engine waits for it.
 
-        To wake the loop means to write to a socket, and Python lets go of the GIL for that: the
-        loop takes it, and whoever woke it stands still while the loop sends answers. A put into a
-        SimpleQueue lets go of nothing, so the engine is at work on the next batch before that.
+        Waking the loop writes to a socket, and Python releases the GIL for that: the loop takes it,
+        and the thread that woke it is blocked while the loop sends answers. A put into a
+        SimpleQueue releases nothing, so the engine starts on the next batch before that.
         """
         while (result := self._results.get()) is not None:
             try:
                 self._loop.call_soon_threadsafe(self._deliver, *result)
-            except RuntimeError:  # the loop is closed: the process was told to end at once
+            except RuntimeError:  # the loop is closed: the process ends at once
                 return
 
     def _deliver(
@@ -411,13 +413,13 @@ class Batcher:
         begun = [piece.job for piece in pieces if piece.start == 0]
         waited = tuple(job.begun - job.arrived for job in begun)
         not_finite = 0 if finite is None else int(np.count_nonzero(~finite))
-        self._observe(Ran(at, seconds, waited, failed, not_finite))
+        self._observe(BatchStats(at, seconds, waited, failed, not_finite))
 
 
 def _joined(pieces: Sequence[Piece]) -> Images:
     """The images of all pieces, in one array.
 
-    numpy.concatenate lets go of the GIL for each of them, and a busy event loop takes it each time.
+    numpy.concatenate releases the GIL for each of them, and a busy event loop takes it each time.
     """
     first = pieces[0].images
     if len(pieces) == 1:

@@ -1,4 +1,4 @@
-"""Connections under limits: their number, the size of headers, and clients that take their time.
+"""HTTP connections: limits on their number, headers and slow clients, and load shedding.
 
 Uvicorn's HTTP/1.1 protocol on httptools (llhttp), which has none of these limits by itself.
 """
@@ -16,8 +16,16 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from eps_deploy.serving.limits import Limits
-from eps_deploy.serving.metrics import Metrics
-from eps_deploy.serving.middleware import ENDPOINT, GONE, Frame, Message, Receive, Scope, Send
+from eps_deploy.serving.middleware import (
+    ENDPOINT,
+    ON_DISCONNECT,
+    Access,
+    HttpMiddleware,
+    Message,
+    Receive,
+    Scope,
+    Send,
+)
 from eps_deploy.serving.service import Service
 
 if TYPE_CHECKING:
@@ -25,17 +33,11 @@ if TYPE_CHECKING:
 
 Shed = Callable[[bytes, bytes, MutableMapping[str, Any], bool], bytes | None]
 _UPGRADE = re.compile(rb"\r\nupgrade[ \t]*:", re.IGNORECASE)
-_LAST_CHANCE = 0.2  # seconds that an idle connection gets for a request that is on its way
-_REASONS = {
-    400: "Bad Request",
-    408: "Request Timeout",
-    431: "Request Header Fields Too Large",
-    503: "Service Unavailable",
-}
+_DRAIN_PAUSE = 0.2  # seconds that an idle connection stays open for a request that is on its way
 
 
 class LimitedProtocol(HttpToolsProtocol):
-    """One connection. `limits` and `shed` are set by :func:`limited`."""
+    """One connection; `limits` and `shed` are set by :func:`limited_protocol`."""
 
     limits: Limits
     shed: Shed
@@ -46,21 +48,21 @@ class LimitedProtocol(HttpToolsProtocol):
         self._write_timer: asyncio.TimerHandle | None = None
         self._header_bytes = 0
         self._in_header = True
-        self._refused = False
+        self._rejected = False
         self._shed = False  # the request whose body is being read was answered by `shed`
         self._reading: RequestResponseCycle | None = None  # whose body is being read
-        self._ending = False  # the server is
+        self._ending = False  # the server is shutting down
         self._running: RequestResponseCycle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        if len(self.connections) > self.limits.connections and not self._close_an_idle_one():
-            self._refuse(503, "too many connections", "Retry-After: 1\r\n")
+        if len(self.connections) > self.limits.connections and not self._close_idle():
+            self._reject(503, "too many connections", "Retry-After: 1\r\n")
             return
         self._set_timer(self.limits.header_seconds, "the request's headers took too long")
 
     def data_received(self, data: bytes) -> None:
-        if self._refused or self.transport.is_closing():
+        if self._rejected or self.transport.is_closing():
             return
         if self._in_header:
             if self._timer is None:
@@ -68,8 +70,8 @@ class LimitedProtocol(HttpToolsProtocol):
             self._header_bytes += len(data)
             data = _without_upgrade(data)
         super().data_received(data)
-        if self._in_header and self._header_bytes > self.limits.header and not self._refused:
-            self._refuse(431, self._too_large())
+        if self._in_header and self._header_bytes > self.limits.header and not self._rejected:
+            self._reject(431, self._too_large())
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -81,9 +83,9 @@ class LimitedProtocol(HttpToolsProtocol):
         self._header_bytes = 0
         size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
         if size > self.limits.header:
-            self._refuse(431, self._too_large())
+            self._reject(431, self._too_large())
             raise httptools.HttpParserError("headers too large")
-        answer = self._answer_at_once()
+        answer = self._shed_answer()
         if answer is not None:
             self._shed = True
             self.transport.write(answer)
@@ -106,7 +108,7 @@ class LimitedProtocol(HttpToolsProtocol):
             super().on_message_complete()
             return
         self._shed = False
-        if self._ending or not self._stays():
+        if self._ending or not self._keep_alive():
             self.transport.close()
         else:
             self.timeout_keep_alive_task = self.loop.call_later(
@@ -114,11 +116,11 @@ class LimitedProtocol(HttpToolsProtocol):
             )
 
     def send_400_response(self, msg: str) -> None:
-        self._refuse(400, "not a valid HTTP/1.1 request")
+        self._reject(400, "not a valid HTTP/1.1 request")
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._write_timer = self.loop.call_later(self.limits.write_seconds, self._abort)
+        self._write_timer = self.loop.call_later(self.limits.write_seconds, self.transport.abort)
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -134,37 +136,37 @@ class LimitedProtocol(HttpToolsProtocol):
         self.pipeline.clear()
         if self._running is not None and not self._running.response_complete:
             self._running.disconnected = True
-            gone: Callable[[], None] | None = self._running.scope.get(GONE)  # type: ignore[assignment]
-            if gone is not None:
-                gone()
+            disconnected: Any = self._running.scope.get(ON_DISCONNECT)
+            if disconnected is not None:
+                disconnected()
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         self._running = cycle
         super()._start_asgi_task(cycle, app)
 
     def shutdown(self) -> None:
-        """The server ends: a request that was sent before the client could know is answered."""
+        """Shut down, but answer a request that was sent before the client could know."""
         self._ending = True
         if self.cycle is not None and not self.cycle.response_complete:
             self.cycle.keep_alive = False
         elif self._shed or (self._in_header and not self._header_bytes):
             self._unset_keepalive_if_required()
-            self._set_timer(_LAST_CHANCE, "the server is shutting down")
+            self._set_timer(_DRAIN_PAUSE, "the server is shutting down")
 
-    def _answer_at_once(self) -> bytes | None:
-        """An answer that needs no application; None where it would come out of turn."""
+    def _shed_answer(self) -> bytes | None:
+        """The answer of load shedding; None: there is none, or it would come out of turn."""
         in_turn = self.cycle is None or self.cycle.response_complete
         if not in_turn or self._ending or self.expect_100_continue or self.flow.write_paused:
             return None
         scope = cast("dict[str, Any]", self.scope)
-        return self.shed(self.parser.get_method(), self.url, scope, self._stays())
+        return self.shed(self.parser.get_method(), self.url, scope, self._keep_alive())
 
-    def _stays(self) -> bool:
-        """Whether the client wants the connection kept after the request that is being read."""
+    def _keep_alive(self) -> bool:
+        """Whether the client keeps the connection after the request that is being read."""
         return bool(self.parser.get_http_version() == "1.1" and self.parser.should_keep_alive())
 
-    def _close_an_idle_one(self) -> bool:
-        """Make room by closing a connection on which no request is under way."""
+    def _close_idle(self) -> bool:
+        """Close a connection on which no request is in progress; False: there is none."""
         for other in self.connections:
             idle = isinstance(other, LimitedProtocol) and other.timeout_keep_alive_task is not None
             if other is not self and idle:
@@ -187,16 +189,16 @@ class LimitedProtocol(HttpToolsProtocol):
         if nothing_sent:  # there is no request to answer
             self.transport.close()
         else:
-            self._refuse(408, message)
+            self._reject(408, message)
 
     def _too_large(self) -> str:
         return f"the request line and headers are larger than {self.limits.header} bytes"
 
-    def _refuse(self, status: int, message: str, headers: str = "") -> None:
+    def _reject(self, status: int, message: str, headers: str = "") -> None:
         """Answer without the application, and close."""
-        if self._refused or self.transport.is_closing():
+        if self._rejected or self.transport.is_closing():
             return
-        self._refused = True
+        self._rejected = True
         self._clear_timer()
         if self._shed or (self._reading is not None and self._reading.response_complete):
             self.transport.close()  # the request was answered before its body came
@@ -210,17 +212,14 @@ class LimitedProtocol(HttpToolsProtocol):
                 return
         body = json.dumps({"error": message})
         self.transport.write(
-            f"HTTP/1.1 {status} {_REASONS[status]}\r\ncontent-type: application/json\r\n"
+            f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"
             f"content-length: {len(body)}\r\n{headers}connection: close\r\n\r\n{body}".encode()
         )
         self.transport.close()
 
-    def _abort(self) -> None:
-        self.transport.abort()
-
 
 def _without_upgrade(data: bytes) -> bytes:
-    """Hide an offer to go on in another protocol, which nobody has to take (RFC 9110, 7.8).
+    """Hide the header Upgrade, an offer that a server may ignore (RFC 9110, 7.8).
 
     With such a header httptools takes the body for that protocol's data. Java's client offers
     HTTP/2 in its first request to every server.
@@ -232,97 +231,86 @@ def _without_upgrade(data: bytes) -> bytes:
     return _UPGRADE.sub(b"\r\nx-not-taken:", head) + data[len(head) :]
 
 
-def limited(limits: Limits, shed: Shed) -> type[LimitedProtocol]:
-    """The protocol's class with these limits, as uvicorn wants it.
+def limited_protocol(limits: Limits, shed: Shed) -> type[LimitedProtocol]:
+    """Return the protocol's class for uvicorn with these limits.
 
-    `shed` gets method, URL and ASGI scope of a request, and whether the connection is kept after
-    it, and returns the answer if that is certain already.
+    `shed` receives method, URL and ASGI scope of a request, and whether the connection is kept
+    after it; it returns the answer if the request is to be shed.
     """
     return type("Limited", (LimitedProtocol,), {"limits": limits, "shed": staticmethod(shed)})
 
 
-# -- Refusing without the application, when not one image more can be accepted
+# -- Load shedding
 #
-# Under an overload nearly everything that is sent is a refusal, and what those cost is time for
-# which the accepted requests wait. So they are made where a request's headers end: no task, no
-# body kept, no picture decoded, nothing parsed.
+# Under overload nearly every answer is an error, and the accepted requests wait for the time that
+# those take. So they are made at the end of a request's headers: no task, no body kept, no image
+# decoded, nothing parsed.
 
 
-class Shedder:
-    """Answers in the application's place.
+class LoadShedder:
+    """Answer inference requests in the application's place while the queue is full."""
 
-    Args:
-        service: whose queue is looked at.
-        metrics: count these answers too.
-        token, log_requests: as :class:`Frame` has them.
-    """
-
-    def __init__(
-        self, service: Service, metrics: Metrics, *, token: bytes | None, log_requests: bool
-    ) -> None:
+    def __init__(self, service: Service, access: Access) -> None:
         self._service = service
         infer = f"/v2/models/{service.name}/infer"
         self._endpoints = {
             path.encode(): (path, name)
             for path, name in ((infer, "infer"), ("/v1/classify", "classify"))
         }
-        self._let_in = 0  # since the event loop turned, so that they do not wait in the queue yet
-        self._frame = Frame(self._refuse, metrics, token=token, log_requests=log_requests)
+        self._admitted = 0  # in this turn of the event loop: they are not in the queue yet
+        self._middleware = HttpMiddleware(self._queue_full, access)
 
-    def answer(self, method: bytes, url: bytes, scope: Scope, stays: bool) -> bytes | None:
-        """The whole answer to a request of which only the headers are known.
+    def answer(self, method: bytes, url: bytes, scope: Scope, keep_alive: bool) -> bytes | None:
+        """Return the whole answer to a request of which only the headers are known.
 
-        None: there may be room for it, or it wants no inference. What comes by an unusual path
-        (another version of the model, escapes) is left to the application as well.
+        None: there may be room for it, or it is not for inference. A request with an unusual path
+        (a version of the model, escapes) is left to the application as well.
 
         Args:
             method: of HTTP.
-            url: as it stands in the request line.
+            url: as it is in the request line.
             scope: of ASGI, with `headers`.
-            stays: whether the connection is kept after this request.
+            keep_alive: whether the connection is kept after this request.
         """
         endpoint = self._endpoints.get(url.partition(b"?")[0])
         if endpoint is None or method != b"POST":
             return None
-        if self._let_in < self._service.room:
-            self._let_one_in()
+        if self._admitted < self._service.room:
+            if not self._admitted:
+                # Runs before the tasks of those that are admitted now, which then join the queue.
+                asyncio.get_running_loop().call_soon(self._reset)
+            self._admitted += 1
             return None
         scope.update({"method": "POST", "path": endpoint[0], ENDPOINT: endpoint[1]})
-        return _at_once(self._frame, scope, b"" if stays else b"connection: close\r\n")
+        last_header = b"" if keep_alive else b"connection: close\r\n"
+        return _run_without_waiting(self._middleware, scope, last_header)
 
-    def _let_one_in(self) -> None:
-        if not self._let_in:
-            # Runs before the tasks of those that are let in now, which then join the queue.
-            asyncio.get_running_loop().call_soon(self._forget)
-        self._let_in += 1
+    def _reset(self) -> None:
+        self._admitted = 0
 
-    def _forget(self) -> None:
-        self._let_in = 0
-
-    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
-        raise self._service.current.batcher.refusal()
+    async def _queue_full(self, scope: Scope, receive: Receive, send: Send) -> None:
+        raise self._service.current.batcher.queue_full()
 
 
-def _at_once(frame: Frame, scope: Scope, last: bytes) -> bytes:
-    """What an application that waits for nothing sends, as HTTP/1.1, with `last` in the headers."""
+def _run_without_waiting(application: HttpMiddleware, scope: Scope, last_header: bytes) -> bytes:
+    """The answer, as HTTP/1.1, of an application that awaits nothing."""
     sent: list[Message] = []
 
     async def send(message: Message) -> None:
         sent.append(message)
 
-    running = frame(scope, _nothing, send)
+    async def receive() -> Message:
+        raise AssertionError("a shed request is not read")
+
+    running = application(scope, receive, send)
     try:
         running.send(None)
     except StopIteration:
         pass
     else:
-        raise AssertionError("a refusal waits for nothing")
+        raise AssertionError("load shedding awaits nothing")
     start, body = sent
     status = HTTPStatus(start["status"])
     first = f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode()
     headers = (b"%s: %s\r\n" % header for header in start["headers"])
-    return b"".join((first, *headers, last, b"\r\n", body["body"]))
-
-
-async def _nothing() -> MutableMapping[str, Any]:
-    raise AssertionError("a refusal reads nothing")
+    return b"".join((first, *headers, last_header, b"\r\n", body["body"]))

@@ -1,9 +1,9 @@
-"""The images' HEALTHCHECK: whether the `eps-serve` that is the container's first process is ready.
+"""HEALTHCHECK of the container images: is the `eps-serve` of the first process ready?
 
     python -I -m eps_deploy.serving.healthcheck
 
-It asks where that process was told to listen, by `--host` and `--port` of its command line. Not
-through urllib, which would ask a proxy that the environment names.
+Host and port are read from the command line of that process. It does not use urllib, which would
+ask a proxy that the environment names.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from eps_deploy.cli.serve import cli
 
 PATH = "/v2/health/ready"
 _COMMAND = "eps-serve"
-_FIRST = Path("/proc/1/cmdline")
-_PATIENCE = 4.0  # seconds
-_EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+_FIRST_PROCESS = Path("/proc/1/cmdline")
+_TIMEOUT = 4.0  # seconds
+_LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
 def address(command_line: bytes) -> tuple[str, int]:
-    """Host and port of an `eps-serve` command line as /proc has it; the defaults without one."""
+    """Host and port in an `eps-serve` command line from /proc; the defaults without one."""
     words = command_line.decode(errors="surrogateescape").split("\0")[:-1]
     names = [PurePath(word).name for word in words]
     arguments = words[names.index(_COMMAND) + 1 :] if _COMMAND in names else []
-    # The server's own parser; what it would refuse matters to the server alone.
+    # The server's own parser; invalid options are for the server to report.
     given = cli.make_context(_COMMAND, arguments, resilient_parsing=True).params
-    return _EVERYWHERE.get(given["host"], given["host"]), given["port"]
+    return _LOOPBACK.get(given["host"], given["host"]), given["port"]
 
 
 def main() -> int:
-    """Exit status: 0 when the server answers that it is ready."""
-    host, port = address(_FIRST.read_bytes())
-    with contextlib.closing(http.client.HTTPConnection(host, port, timeout=_PATIENCE)) as server:
+    """Return the exit status: 0 when the server answers that it is ready."""
+    host, port = address(_FIRST_PROCESS.read_bytes())
+    with contextlib.closing(http.client.HTTPConnection(host, port, timeout=_TIMEOUT)) as server:
         try:
             server.request("GET", PATH)
             return 0 if server.getresponse().status == 200 else 1

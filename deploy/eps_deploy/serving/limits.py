@@ -1,4 +1,4 @@
-"""How much of the machine clients may take, and reading a body within these limits."""
+"""Limits on what clients may send, and reading a request's body within them."""
 
 from __future__ import annotations
 
@@ -10,18 +10,17 @@ from eps_deploy.serving.protocol import ApiError, busy, too_large
 
 MIB = 1 << 20
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Headers = dict[bytes, bytes]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """The largest that is accepted of everything that a client chooses.
+    """The largest accepted value of everything that a client chooses.
 
     Attributes:
         body: bytes of a request's body.
         json: bytes of JSON in it; a parsed number takes far more memory than a raw pixel.
         memory: bytes of all bodies together that are held at one time.
-        pixels: of a picture, before and after it is scaled.
+        pixels: of an image, before and after it is scaled.
         header: bytes of the request line and all headers.
         header_seconds: from the first byte to the end of the headers.
         body_seconds: from there to the end of the body.
@@ -44,14 +43,14 @@ class Limits:
 
 
 class Memory:
-    """Counts the bytes of all bodies that are held. For one thread: the event loop's."""
+    """Count the bytes of all bodies that are held; for the event loop's thread only."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self.used = 0
 
     def take(self, size: int) -> None:
-        """Raise Refusal when there is no room for `size` bytes more."""
+        """Raise ApiError (503) when there is no room for `size` bytes more."""
         if self.used + size > self._limit:
             raise busy("the server holds as many requests as it has memory for", reason="memory")
         self.used += size
@@ -68,13 +67,18 @@ class Body:
         headers, receive: of ASGI.
         limit: bytes that it may have.
         memory: counts it.
-        option: of `eps-serve`, that sets the limit; "": none does.
+        option: of `eps-serve` that sets the limit, for the error message; "": none does.
 
-    Raises Refusal: larger than `limit`, or no memory for it.
+    Raises ApiError: larger than `limit`, compressed, or no memory for it.
     """
 
     def __init__(
-        self, headers: Headers, receive: Receive, limit: int, memory: Memory, option: str = ""
+        self,
+        headers: dict[bytes, bytes],
+        receive: Receive,
+        limit: int,
+        memory: Memory,
+        option: str = "",
     ) -> None:
         self._receive = receive
         self._limit = limit
@@ -86,7 +90,7 @@ class Body:
         self._encoding = headers.get(b"content-encoding", b"identity").lower()
 
     async def read(self) -> bytes:
-        """All of it."""
+        """Receive all of it."""
         if self._encoding != b"identity":  # unpacked, it could be of any size (RFC 9110, 15.5.16)
             raise ApiError(
                 "send the body uncompressed",

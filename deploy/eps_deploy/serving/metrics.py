@@ -1,4 +1,4 @@
-"""What is counted: for Prometheus, the protocol's statistics and the page's live figures."""
+"""Metrics: for Prometheus, for Triton's statistics, and live statistics for the page."""
 
 from __future__ import annotations
 
@@ -14,61 +14,60 @@ from prometheus_client import Counter, Histogram
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector, CollectorRegistry
 
-from eps_deploy.serving.batching import Ran
-from eps_deploy.serving.shadow import Compared
+from eps_deploy.serving.batching import BatchStats
+from eps_deploy.serving.shadow import ShadowBatch
 
-# -- What is counted of a shadow: agreement and engine times, beside the served engine's
-
-_shadow_metrics_RECENT = 1000  # batches that the ratio of times is of
+CONTENT_TYPE = prometheus.CONTENT_TYPE_PLAIN_0_0_4
+_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_RECENT = 1000  # answers of the percentiles, and batches of the shadow's time ratio
+_WINDOW = 10.0  # seconds over which the rates of the page are computed
 
 
 class ShadowMetrics:
-    """For one thread: the event loop's.
+    """Agreement of a shadow with the served engine, and the times of both; for the event loop."""
 
-    Args:
-        registry: of Prometheus.
-        seconds: buckets of the engines' times.
-    """
-
-    def __init__(self, registry: CollectorRegistry, seconds: tuple[float, ...]) -> None:
+    def __init__(self, registry: CollectorRegistry) -> None:
         self._images = 0
         self._disagreed = 0
         self._dropped = 0
         self._failed = 0
-        self._ratios: deque[float] = deque(maxlen=_shadow_metrics_RECENT)
+        self._ratios: deque[float] = deque(maxlen=_RECENT)
 
         def counter(name: str, text: str) -> Counter:
             return Counter(f"eps_shadow_{name}", text, registry=registry)
 
         def histogram(name: str, text: str) -> Histogram:
-            return Histogram(f"eps_shadow_{name}", text, buckets=seconds, registry=registry)
+            return Histogram(f"eps_shadow_{name}", text, buckets=_SECONDS, registry=registry)
 
-        self._all = counter("images", "Images that both engines answered.")
-        self._differing = counter("disagreements", "Images of which the best labels differ.")
-        self._lost = counter("dropped_images", "Images for which the shadow had no room.")
-        self._failures = counter("failures", "Batches at which the shadow failed.")
-        self._took = histogram("inference_seconds", "The shadow's engine time of a batch.")
-        self._served = histogram("served_seconds", "The served engine's, of the same batches.")
+        self._images_total = counter("images", "Images that both engines answered.")
+        self._disagreements_total = counter("disagreements", "Images whose best labels differ.")
+        self._dropped_total = counter("dropped_images", "Images for which the shadow had no room.")
+        self._failures_total = counter("failures", "Batches at which the shadow failed.")
+        self._seconds = histogram("inference_seconds", "Time of a batch on the shadow's engine.")
+        self._served_seconds = histogram(
+            "served_seconds", "Time of the same batches on the served engine."
+        )
 
-    def compared(self, batch: Compared) -> None:
-        """A batch that was drawn for the shadow is done, or was dropped."""
+    def compared(self, batch: ShadowBatch) -> None:
+        """Count a batch that was sampled for the shadow."""
         if batch.outcome == "dropped":
             self._dropped += batch.images
-            self._lost.inc(batch.images)
+            self._dropped_total.inc(batch.images)
         elif batch.outcome == "failed":
             self._failed += 1
-            self._failures.inc()
+            self._failures_total.inc()
         else:
             self._images += batch.images
             self._disagreed += batch.disagreed
             self._ratios.append(batch.seconds / batch.served)
-            self._all.inc(batch.images)
-            self._differing.inc(batch.disagreed)
-            self._took.observe(batch.seconds)
-            self._served.observe(batch.served)
+            self._images_total.inc(batch.images)
+            self._disagreements_total.inc(batch.disagreed)
+            self._seconds.observe(batch.seconds)
+            self._served_seconds.observe(batch.served)
 
     def figures(self) -> dict[str, Any]:
-        """Plain data; the ratio is the median of the last 1000 batches, shadow over served."""
+        """Plain data; `time_ratio`: median of shadow over served, of the last 1000 batches."""
         return {
             "images": self._images,
             "disagreements": self._disagreed,
@@ -79,16 +78,9 @@ class ShadowMetrics:
         }
 
 
-CONTENT_TYPE = prometheus.CONTENT_TYPE_PLAIN_0_0_4
-_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
-_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-_RECENT = 1000  # answers that the page's percentiles are of
-_WINDOW = 10.0  # seconds that its rates are of
-
-
 @dataclass(slots=True)
 class Statistic:
-    """How often, and nanoseconds in all: a `duration` of Triton's statistics."""
+    """Count and total nanoseconds: a `duration` of Triton's statistics."""
 
     count: int = 0
     ns: int = 0
@@ -97,13 +89,10 @@ class Statistic:
         self.count += 1
         self.ns += int(seconds * 1e9)
 
-    def to_dict(self) -> dict[str, int]:
-        return {"count": self.count, "ns": self.ns}
-
 
 @dataclass(slots=True)
 class Totals:
-    """Since the start of the process."""
+    """Totals since the start of the process."""
 
     images: int = 0
     batches: int = 0
@@ -116,13 +105,13 @@ class Totals:
 
 
 class Metrics:
-    """Everything that is counted. For one thread: the event loop's.
+    """All metrics of a server; for the event loop's thread only.
 
     Args:
-        queued: images that wait now.
-        connections: of HTTP that are open now.
-        ready: whether the server would answer.
-        held: bytes of bodies that are held now.
+        queued: returns the images that wait.
+        connections: returns the open connections of HTTP.
+        ready: returns whether the server answers.
+        held: returns the bytes of request bodies that are held.
         shadow: whether there is one.
     """
 
@@ -139,7 +128,7 @@ class Metrics:
         self.refused: dict[str, int] = {}
         self._queued = queued
         self._recent: deque[tuple[float, float, int]] = deque(maxlen=_RECENT)
-        prometheus.disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each, of use to nobody here
+        prometheus.disable_created_metrics()  # type: ignore[no-untyped-call]  # would add a second series for each
         self._registry = CollectorRegistry()
         prometheus.ProcessCollector(registry=self._registry)  # memory, files, CPU time; on Linux
         self._requests = self._counter("requests", "Answers sent.", "endpoint", "code")
@@ -150,14 +139,14 @@ class Metrics:
             "not_finite_images", "Images refused because their logits are not finite."
         )
         self._took = self._histogram("request_seconds", "From headers to answer.", _SECONDS)
-        self._waited = self._histogram("queue_seconds", "Wait of a request.", _SECONDS)
+        self._waited = self._histogram("queue_seconds", "Time of a request in the queue.", _SECONDS)
         self._computed = self._histogram("inference_seconds", "Engine time of a batch.", _SECONDS)
         self._batch = self._histogram("batch_size", "Images in a batch.", _BATCHES)
         self._gauge("queue_images", "Images that are waiting.", queued)
         self._gauge("connections", "Open connections of HTTP.", connections)
         self._gauge("ready", "1 when requests are answered.", lambda: float(ready()))
         self._gauge("body_bytes", "Bytes of request bodies held.", held)
-        self._shadow = ShadowMetrics(self._registry, _SECONDS) if shadow else None
+        self._shadow = ShadowMetrics(self._registry) if shadow else None
         self._registry.register(_TritonNames(self.totals, queued))
 
     def _counter(self, name: str, text: str, *labels: str) -> prometheus.Counter:
@@ -169,8 +158,8 @@ class Metrics:
     def _gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
         prometheus.Gauge(f"eps_{name}", text, registry=self._registry).set_function(read)
 
-    def ran(self, batch: Ran) -> None:
-        """A batch ran, or failed."""
+    def ran(self, batch: BatchStats) -> None:
+        """Count a batch that ran, or failed."""
         if batch.failed is not None:
             self._failures.inc()
             return
@@ -188,13 +177,13 @@ class Metrics:
             totals.queue.add(seconds)
             self._waited.observe(seconds)
 
-    def compared(self, batch: Compared) -> None:
-        """A batch of the shadow's."""
+    def compared(self, batch: ShadowBatch) -> None:
+        """Count a batch of the shadow."""
         if self._shadow is not None:
             self._shadow.compared(batch)
 
     def inferred(self, seconds: float, images: int) -> None:
-        """A request that asked the engine was answered."""
+        """Count an answered inference request."""
         self.totals.success.add(seconds)
         self._recent.append((time.monotonic(), seconds, images))
         self._took.observe(seconds)
@@ -202,17 +191,17 @@ class Metrics:
     def answered(self, endpoint: str, code: int | str) -> None:
         self._requests.labels(endpoint, str(code)).inc()
 
-    def refuse(self, reason: str, seconds: float) -> None:
+    def failed(self, reason: str, seconds: float) -> None:
         self.totals.fail.add(seconds)
         self.refused[reason] = self.refused.get(reason, 0) + 1
         self._refusals.labels(reason).inc()
 
     def exposition(self) -> bytes:
-        """All of it in Prometheus' text format."""
+        """All metrics in Prometheus' text format."""
         return prometheus.generate_latest(self._registry)
 
     def figures(self) -> dict[str, Any]:
-        """What the page shows: rates of the last ten seconds, times of the last 1000 answers."""
+        """Statistics for the page: rates over ten seconds, percentiles of the last 1000 answers."""
         since = time.monotonic() - _WINDOW
         lately = [entry for entry in self._recent if entry[0] >= since]
         times = sorted(entry[1] for entry in self._recent)
@@ -233,13 +222,13 @@ class Metrics:
         }
 
 
-def _percentile(times: list[float], share: float) -> float | None:
-    """Nearest rank, in milliseconds."""
-    return 1e3 * times[min(len(times) - 1, int(share * len(times)))] if times else None
+def _percentile(times: list[float], quantile: float) -> float | None:
+    """Nearest rank of sorted seconds, in milliseconds."""
+    return 1e3 * times[min(len(times) - 1, int(quantile * len(times)))] if times else None
 
 
 class _TritonNames(Collector):
-    """The same figures by the names that dashboards and autoscalers for Triton know."""
+    """The same metrics by Triton's names, for its dashboards and autoscalers."""
 
     def __init__(self, totals: Totals, queued: Callable[[], int]) -> None:
         self._totals = totals

@@ -1,6 +1,6 @@
-"""What happens around every HTTP request: errors as JSON, and what `envelope` has.
+"""HTTP middleware: authentication, trace headers, errors as JSON, access log, and the log itself.
 
-A plain ASGI application, so that it costs microseconds.
+A plain ASGI application, because it must cost microseconds. gRPC shares all but that.
 """
 
 from __future__ import annotations
@@ -19,15 +19,14 @@ from typing import Any
 from starlette.exceptions import HTTPException
 
 from eps_deploy.serving.metrics import Metrics
-from eps_deploy.serving.protocol import ApiError, InferenceFailed, as_refusal
+from eps_deploy.serving.protocol import ApiError, InferenceFailed, as_api_error
 
-# -- Logs: one JSON object a line, or plain text for a person at a terminal
+# -- Log: one JSON object a line, or plain text on a terminal
 
-NAME = "eps_serve"
-logger = logging.getLogger(NAME)
+logger = logging.getLogger("eps_serve")
 
 
-class _Json(logging.Formatter):
+class _JsonFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         time = datetime.fromtimestamp(record.created, timezone.utc)
         entry: dict[str, Any] = {
@@ -41,19 +40,19 @@ class _Json(logging.Formatter):
         return json.dumps(entry, ensure_ascii=False, default=str)
 
 
-class _Text(logging.Formatter):
+class _TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         facts = " ".join(f"{key}={value}" for key, value in getattr(record, "facts", {}).items())
         text = f"{record.getMessage()} {facts}".rstrip()
         return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
 
 
-def set_up() -> None:
-    """Send what the server, uvicorn and grpcio have to say to stderr."""
+def configure_logging() -> None:
+    """Send the log of the server, uvicorn and grpcio to stderr."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Text() if sys.stderr.isatty() else _Json())
+    handler.setFormatter(_TextFormatter() if sys.stderr.isatty() else _JsonFormatter())
     levels = {
-        NAME: logging.INFO,
+        logger.name: logging.INFO,
         "uvicorn.error": logging.ERROR,
         "grpc": logging.CRITICAL,  # what it logs as errors, any client can cause
     }
@@ -63,59 +62,62 @@ def set_up() -> None:
         found.setLevel(level)
 
 
-def say(message: str, **facts: Any) -> None:
+def log(message: str, **facts: Any) -> None:
     logger.info(message, extra={"facts": facts})
 
 
-# -- What is around every request, on either wire: token, identifiers, counting, logging
+# -- For HTTP and gRPC: token, trace headers, access log
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 _TRACEPARENT = re.compile(rb"[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 
-Marks = list[tuple[bytes, bytes]]
+HeaderList = list[tuple[bytes, bytes]]
 
 
-def check_token(token: bytes, authorization: bytes) -> None:
-    """Raise Refusal (401) unless a header Authorization has this value: `Bearer TOKEN`."""
-    scheme, _, given = authorization.partition(b" ")
-    # compare_digest first and always: the time shall not tell how much of it was right.
-    right = hmac.compare_digest(given.strip(), token)
-    if not right or scheme.lower() != b"bearer":
-        raise ApiError(
-            "this server wants a token: send the header Authorization: Bearer TOKEN",
-            status=401,
-            reason="token",
-            headers=((b"www-authenticate", b"Bearer"),),
-        )
-
-
-def identify(request_id: bytes, trace: bytes) -> Marks:
-    """Headers by which a request is known, for its answer and the log.
+def trace_headers(request_id: bytes, traceparent: bytes) -> HeaderList:
+    """Headers that identify a request, for its answer and the log.
 
     Args:
-        request_id: the header X-Request-ID; a new one in its place where it is none.
-        trace: the header traceparent (W3C Trace Context, 3.2); left out where it is none.
+        request_id: the header X-Request-ID; replaced by a new one where it is not valid.
+        traceparent: the header (W3C Trace Context, 3.2); left out where it is not valid.
     """
-    known = _REQUEST_ID.fullmatch(request_id)
-    marks = [(b"x-request-id", request_id if known else secrets.token_hex(8).encode())]
-    if _TRACEPARENT.fullmatch(trace):
-        marks.append((b"traceparent", trace))
-    return marks
+    valid = _REQUEST_ID.fullmatch(request_id)
+    headers = [(b"x-request-id", request_id if valid else secrets.token_hex(8).encode())]
+    if _TRACEPARENT.fullmatch(traceparent):
+        headers.append((b"traceparent", traceparent))
+    return headers
 
 
-class Account:
-    """What is counted and logged of requests.
+class Access:
+    """Authentication, access log and request counts, for HTTP and gRPC.
 
     Args:
-        metrics: count.
-        log_requests: log every request, not only those that went wrong here.
+        metrics: count requests and errors.
+        token: that clients must send; None: none.
+        log_requests: log every request, not only those that failed because of this server.
     """
 
-    def __init__(self, metrics: Metrics, *, log_requests: bool) -> None:
+    def __init__(self, metrics: Metrics, *, token: bytes | None, log_requests: bool) -> None:
         self._metrics = metrics
+        self._token = token
         self._log_requests = log_requests
 
-    def close(
+    def check_token(self, authorization: bytes) -> None:
+        """Raise ApiError (401) unless a header Authorization has the value `Bearer TOKEN`."""
+        if self._token is None:
+            return
+        scheme, _, given = authorization.partition(b" ")
+        # compare_digest first and always: the time must not tell how much of it was right.
+        right = hmac.compare_digest(given.strip(), self._token)
+        if not right or scheme.lower() != b"bearer":
+            raise ApiError(
+                "this server wants a token: send the header Authorization: Bearer TOKEN",
+                status=401,
+                reason="token",
+                headers=((b"www-authenticate", b"Bearer"),),
+            )
+
+    def record(
         self,
         endpoint: str,
         code: int | str,
@@ -123,38 +125,40 @@ class Account:
         began: float,
         reason: str,
         failed: bool,
-        marks: Marks,
+        trace: HeaderList,
         **facts: Any,
     ) -> None:
-        """A request has its answer.
+        """Count and log a request that has its answer.
 
         Args:
             endpoint, code: for metrics.
-            began: `time.perf_counter` when it came.
-            reason: why it was refused; "": it was not.
-            failed: the fault was not the client's, and it is no overload, which shall not fill a
+            began: `time.perf_counter` when it arrived.
+            reason: of its API error; "": there was none.
+            failed: whether the fault was the server's; not under overload, which must not fill a
                 disk as well.
-            marks: see :func:`identify`.
+            trace: see :func:`trace_headers`.
             **facts: for the log, before what is logged of every request.
         """
         seconds = time.perf_counter() - began
         self._metrics.answered(endpoint, code)
         if reason:
-            self._metrics.refuse(reason, seconds)
+            self._metrics.failed(reason, seconds)
         if not self._log_requests and not failed:
             return
         facts |= {"status": code, "ms": round(1e3 * seconds, 3)}
-        facts |= {name.decode().replace("-", "_"): value.decode() for name, value in marks}
+        facts |= {name.decode().replace("-", "_"): value.decode() for name, value in trace}
         if reason:
             facts["reason"] = reason
-        logger.info("request", extra={"facts": facts})
+        log("request", **facts)
 
 
-def log_mistake(marks: Marks) -> None:
-    """Log the exception that is being handled, which must not happen, with the request's name."""
-    facts = {"request_id": marks[0][1].decode()}
+def log_unexpected(trace: HeaderList) -> None:
+    """Log the exception that is being handled, a bug of this server, with the request's ID."""
+    facts = {"request_id": trace[0][1].decode()}
     logger.exception("a request failed, which must not happen", extra={"facts": facts})
 
+
+# -- Middleware of HTTP
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -163,91 +167,73 @@ Send = Callable[[Message], Awaitable[None]]
 Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 OPEN = ("/", "/favicon.ico", "/v2/health/live", "/v2/health/ready")  # need no token, hold no data
-GONE = "eps.gone"  # in the scope: what is to be called when the client goes away
-ENDPOINT = "eps.endpoint"  # in the scope: the name that metrics have for the route
+ON_DISCONNECT = "eps.on_disconnect"  # key of a scope: called when the client goes away
+ENDPOINT = "eps.endpoint"  # key of a scope: name of the route, for metrics
 
 
-class Frame:
-    """Around `inner`.
+class HttpMiddleware:
+    """Wrap an ASGI application, which may raise ApiError, InferenceFailed or HTTPException."""
 
-    Args:
-        inner: answers, or raises Refusal, InferenceFailed or Starlette's HTTPException.
-        metrics: counts what was answered.
-        token: that clients must send as `Authorization: Bearer TOKEN`; None: they need none.
-        log_requests: log every request, not only those that went wrong here.
-    """
-
-    def __init__(
-        self, inner: Application, metrics: Metrics, *, token: bytes | None, log_requests: bool
-    ) -> None:
+    def __init__(self, inner: Application, access: Access) -> None:
         self._inner = inner
-        self._token = token
-        self._account = Account(metrics, log_requests=log_requests)
+        self._access = access
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
         began = time.perf_counter()
         headers = dict(scope["headers"])
-        marks = identify(headers.get(b"x-request-id", b""), headers.get(b"traceparent", b""))
+        trace = trace_headers(headers.get(b"x-request-id", b""), headers.get(b"traceparent", b""))
         status = 0
 
-        async def marked(message: Message) -> None:
+        async def send_traced(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", ()), *marks]
+                message["headers"] = [*message.get("headers", ()), *trace]
             await send(message)
 
-        reason = ""
+        error: ApiError | None = None
         try:
-            if self._token is not None and scope["path"] not in OPEN:
-                check_token(self._token, headers.get(b"authorization", b""))
-            await self._inner(scope, receive, marked)
-        except (ApiError, HTTPException, InferenceFailed) as error:
-            refusal = _as_refusal(error)
-            reason = refusal.reason
-            if not status:
-                await _send_refusal(refusal, marked)
+            if scope["path"] not in OPEN:
+                self._access.check_token(headers.get(b"authorization", b""))
+            await self._inner(scope, receive, send_traced)
+        except HTTPException as raised:
+            allow = tuple(
+                (name.lower().encode(), value.encode())
+                for name, value in (raised.headers or {}).items()
+            )
+            error = ApiError(
+                str(raised.detail),
+                status=raised.status_code,
+                reason="unknown",
+                headers=allow,
+            )
+        except (ApiError, InferenceFailed) as raised:
+            error = as_api_error(raised)
         except Exception:
-            reason = "internal"
-            log_mistake(marks)
-            if not status:
-                await _send_refusal(ApiError("internal error", status=500, reason=reason), marked)
-        self._account.close(
+            log_unexpected(trace)
+            error = ApiError("internal error", status=500, reason="internal")
+        if error is not None and not status:
+            answer = list(error.headers)
+            if error.retry_after is not None:
+                answer.append((b"retry-after", str(error.retry_after).encode()))
+            body = {"error": str(error)}
+            await send_json(body, send_traced, status=error.status, headers=answer)
+        self._access.record(
             scope.get(ENDPOINT, "none"),
             status,
             began=began,
-            reason=reason,
+            reason=error.reason if error is not None else "",
             failed=status >= 500 and status != 503,
-            marks=marks,
+            trace=trace,
             method=scope["method"],
             path=scope["path"],
         )
 
 
-def _as_refusal(error: ApiError | HTTPException | InferenceFailed) -> ApiError:
-    if not isinstance(error, HTTPException):
-        return as_refusal(error)
-    headers = tuple(
-        (name.lower().encode(), value.encode()) for name, value in (error.headers or {}).items()
-    )
-    return ApiError(str(error.detail), status=error.status_code, reason="unknown", headers=headers)
-
-
-async def _send_refusal(refusal: ApiError, send: Send) -> None:
-    headers = list(refusal.headers)
-    if refusal.retry_after is not None:
-        headers.append((b"retry-after", str(refusal.retry_after).encode()))
-    await send_json({"error": str(refusal)}, send, status=refusal.status, headers=headers)
-
-
 async def send_json(
-    value: Any,
-    send: Send,
-    *,
-    status: int = 200,
-    headers: list[tuple[bytes, bytes]] | None = None,
+    value: Any, send: Send, *, status: int = 200, headers: HeaderList | None = None
 ) -> None:
     text = json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
     await send_bytes(text, b"application/json", send, status=status, headers=headers)
@@ -255,14 +241,14 @@ async def send_json(
 
 async def send_bytes(
     body: bytes,
-    kind: bytes,
+    content_type: bytes,
     send: Send,
     *,
     status: int = 200,
-    headers: list[tuple[bytes, bytes]] | None = None,
+    headers: HeaderList | None = None,
 ) -> None:
     every = [
-        (b"content-type", kind),
+        (b"content-type", content_type),
         (b"content-length", str(len(body)).encode()),
         (b"x-content-type-options", b"nosniff"),
         *(headers or ()),

@@ -1,4 +1,4 @@
-"""A bundle that is loaded, warm and proven, ready to be asked."""
+"""Open the engines of a bundle for serving, warm and proven."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from eps_deploy.engines.trt.engine import TrtEngine
 from eps_deploy.engines.trt.plan import PLAN, SIDECAR, PlanMetadata, load_tensorrt
 from eps_deploy.precision import PRECISIONS
 from eps_deploy.serving.limits import Limits
-from eps_deploy.serving.protocol import Signature, decode
+from eps_deploy.serving.protocol import Signature, decode_image
 
 # -- A bundle whose plan was left to the machine that serves it: built once, kept, checked again
 #
 # `--engine-cache` holds one folder for each network, way of building, TensorRT and GPU. The bundle
 # itself is never changed: it may be mounted read-only and shared.
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 _DIGITS = 16  # hexadecimal, of the key in a folder's name
 _POLL = 1.0  # seconds between looks at another server that builds the same plan
 _TIMES = "timing"
@@ -61,7 +61,7 @@ class PlanCache:
     """
 
     def __init__(
-        self, folder: Path, *, say: Say, stop: threading.Event, gpu: Gpu | None = None
+        self, folder: Path, *, say: Log, stop: threading.Event, gpu: Gpu | None = None
     ) -> None:
         self._folder = folder
         self._say = say
@@ -167,15 +167,15 @@ VERSION = "1"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Model:
-    """What one load has made.
+    """A loaded bundle.
 
     Attributes:
         bundle: verified.
         engines: one for each instance.
         signature: for the protocol.
-        platform: in Triton's words, `onnxruntime_onnx` or `tensorrt_plan`.
+        platform: Triton's name of it, `onnxruntime_onnx` or `tensorrt_plan`.
         max_batch: the engine's largest batch.
-        card: plain data for the page: what the network is, and what its report says.
+        card: the model card, plain data for the page: facts of the network and of its report.
     """
 
     bundle: Bundle
@@ -214,29 +214,34 @@ def open_model(
     max_images: int,
     engine_cache: Path | None,
     provider: Choice,
-    say: Say,
+    log: Log,
     stop: threading.Event,
 ) -> Model:
-    """Open the bundle's engines, warm them up on the stored samples and prove them. Takes its time.
+    """Open the bundle's engines, and warm them up and prove them on the stored samples.
 
-    Raises EngineError: an engine does not run here, or does not answer what torch answered;
-    ConfigError: `provider` is named, and the bundle is not for ONNX Runtime.
+    Raises EngineError: an engine does not run here, or differs from torch; ConfigError: `provider`
+    is not `auto`, and the bundle is not for ONNX Runtime.
     """
-    opened = opener(bundle, engine_cache, provider, say, stop)
+    opened = opener(bundle, engine_cache, provider, log, stop)
     with ExitStack() as undo:
         engines = []
         for index in range(instances):
             engine = undo.enter_context(opened())
             proof = prove(bundle, engine, f"engine {index}")
             engines.append(engine)
-        say(
+        log(
             f"warm: {proof.samples} samples on {runs_on(engine)} in batches of"
             f" {min(proof.batches)} to {max(proof.batches)}, largest difference from torch"
             f" {proof.relative:.2g} of the largest logit"
         )
         undo.pop_all()
-    told = engines[0].describe()
-    _warm_pillow(bundle)
+    facts = engines[0].describe()
+    from PIL import Image
+
+    # The first image would otherwise take the time of importing Pillow.
+    content = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(content, "PNG")
+    decode_image(content.getvalue(), bundle.preprocessing, Limits().pixels)
     return Model(
         bundle=bundle,
         engines=tuple(engines),
@@ -247,35 +252,27 @@ def open_model(
             labels=bundle.labels,
             max_images=max_images,
         ),
-        platform="tensorrt_plan" if told["name"] == "trt" else "onnxruntime_onnx",
+        platform="tensorrt_plan" if facts["name"] == "trt" else "onnxruntime_onnx",
         max_batch=engines[0].max_batch,
-        card=_card(bundle, told, proof),
+        card=_card(bundle, facts, proof),
     )
-
-
-def _warm_pillow(bundle: Bundle) -> None:
-    """Its first picture costs the time of importing it."""
-    from PIL import Image
-
-    file = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(file, "PNG")
-    decode(file.getvalue(), bundle.preprocessing, Limits().pixels)
 
 
 def opener(
     bundle: Bundle,
     engine_cache: Path | None,
     provider: Choice,
-    say: Say,
+    log: Log,
     stop: threading.Event,
     file: str = ONNX,
 ) -> Callable[[], Engine]:
-    """Opens another engine at each call; `file` names another network than the bundle's model.
+    """Return a function that opens another engine at each call.
 
-    Raises ConfigError: `provider` is named, and the bundle is not for ONNX Runtime.
+    `file` names an ONNX file in the bundle. Raises ConfigError: `provider` is not `auto`, and the
+    bundle is not for ONNX Runtime.
     """
     if bundle.manifest["engine"]["name"] == "ort":
-        return lambda: open_served(bundle, file, provider, say)
+        return lambda: open_served(bundle, file, provider, log)
     if provider != "auto":
         raise ConfigError(
             f"--provider {provider}: only applies to ONNX Runtime, and {bundle.root} is for"
@@ -283,19 +280,19 @@ def opener(
         )
     if not is_deferred(bundle):
         return lambda: open_engine(bundle)
-    assert engine_cache is not None, "read_bundle has seen to it"
-    cache = PlanCache(engine_cache, say=say, stop=stop)
+    assert engine_cache is not None, "read_bundle has checked it"
+    cache = PlanCache(engine_cache, say=log, stop=stop)
     return lambda: cache.open(bundle, file)
 
 
 def runs_on(engine: Engine) -> str:
     """The execution provider or the GPU of an engine, for logs."""
-    told = engine.describe()
-    return str(told.get("provider") or told.get("device") or told["name"])
+    facts = engine.describe()
+    return str(facts.get("provider") or facts.get("device") or facts["name"])
 
 
-def _card(bundle: Bundle, told: dict[str, Any], proof: Parity) -> dict[str, Any]:
-    """Nothing that names a file of this machine."""
+def _card(bundle: Bundle, engine: dict[str, Any], proof: Parity) -> dict[str, Any]:
+    """The model card; it names no file of this machine."""
     report = json.loads(bundle.read(REPORT))
     manifest = bundle.manifest
     blocks = report.get("blocks", {})
@@ -309,7 +306,7 @@ def _card(bundle: Bundle, told: dict[str, Any], proof: Parity) -> dict[str, Any]
         "input_shape": list(bundle.input_shape),
         "preprocessing": bundle.preprocessing.described(),
         "precision": manifest["precision"],
-        "engine": {key: told[key] for key in kept if told.get(key) is not None},
+        "engine": {key: engine[key] for key in kept if engine.get(key) is not None},
         "passed": report.get("passed"),
         "lossless": report.get("lossless", True),
         "blocks": {key: blocks.get(key) for key in ("baseline", "compact")},

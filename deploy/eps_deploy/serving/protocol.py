@@ -1,8 +1,10 @@
-"""KServe v2 (Open Inference Protocol) over HTTP as pure functions: from bytes, and to bytes.
+"""KServe v2 (Open Inference Protocol): validation of requests, encoding of answers, API errors.
 
-Sources: the protocol's `inference_rest.md`; Triton's `extension_binary_data.md` (tensors as raw
-little-endian bytes after the JSON, whose length is in the header Inference-Header-Content-Length)
-and `extension_classification.md` (`"parameters": {"classification": k}` of an output).
+Pure functions, from bytes and to bytes. HTTP uses all of them; gRPC hands its messages over in the
+form of the protocol's JSON. Sources: the protocol's `inference_rest.md`; Triton's
+`extension_binary_data.md` (tensors as raw little-endian bytes after the JSON, whose length is in
+the header Inference-Header-Content-Length) and `extension_classification.md` (`"parameters":
+{"classification": k}` of an output).
 """
 
 from __future__ import annotations
@@ -12,30 +14,34 @@ import io
 import json
 import math
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn, TypeVar
 
+import msgspec
 import numpy as np
+from msgspec import Meta, Struct
 
 from eps_core.errors import EpsError
 from eps_core.preprocessing import Preprocessing
 from eps_deploy.engines.base import INPUT_NAME, OUTPUT_NAME, Images, Logits
 
-# -- What a client is refused, and with which HTTP status. Messages name no path of this machine
+T = TypeVar("T")
+Shape = tuple[int, ...]
+
+# -- API errors. Their messages name no path of this machine
 
 
 class ApiError(EpsError):
-    """A request that gets an error for an answer: `{"error": message}`.
+    """A request is answered with an error: `{"error": message}`.
 
     Args:
-        message: one line for whoever sent the request.
+        message: one line for the client.
         status: of HTTP.
         reason: short name, for metrics and logs.
-        retry_after: seconds after which to try again; None: trying again does not help.
+        retry_after: seconds after which to retry; None: a retry does not help.
         headers: further ones for the answer.
     """
 
@@ -64,40 +70,32 @@ def too_large(message: str) -> ApiError:
 
 
 def busy(message: str, *, reason: str, retry_after: int = 1) -> ApiError:
-    """The server could answer this, but not now (RFC 9110, 15.6.4)."""
+    """The server cannot answer this now, but later (RFC 9110, 15.6.4)."""
     return ApiError(message, status=503, reason=reason, retry_after=retry_after)
 
 
 class InferenceFailed(EpsError):
-    """The engine failed at a request that was right: the only error with status 500."""
+    """The engine failed at a valid request: the only error with status 500."""
 
 
-def as_refusal(error: ApiError | InferenceFailed) -> ApiError:
-    """What a client is told of it, on either wire."""
+def as_api_error(error: ApiError | InferenceFailed) -> ApiError:
     if isinstance(error, ApiError):
         return error
     return ApiError(str(error), status=500, reason="engine")
 
 
-# -- What a request for the network must hold, and what it gets, whichever wire it came on
-#
-# A request is read as a document in the form of the protocol's JSON (`inference_rest.md` of the
-# Open Inference Protocol); how its pixels are found is the wire's own matter.
+# -- Validation of an inference request, the same for HTTP and gRPC
 
 DATATYPE = "UINT8"
-_MOST_LETTERS = 256  # of an `id`: it goes into answers and logs
-_MOST_TOLD = 80  # letters of what was wrong
-
-Tensor = Mapping[str, Any]
-Shape = tuple[int, ...]
+_MAX_TOLD = 80  # characters of a wrong value in a message
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Signature:
-    """What a client must know of the model.
+    """Name, input and output of the model.
 
     Attributes:
-        name, version: as they stand in paths.
+        name, version: as they are in paths.
         input_shape: shape `[C, H, W]` of one image.
         labels: names of the classes, by index.
         max_images: the most that one request may hold.
@@ -110,7 +108,7 @@ class Signature:
     max_images: int
 
     def check(self, name: str, version: str) -> None:
-        """Raise Refusal (404) when a request names another model or version."""
+        """Raise ApiError (404) when a request names another model or version."""
         if name != self.name:
             raise not_found(f"unknown model; this server has one, {self.name!r}")
         if version != self.version:
@@ -118,14 +116,14 @@ class Signature:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Request:
-    """An inference request.
+class InferRequest:
+    """A valid inference request.
 
     Attributes:
         images: uint8 `[N, C, H, W]`, N at least 1; a view of the body where that is possible.
-        id: to be repeated in the answer; "" for none.
-        binary: whether the logits go back as raw bytes.
-        classification: how many labels an image gets in place of logits; 0: the logits.
+        id: repeated in the answer; "" for none.
+        binary: whether the logits are returned as raw bytes.
+        classification: labels to return for each image in place of logits; 0: the logits.
         timeout: seconds that the answer may take; None: any time.
     """
 
@@ -136,251 +134,172 @@ class Request:
     timeout: float | None = None
 
 
-def understand(
-    document: Mapping[str, Any], pixels: Callable[[Tensor, Shape], Images], signature: Signature
-) -> Request:
-    """The request that a document is.
+# The request as the client sends it. A field that is null counts as absent.
+
+
+class RequestParameters(Struct):
+    timeout: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] | None = None  # microseconds, as Triton
+    binary_data_output: bool | None = None
+
+
+class InputParameters(Struct):
+    binary_data_size: int | None = None
+    shared_memory_region: Any = None
+
+
+class OutputParameters(Struct):
+    binary_data: bool | None = None
+    classification: Annotated[int, Meta(ge=0)] | None = None
+    shared_memory_region: Any = None
+
+
+class InputTensor(Struct):
+    name: Any = None
+    datatype: Any = None
+    shape: Any = None
+    data: Any = None
+    parameters: InputParameters | None = None
+
+
+class RequestedOutput(Struct):
+    name: Any = None
+    parameters: OutputParameters | None = None
+
+
+class InferDocument(Struct):
+    id: Annotated[str, Meta(max_length=256)] | None = None
+    parameters: RequestParameters | None = None
+    inputs: list[InputTensor] | None = None
+    outputs: list[RequestedOutput] | None = None
+
+
+def convert(document: Any, kind: type[T]) -> T:
+    """Convert plain data into a record. Raises ApiError with the field that is wrong."""
+    try:
+        return msgspec.convert(document, kind)
+    except msgspec.ValidationError as error:
+        what, _, path = str(error).partition(" - at `$.")
+        raise ApiError(f"{path.rstrip('`')}: {what[0].lower()}{what[1:]}") from None
+
+
+def validate(
+    document: dict[str, Any], read_pixels: Callable[[InputTensor, Shape], Images], model: Signature
+) -> InferRequest:
+    """Validate an inference request in the form of the protocol's JSON.
 
     Args:
         document: with `inputs`, and perhaps `id`, `parameters` and `outputs`.
-        pixels: gives the images of the one input, once its name, datatype and shape are right.
-        signature: of the model.
+        read_pixels: returns the images of the one input, whose name, datatype and shape are right.
+        model: that is served.
 
     Raises:
-        Refusal: anything that is not a request for this model; it says what and where.
+        ApiError: not a request for this model; the message says what is wrong and where.
     """
-    parameters = mapping(document.get("parameters"), "parameters")
-    binary, classification = _output(document.get("outputs"), parameters)
-    tensor, shape = _input(document.get("inputs"), signature)
-    return Request(
-        images=pixels(tensor, shape),
-        id=_identifier(document.get("id")),
+    given = convert(document, InferDocument)
+    identifier = given.id or ""
+    try:
+        identifier.encode()
+    except UnicodeEncodeError:
+        raise ApiError("id holds half of a surrogate pair") from None
+    parameters = given.parameters or RequestParameters()
+    binary, classification = parameters.binary_data_output or False, 0
+    if given.outputs:
+        names = [output.name for output in given.outputs]
+        if names != [OUTPUT_NAME]:
+            raise ApiError(
+                f"outputs asks for {shorten(names)}; the model has one output, {OUTPUT_NAME!r}"
+            )
+        wanted = given.outputs[0].parameters or OutputParameters()
+        _reject_shared_memory(wanted)
+        binary = binary if wanted.binary_data is None else wanted.binary_data
+        classification = min(wanted.classification or 0, len(model.labels))
+    inputs = given.inputs or []
+    names = [tensor.name for tensor in inputs]
+    if names != [INPUT_NAME]:
+        raise ApiError(f"inputs holds {shorten(names)}; the model has one input, {INPUT_NAME!r}")
+    (tensor,) = inputs
+    if tensor.datatype != DATATYPE:
+        raise ApiError(
+            f"the datatype of {INPUT_NAME!r} is {DATATYPE}, raw pixels 0 to 255,"
+            f" not {shorten(tensor.datatype)}"
+        )
+    shape = _check_shape(tensor.shape, model)
+    _reject_shared_memory(tensor.parameters)
+    return InferRequest(
+        images=read_pixels(tensor, shape),
+        id=identifier,
         binary=binary,
-        classification=min(classification, len(signature.labels)),
-        timeout=_timeout(parameters),
+        classification=classification,
+        timeout=parameters.timeout / 1e6 if parameters.timeout else None,
     )
 
 
-def mapping(value: Any, name: str) -> Mapping[str, Any]:
-    """The fields of `value` that are given: null means that one is not, as for `value` itself.
-
-    Raises Refusal for anything but a mapping.
-    """
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise ApiError(f"{name} must be an object")
-    return {key: field for key, field in value.items() if field is not None}
-
-
-def told(value: Any) -> str:
-    """What the client sent, short enough for a message."""
-    if isinstance(value, list):
-        value = value[:_MOST_TOLD]  # there may be millions
-    text = json.dumps(value, ensure_ascii=True)
-    return text if len(text) <= _MOST_TOLD else f"{text[: _MOST_TOLD - 3]}..."
-
-
-def _identifier(value: Any) -> str:
-    if value is None:
-        return ""
-    if not isinstance(value, str) or len(value) > _MOST_LETTERS:
-        raise ApiError(f"id must be a string of at most {_MOST_LETTERS} characters")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise ApiError("id holds half of a surrogate pair") from None
-    return value
-
-
-def _timeout(parameters: Mapping[str, Any]) -> float | None:
-    """Seconds; Triton's unit in a request is the microsecond, and 0 means none."""
-    value = parameters.get("timeout", 0)
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 63:
-        raise ApiError("parameters.timeout must be a number of microseconds, at least 0")
-    return value / 1e6 if value else None
-
-
-def _flag(parameters: Mapping[str, Any], name: str, default: bool) -> bool:
-    value = parameters.get(name, default)
-    if not isinstance(value, bool):
-        raise ApiError(f"parameters.{name} must be true or false")
-    return value
-
-
-def _output(outputs: Any, parameters: Mapping[str, Any]) -> tuple[bool, int]:
-    """Whether the output is wanted as bytes, and how many classes of it."""
-    binary = _flag(parameters, "binary_data_output", False)
-    if outputs is None or outputs == []:
-        return binary, 0
-    if not isinstance(outputs, list) or not all(isinstance(item, dict) for item in outputs):
-        raise ApiError("outputs must be a list of objects")
-    names = [item.get("name") for item in outputs]
-    if names != [OUTPUT_NAME]:
-        raise ApiError(f"outputs asks for {told(names)}; the model has one output, {OUTPUT_NAME!r}")
-    wanted = mapping(outputs[0].get("parameters"), "outputs[0].parameters")
-    _refuse_shared_memory(wanted)
-    count = wanted.get("classification", 0)
-    if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-        raise ApiError("parameters.classification must be a number of classes")
-    return _flag(wanted, "binary_data", binary), count
-
-
-def _input(inputs: Any, signature: Signature) -> tuple[Tensor, Shape]:
-    if not isinstance(inputs, list) or not all(isinstance(item, dict) for item in inputs):
-        raise ApiError("inputs must be a list of objects")
-    names = [item.get("name") for item in inputs]
-    if names != [INPUT_NAME]:
-        raise ApiError(f"inputs holds {told(names)}; the model has one input, {INPUT_NAME!r}")
-    tensor = inputs[0]
-    if tensor.get("datatype") != DATATYPE:
-        raise ApiError(
-            f"the datatype of {INPUT_NAME!r} is {DATATYPE}, raw pixels 0 to 255,"
-            f" not {told(tensor.get('datatype'))}"
-        )
-    shape = _shape(tensor.get("shape"), signature)
-    _refuse_shared_memory(mapping(tensor.get("parameters"), "inputs[0].parameters"))
-    return tensor, shape
-
-
-def _shape(value: Any, signature: Signature) -> Shape:
-    fixed = list(signature.input_shape)
+def _check_shape(value: Any, model: Signature) -> Shape:
+    fixed = list(model.input_shape)
     sizes = value if isinstance(value, list) else []
     whole = all(isinstance(size, int) and not isinstance(size, bool) for size in sizes)
     if not whole or len(sizes) != 4 or sizes[1:] != fixed or sizes[0] < 1:
         wanted = ", ".join(map(str, fixed))
-        raise ApiError(f"the shape of {INPUT_NAME!r} is [N, {wanted}], not {told(value)}")
-    if sizes[0] > signature.max_images:
-        raise ApiError(f"one request may hold up to {signature.max_images} images")
+        raise ApiError(f"the shape of {INPUT_NAME!r} is [N, {wanted}], not {shorten(value)}")
+    if sizes[0] > model.max_images:
+        raise ApiError(f"one request may hold up to {model.max_images} images")
     return tuple(sizes)
 
 
-def _refuse_shared_memory(parameters: Mapping[str, Any]) -> None:
-    if "shared_memory_region" in parameters:
+def _reject_shared_memory(parameters: InputParameters | OutputParameters | None) -> None:
+    if parameters is not None and parameters.shared_memory_region is not None:
         raise ApiError("this server has no shared memory; send the tensor in the body")
 
 
+def shorten(value: Any) -> str:
+    """A value that the client sent, short enough for a message."""
+    if isinstance(value, list):
+        value = value[:_MAX_TOLD]  # there may be millions
+    text = json.dumps(value, ensure_ascii=True)
+    return text if len(text) <= _MAX_TOLD else f"{text[: _MAX_TOLD - 3]}..."
+
+
 @dataclass(frozen=True, slots=True)
-class Output:
+class OutputTensor:
     """The output tensor of an answer.
 
     Attributes:
         datatype, shape: in the protocol's words.
         logits: float32 `[N, classes]`.
-        words: `score:index:label` in UTF-8, best first, image by image; None: logits are wanted.
+        classes: `score:index:label` in UTF-8, best first, image by image; None: logits are wanted.
     """
 
     datatype: str
-    shape: tuple[int, ...]
+    shape: Shape
     logits: Logits
-    words: list[bytes] | None
+    classes: list[bytes] | None
 
     def raw(self) -> bytes:
-        """The tensor as little-endian bytes, a word with its length before it."""
-        if self.words is None:
+        """The tensor as little-endian bytes; each string follows its length."""
+        if self.classes is None:
             return np.ascontiguousarray(self.logits, dtype="<f4").tobytes()
-        return b"".join(struct.pack("<I", len(word)) + word for word in self.words)
+        return b"".join(struct.pack("<I", len(text)) + text for text in self.classes)
 
 
-def output(request: Request, logits: Logits, signature: Signature) -> Output:
-    """What a request asked for."""
+def output_tensor(request: InferRequest, logits: Logits, model: Signature) -> OutputTensor:
+    """The output that a request asks for."""
     count = request.classification
     if not count:
-        return Output("FP32", logits.shape, logits, None)
-    return Output("BYTES", (len(logits), count), logits, _classes(logits, count, signature))
-
-
-def _classes(logits: Logits, count: int, signature: Signature) -> list[bytes]:
+        return OutputTensor("FP32", logits.shape, logits, None)
     order = np.argsort(-logits, axis=1, kind="stable")[:, :count]
-    return [
-        f"{logits[row, index]:f}:{index}:{signature.labels[index]}".encode()
+    classes = [
+        f"{logits[row, index]:f}:{index}:{model.labels[index]}".encode()
         for row, indices in enumerate(order.tolist())
         for index in indices
     ]
+    return OutputTensor("BYTES", (len(logits), count), logits, classes)
 
 
-# -- Parsing requests without holding up the event loop
-
-_INLINE = 256 << 10  # bytes that are parsed at once; more would hold up everybody
+# -- Pixels: raw bytes, or numbers, nested or flat
 
 
-class Parser:
-    """Parses small requests at once and large ones on a thread.
-
-    Args:
-        workers: for the large ones.
-        limit: bytes to be parsed, beside raw tensors: a parsed number takes far more memory.
-        form: what is parsed, and where the tensor goes instead, for those who send too much.
-    """
-
-    def __init__(self, workers: Executor, limit: int, form: tuple[str, str]) -> None:
-        self._workers = workers
-        self._limit = limit
-        self._form = form
-
-    async def parse(self, size: int, work: Callable[[], Request]) -> Request:
-        """What `work` makes of `size` bytes. Raises Refusal: too many, or what `work` raises."""
-        if size > self._limit:
-            what, instead = self._form
-            raise too_large(
-                f"{size} bytes {what}; at most {self._limit} are accepted:"
-                f" send the tensor {instead}"
-            )
-        if size <= _INLINE:
-            return work()
-        return await asyncio.get_running_loop().run_in_executor(self._workers, work)
-
-
-# -- A picture in a request: JPEG, PNG or WebP, decoded within limits
-
-FORMATS = ("JPEG", "PNG", "WEBP")
-
-
-def decode(content: bytes, preprocessing: Preprocessing, max_pixels: int) -> Images:
-    """The network's input uint8 `[1, C, H, W]`, as training's evaluation would have it.
-
-    Size and scaled size are known from the picture's header, before a pixel is decoded.
-
-    Raises:
-        Refusal: another format, damaged, or more than `max_pixels`, scaled or not.
-    """
-    from PIL import Image, UnidentifiedImageError
-
-    if not content:
-        raise ApiError("the body is empty; send the picture's bytes")
-    try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            _check_size(image.width, image.height, preprocessing, max_pixels)
-            return preprocessing.apply(image)[None]
-    except ApiError:
-        raise
-    except UnidentifiedImageError:
-        raise ApiError("not a JPEG, PNG or WebP picture; send its bytes as the body") from None
-    except Exception as error:  # Pillow's decoders raise many types for what is damaged
-        raise ApiError(f"the picture cannot be decoded: {_line(error)}") from None
-
-
-def _check_size(width: int, height: int, preprocessing: Preprocessing, most: int) -> None:
-    if width * height > most:
-        raise ApiError(f"the picture has {width} x {height} pixels; at most {most} are accepted")
-    for across, down in ((width, height), (height, width)):  # it may lie on its side
-        scale = max(preprocessing.resize[0] / down, preprocessing.resize[1] / across)
-        if across * scale * down * scale > most:
-            raise ApiError(
-                f"the picture has {width} x {height} pixels, too long and thin: scaled for the"
-                f" network it would have more than the {most} that are accepted"
-            )
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-# -- Pixels from a request: raw bytes, or numbers, nested or flat
-
-
-def from_bytes(content: memoryview, shape: tuple[int, ...]) -> Images:
-    """Row-major pixels as they are, without a copy. Raises Refusal for another number of them."""
+def pixels_from_bytes(content: memoryview, shape: Shape) -> Images:
+    """Row-major pixels as they are, without a copy. Raises ApiError: another number of them."""
     wanted = math.prod(shape)
     if len(content) != wanted:
         raise ApiError(
@@ -389,19 +308,19 @@ def from_bytes(content: memoryview, shape: tuple[int, ...]) -> Images:
     return np.frombuffer(content, dtype=np.uint8).reshape(shape)
 
 
-def from_json(data: Any, shape: tuple[int, ...]) -> Images:
-    """Pixels from JSON's lists. Raises Refusal for another shape, or what is no whole 0..255."""
+def pixels_from_json(data: Any, shape: Shape) -> Images:
+    """Pixels from JSON's lists. Raises ApiError: another shape, or not all integers 0 to 255."""
     if not isinstance(data, list):
         raise ApiError(f"{INPUT_NAME!r} needs data, a list of pixels, or binary_data_size")
-    flat = _flat(data, shape) if data and isinstance(data[0], list) else data
+    flat = _flatten(data, shape) if data and isinstance(data[0], list) else data
     _check_count(len(flat), shape)
     if set(map(type, flat)) != {int}:  # True would pass for 1
         raise ApiError(f"the pixels of {INPUT_NAME!r} must be whole numbers")
-    return from_numbers(flat, shape)
+    return pixels_from_integers(flat, shape)
 
 
-def from_numbers(numbers: Sequence[int], shape: tuple[int, ...]) -> Images:
-    """Pixels from a flat row of numbers. Raises Refusal for another number of them, or range."""
+def pixels_from_integers(numbers: Sequence[int], shape: Shape) -> Images:
+    """Pixels from a flat sequence. Raises ApiError: another number of them, or out of range."""
     _check_count(len(numbers), shape)
     try:
         pixels = bytes(numbers)
@@ -410,14 +329,13 @@ def from_numbers(numbers: Sequence[int], shape: tuple[int, ...]) -> Images:
     return np.frombuffer(pixels, dtype=np.uint8).reshape(shape)
 
 
-def _check_count(count: int, shape: tuple[int, ...]) -> None:
+def _check_count(count: int, shape: Shape) -> None:
     wanted = math.prod(shape)
     if count != wanted:
         raise ApiError(f"{INPUT_NAME!r} of shape {list(shape)} has {wanted} pixels, not {count}")
 
 
-def _flat(data: list[Any], shape: tuple[int, ...]) -> list[Any]:
-    """The numbers of nested lists that have this very shape."""
+def _flatten(data: list[Any], shape: Shape) -> list[Any]:
     level: list[Any] = [data]
     for axis, size in enumerate(shape):
         if not all(type(part) is list and len(part) == size for part in level):
@@ -429,35 +347,53 @@ def _flat(data: list[Any], shape: tuple[int, ...]) -> list[Any]:
     return level
 
 
+# -- Requests and answers of HTTP
+
 JSON_LENGTH = "Inference-Header-Content-Length"
 
 
-def read_request(body: bytes, json_length: int | None, signature: Signature) -> Request:
-    """Parse the body of an infer request.
+def read_request(body: bytes, json_length: int | None, model: Signature) -> InferRequest:
+    """Parse and validate the body of an infer request.
 
     Args:
         body: all of it.
         json_length: value of the header Inference-Header-Content-Length; None without one; 0: the
             body is one image's raw pixels and nothing else.
-        signature: of the model.
+        model: that is served.
 
     Raises:
-        Refusal: anything that is not a request for this model; it says what and where.
+        ApiError: not a request for this model; the message says what is wrong and where.
     """
     if json_length == 0:
-        pixels = from_bytes(memoryview(body), (1, *signature.input_shape))
-        return Request(images=pixels, binary=True)
+        pixels = pixels_from_bytes(memoryview(body), (1, *model.input_shape))
+        return InferRequest(images=pixels, binary=True)
     if json_length is not None and not 0 < json_length <= len(body):
         raise ApiError(f"{JSON_LENGTH} is {json_length}, the body has {len(body)} bytes")
     document = parse_json(body if json_length is None else body[:json_length])
     rest = memoryview(body)[len(body) if json_length is None else json_length :]
-    return understand(document, partial(_pixels, rest), signature)
+
+    def read_pixels(tensor: InputTensor, shape: Shape) -> Images:
+        size = (tensor.parameters or InputParameters()).binary_data_size
+        if size is None:
+            if len(rest):
+                raise ApiError(f"{len(rest)} bytes after the JSON belong to no tensor")
+            return pixels_from_json(tensor.data, shape)
+        if tensor.data is not None:
+            raise ApiError(f"{INPUT_NAME!r} has both data and binary_data_size")
+        if size != len(rest):
+            raise ApiError(
+                f"binary_data_size is {shorten(size)}, and {len(rest)} bytes follow the JSON"
+                f" (its length is in {JSON_LENGTH})"
+            )
+        return pixels_from_bytes(rest, shape)
+
+    return validate(document, read_pixels, model)
 
 
 def parse_json(text: bytes) -> dict[str, Any]:
-    """A JSON object. Raises Refusal."""
+    """Parse a JSON object. Raises ApiError."""
     try:
-        document = json.loads(text, parse_constant=_refuse_constant)
+        document = json.loads(text, parse_constant=_reject_constant)
     except UnicodeDecodeError:
         raise ApiError("the body is not JSON: not UTF-8") from None
     except RecursionError:
@@ -469,55 +405,115 @@ def parse_json(text: bytes) -> dict[str, Any]:
     return document
 
 
-def _refuse_constant(name: str) -> NoReturn:
+def _reject_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
-def _pixels(rest: memoryview, tensor: Tensor, shape: Shape) -> Images:
-    size = mapping(tensor.get("parameters"), "inputs[0].parameters").get("binary_data_size")
-    if size is None:
-        if len(rest):
-            raise ApiError(f"{len(rest)} bytes after the JSON belong to no tensor")
-        return from_json(tensor.get("data"), shape)
-    if tensor.get("data") is not None:
-        raise ApiError(f"{INPUT_NAME!r} has both data and binary_data_size")
-    if isinstance(size, bool) or not isinstance(size, int) or size != len(rest):
-        raise ApiError(
-            f"binary_data_size is {told(size)}, and {len(rest)} bytes follow the JSON"
-            f" (whose length stands in {JSON_LENGTH})"
-        )
-    return from_bytes(rest, shape)
-
-
 def write_answer(
-    request: Request, logits: Logits, signature: Signature
+    request: InferRequest, logits: Logits, model: Signature
 ) -> tuple[bytes, int | None]:
-    """The answer's body, and its JSON's length if raw bytes follow.
+    """Return the answer's body, and the length of its JSON if raw bytes follow.
 
-    Args:
-        logits: float32 `[N, classes]`, finite.
+    `logits`: float32 `[N, classes]`, finite.
     """
-    found = output(request, logits, signature)
+    output = output_tensor(request, logits, model)
     tensor: dict[str, Any] = {
         "name": OUTPUT_NAME,
-        "datatype": found.datatype,
-        "shape": list(found.shape),
+        "datatype": output.datatype,
+        "shape": list(output.shape),
     }
     raw = b""
     if request.binary:
-        raw = found.raw()
+        raw = output.raw()
         tensor["parameters"] = {"binary_data_size": len(raw)}
-    elif found.words is not None:
-        tensor["data"] = [word.decode() for word in found.words]
+    elif output.classes is not None:
+        tensor["data"] = [text.decode() for text in output.classes]
     else:
         # Doubles that equal the float32 ones, so that a client's float32 are the engine's.
         tensor["data"] = logits.ravel().tolist()
     answer: dict[str, Any] = {
-        "model_name": signature.name,
-        "model_version": signature.version,
+        "model_name": model.name,
+        "model_version": model.version,
         "outputs": [tensor],
     }
     if request.id:
         answer["id"] = request.id
     text = json.dumps(answer, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
     return (text + raw, len(text)) if request.binary else (text, None)
+
+
+# -- Parsing requests without blocking the event loop
+
+_INLINE_BYTES = 256 << 10  # parsed on the event loop; more would block every client
+
+
+class RequestParser:
+    """Parse small requests on the event loop and large ones on a thread.
+
+    Args:
+        workers: threads for the large ones.
+        limit: bytes to be parsed, beside raw tensors: a parsed number takes far more memory.
+        encoding: what is parsed, and where to send the tensor instead, for the error message.
+    """
+
+    def __init__(self, workers: Executor, limit: int, encoding: tuple[str, str]) -> None:
+        self._workers = workers
+        self._limit = limit
+        self._encoding = encoding
+
+    async def parse(self, size: int, work: Callable[[], InferRequest]) -> InferRequest:
+        """Return the result of `work`, which parses `size` bytes.
+
+        Raises ApiError: more bytes than are accepted, or what `work` raises.
+        """
+        if size > self._limit:
+            what, instead = self._encoding
+            raise too_large(
+                f"{size} bytes {what}; at most {self._limit} are accepted:"
+                f" send the tensor {instead}"
+            )
+        if size <= _INLINE_BYTES:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self._workers, work)
+
+
+# -- Images: JPEG, PNG or WebP, decoded within limits
+
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
+
+
+def decode_image(content: bytes, preprocessing: Preprocessing, max_pixels: int) -> Images:
+    """Decode an image to the network's input, uint8 `[1, C, H, W]`, as evaluation in training does.
+
+    Its size and scaled size are checked by the image's header, before a pixel is decoded.
+
+    Raises:
+        ApiError: another format, damaged, or more than `max_pixels`, scaled or not.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    if not content:
+        raise ApiError("the body is empty; send the image's bytes")
+    try:
+        with Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as image:
+            _check_size(image.width, image.height, preprocessing, max_pixels)
+            return preprocessing.apply(image)[None]
+    except ApiError:
+        raise
+    except UnidentifiedImageError:
+        raise ApiError("not a JPEG, PNG or WebP image; send its bytes as the body") from None
+    except Exception as error:  # Pillow's decoders raise many types for what is damaged
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ApiError(f"the image cannot be decoded: {reason}") from None
+
+
+def _check_size(width: int, height: int, preprocessing: Preprocessing, most: int) -> None:
+    if width * height > most:
+        raise ApiError(f"the image has {width} x {height} pixels; at most {most} are accepted")
+    for across, down in ((width, height), (height, width)):  # EXIF may rotate it
+        scale = max(preprocessing.resize[0] / down, preprocessing.resize[1] / across)
+        if across * scale * down * scale > most:
+            raise ApiError(
+                f"the image has {width} x {height} pixels, too long and thin: scaled for the"
+                f" network it would have more than the {most} that are accepted"
+            )

@@ -1,7 +1,7 @@
-"""The process: from the socket to the last answer.
+"""The server process: sockets, signals, start and graceful shutdown.
 
-SIGTERM and SIGINT: nothing new is accepted, what was accepted is answered, exit 0. The second
-signal ends the process at once.
+On SIGTERM or SIGINT it accepts nothing new, answers what was accepted and exits with 0; a second
+signal exits immediately.
 """
 
 from __future__ import annotations
@@ -25,34 +25,34 @@ from eps_core.errors import ConfigError
 from eps_deploy.bundle import Bundle
 from eps_deploy.serving import middleware
 from eps_deploy.serving.app import Api
-from eps_deploy.serving.connections import Shedder, limited
+from eps_deploy.serving.connections import LoadShedder, limited_protocol
 from eps_deploy.serving.limits import Limits, Memory
 from eps_deploy.serving.metrics import Metrics
-from eps_deploy.serving.middleware import Frame
+from eps_deploy.serving.middleware import Access, HttpMiddleware
 from eps_deploy.serving.model import read_bundle
-from eps_deploy.serving.service import Service, Source
+from eps_deploy.serving.service import ModelSource, Service
 from eps_deploy.serving.shadow import read_shadow
 
 if TYPE_CHECKING:
     from eps_deploy.serving.rpc.server import RpcServer
 
-# -- Sockets that listen, and how many files a process may have open
+# -- Sockets and the limit of open files
 
 _BACKLOG = 1024
 _SPARE_FILES = 64  # beside connections: models, libraries, logs
 
 
 def listen(host: str, port: int, option: str = "--port") -> socket.socket:
-    """A listening socket. Raises ConfigError: no such address, or somebody else has the port.
+    """Return a listening socket. Raises ConfigError: no such address, or the port is taken.
 
-    `option` is what the port was given with.
+    `option` names the option of the port, for the error message.
     """
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, kind, protocol, _, address = found[0]
         listener = socket.socket(family, kind, protocol)
     except (OSError, UnicodeError) as error:
-        raise ConfigError(f"--host {host}: {_told(error)}") from None
+        raise ConfigError(f"--host {host}: {_reason(error)}") from None
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
@@ -60,19 +60,19 @@ def listen(host: str, port: int, option: str = "--port") -> socket.socket:
         listener.setblocking(False)
     except OSError as error:
         listener.close()
-        told = f"--host {host} {option} {port}: {_told(error)}; choose another"
-        raise ConfigError(told) from None
+        message = f"--host {host} {option} {port}: {_reason(error)}; choose another"
+        raise ConfigError(message) from None
     return listener
 
 
-def _told(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
 
 
 def accepted(listener: socket.socket) -> list[socket.socket]:
     """Close the listener, and return the connections that clients believe to be open already.
 
-    The kernel resets those that come between the last `accept` and `close`: nothing stands there.
+    The kernel resets connections that come between the last `accept` and `close`.
     """
     connections = []
     with contextlib.suppress(BlockingIOError):
@@ -83,7 +83,7 @@ def accepted(listener: socket.socket) -> list[socket.socket]:
 
 
 def allow_files(connections: int) -> None:
-    """Have as many files open as there may be connections. Raises ConfigError."""
+    """Raise the limit of open files to that of connections. Raises ConfigError: not allowed."""
     try:
         import resource
     except ImportError:  # Windows has no such limit
@@ -99,26 +99,28 @@ def allow_files(connections: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
+# -- The process
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _DRAIN = 25  # seconds for the last answers; Kubernetes kills after 30
-_LEAST_TOKEN = 16  # bytes; shorter ones can be guessed
+_MIN_TOKEN = 16  # bytes; shorter ones can be guessed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """What `eps-serve` was asked for.
+    """Options of `eps-serve`.
 
     Attributes:
         source: the model, and how it is run.
-        host, port: where to listen; port 0: any that is free.
-        grpc_port: for gRPC; None: there is none.
+        host, port: where to listen; port 0 picks a free one.
+        grpc_port: for gRPC; None: no gRPC.
         limits: of what clients send.
         token_file: holds the token that clients must send; None: they need none.
-        allow_load: whether clients may have the bundle loaded again.
+        allow_load: whether clients may reload the bundle.
         log_requests: log every request.
     """
 
-    source: Source
+    source: ModelSource
     host: str = "127.0.0.1"
     port: int = 8000
     grpc_port: int | None = None
@@ -136,13 +138,13 @@ def run(settings: Settings) -> None:
         read_shadow(bundle, source.shadow, source.engine_cache)
     token = read_token(settings.token_file) if settings.token_file is not None else None
     with contextlib.closing(listen(settings.host, settings.port)) as listener:
-        wires = 1
+        ports = 1
         if settings.grpc_port is not None:
-            # grpcio, which will listen there, does not say what is wrong.
+            # grpcio, which will listen there, does not tell why it cannot.
             listen(settings.host, settings.grpc_port, "--grpc-port").close()
-            wires = 2
-        allow_files(wires * settings.limits.connections)
-        middleware.set_up()
+            ports = 2
+        allow_files(ports * settings.limits.connections)
+        middleware.configure_logging()
         finished = asyncio.run(serve(settings, bundle, token, listener))
     if not finished:  # a thread is in the middle of something that cannot be interrupted
         sys.stderr.flush()
@@ -157,16 +159,16 @@ async def serve(
     *,
     started: Callable[[uvicorn.Server], None] = lambda server: None,
 ) -> bool:
-    """Serve until the server is told to end; False when a thread is still busy by then.
+    """Serve until the server is stopped; False when a thread is still busy by then.
 
-    `started` is told of the server, whose `should_exit` ends it, for who has no signals to send.
+    `started` is called with the server; setting its `should_exit` stops it, as a signal does.
     """
     limits = settings.limits
     memory = Memory(limits.memory)
     service = Service(
         settings.source,
         name=bundle.name,
-        say=middleware.say,
+        log=middleware.log,
         observe=lambda ran: metrics.ran(ran),
         compared=lambda batch: metrics.compared(batch),
     )
@@ -177,78 +179,11 @@ async def serve(
         held=lambda: memory.used,
         shadow=settings.source.shadow is not None,
     )
+    access = Access(metrics, token=token, log_requests=settings.log_requests)
     api = Api(service, metrics, limits=limits, memory=memory, allow_load=settings.allow_load)
-    frame = Frame(api.router(), metrics, token=token, log_requests=settings.log_requests)
-    shedder = Shedder(service, metrics, token=token, log_requests=settings.log_requests)
-    server = _Server(_config(frame, limits, shedder), service, listener)
-    host, port = listener.getsockname()[:2]
-    if settings.grpc_port is not None:
-        server.rpc = _rpc_server(settings, bundle, service, metrics, memory, token)
-        await server.rpc.start(host, settings.grpc_port)
-        middleware.say(f"listening on grpc://{_in_url(host)}:{server.rpc.port}")
-    loading = asyncio.create_task(_load(service, bundle, server))
-    middleware.say(f"listening on http://{_in_url(host)}:{port}")
-    started(server)
-    await _run_both(server, listener)
-    if not loading.done():
-        loading.cancel()
-        return False
-    await loading  # raises why the model could not be loaded
-    finished = await service.close()
-    middleware.say("stopped")
-    return finished
-
-
-def _rpc_server(
-    settings: Settings,
-    bundle: Bundle,
-    service: Service,
-    metrics: Metrics,
-    memory: Memory,
-    token: bytes | None,
-) -> RpcServer:
-    from eps_deploy.serving.rpc.server import RpcServer
-
-    return RpcServer(
-        service,
-        metrics,
-        limits=settings.limits,
-        memory=memory,
-        # grpcio cannot change it later: a bundle with larger images needs a new process.
-        images=(settings.source.batching.max_queue, *bundle.input_shape),
-        token=token,
-        log_requests=settings.log_requests,
-    )
-
-
-async def _run_both(server: _Server, listener: socket.socket) -> None:
-    """HTTP, and gRPC if it is wanted: they end together, whichever is the first."""
-    if server.rpc is None:
-        await server.serve(sockets=[listener.dup()])
-        return
-    watching = asyncio.create_task(_watch(server.rpc, server))
-    try:
-        await server.serve(sockets=[listener.dup()])
-    finally:
-        await server.rpc.stop(_DRAIN)
-    await watching
-
-
-async def _watch(rpc: RpcServer, server: _Server) -> None:
-    try:
-        await rpc.wait()
-    finally:
-        server.should_exit = True
-
-
-def _in_url(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
-
-
-def _config(frame: Frame, limits: Limits, shedder: Shedder) -> uvicorn.Config:
-    return uvicorn.Config(
-        frame,
-        http=limited(limits, shedder.answer),
+    config = uvicorn.Config(
+        HttpMiddleware(api.router(), access),
+        http=limited_protocol(limits, LoadShedder(service, access).answer),
         ws="none",
         lifespan="off",
         loop="asyncio",
@@ -259,24 +194,73 @@ def _config(frame: Frame, limits: Limits, shedder: Shedder) -> uvicorn.Config:
         timeout_keep_alive=limits.idle_seconds,
         timeout_graceful_shutdown=_DRAIN,
     )
+    server = _UvicornServer(config, service, listener)
+    host, port = listener.getsockname()[:2]
+    if settings.grpc_port is not None:
+        from eps_deploy.serving.rpc.server import RpcServer
+
+        # grpcio cannot change the size later: a bundle with larger images needs a new process.
+        images = (settings.source.batching.max_queue, *bundle.input_shape)
+        server.rpc = RpcServer(
+            service, metrics, access, limits=limits, memory=memory, images=images
+        )
+        await server.rpc.start(host, settings.grpc_port)
+        middleware.log(f"listening on grpc://{_in_url(host)}:{server.rpc.port}")
+    loading = asyncio.create_task(_load(service, bundle, server))
+    middleware.log(f"listening on http://{_in_url(host)}:{port}")
+    started(server)
+    await _run_both(server, listener)
+    if not loading.done():
+        loading.cancel()
+        return False
+    await loading  # raises why the model could not be loaded
+    finished = await service.close()
+    middleware.log("stopped")
+    return finished
 
 
-async def _load(service: Service, bundle: Bundle, server: _Server) -> None:
+async def _run_both(server: _UvicornServer, listener: socket.socket) -> None:
+    """Serve HTTP, and gRPC if it is enabled; when one ends, the other ends too."""
+    rpc = server.rpc
+    if rpc is None:
+        await server.serve(sockets=[listener.dup()])
+        return
+
+    async def watch() -> None:
+        try:
+            await rpc.wait()
+        finally:
+            server.should_exit = True
+
+    watching = asyncio.create_task(watch())
+    try:
+        await server.serve(sockets=[listener.dup()])
+    finally:
+        await rpc.stop(_DRAIN)
+    await watching
+
+
+def _in_url(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+async def _load(service: Service, bundle: Bundle, server: _UvicornServer) -> None:
     try:
         await service.load(bundle)
     except Exception:
         if server.should_exit:
-            return  # called off, because the server was told to end
+            return  # cancelled by the end of the server
         server.should_exit = True
         raise
     model = service.current.model
-    told = model.engines[0].describe()
-    facts = {key: told[key] for key in ("runtime", "version", "provider", "device") if key in told}
-    middleware.say("ready", model=service.name, **facts)
+    engine = model.engines[0].describe()
+    keys = ("runtime", "version", "provider", "device")
+    facts = {key: engine[key] for key in keys if key in engine}
+    middleware.log("ready", model=service.name, **facts)
 
 
-class _Server(uvicorn.Server):
-    """Uvicorn's server with our signals: its own re-raises them, so that the exit code is not 0."""
+class _UvicornServer(uvicorn.Server):
+    """Uvicorn's server, which exits with 0: uvicorn's own handlers raise the signal again."""
 
     def __init__(self, config: uvicorn.Config, service: Service, listener: socket.socket) -> None:
         super().__init__(config)
@@ -303,9 +287,9 @@ class _Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._service.drain()
-        middleware.say("stopping: answering what was accepted")
+        middleware.log("stopping: answering what was accepted")
         for server in self.servers:
-            server.close()  # a copy of the listener; the kernel goes on as long as there is one
+            server.close()  # a copy of the listener; the kernel accepts while another one is open
         for connection in accepted(self._listener):
             await asyncio.get_running_loop().connect_accepted_socket(self._protocol, connection)
         ending = [super().shutdown(sockets)]
@@ -321,14 +305,14 @@ class _Server(uvicorn.Server):
 
 
 def read_token(path: Path) -> bytes:
-    """The token in a file, without space around it. Raises ConfigError."""
+    """Read the token in a file, without surrounding white space. Raises ConfigError."""
     try:
         token = path.read_bytes().strip()
     except OSError as error:
         raise ConfigError(f"--token-file {path}: cannot be read: {error.strerror}") from None
-    if len(token) < _LEAST_TOKEN or not all(0x21 <= byte <= 0x7E for byte in token):
+    if len(token) < _MIN_TOKEN or not all(0x21 <= byte <= 0x7E for byte in token):
         raise ConfigError(
-            f"--token-file {path}: must hold one token of at least {_LEAST_TOKEN} visible ASCII"
-            " characters, such as `openssl rand -hex 32` gives"
+            f"--token-file {path}: must hold one token of at least {_MIN_TOKEN} visible ASCII"
+            " characters, such as `openssl rand -hex 32` prints"
         )
     return token

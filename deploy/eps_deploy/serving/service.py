@@ -1,54 +1,54 @@
-"""The model that is served now, and how another one takes its place without losing a request."""
+"""The served model, and its replacement by another one without losing a request."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from eps_core.errors import ConfigError
 from eps_deploy.bundle import Bundle, Choice
 from eps_deploy.engines.base import Engine
-from eps_deploy.serving.batching import Batcher, Batching, Ran
-from eps_deploy.serving.model import Model, open_model, read_bundle
+from eps_deploy.serving.batching import Batcher, Batching, BatchStats
+from eps_deploy.serving.model import Log, Model, open_model, read_bundle
 from eps_deploy.serving.protocol import busy
-from eps_deploy.serving.shadow import Compared, Shadow, Shadowing, open_shadow
+from eps_deploy.serving.shadow import Shadow, ShadowBatch, ShadowOptions, open_shadow
 
 T = TypeVar("T")
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Source:
-    """Where the model comes from, and how it is to be run.
+class ModelSource:
+    """Options of loading and running the model.
 
     Attributes:
         path: the bundle's folder.
-        engine_cache: for a plan that is built here; None: there is none.
-        provider: of ONNX Runtime; `auto`: the GPU where it runs there, else the CPU.
-        batching: see there.
-        shadow: what runs beside it; None: nothing.
+        engine_cache: folder for plans that are built here; None: there is none.
+        provider: of ONNX Runtime; `auto`: the GPU where it runs the network, else the CPU.
+        batching: options of the batcher.
+        shadow: options of the shadow; None: there is none.
     """
 
     path: Path
     engine_cache: Path | None = None
     provider: Choice = "auto"
     batching: Batching = field(default_factory=Batching)
-    shadow: Shadowing | None = None
+    shadow: ShadowOptions | None = None
 
 
-class Served:
+class ServedModel:
     """A model with its batcher, and the requests that use it."""
 
     def __init__(
         self,
         model: Model,
         batching: Batching,
-        observe: Callable[[Ran], None],
+        observe: Callable[[BatchStats], None],
         shadow: Shadow | None = None,
     ) -> None:
         self.model = model
@@ -61,8 +61,8 @@ class Served:
         self._unused.set()
 
     @contextmanager
-    def used(self) -> Iterator[Served]:
-        """For the length of one request: until its end the engine stays."""
+    def used(self) -> Iterator[ServedModel]:
+        """Keep the engine open during one request."""
         self._users += 1
         self._unused.clear()
         try:
@@ -73,7 +73,7 @@ class Served:
                 self._unused.set()
 
     async def retire(self) -> bool:
-        """Answer what is under way, then free the engines; False: the shadow is held up in one."""
+        """Answer what is in progress, free the engines; False: the shadow is stuck in a batch."""
         await self._unused.wait()
         self.batcher.close()
         await self.batcher.join()
@@ -84,32 +84,32 @@ class Served:
 
 
 class Service:
-    """What HTTP and gRPC ask; everything here belongs to the event loop.
+    """The served model for HTTP and gRPC; everything here belongs to the event loop.
 
     Args:
-        source: see :class:`Source`.
-        name: of the model; it stays for as long as the process runs.
-        say: told, on any thread, what is being done.
-        observe: told of every batch, on the event loop.
-        compared: told of every batch of the shadow, on the event loop.
+        source: see :class:`ModelSource`.
+        name: of the model; fixed while the process runs.
+        log: called on any thread with what is being done.
+        observe: called with every batch, on the event loop.
+        compared: called with every batch of the shadow, on the event loop.
     """
 
     def __init__(
         self,
-        source: Source,
+        source: ModelSource,
         *,
         name: str,
-        say: Say,
-        observe: Callable[[Ran], None],
-        compared: Callable[[Compared], None] = lambda batch: None,
+        log: Log,
+        observe: Callable[[BatchStats], None],
+        compared: Callable[[ShadowBatch], None] = lambda batch: None,
     ) -> None:
         self.name = name
         self._source = source
-        self._say = say
+        self.log = log
         self._observe = observe
         self._compared = compared
-        self._held_up = False
-        self._current: Served | None = None
+        self._stuck = False
+        self._current: ServedModel | None = None
         self._loading = False
         self._draining = False
         self._stop = threading.Event()
@@ -117,45 +117,37 @@ class Service:
 
     @property
     def ready(self) -> bool:
-        """Whether a request would be answered."""
+        """Whether requests are answered."""
         served = self._current
         return served is not None and not served.batcher.broken and not self._draining
 
     @property
     def live(self) -> bool:
-        """False when nothing but a new process would help."""
+        """False when only a new process would help."""
         return self._current is None or not self._current.batcher.broken
 
     @property
-    def loading(self) -> bool:
-        """Whether a model is being loaded; whoever ends the process then cannot wait for it."""
-        return self._loading
-
-    @property
     def queued(self) -> int:
-        """Images that wait now."""
+        """Images that are waiting."""
         return self._current.batcher.queue.images if self._current is not None else 0
 
     @property
     def room(self) -> int:
-        """Images that would be accepted now."""
+        """Images for which the queue has room."""
         return self._source.batching.max_queue - self.queued
 
-    def say(self, message: str) -> None:
-        self._say(message)
-
     @property
-    def current(self) -> Served:
-        """The model that is served. Raises Refusal before there is one."""
+    def current(self) -> ServedModel:
+        """The model that is served. Raises ApiError (503) before there is one."""
         if self._current is None:
             raise busy("the model is still being loaded", reason="not-ready")
         return self._current
 
     async def load(self, bundle: Bundle | None = None) -> None:
-        """Load the bundle (as it is on the disk now, unless given) and serve it from then on.
+        """Load the bundle (read from the disk unless given) and serve it from then on.
 
-        The model that was served goes on until the new one is proven; requests that it has
-        accepted it still answers. Raises EpsError or OSError; then nothing has changed.
+        The old model serves until the new one is proven, and still answers the requests that it
+        has accepted. Raises EpsError or OSError; then nothing has changed.
         """
         if self._loading:
             raise busy("a model is being loaded already", reason="loading")
@@ -166,43 +158,43 @@ class Service:
             self._loading = False
         before = self._current
         shadow = self._shadow(engine, model.engines[0]) if engine is not None else None
-        self._current = Served(model, self._source.batching, self._observe, shadow)
+        self._current = ServedModel(model, self._source.batching, self._observe, shadow)
         if before is not None:
             task = asyncio.create_task(self._retire(before))
             self._retiring.add(task)
             task.add_done_callback(self._retiring.discard)
 
     def drain(self) -> None:
-        """Say from now on that the server is not ready; call off what is being built."""
+        """Report from now on that the server is not ready; cancel a plan that is being built."""
         self._draining = True
         self._stop.set()
 
     async def close(self) -> bool:
         """Answer everything that was accepted, then free the engines.
 
-        False when a shadow is held up in a batch: the process must not wait for its thread.
+        False when a shadow is stuck in a batch: the process must not wait for its thread.
         """
         self.drain()
         if self._current is not None:
             await self._retire(self._current)
         await asyncio.gather(*self._retiring)
-        return not self._held_up
+        return not self._stuck
 
-    async def _retire(self, served: Served) -> None:
+    async def _retire(self, served: ServedModel) -> None:
         if not await served.retire():
-            self._held_up = True
+            self._stuck = True
 
     def _shadow(self, engine: Engine, served: Engine) -> Shadow:
         assert self._source.shadow is not None
         share = self._source.shadow.share
-        return Shadow(engine, served, share, observe=self._compared, say=self._say)
+        return Shadow(engine, served, share, observe=self._compared, log=self.log)
 
     def _open(self, bundle: Bundle | None) -> tuple[Model, Engine | None]:
-        """The model, and the shadow's engine if there is to be one."""
+        """Open the model, and the shadow's engine if there is one."""
         source = self._source
         if bundle is None:
             bundle = read_bundle(source.path, source.engine_cache)
-        if bundle.name != self.name:  # clients ask for the one that they know
+        if bundle.name != self.name:  # clients use the name that they know
             raise ConfigError(
                 f"{bundle.root}: its model is called {bundle.name} now, and {self.name} is served;"
                 " start the server again"
@@ -213,7 +205,7 @@ class Service:
             max_images=source.batching.max_queue,
             engine_cache=source.engine_cache,
             provider=source.provider,
-            say=self._say,
+            log=self.log,
             stop=self._stop,
         )
         if source.shadow is None:
@@ -225,7 +217,7 @@ class Service:
                 source.shadow,
                 engine_cache=source.engine_cache,
                 provider=source.provider,
-                say=self._say,
+                log=self.log,
                 stop=self._stop,
             )
             undo.pop_all()
@@ -233,26 +225,15 @@ class Service:
 
 
 async def _in_thread(work: Callable[[], T]) -> T:
-    """The result of `work`, done on a daemon thread: a process that ends does not wait for it."""
-    loop = asyncio.get_running_loop()
-    result: asyncio.Future[T] = loop.create_future()
-
-    def deliver(value: Any, error: BaseException | None) -> None:
-        if result.done():
-            return
-        if error is not None:
-            result.set_exception(error)
-        else:
-            result.set_result(value)
+    """Run `work` on a daemon thread, for which the end of the process does not wait."""
+    future: Future[T] = Future()
+    future.set_running_or_notify_cancel()  # from now on it cannot be cancelled
 
     def run() -> None:
-        value, error = None, None
         try:
-            value = work()
-        except Exception as raised:
-            error = raised
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(deliver, value, error)
+            future.set_result(work())
+        except Exception as error:
+            future.set_exception(error)
 
     threading.Thread(target=run, name="eps-load", daemon=True).start()
-    return await result
+    return await asyncio.wrap_future(future)

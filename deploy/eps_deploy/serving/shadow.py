@@ -1,9 +1,9 @@
-"""A second engine that gets a share of the batches after they were answered, to be compared.
+"""Shadow: a second engine that runs a share of the answered batches, for comparison.
 
-It runs whole batches of the served engine, and times both engines on them, one right after the
-other on its own thread: what the served engine took for the answer depends on whether it had just
-run before, and is nothing to compare with. Nothing here can hold up or change an answer: what the
-second engine has no room for is dropped, and what it fails at is counted.
+It runs whole batches of the served engine and times both engines on them, one right after the other
+on its own thread: the time that the served engine took for the answer depends on whether it had
+just run before, so it cannot be compared. The shadow cannot delay or change an answer: batches for
+which it has no room are dropped, and batches at which it fails are counted.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ import numpy as np
 import numpy.typing as npt
 
 from eps_core.errors import ConfigError
-from eps_deploy.bundle import Bundle, Choice, prove, warm
+from eps_deploy.bundle import Bundle, Choice, prove, replay
 from eps_deploy.engines.base import Engine, EngineError, Images, Logits
-from eps_deploy.serving.model import Model, Say, opener, read_bundle
+from eps_deploy.serving.model import Log, Model, opener, read_bundle
 
 BASELINE = "baseline.onnx"
 _QUEUE = 64  # images that may wait; an empty queue takes a batch of any size
 _SEED = 0
 _NICENESS = 10
-_PATIENCE = 2.0  # seconds for the batch that runs when the server ends
+_JOIN_SECONDS = 2.0  # for the batch that runs when the server ends
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Shadowing:
-    """What `--shadow` asks for.
+class ShadowOptions:
+    """Options of `--shadow`.
 
     Attributes:
-        path: a bundle's folder; None: the unpruned network of the bundle that is served.
-        share: of the batches, above 0 and at most 1.
+        path: a bundle's folder; None: the baseline in the served bundle.
+        share: fraction of the batches, above 0 and at most 1.
     """
 
     path: Path | None
@@ -50,13 +50,13 @@ class Shadowing:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Compared:
-    """What became of a batch that was the shadow's: for metrics.
+class ShadowBatch:
+    """A batch that was sampled for the shadow, for metrics.
 
     Attributes:
-        outcome: whether both engines answered, there was no room, or the shadow failed.
+        outcome: both engines ran it, there was no room for it, or the shadow failed.
         images: in the batch.
-        disagreed: images of which the two engines' best labels differ.
+        disagreed: images for which the two engines' best labels differ.
         seconds: of the shadow's engine.
         served: seconds of the served engine, for the same batch on the same thread.
     """
@@ -68,17 +68,17 @@ class Compared:
     served: float = 0.0
 
 
-def read_shadow(served: Bundle, options: Shadowing, engine_cache: Path | None) -> Bundle:
-    """The bundle that the shadow runs from, verified.
+def read_shadow(served: Bundle, options: ShadowOptions, engine_cache: Path | None) -> Bundle:
+    """Read and verify the shadow's bundle.
 
-    Raises FileFormatError; ConfigError when it takes other images or gives other labels than
-    `served`, or when its unpruned network would not run on the same runtime.
+    Raises FileFormatError; ConfigError: its input shape or labels differ from those of `served`, or
+    the baseline would not run on the same runtime.
     """
     if options.path is None:
         if served.model.endswith(".plan"):
             raise ConfigError(
-                f"--shadow baseline: {served.root} is a TensorRT plan, and has none of the unpruned"
-                " network; deploy it with --defer-build, and this server builds both"
+                f"--shadow baseline: {served.root} has a TensorRT plan, but none of the baseline;"
+                " deploy it with --defer-build, and this server builds both"
             )
         if BASELINE not in served.manifest["files"]:
             raise ConfigError(
@@ -105,22 +105,22 @@ def _short(value: Any) -> str:
 
 def open_shadow(
     model: Model,
-    options: Shadowing,
+    options: ShadowOptions,
     *,
     engine_cache: Path | None,
     provider: Choice,
-    say: Say,
+    log: Log,
     stop: threading.Event,
 ) -> Engine:
-    """The shadow's engine, warm, and proven where its bundle says what it must answer.
+    """Open and warm up the shadow's engine; an engine of another bundle is proven too.
 
-    Raises as :func:`read_shadow` does; EngineError: it does not run here; ConfigError: the batches
-    of `model` are too large for it.
+    Raises the errors of :func:`read_shadow`; EngineError: it does not run here; ConfigError: the
+    batches of `model` are too large for it.
     """
     bundle = read_shadow(model.bundle, options, engine_cache)
-    of_its_own = options.path is not None
-    file = {} if of_its_own else {"file": BASELINE}
-    engine = opener(bundle, engine_cache, provider, say, stop, **file)()
+    own_bundle = options.path is not None
+    file = {} if own_bundle else {"file": BASELINE}
+    engine = opener(bundle, engine_cache, provider, log, stop, **file)()
     with contextlib.ExitStack() as undo:
         undo.enter_context(engine)
         if engine.max_batch < model.max_batch:
@@ -129,13 +129,13 @@ def open_shadow(
                 f" {model.bundle.root} of up to {model.max_batch}; deploy it with --max-batch"
                 f" {model.max_batch}"
             )
-        if of_its_own:
+        if own_bundle:
             prove(bundle, engine, "shadow")
         else:
-            warm(bundle, engine)
+            replay(bundle, engine, "shadow")  # only warm-up: no logits of the baseline are stored
         undo.pop_all()
-    name = f"the bundle {bundle.manifest['digest'][:12]}" if of_its_own else BASELINE
-    say(f"shadow: {name} gets {options.share:g} of the batches")
+    name = f"the bundle {bundle.manifest['digest'][:12]}" if own_bundle else BASELINE
+    log(f"shadow: {name} runs {options.share:g} of the batches")
     return engine
 
 
@@ -146,14 +146,14 @@ class _Batch:
 
 
 class Shadow:
-    """Runs a share of the batches again; make and end it on the event loop.
+    """Run a share of the batches again; make and end it on the event loop.
 
     Args:
-        engine: is closed in the end, by the thread that runs it.
-        served: what it is compared with; must stay open until :meth:`end` returned True.
-        share: of the batches; which ones is drawn with a fixed seed.
-        observe: told of every batch that was drawn, on the event loop.
-        say: told, on any thread, that the engine has begun to fail.
+        engine: the shadow's; closed in the end by the thread that runs it.
+        served: the engine to compare with; must stay open until :meth:`end` returned True.
+        share: fraction of the batches; they are sampled with a fixed seed.
+        observe: called with every sampled batch, on the event loop.
+        log: called on any thread when the engine begins to fail.
     """
 
     def __init__(
@@ -162,17 +162,17 @@ class Shadow:
         served: Engine,
         share: float,
         *,
-        observe: Callable[[Compared], None],
-        say: Say,
+        observe: Callable[[ShadowBatch], None],
+        log: Log,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._engine = engine
         self._served = served
         self._share = share
         self._observe = observe
-        self._say = say
-        # Drawn, and not every n-th: clients that take turns would meet it always or never.
-        self._draw = random.Random(_SEED)
+        self._log = log
+        # Random, not every n-th: clients that take turns would meet it always or never.
+        self._random = random.Random(_SEED)
         self._changed = threading.Condition()
         self._waiting: deque[_Batch] = deque()
         self._images = 0
@@ -181,12 +181,12 @@ class Shadow:
         self._thread.start()
 
     def offer(self, images: Images, logits: Logits) -> None:
-        """A batch that the served engine has run, and whose answers are on their way.
+        """Offer a batch that the served engine has run and whose answers are on their way.
 
         On any thread; takes no longer than a copy of the images.
         """
         with self._changed:
-            if self._closed or self._draw.random() >= self._share:
+            if self._closed or self._random.random() >= self._share:
                 return
             room = not self._waiting or self._images + len(images) <= _QUEUE
             if room:
@@ -200,15 +200,15 @@ class Shadow:
                     self._images += len(images)
                     self._changed.notify()
         if not room:
-            self._tell(Compared(outcome="dropped", images=len(images)))
+            self._report(ShadowBatch(outcome="dropped", images=len(images)))
 
     async def end(self) -> bool:
-        """Forget what waits and free the engine; False when it is held up in a batch."""
+        """Drop what waits and free the engine; False when it is stuck in a batch."""
         with self._changed:
             self._closed = True
             self._waiting.clear()
             self._changed.notify()
-        await asyncio.to_thread(self._thread.join, _PATIENCE)
+        await asyncio.to_thread(self._thread.join, _JOIN_SECONDS)
         return not self._thread.is_alive()
 
     def _take(self) -> _Batch | None:
@@ -222,7 +222,7 @@ class Shadow:
             return batch
 
     def _work(self) -> None:
-        _be_nice()
+        _lower_priority()
         failing = False
         with self._engine as engine:
             while batch := self._take():
@@ -233,13 +233,13 @@ class Shadow:
                         raise EngineError("some of its logits are not finite")
                 except Exception as error:  # whatever it is, the server goes on
                     if not failing:
-                        self._say(f"the shadow fails, and is only counted from now on: {error}")
+                        self._log(f"the shadow fails, and is only counted from now on: {error}")
                     failing = True
-                    self._tell(Compared(outcome="failed", images=len(batch.images)))
+                    self._report(ShadowBatch(outcome="failed", images=len(batch.images)))
                     continue
                 failing = False
-                self._tell(
-                    Compared(
+                self._report(
+                    ShadowBatch(
                         outcome="compared",
                         images=len(batch.images),
                         disagreed=int(np.count_nonzero(logits.argmax(axis=1) != batch.top)),
@@ -248,21 +248,21 @@ class Shadow:
                     )
                 )
 
-    def _tell(self, compared: Compared) -> None:
+    def _report(self, compared: ShadowBatch) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: the process is ending
             self._loop.call_soon_threadsafe(self._observe, compared)
 
 
 def _timed(engine: Engine, images: Images) -> tuple[float, Logits]:
-    """Seconds and logits of its second run: in the first, it finds the other one in the caches."""
+    """Seconds and logits of the second run; the first finds the other engine's data in cache."""
     engine.infer(images)
     began = time.perf_counter()
     logits = engine.infer(images)
     return time.perf_counter() - began, logits
 
 
-def _be_nice() -> None:
-    """Where cores are short, the served engine's thread goes first. Linux has this by thread."""
+def _lower_priority() -> None:
+    """Let the served engine's thread go first where cores are scarce; per thread on Linux only."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)

@@ -1,4 +1,4 @@
-"""What docs/serving.md has people type, run as it stands there."""
+"""Run the commands and clients of docs/serving.md as they are written there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An engine whose work can be watched and held up, for the tests of what is around engines."""
+"""A fake engine that records its batches and can be blocked."""
 
 from __future__ import annotations
 

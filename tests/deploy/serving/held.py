@@ -1,4 +1,4 @@
-"""A real server whose engine stands still until it is told to go on."""
+"""A real server on a thread whose engine is blocked until it is released."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An open loop: requests at a rate that does not depend on how fast they are answered.
+"""Open-loop load generator: its request rate does not depend on the speed of the answers.
 
 It must cost little beside the server under test: bytes made before, one epoll, kept connections.
 Nobody waits because the server is slow; what is refused is simply followed by the next request.

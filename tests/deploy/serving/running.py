@@ -22,7 +22,7 @@ from eps_deploy.bundle import load_bundle
 from eps_deploy.serving import server
 from eps_deploy.serving.limits import Limits
 from eps_deploy.serving.server import listen
-from eps_deploy.serving.service import Source
+from eps_deploy.serving.service import ModelSource
 
 COMMAND = "import sys; sys.argv[0] = 'eps-serve'; from eps_deploy.cli.serve import main; main()"
 MODEL = "/v2/models/eps_resnet"
@@ -157,7 +157,7 @@ def command(*args: object, before: str = "") -> Iterator[Process]:
 def thread(bundle: Path, *, limits: Limits, **source: Any) -> Iterator[Client]:
     """The same server on a thread of this process, for limits that are no options."""
     settings = server.Settings(
-        source=Source(path=bundle, **source), port=0, limits=limits, allow_load=True
+        source=ModelSource(path=bundle, **source), port=0, limits=limits, allow_load=True
     )
     listener = listen("127.0.0.1", 0)
     ended: list[bool | BaseException] = []

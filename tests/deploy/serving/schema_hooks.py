@@ -1,4 +1,4 @@
-"""What schemathesis cannot learn from OpenAPI; the command imports this (SCHEMATHESIS_HOOKS)."""
+"""Hooks for schemathesis (SCHEMATHESIS_HOOKS): what OpenAPI cannot express."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PIXELS = 64  # of an image of the network here
 HEADER = "Inference-Header-Content-Length"
 
 
-def picture(kind: str, side: int) -> bytes:
+def image(kind: str, side: int) -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (side, side), "white").save(file, kind)
     return file.getvalue()
@@ -44,8 +44,8 @@ def agreed(body: Any) -> Any:
 
 
 for kind in ("jpeg", "png", "webp"):
-    pictures = st.sampled_from([picture(kind, side) for side in (1, 8, 100)])
-    schemathesis.openapi.media_type(f"image/{kind}", pictures)
+    images = st.sampled_from([image(kind, side) for side in (1, 8, 100)])
+    schemathesis.openapi.media_type(f"image/{kind}", images)
 # One image, which the header's 0 announces.
 schemathesis.openapi.media_type(
     "application/octet-stream", st.binary(min_size=PIXELS, max_size=PIXELS)

@@ -1,4 +1,4 @@
-"""Requests through an engine: split and joined, cancelled, too late, failed."""
+"""The batcher: requests split and merged, cancelled, expired, failed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from eps_deploy.serving.batching import Batcher, Batching, Ran
+from eps_deploy.serving.batching import Batcher, Batching, BatchStats
 from eps_deploy.serving.protocol import ApiError, InferenceFailed
 from tests.deploy.serving.engines import FakeEngine, numbered
 
@@ -19,7 +19,7 @@ class Bench:
 
     def __init__(self, engines: list[FakeEngine], **options: Any) -> None:
         self.engine = engines[0]
-        self.ran: list[Ran] = []
+        self.ran: list[BatchStats] = []
         self.batcher = Batcher(engines, Batching(**options), self.ran.append)
 
     async def infer(self, *values: int, timeout: float | None = None) -> list[list[float]]:
@@ -74,7 +74,7 @@ def test_each_request_gets_its_own_logits() -> None:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_logits_that_are_not_finite_fail_their_own_request_alone(value: float) -> None:
+def test_logits_that_are_not_finite_fail_only_their_own_request(value: float) -> None:
     async def test(it: Bench) -> None:
         it.engine.bad = {4: value}
         it.engine.open_gate.clear()
@@ -97,7 +97,7 @@ def test_logits_that_are_not_finite_fail_their_own_request_alone(value: float) -
     bench(test)
 
 
-def test_images_are_joined_however_they_lie_in_memory() -> None:
+def test_images_are_joined_in_any_memory_layout() -> None:
     async def test(it: Bench) -> None:
         it.engine.open_gate.clear()
         first = asyncio.create_task(it.infer(1))
@@ -132,7 +132,7 @@ def test_several_engines_work_on_one_request() -> None:
     assert sorted(seen) == list(range(40))
 
 
-def test_a_full_queue_refuses_at_once_and_says_when_to_come_back() -> None:
+def test_a_full_queue_rejects_at_once_with_retry_after() -> None:
     async def test(it: Bench) -> None:
         it.engine.open_gate.clear()
         tasks = [asyncio.create_task(it.infer(1))]
@@ -172,7 +172,7 @@ def test_a_cancelled_request_leaves_the_queue() -> None:
     bench(test)
 
 
-def test_a_request_that_is_cancelled_while_it_runs_harms_nobody() -> None:
+def test_a_request_cancelled_while_it_runs_affects_no_other() -> None:
     async def test(it: Bench) -> None:
         it.engine.open_gate.clear()
         job = it.batcher.submit(numbered(1))
@@ -187,7 +187,7 @@ def test_a_request_that_is_cancelled_while_it_runs_harms_nobody() -> None:
     bench(test)
 
 
-def test_a_deadline_is_kept_in_the_queue_and_in_the_engine() -> None:
+def test_a_timeout_in_the_queue_and_in_the_engine() -> None:
     async def test(it: Bench) -> None:
         it.engine.open_gate.clear()
         running = asyncio.create_task(it.infer(1, timeout=0.01))
@@ -205,7 +205,7 @@ def test_a_deadline_is_kept_in_the_queue_and_in_the_engine() -> None:
     bench(test)
 
 
-def test_an_engine_that_fails_fails_its_batch_alone() -> None:
+def test_an_engine_error_fails_only_its_batch() -> None:
     async def test(it: Bench) -> None:
         it.engine.fails = True
         for _ in range(2):
@@ -221,7 +221,7 @@ def test_an_engine_that_fails_fails_its_batch_alone() -> None:
     bench(test)
 
 
-def test_an_engine_that_fails_again_and_again_is_broken() -> None:
+def test_an_engine_that_fails_repeatedly_is_broken() -> None:
     async def test(it: Bench) -> None:
         it.engine.fails = True
         for _ in range(3):
@@ -236,7 +236,7 @@ def test_an_engine_that_fails_again_and_again_is_broken() -> None:
     bench(test)
 
 
-def test_what_was_accepted_before_the_end_is_answered() -> None:
+def test_accepted_requests_are_answered_on_close() -> None:
     engine = FakeEngine()
 
     async def test() -> None:

@@ -1,4 +1,4 @@
-"""The page as people meet it: with a mouse, with the keyboard alone, on a telephone."""
+"""The page in a browser: mouse, keyboard only, small screen."""
 
 from __future__ import annotations
 
@@ -34,53 +34,53 @@ def visit(client: Client, profile: Path, doing: Visit) -> None:
     asyncio.run(all_of_it())
 
 
-def test_pictures_are_dropped(deployed: Path, tmp_path: Path) -> None:
+def test_images_are_dropped(deployed: Path, tmp_path: Path) -> None:
     """The label that the server gives, a file that is none, and a server that goes away."""
-    picture = next((deployed / "bundle" / "examples").glob("*.png"))
-    (tmp_path / "text.txt").write_text("no picture")
+    image = next((deployed / "bundle" / "examples").glob("*.png"))
+    (tmp_path / "text.txt").write_text("no image")
     options = ("--shadow", "baseline", "--shadow-share", 1)
     with command(deployed / "bundle", *options) as process:
         process.wait_ready()
-        best = process.post("/v1/classify", picture.read_bytes()).json["predictions"][0]["label"]
+        best = process.post("/v1/classify", image.read_bytes()).json["predictions"][0]["label"]
 
         async def doing(page: Page) -> None:
             await page.until(f"{STATE} === 'ready'")
             assert "Residual blocks kept" in await page.text("card")
-            await page.drop(picture)
+            await page.drop(image)
             await page.until(f"{ANSWERED} === 5")
             assert (await page.text("answer")).startswith(best)
             assert await page.run("document.getElementById('preview').naturalWidth") == 8
             await page.until("document.getElementById('shadow').innerText.includes('served')")
             await page.drop(tmp_path / "text.txt")
-            await page.until(f"{ERROR}.includes('not a JPEG, PNG or WebP picture')")
+            await page.until(f"{ERROR}.includes('not a JPEG, PNG or WebP image')")
             assert await page.run(ANSWERED) == 0
             assert process.stop() == 0
             await page.until(f"{STATE} === 'unreachable'")
-            await page.drop(picture)
+            await page.drop(image)
             await page.until(f"{ERROR}.includes('cannot be reached')")
 
         visit(process, tmp_path / "profile", doing)
 
 
 def test_a_busy_server(monkeypatch: pytest.MonkeyPatch, deployed: Path, tmp_path: Path) -> None:
-    picture = next((deployed / "bundle" / "examples").glob("*.png"))
+    image = next((deployed / "bundle" / "examples").glob("*.png"))
     with filled(monkeypatch, deployed) as full:
 
         async def doing(page: Page) -> None:
             await page.until(f"{STATE} === 'ready'")
-            await page.drop(picture)
+            await page.drop(image)
             await page.until(f"{ERROR}.endsWith('try again in 1 s')")
             full.engine.gate.set()
             until(lambda: full.queued == 0)
-            await page.drop(picture)
+            await page.drop(image)
             await page.until(f"{ANSWERED} === 5")
             assert await page.run(ERROR) == ""
 
         visit(full.client, tmp_path / "profile", doing)
 
 
-def test_with_the_keyboard_alone(deployed: Path, tmp_path: Path) -> None:
-    """A token is typed, then a picture is chosen."""
+def test_keyboard_only(deployed: Path, tmp_path: Path) -> None:
+    """A token is typed, then an image is chosen."""
     (tmp_path / "token").write_text("0123456789abcdef")
     with command(deployed / "bundle", "--token-file", tmp_path / "token") as process:
         process.wait_ready()
@@ -107,7 +107,7 @@ def test_with_the_keyboard_alone(deployed: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("width", [320, 390, 1100])
-def test_nothing_has_to_be_scrolled_sideways(deployed: Path, tmp_path: Path, width: int) -> None:
+def test_no_horizontal_scrolling(deployed: Path, tmp_path: Path, width: int) -> None:
     with command(deployed / "bundle", "--shadow", "baseline") as process:
         process.wait_ready()
 

@@ -1,4 +1,4 @@
-"""Clients that are slow, many, or speak no HTTP: refused in the protocol's form, others served."""
+"""Connection limits: slow clients, many clients, invalid HTTP; others are served."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def split(received: bytes) -> tuple[int, str]:
         b"POST /v1/classify HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n",
     ],
 )
-def test_what_is_no_http(client: Client, data: bytes) -> None:
+def test_invalid_http(client: Client, data: bytes) -> None:
     assert split(client.raw(data))[0] == 400
 
 
@@ -79,7 +79,7 @@ def test_headers_that_take_too_long(client: Client) -> None:
     assert (status, error) == (408, "the request's headers took too long")
 
 
-def test_drops_do_not_keep_a_connection_open(client: Client) -> None:
+def test_a_trickle_of_bytes_does_not_keep_a_connection_open(client: Client) -> None:
     """Slowloris: a byte now and then, for ever."""
     with client.open() as connection:
         connection.sendall(b"GET /v2 HTTP/1.1\r\n")
@@ -100,7 +100,7 @@ def test_a_body_that_takes_too_long(client: Client) -> None:
     assert (status, error) == (408, "the request's body took too long")
 
 
-def test_a_connection_on_which_nothing_comes_is_closed(client: Client) -> None:
+def test_a_silent_connection_is_closed(client: Client) -> None:
     assert client.raw(b"") == b""
 
 
@@ -119,7 +119,7 @@ def test_a_body_that_is_too_large(client: Client) -> None:
         assert connection.recv(65536).startswith(b"HTTP/1.1 413 ")
 
 
-def test_a_slow_client_holds_up_nobody(client: Client) -> None:
+def test_a_slow_client_delays_no_other(client: Client) -> None:
     """More than half of all connections do nothing but be slow."""
     slow = [client.open() for _ in range(15)]
     for connection in slow:
@@ -131,7 +131,7 @@ def test_a_slow_client_holds_up_nobody(client: Client) -> None:
         connection.close()
 
 
-def test_idle_connections_make_room(client: Client) -> None:
+def test_an_idle_connection_is_closed_for_a_new_one(client: Client) -> None:
     """Of the connections that are kept open one is closed when there are too many."""
     kept = []
     for _ in range(20):
@@ -144,7 +144,7 @@ def test_idle_connections_make_room(client: Client) -> None:
         connection.close()
 
 
-def test_too_many_connections_at_work(client: Client) -> None:
+def test_too_many_busy_connections(client: Client) -> None:
     busy = [client.open() for _ in range(20)]
     for connection in busy:
         connection.sendall(b"GET /v2 HTTP/1.1\r\nx")
@@ -171,7 +171,7 @@ def test_pipelined_requests_are_answered_in_order(client: Client) -> None:
     assert statuses == [b"200", b"404", b"200"]
 
 
-def test_a_client_that_asks_before_it_sends(client: Client) -> None:
+def test_expect_100_continue(client: Client) -> None:
     """Expect: 100-continue, as curl does for large bodies."""
     head = b"POST /v1/classify HTTP/1.1\r\nexpect: 100-continue\r\nconnection: close\r\n"
     with client.open() as connection:
@@ -195,7 +195,7 @@ def test_a_client_that_goes_away_in_the_middle(client: Client) -> None:
     until(lambda: "eps_body_bytes 0.0" in client.get("/metrics").body.decode())
 
 
-def test_an_upgrade_that_is_not_taken(client: Client) -> None:
+def test_an_upgrade_is_ignored(client: Client) -> None:
     """Java's client offers HTTP/2 with its first request; it gets its answer in HTTP/1.1."""
     head = b"POST /v1/classify HTTP/1.1\r\nconnection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\n"
     with client.open() as connection:

@@ -1,4 +1,4 @@
-"""Requests that were damaged at random: an answer or a refusal, never a 5xx, and nothing leaks."""
+"""Randomly damaged requests: an answer or an error, never a 5xx, and nothing leaks."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ def samples(deployed: Path) -> list[tuple[str, dict[str, str], bytes]]:
         }
     ).encode()
     length = {"Inference-Header-Content-Length": str(len(head))}
-    picture = next((deployed / "bundle" / "examples").glob("*.png")).read_bytes()
+    image = next((deployed / "bundle" / "examples").glob("*.png")).read_bytes()
     return [
         (f"{MODEL}/infer", {}, flat),
         (f"{MODEL}/infer", length, head + bytes(64)),
         (f"{MODEL}/infer", {"Inference-Header-Content-Length": "0"}, bytes(64)),
-        ("/v1/classify?top=3", {}, picture),
+        ("/v1/classify?top=3", {}, image),
         ("/v2/repository/models/eps_resnet/unload", {}, b"{}"),
         ("/v2/repository/index", {}, b"{}"),
     ]

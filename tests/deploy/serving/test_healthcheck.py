@@ -1,4 +1,4 @@
-"""The images' HEALTHCHECK asks where the server was told to listen."""
+"""HEALTHCHECK: host and port from the server's command line."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def line(*words: str) -> bytes:
         ([], ("127.0.0.1", 8000)),
     ],
 )
-def test_where_it_asks(words: list[str], found: tuple[str, int]) -> None:
+def test_host_and_port_of_a_command_line(words: list[str], found: tuple[str, int]) -> None:
     assert healthcheck.address(line(*words)) == found
 
 
@@ -39,19 +39,19 @@ def test_healthy_on_another_port(
     deployed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = tmp_path / "cmdline"
-    monkeypatch.setattr(healthcheck, "_FIRST", first)
+    monkeypatch.setattr(healthcheck, "_FIRST_PROCESS", first)
     with thread(deployed / "bundle", limits=Limits()) as client:
         first.write_bytes(line("eps-serve", "/models", "--port", str(client.port)))
         assert healthcheck.main() == 0
     assert healthcheck.main() == 1  # it has stopped
 
 
-def test_what_answers_otherwise_is_not_healthy(
+def test_a_server_that_does_not_answer_is_not_healthy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = tmp_path / "cmdline"
-    monkeypatch.setattr(healthcheck, "_FIRST", first)
-    monkeypatch.setattr(healthcheck, "_PATIENCE", 0.1)
+    monkeypatch.setattr(healthcheck, "_FIRST_PROCESS", first)
+    monkeypatch.setattr(healthcheck, "_TIMEOUT", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         first.write_bytes(line("eps-serve", "/models", "--port", str(silent.getsockname()[1])))
         assert healthcheck.main() == 1

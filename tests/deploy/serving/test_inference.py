@@ -1,4 +1,4 @@
-"""Requests over HTTP to an engine that can be held up: full queue, deadlines, lost clients."""
+"""HTTP inference on a blocked engine: full queue, deadlines, lost clients."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def test_statistics(held: Held) -> None:
         ("/v2/repository/models/m/load", {}, 400),
     ],
 )
-def test_what_is_wrong_is_told(held: Held, path: str, headers: dict[str, str], status: int) -> None:
+def test_error_messages(held: Held, path: str, headers: dict[str, str], status: int) -> None:
     given = {name: value.encode("utf-8").decode("latin-1") for name, value in headers.items()}
     answer = held.client.post(path, b"[]", **given)
     assert answer.status == status

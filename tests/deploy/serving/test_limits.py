@@ -1,4 +1,4 @@
-"""Bodies within limits: counted while they are held, and no longer."""
+"""Request bodies: size limits, and memory that is counted while they are held."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def read(chunks: list[bytes], memory: Memory, headers: dict[str, str] | None = N
 
 
 @pytest.mark.parametrize("headers", [{}, {"content-length": "6"}])
-def test_a_body_in_pieces(headers: dict[str, str]) -> None:
+def test_a_body_in_chunks(headers: dict[str, str]) -> None:
     memory = Memory(100)
     assert read([b"abc", b"", b"def"], memory, headers) == b"abcdef"
     assert read([b""], memory) == b""
@@ -49,7 +49,7 @@ def test_a_body_that_is_too_large(headers: dict[str, str]) -> None:
     assert (caught.value.status, memory.used) == (413, 0)
 
 
-def test_more_than_there_is_memory_for() -> None:
+def test_out_of_memory_for_bodies() -> None:
     memory = Memory(9)
     every: list[dict[str, str]] = [{}, {"content-length": "10"}]
     for headers in every:
@@ -65,7 +65,7 @@ def test_a_client_that_goes_away() -> None:
     assert memory.used == 0
 
 
-def test_a_compressed_body_is_refused() -> None:
+def test_a_compressed_body_is_rejected() -> None:
     """It could be any size when it is unpacked."""
     with pytest.raises(ApiError, match="uncompressed") as caught:
         read([b"x"], Memory(100), {"content-encoding": "gzip"})

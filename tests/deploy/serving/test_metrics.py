@@ -1,4 +1,4 @@
-"""What Prometheus reads, and what the page shows."""
+"""Metrics for Prometheus, Triton's statistics and the page."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from eps_deploy.serving.batching import Ran
+from eps_deploy.serving.batching import BatchStats
 from eps_deploy.serving.metrics import Metrics
 from tests.deploy.serving.running import MODEL, command, until
-from tests.deploy.serving.test_frame import make_metrics
+from tests.deploy.serving.test_middleware import make_metrics
 
 
 def used() -> Metrics:
     metrics = make_metrics()
-    metrics.ran(Ran(images=4, seconds=0.004, waited=(0.001, 0.002)))
-    metrics.ran(Ran(images=2, seconds=0.002, waited=(), not_finite=1))
-    metrics.ran(Ran(images=9, seconds=0.1, waited=(), failed=RuntimeError()))
+    metrics.ran(BatchStats(images=4, seconds=0.004, waited=(0.001, 0.002)))
+    metrics.ran(BatchStats(images=2, seconds=0.002, waited=(), not_finite=1))
+    metrics.ran(BatchStats(images=9, seconds=0.1, waited=(), failed=RuntimeError()))
     for seconds in (0.01, 0.02, 0.03):
         metrics.inferred(seconds, 2)
     metrics.answered("infer", 200)
     metrics.answered("infer", 503)
-    metrics.refuse("queue-full", 0.0001)
+    metrics.failed("queue-full", 0.0001)
     return metrics
 
 
@@ -74,7 +74,7 @@ def test_figures() -> None:
     assert nothing["mean_batch"] is None
 
 
-def test_of_the_process() -> None:
+def test_process_metrics() -> None:
     found = series(used())
     assert found["process_resident_memory_bytes"] > 1 << 20
     assert found["process_open_fds"] >= 3
@@ -100,7 +100,7 @@ def exposed(deployed: Path) -> str:
     return "".join(line for line in text.splitlines(True) if "nv_inference" not in line)
 
 
-def test_names_are_as_promtool_wants_them(exposed: str) -> None:
+def test_metric_names_follow_the_rules_of_promtool(exposed: str) -> None:
     """Its rules, on a machine that has none. Triton's names, left out above, break several."""
     families = list(text_string_to_metric_families(exposed))
     assert len([family for family in families if family.name.startswith("eps_")]) >= 18

@@ -1,4 +1,4 @@
-"""Logits that are not finite are an error for their own request, on every wire, in every form."""
+"""Logits that are not finite fail only their own request, over HTTP and gRPC."""
 
 from __future__ import annotations
 

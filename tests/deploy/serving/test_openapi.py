@@ -1,9 +1,10 @@
-"""What the server answers is what its OpenAPI says: every path, and every kind of refusal."""
+"""The OpenAPI document matches the server's routes, answers and errors."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,6 +18,9 @@ from referencing import Registry
 from referencing.jsonschema import DRAFT202012
 
 from eps_deploy.serving import openapi
+from eps_deploy.serving.app import Api
+from eps_deploy.serving.limits import Limits, Memory
+from eps_deploy.serving.protocol import Signature
 from eps_deploy.serving.service import Service
 from tests.deploy.serving.held import ONE, filled, read_one
 from tests.deploy.serving.running import MODEL, Answer, Client, Process, command, until
@@ -87,7 +91,7 @@ def document(served: Process) -> Document:
     return document_of(served)
 
 
-def test_it_is_sound(document: Document) -> None:
+def test_the_document_is_valid(document: Document) -> None:
     """Schemas are schemas, and what is referred to is there."""
     assert urljoin("https://host/prefix/openapi.json", document.document["servers"][0]["url"]) == (
         "https://host/prefix/"
@@ -108,12 +112,40 @@ def test_it_is_sound(document: Document) -> None:
             names += part
 
 
-def test_before_there_is_a_model() -> None:
+def test_every_route_is_documented(document: Document) -> None:
+    nothing: Any = None
+    api = Api(nothing, nothing, limits=Limits(), memory=Memory(0), allow_load=True)
+    routes = {
+        (path.replace("{model}", "eps_resnet"), method.lower()) for path, method, *_ in api.routes()
+    }
+    documented = {
+        (path, method)
+        for path, item in document.document["paths"].items()
+        for method in item.keys() - {"parameters"}
+    }
+    assert documented == routes - {("/favicon.ico", "get")}
+
+
+@pytest.mark.parametrize("most", [None, 1, 3])
+def test_no_placeholder_is_left(most: int | None) -> None:
+    """With a model and without; `{version}` is a parameter of paths."""
+    signature = None
+    if most is not None:
+        signature = Signature(
+            name="m", version="1", input_shape=(3, 8, 9), labels=("a",), max_images=most
+        )
+    found = openapi.document("m", signature)
+    assert set(re.findall(r"\{\w+\}", json.dumps(found))) == {"{version}"}
+    tensors = found["components"]["schemas"]["InferRequest"]["properties"]["inputs"]["items"]
+    assert len(tensors["anyOf"]) == (2 if most == 3 else 1)
+
+
+def test_the_document_before_the_model_is_loaded() -> None:
     nothing = Document(openapi.document("eps_resnet", None))
     assert not nothing.schema_errors(json.loads(infer()), "components", "schemas", "InferRequest")
 
 
-def test_every_path_that_is_read(served: Process, document: Document) -> None:
+def test_every_get(served: Process, document: Document) -> None:
     """Before the network was asked for anything, and after."""
     read = [path for path, item in document.document["paths"].items() if "get" in item]
     assert len(read) >= 17
@@ -127,17 +159,15 @@ def test_every_path_that_is_read(served: Process, document: Document) -> None:
         until(lambda: served.get("/v1/figures").json["shadow"]["images"] > 0)
 
 
-def test_every_path_that_takes_something(
-    served: Process, document: Document, deployed: Path
-) -> None:
-    picture = next((deployed / "bundle" / "examples").glob("*.png")).read_bytes()
+def test_every_post(served: Process, document: Document, deployed: Path) -> None:
+    image = next((deployed / "bundle" / "examples").glob("*.png")).read_bytes()
     best = {"name": "logits", "parameters": {"classification": 3}}
     raw = {"name": "logits", "parameters": {"binary_data": True}}
     for path, body, headers in (
         ("/v2/repository/index", b"", {}),
         (LOAD, b"{}", {}),
         (LOAD, b'{"parameters": {"config": null}}', {}),
-        ("/v1/classify", picture, {}),
+        ("/v1/classify", image, {}),
         (f"{MODEL}/infer", infer(), {}),
         (f"{MODEL}/infer", infer(outputs=[best]), {}),
         (f"{MODEL}/infer", infer(outputs=[raw]), {}),
@@ -201,7 +231,7 @@ def test_every_path_that_takes_something(
     ],
     ids=lambda value: str(value)[:1] if isinstance(value, bool) else "",
 )
-def test_the_schema_of_a_request_and_the_server_agree(
+def test_the_request_schema_and_the_server_agree(
     served: Process, document: Document, body: bytes, right: bool
 ) -> None:
     answer = served.post(f"{MODEL}/infer", body)
@@ -211,15 +241,15 @@ def test_the_schema_of_a_request_and_the_server_agree(
     document.hold(answer, "post", f"{MODEL}/infer")
 
 
-def test_refusals(served: Process, document: Document) -> None:
+def test_errors(served: Process, document: Document) -> None:
     large = bytes(1 << 20) + b"x"
     for status, method, path, body, headers in (
         (400, "POST", f"{MODEL}/infer", b"{", {}),
         (400, "POST", f"{MODEL}/infer", bytes(64), {HEADER: "65"}),
         (400, "POST", f"{MODEL}/infer", bytes(64), {HEADER: "99999999999"}),
-        (400, "POST", "/v1/classify", b"no picture", {}),
-        (400, "POST", "/v1/classify?top=0", b"no picture", {}),
-        (400, "POST", "/v1/classify?top=", b"no picture", {}),
+        (400, "POST", "/v1/classify", b"no image", {}),
+        (400, "POST", "/v1/classify?top=0", b"no image", {}),
+        (400, "POST", "/v1/classify?top=", b"no image", {}),
         (400, "POST", LOAD, b'{"parameters": {"config": ""}}', {}),
         (404, "POST", f"{VERSIONED}/infer", infer(), {}),
         (404, "GET", f"{VERSIONED}/stats", None, {}),
@@ -238,7 +268,7 @@ def test_refusals(served: Process, document: Document) -> None:
         assert ("--max-body" in answer.error) == (status == 413 and path != LOAD)
 
 
-def test_refusals_of_a_server_with_a_token(deployed: Path, tmp_path: Path) -> None:
+def test_errors_of_a_server_with_a_token(deployed: Path, tmp_path: Path) -> None:
     (tmp_path / "token").write_text(TOKEN)
     given = {"Authorization": f"Bearer {TOKEN}"}
     with command(deployed / "bundle", "--token-file", tmp_path / "token") as process:
@@ -280,7 +310,7 @@ def test_a_server_that_is_not_ready(monkeypatch: pytest.MonkeyPatch, deployed: P
         assert full.client.get("/openapi.json").status == 200
 
 
-def test_refusals_before_there_is_a_path(served: Process, document: Document) -> None:
+def test_errors_before_the_path_is_known(served: Process, document: Document) -> None:
     for status, data in (
         (400, b"GET\r\n\r\n"),
         (431, b"GET / HTTP/1.1\r\nx: " + b"y" * 40_000 + b"\r\n\r\n"),

@@ -1,4 +1,4 @@
-"""Options of eps-serve: limits at a server that has them all, and what others reach."""
+"""Options of eps-serve: limits, instances, engine cache, address."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def served(deployed: Path) -> Iterator[Process]:
         assert process.stop() == 0
 
 
-def picture(width: int, height: int) -> bytes:
+def image(width: int, height: int) -> bytes:
     content = io.BytesIO()
     Image.new("L", (width, height)).save(content, "PNG")
     return content.getvalue()
@@ -43,16 +43,16 @@ def picture(width: int, height: int) -> bytes:
 
 def test_the_largest_body(served: Process) -> None:
     """`--max-body 1`"""
-    assert served.post("/v1/classify", bytes(1 << 20)).status == 400  # no picture
+    assert served.post("/v1/classify", bytes(1 << 20)).status == 400  # no image
     answer = served.post("/v1/classify", bytes((1 << 20) + 1))
     assert answer.status == 413
     assert str(1 << 20) in answer.error
 
 
-def test_the_largest_picture(served: Process) -> None:
+def test_the_largest_image(served: Process) -> None:
     """`--max-pixels 1`"""
-    assert served.post("/v1/classify", picture(1000, 1000)).status == 200
-    answer = served.post("/v1/classify", picture(1001, 1000))
+    assert served.post("/v1/classify", image(1000, 1000)).status == 200
+    answer = served.post("/v1/classify", image(1001, 1000))
     assert answer.status == 400
     assert "1000000" in answer.error
 
@@ -126,7 +126,7 @@ def test_where_it_listens(deployed: Path, monkeypatch: pytest.MonkeyPatch) -> No
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     monkeypatch.setattr(server_module, "serve", serve)
-    monkeypatch.setattr("eps_deploy.serving.middleware.set_up", lambda: None)
+    monkeypatch.setattr("eps_deploy.serving.middleware.configure_logging", lambda: None)
     monkeypatch.setattr(server_module, "allow_files", lambda count: None)
     result = run("eps-serve", main, "bundle", "--host", "0.0.0.0", "--port", port, cwd=deployed)
     assert result.code == 0, result.stderr

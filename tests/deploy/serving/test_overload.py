@@ -1,4 +1,4 @@
-"""More than can be answered: the accepted requests keep their time, the others hear so at once.
+"""Overload: accepted requests are answered in time, the others are rejected at once.
 
 How long an accepted request took is counted in images: how many the server answered meanwhile. A
 bound in seconds is the same at a steady throughput, and means nothing on a machine that others slow

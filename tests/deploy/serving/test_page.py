@@ -1,4 +1,4 @@
-"""The page: whole in itself, and allowed to run nothing but what it brings."""
+"""The page: one file, and a content security policy for its script and style."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import re
 from eps_deploy.serving import app
 
 
-def test_it_loads_nothing_from_anywhere() -> None:
+def test_the_page_loads_no_other_resource() -> None:
     text = app.html().decode()
     assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//""", text)
     assert "@import" not in text
@@ -18,8 +18,8 @@ def test_it_loads_nothing_from_anywhere() -> None:
     assert not re.search(r"\sstyle\s*=", text)
 
 
-def test_the_policy_knows_its_script_and_style() -> None:
-    policy = dict(app.headers())[b"content-security-policy"].decode()
+def test_the_policy_allows_its_script_and_style() -> None:
+    policy = dict(app.page_headers())[b"content-security-policy"].decode()
     text = app.html().decode()
     for kind in ("style", "script"):
         (inner,) = re.findall(f"<{kind}>(.*?)</{kind}>", text, re.DOTALL)
@@ -29,7 +29,7 @@ def test_the_policy_knows_its_script_and_style() -> None:
     assert "unsafe" not in policy
 
 
-def test_it_is_made_for_everybody() -> None:
+def test_accessibility() -> None:
     text = app.html().decode()
     assert '<html lang="en">' in text
     assert 'name="viewport"' in text

@@ -1,4 +1,4 @@
-"""A plan that is built by the server: once, kept, checked, and never in the bundle.
+"""Plan cache of the server: plans are built once, kept, checked, and never in the bundle.
 
 TensorRT and the GPU are those of the tests of running plans; the build itself is tested with them.
 """
@@ -227,7 +227,7 @@ def test_a_plan_that_answers_wrongly_is_not_served(
             provider="auto",
             max_images=256,
             engine_cache=tmp_path / "cache",
-            say=lambda line: None,
+            log=lambda line: None,
             stop=threading.Event(),
         )
 

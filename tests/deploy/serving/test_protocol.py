@@ -1,15 +1,25 @@
-"""KServe v2 as bytes: what is understood, what is refused, and what the answers look like."""
+"""KServe v2: valid requests, API errors, answers, and where a request is parsed."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import struct
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
 
-from eps_deploy.serving.protocol import ApiError, Request, Signature, read_request, write_answer
+from eps_deploy.serving.protocol import (
+    ApiError,
+    InferRequest,
+    RequestParser,
+    Signature,
+    read_request,
+    write_answer,
+)
 
 SIGNATURE = Signature(
     name="m", version="1", input_shape=(1, 2, 2), labels=("ant", "bee", "cat"), max_images=8
@@ -28,7 +38,7 @@ def binary(**changes: Any) -> dict[str, Any]:
     return tensor(data=..., **{"parameters": {"binary_data_size": 8}, **changes})
 
 
-def read(document: Any, raw: bytes = b"", length: int | None = None) -> Request:
+def read(document: Any, raw: bytes = b"", length: int | None = None) -> InferRequest:
     text = document if isinstance(document, bytes) else json.dumps(document).encode()
     if raw and length is None:
         length = len(text)
@@ -55,7 +65,7 @@ def test_a_raw_body_is_one_image_and_gets_a_binary_answer() -> None:
     assert request.binary
 
 
-def test_what_is_wanted_back() -> None:
+def test_output_options() -> None:
     every = {"inputs": [tensor()], "parameters": {"binary_data_output": True}}
     assert read(every).binary
     one = {**every, "outputs": [{"name": "logits", "parameters": {"binary_data": False}}]}
@@ -105,7 +115,7 @@ NULLS = {
     "document",
     [NULLS, {**NULLS, "parameters": None, "outputs": None, "inputs": [tensor(parameters=None)]}],
 )
-def test_null_means_not_given(document: Any) -> None:
+def test_null_counts_as_absent(document: Any) -> None:
     request = read(document)
     np.testing.assert_array_equal(request.images, PIXELS)
     found = (request.id, request.binary, request.classification, request.timeout)
@@ -122,9 +132,9 @@ WRONG: list[tuple[Any, str]] = [
     (b'{"id": ' + b"9" * 5000 + b"}", "not JSON"),
     (b"[" * 100_000, "nested too deeply"),
     (b"[]", "JSON object"),
-    ({}, "inputs must be"),
-    ({"inputs": {}}, "inputs must be"),
-    ({"inputs": [1]}, "inputs must be"),
+    ({}, "inputs holds []"),
+    ({"inputs": {}}, "inputs: expected `array | null`"),
+    ({"inputs": [1]}, "inputs[0]: expected `object`"),
     ({"inputs": []}, "one input, 'images'"),
     ({"inputs": [tensor(name="pixels")]}, "one input, 'images'"),
     ({"inputs": [tensor(name=["x" * 999])]}, "..."),
@@ -155,26 +165,41 @@ WRONG: list[tuple[Any, str]] = [
     ({"inputs": [tensor(data=[[[[0, 0], [0]]], [[[0, 0], [0, 0]]]])]}, "axis 3"),
     ({"inputs": [tensor(data=[[[[0, 0], [0, 0]]], 7])]}, "axis 1"),
     ({"inputs": [tensor(data=[[[[0, [0]], [0, 0]]], [[[0, 0], [0, 0]]]])]}, "whole numbers"),
-    ({"inputs": [tensor(parameters=7)]}, "inputs[0].parameters"),
+    (
+        {"inputs": [tensor(parameters=7)]},
+        "inputs[0].parameters: expected `object | null`, got `int`",
+    ),
     ({"inputs": [tensor(parameters={"shared_memory_region": "x"})]}, "shared memory"),
     ({"inputs": [binary()]}, "0 bytes follow"),
-    ({"inputs": [tensor()], "id": 7}, "id must be"),
-    ({"inputs": [tensor()], "id": "x" * 257}, "id must be"),
+    ({"inputs": [tensor()], "id": 7}, "id: expected `str | null`, got `int`"),
+    ({"inputs": [tensor()], "id": "x" * 257}, "id: expected `str` of length <= 256"),
     ({"inputs": [tensor()], "id": "\ud800"}, "surrogate"),
-    ({"inputs": [tensor()], "parameters": []}, "parameters must be"),
-    ({"inputs": [tensor()], "parameters": {"timeout": -1}}, "timeout"),
-    ({"inputs": [tensor()], "parameters": {"timeout": "1s"}}, "timeout"),
-    ({"inputs": [tensor()], "parameters": {"timeout": 10**30}}, "timeout"),
-    ({"inputs": [tensor()], "parameters": {"binary_data_output": 1}}, "binary_data_output"),
-    ({"inputs": [tensor()], "outputs": {}}, "outputs must be"),
-    ({"inputs": [tensor()], "outputs": ["logits"]}, "outputs must be"),
+    ({"inputs": [tensor()], "parameters": []}, "parameters: expected `object | null`"),
+    (
+        {"inputs": [tensor()], "parameters": {"timeout": -1}},
+        "parameters.timeout: expected `int` >= 0",
+    ),
+    (
+        {"inputs": [tensor()], "parameters": {"timeout": "1s"}},
+        "parameters.timeout: expected `int | null`",
+    ),
+    (
+        {"inputs": [tensor()], "parameters": {"timeout": 10**30}},
+        "parameters.timeout: expected `int` <=",
+    ),
+    (
+        {"inputs": [tensor()], "parameters": {"binary_data_output": 1}},
+        "parameters.binary_data_output: expected",
+    ),
+    ({"inputs": [tensor()], "outputs": {}}, "outputs: expected `array | null`"),
+    ({"inputs": [tensor()], "outputs": ["logits"]}, "outputs[0]: expected `object`"),
     ({"inputs": [tensor()], "outputs": [{"name": "softmax"}]}, "one output, 'logits'"),
     ({"inputs": [tensor()], "outputs": [{"name": "logits"}] * 2}, "one output, 'logits'"),
 ]
 
 
 @pytest.mark.parametrize(("document", "told"), WRONG, ids=range(len(WRONG)))
-def test_wrong_json(document: Any, told: str) -> None:
+def test_invalid_json_requests(document: Any, told: str) -> None:
     with pytest.raises(ApiError) as caught:
         read(document)
     assert told in str(caught.value)
@@ -188,13 +213,13 @@ def test_wrong_json(document: Any, told: str) -> None:
         ({"inputs": [binary()]}, b"1234567", "7 bytes follow"),
         ({"inputs": [binary()]}, b"123456789", "9 bytes follow"),
         ({"inputs": [binary(parameters={"binary_data_size": 7})]}, b"1234567", "has 8 bytes"),
-        ({"inputs": [binary(parameters={"binary_data_size": True})]}, b"1", "true"),
-        ({"inputs": [binary(parameters={"binary_data_size": "8"})]}, b"12345678", '"8"'),
+        ({"inputs": [binary(parameters={"binary_data_size": True})]}, b"1", "got `bool`"),
+        ({"inputs": [binary(parameters={"binary_data_size": "8"})]}, b"12345678", "got `str`"),
         ({"inputs": [{**binary(), "data": [0] * 8}]}, b"12345678", "both"),
         ({"inputs": [tensor()]}, b"1", "belong to no tensor"),
     ],
 )
-def test_wrong_framing(document: Any, raw: bytes, told: str) -> None:
+def test_invalid_binary_requests(document: Any, raw: bytes, told: str) -> None:
     with pytest.raises(ApiError) as caught:
         read(document, raw)
     assert told in str(caught.value)
@@ -202,7 +227,7 @@ def test_wrong_framing(document: Any, raw: bytes, told: str) -> None:
 
 
 @pytest.mark.parametrize("length", [-1, 5, 10**9])
-def test_a_json_length_that_cannot_be(length: int) -> None:
+def test_an_invalid_json_length(length: int) -> None:
     with pytest.raises(ApiError, match="the body has 2 bytes"):
         read_request(b"{}", length, SIGNATURE)
 
@@ -213,8 +238,8 @@ def test_a_raw_body_of_another_size(body: bytes) -> None:
         read_request(body, 0, SIGNATURE)
 
 
-def test_a_json_answer_holds_the_very_logits() -> None:
-    request = Request(images=PIXELS, id='say "so"')
+def test_a_json_answer_holds_the_exact_logits() -> None:
+    request = InferRequest(images=PIXELS, id='say "so"')
     body, length = write_answer(request, LOGITS, SIGNATURE)
     assert length is None
     answer = json.loads(body)
@@ -226,7 +251,7 @@ def test_a_json_answer_holds_the_very_logits() -> None:
 
 
 def test_a_binary_answer() -> None:
-    body, length = write_answer(Request(images=PIXELS, binary=True), LOGITS, SIGNATURE)
+    body, length = write_answer(InferRequest(images=PIXELS, binary=True), LOGITS, SIGNATURE)
     assert length is not None
     answer = json.loads(body[:length])
     assert "id" not in answer
@@ -237,7 +262,7 @@ def test_a_binary_answer() -> None:
 
 
 def test_classification() -> None:
-    request = Request(images=PIXELS, classification=2)
+    request = InferRequest(images=PIXELS, classification=2)
     body, _ = write_answer(request, LOGITS, SIGNATURE)
     (output,) = json.loads(body)["outputs"]
     assert (output["datatype"], output["shape"]) == ("BYTES", [2, 2])
@@ -247,7 +272,33 @@ def test_classification() -> None:
         "2.500000:0:ant",
         "2.500000:1:bee",
     ]
-    request = Request(images=PIXELS, classification=1, binary=True)
+    request = InferRequest(images=PIXELS, classification=1, binary=True)
     body, length = write_answer(request, LOGITS, SIGNATURE)
     word = b"3.000000:1:bee"
     assert body[length:].startswith(struct.pack("<I", len(word)) + word)
+
+
+def test_small_requests_are_parsed_at_once_and_large_ones_on_a_thread() -> None:
+    limit = 1 << 20
+    threads: list[threading.Thread] = []
+
+    def work() -> InferRequest:
+        threads.append(threading.current_thread())
+        return InferRequest(images=np.zeros((1, 1, 2, 2), np.uint8))
+
+    async def body() -> None:
+        with ThreadPoolExecutor(1) as workers:
+            parser = RequestParser(workers, limit, ("of JSON", "elsewhere"))
+            assert (await parser.parse(100, work)).id == ""
+            assert (await parser.parse(limit, work)).id == ""
+            with pytest.raises(ApiError) as caught:
+                await parser.parse(limit + 1, work)
+        assert caught.value.status == 413
+        assert str(caught.value) == (
+            "1048577 bytes of JSON; at most 1048576 are accepted: send the tensor elsewhere"
+        )
+
+    asyncio.run(body())
+    assert threads[0] is threading.main_thread()
+    assert threads[1] is not threading.main_thread()
+    assert len(threads) == 2

@@ -1,4 +1,4 @@
-"""The queue: bounded, fair, patient only when told to be."""
+"""The queue: bounded, fair, and its delay."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_small_jobs_do_not_wait_for_a_large_one() -> None:
     assert told(shop.queue.take(), large, *small) == [(0, 8, 13), (1, 0, 1), (2, 0, 1), (3, 0, 1)]
 
 
-def test_what_was_accepted_is_done_within_twice_the_time_of_the_queue() -> None:
+def test_a_job_is_done_within_twice_the_time_of_the_queue() -> None:
     """However many come after it, and whatever their size."""
     for size in (1, 3, 40):
         shop = Shop(max_batch=4, limit=100)
@@ -84,7 +84,7 @@ def test_large_jobs_take_turns_beside_the_oldest() -> None:
     ]
 
 
-def test_what_one_does_not_want_the_others_get() -> None:
+def test_unused_shares_go_to_the_others() -> None:
     shop = Shop(max_batch=16)
     jobs = [shop.put(size) for size in (2, 20, 1, 20)]
     taken = {index: stop - start for index, start, stop in told(shop.queue.take(), *jobs)}
@@ -113,7 +113,7 @@ def test_a_batch_is_never_larger_than_the_largest() -> None:
     assert [seen[id(job)] for job in jobs] == [len(job.images) for job in jobs]
 
 
-def test_a_full_queue_takes_nothing() -> None:
+def test_a_full_queue_accepts_nothing() -> None:
     shop = Shop(limit=5)
     shop.put(3)
     assert not shop.queue.put(shop.job(3))
@@ -123,7 +123,7 @@ def test_a_full_queue_takes_nothing() -> None:
     shop.put(4)
 
 
-def test_what_is_dropped_is_not_taken() -> None:
+def test_a_dropped_job_is_not_run() -> None:
     shop = Shop()
     jobs = [shop.put(1), shop.put(9), shop.put(1)]
     shop.queue.take()
@@ -134,7 +134,7 @@ def test_what_is_dropped_is_not_taken() -> None:
     assert told(shop.queue.take(), last) == [(0, 0, 2)]
 
 
-def test_without_merging_each_job_is_by_itself() -> None:
+def test_no_merging() -> None:
     shop = Shop(merge=False, max_delay=60)
     jobs = [shop.put(1), shop.put(6), shop.put(1)]
     batches = [told(shop.queue.take(), *jobs) for _ in range(4)]
@@ -153,14 +153,14 @@ def test_a_full_batch_does_not_wait_for_more() -> None:
     assert [len(pieces) for pieces in taken] == [4]
 
 
-def test_an_image_waits_for_others_no_longer_than_told() -> None:
+def test_max_delay() -> None:
     shop = Shop(max_delay=0.01)
     job = shop.put(1)
     assert told(shop.queue.take(), job) == [(0, 0, 1)]
     assert job.begun - job.arrived >= 0.01
 
 
-def test_what_is_left_of_a_closed_queue_is_taken_at_once() -> None:
+def test_a_closed_queue_is_emptied_at_once() -> None:
     shop = Shop(max_delay=60)
     job = shop.put(1)
     shop.queue.close()

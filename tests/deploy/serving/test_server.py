@@ -1,4 +1,4 @@
-"""The process around the model: probes while it is loaded, and an end at any time."""
+"""The server process: probes during loading, shutdown at any time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from eps_deploy.engines.base import EngineError
 from eps_deploy.serving import server
 from eps_deploy.serving import service as service_module
 from eps_deploy.serving.server import listen
-from eps_deploy.serving.service import Source
+from eps_deploy.serving.service import ModelSource
 from tests.deploy.serving.running import MODEL, Client
 
 
@@ -25,7 +25,7 @@ class Start:
         monkeypatch.setattr(service_module, "open_model", load)
         self.listener = listen("127.0.0.1", 0)
         self.client = Client(self.listener.getsockname()[1])
-        self._settings = server.Settings(source=Source(path=bundle), port=0)
+        self._settings = server.Settings(source=ModelSource(path=bundle), port=0)
         self._bundle = load_bundle(bundle)
         self._servers: list[Any] = []
         self.result: bool | BaseException | None = None
@@ -92,6 +92,6 @@ def test_a_model_that_cannot_be_loaded_ends_the_server(
     assert str(result) == "no such GPU"
 
 
-def test_a_token_without_the_space_around_it(tmp_path: Path) -> None:
+def test_token_file(tmp_path: Path) -> None:
     (tmp_path / "token").write_bytes(b"  0123456789abcdef\r\n")
     assert server.read_token(tmp_path / "token") == b"0123456789abcdef"

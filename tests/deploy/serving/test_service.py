@@ -1,4 +1,4 @@
-"""The model that is served: not ready too early, replaced without a gap, ended without a loss."""
+"""The served model: ready only when proven, replaced and closed without losing a request."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import pytest
 from eps_deploy.bundle import Bundle, load_bundle
 from eps_deploy.engines.base import EngineError
 from eps_deploy.serving import service as service_module
-from eps_deploy.serving.batching import Batching, Ran
+from eps_deploy.serving.batching import Batching, BatchStats
 from eps_deploy.serving.model import Model
 from eps_deploy.serving.protocol import ApiError, InferenceFailed, Signature
-from eps_deploy.serving.service import Service, Source
+from eps_deploy.serving.service import ModelSource, Service
 from tests.deploy.serving.engines import SHAPE, FakeEngine, numbered
 
 
@@ -53,13 +53,13 @@ def loader(monkeypatch: pytest.MonkeyPatch, deployed: Path) -> Loader:
     return Loader(monkeypatch, load_bundle(deployed / "bundle"))
 
 
-def serve(deployed: Path, test: Callable[[Service], Awaitable[None]]) -> list[Ran]:
+def serve(deployed: Path, test: Callable[[Service], Awaitable[None]]) -> list[BatchStats]:
     """Run a test on a service; all threads must have ended after it."""
-    ran: list[Ran] = []
+    ran: list[BatchStats] = []
 
     async def body() -> None:
-        source = Source(path=deployed / "bundle", batching=Batching())
-        service = Service(source, name="eps_resnet", say=lambda line: None, observe=ran.append)
+        source = ModelSource(path=deployed / "bundle", batching=Batching())
+        service = Service(source, name="eps_resnet", log=lambda line: None, observe=ran.append)
         await asyncio.wait_for(test(service), 60)
         await asyncio.wait_for(service.close(), 60)
         assert not service.ready
@@ -138,7 +138,7 @@ def test_one_load_at_a_time(deployed: Path, loader: Loader) -> None:
     serve(deployed, test)
 
 
-def test_an_engine_that_is_broken_for_good_is_seen(deployed: Path, loader: Loader) -> None:
+def test_a_broken_engine_is_reported_by_the_probes(deployed: Path, loader: Loader) -> None:
     """Then the probes fail, and whoever watches starts another process."""
 
     async def test(service: Service) -> None:
@@ -157,12 +157,12 @@ def test_an_engine_that_is_broken_for_good_is_seen(deployed: Path, loader: Loade
     serve(deployed, test)
 
 
-def test_a_real_bundle_is_loaded_proven_and_carded(deployed: Path) -> None:
+def test_a_bundle_is_loaded_and_proven_with_a_model_card(deployed: Path) -> None:
     said: list[str] = []
 
     async def body() -> None:
-        source = Source(path=deployed / "bundle", batching=Batching(instances=2))
-        service = Service(source, name="eps_resnet", say=said.append, observe=lambda ran: None)
+        source = ModelSource(path=deployed / "bundle", batching=Batching(instances=2))
+        service = Service(source, name="eps_resnet", log=said.append, observe=lambda ran: None)
         await service.load()
         served = service.current
         assert len(served.model.engines) == 2

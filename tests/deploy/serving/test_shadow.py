@@ -1,4 +1,4 @@
-"""A second network beside the served one: compared rightly, and never in an answer's way."""
+"""The shadow: comparison with the served engine, and no effect on answers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from eps_deploy.engines.base import Images, Logits
 from eps_deploy.serving import service as service_module
 from eps_deploy.serving import shadow as shadow_module
 from eps_deploy.serving.limits import Limits
-from eps_deploy.serving.shadow import Shadow, Shadowing
+from eps_deploy.serving.shadow import Shadow, ShadowOptions
 from tests.commands import run
 from tests.deploy.serving.engines import FakeEngine, numbered
 from tests.deploy.serving.running import MODEL, Client, command, thread, until
@@ -79,7 +79,7 @@ def test_the_unpruned_network_beside_the_pruned_one(deployed: Path) -> None:
         assert found["eps_shadow_served_seconds_count"] == 20
         ours = process.get("/metrics").body.decode()
         assert "eps_images_total 60.0" in ours  # the shadow's are not counted as answers
-        assert any("shadow: baseline.onnx gets 1 of" in line for line in process.lines)
+        assert any("shadow: baseline.onnx runs 1 of" in line for line in process.lines)
         assert process.stop() == 0
 
 
@@ -120,7 +120,7 @@ def test_another_bundle_is_read_again_with_the_served_one(deployed: Path, bundle
         assert process.stop() == 0
 
 
-def test_no_shadow_no_figures(deployed: Path) -> None:
+def test_no_shadow_no_statistics(deployed: Path) -> None:
     with thread(deployed / "bundle", limits=Limits()) as client:
         assert figures(client) is None
         assert series(client) == {}
@@ -132,7 +132,7 @@ def refused(deployed: Path, *args: object) -> str:
     return result.error
 
 
-def test_a_shadow_that_cannot_be_compared_is_refused_at_once(deployed: Path, bundle: Path) -> None:
+def test_a_shadow_with_other_data_is_rejected_at_start(deployed: Path, bundle: Path) -> None:
     assert "no such folder" in refused(deployed, "--shadow", "nowhere")
     change_manifest(bundle, labels=[f"digit {index}" for index in range(10)])
     error = refused(deployed, "--shadow", bundle)
@@ -140,7 +140,7 @@ def test_a_shadow_that_cannot_be_compared_is_refused_at_once(deployed: Path, bun
     assert "has 0, 1, 2" in error
 
 
-def test_a_plan_has_no_unpruned_network(bundle: Path, deployed: Path) -> None:
+def test_a_plan_has_no_baseline(bundle: Path, deployed: Path) -> None:
     shutil.copy(bundle / "model.onnx", bundle / "model.plan")
     manifest = json.loads((bundle / "manifest.json").read_text())
     files = manifest["files"] | {"model.plan": manifest["files"]["model.onnx"]}
@@ -150,7 +150,7 @@ def test_a_plan_has_no_unpruned_network(bundle: Path, deployed: Path) -> None:
     assert "--defer-build" in result.error
 
 
-def test_a_shadow_of_smaller_batches_is_refused(deployed: Path, bundle: Path) -> None:
+def test_a_shadow_with_smaller_batches_is_rejected(deployed: Path, bundle: Path) -> None:
     engine = json.loads((bundle / "manifest.json").read_text())["engine"]
     change_manifest(bundle, engine=engine | {"max_batch": 4})
     with command(deployed / "bundle", "--shadow", bundle) as process:
@@ -159,7 +159,7 @@ def test_a_shadow_of_smaller_batches_is_refused(deployed: Path, bundle: Path) ->
 
 
 @pytest.mark.parametrize("share", ["0", "1.5", "nan"])
-def test_a_share_that_is_none(deployed: Path, share: str) -> None:
+def test_an_invalid_share(deployed: Path, share: str) -> None:
     arguments = ("--shadow", "baseline", "--shadow-share", share)
     assert run("eps-serve", main, "bundle", *arguments, cwd=deployed).code == 2
 
@@ -179,7 +179,7 @@ def beside(monkeypatch: pytest.MonkeyPatch, deployed: Path) -> Iterator[tuple[Cl
     Loader(monkeypatch, load_bundle(deployed / "bundle"))
     engine = Beside()
     monkeypatch.setattr(service_module, "open_shadow", lambda *_, **__: engine)
-    source = Shadowing(path=None, share=1.0)
+    source = ShadowOptions(path=None, share=1.0)
     with thread(deployed / "bundle", limits=Limits(), shadow=source) as client:
         yield client, engine
     assert engine.closed
@@ -191,7 +191,7 @@ def answered(client: Client, *values: int) -> None:
     assert answer.json["outputs"][0]["data"][::2] == list(values)
 
 
-def test_a_shadow_that_hangs_holds_up_no_answer(beside: tuple[Client, Beside]) -> None:
+def test_a_shadow_that_hangs_delays_no_answer(beside: tuple[Client, Beside]) -> None:
     """What it has no room for is dropped, and counted."""
     client, engine = beside
     engine.open_gate.clear()
@@ -227,7 +227,7 @@ def beginning(share: float, test: Callable[[Shadow, Beside], None]) -> tuple[boo
     engine = Beside()
 
     async def everything() -> bool:
-        said: dict[str, Any] = {"observe": lambda batch: None, "say": lambda line: None}
+        said: dict[str, Any] = {"observe": lambda batch: None, "log": lambda line: None}
         shadow = Shadow(engine, FakeEngine(), share, **said)
         await asyncio.to_thread(test, shadow, engine)
         return await shadow.end()
@@ -240,7 +240,7 @@ def offer(shadow: Shadow, *values: int) -> None:
     shadow.offer(numbered(*values), logits)
 
 
-def test_the_share_is_kept_and_the_same_each_time() -> None:
+def test_sampling_of_batches_is_reproducible() -> None:
     def test(shadow: Shadow, engine: Beside) -> None:
         for index in range(200):
             offer(shadow, index)
@@ -260,9 +260,9 @@ def test_the_share_is_kept_and_the_same_each_time() -> None:
     assert 30 <= len(drawn[0]) <= 50
 
 
-def test_the_end_waits_for_no_shadow_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shutdown_does_not_wait_for_a_shadow_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     """And forgets what waits: the end of the server is not the time for it."""
-    monkeypatch.setattr(shadow_module, "_PATIENCE", 0.01)
+    monkeypatch.setattr(shadow_module, "_JOIN_SECONDS", 0.01)
 
     def test(shadow: Shadow, engine: Beside) -> None:
         engine.open_gate.clear()

@@ -1,4 +1,4 @@
-"""A full queue: the refusal comes at once, costs no body, and leaves the connection in order."""
+"""Load shedding: errors without reading the body, on connections that stay usable."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def full(monkeypatch: pytest.MonkeyPatch, deployed: Path) -> Iterator[Full]:
         yield made
 
 
-def test_refused_while_the_accepted_ones_still_wait(full: Full, deployed: Path) -> None:
+def test_requests_are_shed_while_the_queue_is_full(full: Full, deployed: Path) -> None:
     """A hundred requests for each that was accepted, in both forms; then all is as before."""
-    picture = next((deployed / "bundle" / "examples").glob("*.png")).read_bytes()
+    image = next((deployed / "bundle" / "examples").glob("*.png")).read_bytes()
     with full.client.open() as connection:
         for _ in range(100 * PLACES):
             connection.sendall(ONE)
@@ -28,7 +28,7 @@ def test_refused_while_the_accepted_ones_still_wait(full: Full, deployed: Path) 
             assert (status, headers["retry-after"]) == (503, "1")
             assert headers["content-type"] == "application/json"
             assert json.loads(body) == {"error": f"{PLACES} images are waiting, and {PLACES} may"}
-    answer = full.client.post("/v1/classify?top=3", picture, X_Request_ID="my-own")
+    answer = full.client.post("/v1/classify?top=3", image, X_Request_ID="my-own")
     assert (answer.status, answer.headers["retry-after"]) == (503, "1")
     assert answer.headers["x-request-id"] == "my-own"
     assert full.refused() == 100 * PLACES + 1
@@ -40,10 +40,10 @@ def test_refused_while_the_accepted_ones_still_wait(full: Full, deployed: Path) 
     for connection in full.accepted:
         assert read_one(connection)[0] == 200
     assert full.queued == 0
-    assert full.client.post("/v1/classify", picture).status == 200
+    assert full.client.post("/v1/classify", image).status == 200
 
 
-def test_before_the_body_has_come(full: Full) -> None:
+def test_the_answer_comes_before_the_body(full: Full) -> None:
     """And the connection goes on with the next request, when the body has come after all."""
     head, body = ONE[: ONE.index(b"\r\n\r\n") + 4], ONE[ONE.index(b"\r\n\r\n") + 4 :]
     with full.client.open() as connection:
@@ -72,7 +72,7 @@ def test_a_client_that_wants_the_connection_closed(full: Full, head: bytes) -> N
     assert b"\r\nconnection: close\r\n" in received
 
 
-def test_a_client_that_asks_before_it_sends(full: Full) -> None:
+def test_expect_100_continue(full: Full) -> None:
     head = f"POST {MODEL}/infer HTTP/1.1\r\nexpect: 100-continue\r\nconnection: close\r\n"
     with full.client.open() as connection:
         connection.sendall(head.encode() + b"inference-header-content-length: 0\r\n")
@@ -92,7 +92,7 @@ def test_pipelined_behind_one_that_was_accepted(full: Full) -> None:
     assert read_one(full.accepted[0])[0] == 200
 
 
-def test_nothing_else_is_refused(full: Full) -> None:
+def test_other_paths_are_not_shed(full: Full) -> None:
     """Only who wants an inference; and mistakes are told as such where that is cheap."""
     for method, path, status in (
         ("GET", "/v2", 200),
@@ -105,7 +105,7 @@ def test_nothing_else_is_refused(full: Full) -> None:
     assert full.refused() == 0
 
 
-def test_a_refused_body_that_never_comes(full: Full) -> None:
+def test_a_shed_request_whose_body_never_comes(full: Full) -> None:
     """The connection is closed, without a second answer to the same request."""
     with full.client.open() as connection:
         connection.sendall(ONE[:-1])
@@ -122,7 +122,7 @@ def test_one_answer_to_a_body_that_was_too_large_and_never_ends(full: Full) -> N
         assert read_all(connection) == b""
 
 
-def test_an_end_in_the_middle_of_a_refused_body(
+def test_shutdown_in_the_middle_of_a_shed_body(
     monkeypatch: pytest.MonkeyPatch, deployed: Path
 ) -> None:
     """The server ends with exit status 0 (`thread` looks), and does not wait for the body."""

@@ -1,4 +1,4 @@
-"""What a process holds of the machine (Linux)."""
+"""Memory, threads and files of a process (Linux)."""
 
 from __future__ import annotations
 

@@ -1,10 +1,13 @@
-"""The Open Inference Protocol over gRPC, beside HTTP: `eps-serve --grpc-port`.
+"""Open Inference Protocol over gRPC, beside HTTP: `eps-serve --grpc-port`.
 
-From the bottom up: `wire` and `messages` (pure functions), `arrivals` (messages on their way),
-`calls` (the six calls), `frame` (what is around each), `core` and `server` (grpcio).
+`flow_control` receives messages, `interceptor` wraps every call, `server` has the methods and the
+server itself, `core` is the part that uses grpcio's private API.
 """
 
 import os
 
-# grpcio's C++ part writes lines of its own to stderr, among them some that any client can cause.
+# grpcio's C++ part logs to stderr by itself, among others lines that any client can cause.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
+# Imported before protobuf, so that the error names the missing package that an extra brings.
+import grpc  # noqa: F401

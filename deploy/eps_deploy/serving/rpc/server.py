@@ -1,73 +1,204 @@
-"""The gRPC server beside the HTTP server: options, start and end."""
+"""gRPC server of the Open Inference Protocol: messages, methods, start and stop.
+
+Source: the protocol's `open_inference_grpc.proto`, of which Triton's messages are a superset.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from typing import Any, TypeVar
+
+from google.protobuf.message import DecodeError
+from open_inference.grpc import protocol
 
 from eps_core.errors import ConfigError
+from eps_deploy.engines.base import INPUT_NAME, OUTPUT_NAME, Images, Logits
+from eps_deploy.serving import metadata
 from eps_deploy.serving.limits import Limits, Memory
 from eps_deploy.serving.metrics import Metrics
-from eps_deploy.serving.rpc.arrivals import Arrivals, largest
-from eps_deploy.serving.rpc.calls import Calls
-from eps_deploy.serving.rpc.core import Server
-from eps_deploy.serving.rpc.frame import SERVICE, Frame
-from eps_deploy.serving.service import Service
+from eps_deploy.serving.middleware import Access
+from eps_deploy.serving.protocol import (
+    ApiError,
+    InferRequest,
+    InputTensor,
+    RequestParser,
+    Shape,
+    Signature,
+    output_tensor,
+    pixels_from_bytes,
+    pixels_from_integers,
+    too_large,
+    validate,
+)
+from eps_deploy.serving.rpc.core import RegisteredServer
+from eps_deploy.serving.rpc.flow_control import (
+    MessageReceiver,
+    max_message_size,
+    split_raw_tensors,
+)
+from eps_deploy.serving.rpc.interceptor import SERVICE, RpcInterceptor
+from eps_deploy.serving.service import ServedModel, Service
 
-_LAST_CHANCE = 0.2  # seconds for calls that are on their way when the server is told to end
-_AGE = 600  # seconds; then a client connects anew, and perhaps to a server that is new
-_AGE_GRACE = 60
-_PING = 60  # seconds after which a silent client with a call is asked whether it is there
-_LEAST_PING = 10  # seconds between the pings of a client, who may send them without any call
-_MILLI = 1000
+# -- Messages
+
+_MAX_AXES = 40  # of a shape that are read: more are wrong, and there may be millions
+
+M = TypeVar("M")
+
+
+def read_infer(rest: bytes, raw: Sequence[memoryview], model: Signature) -> InferRequest:
+    """Parse and validate a ModelInferRequest.
+
+    Args:
+        rest: the message without its raw tensors.
+        raw: its field `raw_input_contents`.
+        model: that is served.
+
+    Raises:
+        ApiError: not a request for this model; the message says what is wrong and where.
+    """
+    message = _parse(protocol.ModelInferRequest, rest)
+    model.check(message.model_name, message.model_version or model.version)
+    document = {
+        "id": message.id,
+        "parameters": _parameters(message.parameters),
+        "inputs": [
+            {
+                "name": tensor.name,
+                "datatype": tensor.datatype,
+                "shape": list(tensor.shape[:_MAX_AXES]),
+                "parameters": _parameters(tensor.parameters),
+            }
+            for tensor in message.inputs
+        ],
+        "outputs": [
+            {"name": tensor.name, "parameters": _parameters(tensor.parameters)}
+            for tensor in message.outputs
+        ],
+    }
+
+    def read_pixels(_: InputTensor, shape: Shape) -> Images:
+        contents = message.inputs[0].contents
+        given = [field.name for field, _ in contents.ListFields()]
+        if raw:
+            if given:
+                raise ApiError(f"{INPUT_NAME!r} has both contents and raw_input_contents")
+            if len(raw) != 1:
+                raise ApiError(f"raw_input_contents holds {len(raw)} tensors, and inputs one")
+            return pixels_from_bytes(raw[0], shape)
+        if given != ["uint_contents"]:
+            raise ApiError(
+                f"{INPUT_NAME!r} needs its pixels in raw_input_contents, or in"
+                " contents.uint_contents"
+            )
+        return pixels_from_integers(contents.uint_contents, shape)
+
+    request = validate(document, read_pixels, model)
+    # The answer has the form of the request: Triton always answers in raw bytes, KServe and
+    # MLServer like this, and who sends numbers may have no code for bytes.
+    return replace(request, binary=bool(raw))
+
+
+def _parameters(given: Mapping[str, protocol.InferParameter]) -> dict[str, Any]:
+    return {
+        name: getattr(parameter, kind)
+        for name, parameter in given.items()
+        if (kind := parameter.WhichOneof("parameter_choice")) is not None
+    }
+
+
+def write_infer(request: InferRequest, logits: Logits, model: Signature) -> bytes:
+    """Encode a ModelInferResponse."""
+    output = output_tensor(request, logits, model)
+    response = protocol.ModelInferResponse(
+        model_name=model.name, model_version=model.version, id=request.id
+    )
+    tensor = response.outputs.add(name=OUTPUT_NAME, datatype=output.datatype, shape=output.shape)
+    if request.binary:
+        response.raw_output_contents.append(output.raw())
+    elif output.classes is not None:
+        tensor.contents.bytes_contents.extend(output.classes)
+    else:
+        tensor.contents.fp32_contents.extend(logits.ravel().tolist())
+    return _encode(response)
+
+
+def _parse(kind: type[M], content: bytes) -> M:
+    message: Any = kind()
+    try:
+        message.ParseFromString(content)
+    except DecodeError:
+        raise ApiError(
+            f"the message is no {kind.__name__} of the Open Inference Protocol"
+        ) from None
+    parsed: M = message
+    return parsed
+
+
+def _encode(message: Any) -> bytes:
+    encoded: bytes = message.SerializeToString()
+    return encoded
+
+
+# -- The server
+
+_JSON_ALTERNATIVE = ("beside raw_input_contents", "there")
+_PARSER_THREADS = 2
+_MAX_NAME_MESSAGE = 64 << 10  # bytes of a message that only names a model
+_DRAIN_PAUSE = 0.2  # seconds for calls that are on their way when the server is stopped
 
 
 class RpcServer:
-    """Make, use and end it on the event loop.
+    """The gRPC server; make, use and stop it on the event loop.
 
-    Args:
-        service: what answers.
-        metrics: counts.
-        limits: see there.
-        memory: counts the messages that are held.
-        images: shape `[N, C, H, W]` of the most images that one request may hold.
-        token, log_requests: as `Frame` has them.
+    `images` is the shape `[N, C, H, W]` of the most images that one request may hold.
     """
 
     def __init__(
         self,
         service: Service,
         metrics: Metrics,
+        access: Access,
         *,
         limits: Limits,
         memory: Memory,
         images: tuple[int, ...],
-        token: bytes | None,
-        log_requests: bool,
     ) -> None:
-        size = largest(limits, images)
-        calls = Calls(service, metrics, limits=limits, arrivals=Arrivals(limits, memory, size))
-        self._frame = Frame(
-            metrics, token=token, log_requests=log_requests, most=limits.connections
-        )
-        handler = self._frame.handler
-        methods = {
-            "ServerLive": handler("ServerLive", calls.server_live, open=True),
-            "ServerReady": handler("ServerReady", calls.server_ready, open=True),
-            "ServerMetadata": handler("ServerMetadata", calls.server_metadata),
-            "ModelReady": handler("ModelReady", calls.model_ready),
-            "ModelMetadata": handler("ModelMetadata", calls.model_metadata),
-            "ModelInfer": handler("ModelInfer", calls.model_infer),
+        self._service = service
+        self._metrics = metrics
+        size = max_message_size(limits, images)
+        self._receiver = MessageReceiver(limits, memory, size)
+        workers = ThreadPoolExecutor(_PARSER_THREADS, thread_name_prefix="eps-rpc-parse")
+        self._parser = RequestParser(workers, limits.json, _JSON_ALTERNATIVE)
+        self._interceptor = RpcInterceptor(access, max_calls=limits.connections)
+        handlers = {
+            name: self._interceptor.handler(name, method, open=open)
+            for name, method, open in (
+                ("ServerLive", self._server_live, True),
+                ("ServerReady", self._server_ready, True),
+                ("ServerMetadata", self._server_metadata, False),
+                ("ModelReady", self._model_ready, False),
+                ("ModelMetadata", self._model_metadata, False),
+                ("ModelInfer", self._model_infer, False),
+            )
         }
         self.port = 0
         self._stopping: asyncio.Task[None] | None = None
-        self._server = Server(SERVICE, methods, self._frame.refuse, _options(limits, size))
+        self._server = RegisteredServer(
+            SERVICE, handlers, self._interceptor.reject_unknown, _channel_options(limits, size)
+        )
 
     async def start(self, address: str, port: int) -> None:
-        """Listen; `port` says where. Raises ConfigError: somebody else has the port.
+        """Listen; afterwards :attr:`port` is the port. Raises ConfigError: the port is taken.
 
         Args:
-            address: as a number; grpcio would take several for one name.
-            port: 0: any that is free.
+            address: IP address; grpcio would listen on several for one name.
+            port: 0 picks a free one.
         """
         where = f"[{address}]" if ":" in address else address
         try:
@@ -79,31 +210,96 @@ class RpcServer:
         await self._server.start()
 
     async def wait(self) -> None:
-        """Until it has ended. Raises what ended it, if not :meth:`stop`."""
+        """Wait until the server has ended. Raises what ended it, if not :meth:`stop`."""
         await self._server.wait_for_termination()
 
     async def stop(self, grace: float) -> None:
-        """Accept nothing any more, and answer what was accepted, within `grace` seconds.
+        """Accept no more calls, and answer accepted ones within `grace` seconds.
 
-        gRPC's core drops calls that have arrived and are not accepted yet in the moment in which it
-        is told to end, and those that come until its clients know. So for a moment all answers are
-        kept back: a client that waits for one sends nothing else, and finds with it that this
-        connection ends.
+        When it is stopped, gRPC's core drops calls that have arrived and are not accepted yet, and
+        those that come until its clients know. So all answers are held back for a moment: a client
+        that waits for one sends nothing else, and learns with it that this connection ends.
         """
         if self._stopping is None:
             self._stopping = asyncio.create_task(self._stop(grace))
         await self._stopping
 
     async def _stop(self, grace: float) -> None:
-        self._frame.hold()
-        await asyncio.sleep(_LAST_CHANCE)
+        self._interceptor.hold()
+        await asyncio.sleep(_DRAIN_PAUSE)
         stopping = asyncio.create_task(self._server.stop(grace))
         await asyncio.sleep(0)  # now every client is being told
-        self._frame.release()
+        self._interceptor.release()
         await stopping
 
+    # -- Methods: each receives grpcio's context and returns an encoded message
 
-def _options(limits: Limits, size: int) -> list[tuple[str, int]]:
+    async def _server_live(self, context: Any) -> bytes:
+        return _encode(protocol.ServerLiveResponse(live=self._service.live))
+
+    async def _server_ready(self, context: Any) -> bytes:
+        return _encode(protocol.ServerReadyResponse(ready=self._service.ready))
+
+    async def _server_metadata(self, context: Any) -> bytes:
+        return _encode(protocol.ServerMetadataResponse(**metadata.server("classification")))
+
+    async def _model_ready(self, context: Any) -> bytes:
+        """False, like Triton, also for a model that does not exist or is not loaded."""
+        name, version = await self._read_model(context)
+        try:
+            self._check(self._service.current, name, version)
+            ready = self._service.ready
+        except ApiError:
+            ready = False
+        return _encode(protocol.ModelReadyResponse(ready=ready))
+
+    async def _model_metadata(self, context: Any) -> bytes:
+        name, version = await self._read_model(context)
+        served = self._service.current
+        self._check(served, name, version)
+        return _encode(protocol.ModelMetadataResponse(**metadata.model(served)))
+
+    async def _model_infer(self, context: Any) -> bytes:
+        began = time.perf_counter()
+        with self._service.current.used() as served:
+            if self._service.room < 1:  # known before a byte of its message is received
+                raise served.batcher.queue_full()
+            async with self._receiver.message(context) as content:
+                rest, raw = split_raw_tensors(content)
+                work = partial(read_infer, rest, raw, served.signature)
+                request = await self._parser.parse(len(rest), work)
+                # Within the request's own timeout and the client's deadline. When the client goes
+                # away grpcio cancels this, and the images leave the queue.
+                timeouts = (request.timeout, context.time_remaining())
+                timeout = min((each for each in timeouts if each is not None), default=None)
+                job = served.batcher.submit(request.images)
+                logits = await served.batcher.infer(job, timeout)
+            answer = write_infer(request, logits, served.signature)
+        self._metrics.inferred(time.perf_counter() - began, len(logits))
+        return answer
+
+    async def _read_model(self, context: Any) -> tuple[str, str]:
+        """Name and version in a ModelReadyRequest or ModelMetadataRequest: they look the same."""
+        async with self._receiver.message(context) as content:
+            if len(content) > _MAX_NAME_MESSAGE:
+                raise too_large(
+                    f"the message is larger than the {_MAX_NAME_MESSAGE} bytes that are accepted"
+                )
+            message = _parse(protocol.ModelMetadataRequest, content)
+            return message.name, message.version
+
+    def _check(self, served: ServedModel, name: str, version: str) -> None:
+        served.signature.check(name, version or served.signature.version)
+
+
+_MAX_AGE = 600  # seconds; then a client reconnects, perhaps to a new server
+_MAX_AGE_GRACE = 60
+_KEEPALIVE = 60  # seconds after which a silent client with a call is pinged
+_MIN_PING_INTERVAL = 10  # seconds between the pings of a client, which may come without any call
+_MILLI = 1000
+
+
+def _channel_options(limits: Limits, size: int) -> list[tuple[str, int]]:
     """Channel arguments, by the names in gRPC's `channel_arg_names.h`."""
     return [
         ("grpc.so_reuseport", 0),  # otherwise two servers would share a port
@@ -114,8 +310,8 @@ def _options(limits: Limits, size: int) -> list[tuple[str, int]]:
         ("grpc.max_concurrent_streams", limits.connections),
         ("grpc.server_handshake_timeout_ms", int(limits.header_seconds * _MILLI)),
         ("grpc.max_connection_idle_ms", limits.idle_seconds * _MILLI),
-        ("grpc.max_connection_age_ms", _AGE * _MILLI),
-        ("grpc.max_connection_age_grace_ms", _AGE_GRACE * _MILLI),
-        ("grpc.keepalive_time_ms", _PING * _MILLI),
-        ("grpc.http2.min_ping_interval_without_data_ms", _LEAST_PING * _MILLI),
+        ("grpc.max_connection_age_ms", _MAX_AGE * _MILLI),
+        ("grpc.max_connection_age_grace_ms", _MAX_AGE_GRACE * _MILLI),
+        ("grpc.keepalive_time_ms", _KEEPALIVE * _MILLI),
+        ("grpc.http2.min_ping_interval_without_data_ms", _MIN_PING_INTERVAL * _MILLI),
     ]

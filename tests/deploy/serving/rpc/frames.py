@@ -1,4 +1,4 @@
-"""HTTP/2 by hand: what no client library would send."""
+"""HTTP/2 frames written by hand, which no client library would send."""
 
 from __future__ import annotations
 

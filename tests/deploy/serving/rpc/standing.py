@@ -1,4 +1,4 @@
-"""`eps-serve` in a process of its own, whose engine stands still until it is told to go on."""
+"""`eps-serve` in its own process, whose engine is blocked until it is released."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Infer calls to an engine that stands still: full queue, deadlines, lost clients."""
+"""gRPC inference on a blocked engine: full queue, deadlines, lost clients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""NVIDIA's own client, unchanged."""
+"""NVIDIA's gRPC client (tritonclient), unchanged."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Answers:
         return number, result.as_numpy("logits")
 
 
-def test_calls_that_do_not_wait(client: Any, samples: tuple[Images, Logits]) -> None:
+def test_asynchronous_calls(client: Any, samples: tuple[Images, Logits]) -> None:
     images, logits = samples
     answers = Answers()
     for number in range(20):
@@ -114,7 +114,7 @@ def test_in_batches_with_others(deployed: Path, samples: tuple[Images, Logits]) 
         assert max(entry["batch_size"] for entry in sizes) > 1
 
 
-def test_about_the_server(client: Any) -> None:
+def test_metadata(client: Any) -> None:
     assert client.is_server_live()
     assert client.is_server_ready()
     assert client.is_model_ready(NAME)
@@ -139,7 +139,7 @@ def test_labels(client: Any, samples: tuple[Images, Logits]) -> None:
         assert int(index) == row.argmax() == int(label)
 
 
-def test_what_is_refused(client: Any) -> None:
+def test_errors(client: Any) -> None:
     error = tritonclient.grpc.InferenceServerException
     with pytest.raises(error, match=r"shape of 'images' is \[N, 1, 8, 8\]") as caught:
         client.infer(NAME, asked(np.zeros((1, 1, 9, 9), np.uint8)))

@@ -1,4 +1,4 @@
-"""Requests that end grpcio's own asyncio server, and must not end this one."""
+"""Requests that stop grpcio's own asyncio server do not stop this one."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_any_metadata(process: Process) -> None:
     assert all(line.startswith("{") for line in process.lines)  # no traceback of grpcio's
 
 
-def test_a_method_that_is_not_there(process: Process) -> None:
+def test_an_unknown_method(process: Process) -> None:
     with caller(grpc_port(process)) as client, pytest.raises(grpc.RpcError) as caught:
         client.send("ModelConfig")
     assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED

@@ -1,4 +1,4 @@
-"""Any bytes in the place of a message: an answer or a refusal, and the server goes on."""
+"""Random bytes as messages: an answer or an error, and the server goes on."""
 
 from __future__ import annotations
 

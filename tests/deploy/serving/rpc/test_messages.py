@@ -1,4 +1,4 @@
-"""The protocol's messages: what is understood, what is refused, and what the answers look like."""
+"""gRPC messages: valid requests, errors, answers."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def samples(deployed: Path) -> tuple[Images, Logits]:
         return images, engine.infer(images)
 
 
-def test_raw_pixels_get_raw_logits(client: Caller, samples: tuple[Images, Logits]) -> None:
+def test_raw_pixels_return_raw_logits(client: Caller, samples: tuple[Images, Logits]) -> None:
     images, logits = samples
     message = request(images)
     message.id = "a7"
@@ -56,7 +56,7 @@ def test_raw_pixels_get_raw_logits(client: Caller, samples: tuple[Images, Logits
     assert answer.raw_output_contents == [logits.tobytes()]
 
 
-def test_numbers_get_numbers(client: Caller, samples: tuple[Images, Logits]) -> None:
+def test_numbers_return_numbers(client: Caller, samples: tuple[Images, Logits]) -> None:
     images, logits = samples
     answer = client.infer(request(images, raw=False))
     assert not answer.raw_output_contents
@@ -184,7 +184,7 @@ WRONG: list[tuple[Any, str]] = [
     (with_parameter("timeout", "string_param", "1s"), "timeout"),
     (with_parameter("timeout", "bool_param", True), "timeout"),
     (with_parameter("timeout", "uint64_param", 1 << 63), "timeout"),
-    (identified("x" * 257), "id must be"),
+    (identified("x" * 257), "id: expected `str` of length <= 256"),
     (b"\x0a", "no ModelInferRequest"),
     (b"\x0a\x01\xff", "no ModelInferRequest"),  # a name that is not UTF-8
     (b"\x2a\x00" * 257, "more than 256 fields"),
@@ -193,7 +193,7 @@ WRONG: list[tuple[Any, str]] = [
 
 
 @pytest.mark.parametrize(("message", "told"), WRONG, ids=range(len(WRONG)))
-def test_what_is_wrong_is_told(client: Caller, message: Any, told: str) -> None:
+def test_error_messages(client: Caller, message: Any, told: str) -> None:
     error = client.refused(message)
     assert error.code() is CODE.INVALID_ARGUMENT
     assert told in error.details()

@@ -1,4 +1,4 @@
-"""The gRPC server as a process: its start, its limits, its end."""
+"""The gRPC server as a process: start, limits, shutdown."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_a_message_that_is_too_large(client: Caller) -> None:
     assert ready(client)
 
 
-def test_a_message_that_is_small_until_it_is_unpacked(process: Process, client: Caller) -> None:
+def test_a_compressed_message_that_is_too_large(process: Process, client: Caller) -> None:
     error = client.refused(bytes(1 << 26), compression=grpc.Compression.Gzip)
     assert error.code() is CODE.RESOURCE_EXHAUSTED
     status = Path(f"/proc/{process.process.pid}/status").read_text()
@@ -83,7 +83,7 @@ def test_metadata_that_is_too_large(client: Caller) -> None:
     assert client.infer(request(blank()), metadata=(("x", "y" * 20_000),)).outputs
 
 
-def test_slow_clients_hold_up_nobody(process: Process, client: Caller) -> None:
+def test_slow_clients_delay_no_other(process: Process, client: Caller) -> None:
     """Five hundred calls that have begun, on five connections, and send nothing."""
     path = f"/{SERVICE}/ModelInfer".encode()
     slow = [begin(grpc_port(process), path, 100) for _ in range(5)]
@@ -175,7 +175,7 @@ def test_a_model_that_is_still_being_loaded(deployed: Path) -> None:
         assert process.stop() == 0
 
 
-def test_a_call_that_is_under_way_is_answered_after_sigterm(deployed: Path) -> None:
+def test_a_call_in_progress_is_answered_after_sigterm(deployed: Path) -> None:
     with standing(deployed / "bundle") as server, caller(grpc_port(server)) as client:
         call = client.start(request(blank()))
         server.entered()
@@ -249,7 +249,7 @@ def test_a_new_bundle_without_losing_a_call(bundle: Path) -> None:
         assert process.stop() == 0
 
 
-def test_without_its_packages(deployed: Path) -> None:
+def test_missing_packages(deployed: Path) -> None:
     """They are not imported unless they are needed, and missed in one line."""
     with command(deployed / "bundle", before=BLOCKED) as process:
         process.wait_ready()
@@ -260,7 +260,7 @@ def test_without_its_packages(deployed: Path) -> None:
         assert process.lines == [f"eps-serve: error: {told}"]
 
 
-def test_when_one_ends_both_do(bundle: Path) -> None:
+def test_http_and_grpc_end_together(bundle: Path) -> None:
     with command(bundle, "--grpc-port", "0", before=BROKEN) as process:
         assert process.wait() == 1
         assert "grpcio is broken" in process.lines[-1]

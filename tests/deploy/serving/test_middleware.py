@@ -1,4 +1,4 @@
-"""What is around every request, and above all what happens when something goes wrong inside."""
+"""HTTP middleware: errors as JSON, authentication, access log, and errors inside."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from eps_deploy.serving.metrics import Metrics
-from eps_deploy.serving.middleware import Frame, Receive, Scope, Send, send_json
+from eps_deploy.serving.middleware import Access, HttpMiddleware, Receive, Scope, Send, send_json
 from eps_deploy.serving.protocol import ApiError, InferenceFailed
 
 
@@ -20,7 +20,7 @@ def make_metrics() -> Metrics:
 
 
 class Asked:
-    """One request to a frame around an application that raises `error`, or answers."""
+    """One request to a middleware around an application that raises `error`, or answers."""
 
     def __init__(
         self,
@@ -34,11 +34,12 @@ class Asked:
     ) -> None:
         self.messages: list[MutableMapping[str, Any]] = []
         self.metrics = make_metrics()
-        frame = Frame(self._inner, self.metrics, token=token, log_requests=log_requests)
+        access = Access(self.metrics, token=token, log_requests=log_requests)
+        middleware = HttpMiddleware(self._inner, access)
         self._error, self._late = error, late
         given = [(name.replace("_", "-").encode(), v.encode()) for name, v in headers.items()]
         scope = {"type": "http", "method": "GET", "path": path, "headers": given}
-        asyncio.run(frame(scope, self._receive, self._send))
+        asyncio.run(middleware(scope, self._receive, self._send))
 
     async def _receive(self) -> MutableMapping[str, Any]:
         return {"type": "http.disconnect"}
@@ -72,7 +73,7 @@ def log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> An
     return caplog
 
 
-def test_a_refusal_in_the_protocols_form() -> None:
+def test_an_api_error_as_json() -> None:
     asked = Asked(ApiError("too many", status=503, reason="queue-full", retry_after=7))
     assert (asked.status, asked.json) == (503, {"error": "too many"})
     assert asked.headers[b"retry-after"] == b"7"
@@ -85,13 +86,13 @@ def test_an_engine_that_fails(log: Any) -> None:
     assert [record.facts["reason"] for record in log.records] == ["engine"]
 
 
-def test_our_own_mistake_is_logged_and_not_told(log: Any) -> None:
+def test_an_unexpected_exception_is_logged_and_not_sent(log: Any) -> None:
     asked = Asked(KeyError("/a/path/of/this/host"))
     assert (asked.status, asked.json) == (500, {"error": "internal error"})
     assert "/a/path/of/this/host" in str(log.records[0].exc_info)
 
 
-def test_after_the_answer_has_begun_nothing_is_sent() -> None:
+def test_an_error_after_the_response_has_started_sends_nothing() -> None:
     asked = Asked(ApiError("the client went away"), late=True)
     assert [message["type"] for message in asked.messages] == [
         "http.response.start",
@@ -100,7 +101,7 @@ def test_after_the_answer_has_begun_nothing_is_sent() -> None:
 
 
 @pytest.mark.parametrize("given", ["", "x y", "x" * 129, "ä"])
-def test_a_request_id_that_is_none_is_replaced(given: str) -> None:
+def test_an_invalid_request_id_is_replaced(given: str) -> None:
     found = Asked(x_request_id=given).headers[b"x-request-id"]
     assert len(found) == 16
     assert found != Asked(x_request_id=given).headers[b"x-request-id"]
@@ -108,11 +109,11 @@ def test_a_request_id_that_is_none_is_replaced(given: str) -> None:
 
 
 @pytest.mark.parametrize("given", ["", "00-1-2-01", f"00-{'0' * 32}-{'b' * 16}-01", "x" * 55])
-def test_a_trace_that_is_none_is_not_passed_on(given: str) -> None:
+def test_an_invalid_traceparent_is_dropped(given: str) -> None:
     assert b"traceparent" not in Asked(traceparent=given).headers
 
 
-def test_a_token_is_asked_for_before_anything_else() -> None:
+def test_the_token_is_checked_first() -> None:
     error = AssertionError("must not be reached")
     assert Asked(error, token=b"secret", path="/v1/card").status == 401
     assert Asked(error, token=b"secret", authorization="Bearer sécret").status == 401
@@ -121,7 +122,7 @@ def test_a_token_is_asked_for_before_anything_else() -> None:
     assert Asked(token=b"secret", path="/v2/health/live").status == 200
 
 
-def test_what_is_logged(log: Any) -> None:
+def test_access_log(log: Any) -> None:
     for error in (None, ApiError("wrong"), ApiError("busy", status=503)):
         Asked(error)
     assert not log.records

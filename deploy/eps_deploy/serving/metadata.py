@@ -1,35 +1,24 @@
-"""What the server says of itself and of its model, in the protocol's and Triton's words."""
+"""Metadata of the server and its model, in the words of KServe v2 and of Triton's extensions."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
+from importlib.metadata import version
 from typing import Any
 
 from eps_deploy.engines.base import INPUT_NAME, OUTPUT_NAME
 from eps_deploy.serving.metrics import Statistic, Totals
 from eps_deploy.serving.model import VERSION
 from eps_deploy.serving.protocol import DATATYPE
-from eps_deploy.serving.service import Served
-
-_EXTENSIONS = ("binary_tensor_data", "classification", "model_configuration", "statistics")
+from eps_deploy.serving.service import ServedModel
 
 
-def server(allow_load: bool) -> dict[str, Any]:
-    return _server([*_EXTENSIONS, *(["model_repository"] if allow_load else [])])
+def server(*extensions: str) -> dict[str, Any]:
+    return {"name": "eps-serve", "version": version("eps-resnet"), "extensions": list(extensions)}
 
 
-def rpc_server() -> dict[str, Any]:
-    """As :func:`server`; gRPC has the calls of the protocol itself and none of Triton's."""
-    return _server(["classification"])
-
-
-def _server(extensions: list[str]) -> dict[str, Any]:
-    from importlib.metadata import version
-
-    return {"name": "eps-serve", "version": version("eps-resnet"), "extensions": extensions}
-
-
-def model(served: Served) -> dict[str, Any]:
+def model(served: ServedModel) -> dict[str, Any]:
     signature = served.signature
     return {
         "name": signature.name,
@@ -44,14 +33,14 @@ def model(served: Served) -> dict[str, Any]:
     }
 
 
-def config(served: Served) -> dict[str, Any]:
-    """As Triton's `config`: sizes are without the batch."""
+def config(served: ServedModel) -> dict[str, Any]:
+    """The model configuration as Triton has it: sizes are without the batch."""
     signature = served.signature
     engine = served.model.engines[0].describe()
     on_cpu = engine.get("provider") == "CPUExecutionProvider"
-    further = {"preprocessing": json.dumps(served.model.bundle.preprocessing.described())}
+    parameters = {"preprocessing": json.dumps(served.model.bundle.preprocessing.described())}
     if "provider" in engine:
-        further["execution_provider"] = str(engine["provider"])
+        parameters["execution_provider"] = str(engine["provider"])
     return {
         "name": signature.name,
         "platform": served.model.platform,
@@ -67,12 +56,9 @@ def config(served: Served) -> dict[str, Any]:
             {"name": OUTPUT_NAME, "data_type": "TYPE_FP32", "dims": [len(signature.labels)]}
         ],
         "instance_group": [
-            {
-                "count": len(served.model.engines),
-                "kind": "KIND_CPU" if on_cpu else "KIND_GPU",
-            }
+            {"count": len(served.model.engines), "kind": "KIND_CPU" if on_cpu else "KIND_GPU"}
         ],
-        "parameters": {key: {"string_value": value} for key, value in further.items()},
+        "parameters": {key: {"string_value": value} for key, value in parameters.items()},
     }
 
 
@@ -81,14 +67,15 @@ def index(name: str, ready: bool) -> list[dict[str, str]]:
     return [{"name": name, "version": VERSION, "state": state, "reason": ""}]
 
 
-def statistics(served: Served, totals: Totals) -> dict[str, Any]:
-    nothing = Statistic().to_dict()
+def statistics(served: ServedModel, totals: Totals) -> dict[str, Any]:
+    """The model's statistics as Triton has them."""
+    none = asdict(Statistic())
     batches = [
         {
             "batch_size": size,
-            "compute_input": nothing,
-            "compute_infer": statistic.to_dict(),
-            "compute_output": nothing,
+            "compute_input": none,
+            "compute_infer": asdict(statistic),
+            "compute_output": none,
         }
         for size, statistic in sorted(totals.by_batch.items())
     ]
@@ -99,12 +86,12 @@ def statistics(served: Served, totals: Totals) -> dict[str, Any]:
         "inference_count": totals.images,
         "execution_count": totals.batches,
         "inference_stats": {
-            "success": totals.success.to_dict(),
-            "fail": totals.fail.to_dict(),
-            "queue": totals.queue.to_dict(),
-            "compute_input": nothing,
-            "compute_infer": totals.compute.to_dict(),
-            "compute_output": nothing,
+            "success": asdict(totals.success),
+            "fail": asdict(totals.fail),
+            "queue": asdict(totals.queue),
+            "compute_input": none,
+            "compute_infer": asdict(totals.compute),
+            "compute_output": none,
         },
         "batch_stats": batches,
     }

@@ -1,4 +1,4 @@
-"""No client is let in to an engine that does not answer what the network answered in torch."""
+"""Replay of the stored samples: an engine that differs from torch is not served."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from eps_deploy.bundle import load_bundle, open_engine, prove, warm
+from eps_deploy.bundle import load_bundle, open_engine, prove, replay
 from eps_deploy.engines.base import EngineError, Images, Logits
 
 
@@ -36,7 +36,7 @@ class Bent:
     def __exit__(self, *_: object) -> None: ...
 
 
-def test_an_engine_that_is_right(deployed: Path) -> None:
+def test_an_engine_that_equals_torch(deployed: Path) -> None:
     bundle = load_bundle(deployed / "bundle")
     with open_engine(bundle) as engine:
         watched = Bent(engine, lambda logits: logits)
@@ -56,7 +56,7 @@ def test_a_gpu_prepares_each_batch_size_before_a_client_needs_it(
         prove(bundle, watched, "here")
         assert watched.sizes == set(range(1, 33))
         watched.sizes.clear()
-        warm(bundle, watched)
+        replay(bundle, watched, "here")
         assert watched.sizes == set(range(1, 33))
 
 
@@ -68,13 +68,13 @@ def test_a_gpu_prepares_each_batch_size_before_a_client_needs_it(
         (lambda logits: np.full_like(logits, np.nan), "not finite"),
     ],
 )
-def test_an_engine_that_is_wrong(deployed: Path, bend: Any, told: str) -> None:
+def test_an_engine_that_differs_from_torch(deployed: Path, bend: Any, told: str) -> None:
     bundle = load_bundle(deployed / "bundle")
     with open_engine(bundle) as engine, pytest.raises(EngineError, match=told):
         prove(bundle, Bent(engine, bend), "here")
 
 
-def test_int8_kernels_have_a_limit_too(deployed: Path) -> None:
+def test_the_limit_of_int8(deployed: Path) -> None:
     """They may round otherwise than the file says; a network that answers otherwise is refused."""
     bundle = load_bundle(deployed / "bundle")
     bundle = replace(bundle, manifest={**bundle.manifest, "precision": "int8"})

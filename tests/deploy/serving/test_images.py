@@ -1,4 +1,4 @@
-"""Pictures from strangers: three formats, whatever their size; bombs are not opened."""
+"""Decoding of images: three formats, any size, decompression bombs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from eps_core.preprocessing import Preprocessing
-from eps_deploy.serving.protocol import ApiError, decode
+from eps_deploy.serving.protocol import ApiError, decode_image
 
 PREPROCESSING = Preprocessing(resize=(16, 16), crop=(8, 8), color="rgb")
 MOST = 100_000
@@ -32,27 +32,27 @@ def noise(width: int, height: int) -> Image.Image:
 
 def refused(content: bytes) -> str:
     with pytest.raises(ApiError) as caught:
-        decode(content, PREPROCESSING, MOST)
+        decode_image(content, PREPROCESSING, MOST)
     assert caught.value.status == 400
     return str(caught.value)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_as_the_evaluation_reads_a_file(kind: str, tmp_path: Path) -> None:
+def test_pixels_equal_those_of_evaluation(kind: str, tmp_path: Path) -> None:
     content = encoded(noise(40, 30), kind)
-    (tmp_path / "picture").write_bytes(content)
-    found = decode(content, PREPROCESSING, MOST)
-    np.testing.assert_array_equal(found[0], PREPROCESSING.read(tmp_path / "picture"))
+    (tmp_path / "image").write_bytes(content)
+    found = decode_image(content, PREPROCESSING, MOST)
+    np.testing.assert_array_equal(found[0], PREPROCESSING.read(tmp_path / "image"))
     assert found.shape == (1, 3, 8, 8)
 
 
-def test_a_picture_on_its_side() -> None:
+def test_exif_rotation() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     turned = encoded(noise(40, 30), "PNG", exif=exif)
     upright = encoded(noise(40, 30).transpose(Image.Transpose.ROTATE_270), "PNG")
     np.testing.assert_array_equal(
-        decode(turned, PREPROCESSING, MOST), decode(upright, PREPROCESSING, MOST)
+        decode_image(turned, PREPROCESSING, MOST), decode_image(upright, PREPROCESSING, MOST)
     )
 
 
@@ -62,12 +62,12 @@ def test_other_formats(kind: str) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"text", b"\x89PNG\r\n\x1a\n", bytes(1000)])
-def test_what_is_no_picture(content: bytes) -> None:
+def test_not_an_image(content: bytes) -> None:
     assert refused(content)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_damaged_pictures(kind: str) -> None:
+def test_damaged_images(kind: str) -> None:
     """Cut or changed anywhere: an answer, or a refusal that names no address and no path."""
     content = encoded(noise(40, 30), kind)
     draw = np.random.default_rng(0)
@@ -78,7 +78,7 @@ def test_damaged_pictures(kind: str) -> None:
             damaged[at] = draw.integers(256)
         for wrong in (bytes(damaged), content[: draw.integers(len(content))]):
             try:
-                decode(wrong, PREPROCESSING, MOST)
+                decode_image(wrong, PREPROCESSING, MOST)
             except ApiError as error:
                 messages.append(str(error))
     assert messages
@@ -96,13 +96,13 @@ def bomb(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
-def test_a_bomb_is_refused_by_its_header() -> None:
+def test_a_decompression_bomb_is_rejected_by_its_header() -> None:
     assert "9000 x 9000 pixels; at most 100000" in refused(bomb(9000, 9000))
     assert "decompression bomb" in refused(bomb(30_000, 30_000))  # Pillow's own words
     assert "pixels; at most" in refused(encoded(Image.new("1", (400, 400)), "PNG"))
 
 
-def test_a_picture_that_scaling_would_blow_up() -> None:
+def test_an_image_too_large_after_scaling() -> None:
     assert "too long and thin" in refused(encoded(Image.new("RGB", (1, 5000)), "PNG"))
     assert "too long and thin" in refused(encoded(Image.new("RGB", (5000, 1)), "PNG"))
-    assert decode(encoded(Image.new("RGB", (1, 300)), "PNG"), PREPROCESSING, MOST).shape
+    assert decode_image(encoded(Image.new("RGB", (1, 300)), "PNG"), PREPROCESSING, MOST).shape

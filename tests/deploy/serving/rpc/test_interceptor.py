@@ -1,4 +1,4 @@
-"""What is around every call, and above all what happens when something goes wrong inside."""
+"""gRPC interceptor: errors as status codes, authentication, access log, and errors inside."""
 
 from __future__ import annotations
 
@@ -10,11 +10,16 @@ import grpc
 import pytest
 from grpc import aio
 
+from eps_deploy.serving.middleware import Access
 from eps_deploy.serving.protocol import ApiError, InferenceFailed, busy
-from eps_deploy.serving.rpc.frame import Frame
-from tests.deploy.serving.test_frame import make_metrics
+from eps_deploy.serving.rpc.interceptor import RpcInterceptor
+from tests.deploy.serving.test_middleware import make_metrics
 
 CODE = grpc.StatusCode
+
+
+def make_access() -> Access:
+    return Access(make_metrics(), token=None, log_requests=False)
 
 
 class Context:
@@ -61,8 +66,9 @@ class Asked(Context):
         asyncio.run(self._ask(token, log_requests, open))
 
     async def _ask(self, token: bytes | None, log_requests: bool, open: bool) -> None:
-        frame = Frame(self.metrics, token=token, log_requests=log_requests, most=1)
-        handler = frame.handler("ModelInfer", self._inner, open=open)
+        access = Access(self.metrics, token=token, log_requests=log_requests)
+        interceptor = RpcInterceptor(access, max_calls=1)
+        handler = interceptor.handler("ModelInfer", self._inner, open=open)
         try:
             self.answer = await handler.stream_unary(None, self)
         except (aio.AbortError, asyncio.CancelledError):
@@ -107,7 +113,7 @@ def test_an_answer() -> None:
     ],
     ids=lambda value: getattr(value, "name", ""),
 )
-def test_a_refusal_as_a_status(refusal: Exception, code: Any) -> None:
+def test_an_api_error_as_a_status_code(refusal: Exception, code: Any) -> None:
     asked = Asked(refusal, x_request_id="mine")
     assert (asked.code, asked.details) == (code, str(refusal))
     assert asked.counted(code.name)
@@ -118,7 +124,7 @@ def test_a_refusal_as_a_status(refusal: Exception, code: Any) -> None:
     assert asked.trailing.get("grpc-retry-pushback-ms") == again
 
 
-def test_our_own_mistake_is_logged_and_not_told(log: Any) -> None:
+def test_an_unexpected_exception_is_logged_and_not_sent(log: Any) -> None:
     asked = Asked(KeyError("/a/path/of/this/host"))
     assert (asked.code, asked.details) == (CODE.INTERNAL, "internal error")
     assert "/a/path/of/this/host" in str(log.records[0].exc_info)
@@ -135,7 +141,7 @@ def test_a_client_that_goes_away(remaining: float | None, code: str, reason: str
     assert asked.metrics.refused == {reason: 1}
 
 
-def test_a_token_is_asked_for_before_anything_else() -> None:
+def test_the_token_is_checked_first() -> None:
     error = AssertionError("must not be reached")
     for given in ("", "secret", "Bearer wrong", "Bearer sécret", "Basic secret"):
         asked = Asked(error, token=b"secret", authorization=given)
@@ -145,7 +151,7 @@ def test_a_token_is_asked_for_before_anything_else() -> None:
     assert Asked(token=b"secret", open=True).answer == b"answer"
 
 
-def test_what_is_logged(log: Any) -> None:
+def test_access_log(log: Any) -> None:
     for error in (None, ApiError("wrong"), busy("full", reason="queue-full")):
         Asked(error)
     assert not log.records
@@ -157,16 +163,19 @@ def test_what_is_logged(log: Any) -> None:
     assert facts[1]["reason"] == "invalid"
 
 
-def test_more_calls_than_there_may_be() -> None:
+def test_too_many_calls_in_progress() -> None:
     async def body() -> None:
-        frame = Frame(make_metrics(), token=None, log_requests=False, most=1)
+        interceptor = RpcInterceptor(make_access(), max_calls=1)
         go = asyncio.Event()
 
         async def wait(context: Any) -> bytes:
             await go.wait()
             return b"answer"
 
-        handler, probe = frame.handler("ModelInfer", wait), frame.handler("Live", wait, open=True)
+        handler, probe = (
+            interceptor.handler("ModelInfer", wait),
+            interceptor.handler("Live", wait, open=True),
+        )
         first = asyncio.create_task(handler.stream_unary(None, Context({}, None)))
         await asyncio.sleep(0)
         second = Context({}, None)
@@ -182,9 +191,9 @@ def test_more_calls_than_there_may_be() -> None:
     asyncio.run(body())
 
 
-def test_answers_are_kept_back_while_the_server_ends() -> None:
+def test_answers_are_held_back_during_shutdown() -> None:
     async def body() -> None:
-        frame = Frame(make_metrics(), token=None, log_requests=False, most=9)
+        interceptor = RpcInterceptor(make_access(), max_calls=9)
         asked: list[Context] = [Context({}, None), Context({}, None)]
 
         async def fine(context: Any) -> bytes:
@@ -193,16 +202,18 @@ def test_answers_are_kept_back_while_the_server_ends() -> None:
         async def wrong(context: Any) -> bytes:
             raise ApiError("wrong")
 
-        frame.hold()
+        interceptor.hold()
         held = [
-            asyncio.create_task(frame.handler("ModelInfer", answer).stream_unary(None, context))
+            asyncio.create_task(
+                interceptor.handler("ModelInfer", answer).stream_unary(None, context)
+            )
             for answer, context in zip((fine, wrong), asked, strict=True)
         ]
         for _ in range(10):
             await asyncio.sleep(0)
         assert not any(task.done() for task in held)
         assert asked[1].code is CODE.OK
-        frame.release()
+        interceptor.release()
         assert await held[0] == b"answer"
         with pytest.raises(aio.AbortError):
             await held[1]

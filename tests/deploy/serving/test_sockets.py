@@ -1,4 +1,4 @@
-"""Sockets that listen, and the files that connections need."""
+"""Listening sockets and the limit of open files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from eps_core.errors import ConfigError
 from eps_deploy.serving.server import accepted, allow_files, listen
 
 
-def test_a_port_of_its_own() -> None:
+def test_a_free_port_and_a_port_that_is_taken() -> None:
     with listen("localhost", 0) as first:
         port = first.getsockname()[1]
         with pytest.raises(ConfigError, match=f"--port {port}: Address already in use"):
@@ -19,7 +19,7 @@ def test_a_port_of_its_own() -> None:
             listen("localhost", port, "--grpc-port")
 
 
-def test_connections_that_wait_when_the_listener_is_closed() -> None:
+def test_waiting_connections_are_returned_when_the_listener_is_closed() -> None:
     listener = listen("127.0.0.1", 0)
     with socket.create_connection(listener.getsockname()) as client:
         (connection,) = accepted(listener)
@@ -29,7 +29,7 @@ def test_connections_that_wait_when_the_listener_is_closed() -> None:
     assert listener.fileno() == -1
 
 
-def test_more_files_than_there_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_files(monkeypatch: pytest.MonkeyPatch) -> None:
     resource = pytest.importorskip("resource")
     monkeypatch.setattr(resource, "getrlimit", lambda _: (256, 1000))
     with pytest.raises(ConfigError, match=r"2000 connections need 2064 .* \(ulimit -n 2064\)"):
