@@ -1,6 +1,6 @@
-"""`report.json`: everything that was measured, every check, and what was not run and why.
+"""The entries of `report.json`: checks with their outcome, measurements, and the environment.
 
-`report.schema.json` beside this module describes every key with its unit (JSON Schema 2020-12).
+`eps_deploy.report.schema` declares the format.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from eps_deploy.bench.machine import machine
 from eps_deploy.export.half import LARGEST, Peak
 from eps_deploy.export.mixed_precision import Repair
 from eps_deploy.precision import Precision
+from eps_deploy.report.schema import SCHEMA as SCHEMA
+from eps_deploy.report.schema import parse
 
-SCHEMA = 2
 _PACKAGES = (
     "eps-resnet",
     "torch",
@@ -272,7 +273,8 @@ def verdict(checks: Iterable[Check], *, deferred: bool = False) -> bool | None:
 
 
 def write_json(path: Path, report: dict[str, Any]) -> None:
-    # NaN is no JSON: other programs could not read the file.
+    """Write `report.json`; raises ValueError if `report` does not follow its format."""
+    parse(report)
     path.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 

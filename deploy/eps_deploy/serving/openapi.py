@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from functools import cache
 from importlib.metadata import version
-from importlib.resources import files
 from typing import Any
 
 from eps_deploy.engines.base import INPUT_NAME, OUTPUT_NAME
+from eps_deploy.report.schema import json_schema
 from eps_deploy.serving.model import VERSION
 from eps_deploy.serving.protocol import DATATYPE, JSON_LENGTH, Signature
 
@@ -358,7 +358,7 @@ def _figures() -> Schema:
 @cache
 def _report() -> dict[str, Any]:
     """The schema of `report.json`, with its references as they are in OpenAPI."""
-    text = files("eps_deploy").joinpath("report/report.schema.json").read_text("utf-8")
+    text = json.dumps(json_schema())
     schema: dict[str, Any] = json.loads(text.replace("#/$defs/", "#/components/schemas/"))
     return schema
 
