@@ -1,4 +1,4 @@
-"""`eps-doctor`: what works was tried, what does not comes with what helps; it always answers."""
+"""`eps-doctor`: every part is tried, each problem has a remedy, and the exit code is 0."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 
 from eps_deploy.bench.machine import Gpu
 from eps_deploy.cli import doctor as doctor
-from eps_deploy.cli.doctor import Findings, ask_process, examine, lines, main
+from eps_deploy.cli.doctor import Diagnosis, ask_process, examine, lines, main
 from tests.commands import run
 
 H100 = Gpu(
@@ -58,7 +58,7 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("eps_deploy.bench.machine.driver_version", lambda: None)
 
 
-def missing(found: Findings) -> dict[str, tuple[str, ...]]:
+def missing(found: Diagnosis) -> dict[str, tuple[str, ...]]:
     return {ability.name: ability.missing for ability in found.abilities}
 
 
@@ -162,7 +162,38 @@ def test_a_torch_built_for_the_cpu() -> None:
 
     parts = {part.name: part for part in examine(CpuTorch()).parts}
     assert parts["torch"].works
-    assert parts["torch on a GPU"].found == "built for the CPU alone, sees no GPU"
+    assert parts["torch on a GPU"].found == "built for the CPU only, finds no GPU"
+
+
+REGISTER = (
+    "ONNX Runtime cannot load it: /onnxruntime_src/onnxruntime/python/pybind_state.cc:505 void"
+    " onnxruntime::python::RegisterTensorRTPluginsAsCustomOps(PySessionOptions&, const"
+    " ProviderOptions&) Please install TensorRT libraries as mentioned in the GPU requirements"
+    " page, make sure they're in the PATH or LD_LIBRARY_PATH, and that your GPU is supported."
+)
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize(
+    ("problem", "found"),
+    [
+        (
+            f"{REGISTER} (libnvinfer.so.10: cannot open shared object file)",
+            "libnvinfer.so.10: cannot open shared object file",
+        ),
+        (REGISTER, "ONNX Runtime cannot load it: Please install TensorRT libraries as mentioned"),
+        ("no TensorRT provider; install it", "no TensorRT provider"),
+    ],
+    ids=["logged", "exception", "ours"],
+)
+def test_a_long_reason_is_one_short_line(problem: str, found: str) -> None:
+    report = examine(Pretended(provider_tensorrt=problem))
+    (part,) = (part for part in report.parts if part.name == "ONNX Runtime on TensorRT")
+    assert part.found.startswith(found)
+    assert len(part.found) <= 100
+    assert part.facts["problem"] == problem
+    (line,) = (line for line in lines(report) if line.startswith("  ONNX Runtime on TensorRT  no"))
+    assert line.endswith(part.found)
 
 
 def test_probes_of_what_is_here() -> None:

@@ -55,10 +55,10 @@ def test_a_flipped_byte_anywhere_is_refused_in_one_line(bundle: Path) -> None:
 
 
 @pytest.mark.parametrize("option", [["--checkpoint", "ckpt.pt"], ["--no-data"]])
-def test_what_is_for_compact_networks_alone_is_refused(bundle: Path, option: list[str]) -> None:
+def test_an_option_of_compact_networks_is_rejected(bundle: Path, option: list[str]) -> None:
     result = verify(bundle, *option)
     assert result.code == 1
-    assert f"{option[0]}: is for a compact.pt" in result.error
+    assert f"{option[0]}: only applies to a compact.pt" in result.error
 
 
 def test_an_empty_folder(tmp_path: Path) -> None:
