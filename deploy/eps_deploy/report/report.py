@@ -160,15 +160,15 @@ def precision_entry(
     kept: Sequence[str] = (),
     repair: Repair | None = None,
 ) -> dict[str, Any]:
-    """What was asked for, and what the model file and the runtime made of it.
+    """Requested precision and the types in which layers compute.
 
     Args:
-        precision: the choice.
-        graph: how many Conv, Gemm and MatMul nodes of model.onnx compute in each type.
-        executed: the same of what the runtime really runs; None where it does not tell.
+        precision: requested precision.
+        graph: number of Conv, Gemm and MatMul nodes of model.onnx by type.
+        executed: the same as the runtime executes them; None if it does not report it.
         calibration: `samples`, `method` and `sha256`, for int8.
         kept: blocks that `--repair` kept in higher precision.
-        repair: how they were found; None without `--repair`.
+        repair: result of `--repair`; None without it.
     """
     found = repair and {
         "trials": repair.trials,
@@ -189,12 +189,12 @@ def precision_entry(
 def blocks_entry(
     blocks: Sequence[str], gone: Collection[str], live: Collection[str] = ()
 ) -> dict[str, Any]:
-    """All residual `blocks` in the order of computation, with what became of each.
+    """Residual blocks and their states, in the order of computation.
 
     Args:
-        blocks: names, each the name of its stage, a dot, and its place there.
-        gone: those that the compact network has no more.
-        live: those of `gone` whose gate was open: removing them was not lossless.
+        blocks: names of all blocks, each the name of its stage, a dot, and its position there.
+        gone: blocks that were removed.
+        live: blocks of `gone` whose gate was open, so that removing them was not lossless.
     """
     states = {name: "removed" if name in live else "dead" for name in gone}
     return {
@@ -253,9 +253,10 @@ def _comparison(found: Comparison | Latency) -> dict[str, Any]:
 
 
 def environment(engine: Mapping[str, Any]) -> dict[str, Any]:
-    """Where the numbers come from: versions, processor, threads. Nothing that names the machine.
+    """Versions, processor and threads; nothing that identifies the machine.
 
-    `engine` is what the engine says of itself.
+    Args:
+        engine: result of `Engine.describe`.
     """
     return {
         "engine": dict(engine),
@@ -265,7 +266,7 @@ def environment(engine: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def verdict(checks: Iterable[Check], *, deferred: bool = False) -> bool | None:
-    """False when a check failed; None when there is none, or the engine is still to be built."""
+    """False if a check failed; None without checks, or if the engine is not built yet."""
     outcomes = [check.passed for check in checks]
     if not all(outcomes):
         return False

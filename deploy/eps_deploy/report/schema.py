@@ -21,8 +21,8 @@ def doc(text: str) -> Meta:
     return Meta(description=text)
 
 
-def unit(name: str, **limits: float) -> Meta:
-    return Meta(extra_json_schema={"unit": name}, **limits)
+def unit(name: str, *, ge: float | None = None, le: float | None = None) -> Meta:
+    return Meta(extra_json_schema={"unit": name}, ge=ge, le=le)
 
 
 # -- Types of values, by their unit

@@ -40,7 +40,7 @@ def test_it_needs_no_torch(bundle: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_a_flipped_byte_anywhere_is_refused_in_one_line(bundle: Path) -> None:
+def test_a_flipped_byte_anywhere_is_rejected_in_one_line(bundle: Path) -> None:
     rng = random.Random(0)
     files = sorted(path for path in bundle.rglob("*") if path.is_file())
     for path in files:

@@ -140,7 +140,7 @@ def test_a_shortcut_that_halves_an_odd_image(tmp_path: Path) -> None:
         np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
-def test_an_image_size_that_is_not_fixed_is_refused() -> None:
+def test_an_image_size_that_is_not_fixed_is_rejected() -> None:
     model = model_of("AveragePool", kernel_shape=[2, 2], strides=[2, 2], ceil_mode=1)
     model.graph.input[0].type.tensor_type.shape.dim[2].dim_param = "H"
     with pytest.raises(GraphError, match="pool: an average pool with ceil_mode whose image size"):

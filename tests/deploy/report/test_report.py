@@ -56,7 +56,7 @@ def test_parity_check() -> None:
     assert "equal to the last bit" in checked(replace(PARITY, relative=0.0, limit=0.0)).text
 
 
-def test_a_stage_without_a_limit_is_told_and_not_judged() -> None:
+def test_a_stage_without_a_limit_is_reported_and_not_judged() -> None:
     stage = replace(PARITY, limit=None)
     assert report.parity_check(stage) is None
     entry = report.parity_entry(stage)
@@ -193,7 +193,7 @@ def test_what_does_not_follow_the_format_is_rejected(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_whole_of_a_latency_is_told() -> None:
+def test_the_whole_of_a_latency_is_in_the_report() -> None:
     entry = report.latency_entry(LATENCY)
     assert entry["speedup"] == {"median": 2.0, "low": 1.8, "high": 2.2}
     assert entry["throughput"] == {"baseline": 500.0, "compact": 1000.0}
