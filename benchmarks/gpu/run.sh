@@ -62,7 +62,7 @@ stage_bench() { # alone on the machine
 
 stage_tests() {
     step tests python -m pytest -m gpu -q -rfEs -p no:cacheprovider -p no:benchmark -n "${JOBS:-8}" --timeout 280 \
-        --junitxml="$OUT/tests.xml" tests/train tests/compact tests/deploy/doctor tests/deploy/bench
+        --junitxml="$OUT/tests.xml" tests/train tests/compact tests/deploy/cli tests/deploy/bench
 }
 
 stage_chain() { # digits to bundles; a folder with ckpt.pt and baseline.pt in CHECKPOINTS spares the training

@@ -1,8 +1,8 @@
-"""What `eps-doctor` tries, each in a process of its own: `python -m eps_deploy.doctor_probes`.
+"""Probes of `eps-doctor`, each run in a process of its own: `python -m eps_deploy.doctor_probes`.
 
-A library that does not fit its driver may end the process that loads it, and most of them talk on
-stderr; neither must happen to the one that reports. The answer is one JSON object on stdout:
-`{"found": ..., ...}`, or `{"problem": ..., ...}`.
+A library that does not fit its driver may crash the process that loads it, and most of them print
+to stderr; neither may happen to the command itself. The answer is one JSON object on stdout:
+`{"found": ..., ...}` or `{"problem": ..., ...}`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Answer = dict[str, Any]
 
 
 def torch() -> Answer:
-    """Version and CUDA of torch, and whether a product on the GPU comes out right."""
+    """Version and CUDA of torch, and whether a matrix product on each GPU is right."""
     module = import_module("torch")
     answer: Answer = {"found": str(module.__version__), "cuda": module.version.cuda, "gpus": []}
     if not module.cuda.is_available():
@@ -26,19 +26,19 @@ def torch() -> Answer:
     for index in range(module.cuda.device_count()):
         weights = module.ones(64, 64, device=f"cuda:{index}")
         if float((weights @ weights).sum()) != 64.0**3:
-            return {**answer, "problem": f"a matrix product on GPU {index} comes out wrong"}
+            return {**answer, "problem": f"a matrix product on GPU {index} is wrong"}
         answer["gpus"].append(str(module.cuda.get_device_name(index)))
     return answer
 
 
 def onnxruntime() -> Answer:
     module = import_module("onnxruntime")
-    listed = list(module.get_available_providers())  # built for them, which is not to run on them
+    listed = list(module.get_available_providers())  # what it is built for; it may not run on it
     return {"found": str(module.__version__), "listed": listed}
 
 
 def provider(name: str) -> Answer:
-    """Whether a session really runs on it: one that cannot is replaced in silence."""
+    """Whether a session really runs on the provider: ONNX Runtime silently replaces it if not."""
     from eps_deploy.engines.base import EngineError
     from eps_deploy.engines.ort import Provider, try_provider
 
@@ -51,7 +51,7 @@ def provider(name: str) -> Answer:
 
 
 def tensorrt() -> Answer:
-    """Version of TensorRT; where there is a GPU, whether its builder starts on it."""
+    """Version of TensorRT, and whether its builder starts on the GPU, if there is one."""
     from eps_deploy.engines.base import EngineError
     from eps_deploy.engines.trt.cuda import Cuda
     from eps_deploy.engines.trt.plan import listening, load_tensorrt, logger_of
@@ -61,11 +61,11 @@ def tensorrt() -> Answer:
     try:
         cuda = Cuda()
     except EngineError:
-        return {**answer, "builder": "not tried: there is no GPU, or no pycuda to use it with"}
+        return {**answer, "builder": "not tried: no GPU, or no pycuda"}
     with cuda.current(), listening(trt) as log:
         try:
             trt.Builder(logger_of(trt))
-        except Exception as error:  # a builder that does not start is None to pybind11
+        except Exception as error:  # pybind11 raises if the builder is null
             return {"problem": f"{answer['found']} does not start: {log.why()} ({error})"}
     return {**answer, "builder": "starts"}
 
@@ -75,7 +75,7 @@ def tensorrt_rtx() -> Answer:
 
 
 def pycuda() -> Answer:
-    """Version of pycuda, and the GPU with some memory of it taken and given back."""
+    """Version of pycuda and name of the GPU, after some GPU memory was allocated and freed."""
     from eps_deploy.engines.trt.cuda import Cuda
 
     cuda = Cuda()
@@ -96,31 +96,22 @@ def cuda_bindings() -> Answer:
 
 
 def package(name: str) -> Answer:
-    """Version of a package that need only be importable."""
+    """Version of a package that only has to be importable."""
     import_module(name)
     return {"found": version(name)}
 
 
 PROBES: dict[str, Callable[..., Answer]] = {
     probe.__name__: probe
-    for probe in (
-        torch,
-        onnxruntime,
-        provider,
-        tensorrt,
-        tensorrt_rtx,
-        pycuda,
-        cuda_bindings,
-        package,
-    )
-}
+    for probe in (torch, onnxruntime, provider, tensorrt, tensorrt_rtx, pycuda, cuda_bindings)
+} | {"package": package}
 
 
 def main(arguments: list[str]) -> None:
     name, *rest = arguments
     try:
         answer = PROBES[name](*rest)
-    except Exception as error:  # whatever a library may raise is what is wrong with it
+    except Exception as error:  # whatever a library raises is the problem to report
         if isinstance(error, ModuleNotFoundError):
             error = ImportError(f"{error.name} is not installed")
         text = " ".join(str(error).split())

@@ -1,4 +1,4 @@
-"""The command `eps-predict`: labels for pictures, without a server and without torch."""
+"""`eps-predict`: label images with the network of a bundle, without a server and without torch."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ _BATCH = 32
     default=1,
     show_default=True,
     metavar="K",
-    help="Labels each.",
+    help="Number of labels to print for each image, most probable first.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 def cli(bundle: Path, images: tuple[Path, ...], top: int, as_json: bool) -> int:
     """Label each IMAGE with the network in BUNDLE.
 
-    A picture that cannot be read, or for which the network gives no finite numbers, is named on
-    stderr; the others are labelled all the same, and the exit code is 1.
+    An image that cannot be read, or for which the network's logits are not finite, is reported on
+    stderr; the other images are labelled, and the exit code is 1.
     """
     from eps_deploy.bundle import load_bundle, open_engine
 
@@ -46,19 +46,29 @@ def cli(bundle: Path, images: tuple[Path, ...], top: int, as_json: bool) -> int:
             if "error" in answer:
                 errors.append(answer)
                 click.echo(f"eps-predict: error: {answer['error']}", err=True)
-            else:
-                predictions.append(answer)
-                if not as_json:
-                    click.echo(line(answer))
+                continue
+            predictions.append(answer)
+            if not as_json:
+                pairs = [f"{entry['label']}  {entry['probability']:.4f}" for entry in answer["top"]]
+                click.echo("  ".join((f"{answer['image']}:", *pairs)))
     if as_json:
         console.emit_json({"predictions": predictions, "errors": errors})
     return 1 if errors else 0
 
 
+def main() -> NoReturn:
+    console.run(cli)
+
+
 def predict(
     bundle: Bundle, engine: Engine, paths: Sequence[Path], top: int
 ) -> Iterator[dict[str, Any]]:
-    """For each path, in order: `{image, top: [{label, probability}, ...]}` or `{image, error}`."""
+    """Label the images at `paths`, in order.
+
+    Yields:
+        `{image, top: [{label, probability}, ...]}` with the `top` most probable labels, most
+        probable first, or `{image, error}`.
+    """
     import numpy as np
 
     from eps_deploy.engines.base import finite_rows
@@ -67,40 +77,29 @@ def predict(
     for start in range(0, len(paths), batch):
         group = paths[start : start + batch]
         pixels: dict[Path, Images] = {}
-        problems: dict[Path, str] = {}
+        answers: dict[Path, dict[str, Any]] = {}
         for path in group:
             try:
                 pixels[path] = bundle.preprocessing.read(path)
             except DataError as error:
-                problems[path] = str(error)
-        answers = {}
+                answers[path] = {"error": str(error)}
         if pixels:
             logits = engine.infer(np.stack(list(pixels.values())))
-            answers = dict(zip(pixels, logits, strict=True))
-            for path, finite in zip(pixels, finite_rows(logits), strict=True):
-                if not finite:
-                    problems[path] = f"{path}: the network's logits are not finite for this image"
+            for path, row, finite in zip(pixels, logits, finite_rows(logits), strict=True):
+                if finite:
+                    answers[path] = {"top": best(row, bundle.labels, top)}
+                else:
+                    problem = "the network's logits are not finite for this image"
+                    answers[path] = {"error": f"{path}: {problem}"}
         for path in group:
-            if path in problems:
-                yield {"image": str(path), "error": problems[path]}
-            else:
-                yield {"image": str(path), "top": best(answers[path], bundle.labels, top)}
+            yield {"image": str(path), **answers[path]}
 
 
 def best(logits: Any, labels: Sequence[str], top: int) -> list[dict[str, Any]]:
-    """The `top` most probable labels of one image's logits, best first, by softmax."""
+    """The `top` most probable labels of one image's logits `[classes]`, by softmax."""
     import numpy as np
 
     shifted = np.exp(logits.astype(np.float64) - logits.max())
     probabilities = shifted / shifted.sum()
     order = np.argsort(-probabilities, kind="stable")[:top]
     return [{"label": labels[i], "probability": float(probabilities[i])} for i in order.tolist()]
-
-
-def line(answer: dict[str, Any]) -> str:
-    pairs = (f"{entry['label']}  {entry['probability']:.4f}" for entry in answer["top"])
-    return "  ".join((f"{answer['image']}:", *pairs))
-
-
-def main() -> NoReturn:
-    console.run(cli)

@@ -1,4 +1,4 @@
-"""`eps-verify`: prove a compact network or a bundle again, on any machine, from its files."""
+"""`eps-verify`: verify a compact network or a bundle again, on any machine, from its files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import click
 from eps_core import cli as console
 from eps_core.errors import ConfigError
 
-_WORDS = {True: "passed", False: "FAILED", None: "not run"}
+_OUTCOMES = {True: "passed", False: "FAILED", None: "not run"}
 
 
 @click.command()
@@ -18,56 +18,58 @@ _WORDS = {True: "passed", False: "FAILED", None: "not run"}
 @click.option(
     "--checkpoint",
     type=click.Path(path_type=Path),
-    help="Checkpoint that FILE was made from.  [default: where FILE says]",
+    help="Checkpoint that FILE was made from.  [default: the path stored in FILE]",
 )
 @click.option(
     "--data-root",
     type=click.Path(path_type=Path),
     help="Folder with the data set's files; digits needs none.",
 )
-@click.option("--no-data", is_flag=True, help="Prove on random images alone.")
+@click.option("--no-data", is_flag=True, help="Compare outputs on random images only.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON on stdout.")
 def cli(
     file: Path, checkpoint: Path | None, data_root: Path | None, no_data: bool, as_json: bool
 ) -> int:
-    """Prove FILE (compact.pt of eps-compact) or BUNDLE (folder of eps-deploy) again.
+    """Verify FILE (compact.pt of eps-compact) or BUNDLE (folder of eps-deploy) again.
 
-    Of a file, against the checkpoint it was made from: checksums and digests, the list of removed
-    blocks and the evidence of their deaths, every tensor, both proofs (rewriting equal, folding
-    within its bound), and the counts. Held-out images are used where they can be loaded, else
-    random ones alone.
+    A file is verified against the checkpoint that it was made from: checksums and digests, the list
+    of removed blocks and the evidence that they are dead, every tensor, both proofs (rewriting is
+    exact, folding is within its bound), and the counts. The proofs use held-out images if they can
+    be loaded, otherwise random images only.
 
-    Of a bundle, without torch: the SHA-256 of every file, and that the engine gives the stored
-    samples the logits that the network had in torch.
+    A bundle is verified without torch: the SHA-256 of every file, and that for the stored samples
+    the engine gives the logits that the network gave in torch.
 
-    The exit status is 3 when a check fails.
+    The exit code is 3 if a check fails.
     """
     if no_data and data_root is not None:
         raise ConfigError("--no-data: looks at no images; leave out --data-root")
-
     log = console.log()
 
-    def say(line: str) -> None:
+    def report(line: str) -> None:
         log.print(line, markup=False)
 
     if file.is_dir():
-        _refuse({"--checkpoint": checkpoint, "--data-root": data_root, "--no-data": no_data})
+        given = {"--checkpoint": checkpoint, "--data-root": data_root, "--no-data": no_data}
+        for option, value in given.items():
+            if value:
+                raise ConfigError(f"{option}: only applies to a compact.pt; leave it out")
         from eps_deploy.bundle import verify_bundle
 
-        found = verify_bundle(file, report=say)
+        found = verify_bundle(file, report=report)
     else:
         from eps_compact.verification import verify
 
         found = verify(
-            file, checkpoint=checkpoint, data_root=data_root, no_data=no_data, report=say
+            file, checkpoint=checkpoint, data_root=data_root, no_data=no_data, report=report
         )
-    rows = [(check.name, _WORDS[check.passed], check.detail) for check in found.checks]
+    rows = [(check.name, _OUTCOMES[check.passed], check.detail) for check in found.checks]
     table = console.table(f"{file}", ("check", "result", "what was found"), rows)
     for column in table.columns[1:]:
         column.justify = "left"
     log.print(table)
     if not found.lossless:
-        log.print("the certificate says: NOT lossless, live blocks were removed too")
+        log.print("NOT lossless according to the certificate: live blocks were removed too")
     failed = [check.name for check in found.checks if check.passed is False]
     log.print(f"FAILED: {', '.join(failed)}" if failed else "passed")
     if as_json:
@@ -82,12 +84,6 @@ def cli(
             }
         )
     return 0 if found.passed else console.CHECK_FAILED
-
-
-def _refuse(given: dict[str, object]) -> None:
-    for option, value in given.items():
-        if value:
-            raise ConfigError(f"{option}: is for a compact.pt; a bundle is proven from itself")
 
 
 def main() -> NoReturn:

@@ -1,4 +1,4 @@
-"""A trained network as one ONNX file that takes raw pixels: what every engine is built from."""
+"""Export a trained network to one ONNX file that takes raw pixels, the source of every engine."""
 
 from __future__ import annotations
 
@@ -16,26 +16,25 @@ from eps_compact.exporting import FromPixels, quiet
 from eps_core.errors import GraphError
 from eps_deploy.engines.base import INPUT_NAME, OUTPUT_NAME, Images, Logits
 from eps_deploy.export import writer
-from eps_deploy.export.pools import unambiguous
+from eps_deploy.export.pools import resolve_ceil_mode
 from eps_deploy.export.types import check_types
-from eps_deploy.export.writer import BATCH, narrowed
+from eps_deploy.export.writer import BATCH, cast_network
 from eps_deploy.precision import PRECISIONS, Precision
 from eps_train.data.dataset import DataIdentity
 
-OPSET = 18  # the lowest that torch's exporter writes
-# What an exported file is before anything in it is quantised.
+# The precision of a file before quantization, by the type of its weights.
 _FLOATS: dict[str, Precision] = {
     choice.float: choice for choice in (PRECISIONS["fp32"], PRECISIONS["fp16"], PRECISIONS["bf16"])
 }
 
 
 class Deployed(FromPixels):
-    """What ships, and the reference that engines are held to.
+    """A network behind its normalization: the reference for every engine.
 
     Args:
-        network: of normalised float32 images, or of such images as `dtype` if that is another.
-        identity: the data it was trained on.
-        dtype: type that the network computes in, between the normalisation and the logits.
+        network: network of normalized images of type `dtype`.
+        identity: data that it was trained on.
+        dtype: type in which the network computes, between the normalization and the logits.
     """
 
     def __init__(
@@ -53,28 +52,22 @@ class Deployed(FromPixels):
 
     @torch.inference_mode()
     def infer(self, images: Images) -> Logits:
-        """As `Engine.infer`, in torch."""
+        """Compute logits in torch; like `Engine.infer`."""
         device = next(self.normalize.buffers()).device
         logits: Logits = self(torch.from_numpy(images).to(device)).float().cpu().numpy()
         return logits
 
 
 def in_precision(network: nn.Module, identity: DataIdentity, precision: Precision) -> Deployed:
-    """`network` in torch with the float type of `precision`; a copy, unless that is float32.
+    """Return `network` in torch with the float type of `precision`, as a copy unless it is float32.
 
-    The only way to compute bfloat16 where no runtime has it. Raises GraphError when a number does
-    not fit in that type.
+    This is the only way to compute bfloat16 where no runtime supports it. Raises GraphError if a
+    number does not fit in the type.
     """
-    dtype = dtype_of(precision)
+    dtype = _dtype(precision)
     if dtype is torch.float32:
         return Deployed(network, identity)
-    return Deployed(narrowed(network, dtype), identity, dtype)
-
-
-def dtype_of(precision: Precision) -> torch.dtype:
-    """The torch type of what is not quantised."""
-    found: torch.dtype = getattr(torch, precision.float)
-    return found
+    return Deployed(cast_network(network, dtype), identity, dtype)
 
 
 def export_onnx(
@@ -86,36 +79,47 @@ def export_onnx(
     source: str = "",
     kept: Collection[str] = (),
 ) -> None:
-    """Write `model` behind its normalisation to `path`, checked, with the weights inside.
+    """Export `model` behind its normalization to `path`, checked, with the weights inside.
 
     The graph takes `images` uint8 `[N, C, H, W]`, N dynamic, and gives `logits` float32
-    `[N, classes]`; what is between, but for the normalisation, is in the float type of `precision`.
-    A quantised one is exported in that type too, for `quantize` to go on with. The same network
+    `[N, classes]`. The normalization is in float32, everything from there to the logits in the
+    float type of `precision`, also if it is a quantized one (see `quantize`). The same network
     gives the same bytes.
 
     Args:
-        model: a float32 network of normalised images, in any mode; it is exported in evaluation
-            mode.
-        identity: the data it was trained on: image shape, mean, std, classes.
-        path: the file to write.
-        precision: the float type that it takes; see `eps_deploy.precision`.
-        source: digest of the file that the network came from, kept in the ONNX metadata.
-        kept: blocks, by name, that stay in float32 for the sake of accuracy.
+        model: float32 network of normalized images, exported in evaluation mode whatever its mode.
+        identity: data that it was trained on: image shape, mean, std, classes.
+        path: file to write.
+        precision: precision of the file.
+        source: digest of the file that the network came from, stored in the ONNX metadata.
+        kept: names of blocks that stay in float32 for the sake of accuracy.
 
     Raises:
         GraphError: torch cannot express the network in ONNX, a number does not fit in the type, or
-            ONNX finds the result unsound.
+            ONNX's checker rejects the result.
     """
     was_training = model.training
     model.eval()
     try:
-        _check_ends(model, identity)
-        proto = _written(model, identity, precision, kept)
+        _check_classes(model, identity)
+        proto = None
+        if isinstance(model, fx.GraphModule):
+            folded, _ = folding.fold(model)
+            proto = writer.write(folded, identity, _dtype(precision), _opset(precision), kept)
         if proto is None:
-            proto = _traced(model, identity, precision, kept)
-        unambiguous(proto)
-        _label(proto, source, precision, kept)
-        _verify(proto, identity)
+            proto = _trace(model, identity, precision, kept)
+        resolve_ceil_mode(proto)
+        version = package_version("eps-resnet")
+        proto.producer_name, proto.producer_version = "eps-resnet", version
+        del proto.metadata_props[:]
+        props = {
+            "eps_resnet.version": version,
+            "eps_resnet.source_sha256": source,
+            "eps_resnet.precision": _FLOATS[precision.float].name,
+            "eps_resnet.kept": ",".join(sorted(kept)),
+        }
+        onnx.helper.set_model_props(proto, props)
+        _check_graph(proto, identity)
         check_types(proto, _FLOATS[precision.float], kept)
     except GraphError as error:
         raise GraphError(f"{path.name}: {error}") from error
@@ -129,8 +133,22 @@ def export_onnx(
     path.write_bytes(proto.SerializeToString(deterministic=True))
 
 
+def _dtype(precision: Precision) -> torch.dtype:
+    found: torch.dtype = getattr(torch, precision.float)
+    return found
+
+
+def _opset(precision: Precision) -> int:
+    """The oldest sufficient opset, so that as many runtimes as possible read the file."""
+    if precision.float == "bfloat16":
+        return 22  # the first with bfloat16 convolutions
+    if precision.float == "float16" and precision.quantized:
+        return 19  # the first with float16 scales of quantization
+    return 18  # the lowest that torch's exporter writes
+
+
 @torch.inference_mode()
-def _check_ends(model: nn.Module, identity: DataIdentity) -> None:
+def _check_classes(model: nn.Module, identity: DataIdentity) -> None:
     logits = Deployed(model, identity).infer(np.zeros((1, *identity.input_shape), np.uint8))
     if logits.shape != (1, len(identity.classes)):
         raise GraphError(
@@ -139,36 +157,24 @@ def _check_ends(model: nn.Module, identity: DataIdentity) -> None:
         )
 
 
-def _written(
-    model: nn.Module, identity: DataIdentity, precision: Precision, kept: Collection[str]
-) -> onnx.ModelProto | None:
-    """By the short way, for networks of the usual operators; None for any other."""
-    if not isinstance(model, fx.GraphModule):
-        return None
-    folded, _ = folding.fold(model)
-    return writer.write(folded, identity, dtype_of(precision), _opset(precision), kept)
-
-
-def _traced(
+def _trace(
     model: nn.Module, identity: DataIdentity, precision: Precision, kept: Collection[str]
 ) -> onnx.ModelProto:
-    """By torch's own exporter, for every network that it takes."""
+    """Export with torch's own exporter, which takes almost every network."""
     if kept:
         raise GraphError(
             f"{min(kept)} cannot be kept in float32: the network has operators that torch's own"
             " exporter writes, as a whole in one type; use --fp32"
         )
-    deployed = in_precision(model, identity, precision)
-    # Two images, because torch.export takes a size of 1 for a constant.
+    # Two images, because torch.export treats a size of 1 as a constant.
     example = torch.zeros((2, *identity.input_shape), dtype=torch.uint8)
-    batch = torch.export.Dim(BATCH, min=1)
     with quiet():
         program = torch.onnx.export(
-            deployed,
+            in_precision(model, identity, precision),
             (example,),
             input_names=[INPUT_NAME],
             output_names=[OUTPUT_NAME],
-            dynamic_shapes=({0: batch},),
+            dynamic_shapes=({0: torch.export.Dim(BATCH, min=1)},),
             opset_version=_opset(precision),
             dynamo=True,
             external_data=False,
@@ -177,60 +183,29 @@ def _traced(
         )
     assert program is not None
     proto: onnx.ModelProto = program.model_proto
-    _tidy(proto)
-    return proto
-
-
-def _opset(precision: Precision) -> int:
-    """The oldest that has what is needed: the more runtimes read the file."""
-    if precision.float == "bfloat16":
-        return 22  # the first with bfloat16 convolutions
-    if precision.float == "float16" and precision.quantized:
-        return 19  # the first with float16 scales of quantisation
-    return OPSET
-
-
-def _tidy(proto: onnx.ModelProto) -> None:
-    """Drop the exporter's notes: they hold stack traces with paths of this machine."""
     graph = proto.graph
+    # The exporter's notes hold stack traces with paths of this machine.
     for item in (*graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
         del item.metadata_props[:]
         item.doc_string = ""
     del graph.metadata_props[:]
     graph.doc_string = ""
     graph.name = "eps_resnet"
-    # Names that do not follow the counters of one torch version.
+    # Names must not depend on the counters of one torch version.
     for index, node in enumerate(graph.node):
         node.name = f"{index:04d}_{node.op_type}"
+    return proto
 
 
-def _label(
-    proto: onnx.ModelProto, source: str, precision: Precision, kept: Collection[str]
-) -> None:
-    """Say what the file is and where it comes from."""
-    version = package_version("eps-resnet")
-    proto.producer_name = "eps-resnet"
-    proto.producer_version = version
-    del proto.metadata_props[:]
-    props = {
-        "eps_resnet.version": version,
-        "eps_resnet.source_sha256": source,
-        "eps_resnet.precision": _FLOATS[precision.float].name,
-        "eps_resnet.kept": ",".join(sorted(kept)),
-    }
-    onnx.helper.set_model_props(proto, props)
-
-
-def _verify(proto: onnx.ModelProto, identity: DataIdentity) -> None:
+def _check_graph(proto: onnx.ModelProto, identity: DataIdentity) -> None:
     onnx.checker.check_model(proto, full_check=True)
     inferred = onnx.shape_inference.infer_shapes(
         proto, check_type=True, strict_mode=True, data_prop=True
     )
-    shapes = [_shape(port) for port in (*inferred.graph.input, *inferred.graph.output)]
-    wanted = [[BATCH, *identity.input_shape], [BATCH, len(identity.classes)]]
-    if shapes != wanted:
-        raise GraphError(f"the exported network has the shapes {shapes}, not {wanted}")
-
-
-def _shape(port: onnx.ValueInfoProto) -> list[int | str]:
-    return [dim.dim_param or dim.dim_value for dim in port.type.tensor_type.shape.dim]
+    shapes = [
+        [dim.dim_param or dim.dim_value for dim in port.type.tensor_type.shape.dim]
+        for port in (*inferred.graph.input, *inferred.graph.output)
+    ]
+    expected = [[BATCH, *identity.input_shape], [BATCH, len(identity.classes)]]
+    if shapes != expected:
+        raise GraphError(f"the exported network has the shapes {shapes}, not {expected}")

@@ -1,11 +1,11 @@
-"""float16 arithmetic as the file has it, on runtimes that compute float16 in float32.
+"""Emulate float16 arithmetic on runtimes that compute float16 in float32.
 
 ONNX Runtime's CPU provider runs float16 nodes in float32 and drops the rounding between them, so
-that nothing overflows at 65504 there, and does so on a GPU. `rounded` writes the same network with
+that values overflow at 65504 on a GPU and not on the CPU. `rounded` writes the same network with
 float32 nodes and that rounding behind each of them: products are summed in float32, as on tensor
 cores, and every result is a float16 number or infinite.
 
-No torch here.
+Does not import torch.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ LARGEST = float(np.finfo(np.float16).max)  # 65504
 
 @dataclass(frozen=True, slots=True)
 class Peak:
-    """The largest magnitude among all float16 values of a network, and the node that gave it."""
+    """Largest magnitude among all float16 values of a network, and the node that computes it."""
 
     value: float
     node: str
 
 
 def rounded(model: bytes) -> bytes:
-    """The ONNX `model` in float32, each float16 result rounded; its inputs and outputs are equal.
+    """Rewrite the ONNX `model` in float32 with each float16 result rounded to float16.
 
-    What is in float32 or int8 stays as it is.
+    Inputs, outputs, and values in float32 or int8 stay the same.
     """
-    proto, halves = _widened(model)
+    proto, halves = _to_float32(model)
     nodes: list[onnx.NodeProto] = []
     for node in proto.graph.node:
         nodes.append(node)
@@ -54,14 +54,14 @@ def rounded(model: bytes) -> bytes:
 
 
 def peak(model: bytes, images: Images, batch: int) -> Peak:
-    """The largest magnitude in the float16 part of `model` on `images`, computed in float32.
+    """Measure the largest magnitude in the float16 part of `model`, computed in float32.
 
     Args:
-        model: an ONNX network with float16 values.
-        images: uint8 `[N, C, H, W]`.
+        model: ONNX network with float16 values.
+        images: images to measure on, uint8 `[N, C, H, W]`.
         batch: images in a pass.
     """
-    proto, halves = _widened(model)
+    proto, halves = _to_float32(model)
     makers = {name: node.name for node in proto.graph.node for name in node.output}
     names = [name for name in makers if name in halves]
     for name in names:
@@ -87,23 +87,20 @@ def peak(model: bytes, images: Images, batch: int) -> Peak:
     return Peak(float(peaks[largest]), makers[names[largest]])
 
 
-def _widened(model: bytes) -> tuple[onnx.ModelProto, set[str]]:
+def _to_float32(model: bytes) -> tuple[onnx.ModelProto, set[str]]:
     """`model` with float32 in place of float16, and the names of the values that were float16."""
     proto = onnx.load_from_string(model)
     types = value_types(onnx.shape_inference.infer_shapes(proto))
-    for tensor in proto.graph.initializer:
-        _widen(tensor)
+    constants = list(proto.graph.initializer)
     for node in proto.graph.node:
         for attribute in node.attribute:
             if attribute.type == onnx.AttributeProto.TENSOR:
-                _widen(attribute.t)
+                constants.append(attribute.t)
             elif attribute.name == "to" and attribute.i == TensorProto.FLOAT16:
                 attribute.i = TensorProto.FLOAT
+    for tensor in constants:
+        if tensor.data_type == TensorProto.FLOAT16:
+            value = numpy_helper.to_array(tensor).astype(np.float32)
+            tensor.CopyFrom(numpy_helper.from_array(value, tensor.name))
     del proto.graph.value_info[:]
     return proto, {name for name, kind in types.items() if kind == TensorProto.FLOAT16}
-
-
-def _widen(tensor: onnx.TensorProto) -> None:
-    if tensor.data_type == TensorProto.FLOAT16:
-        value = numpy_helper.to_array(tensor).astype(np.float32)
-        tensor.CopyFrom(numpy_helper.from_array(value, tensor.name))

@@ -1,8 +1,8 @@
-"""Which blocks to keep in higher precision so that a reduced network is accurate enough again.
+"""Find the blocks to keep in higher precision so that a reduced network is accurate enough.
 
-Found by trials alone: keep some blocks, look whether the limit holds. Halves are tried before
-single blocks, so that a few bad ones among hundreds take a few dozen trials (QuickXplain: Junker,
-AAAI 2004).
+The search only uses trials: keep some blocks, check whether the limit holds. It tries halves before
+single blocks, so that finding a few harmful blocks among hundreds takes a few dozen trials
+(QuickXplain: Junker, AAAI 2004).
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from eps_deploy.export.types import belongs, layer_types
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trial:
-    """What came of keeping some blocks.
+    """Outcome of keeping some blocks.
 
     Attributes:
         passed: whether the limit holds.
-        value: what is limited, the smaller the better, such as the drop in accuracy in points.
+        value: the limited value, lower is better, such as the drop in accuracy in points.
     """
 
     passed: bool
@@ -30,14 +30,14 @@ class Trial:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Repair:
-    """What was found.
+    """Result of the search.
 
     Attributes:
-        kept: the blocks that stay in higher precision, in the order of computation. Without any of
-            them the limit does not hold. () when nothing has to be kept, or nothing helps.
-        before, after: with no block kept, and with these. `after` has not passed when the limit
-            does not hold even with every block kept: then it is that trial's.
-        trials: how many were made.
+        kept: blocks to keep in higher precision, in the order of computation; without any one of
+            them the limit does not hold. () if nothing has to be kept, or nothing helps.
+        before: trial with no block kept.
+        after: trial with `kept`. If the limit fails even with all blocks kept, it is that trial.
+        trials: number of trials.
     """
 
     kept: tuple[str, ...]
@@ -47,77 +47,61 @@ class Repair:
 
 
 def units(model: bytes, blocks: Collection[str]) -> tuple[str, ...]:
-    """What can be kept of an ONNX network as `export_onnx` wrote it, in the order of computation.
+    """Names of what can be kept of a network from `export_onnx`, in the order of computation.
 
-    Those of `blocks` that it has, and every layer outside of them (the stem, the classifier).
+    These are those of `blocks` that it has, and each layer outside of them (stem, classifier).
     """
     found: dict[str, None] = {}
     for layer in layer_types(onnx.load_from_string(model)):
-        mine = [block for block in blocks if belongs(layer, [block])]
-        found[max(mine, key=len, default=layer)] = None
+        holders = [block for block in blocks if belongs(layer, [block])]
+        found[max(holders, key=len, default=layer)] = None
     return tuple(found)
 
 
 def repair(candidates: Sequence[str], attempt: Callable[[tuple[str, ...]], Trial]) -> Repair:
-    """Find blocks to keep, so that the limit holds and none of them is kept in vain.
+    """Find a set of blocks that makes the limit hold and of which none can be left out.
 
     Args:
-        candidates: what may be kept, in the order of computation: see :func:`units`.
-        attempt: builds the network with these kept (in the order of `candidates`) and measures it;
-            with all of them kept nothing is reduced any more, which `quantize` refuses to do.
+        candidates: what may be kept, in the order of computation; see :func:`units`.
+        attempt: builds the network with these kept (in the order of `candidates`) and measures it.
+            It is called once for each set.
     """
-    search = _Search(candidates, attempt)
-    before = search.keeping(())
-    if before.passed:
-        return Repair(kept=(), before=before, after=before, trials=search.trials)
-    whole = search.keeping(candidates)
-    if not whole.passed:
-        return Repair(kept=(), before=before, after=whole, trials=search.trials)
-    kept = search.needed((), candidates)
-    return Repair(
-        kept=search.ordered(kept),
-        before=before,
-        after=search.keeping(kept),
-        trials=search.trials,
-    )
+    known: dict[tuple[str, ...], Trial] = {}
 
+    def ordered(kept: Collection[str]) -> tuple[str, ...]:
+        return tuple(name for name in candidates if name in kept)
 
-class _Search:
-    def __init__(
-        self, candidates: Sequence[str], attempt: Callable[[tuple[str, ...]], Trial]
-    ) -> None:
-        self._candidates = candidates
-        self._attempt = attempt
-        self._known: dict[tuple[str, ...], Trial] = {}
+    def keeping(kept: Collection[str]) -> Trial:
+        names = ordered(kept)
+        if names not in known:
+            known[names] = attempt(names)
+        return known[names]
 
-    @property
-    def trials(self) -> int:
-        return len(self._known)
-
-    def ordered(self, kept: Collection[str]) -> tuple[str, ...]:
-        return tuple(name for name in self._candidates if name in kept)
-
-    def keeping(self, kept: Collection[str]) -> Trial:
-        names = self.ordered(kept)
-        if names not in self._known:
-            self._known[names] = self._attempt(names)
-        return self._known[names]
-
-    def needed(self, kept: Sequence[str], choice: Sequence[str]) -> Sequence[str]:
+    def needed(kept: Sequence[str], choice: Sequence[str]) -> Sequence[str]:
         """Which of `choice` to keep besides `kept`; keeping all of them is known to pass."""
-        if self.keeping(kept).passed:
+        if keeping(kept).passed:
             return ()
         if len(choice) == 1:
             return choice
-        middle = len(choice) // 2
-        halves = (choice[:middle], choice[middle:])
-        # The half that heals more, where either would do: there is the worst block.
-        better, other = sorted(halves, key=lambda half: self._rank((*kept, *half)))
-        if self.keeping((*kept, *better)).passed:
-            return self.needed(kept, better)
-        found = self.needed((*kept, *other), better)
-        return (*found, *self.needed((*kept, *found), other))
 
-    def _rank(self, kept: Sequence[str]) -> tuple[bool, float]:
-        trial = self.keeping(kept)
-        return not trial.passed, trial.value
+        def rank(half: Sequence[str]) -> tuple[bool, float]:
+            trial = keeping((*kept, *half))
+            return not trial.passed, trial.value
+
+        # If either half would do, the one that improves more has the worst block.
+        middle = len(choice) // 2
+        better, other = sorted((choice[:middle], choice[middle:]), key=rank)
+        if keeping((*kept, *better)).passed:
+            return needed(kept, better)
+        found = needed((*kept, *other), better)
+        return (*found, *needed((*kept, *found), other))
+
+    before = keeping(())
+    if before.passed:
+        return Repair(kept=(), before=before, after=before, trials=len(known))
+    whole = keeping(candidates)
+    if not whole.passed:
+        return Repair(kept=(), before=before, after=whole, trials=len(known))
+    kept = ordered(needed((), candidates))
+    after = keeping(kept)
+    return Repair(kept=kept, before=before, after=after, trials=len(known))

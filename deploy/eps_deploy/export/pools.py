@@ -1,15 +1,16 @@
-"""Pools that every runtime reads alike.
+"""Rewrite pools with `ceil_mode` so that every runtime computes the same.
 
-Where `ceil_mode` lets the last window of an `AveragePool` hang over the edge, runtimes differ in
-what they divide by (ONNX's own evaluator in most kernels), the more with `count_include_pad`. Such
-an image is padded and pooled without `ceil_mode`, and then its edge is multiplied so that it is
-divided by what torch divides it by. Where no window hangs over, `ceil_mode` says nothing, and
-evaluators that add windows all the same are not misled by it.
+If `ceil_mode` lets the last window of an `AveragePool` reach beyond the edge, runtimes differ in
+the divisor (ONNX's own evaluator for most kernels), even more with `count_include_pad`. Such an
+image is padded and pooled without `ceil_mode`, and its edge is then multiplied so that the divisor
+is torch's. If no window reaches beyond the edge, `ceil_mode` has no effect and is removed, because
+some evaluators add windows all the same.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,14 +20,42 @@ from onnx import helper, numpy_helper
 from eps_core.errors import GraphError
 
 
-def unambiguous(model: onnx.ModelProto) -> None:
-    """Rewrite the pools of `model` that have `ceil_mode`, in place; they give what torch gives.
+def resolve_ceil_mode(model: onnx.ModelProto) -> None:
+    """Rewrite the pools of `model` that have `ceil_mode`, in place, to compute what torch computes.
 
-    Raises GraphError for an average pool that cannot be rewritten: its image size is not known, or
-    it is dilated.
+    Raises:
+        GraphError: an average pool that cannot be rewritten, because its image size is not fixed
+            or it is dilated.
     """
-    while (found := _next(model)) is not None:
-        _rewrite(model, *found)
+    if not any(_attributes(node).get("ceil_mode") for node in model.graph.node):
+        return
+    inferred = onnx.shape_inference.infer_shapes(model).graph
+    types = {
+        value.name: value.type.tensor_type for value in (*inferred.input, *inferred.value_info)
+    }
+    for node in list(model.graph.node):
+        values = _attributes(node)
+        average = node.op_type == "AveragePool"
+        if not values.get("ceil_mode") or not (average or node.op_type == "MaxPool"):
+            continue
+        source = types.get(node.input[0])
+        size = [dim.dim_value for dim in source.shape.dim] if source else []
+        if len(size) != 4 or not all(size[2:]) or any(n != 1 for n in values.get("dilations", ())):
+            if not average:
+                continue
+            raise GraphError(
+                f"{node.name}: an average pool with ceil_mode whose image size is not fixed, or"
+                " with dilation; give it ceil_mode=False"
+            )
+        strides, pads = values.get("strides", [1, 1]), values.get("pads", [0] * 4)
+        kernel = values["kernel_shape"]
+        axes = [_Axis(size[2 + i], kernel[i], strides[i], pads[i], pads[2 + i]) for i in range(2)]
+        if all(axis.overhang <= 0 for axis in axes):
+            _set(node, ceil_mode=0)
+        elif average:
+            assert source is not None
+            padding = bool(values.get("count_include_pad"))
+            _pad_and_scale(model.graph, node, axes, source.elem_type, padding)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,72 +70,30 @@ class _Axis:
 
     @property
     def windows(self) -> int:
-        """As torch counts them: one that begins in the padding behind the image is left out."""
+        """As torch counts them: without a window that begins in the padding behind the image."""
         padded = self.size + self.before + self.after
         count = -(-(padded - self.kernel) // self.stride) + 1
         return count - ((count - 1) * self.stride >= self.size + self.before)
 
     @property
     def overhang(self) -> int:
-        """How far the last window reaches beyond image and padding; at most 0: it does not."""
+        """How far the last window reaches beyond image and padding; at most 0 if it does not."""
         reach = (self.windows - 1) * self.stride + self.kernel
         return reach - (self.size + self.before + self.after)
 
     def counted(self, *, padding: bool) -> npt.NDArray[np.int64]:
-        """Numbers that torch divides each window's sum by, `[windows]`."""
+        """Torch's divisor of each window, int64 `[windows]`."""
         starts = np.arange(self.windows) * self.stride - self.before
         ends = np.minimum(starts + self.kernel, self.size + (self.after if padding else 0))
         counted: npt.NDArray[np.int64] = ends - (starts if padding else np.maximum(starts, 0))
         return counted
 
 
-def _next(model: onnx.ModelProto) -> tuple[onnx.NodeProto, tuple[_Axis, _Axis], bool] | None:
-    """The first average pool that hangs over, its axes, and whether it counts its padding.
-
-    Pools that do not hang over lose their `ceil_mode`.
-    """
-    pools = [
-        (node, values)
-        for node in model.graph.node
-        if node.op_type in ("AveragePool", "MaxPool")
-        and (values := {item.name: helper.get_attribute_value(item) for item in node.attribute})
-        and values.get("ceil_mode")
-    ]
-    if not pools:
-        return None
-    inferred = onnx.shape_inference.infer_shapes(model).graph
-    shapes = {
-        value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim]
-        for value in (*inferred.input, *inferred.value_info)
-    }
-    for node, values in pools:
-        size = shapes.get(node.input[0], [])
-        average = node.op_type == "AveragePool"
-        if len(size) != 4 or not all(size[2:]) or any(n != 1 for n in values.get("dilations", ())):
-            if not average:
-                continue
-            raise GraphError(
-                f"{node.name}: an average pool with ceil_mode whose image size is not fixed, or"
-                " with dilation; give it ceil_mode=False"
-            )
-        strides, pads = values.get("strides", [1, 1]), values.get("pads", [0] * 4)
-        kernel = values["kernel_shape"]
-        rows, columns = (
-            _Axis(size[2 + i], kernel[i], strides[i], pads[i], pads[2 + i]) for i in range(2)
-        )
-        hangs_over = rows.overhang > 0 or columns.overhang > 0
-        if hangs_over and average:
-            return node, (rows, columns), bool(values.get("count_include_pad"))
-        if not hangs_over:
-            _set(node, ceil_mode=0)
-    return None
-
-
-def _rewrite(
-    model: onnx.ModelProto, node: onnx.NodeProto, axes: tuple[_Axis, _Axis], padding: bool
+def _pad_and_scale(
+    graph: onnx.GraphProto, node: onnx.NodeProto, axes: list[_Axis], dtype: int, padding: bool
 ) -> None:
+    """Pad before an average pool and scale behind it; `padding`: torch counts the padding."""
     source, result, name = node.input[0], node.output[0], node.name
-    dtype = _dtype(model, source)
     before = [axis.before for axis in axes]
     after = [axis.after + max(axis.overhang, 0) for axis in axes]
     rows, columns = (
@@ -117,20 +104,18 @@ def _rewrite(
     edge = numpy_helper.from_array(factor.astype(np.float32), f"{name}.edge")
     if dtype != onnx.TensorProto.FLOAT:
         edge = helper.make_tensor(edge.name, dtype, factor.shape, factor.ravel().tolist())
-    model.graph.initializer.extend([pads, edge])
-    place = list(model.graph.node).index(node)
+    graph.initializer.extend([pads, edge])
+    place = list(graph.node).index(node)
     node.input[0], node.output[0] = f"{name}.padded", f"{name}.pooled"
     _set(node, ceil_mode=0, count_include_pad=0, pads=[0, 0, 0, 0])
     pad = helper.make_node("Pad", [source, pads.name], [f"{name}.padded"], name=f"{name}.pad")
-    model.graph.node.insert(place, pad)
+    graph.node.insert(place, pad)
     scale = helper.make_node("Mul", [f"{name}.pooled", edge.name], [result], name=f"{name}.scale")
-    model.graph.node.insert(place + 2, scale)
+    graph.node.insert(place + 2, scale)
 
 
-def _dtype(model: onnx.ModelProto, value: str) -> int:
-    inferred = onnx.shape_inference.infer_shapes(model).graph
-    ports = (*inferred.input, *inferred.value_info)
-    return next(int(port.type.tensor_type.elem_type) for port in ports if port.name == value)
+def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
+    return {item.name: helper.get_attribute_value(item) for item in node.attribute}
 
 
 def _set(node: onnx.NodeProto, **wanted: object) -> None:

@@ -1,9 +1,9 @@
-"""The ONNX graph of a residual network, written step by step from its torch.fx graph.
+"""Write the ONNX graph of a residual network from its torch.fx graph.
 
-torch's own exporter traces the network anew, decomposes and optimises it, which takes minutes on a
-depth of hundreds. The networks at hand are made of a dozen operators that ONNX has under the same
-names, so they are written down as they stand, with the names of the torch modules, by which an
-engine's layers can be told apart. A network with anything else is left to torch's exporter.
+torch's own exporter traces the network again, decomposes and optimizes it, which takes minutes at a
+depth of hundreds. These networks are made of a dozen operators that ONNX has under the same names,
+so they are written directly, with the names of the torch modules, which identify an engine's
+layers. A network with any other operator is left to torch's exporter.
 """
 
 from __future__ import annotations
@@ -29,20 +29,30 @@ from eps_train.gating import rewriting
 from eps_train.gating.tracing import acts_on_others
 from eps_train.models.cifar import Downsample, Normalize
 
-# -- A network's numbers in a smaller type, with a word when they do not fit
+BATCH = "N"
+_IR = 10  # of ONNX 1.17, the oldest supported version: files require no more than they need
+_TYPES = {
+    torch.float32: TensorProto.FLOAT,
+    torch.float16: TensorProto.FLOAT16,
+    torch.bfloat16: TensorProto.BFLOAT16,
+    torch.int64: TensorProto.INT64,
+}
+
+# -- Casting weights to a narrower type
 
 
-def narrow(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """`tensor` on the CPU as `dtype`, contiguous and detached; integers stay what they are.
+def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast `tensor` to `dtype`, on the CPU, contiguous and detached; integers are not cast.
 
-    Raises GraphError that names the tensor when a number in it is not finite in `dtype`.
+    Raises:
+        GraphError: a number is not finite in `dtype`; the message contains `name`.
     """
     value = tensor.detach().cpu().contiguous()
     if not value.is_floating_point():
         return value
-    cast = value.to(dtype)
-    if cast.isfinite().all():
-        return cast
+    result = value.to(dtype)
+    if result.isfinite().all():
+        return result
     if not value.isfinite().all():
         raise GraphError(
             f"{name}: holds a number that is not finite; train again from an earlier checkpoint"
@@ -54,41 +64,35 @@ def narrow(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     )
 
 
-def narrowed(network: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy of `network` in evaluation mode whose parameters and buffers are of type `dtype`.
+def cast_network(network: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Copy `network` in evaluation mode with parameters and buffers of type `dtype`.
 
-    Batch norms are folded first where they can be, in float32: then they are rounded once, and
-    torch's exporter leaves no float32 weight behind. Raises GraphError as `narrow` does.
+    Batch norms are folded first if possible, in float32, so that weights are rounded only once and
+    torch's exporter leaves no float32 weight behind. Raises GraphError as :func:`cast` does.
     """
     copied = copy.deepcopy(network).eval()
-    with contextlib.suppress(GraphError):  # what cannot be traced is not folded
+    with contextlib.suppress(GraphError):  # a network that cannot be traced is not folded
         copied, _ = folding.fold(rewriting.trace(copied, one_mode=True))
     for name, tensor in (*copied.named_parameters(), *copied.named_buffers()):
-        narrow(name, tensor, dtype)
+        cast(name, tensor, dtype)
     return copied.to(dtype)
 
 
-# -- An ONNX graph in the making: its nodes, its constants, and which of its values are flat
-
-KINDS = {
-    torch.float32: TensorProto.FLOAT,
-    torch.float16: TensorProto.FLOAT16,
-    torch.bfloat16: TensorProto.BFLOAT16,
-    torch.int64: TensorProto.INT64,
-}
+# -- The ONNX graph under construction
 
 
-class UnknownStep(Exception):
-    """An operator, or a use of one, that is not written here."""
+class UnsupportedOperator(Exception):
+    """An operator, or a use of one, that this module does not write."""
 
 
 class OnnxGraph:
-    """Nodes and constants so far.
+    """Nodes and constants of the graph so far.
 
     Attributes:
-        nodes, tensors: of the ONNX graph, in order.
-        dtype: type of the step that is being written: of its operands, constants and result.
-        values: name of what each step of the torch.fx graph computes.
+        nodes: nodes in order.
+        tensors: constants in order.
+        dtype: type of the current step: of its operands, constants and result.
+        values: name of the result of each step of the torch.fx graph.
         flat: names of the values `[N, features]`; all others are `[N, C, H, W]`.
     """
 
@@ -98,87 +102,84 @@ class OnnxGraph:
         self.dtype = torch.float32
         self.values: dict[fx.Node, str] = {}
         self.flat: set[str] = set()
-        self._taken: set[str] = set()
+        self._names: set[str] = set()
         self._types: dict[str, torch.dtype] = {}
 
-    def unused(self, name: str) -> str:
-        """`name`, or a variant of it where a module is called more than once."""
-        count = 1
-        unique = name
-        while unique in self._taken:
+    def unique(self, name: str) -> str:
+        """`name`, with a number if a module is called more than once."""
+        count, found = 1, name
+        while found in self._names:
             count += 1
-            unique = f"{name}#{count}"
-        self._taken.add(unique)
-        return unique
+            found = f"{name}#{count}"
+        self._names.add(found)
+        return found
 
-    def value(self, argument: object, *, flat: bool | None = None) -> str:
-        """Name of an operand, cast if need be, and :meth:`shaped`."""
+    def operand(self, argument: object) -> str:
+        """Name of the value of a step, cast to the current type if necessary."""
         if not isinstance(argument, fx.Node):
-            raise UnknownStep
+            raise UnsupportedOperator
         name = self.values[argument]
-        if self._types[name] is not self.dtype:
-            name = self._cast(name)
-        return self.shaped(name, flat=flat)
+        if self._types[name] is self.dtype:
+            return name
+        result = f"{name}.{str(self.dtype).removeprefix('torch.')}"
+        if result not in self._types:
+            flat = name in self.flat
+            self.add("Cast", result, [name], output=result, flat=flat, to=_TYPES[self.dtype])
+        return result
 
-    def _cast(self, name: str) -> str:
-        short = str(self.dtype).removeprefix("torch.")
-        cast = f"{name}.{short}"
-        if cast not in self._types:
-            self._append("Cast", cast, [name], cast, to=KINDS[self.dtype])
-            if name in self.flat:
-                self.flat.add(cast)
-        return cast
+    def image(self, value: str) -> str:
+        """`value`, which must be `[N, C, H, W]`."""
+        if value in self.flat:
+            raise UnsupportedOperator
+        return value
 
-    def shaped(self, name: str, *, flat: bool | None) -> str:
-        """`name`; with `flat` it must be `[N, features]` or, if False, `[N, C, H, W]`."""
-        if flat is not None and flat != (name in self.flat):
-            raise UnknownStep
-        return name
+    def vector(self, value: str) -> str:
+        """`value`, which must be `[N, features]`."""
+        if value not in self.flat:
+            raise UnsupportedOperator
+        return value
 
     def tensor(self, name: str, value: Tensor) -> str:
-        """A constant of the graph; integers stay what they are."""
-        cast = narrow(name, value, self.dtype)
-        raw = cast.view(torch.int16) if cast.dtype is torch.bfloat16 else cast
+        """Add a constant in the current type; integers are not cast."""
+        found = cast(name, value, self.dtype)
+        raw = found.view(torch.int16) if found.dtype is torch.bfloat16 else found
         self.tensors.append(
             TensorProto(
                 name=name,
-                data_type=KINDS[cast.dtype],
-                dims=cast.shape,
+                data_type=_TYPES[found.dtype],
+                dims=found.shape,
                 raw_data=raw.numpy().tobytes(),
             )
         )
         return name
 
     def add(
-        self, kind: str, name: str, inputs: Sequence[str], *, flat: bool = False, **attributes: Any
+        self,
+        kind: str,
+        name: str,
+        inputs: Sequence[str],
+        *,
+        output: str = "",
+        flat: bool = False,
+        **attributes: Any,
     ) -> str:
-        """One node; returns the name of what it computes."""
-        value = f"{name}.out"
-        self._append(kind, name, inputs, value, **attributes)
+        """Add a node; returns the name of its result, by default that of the node and `.out`."""
+        output = output or f"{name}.out"
+        self.nodes.append(helper.make_node(kind, inputs, [output], name=name, **attributes))
+        self._types[output] = self.dtype
         if flat:
-            self.flat.add(value)
-        return value
-
-    def _append(
-        self, kind: str, name: str, inputs: Sequence[str], value: str, **attributes: Any
-    ) -> None:
-        self.nodes.append(helper.make_node(kind, inputs, [value], name=name, **attributes))
-        self._types[value] = self.dtype
+            self.flat.add(output)
+        return output
 
 
-# -- How each known step of a network is written in ONNX
-#
-# A rule gets the graph to write into, the name for its node, and the step. It raises `UnknownStep`
-# for a use of its operator that ONNX has no equal of, or that no network needed so far.
-
-LayerRule = Callable[[OnnxGraph, str, Any, str], str]  # graph, name, layer, operand
-FunctionRule = Callable[[OnnxGraph, str, fx.Node], str]
+# -- Modules. A rule takes the graph, the name of the node, the name of the operand and the module.
+#    It raises `UnsupportedOperator` for a use that ONNX cannot express or that is not needed.
 
 
-def _conv(out: OnnxGraph, name: str, layer: nn.Conv2d, value: str) -> str:
+def _conv(out: OnnxGraph, name: str, value: str, layer: nn.Conv2d) -> str:
     if isinstance(layer.padding, str) or layer.padding_mode != "zeros":
-        raise UnknownStep
-    operands = [out.shaped(value, flat=False), out.tensor(f"{name}.weight", layer.weight)]
+        raise UnsupportedOperator
+    operands = [out.image(value), out.tensor(f"{name}.weight", layer.weight)]
     if layer.bias is not None:
         operands.append(out.tensor(f"{name}.bias", layer.bias))
     return out.add(
@@ -193,9 +194,10 @@ def _conv(out: OnnxGraph, name: str, layer: nn.Conv2d, value: str) -> str:
     )
 
 
-def _batch_norm(out: OnnxGraph, name: str, layer: nn.BatchNorm2d, value: str) -> str:
+def _batch_norm(out: OnnxGraph, name: str, value: str, layer: nn.BatchNorm2d) -> str:
+    """One scale and one shift for each channel, computed in float64."""
     if layer.running_mean is None or layer.running_var is None:
-        raise UnknownStep  # it judges by the batch at hand
+        raise UnsupportedOperator  # it uses the statistics of the batch
     mean = layer.running_mean.double()
     scale = (layer.running_var.double() + layer.eps).rsqrt()
     if layer.weight is not None:
@@ -210,68 +212,72 @@ def _batch_norm(out: OnnxGraph, name: str, layer: nn.BatchNorm2d, value: str) ->
         "variance": torch.ones_like(mean),
     }
     operands = [out.tensor(f"{name}.{key}", tensor) for key, tensor in tensors.items()]
-    value = out.shaped(value, flat=False)
-    return out.add("BatchNormalization", name, [value, *operands], epsilon=0.0)
+    return out.add("BatchNormalization", name, [out.image(value), *operands], epsilon=0.0)
 
 
-def _linear(out: OnnxGraph, name: str, layer: nn.Linear, value: str) -> str:
-    operands = [out.shaped(value, flat=True), out.tensor(f"{name}.weight", layer.weight)]
+def _linear(out: OnnxGraph, name: str, value: str, layer: nn.Linear) -> str:
+    operands = [out.vector(value), out.tensor(f"{name}.weight", layer.weight)]
     if layer.bias is not None:
         operands.append(out.tensor(f"{name}.bias", layer.bias))
     return out.add("Gemm", name, operands, flat=True, transB=1)
 
 
-def _relu(out: OnnxGraph, name: str, layer: nn.Module, value: str) -> str:
+def _identity(out: OnnxGraph, name: str, value: str, layer: nn.Module) -> str:
+    return value
+
+
+def _empty(out: OnnxGraph, name: str, value: str, layer: nn.Sequential) -> str:
+    if len(layer):
+        raise UnsupportedOperator
+    return value
+
+
+def _max_pool(out: OnnxGraph, name: str, value: str, layer: nn.MaxPool2d) -> str:
+    if layer.return_indices:
+        raise UnsupportedOperator
+    window = _window(layer.kernel_size, layer.stride, layer.padding, ceil=layer.ceil_mode)
+    return out.add("MaxPool", name, [out.image(value)], **window, dilations=_pair(layer.dilation))
+
+
+def _avg_pool(out: OnnxGraph, name: str, value: str, layer: nn.AvgPool2d) -> str:
+    window = layer.kernel_size, layer.stride, layer.padding, layer.ceil_mode
+    return _average(out, name, value, *window, layer.count_include_pad, layer.divisor_override)
+
+
+def _downsample(out: OnnxGraph, name: str, value: str, layer: Downsample) -> str:
+    pooled = _average(out, f"{name}.pool", value, 2, ceil_mode=True)
+    return _pad(out, f"{name}.pad", pooled, layer.padding)
+
+
+# -- Functions. A rule takes the graph, the name of the node, and the function's own arguments under
+#    torch's names, with the names of values in place of tensors.
+
+
+def _relu(out: OnnxGraph, name: str, value: str, /, inplace: bool = False) -> str:
     return out.add("Relu", name, [value], flat=value in out.flat)
 
 
-def _nothing(out: OnnxGraph, name: str, layer: nn.Module, value: str) -> str:
+def _add(out: OnnxGraph, name: str, value: str, other: Any, /) -> str:
+    if not isinstance(other, str) or (value in out.flat) != (other in out.flat):
+        raise UnsupportedOperator
+    return out.add("Add", name, [value, other], flat=value in out.flat)
+
+
+def _scale(out: OnnxGraph, name: str, value: str, /, other: Any) -> str:
+    if not isinstance(other, (int, float)):
+        raise UnsupportedOperator
+    factor = out.tensor(f"{name}.factor", torch.tensor(float(other)))
+    return out.add("Mul", name, [value, factor], flat=value in out.flat)
+
+
+def _clone(out: OnnxGraph, name: str, value: str, /) -> str:
     return value
-
-
-def _empty(out: OnnxGraph, name: str, layer: nn.Sequential, value: str) -> str:
-    if len(layer):
-        raise UnknownStep
-    return value
-
-
-def _max_pool(out: OnnxGraph, name: str, layer: nn.MaxPool2d, value: str) -> str:
-    if layer.return_indices:
-        raise UnknownStep
-    window = _window(layer.kernel_size, layer.stride, layer.padding, ceil=layer.ceil_mode)
-    value = out.shaped(value, flat=False)
-    return out.add("MaxPool", name, [value], **window, dilations=_pair(layer.dilation))
-
-
-def _average_pool(out: OnnxGraph, name: str, layer: nn.AvgPool2d, value: str) -> str:
-    return _average(
-        out,
-        name,
-        out.shaped(value, flat=False),
-        layer.kernel_size,
-        layer.stride,
-        layer.padding,
-        layer.ceil_mode,
-        layer.count_include_pad,
-        layer.divisor_override,
-    )
-
-
-def _global_pool(out: OnnxGraph, name: str, layer: nn.AdaptiveAvgPool2d, value: str) -> str:
-    return _global_average(out, name, value, layer.output_size)
-
-
-def _flatten(out: OnnxGraph, name: str, layer: nn.Flatten, value: str) -> str:
-    return _flat(out, name, value, layer.start_dim, layer.end_dim)
-
-
-# The functions' rules have their other arguments under torch's names, since they may come by them.
 
 
 def _average(
     out: OnnxGraph,
     name: str,
-    operand: str,
+    value: str,
     /,
     kernel_size: Any,
     stride: Any = None,
@@ -281,46 +287,44 @@ def _average(
     divisor_override: int | None = None,
 ) -> str:
     if divisor_override is not None:
-        raise UnknownStep
+        raise UnsupportedOperator
     window = _window(kernel_size, stride, padding, ceil=ceil_mode)
     counted = count_include_pad and any(window["pads"])
+    operand = out.image(value)
     return out.add("AveragePool", name, [operand], **window, count_include_pad=int(counted))
 
 
-def _global_average(out: OnnxGraph, name: str, operand: str, /, output_size: Any) -> str:
+def _global_average(out: OnnxGraph, name: str, value: str, /, output_size: Any) -> str:
     if _pair(output_size) != [1, 1]:
-        raise UnknownStep
-    return out.add("GlobalAveragePool", name, [out.shaped(operand, flat=False)])
+        raise UnsupportedOperator
+    return out.add("GlobalAveragePool", name, [out.image(value)])
 
 
-def _flat(out: OnnxGraph, name: str, operand: str, /, start_dim: int = 0, end_dim: int = -1) -> str:
+def _flatten(
+    out: OnnxGraph, name: str, value: str, /, start_dim: int = 0, end_dim: int = -1
+) -> str:
     if start_dim != 1 or end_dim not in (-1, 3):
-        raise UnknownStep
-    return out.add("Flatten", name, [out.shaped(operand, flat=False)], flat=True, axis=1)
+        raise UnsupportedOperator
+    return out.add("Flatten", name, [out.image(value)], flat=True, axis=1)
 
 
-def _padded(
+def _pad(
     out: OnnxGraph, name: str, operand: str, /, pad: Any, mode: str = "constant", value: Any = None
 ) -> str:
     sizes = list(pad)
     if mode != "constant" or value not in (None, 0) or len(sizes) % 2 or len(sizes) > 8:
-        raise UnknownStep
+        raise UnsupportedOperator
     sizes += [0] * (8 - len(sizes))
-    # torch counts from the last dimension, a pair each; ONNX has all begins, then all ends.
+    # torch has a pair for each dimension, the last one first; ONNX has all begins, then all ends.
     pads = torch.tensor([*sizes[-2::-2], *sizes[-1::-2]], dtype=torch.int64)
-    return out.add("Pad", name, [operand, out.tensor(f"{name}.pads", pads)])
-
-
-def _downsampled(out: OnnxGraph, name: str, layer: Downsample, value: str) -> str:
-    pooled = _average(out, f"{name}.pool", out.shaped(value, flat=False), 2, ceil_mode=True)
-    return _padded(out, f"{name}.pad", pooled, layer.padding)
+    return out.add("Pad", name, [out.image(operand), out.tensor(f"{name}.pads", pads)])
 
 
 def _window(kernel: Any, stride: Any, padding: Any, *, ceil: bool) -> dict[str, Any]:
     sizes, steps, pads = _pair(kernel), _pair(stride or kernel), _pair(padding)
     # A last window that starts beyond the image counts in ONNX and not in torch.
     if ceil and (any(pads) or any(a > b for a, b in zip(steps, sizes, strict=True))):
-        raise UnknownStep
+        raise UnsupportedOperator
     return {
         "kernel_shape": sizes,
         "strides": steps,
@@ -332,83 +336,44 @@ def _window(kernel: Any, stride: Any, padding: Any, *, ceil: bool) -> dict[str, 
 def _pair(size: Any) -> list[int]:
     pair = [size, size] if isinstance(size, int) else list(size)
     if len(pair) != 2 or not all(isinstance(number, int) for number in pair):
-        raise UnknownStep
+        raise UnsupportedOperator
     return pair
 
 
-def _sum(out: OnnxGraph, name: str, node: fx.Node) -> str:
-    if len(node.args) != 2 or node.kwargs:
-        raise UnknownStep
-    values = [out.value(argument) for argument in node.args]
-    flat = {value in out.flat for value in values}
-    if len(flat) != 1:
-        raise UnknownStep
-    return out.add("Add", name, values, flat=flat.pop())
-
-
-def _on(
-    rule: Callable[..., str], flat: bool | None = False
-) -> Callable[[OnnxGraph, str, fx.Node], str]:
-    """A rule for a function: its first operand, then its other arguments as torch has them."""
-
-    def apply(out: OnnxGraph, name: str, node: fx.Node) -> str:
-        if not node.args or any(isinstance(value, fx.Node) for value in node.args[1:]):
-            raise UnknownStep
-        value = out.value(node.args[0], flat=flat)
-        try:
-            return rule(out, name, value, *node.args[1:], **node.kwargs)
-        except TypeError:  # an argument that the rule does not know
-            raise UnknownStep from None
-
-    return apply
-
-
-def _rectified(out: OnnxGraph, name: str, operand: str, /, inplace: bool = False) -> str:
-    return _relu(out, name, nn.ReLU(), operand)
-
-
-def _copied(out: OnnxGraph, name: str, operand: str, /) -> str:
-    return operand
-
-
-def _scaled(out: OnnxGraph, name: str, operand: str, /, other: Any) -> str:
-    if not isinstance(other, (int, float)):
-        raise UnknownStep
-    factor = out.tensor(f"{name}.factor", torch.tensor(float(other)))
-    return out.add("Mul", name, [operand, factor], flat=operand in out.flat)
-
-
-# Exact types: a subclass may compute something else.
-LAYERS: dict[type[nn.Module], LayerRule] = {
+# By exact type: a subclass may compute something else.
+_MODULES: dict[type[nn.Module], Callable[[OnnxGraph, str, str, Any], str]] = {
     nn.Conv2d: _conv,
     nn.BatchNorm2d: _batch_norm,
     nn.Linear: _linear,
-    nn.ReLU: _relu,
+    nn.ReLU: lambda out, name, value, layer: _relu(out, name, value),
     nn.MaxPool2d: _max_pool,
-    nn.AvgPool2d: _average_pool,
-    nn.AdaptiveAvgPool2d: _global_pool,
-    nn.Flatten: _flatten,
-    Downsample: _downsampled,
-    nn.Identity: _nothing,
-    nn.Dropout: _nothing,
+    nn.AvgPool2d: _avg_pool,
+    nn.AdaptiveAvgPool2d: lambda out, name, value, layer: _global_average(
+        out, name, value, layer.output_size
+    ),
+    nn.Flatten: lambda out, name, value, layer: _flatten(
+        out, name, value, layer.start_dim, layer.end_dim
+    ),
+    Downsample: _downsample,
+    nn.Identity: _identity,
+    nn.Dropout: _identity,
     nn.Sequential: _empty,
 }
-FUNCTIONS: dict[Any, FunctionRule] = {
-    torch.add: _sum,
-    operator.add: _sum,
-    F.relu: _on(_rectified, None),
-    torch.relu: _on(_rectified, None),
-    F.avg_pool2d: _on(_average),
-    F.adaptive_avg_pool2d: _on(_global_average),
-    F.pad: _on(_padded),
-    torch.flatten: _on(_flat),
-    torch.clone: _on(_copied, None),
-    torch.mul: _on(_scaled, None),
-    operator.mul: _on(_scaled, None),
+_FUNCTIONS: dict[Any, Callable[..., str]] = {
+    torch.add: _add,
+    operator.add: _add,
+    torch.mul: _scale,
+    operator.mul: _scale,
+    F.relu: _relu,
+    torch.relu: _relu,
+    F.avg_pool2d: _average,
+    F.adaptive_avg_pool2d: _global_average,
+    F.pad: _pad,
+    torch.flatten: _flatten,
+    torch.clone: _clone,
 }
 
-BATCH = "N"
-_IR = 10  # of ONNX 1.17, the oldest that is supported: files say no more than they need
+# -- The whole network
 
 
 def write(
@@ -418,26 +383,37 @@ def write(
     opset: int,
     kept: Collection[str] = (),
 ) -> onnx.ModelProto | None:
-    """The network behind its normalisation, or None when it holds an operator not known here.
+    """Write the network behind its normalization; returns None for an unsupported operator.
 
-    `images` uint8 `[N, C, H, W]` to `logits` float32 `[N, classes]`; between the normalisation,
-    which is done in float32, and the logits everything is of type `dtype`. Batch norms that stand
-    alone become one scale and one shift a channel, computed in float64.
+    The graph takes `images` uint8 `[N, C, H, W]` and gives `logits` float32 `[N, classes]`. The
+    normalization is in float32, everything from there to the logits in `dtype`. A batch norm that
+    is not folded becomes one scale and one shift for each channel, computed in float64.
 
     Args:
-        network: in evaluation mode, float32, without gates, of normalised images.
+        network: network of normalized images, float32, in evaluation mode, without gates.
         identity: image shape, mean, std and classes.
         dtype: float32, float16 or bfloat16.
-        opset: of ONNX; bfloat16 convolutions need 22.
-        kept: names of blocks or modules that are in float32 all the same, with their additions.
+        opset: ONNX opset; bfloat16 convolutions need 22.
+        kept: names of blocks or modules that stay in float32, with their additions.
 
     Raises:
-        GraphError: a number that is not finite in `dtype`; the tensor is named.
+        GraphError: a number is not finite in `dtype`; the message names the tensor.
     """
     out = OnnxGraph()
+    modules = dict(network.named_modules(remove_duplicate=False))
     try:
-        _write(out, network, identity, dtype, kept)
-    except UnknownStep:
+        for node in network.graph.nodes:
+            if acts_on_others(node, modules):
+                raise UnsupportedOperator  # ONNX has values, not memory
+            ends = node.op in ("placeholder", "output")
+            out.dtype = torch.float32 if ends or _is_kept(node, kept) else dtype
+            if node.op == "placeholder" and not out.values:
+                out.values[node] = _normalize(out, identity)
+            elif node.op == "output":
+                _set_output(out, out.vector(out.operand(node.args[0])))
+            else:
+                out.values[node] = _step(out, node, modules)
+    except UnsupportedOperator:
         return None
     images: list[str | int | None] = [BATCH, *identity.input_shape]
     logits: list[str | int | None] = [BATCH, len(identity.classes)]
@@ -451,45 +427,24 @@ def write(
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=_IR)
 
 
-def _write(
-    out: OnnxGraph,
-    network: fx.GraphModule,
-    identity: DataIdentity,
-    dtype: torch.dtype,
-    kept: Collection[str],
-) -> None:
-    modules = dict(network.named_modules(remove_duplicate=False))
-    for node in network.graph.nodes:
-        if acts_on_others(node, modules):
-            raise UnknownStep  # ONNX has values, not memory
-        wide = node.op in ("placeholder", "output") or _is_kept(node, kept)
-        out.dtype = torch.float32 if wide else dtype
-        if node.op == "placeholder" and not out.values:
-            out.values[node] = _normalised(out, identity)
-        elif node.op == "output":
-            _finish(out, out.value(node.args[0], flat=True))
-        else:
-            out.values[node] = _step(out, node, modules)
-
-
 def _is_kept(node: fx.Node, kept: Collection[str]) -> bool:
-    """Whether a step is of one of the blocks; a function is where one of its operands is."""
+    """Whether a step belongs to a kept block; a function belongs where one of its operands does."""
     if node.op != "call_module":
         operands = (source for source in node.all_input_nodes if source.op == "call_module")
         return any(_is_kept(source, kept) for source in operands)
     return belongs(str(node.target), kept)
 
 
-def _normalised(out: OnnxGraph, identity: DataIdentity) -> str:
+def _normalize(out: OnnxGraph, identity: DataIdentity) -> str:
     normalize = Normalize.of(identity)
     mean = out.tensor("normalize.mean", normalize.mean)
     std = out.tensor("normalize.std", normalize.std)
-    pixels = out.add("Cast", out.unused("normalize.cast"), [INPUT_NAME], to=TensorProto.FLOAT)
-    centred = out.add("Sub", out.unused("normalize.sub"), [pixels, mean])
-    return out.add("Div", out.unused("normalize.div"), [centred, std])
+    pixels = out.add("Cast", out.unique("normalize.cast"), [INPUT_NAME], to=TensorProto.FLOAT)
+    centred = out.add("Sub", out.unique("normalize.sub"), [pixels, mean])
+    return out.add("Div", out.unique("normalize.div"), [centred, std])
 
 
-def _finish(out: OnnxGraph, value: str) -> None:
+def _set_output(out: OnnxGraph, value: str) -> None:
     last = out.nodes[-1]
     if list(last.output) == [value]:
         last.output[0] = OUTPUT_NAME
@@ -500,15 +455,17 @@ def _finish(out: OnnxGraph, value: str) -> None:
 def _step(out: OnnxGraph, node: fx.Node, modules: dict[str, nn.Module]) -> str:
     if node.op == "call_module":
         layer = modules[str(node.target)]
-        rule = LAYERS.get(type(layer))
-        if rule is None or _hooked(layer) or len(node.args) != 1 or node.kwargs:
-            raise UnknownStep
-        return rule(out, out.unused(str(node.target)), layer, out.value(node.args[0]))
-    function = FUNCTIONS.get(node.target) if node.op == "call_function" else None
-    if function is None:
-        raise UnknownStep
-    return function(out, out.unused(node.name), node)
-
-
-def _hooked(layer: nn.Module) -> bool:
-    return bool(layer._forward_hooks or layer._forward_pre_hooks)
+        rule = _MODULES.get(type(layer))
+        hooked = layer._forward_hooks or layer._forward_pre_hooks
+        if rule is None or hooked or len(node.args) != 1 or node.kwargs:
+            raise UnsupportedOperator
+        return rule(out, out.unique(str(node.target)), out.operand(node.args[0]), layer)
+    function = _FUNCTIONS.get(node.target) if node.op == "call_function" else None
+    if function is None or not node.args:
+        raise UnsupportedOperator
+    first, *others = node.args
+    rest = [out.operand(value) if isinstance(value, fx.Node) else value for value in others]
+    try:
+        return function(out, out.unique(node.name), out.operand(first), *rest, **node.kwargs)
+    except TypeError:  # an argument that the rule does not have
+        raise UnsupportedOperator from None

@@ -1,6 +1,6 @@
-"""`report.json`: everything that was measured, every check, and what was not run and why.
+"""The entries of `report.json`: checks with their outcome, measurements, and the environment.
 
-`report.schema.json` beside this module describes every key with its unit (JSON Schema 2020-12).
+`eps_deploy.report.schema` declares the format.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from eps_deploy.bench.machine import machine
 from eps_deploy.export.half import LARGEST, Peak
 from eps_deploy.export.mixed_precision import Repair
 from eps_deploy.precision import Precision
+from eps_deploy.report.schema import SCHEMA as SCHEMA
+from eps_deploy.report.schema import parse
 
-SCHEMA = 2
 _PACKAGES = (
     "eps-resnet",
     "torch",
@@ -156,15 +157,15 @@ def precision_entry(
     kept: Sequence[str] = (),
     repair: Repair | None = None,
 ) -> dict[str, Any]:
-    """What was asked for, and what the model file and the runtime made of it.
+    """Requested precision and the types in which layers compute.
 
     Args:
-        precision: the choice.
-        graph: how many Conv, Gemm and MatMul nodes of model.onnx compute in each type.
-        executed: the same of what the runtime really runs; None where it does not tell.
+        precision: requested precision.
+        graph: number of Conv, Gemm and MatMul nodes of model.onnx by type.
+        executed: the same as the runtime executes them; None if it does not report it.
         calibration: `samples`, `method` and `sha256`, for int8.
         kept: blocks that `--repair` kept in higher precision.
-        repair: how they were found; None without `--repair`.
+        repair: result of `--repair`; None without it.
     """
     found = repair and {
         "trials": repair.trials,
@@ -185,12 +186,12 @@ def precision_entry(
 def blocks_entry(
     blocks: Sequence[str], gone: Collection[str], live: Collection[str] = ()
 ) -> dict[str, Any]:
-    """All residual `blocks` in the order of computation, with what became of each.
+    """Residual blocks and their states, in the order of computation.
 
     Args:
-        blocks: names, each the name of its stage, a dot, and its place there.
-        gone: those that the compact network has no more.
-        live: those of `gone` whose gate was open: removing them was not lossless.
+        blocks: names of all blocks, each the name of its stage, a dot, and its position there.
+        gone: blocks that were removed.
+        live: blocks of `gone` whose gate was open, so that removing them was not lossless.
     """
     states = {name: "removed" if name in live else "dead" for name in gone}
     return {
@@ -252,9 +253,10 @@ def _comparison(latency: Latency, way: str) -> dict[str, Any] | None:
 
 
 def environment(engine: Mapping[str, Any]) -> dict[str, Any]:
-    """Where the numbers come from: versions, processor, threads. Nothing that names the machine.
+    """Versions, processor and threads; nothing that identifies the machine.
 
-    `engine` is what the engine says of itself.
+    Args:
+        engine: result of `Engine.describe`.
     """
     return {
         "engine": dict(engine),
@@ -264,7 +266,7 @@ def environment(engine: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def verdict(checks: Iterable[Check], *, deferred: bool = False) -> bool | None:
-    """False when a check failed; None when there is none, or the engine is still to be built."""
+    """False if a check failed; None without checks, or if the engine is not built yet."""
     outcomes = [check.passed for check in checks]
     if not all(outcomes):
         return False
@@ -272,7 +274,8 @@ def verdict(checks: Iterable[Check], *, deferred: bool = False) -> bool | None:
 
 
 def write_json(path: Path, report: dict[str, Any]) -> None:
-    # NaN is no JSON: other programs could not read the file.
+    """Write `report.json`; raises ValueError if `report` does not follow its format."""
+    parse(report)
     path.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 

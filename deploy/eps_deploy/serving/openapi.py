@@ -1,7 +1,7 @@
 """OpenAPI 3.1 document of the server: `openapi.json`, filled in for the model that is served.
 
 In `openapi.json`, `{model}` is the model's name and a string such as `"{pixels}"` a number. The
-schemas that the model card shares with a bundle's report are taken from `report.schema.json`.
+schemas that the model card shares with a bundle's report are those of `report.json`.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from importlib.metadata import version
 from importlib.resources import files
 from typing import Any
 
+from eps_deploy.report.schema import json_schema
 from eps_deploy.serving.protocol import Signature
 
 _INPUT_SCHEMAS = ("AnyImages", "OneImage", "SeveralImages")
-_REPORT_SCHEMA = "report/report.schema.json"
 
 
 @cache
@@ -51,7 +51,7 @@ def document(name: str, signature: Signature | None) -> dict[str, Any]:
     schemas["InferRequest"]["properties"]["inputs"]["items"] = {
         "anyOf": [{"$ref": f"#/components/schemas/{schema}"} for schema in accepted]
     }
-    text = files("eps_deploy").joinpath(_REPORT_SCHEMA).read_text("utf-8")
+    text = json.dumps(json_schema())
     report = json.loads(text.replace("#/$defs/", "#/components/schemas/"))
     schemas |= report["$defs"]
     card = schemas["Card"]

@@ -47,7 +47,7 @@ def test_more_than_there_are_gives_all(digits: Data) -> None:
 
 
 @pytest.mark.parametrize("samples", [-1, 0, 99])
-def test_too_few_are_refused_with_the_number_that_is_enough(digits: Data, samples: int) -> None:
+def test_too_few_are_rejected_with_the_number_that_is_enough(digits: Data, samples: int) -> None:
     with pytest.raises(DataError, match=f"--calibration-samples {samples}: .* at least 100"):
         quantize.pick(digits, samples)
 

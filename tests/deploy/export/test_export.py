@@ -140,7 +140,7 @@ def test_torch_s_own_exporter_writes_what_is_unusual(
     ],
 )
 def test_precision_is_in_the_graph(tmp_path: Path, precision: str, dtype: str, opset: int) -> None:
-    """All layers have the type; the pixels, their normalisation and the logits never do."""
+    """All layers have the type; the pixels, their normalization and the logits never do."""
     path = tmp_path / "model.onnx"
     export_onnx(network(3), identity((8, 8), 3), path, precision=PRECISIONS[precision])
     model = onnx.load(path)
@@ -176,22 +176,24 @@ def test_bfloat16_of_an_unusual_network(tmp_path: Path) -> None:
     assert set(layer_types(onnx.load(path)).values()) == {"bfloat16"}
 
 
-@pytest.mark.parametrize(("value", "told"), [(1e5, "1e+05, does not fit"), (np.nan, "not finite")])
+@pytest.mark.parametrize(
+    ("value", "message"), [(1e5, "1e+05, does not fit"), (np.nan, "not finite")]
+)
 @pytest.mark.parametrize(
     ("model", "layer"), [(network(3), "classifier"), (Unusual(), "conv")], ids=["usual", "unusual"]
 )
 def test_a_number_that_float16_does_not_hold_is_named(
-    tmp_path: Path, model: nn.Module, layer: str, value: float, told: str
+    tmp_path: Path, model: nn.Module, layer: str, value: float, message: str
 ) -> None:
     broken = copy.deepcopy(model)
     with torch.no_grad():
         broken.get_parameter(f"{layer}.weight").view(-1)[3] = value
-    with pytest.raises(GraphError) as refusal:
+    with pytest.raises(GraphError) as raised:
         export_onnx(
             broken, identity((8, 8), 3), tmp_path / "model.onnx", precision=PRECISIONS["fp16"]
         )
-    assert str(refusal.value).startswith(f"model.onnx: {layer}.weight: ")
-    assert told in str(refusal.value)
+    assert str(raised.value).startswith(f"model.onnx: {layer}.weight: ")
+    assert message in str(raised.value)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -231,7 +233,7 @@ def test_a_network_that_cannot_be_exported_is_one_clear_error(tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_network_of_other_classes_is_refused(tmp_path: Path) -> None:
+def test_a_network_of_other_classes_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(GraphError, match=r"model.onnx: .* shape \[1, 4\] .* 3 classes"):
         export_onnx(network(4), identity((8, 8), 3), tmp_path / "model.onnx")
     assert list(tmp_path.iterdir()) == []

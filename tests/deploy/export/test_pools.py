@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from eps_core.errors import GraphError
 from eps_deploy.engines.ort import OrtEngine
 from eps_deploy.export.export import Deployed, export_onnx
-from eps_deploy.export.pools import unambiguous
+from eps_deploy.export.pools import resolve_ceil_mode
 from eps_train.gating import rewriting
 from eps_train.models.cifar import Downsample
 from tests.deploy.export.test_export import identity
@@ -62,7 +62,7 @@ def test_average_pools_are_torchs_in_every_engine(kernel: int, padding: int, cou
             ceil_mode=1,
             count_include_pad=int(counted),
         )
-        unambiguous(model)
+        resolve_ceil_mode(model)
         onnx.checker.check_model(model, full_check=True)
         pool = nn.AvgPool2d(kernel, stride, padding, ceil_mode=True, count_include_pad=counted)
         expected = pool(torch.from_numpy(IMAGE)).numpy()
@@ -79,7 +79,7 @@ def test_max_pools_are_torchs_in_every_engine() -> None:
             pads=[padding] * 4,
             ceil_mode=1,
         )
-        unambiguous(model)
+        resolve_ceil_mode(model)
         pool = nn.MaxPool2d(kernel, stride, padding, ceil_mode=True)
         expected = pool(torch.from_numpy(IMAGE)).numpy()
         for found in answers(model):
@@ -134,14 +134,14 @@ def test_a_network_with_such_a_pool_is_exported_without_ceil_mode(
 
 def test_a_shortcut_that_halves_an_odd_image(tmp_path: Path) -> None:
     model = model_of("AveragePool", kernel_shape=[2, 2], strides=[2, 2], ceil_mode=1)
-    unambiguous(model)
+    resolve_ceil_mode(model)
     expected = Downsample(1, 1)(torch.from_numpy(IMAGE)).detach().numpy()
     for found in answers(model):
         np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
-def test_an_image_size_that_is_not_fixed_is_refused() -> None:
+def test_an_image_size_that_is_not_fixed_is_rejected() -> None:
     model = model_of("AveragePool", kernel_shape=[2, 2], strides=[2, 2], ceil_mode=1)
     model.graph.input[0].type.tensor_type.shape.dim[2].dim_param = "H"
     with pytest.raises(GraphError, match="pool: an average pool with ceil_mode whose image size"):
-        unambiguous(model)
+        resolve_ceil_mode(model)

@@ -1,4 +1,4 @@
-"""int8: what is quantised and what is not, how well, and what is refused."""
+"""int8: what is quantized and what is not, how well, and what is rejected."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_all_layers_are_int8(quantized: dict[str, bytes], kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_tensorrt_refuses_is_not_in_it(quantized: dict[str, bytes], kind: str) -> None:
+def test_what_tensorrt_rejects_is_not_in_it(quantized: dict[str, bytes], kind: str) -> None:
     """Zero points, unsigned integers, and integer biases."""
     graph = onnx.load_from_string(quantized[kind]).graph
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
@@ -120,7 +120,7 @@ def test_weights_are_stored_as_int8_with_a_scale_for_each_channel(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_nothing_before_the_first_convolution_is_quantised(
+def test_nothing_before_the_first_convolution_is_quantized(
     quantized: dict[str, bytes], kind: str
 ) -> None:
     names = [node.op_type for node in onnx.load_from_string(quantized[kind]).graph.node]
@@ -180,12 +180,12 @@ def test_blocks_can_be_kept(exported: dict[str, bytes], kind: str) -> None:
     assert error(logits(model)) <= PARITY_LIMITS[kind]
 
 
-def test_a_set_that_is_too_small_is_refused(exported: dict[str, bytes]) -> None:
+def test_a_set_that_is_too_small_is_rejected(exported: dict[str, bytes]) -> None:
     with pytest.raises(DataError, match=r"99 calibration images: too few .* at least 100"):
         quantize(exported["int8"], images()[:99], PRECISIONS["int8"])
 
 
-def test_a_network_with_nothing_to_quantise_is_refused(exported: dict[str, bytes]) -> None:
+def test_a_network_with_nothing_to_quantize_is_rejected(exported: dict[str, bytes]) -> None:
     everything = ("stem", "stages", "classifier")
     with pytest.raises(GraphError, match="--int8: no convolution"):
         quantize(exported["int8"], images(), PRECISIONS["int8"], kept=everything)

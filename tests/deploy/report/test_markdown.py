@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from eps_deploy.report.render import render_markdown, verdict_line
-from tests.deploy.reporting.reports import (
+from tests.deploy.report.reports import (
     HOSTILE,
     PROVOKED,
     deferred,
@@ -32,7 +32,7 @@ def test_the_verdict_comes_first() -> None:
         "## Accuracy",
         "## Latency",
         "## Blocks",
-        "## Chain of proof",
+        "## Parity",
         "## Precision",
         "## Not run",
         "## Environment",
@@ -56,7 +56,13 @@ def test_a_failed_check_leads() -> None:
     assert line.startswith("FAILED: parity-compact-onnx, parity-onnx-engine, accuracy, speedup (4")
     text = render_markdown(found)
     assert "**FAILED: parity-compact-onnx" in text
-    for said in ("not finite", "p99 is unreliable", "did not become flat", "slower", "cannot tell"):
+    for said in (
+        "not finite",
+        "p99 is unreliable",
+        "did not become steady",
+        "slower",
+        "cannot tell",
+    ):
         assert said in text
 
 
@@ -65,7 +71,7 @@ def test_a_deferred_engine_is_not_called_passed() -> None:
     assert line.startswith("NOT JUDGED YET: all 3 checks that could run passed")
     assert line.endswith("not run: TensorRT engine, latency")
     text = render_markdown(deferred())
-    assert "| engine that ships | not measured |" in text
+    assert "| deployed engine | not measured |" in text
     assert "## Latency\n\nNot measured." in text
 
 

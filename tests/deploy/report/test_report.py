@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,10 @@ from eps_core.stats import Interval
 from eps_deploy.bench.accuracy import Drop, accuracy_drop
 from eps_deploy.report import report
 from eps_deploy.report.render import verdict_line
-from tests.deploy.reporting.reports import PROVOKED, latency, make_report, parity
+from eps_deploy.report.schema import json_schema, parse
+from tests.deploy.report.reports import PROVOKED, latency, make_report, parity
 
-SCHEMA: dict[str, Any] = json.loads(
-    (files("eps_deploy.report") / "report.schema.json").read_bytes()
-)
+SCHEMA = json_schema()
 VALIDATOR = Draft202012Validator(SCHEMA)
 PARITY = parity("compact-onnx", 0.01, 0.02)
 LATENCY = latency(1, 2.0, Interval(2.0, 1.8, 2.2))
@@ -57,7 +57,7 @@ def test_parity_check() -> None:
     assert "equal to the last bit" in checked(replace(PARITY, relative=0.0, limit=0.0)).detail
 
 
-def test_a_stage_without_a_limit_is_told_and_not_judged() -> None:
+def test_a_stage_without_a_limit_is_reported_and_not_judged() -> None:
     stage = replace(PARITY, limit=None)
     assert report.parity_check(stage) is None
     entry = report.parity_entry(stage)
@@ -125,7 +125,7 @@ def test_what_became_of_each_block() -> None:
 
 def test_no_nan_gets_into_the_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
-        report.write_json(tmp_path / "report.json", {"value": float("nan")})
+        report.write_json(tmp_path / "report.json", {**make_report(), "command": float("nan")})
     assert not (tmp_path / "report.json").exists()
 
 
@@ -136,9 +136,11 @@ def test_the_environment_names_versions_and_not_the_machine() -> None:
     assert set(found) == {"engine", "packages", "python", "system", "processor", "cores"}
 
 
-def test_the_schema_is_one() -> None:
+def test_the_schema_is_valid_and_printed() -> None:
     Draft202012Validator.check_schema(SCHEMA)
-    assert SCHEMA["properties"]["schema"]["const"] == report.SCHEMA
+    assert SCHEMA["properties"]["schema"]["enum"] == [report.SCHEMA]
+    command = [sys.executable, "-m", "eps_deploy.report.schema"]
+    assert json.loads(subprocess.check_output(command)) == SCHEMA
 
 
 def parts(schema: dict[str, Any], where: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
@@ -151,26 +153,27 @@ def parts(schema: dict[str, Any], where: str = "") -> Iterator[tuple[str, dict[s
             yield f"{where}[]", schema[name]
             yield from parts(schema[name], f"{where}[]")
     for choice in schema.get("anyOf", []):
+        yield f"{where}?", {"description": "of the property", **choice}
         yield from parts(choice, where)
 
 
 def test_every_key_is_described_and_every_number_has_a_unit() -> None:
     roots = {"": SCHEMA, **SCHEMA["$defs"]}
+    assert all(root["description"] for root in roots.values())
     found = [part for name, root in roots.items() for part in parts(root, name)]
     assert len(found) > 100
-    assert [where for where, part in found if not part.get("description")] == []
-    numbers = [
-        where
-        for where, part in found
-        if {"number", "integer"} & set(np.atleast_1d(part.get("type", "")).tolist())
-        and not part.get("unit")
-    ]
-    assert numbers == []
+    described = [part.get("description") or part.get("$ref") for _, part in found]
+    assert all(described), found[described.index(None)]
+    numbers = [(where, part) for where, part in found if part.get("type") in ("number", "integer")]
+    assert len(numbers) > 50
+    assert [where for where, part in numbers if not part.get("unit")] == []
 
 
 @pytest.mark.parametrize("kind", sorted(PROVOKED))
 def test_reports_follow_the_schema(kind: str) -> None:
-    assert problems(PROVOKED[kind]()) == []
+    found = PROVOKED[kind]()
+    assert problems(found) == []
+    assert parse(found).checks == parse(json.loads(json.dumps(found))).checks
 
 
 def test_a_real_report_follows_the_schema(deployed: Path) -> None:
@@ -179,15 +182,19 @@ def test_a_real_report_follows_the_schema(deployed: Path) -> None:
     assert found["passed"] is True
 
 
-def test_the_schema_refuses_what_the_report_never_says() -> None:
-    assert problems({**make_report(), "surprise": 1})
-    assert problems({key: value for key, value in make_report().items() if key != "not_run"})
+def test_what_does_not_follow_the_format_is_rejected(tmp_path: Path) -> None:
+    """By the schema for other programs, and before `report.json` is written."""
     wrong = make_report()
     wrong["latency"][0]["baseline_ms"]["p50"] = "fast"
-    assert problems(wrong)
+    incomplete = {key: value for key, value in make_report().items() if key != "not_run"}
+    for found in ({**make_report(), "surprise": 1}, incomplete, wrong):
+        assert problems(found)
+        with pytest.raises(ValueError, match=r"surprise|not_run|p50"):
+            report.write_json(tmp_path / "report.json", found)
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_the_whole_of_a_latency_is_told() -> None:
+def test_the_whole_of_a_latency_is_in_the_report() -> None:
     entry = report.latency_entry(LATENCY)
     assert entry["speedup"] == {"median": 2.0, "low": 1.8, "high": 2.2}
     assert entry["throughput"] == {"baseline": 500.0, "compact": 1000.0}

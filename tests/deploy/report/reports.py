@@ -272,7 +272,7 @@ def on_a_gpu() -> dict[str, Any]:
     )
     found["engine"] = "trt"
     found["resumed"] = ["export", "calibration"]
-    found["environment"]["gpu"] = {"name": "A GPU", "driver": "580.1", "memory_gib": 80}
+    found["environment"]["engine"]["gpu"] = {"name": "A GPU", "driver": "580.1", "memory_gib": 80}
     return found
 
 
@@ -304,7 +304,8 @@ def hostile() -> dict[str, Any]:
     found["parity"][0]["stage"] = HOSTILE
     found["latency"][0]["noise"] = HOSTILE
     found["command"] = f"eps-deploy -o '{HOSTILE}'"
-    found["environment"].update(processor=HOSTILE, more={HOSTILE: HOSTILE})
+    found["environment"].update(processor=HOSTILE)
+    found["environment"]["engine"]["more"] = {HOSTILE: HOSTILE}
     found["environment"]["packages"][HOSTILE] = HOSTILE
     return found
 

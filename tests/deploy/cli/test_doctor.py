@@ -1,4 +1,4 @@
-"""`eps-doctor`: what works was tried, what does not comes with what helps; it always answers."""
+"""`eps-doctor`: every part is tried, each problem has a remedy, and the exit code is 0."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 
 from eps_deploy.bench.machine import Gpu
 from eps_deploy.cli import doctor as doctor
-from eps_deploy.cli.doctor import Findings, ask_process, examine, lines, main
+from eps_deploy.cli.doctor import Diagnosis, ask_process, examine, lines, main
 from tests.commands import run
 
 H100 = Gpu(
@@ -58,7 +58,7 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("eps_deploy.bench.machine.driver_version", lambda: None)
 
 
-def missing(found: Findings) -> dict[str, tuple[str, ...]]:
+def missing(found: Diagnosis) -> dict[str, tuple[str, ...]]:
     return {ability.name: ability.missing for ability in found.abilities}
 
 
@@ -67,9 +67,9 @@ def test_where_everything_works() -> None:
     found = examine(Pretended())
     assert not any(missing(found).values())
     assert not any(part.remedy for part in found.parts)
-    told = lines(found)
-    assert any("H100" in line and "81,046 of 81,559 MiB free" in line for line in told)
-    assert not any("What is missing" in line for line in told)
+    text = lines(found)
+    assert any("H100" in line and "81,046 of 81,559 MiB free" in line for line in text)
+    assert not any("What is missing" in line for line in text)
 
 
 def test_a_gpu_without_memory_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,10 +89,10 @@ def test_a_driver_that_is_too_old_for_cuda_13(monkeypatch: pytest.MonkeyPatch) -
     old_driver(monkeypatch, "570.86.15")
     found = examine(Pretended(tensorrt="does not load"))
     assert found.parts[0].found == "570.86.15, 1 GPU; too old for CUDA 13, which needs 580"
-    told = "\n".join(lines(found))
-    assert "update it to 580 or later" in told
-    assert "tensorrt-cu12" in told
-    assert "onnxruntime-gpu[cuda,cudnn]<1.27" in told
+    text = "\n".join(lines(found))
+    assert "update it to 580 or later" in text
+    assert "tensorrt-cu12" in text
+    assert "onnxruntime-gpu[cuda,cudnn]<1.27" in text
 
 
 @pytest.mark.parametrize(
@@ -142,8 +142,8 @@ def test_what_is_missing_comes_with_what_helps(
     assert broken[part].found == "it broke"
     assert remedy in str(broken[part].remedy)
     assert [name for name, parts in missing(found).items() if stops in name and part in parts]
-    told = "\n".join(lines(found))
-    assert f"  {part}: {broken[part].remedy}" in told
+    text = "\n".join(lines(found))
+    assert f"  {part}: {broken[part].remedy}" in text
 
 
 @pytest.mark.usefixtures("gpu")
@@ -162,7 +162,38 @@ def test_a_torch_built_for_the_cpu() -> None:
 
     parts = {part.name: part for part in examine(CpuTorch()).parts}
     assert parts["torch"].works
-    assert parts["torch on a GPU"].found == "built for the CPU alone, sees no GPU"
+    assert parts["torch on a GPU"].found == "built for the CPU only, finds no GPU"
+
+
+REGISTER = (
+    "ONNX Runtime cannot load it: /onnxruntime_src/onnxruntime/python/pybind_state.cc:505 void"
+    " onnxruntime::python::RegisterTensorRTPluginsAsCustomOps(PySessionOptions&, const"
+    " ProviderOptions&) Please install TensorRT libraries as mentioned in the GPU requirements"
+    " page, make sure they're in the PATH or LD_LIBRARY_PATH, and that your GPU is supported."
+)
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize(
+    ("problem", "found"),
+    [
+        (
+            f"{REGISTER} (libnvinfer.so.10: cannot open shared object file)",
+            "libnvinfer.so.10: cannot open shared object file",
+        ),
+        (REGISTER, "ONNX Runtime cannot load it: Please install TensorRT libraries as mentioned"),
+        ("no TensorRT provider; install it", "no TensorRT provider"),
+    ],
+    ids=["logged", "exception", "ours"],
+)
+def test_a_long_reason_is_one_short_line(problem: str, found: str) -> None:
+    report = examine(Pretended(provider_tensorrt=problem))
+    (part,) = (part for part in report.parts if part.name == "ONNX Runtime on TensorRT")
+    assert part.found.startswith(found)
+    assert len(part.found) <= 100
+    assert part.facts["problem"] == problem
+    (line,) = (line for line in lines(report) if line.startswith("  ONNX Runtime on TensorRT  no"))
+    assert line.endswith(part.found)
 
 
 def test_probes_of_what_is_here() -> None:
@@ -186,7 +217,7 @@ def probes(folder: Path, code: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "told"),
+    ("code", "text"),
     [
         ("import os; os.kill(os.getpid(), 11)", "ended with status -11"),
         ("raise OSError('libfoo.so.1: cannot open\\nshared object file')", "libfoo.so.1: cannot"),
@@ -196,11 +227,11 @@ def probes(folder: Path, code: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ids=["crash", "library", "stderr", "stdout"],
 )
 def test_a_library_that_breaks_its_process(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, told: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, text: str
 ) -> None:
     probes(tmp_path, code, monkeypatch)
     problem = ask_process(["package", "broken_library"])["problem"]
-    assert told in problem
+    assert text in problem
     assert "\n" not in problem
 
 
@@ -218,9 +249,9 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "  TensorRT: pip install 'eps-resnet[trt]'" in result.stdout.splitlines()
     as_json = run("eps-doctor", main, "--json", cwd=tmp_path)
     assert (as_json.code, as_json.stderr) == (0, "")
-    told = json.loads(as_json.stdout)
-    assert {"schema", "system", "gpus", "parts", "abilities"} == set(told)
-    assert told["system"]["disk_free"] > 0
+    report = json.loads(as_json.stdout)
+    assert {"schema", "system", "gpus", "parts", "abilities"} == set(report)
+    assert report["system"]["disk_free"] > 0
     assert run("eps-doctor", main, "extra", cwd=tmp_path).code == 2
 
 

@@ -109,7 +109,7 @@ def test_a_spoiled_block_of_a_real_network_is_found(tmp_path: Path, kind: str) -
 
     names = units(content, spec_blocks())
     assert names == ("stem.0", *spec_blocks(), "classifier")
-    candidates = tuple(name for name in names if name != "stem.0")  # something stays quantised
+    candidates = tuple(name for name in names if name != "stem.0")  # something stays quantized
     found = repair(candidates, attempt)
     assert found.kept == ("stages.1.1",)
     assert found.after.value < found.before.value / 2

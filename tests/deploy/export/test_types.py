@@ -64,7 +64,7 @@ def test_a_weight_of_another_type_than_the_input_is_seen(tmp_path: Path) -> None
     assert types["stages.0.0.conv1"] == "bfloat16"
 
 
-def test_a_layer_belongs_to_its_block_alone() -> None:
+def test_a_layer_belongs_only_to_its_own_block() -> None:
     assert belongs("stages.1.conv", ["stages.1"])
     assert belongs("stages.1", ["stages.1"])
     assert not belongs("stages.10.conv", ["stages.1"])

@@ -1,4 +1,4 @@
-"""`eps-predict`: the labels that torch gives, and one line for each picture that is none."""
+"""`eps-predict`: the labels that torch gives, and one line for each file that is not an image."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def examples(folder: Path) -> list[Path]:
     return sorted((folder / "bundle" / "examples").glob("*.png"))
 
 
-def test_one_line_a_picture(deployed: Path) -> None:
+def test_one_line_an_image(deployed: Path) -> None:
     paths = examples(deployed)
     result = predict("bundle", *paths, cwd=deployed)
     assert result.code == 0, result.stderr
@@ -64,24 +64,24 @@ def test_top(deployed: Path) -> None:
     assert predict("bundle", path, "--top", "0", cwd=deployed).code == 2
 
 
-def test_a_picture_of_another_size_and_colour(deployed: Path, tmp_path: Path) -> None:
+def test_an_image_of_another_size_and_colour(deployed: Path, tmp_path: Path) -> None:
     Image.new("RGBA", (300, 200), "red").save(tmp_path / "red.png")
     result = predict("bundle", tmp_path / "red.png", cwd=deployed)
     assert result.code == 0, result.stderr
 
 
-def test_many_pictures_go_in_several_batches(deployed: Path) -> None:
+def test_many_images_go_in_several_batches(deployed: Path) -> None:
     paths = examples(deployed) * 7
     result = predict("bundle", *paths, cwd=deployed)
     lines = result.stdout.splitlines()
     assert [line.rpartition(":")[0] for line in lines] == [str(path) for path in paths]
-    # Which batch a picture is in changes nothing that is printed.
+    # Which batch an image is in changes nothing that is printed.
     assert len(set(lines)) == 10
 
 
-def test_bad_pictures_are_named_and_the_others_answered(deployed: Path, tmp_path: Path) -> None:
+def test_bad_images_are_named_and_the_others_answered(deployed: Path, tmp_path: Path) -> None:
     good = examples(deployed)[0]
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("not an image")
     (tmp_path / "cut.png").write_bytes(good.read_bytes()[:70])
     (tmp_path / "empty.png").touch()
     (tmp_path / "folder.png").mkdir()
@@ -98,7 +98,7 @@ def test_bad_pictures_are_named_and_the_others_answered(deployed: Path, tmp_path
         assert line.startswith(f"eps-predict: error: {path}: ")
 
 
-def test_bad_pictures_in_json(deployed: Path) -> None:
+def test_bad_images_in_json(deployed: Path) -> None:
     result = predict("bundle", "missing.png", "--json", cwd=deployed)
     assert result.code == 1
     answer = json.loads(result.stdout)
@@ -132,14 +132,14 @@ def test_an_image_whose_logits_are_not_finite_is_named(
 @pytest.mark.parametrize(
     "arguments", [["nowhere", "a.png"], ["compact.pt", "a.png"], [".", "a.png"]]
 )
-def test_what_is_no_bundle_is_refused_in_one_line(deployed: Path, arguments: list[str]) -> None:
+def test_what_is_no_bundle_is_rejected_in_one_line(deployed: Path, arguments: list[str]) -> None:
     result = predict(*arguments, cwd=deployed)
     assert (result.code, result.stdout) == (1, "")
     assert len(result.stderr.splitlines()) == 1
     assert result.error.startswith("eps-predict: error: ")
 
 
-def test_a_damaged_bundle_is_refused(bundle: Path) -> None:
+def test_a_damaged_bundle_is_rejected(bundle: Path) -> None:
     model = bytearray((bundle / "model.onnx").read_bytes())
     model[len(model) // 2] ^= 1
     (bundle / "model.onnx").write_bytes(model)
@@ -177,7 +177,7 @@ main()
     assert len(done.stdout.splitlines()) == 1
 
 
-def test_large_pictures_are_read_without_a_warning(deployed: Path, tmp_path: Path) -> None:
+def test_large_images_are_read_without_a_warning(deployed: Path, tmp_path: Path) -> None:
     Image.new("1", (10_000, 10_000)).save(tmp_path / "large.png")
     result = predict("bundle", tmp_path / "large.png", cwd=deployed)
     assert (result.code, result.stderr) == (0, "")

@@ -40,7 +40,7 @@ def test_it_needs_no_torch(bundle: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_a_flipped_byte_anywhere_is_refused_in_one_line(bundle: Path) -> None:
+def test_a_flipped_byte_anywhere_is_rejected_in_one_line(bundle: Path) -> None:
     rng = random.Random(0)
     files = sorted(path for path in bundle.rglob("*") if path.is_file())
     for path in files:
@@ -55,10 +55,10 @@ def test_a_flipped_byte_anywhere_is_refused_in_one_line(bundle: Path) -> None:
 
 
 @pytest.mark.parametrize("option", [["--checkpoint", "ckpt.pt"], ["--no-data"]])
-def test_what_is_for_compact_networks_alone_is_refused(bundle: Path, option: list[str]) -> None:
+def test_an_option_of_compact_networks_is_rejected(bundle: Path, option: list[str]) -> None:
     result = verify(bundle, *option)
     assert result.code == 1
-    assert f"{option[0]}: is for a compact.pt" in result.error
+    assert f"{option[0]}: only applies to a compact.pt" in result.error
 
 
 def test_an_empty_folder(tmp_path: Path) -> None:

@@ -1,0 +1,361 @@
+"""Wording of `report.md` and `report.html`: names, numbers, sentences and rows of tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from eps_deploy.report.schema import (
+    BlockEntry,
+    ComparisonEntry,
+    LatencyEntry,
+    Report,
+    SpeedupEntry,
+)
+
+STAGES = {
+    "gated-compact": "gated network → compact network (torch)",
+    "compact-onnx": "compact network (torch) → model.onnx",
+    "onnx-engine": "model.onnx → engine",
+    "baseline-onnx": "unpruned network (torch) → baseline.onnx",
+    "baseline-engine": "unpruned network: baseline.onnx → engine",
+}
+ACCURACIES = {
+    "baseline": "trained unpruned network (torch)",
+    "compact": "compact network (torch)",
+    "onnx": "model.onnx (ONNX Runtime)",
+    "engine": "deployed engine",
+}
+PERCENTILES = ("p50", "p90", "p95", "p99")
+_CHECKS = {"speedup": "speed-up", "builder": "TensorRT's builder accepts model.onnx"}
+_RUNTIMES = {"onnxruntime": "ONNX Runtime", "tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
+
+# -- Names and numbers
+
+
+def outcome(passed: bool | None) -> str:
+    return {True: "passed", False: "FAILED", None: "not judged"}[passed]
+
+
+def stage_name(name: str) -> str:
+    return STAGES.get(name, name)
+
+
+def check_title(name: str) -> str:
+    """What a check is about, in words."""
+    if name.startswith("parity-"):
+        return f"parity: {stage_name(name.removeprefix('parity-'))}"
+    return _CHECKS.get(name, name)
+
+
+def percent(share: float | None) -> str:
+    return "not measured" if share is None else f"{100 * share:.2f} %"
+
+
+def signed(points: float) -> str:
+    return f"{round(points, 2) + 0.0:+.2f}".replace("-", "−")  # no minus before 0.00
+
+
+def removed(old: int, new: int) -> str:
+    return f"{100 * (1 - new / old):.1f} %" if old else "0.0 %"
+
+
+def milliseconds(value: float) -> str:
+    """Three decimals below 10 ms, fewer above."""
+    if value < 10:
+        return f"{value:.3f}"
+    return f"{value:.2f}" if value < 100 else f"{value:,.1f}"
+
+
+def throughput(images: float) -> str:
+    return f"{images:,.0f}" if images >= 100 else f"{images:.3g}"
+
+
+def integer(number: int) -> str:
+    return f"{number:,}"
+
+
+def short(number: int) -> str:
+    """A large count with three digits: 5.55 M."""
+    for power, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if number >= power:
+            return f"{number / power:.3g} {letter}"
+    return integer(number)
+
+
+def ratio(speedup: SpeedupEntry) -> str:
+    return f"{speedup.median:.2f} ({speedup.low:.2f} to {speedup.high:.2f})"
+
+
+def difference(value: float | None) -> str:
+    if value is None:
+        return "not finite"
+    return "0" if value == 0 else f"{value:.3g}"
+
+
+def limit(value: float | None) -> str:
+    if value is None:
+        return "not judged"
+    return "equal" if value == 0 else f"{value:g}"
+
+
+def capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def number_ranges(names: Sequence[str]) -> str:
+    """`0–3, 7` for ["0", "1", "2", "3", "7"]; names that are not numbers are listed as they are."""
+    runs: list[list[str]] = []
+    for name in names:
+        last = runs[-1][-1] if runs else ""
+        if name.isdecimal() and last.isdecimal() and int(name) == int(last) + 1:
+            runs[-1] = [runs[-1][0], name]
+        else:
+            runs.append([name])
+    return ", ".join("–".join(run) for run in runs) or "none"
+
+
+# -- Sentences
+
+
+def verdict_line(report: Report) -> str:
+    """The outcome in one line."""
+    failed = [check.name for check in report.checks if not check.passed]
+    total = len(report.checks)
+    if failed:
+        return f"FAILED: {', '.join(failed)} ({len(failed)} of {total} checks)"
+    if not total:
+        line = "NOT JUDGED: nothing could be checked"
+    elif report.passed is None:
+        line = f"NOT JUDGED YET: all {total} checks that could run passed"
+    else:
+        line = f"passed: all {total} checks"
+    if doubts := _doubts(report):
+        line += f" ({'; '.join(doubts)})"
+    if report.not_run:
+        line += f"; not run: {', '.join(entry.what for entry in report.not_run)}"
+    return line
+
+
+def verdict_sentences(report: Report) -> str:
+    """The outcome in sentences, for below a headline that has it in a word."""
+    failed = [check_title(check.name) for check in report.checks if not check.passed]
+    total = len(report.checks)
+    if failed:
+        titles = "; ".join(title.removeprefix("parity: ") for title in failed)
+        sentences = [f"{len(failed)} of {total} checks failed: {titles}."]
+    elif total:
+        could = " that could run" if report.passed is None else ""
+        sentences = [f"All {total} checks{could} passed."]
+    else:
+        sentences = ["Nothing could be checked."]
+    sentences += [f"{capital(doubt)}." for doubt in _doubts(report)]
+    if report.not_run:
+        sentences.append(f"Not run: {', '.join(entry.what for entry in report.not_run)}.")
+    return " ".join(sentences)
+
+
+def _doubts(report: Report) -> list[str]:
+    """Why checks that passed may be wrong."""
+    unsure = {check.name for check in report.checks if check.passed and not check.conclusive}
+    causes = {"accuracy": "too few images", "speedup": "the machine was too busy"}
+    return [f"{cause} to be sure: {name}" for name, cause in causes.items() if name in unsure]
+
+
+def subtitle(report: Report) -> str:
+    """Engine, precision and network in a few words."""
+    engine, blocks = report.environment.engine, report.blocks
+    runtime = _RUNTIMES.get(engine.get("runtime", ""), report.engine)
+    if provider := engine.get("provider"):
+        runtime += f" ({provider})"
+    network = f"{blocks.compact} of {blocks.baseline} residual blocks"
+    return " · ".join((runtime, report.precision.name, network))
+
+
+def goals(report: Report) -> str:
+    least = report.goals.min_speedup
+    fast = "as fast" if least == 1 else f"{least:g} times as fast"
+    return (
+        f"Goals: at most {report.goals.max_accuracy_drop:g} percentage points less accuracy, and at"
+        f" batch 1 at least {fast}, judged by the lower end of the interval."
+    )
+
+
+def change(points: float) -> str:
+    """A drop in percentage points, in words."""
+    if points == 0:
+        return "as accurate as the unpruned network"
+    return f"{abs(points):.2f} points {'below' if points > 0 else 'above'} the unpruned network"
+
+
+def drop_sentences(report: Report) -> list[str]:
+    """The drop with its interval, and whether there are enough images."""
+    drop = report.accuracy.drop
+    if drop is None:
+        return ["No trained unpruned network to compare with: the drop in accuracy is not known."]
+    sentences = [
+        f"Drop from the unpruned network to the {ACCURACIES[report.accuracy.judged]}:"
+        f" {signed(drop.points)} percentage points, 95 % interval {signed(drop.low)} to"
+        f" {signed(drop.high)} ({drop.method}). {drop.only_baseline_right:,} images only the"
+        f" unpruned network got right, {drop.only_engine_right:,} only the compact one."
+    ]
+    if not drop.conclusive:
+        sentences.append(
+            "The limit is inside the interval: there are too few images to tell for sure, and the"
+            " check judges the measured drop."
+        )
+    return sentences
+
+
+def latency_notes(report: Report) -> list[str]:
+    """How the latency was measured, one note for the baseline and one for each batch size."""
+    flops = report.flops
+    notes = [
+        f"The unpruned network is the {report.latency_baseline}, in the same engine with the same"
+        f" settings. Its FLOPs are {flops.baseline / max(flops.compact, 1):.2f} times those of the"
+        " compact one."
+    ]
+    for entry in report.latency:
+        note = (
+            f"Batch {entry.batch}: {entry.blocks} blocks of {entry.runs_per_block} runs of each"
+            f" network, alternating. {entry.noise}"
+        )
+        if not entry.warm:
+            note += " The warm-up did not become steady in its time."
+        if not entry.p99_reliable:
+            note += " Fewer than 200 runs: p99 is unreliable."
+        notes.append(note)
+    return notes
+
+
+# -- Rows of tables, and blocks by stage
+
+
+def sizes(report: Report) -> list[tuple[str, int, int]]:
+    """Title, count of the unpruned network and count of the compact one."""
+    return [
+        ("residual blocks", report.blocks.baseline, report.blocks.compact),
+        ("parameters", report.parameters.baseline, report.parameters.compact),
+        ("FLOPs for one image", report.flops.baseline, report.flops.compact),
+    ]
+
+
+def facts(report: Report) -> list[tuple[str, str, str]]:
+    """The numbers that most readers look for: title, number, explanation."""
+    rows = []
+    for entry in report.latency:
+        speedup = entry.speedup
+        interval = f"{speedup.low:.2f} to {speedup.high:.2f}: {entry.verdict}"
+        rows.append((f"Speed-up, batch {entry.batch}", f"{speedup.median:.2f}×", interval))
+    drop = report.accuracy.drop
+    compared = change(drop.points) if drop else "no trained unpruned network to compare with"
+    rows.append(("Accuracy", percent(getattr(report.accuracy, report.accuracy.judged)), compared))
+    (_, old, new), *larger = sizes(report)
+    rows.append(("Residual blocks", f"{new} of {old}", f"{old - new} removed"))
+    for title, old, new in larger:
+        rows.append((capital(title), short(new), f"of {short(old)}: {removed(old, new)} less"))
+    return rows
+
+
+def comparisons(entry: LatencyEntry) -> Iterator[tuple[str, ComparisonEntry]]:
+    """The ways in which a batch size was timed: title and times."""
+    yield "call of the engine", entry
+    if entry.end_to_end is not None:
+        yield "image to label", entry.end_to_end
+    if entry.device is not None:
+        yield "GPU alone", entry.device
+
+
+def precision_rows(report: Report) -> list[tuple[str, str]]:
+    precision = report.precision
+    if precision.executed is not None:
+        executed = _types(precision.executed)
+    elif report.accuracy.engine is not None:
+        executed = "not reported by the runtime"
+    else:
+        executed = "not known: the engine is not built yet"
+    rows = [
+        ("requested", precision.name),
+        ("type of what is not quantized", precision.float),
+        ("TF32 products", "allowed" if precision.tf32 else "off"),
+        ("Conv, Gemm and MatMul in model.onnx", _types(precision.graph)),
+        ("as executed by the runtime", executed),
+    ]
+    if calibration := precision.calibration:
+        text = f"{calibration.samples:,} training images, method {calibration.method}"
+        rows.append(("int8 calibration", f"{text}, SHA-256 {calibration.sha256[:12]}…"))
+    if precision.kept:
+        names = ", ".join(precision.kept)
+        if precision.quantized and "int8" not in precision.graph:
+            names += " (that is all of it: nothing is left in int8)"
+        rows.append(("blocks kept in higher precision", names))
+    if repair := precision.repair:
+        text = f"the drop went from {repair.drop_before:+.2f} to {repair.drop_after:+.2f} points in"
+        text += f" {repair.trials} trials"
+        rows.append(("repair", text + ("" if repair.passed else "; the limit still fails")))
+    return rows
+
+
+def environment_rows(report: Report) -> list[tuple[str, str]]:
+    """Title and text of every fact; a fact without a title of its own is named by its key."""
+    found = report.environment
+    engine = dict(found.engine)
+    runtime = engine.pop("runtime", "")
+    engine.pop("name", None)
+    version = engine.pop("version", "")
+    packages = [f"{name} {version}" for name, version in found.packages.items() if version]
+    rows = [
+        ("Engine", f"{_RUNTIMES.get(runtime, runtime)} {version}".strip()),
+        *_flat(engine),
+        ("Processor", f"{found.processor}, {found.cores} cores"),
+        ("System", f"{found.system}, Python {found.python}"),
+        ("Packages", ", ".join(packages)),
+        ("Command", report.command),
+    ]
+    if report.resumed:
+        rows.append(("Taken from an earlier run", ", ".join(report.resumed)))
+    return rows
+
+
+def _types(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{nodes} in {name}" for name, nodes in counts.items()) or "none"
+
+
+def _flat(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in facts.items():
+        title = f"{prefix}{key.replace('_', ' ')}"
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{title}: ")
+        elif isinstance(value, list):
+            yield capital(title), ", ".join(map(str, value)) or "none"
+        elif isinstance(value, bool):
+            yield capital(title), "yes" if value else "no"
+        elif value is not None:
+            yield capital(title), str(value)
+
+
+class StageStrip(NamedTuple):
+    """The blocks of one stage in the order of computation.
+
+    Attributes:
+        name: of the stage.
+        blocks: all of them.
+        alive: how many are computed.
+        names: of those that are computed, shortened: `0–3, 7`.
+    """
+
+    name: str
+    blocks: list[BlockEntry]
+    alive: int
+    names: str
+
+
+def stage_strips(report: Report) -> list[StageStrip]:
+    stages: dict[str, list[BlockEntry]] = {}
+    for block in report.blocks.map:
+        stages.setdefault(block.stage, []).append(block)
+    strips = []
+    for name, blocks in stages.items():
+        alive = [b.name.removeprefix(f"{name}.") for b in blocks if b.state == "alive"]
+        strips.append(StageStrip(name, blocks, len(alive), number_ranges(alive)))
+    return strips
