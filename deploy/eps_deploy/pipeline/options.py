@@ -1,4 +1,4 @@
-"""What `eps-deploy` was asked for, checked as a whole before any work begins."""
+"""The options of `eps-deploy`, validated together before any work begins."""
 
 from __future__ import annotations
 
@@ -18,31 +18,30 @@ Provider = Literal["cpu", "cuda", "tensorrt"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
-    """What `eps-deploy` was asked for.
+    """The options of `eps-deploy`.
 
     Attributes:
         model: the compact network.
-        checkpoint, baseline: where they are; None: where they are expected.
-        data_root: as `--data-root`.
+        checkpoint, baseline: files; None: the default places (see `find_inputs`).
+        data_root: folder of the data set.
         output: folder of the bundle.
-        name: of the model, for clients and for Triton's repository.
+        name: name of the model for clients and in Triton's repository.
         engine: `ort` or `trt`.
         precision: see `eps_deploy.precision`.
-        calibration_samples, calibration_method: for int8.
-        repair: keep blocks in higher precision until the accuracy holds.
-        plan: batch sizes of both engines, and how TensorRT builds.
-        provider, threads: of ONNX Runtime.
-        defer_build: build no plan here; whoever serves the bundle does.
+        calibration_samples, calibration_method: calibration of int8.
+        repair: keep blocks in higher precision until the accuracy check passes.
+        plan: batch sizes of both engines, and TensorRT's build options.
+        provider, threads: execution provider and threads of ONNX Runtime.
+        defer_build: leave building the plan to the machine that serves the bundle.
         device: index of the GPU.
-        max_accuracy_drop: percentage points.
-        min_speedup: ratio that the speed-up's interval must reach.
+        max_accuracy_drop: limit of the accuracy check in percentage points.
+        min_speedup: ratio that the lower end of the speed-up's interval must reach.
         time_budget: seconds for the latency measurements of a batch size.
         force: replace a bundle at `output`.
-        resume: take up what a killed run had finished.
         command: the command line, for the report and `reproduce.sh`.
 
     Raises:
-        ConfigError: a value outside its range, or options that contradict each other.
+        ConfigError: a value is outside its range, or options contradict each other.
     """
 
     model: Path
@@ -65,7 +64,6 @@ class Options:
     min_speedup: float = 1.0
     time_budget: float = 60.0
     force: bool = False
-    resume: bool = False
     command: str = "eps-deploy"
 
     def __post_init__(self) -> None:
@@ -76,23 +74,20 @@ class Options:
         for name in ("max_accuracy_drop", "min_speedup", "time_budget"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
-                raise ConfigError(f"--{_flag(name)} {value}: give a number of at least 0")
+                flag = name.replace("_", "-")
+                raise ConfigError(f"--{flag} {value}: give a number of at least 0")
         if self.repair and self.precision.name in ("fp32", "tf32"):
             raise ConfigError(
                 f"--repair: nothing to repair in {self.precision.name};"
                 " add --fp16, --bf16 or --int8, or leave it out"
             )
-        self._check_precision()
-
-    def _check_precision(self) -> None:
-        if self.engine != "ort":
-            return
-        if self.precision.float == "bfloat16" and self.provider == "cpu":
+        on_cpu = self.engine == "ort" and self.provider == "cpu"
+        if on_cpu and self.precision.float == "bfloat16":
             raise ConfigError(
                 "--bf16: ONNX Runtime has no bfloat16 convolutions on the CPU;"
                 " use --fp16, or --engine trt"
             )
-        if self.precision.tf32 and self.provider == "cpu":
+        if on_cpu and self.precision.tf32:
             raise ConfigError("--tf32: only NVIDIA GPUs have it; use --fp32, or --provider cuda")
 
     @property
@@ -101,15 +96,11 @@ class Options:
 
     @property
     def batches(self) -> tuple[int, ...]:
-        """Batch sizes of the chain of proof; the last batch of most of them is a ragged one."""
+        """Batch sizes of the parity checks."""
         sizes = {1, 2, self.plan.opt_batch, self.plan.max_batch}
         return tuple(sorted(size for size in sizes if size <= self.max_batch))
 
     @property
     def gpu(self) -> int | None:
-        """Index of the GPU that the engine runs on."""
+        """Index of the GPU that the engine runs on; None on the CPU."""
         return None if self.engine == "ort" and self.provider == "cpu" else self.device
-
-
-def _flag(name: str) -> str:
-    return name.replace("_", "-")

@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from eps_core.errors import ConfigError
-from eps_deploy.bundle import Bundle, Choice, prove, warm
+from eps_deploy.bundle import ONNX, Bundle, Choice, prove, warm
 from eps_deploy.engines.base import Engine, EngineError, Images, Logits
 from eps_deploy.serving.model import Model, Say, opener, read_bundle
 
@@ -119,8 +119,8 @@ def open_shadow(
     """
     bundle = read_shadow(model.bundle, options, engine_cache)
     of_its_own = options.path is not None
-    file = {} if of_its_own else {"file": BASELINE}
-    engine = opener(bundle, engine_cache, provider, say, stop, **file)()
+    file = ONNX if of_its_own else BASELINE
+    engine = opener(bundle, engine_cache, provider, say, stop, file)()
     with contextlib.ExitStack() as undo:
         undo.enter_context(engine)
         if engine.max_batch < model.max_batch:

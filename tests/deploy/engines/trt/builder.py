@@ -38,6 +38,7 @@ class Builder:
     Attributes:
         version: of the manifest.
         kinds: type of each convolution; the last one is the linear layer.
+        names: of these layers; empty: numbered.
         quantized: whether their inputs come from a DequantizeLinear.
         refuse: calls that fail, by the name of the method.
         steps: of the build's only phase.
@@ -48,6 +49,7 @@ class Builder:
 
     version: Version = "11.4"
     kinds: tuple[str, ...] = (FLOAT, FLOAT)
+    names: tuple[str, ...] = ()
     quantized: bool = False
     refuse: tuple[str, ...] = ()
     steps: int = 3
@@ -184,6 +186,7 @@ class Builder:
                 if index == last
                 else (f"{index:04d}_Conv", "CONVOLUTION")
             )
+            name = self.names[index] if self.names else name
             layers.append(self._layer(name, of, source, self._tensor(f"u{index}", kind)))
         return layers
 

@@ -16,8 +16,8 @@ from tests.deploy.engines.trt.machine import (
     close,
     expected,
     images,
+    metadata_of,
     network,
-    sidecar_of,
 )
 from tests.deploy.engines.trt.semantic_fake import MS_AN_IMAGE, make_plan
 
@@ -119,11 +119,11 @@ def loads_nothing_foreign(kind: Any, version: Version) -> None:
     elsewhere.gpu.capability = (8, 6)
     host = host_facts(elsewhere.trt, elsewhere.cuda)
     for content, told in (
-        (plan, sidecar_of(plan, host)),
-        (plan + b"x", sidecar_of(plan, machine.host)),
+        (plan, metadata_of(plan, host)),
+        (plan + b"x", metadata_of(plan, machine.host)),
     ):
         with pytest.raises(EngineError, match="rebuild it"):
-            machine.engine(kind, content, sidecar=told)
+            machine.engine(kind, content, metadata=told)
     assert not machine.trt.count("Runtime", "deserialize_cuda_engine")
 
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,8 @@ from eps_deploy.engines.base import EngineError, Images, Logits
 from eps_deploy.engines.ort import OrtEngine
 from eps_deploy.engines.trt.build import BuildOptions, build
 from eps_deploy.engines.trt.cuda import Cuda, host_facts
-from eps_deploy.engines.trt.engine import LANES, TrtEngine
-from eps_deploy.engines.trt.plan import AMPERE, Host, PlanMetadata, load_tensorrt
+from eps_deploy.engines.trt.engine import TrtEngine
+from eps_deploy.engines.trt.plan import AMPERE, Host, Plan, load_tensorrt
 from eps_deploy.export.export import in_precision
 from eps_deploy.precision import PRECISIONS
 from tests.checkpoints import make_checkpoint
@@ -40,13 +40,8 @@ LIVES = 1000
 LEAK = 8 * 2**20  # bytes: less than one engine's buffers in ten of these lives
 
 
-@dataclass(frozen=True)
-class Plan:
-    content: bytes
-    sidecar: PlanMetadata
-
-    def open(self, **arguments: Any) -> TrtEngine:
-        return TrtEngine(self.content, self.sidecar, **arguments)
+def opened(plan: Plan, **arguments: Any) -> TrtEngine:
+    return TrtEngine(plan.content, plan.metadata, **arguments)
 
 
 class Shop:
@@ -62,7 +57,7 @@ class Shop:
         if self.host.capability < AMPERE and precision in ("tf32", "bf16"):
             pytest.skip(f"{self.host.device} has no {precision}")
         if precision not in self._plans:
-            built = build(
+            self._plans[precision] = build(
                 self.models[precision],
                 PRECISIONS[precision],
                 OPTIONS,
@@ -70,7 +65,6 @@ class Shop:
                 trt=self.trt,
                 on_device=self.cuda.current,
             )
-            self._plans[precision] = Plan(built.plan, built.sidecar(self.host))
         return self._plans[precision]
 
     def expected(self, precision: str, images: Images) -> Logits:
@@ -91,8 +85,8 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
 
 @pytest.fixture
 def engine(shop: Shop) -> Iterator[TrtEngine]:
-    with shop.plan().open() as opened:
-        yield opened
+    with opened(shop.plan()) as engine:
+        yield engine
 
 
 def pixels(engine: TrtEngine, count: int, seed: int = 0) -> Images:
@@ -111,7 +105,7 @@ def differ(found: Logits, wanted: Logits) -> float:
 @pytest.mark.parametrize("precision", sorted(PRECISIONS))
 def test_parity(shop: Shop, precision: str, use_graphs: bool) -> None:
     """With the CPU, at batch 1, the optimum, the largest and a ragged one, in any order."""
-    with shop.plan(precision).open(use_graphs=use_graphs) as engine:
+    with opened(shop.plan(precision), use_graphs=use_graphs) as engine:
         for turn, batch in enumerate(BATCHES):
             images = pixels(engine, batch, turn)
             off = differ(engine.infer(images), shop.expected(precision, images))
@@ -131,17 +125,19 @@ def test_graphs_are_really_used(engine: TrtEngine) -> None:
 
 
 def test_a_graph_equals_the_enqueued_launches(shop: Shop, engine: TrtEngine) -> None:
-    with shop.plan().open(use_graphs=False) as plain:
+    with opened(shop.plan(), use_graphs=False) as plain:
         for batch in BATCHES:
             images = pixels(engine, batch, batch)
             assert differ(engine.infer(images), plain.infer(images)) <= 1e-6
 
 
-def test_threads(shop: Shop, engine: TrtEngine) -> None:
-    """More than there are lanes; each gets the answers to its own images."""
+@pytest.mark.parametrize("contexts", [1, 2, 3])
+def test_threads(shop: Shop, contexts: int) -> None:
+    """More than there are execution contexts; each gets the answers to its own images."""
     failures: list[BaseException] = []
-    start = threading.Barrier(3 * LANES)
-    jobs = [pixels(engine, 1 + number * 5 % 32, number) for number in range(3 * LANES)]
+    engine = opened(shop.plan(), contexts=contexts)
+    start = threading.Barrier(6)
+    jobs = [pixels(engine, 1 + number * 5 % 32, number) for number in range(6)]
     wanted = [shop.expected("fp32", images) for images in jobs]
 
     def work(number: int) -> None:
@@ -158,8 +154,8 @@ def test_threads(shop: Shop, engine: TrtEngine) -> None:
         thread.start()
     for thread in threads:
         thread.join()
+    engine.close()
     assert not failures, failures
-    assert engine.describe()["lanes"] == {"made": LANES, "why_no_more": None}
 
 
 def test_time_on_device(engine: TrtEngine) -> None:
@@ -181,7 +177,7 @@ def test_batches_outside_the_profile_are_refused(engine: TrtEngine) -> None:
 
 
 def test_a_closed_engine_says_so(shop: Shop) -> None:
-    with shop.plan().open() as engine:
+    with opened(shop.plan()) as engine:
         images = pixels(engine, 1)
     engine.close()
     with pytest.raises(EngineError, match="closed"):
@@ -189,7 +185,7 @@ def test_a_closed_engine_says_so(shop: Shop) -> None:
 
 
 def test_another_thread_may_close_it(shop: Shop) -> None:
-    engine = shop.plan().open()
+    engine = opened(shop.plan())
     engine.infer(pixels(engine, 2))
     thread = threading.Thread(target=engine.close)
     thread.start()
@@ -202,7 +198,7 @@ def test_lives_leave_nothing_behind(shop: Shop) -> None:
     images: Images | None = None
     before = 0
     for life in range(LIVES):
-        with plan.open() as engine:
+        with opened(plan) as engine:
             images = pixels(engine, 32) if images is None else images
             engine.infer(images)
         if life == 9:
@@ -223,7 +219,7 @@ def test_torch_lives_in_the_same_process(shop: Shop) -> None:
         assert np.allclose(product.cpu().numpy(), expected @ expected)
 
     check()
-    with shop.plan().open() as engine:
+    with opened(shop.plan()) as engine:
         images = pixels(engine, 8)
         check()
         first = engine.infer(images)
@@ -248,7 +244,7 @@ def test_a_plan_of_another_machine_is_refused_and_built_again(
     shop: Shop, changed: dict[str, Any]
 ) -> None:
     plan = shop.plan()
-    foreign = replace(plan.sidecar, host=replace(plan.sidecar.host, **changed))
+    foreign = replace(plan.metadata, host=replace(plan.metadata.host, **changed))
     with pytest.raises(EngineError, match=r"built for .*; this machine has .*; rebuild it"):
         TrtEngine(plan.content, foreign)
     built = build(
@@ -259,22 +255,22 @@ def test_a_plan_of_another_machine_is_refused_and_built_again(
         trt=shop.trt,
         on_device=shop.cuda.current,
     )
-    with TrtEngine(built.plan, built.sidecar(shop.host)) as engine:
+    with opened(built) as engine:
         images = pixels(engine, 3)
         off = differ(engine.infer(images), shop.expected("fp32", images))
         assert off <= PARITY_LIMITS["fp32"]
 
 
 def test_what_is_no_plan_is_refused(shop: Shop) -> None:
-    """Also where the sidecar has nothing against it: TensorRT gives None, and says why in its log.
+    """Also where the metadata has nothing against it: TensorRT gives None, and says why in its log.
 
     A plan that is cut in half is no input for this: TensorRT does not promise to survive it.
     """
     content = b"not a plan" * 100
-    sidecar = replace(shop.plan().sidecar, plan_sha256=hashlib.sha256(content).hexdigest())
+    metadata = replace(shop.plan().metadata, plan_sha256=hashlib.sha256(content).hexdigest())
     with pytest.raises(EngineError, match="TensorRT does not load it: "):
-        TrtEngine(content, sidecar)
-    shop.plan().open().close()
+        TrtEngine(content, metadata)
+    opened(shop.plan()).close()
 
 
 _ALONE = """
@@ -282,10 +278,10 @@ import sys
 from pathlib import Path
 import numpy as np
 from eps_deploy.engines.trt.engine import TrtEngine
-from eps_deploy.engines.trt.plan import Sidecar
+from eps_deploy.engines.trt.plan import PlanMetadata
 
 plan = Path(sys.argv[1])
-engine = TrtEngine(plan.read_bytes(), Sidecar.load(Path(sys.argv[2])))
+engine = TrtEngine(plan.read_bytes(), PlanMetadata.load(Path(sys.argv[2])))
 print(engine.infer(np.zeros((1, *engine.input_shape), np.uint8)).shape)
 if sys.argv[3] == "close":
     engine.close()
@@ -297,7 +293,7 @@ def test_a_process_ends_without_complaint(shop: Shop, tmp_path: Path, end: str) 
     """Without torch; pycuda writes to stderr, or aborts, when something was not freed in order."""
     plan = shop.plan()
     (tmp_path / "model.plan").write_bytes(plan.content)
-    (tmp_path / "model.plan.json").write_bytes(plan.sidecar.to_json())
+    (tmp_path / "model.plan.json").write_bytes(plan.metadata.to_json())
     done = subprocess.run(
         [sys.executable, "-c", _ALONE, "model.plan", "model.plan.json", end],
         cwd=tmp_path,
@@ -312,5 +308,5 @@ def test_a_process_ends_without_complaint(shop: Shop, tmp_path: Path, end: str) 
 
 
 def plan_classes(shop: Shop) -> int:
-    with shop.plan().open() as engine:
+    with opened(shop.plan()) as engine:
         return engine.classes

@@ -62,6 +62,23 @@ def test_too_little_memory(call: str, other_calls: int, monkeypatch: pytest.Monk
     machine.gpu.check_clean()
 
 
+def test_too_little_memory_for_a_second_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine()
+    original, calls = machine.pycuda.mem_alloc, 0
+
+    def fourth_fails(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            machine.gpu.refuse["mem_alloc"] = 1
+        return original(*arguments)
+
+    monkeypatch.setattr(machine.pycuda, "mem_alloc", fourth_fails, raising=False)
+    with pytest.raises(EngineError, match=r"CUDA: cannot have .* out of memory"):
+        machine.engine(TrtEngine, contexts=2)
+    machine.gpu.check_clean()
+
+
 def test_no_context(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine()
     with machine.engine(TrtEngine) as engine:
@@ -83,8 +100,8 @@ def test_what_is_no_plan_is_refused() -> None:
     [
         ({"input_type": "FLOAT"}, "not a plan of eps-deploy"),
         ({"profiles": 2}, "not a plan of eps-deploy"),
-        ({"profile": (1, 4, 16)}, "where its sidecar says"),
-        ({"profile": (2, 4, 8)}, "where its sidecar says"),
+        ({"profile": (1, 4, 16)}, "where its metadata says"),
+        ({"profile": (2, 4, 8)}, "where its metadata says"),
     ],
 )
 def test_a_stranger_s_plan_is_refused(changes: dict[str, Any], told: str) -> None:
