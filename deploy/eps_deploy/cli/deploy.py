@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import fields
+from collections.abc import Iterator
+from dataclasses import Field, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import click
 from click.core import ParameterSource
 
 from eps_core import cli as console
-from eps_deploy.bundle import NAME
 from eps_deploy.engines.trt.build import BuildOptions
 from eps_deploy.pipeline.options import Options
 from eps_deploy.precision import PRECISIONS, Precision
 
 _FILE = click.Path(path_type=Path)
 _MIB = 2**20
-_BATCH = click.IntRange(1, 4096)
+_PRECISION_FLAGS = {
+    "fp32": "float32 precision without TF32 (the default).",
+    "tf32": "float32 precision with TF32 products (NVIDIA GPUs).",
+    "fp16": "float16 precision.",
+    "bf16": "bfloat16 precision (TensorRT).",
+    "int8": "int8 convolutions and linear layers, calibrated on training images. Everything else is"
+    " float16 with --fp16 or TensorRT, otherwise float32.",
+}
 # Options that apply to one engine only.
 _ONLY = {
     "ort": ("provider", "threads"),
@@ -36,175 +43,46 @@ _NOT_REPEATED = ("data_root", "output", "timing_cache", "force", "dry_run", "as_
 _CALIBRATION = ("calibration_samples", "calibration_method")
 
 
-@click.command()
-@click.argument("model", type=_FILE, default="compact.pt")
-@click.option(
-    "--engine", type=click.Choice(["ort", "trt"]), required=True, help="ONNX Runtime or TensorRT."
-)
-@click.option("--fp32", is_flag=True, help="float32 precision without TF32 (the default).")
-@click.option("--tf32", is_flag=True, help="float32 precision with TF32 products (NVIDIA GPUs).")
-@click.option("--fp16", is_flag=True, help="float16 precision.")
-@click.option("--bf16", is_flag=True, help="bfloat16 precision (TensorRT).")
-@click.option(
-    "--int8",
-    is_flag=True,
-    help="int8 convolutions and linear layers, calibrated on training images. Everything else is"
-    " float16 with --fp16 or TensorRT, otherwise float32.",
-)
-@click.option(
-    "--calibration-samples",
-    type=click.IntRange(min=1),
-    default=512,
-    show_default=True,
-    metavar="N",
-    help="Number of training images for int8 calibration.",
-)
-@click.option(
-    "--calibration-method",
-    type=click.Choice(["minmax", "entropy", "percentile"]),
-    default="minmax",
-    show_default=True,
-    help="int8 calibration method.",
-)
-@click.option(
-    "--repair",
-    is_flag=True,
-    help="If the accuracy check fails, keep the most sensitive blocks in higher precision.",
-)
-@click.option(
-    "--baseline",
-    type=_FILE,
-    metavar="CKPT",
-    help="Baseline checkpoint to compare with.  [default: baseline.pt beside MODEL or its"
-    " checkpoint]",
-)
-@click.option(
-    "--checkpoint",
-    type=_FILE,
-    metavar="CKPT",
-    help="Checkpoint that MODEL was made from, if it has moved.",
-)
-@click.option("--data-root", type=_FILE, metavar="DIR", help="Data set folder.")
-@click.option(
-    "-o",
-    "--output",
-    type=_FILE,
-    default="bundle",
-    show_default=True,
-    metavar="DIR",
-    help="Bundle folder to write.",
-)
-@click.option(
-    "--name",
-    default=NAME,
-    show_default=True,
-    metavar="NAME",
-    help="Model name for clients, and folder name in the Triton repository.",
-)
-@click.option(
-    "--max-accuracy-drop",
-    type=float,
-    default=0.5,
-    show_default=True,
-    metavar="POINTS",
-    help="Accuracy check: largest drop from the baseline, in percentage points.",
-)
-@click.option(
-    "--min-speedup",
-    type=float,
-    default=1.0,
-    show_default=True,
-    metavar="X",
-    help="Latency check: smallest lower end of the speed-up's 95 % interval at batch 1.",
-)
-@click.option(
-    "--time-budget",
-    type=float,
-    default=60.0,
-    show_default=True,
-    metavar="SECONDS",
-    help="Time limit of the latency measurement at each batch size.",
-)
-@click.option(
-    "--opt-batch",
-    type=_BATCH,
-    default=16,
-    show_default=True,
-    metavar="N",
-    help="Batch size that TensorRT optimizes for.",
-)
-@click.option(
-    "--max-batch",
-    type=_BATCH,
-    default=32,
-    show_default=True,
-    metavar="N",
-    help="Largest batch size of the engine.",
-)
-@click.option(
-    "--provider",
-    type=click.Choice(["cpu", "cuda", "tensorrt"]),
-    default="cpu",
-    show_default=True,
-    help="ONNX Runtime execution provider.",
-)
-@click.option(
-    "--threads",
-    type=click.IntRange(min=1),
-    default=1,
-    show_default=True,
-    metavar="N",
-    help="ONNX Runtime intra-operator threads.",
-)
-@click.option(
-    "--workspace",
-    type=click.IntRange(min=1),
-    metavar="MIB",
-    help="TensorRT workspace memory per layer.  [default: all GPU memory]",
-)
-@click.option(
-    "--optimization-level",
-    type=click.IntRange(0, 5),
-    default=3,
-    show_default=True,
-    help="TensorRT builder optimization level: 0 builds fastest, 5 searches longest.",
-)
-@click.option(
-    "--timing-cache",
-    type=_FILE,
-    metavar="DIR",
-    help="TensorRT timing cache folder, shared by builds.  [default: ~/.cache/eps-resnet/tensorrt]",
-)
-@click.option(
-    "--version-compatible",
-    is_flag=True,
-    help="Build a TensorRT plan that later TensorRT versions can load.",
-)
-@click.option(
-    "--hardware-compatibility",
-    type=click.Choice(["none", "ampere-plus", "same-compute-capability"]),
-    default="none",
-    show_default=True,
-    help="Other GPUs that can load the TensorRT plan.",
-)
-@click.option(
-    "--defer-build",
-    is_flag=True,
-    help="With --engine trt: leave building the plan to the machine that serves the bundle.",
-)
-@click.option(
-    "--device",
-    type=click.IntRange(min=0),
-    default=0,
-    show_default=True,
-    metavar="INDEX",
-    help="GPU index for --engine trt.",
-)
-@click.option("--force", is_flag=True, help="Replace an existing bundle.")
-@click.option("--dry-run", is_flag=True, help="Check options and files, list the steps, and stop.")
-@click.option(
-    "--json", "as_json", is_flag=True, help="Print the report as one JSON object on stdout."
-)
+def _parameters() -> Iterator[click.Parameter]:
+    """The command's parameters, from the fields of `Options` in their order."""
+    yield click.Argument(["model"], type=_FILE, default="compact.pt")
+    for field in fields(Options):
+        if field.name == "precision":
+            for name, text in _PRECISION_FLAGS.items():
+                yield click.Option([f"--{name}"], is_flag=True, help=text)
+        elif field.name == "plan":
+            yield from (_option(BuildOptions, inner) for inner in fields(BuildOptions))
+        elif field.metadata:
+            yield _option(Options, field)
+    text = "Check options and files, list the steps, and stop."
+    yield click.Option(["--dry-run"], is_flag=True, help=text)
+    text = "Print the report as one JSON object on stdout."
+    yield click.Option(["--json", "as_json"], is_flag=True, help=text)
+
+
+def _option(record: type, field: Field[Any]) -> click.Option:
+    kind = get_type_hints(record)[field.name]
+    flags = [f"--{field.name.replace('_', '-')}"]
+    if field.name == "output":
+        flags.insert(0, "-o")
+    settings = {"help": field.metadata["help"], "metavar": field.metadata["metavar"]}
+    if kind is bool:
+        return click.Option(flags, is_flag=True, help=settings["help"])
+    if get_origin(kind) is Literal:
+        settings["type"] = click.Choice(get_args(kind))
+    elif Path in (kind, *get_args(kind)):
+        settings["type"] = _FILE
+    elif field.metadata["limits"]:
+        settings["type"] = click.IntRange(*field.metadata["limits"])
+    else:
+        settings["type"] = kind
+    if field.name == "engine":
+        return click.Option(flags, required=True, **settings)
+    show = field.default is not None
+    return click.Option(flags, default=field.default, show_default=show, **settings)
+
+
+@click.command(params=[*_parameters()])
 @click.pass_context
 def cli(context: click.Context, /, dry_run: bool, as_json: bool, **given: Any) -> int:
     """Deploy MODEL (a compact.pt) as a bundle: ONNX files, engine, checks, and a report.
@@ -261,7 +139,7 @@ def _command(context: click.Context) -> str:
 
 def _precision(given: dict[str, Any]) -> Precision:
     """The precision that the flags name; removes them from `given`."""
-    flags = [name for name in ("fp32", "tf32", "fp16", "bf16", "int8") if given.pop(name)]
+    flags = [name for name in _PRECISION_FLAGS if given.pop(name)]
     if flags == ["fp16", "int8"] or (flags == ["int8"] and given["engine"] == "trt"):
         return PRECISIONS["int8-fp16"]
     if len(flags) > 1:

@@ -1,4 +1,4 @@
-"""The options of `eps-deploy`, validated together before any work begins."""
+"""The options of `eps-deploy`, each declared once, validated together before any work begins."""
 
 from __future__ import annotations
 
@@ -9,61 +9,93 @@ from typing import Literal
 
 from eps_core.errors import ConfigError
 from eps_deploy.bundle import NAME, check_name
-from eps_deploy.engines.trt.build import BuildOptions
+from eps_deploy.engines.trt.build import BuildOptions, option
 from eps_deploy.precision import PRECISIONS, Precision
-
-Method = Literal["minmax", "entropy", "percentile"]
-Provider = Literal["cpu", "cuda", "tensorrt"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
-    """The options of `eps-deploy`.
+    """The options of `eps-deploy`, in the order of `--help`.
 
-    Attributes:
-        model: the compact network.
-        checkpoint, baseline: files; None: the default places (see `find_inputs`).
-        data_root: folder of the data set.
-        output: folder of the bundle.
-        name: name of the model for clients and in Triton's repository.
-        engine: `ort` or `trt`.
-        precision: see `eps_deploy.precision`.
-        calibration_samples, calibration_method: calibration of int8.
-        repair: keep blocks in higher precision until the accuracy check passes.
-        plan: batch sizes of both engines, and TensorRT's build options.
-        provider, threads: execution provider and threads of ONNX Runtime.
-        defer_build: leave building the plan to the machine that serves the bundle.
-        device: index of the GPU.
-        max_accuracy_drop: limit of the accuracy check in percentage points.
-        min_speedup: ratio that the lower end of the speed-up's interval must reach.
-        time_budget: seconds for the latency measurements of a batch size.
-        force: replace a bundle at `output`.
-        command: the command line, for the report and `reproduce.sh`.
+    `model` is the compact network, `plan` has the batch sizes of both engines and TensorRT's build
+    options, and `command` is the command line for the report and `reproduce.sh`. The metadata of
+    every other field holds the description, limits and placeholder of its option.
 
     Raises:
         ConfigError: a value is outside its range, or options contradict each other.
     """
 
     model: Path
-    checkpoint: Path | None = None
-    baseline: Path | None = None
-    data_root: Path | None = None
-    output: Path = Path("bundle")
-    name: str = NAME
-    engine: Literal["ort", "trt"] = "ort"
+    engine: Literal["ort", "trt"] = field(
+        default="ort", metadata=option("ONNX Runtime or TensorRT.")
+    )
     precision: Precision = PRECISIONS["fp32"]
-    calibration_samples: int = 512
-    calibration_method: Method = "minmax"
-    repair: bool = False
+    calibration_samples: int = field(
+        default=512,
+        metadata=option("Number of training images for int8 calibration.", "N", limits=(1, None)),
+    )
+    calibration_method: Literal["minmax", "entropy", "percentile"] = field(
+        default="minmax", metadata=option("int8 calibration method.")
+    )
+    repair: bool = field(
+        default=False,
+        metadata=option(
+            "If the accuracy check fails, keep the most sensitive blocks in higher precision."
+        ),
+    )
+    baseline: Path | None = field(
+        default=None,
+        metadata=option(
+            "Baseline checkpoint to compare with.  [default: baseline.pt beside MODEL or its"
+            " checkpoint]",
+            "CKPT",
+        ),
+    )
+    checkpoint: Path | None = field(
+        default=None,
+        metadata=option("Checkpoint that MODEL was made from, if it has moved.", "CKPT"),
+    )
+    data_root: Path | None = field(default=None, metadata=option("Data set folder.", "DIR"))
+    output: Path = field(default=Path("bundle"), metadata=option("Bundle folder to write.", "DIR"))
+    name: str = field(
+        default=NAME,
+        metadata=option(
+            "Model name for clients, and folder name in the Triton repository.", "NAME"
+        ),
+    )
+    max_accuracy_drop: float = field(
+        default=0.5,
+        metadata=option(
+            "Accuracy check: largest drop from the baseline, in percentage points.", "POINTS"
+        ),
+    )
+    min_speedup: float = field(
+        default=1.0,
+        metadata=option(
+            "Latency check: smallest lower end of the speed-up's 95 % interval at batch 1.", "X"
+        ),
+    )
+    time_budget: float = field(
+        default=60.0,
+        metadata=option("Time limit of the latency measurement at each batch size.", "SECONDS"),
+    )
     plan: BuildOptions = field(default_factory=BuildOptions)
-    provider: Provider = "cpu"
-    threads: int = 1
-    defer_build: bool = False
-    device: int = 0
-    max_accuracy_drop: float = 0.5
-    min_speedup: float = 1.0
-    time_budget: float = 60.0
-    force: bool = False
+    provider: Literal["cpu", "cuda", "tensorrt"] = field(
+        default="cpu", metadata=option("ONNX Runtime execution provider.")
+    )
+    threads: int = field(
+        default=1, metadata=option("ONNX Runtime intra-operator threads.", "N", limits=(1, None))
+    )
+    defer_build: bool = field(
+        default=False,
+        metadata=option(
+            "With --engine trt: leave building the plan to the machine that serves the bundle."
+        ),
+    )
+    device: int = field(
+        default=0, metadata=option("GPU index for --engine trt.", "INDEX", limits=(0, None))
+    )
+    force: bool = field(default=False, metadata=option("Replace an existing bundle."))
     command: str = "eps-deploy"
 
     def __post_init__(self) -> None:

@@ -12,7 +12,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -40,32 +40,61 @@ from eps_deploy.precision import Precision, check_layer_types
 
 Log = Callable[[str], None]
 Progress = Callable[[str, int, int], bool]
-_OPTIMIZATION_LEVELS = range(6)
+
+
+def option(
+    help: str, metavar: str | None = None, *, limits: tuple[int, int | None] | None = None
+) -> dict[str, Any]:
+    """Metadata of a field: help text, placeholder and limits of its command-line option."""
+    return {"help": help, "metavar": metavar, "limits": limits}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BuildOptions:
-    """How a plan is built.
+    """How a plan is built; the metadata of each field describes its option of `eps-deploy`.
 
-    Attributes:
-        opt_batch, max_batch: batch size that kernels are chosen for, and the largest one.
-        workspace: bytes of GPU memory that a layer may use; None: TensorRT's default, all of it.
-        optimization_level: 0 (fastest build) to 5.
-        timing_cache: folder of the timing caches; None: kernel times are not cached.
-        version_compatible: later versions of TensorRT can load the plan.
-        hardware_compatibility: which other GPUs can load it.
+    `workspace` is in bytes here, and in MiB on the command line.
 
     Raises:
         ConfigError: a value outside its range.
     """
 
-    opt_batch: int = 16
-    max_batch: int = 32
-    workspace: int | None = None
-    optimization_level: int = 3
-    timing_cache: Path | None = None
-    version_compatible: bool = False
-    hardware_compatibility: HardwareCompatibility = "none"
+    opt_batch: int = field(
+        default=16,
+        metadata=option("Batch size that TensorRT optimizes for.", "N", limits=(1, 4096)),
+    )
+    max_batch: int = field(
+        default=32, metadata=option("Largest batch size of the engine.", "N", limits=(1, 4096))
+    )
+    workspace: int | None = field(
+        default=None,
+        metadata=option(
+            "TensorRT workspace memory per layer.  [default: all GPU memory]",
+            "MIB",
+            limits=(1, None),
+        ),
+    )
+    optimization_level: int = field(
+        default=3,
+        metadata=option(
+            "TensorRT builder optimization level: 0 builds fastest, 5 searches longest.",
+            limits=(0, 5),
+        ),
+    )
+    timing_cache: Path | None = field(
+        default=None,
+        metadata=option(
+            "TensorRT timing cache folder.  [default: ~/.cache/eps-resnet/tensorrt]",
+            "DIR",
+        ),
+    )
+    version_compatible: bool = field(
+        default=False,
+        metadata=option("Build a TensorRT plan that later TensorRT versions can load."),
+    )
+    hardware_compatibility: HardwareCompatibility = field(
+        default="none", metadata=option("Other GPUs that can load the TensorRT plan.")
+    )
 
     def __post_init__(self) -> None:
         if not 1 <= self.opt_batch <= self.max_batch:
@@ -75,7 +104,7 @@ class BuildOptions:
             )
         if self.workspace is not None and self.workspace < 1:
             raise ConfigError(f"--workspace {self.workspace}: give a size of at least 1")
-        if self.optimization_level not in _OPTIMIZATION_LEVELS:
+        if self.optimization_level not in range(6):
             raise ConfigError(f"--optimization-level {self.optimization_level}: give 0 to 5")
         if self.hardware_compatibility not in HARDWARE_COMPATIBILITY:
             raise ConfigError(
