@@ -105,7 +105,7 @@ def test_a_bundle_with_its_plan(
     ],
     ids=["device", "precision", "compatibility"],
 )
-def test_what_this_gpu_cannot_do_is_refused_before_any_work(
+def test_an_unsupported_gpu_is_refused_before_any_work(
     workshop: Path, machine: Machine, flags: tuple[str, ...], told: str, dry: tuple[str, ...]
 ) -> None:
     machine.gpu.capability = (7, 5)

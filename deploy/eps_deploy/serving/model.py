@@ -159,7 +159,7 @@ def opener(
             bundle.read(file),
             PRECISIONS[bundle.manifest["precision"]],
             build_options(bundle),
-            kept=json.loads(bundle.read(REPORT))["precision"].get("kept", ()),
+            kept=json.loads(bundle.read(REPORT)).get("precision", {}).get("kept", ()),
         )
         return cache.open(plan, contexts=contexts)
 

@@ -50,7 +50,7 @@ def test_a_layer_of_another_type_is_named(tmp_path: Path) -> None:
     check_types(model, PRECISIONS["tf32"])
     with pytest.raises(GraphError, match=r"layer stem\.0 computes in float32, not in float16: "):
         check_types(model, PRECISIONS["fp16"])
-    with pytest.raises(GraphError, match="none of the 8 .* takes int8"):
+    with pytest.raises(GraphError, match=r"none of the 8 .* takes int8"):
         check_types(model, PRECISIONS["int8"])
 
 

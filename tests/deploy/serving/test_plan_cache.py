@@ -25,7 +25,7 @@ from eps_deploy.engines.trt.plan import Plan, PlanMetadata
 from eps_deploy.pipeline import build
 from eps_deploy.pipeline.options import Options
 from eps_deploy.precision import PRECISIONS
-from eps_deploy.serving.model import build_options, is_deferred, open_model, read_bundle
+from eps_deploy.serving.model import build_options, is_deferred, open_model, opener, read_bundle
 from tests.commands import files_in
 from tests.deploy.engines.trt.machine import Machine
 from tests.deploy.engines.trt.semantic_fake import make_plan
@@ -50,12 +50,13 @@ class Builds:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count = 0
         self.options: Any = None
+        self.kept: Any = None
         self.during: Callable[[Any], None] = lambda progress: None
         monkeypatch.setattr(plan_cache, "build", self.build)
 
     def build(self, model: bytes, precision: Any, options: Any, **given: Any) -> Plan:
         self.count += 1
-        self.options = options
+        self.options, self.kept = options, given["kept"]
         self.during(given["progress"])
         profile = (1, options.opt_batch, options.max_batch)
         plan = make_plan(model, profile=profile)
@@ -215,6 +216,23 @@ def test_a_cache_must_be_named(bundle: Path) -> None:
     assert is_deferred(defer(bundle))
     with pytest.raises(ConfigError, match="--engine-cache DIR"):
         read_bundle(bundle, None)
+
+
+def test_the_build_knows_the_blocks_that_repair_kept(
+    bundle: Path, tmp_path: Path, builds: Builds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their layers may be in float32, which the type check of the build refuses otherwise."""
+    Machine().install(monkeypatch)
+    report = json.loads((bundle / "report.json").read_text())
+    report["precision"]["kept"] = ["stages.0.0"]
+    content = json.dumps(report).encode()
+    (bundle / "report.json").write_bytes(content)
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    listed = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    manifest["files"]["report.json"] = listed
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    opener(defer(bundle), tmp_path / "cache", "auto", print, threading.Event())().__exit__()
+    assert list(builds.kept) == ["stages.0.0"]
 
 
 @pytest.mark.parametrize("instances", [1, 3])

@@ -94,7 +94,7 @@ _REFUSALS = {
 }
 
 
-def heeds_every_answer(kind: Any, version: Version) -> None:
+def checks_every_result(kind: Any, version: Version) -> None:
     """What TensorRT refuses is an error, and what comes after works again."""
     for call, told in _REFUSALS.items():
         for use_graphs in (True, False):
@@ -148,7 +148,7 @@ CHECKS = (
     takes_any_layout,
     does_no_more_than_asked,
     serves_threads,
-    heeds_every_answer,
+    checks_every_result,
     loads_nothing_foreign,
     closes_in_order,
 )

@@ -70,14 +70,14 @@ def test_tf32_is_off_unless_asked_for(version: Version) -> None:
         ("deserialize_cuda_engine", "does not load the plan that it just built: deserialize_cuda"),
     ],
 )
-def test_what_tensorrt_refuses_is_said_in_its_words(version: Version, call: str, said: str) -> None:
+def test_errors_have_the_reason_from_tensorrt_s_log(version: Version, call: str, said: str) -> None:
     with pytest.raises(EngineError) as caught:
         run(module, Builder(version, refuse=(call,)))
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_warnings_reach_the_user_and_all_but_the_verbose_the_log() -> None:
+def test_warnings_are_logged_and_all_but_verbose_messages_kept() -> None:
     said: list[str] = []
     built = run(module, Builder(), log=said.append)
     assert said == ["warning: a slow kernel"]
@@ -93,7 +93,7 @@ def test_warnings_reach_the_user_and_all_but_the_verbose_the_log() -> None:
     ],
     ids=["not JSON", "no layers", "no inspector"],
 )
-def test_a_plan_is_not_thrown_away_for_what_its_inspector_says(fake: Builder, why: str) -> None:
+def test_an_unusable_inspection_keeps_the_plan(fake: Builder, why: str) -> None:
     """It took many minutes, perhaps, and runs whatever its layers are called."""
     said: list[str] = []
     built = run(module, fake, log=said.append)
@@ -130,7 +130,7 @@ def test_a_version_compatible_plan_is_trusted_when_it_was_just_built() -> None:
         ("fp16", {"hardware_compatibility": "ampere-plus"}, "ampere-plus needs compute capability"),
     ],
 )
-def test_what_the_gpu_cannot_do_is_not_done_otherwise(
+def test_an_unsupported_precision_is_an_error(
     precision: str, options: dict[str, Any], said: str
 ) -> None:
     fake = Builder()

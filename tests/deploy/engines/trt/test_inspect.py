@@ -101,6 +101,6 @@ def test_names_of_types(text: str, kind: str) -> None:
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", '{"Layers": 3}', '{"Layers": [3]}', '{"Layers": [{"Inputs": [3]}]}']
 )
-def test_anything_else_is_one_line(text: str) -> None:
+def test_other_text_is_a_one_line_error(text: str) -> None:
     with pytest.raises(EngineError, match="inspector gave no usable JSON"):
         count_layer_types(text)

@@ -38,7 +38,7 @@ def _not_imported() -> Iterator[None]:
         ("__version__ = '8.6.1'", r"TensorRT 8\.6\.1 is installed; eps-resnet builds with 10 and"),
     ],
 )
-def test_what_cannot_be_used_is_one_line_with_the_remedy(
+def test_an_unusable_package_is_a_one_line_error_with_the_remedy(
     content: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "tensorrt.py").write_text(content)

@@ -14,7 +14,7 @@ both = pytest.mark.parametrize("version", VERSIONS)
 
 
 @both
-def test_a_parser_without_a_word_of_its_own(version: Version) -> None:
+def test_a_parser_without_an_error_of_its_own(version: Version) -> None:
     with pytest.raises(EngineError, match="ModelImporter: something is wrong"):
         run(module, Builder(version, refuse=("parse", "get_error")))
 
@@ -26,7 +26,7 @@ def test_a_parser_without_a_word_of_its_own(version: Version) -> None:
         ("fp32", True, "layer 0000_Conv computes in int8, not in float32"),
     ],
 )
-def test_int8_is_where_it_was_asked_for(precision: str, quantized: bool, said: str) -> None:
+def test_int8_layers_must_match_the_precision(precision: str, quantized: bool, said: str) -> None:
     with pytest.raises(
         EngineError, match=f"{said}: this ONNX file is not of precision {precision}"
     ):

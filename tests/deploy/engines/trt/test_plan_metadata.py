@@ -35,7 +35,7 @@ def test_a_plan_is_loaded_where_it_was_built() -> None:
     assert METADATA.remark(newer_driver) is None
 
 
-def test_the_refusal_says_what_is_there_and_what_was_needed() -> None:
+def test_the_error_names_both_machines() -> None:
     here = replace(HOST, tensorrt="10.16.1.11", compute_capability="8.0", device="NVIDIA A100")
     with pytest.raises(EngineError) as caught:
         METADATA.check(PLAN, here)
@@ -140,7 +140,7 @@ def test_it_is_read_as_it_was_written(tmp_path: Path) -> None:
         ({"layers": ["fp16"]}, "not usable plan metadata"),
     ],
 )
-def test_a_damaged_one_is_one_line(tmp_path: Path, content: Any, said: str) -> None:
+def test_damaged_metadata_is_a_one_line_error(tmp_path: Path, content: Any, said: str) -> None:
     path = tmp_path / "model.plan.json"
     if isinstance(content, dict):
         content = json.dumps({**json.loads(METADATA.to_json()), **content}).encode()

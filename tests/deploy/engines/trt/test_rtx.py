@@ -129,7 +129,7 @@ def test_a_file_of_another_precision_is_refused(
         ("nothing", "its inputs and outputs are none"),
     ],
 )
-def test_what_nvidia_refuses_is_one_line_in_its_words(
+def test_parser_errors_are_one_line_with_the_reason(
     file: str, said: str, trt: Any, host: Host, models: dict[str, bytes]
 ) -> None:
     with pytest.raises(EngineError, match=said) as caught:

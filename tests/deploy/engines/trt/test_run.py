@@ -185,7 +185,7 @@ def test_as_many_calls_in_flight_as_contexts(
 @pytest.mark.parametrize(
     "call", ["cuStreamBeginCapture", "cuStreamEndCapture", "cuGraphInstantiate"]
 )
-def test_no_graph_is_said_and_made_up_for(call: str) -> None:
+def test_a_failed_capture_is_described_and_launches_go_on(call: str) -> None:
     machine = Machine()
     machine.gpu.refuse[call] = 1
     with machine.engine(TrtEngine) as engine:
@@ -313,7 +313,7 @@ def test_a_process_that_ends_frees_its_engines_and_then_the_context(end: str) ->
     assert (done.returncode, done.stdout, done.stderr) == (0, "[] {}\n", "")
 
 
-def test_what_is_closed_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_closed_engine_is_garbage_collected(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither the engine nor what would close it stays until the end of the process."""
     machine = Machine()
     at_exit: list[Any] = []
@@ -328,7 +328,7 @@ def test_what_is_closed_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not at_exit
 
 
-def test_many_lives_leave_nothing() -> None:
+def test_many_engines_leave_nothing_behind() -> None:
     machine = Machine()
     for _ in range(50):
         with machine.engine(TrtEngine) as engine:

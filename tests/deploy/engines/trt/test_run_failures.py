@@ -88,7 +88,7 @@ def test_no_context(monkeypatch: pytest.MonkeyPatch) -> None:
         assert close(engine.infer(images(2)), expected(images(2)))
 
 
-def test_what_is_no_plan_is_refused() -> None:
+def test_other_bytes_than_a_plan_are_refused() -> None:
     machine = Machine()
     with pytest.raises(EngineError, match=r"model\.plan: TensorRT does not load it: .*stdVersion"):
         machine.engine(TrtEngine, b"garbage")
@@ -104,7 +104,7 @@ def test_what_is_no_plan_is_refused() -> None:
         ({"profile": (2, 4, 8)}, "where its metadata says"),
     ],
 )
-def test_a_stranger_s_plan_is_refused(changes: dict[str, Any], told: str) -> None:
+def test_a_foreign_plan_is_refused(changes: dict[str, Any], told: str) -> None:
     machine = Machine()
     plan = make_plan(network(), **{"profile": PROFILE, **changes})
     with pytest.raises(EngineError, match=told):

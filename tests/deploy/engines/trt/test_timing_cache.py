@@ -73,7 +73,7 @@ def test_what_another_build_wrote_meanwhile_is_kept_too(version: Version, tmp_pa
         ("serialize", "does not serialize its timing cache"),
     ],
 )
-def test_a_cache_that_fails_is_said_and_no_more(
+def test_a_failing_cache_is_logged_and_the_build_goes_on(
     version: Version, refuse: str, said: str, tmp_path: Path
 ) -> None:
     fake = Builder(version, refuse=(refuse,))
@@ -81,7 +81,7 @@ def test_a_cache_that_fails_is_said_and_no_more(
     assert any(said in text for text in build(fake, tmp_path))
 
 
-def test_a_folder_that_is_none(tmp_path: Path) -> None:
+def test_a_file_in_place_of_the_folder(tmp_path: Path) -> None:
     place = tmp_path / "file"
     place.write_bytes(b"")
     (text,) = build(Builder(), place)

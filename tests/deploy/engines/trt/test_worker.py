@@ -31,12 +31,12 @@ def test_progress_is_reported_on_the_callers_thread(version: Version) -> None:
     ]
 
 
-def test_progress_can_call_the_build_off() -> None:
+def test_progress_can_cancel_the_build() -> None:
     with pytest.raises(EngineError, match="called off"):
         run(module, Builder(steps=1000), progress=lambda phase, done, steps: False)
 
 
-def test_what_the_callers_functions_raise_goes_on() -> None:
+def test_exceptions_of_the_callers_functions_are_raised() -> None:
     def log(text: str) -> None:
         raise LookupError(text)
 
@@ -57,7 +57,7 @@ def test_the_result_comes_after_all_queued_calls() -> None:
     assert heard == ["one", None]
 
 
-def test_what_the_work_raises_comes_out_here() -> None:
+def test_exceptions_of_the_work_are_raised() -> None:
     worker: _Worker[None] = _Worker()
 
     def work() -> None:
