@@ -211,21 +211,27 @@ class Variant:
             rounded after every operation; bfloat16 in torch.
         engine: what ships; None when another machine builds it.
         same: whether the engine is the reference.
+        plan: the engine's plan, when one was built.
     """
 
     torch: Deployed
     reference: Infer
     engine: Engine | None
     same: bool = False
+    plan: Plan | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Variants:
-    """Both networks; `plan` is the compact network's, when one was built."""
+    """Both networks."""
 
     compact: Variant
     baseline: Variant
-    plan: Plan | None = None
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan that ships."""
+        return self.compact.plan
 
     def describe(self, options: Options) -> dict[str, Any]:
         """The engine that ships, for manifest and report."""
@@ -285,34 +291,29 @@ def opened(options: Options, networks: Networks, models: Models, log: Log) -> It
     plans = PlanCache(None, log=log, device=options.device) if trt else None
     build_options = _with_timing_cache(options)
     # ONNX Runtime's CPU arithmetic in float32 is that of the file.
-    same = (options.engine, options.provider) == ("ort", "cpu") and (
-        options.precision.float == "float32" and not options.precision.quantized
-    )
+    same = options.provider == "cpu" and options.precision.name in ("fp32", "tf32")
     with ExitStack() as stack:
 
         def variant(
             name: str, torch: Deployed, model: bytes, kept: tuple[str, ...] = ()
-        ) -> tuple[Variant, Plan | None]:
+        ) -> Variant:
+            file = f"{name}.plan"
             engine: Engine | None = None
             plan: Plan | None = None
             if plans is not None:
-                plan_name = f"{name}.plan"
-                plan = plans.plan(
-                    model, options.precision, build_options, kept=kept, name=plan_name
-                )
-                engine = stack.enter_context(plans.open(plan, name=plan_name))
+                plan = plans.plan(model, options.precision, build_options, kept=kept, name=file)
+                engine = stack.enter_context(plans.open(plan, name=file))
             elif options.engine == "ort":
                 engine = stack.enter_context(_ort_engine(options, model, f"{name}.onnx"))
-            reference: Infer
-            if same and engine is not None:
-                reference = engine.infer
-            else:
-                reference = _reference(options, torch, model, f"{name}.onnx", stack)
-            return Variant(torch=torch, reference=reference, engine=engine, same=same), plan
+                if same:
+                    return Variant(torch=torch, reference=engine.infer, engine=engine, same=True)
+            infer = _reference(options, torch, model, f"{name}.onnx", stack)
+            return Variant(torch=torch, reference=infer, engine=engine, plan=plan)
 
-        compact, plan = variant("model", networks.compact, models.compact, models.kept)
-        baseline, _ = variant("baseline", networks.baseline, models.baseline)
-        yield Variants(compact=compact, baseline=baseline, plan=plan)
+        yield Variants(
+            compact=variant("model", networks.compact, models.compact, models.kept),
+            baseline=variant("baseline", networks.baseline, models.baseline),
+        )
 
 
 def judged_by(options: Options, torch: Deployed, model: bytes, stack: ExitStack) -> list[Infer]:

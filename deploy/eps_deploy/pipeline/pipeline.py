@@ -79,16 +79,18 @@ def deploy(options: Options, log: Log) -> dict[str, Any]:
     inputs, test, calibration = _read(options, log)
     with writer:
         networks = build.build_networks(inputs)
-        job = Deployment(options=options, inputs=inputs, networks=networks, test=test, log=log)
+        deployment = Deployment(
+            options=options, inputs=inputs, networks=networks, test=test, log=log
+        )
         with _timed(log, "exported model.onnx and baseline.onnx"):
             models = build.export(options, inputs, networks, calibration)
         repairs: Repair | None = None
         if options.repair:
             with _timed(log, "looked for blocks to keep in higher precision"):
-                models, repairs = job.repair(models, calibration)
+                models, repairs = deployment.repair(models, calibration)
         with build.opened(options, networks, models, log) as variants:
-            found, timings = job.measure(models, variants, repairs)
-        job.write(writer.folder, models, variants, found, timings)
+            found, timings = deployment.measure(models, variants, repairs)
+        deployment.write(writer.folder, models, variants, found, timings)
         writer.commit(write.manifest_fields(options, inputs, variants))
     return found
 

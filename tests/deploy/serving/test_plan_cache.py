@@ -193,11 +193,11 @@ def test_a_build_is_called_off_when_the_server_ends(
         went_on.append(progress("phase", 1, 3))
         stop.set()
         went_on.append(progress("phase", 2, 3))
-        raise EngineError("the build was called off")
+        raise EngineError("the build was cancelled")
 
     builds.during = during
     plans = PlanCache(tmp_path, log=print, stop=stop, trt=machine.trt, cuda=machine.cuda)
-    with pytest.raises(EngineError, match="called off"):
+    with pytest.raises(EngineError, match="cancelled"):
         opened(plans, defer(bundle))
     assert went_on == [True, False]
     (place,) = tmp_path.glob("plan-*")

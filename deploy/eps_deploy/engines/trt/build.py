@@ -124,8 +124,8 @@ def check_possible(precision: Precision, options: BuildOptions, host: Host, trt:
         return
     gpu = f"{host.device} has compute capability {host.compute_capability}"
     if precision.float == "bfloat16" or precision.tf32:
-        option = "--tf32" if precision.tf32 else "--bf16"
-        raise EngineError(f"{option} needs compute capability 8.0; {gpu}: use --fp16 or --fp32")
+        flag = "--tf32" if precision.tf32 else "--bf16"
+        raise EngineError(f"{flag} needs compute capability 8.0; {gpu}: use --fp16 or --fp32")
     if options.hardware_compatibility == "ampere-plus":
         raise EngineError(
             f"--hardware-compatibility ampere-plus needs compute capability 8.0; {gpu}"
@@ -188,7 +188,7 @@ def build(
 
     def report(phase: str, done: int, steps: int) -> None:
         if progress is not None and progress(phase, done, steps) is False:
-            raise EngineError("the build was called off")
+            raise EngineError("the build was cancelled")
 
     def tell(line: object) -> None:
         if log is not None:
@@ -206,7 +206,7 @@ def build(
         with timing_cache(config, options.timing_cache, host, tell):
             serialized = parsed.builder.build_serialized_network(parsed.network, config)
             if worker.cancelled.is_set():
-                raise EngineError("the build was called off")
+                raise EngineError("the build was cancelled")
             if serialized is None:
                 raise EngineError(f"TensorRT cannot build the engine: {messages.reason()}")
             content = bytes(serialized)

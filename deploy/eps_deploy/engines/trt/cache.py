@@ -126,7 +126,7 @@ class PlanCache:
                     self._log(f"{busy}; waiting for it")
                     waiting = True
                 time.sleep(_POLL)
-        raise EngineError("the build was called off")
+        raise EngineError("the build was cancelled")
 
     def _cached(self, place: Path, model: bytes) -> Plan | None:
         """The plan in a folder, if it is intact and for this machine."""

@@ -27,7 +27,7 @@ HOST = Host(
     platform="linux-x86_64",
 )
 WEAK_FLAGS = {"FP16", "BF16", "INT8", "FP8", "INT4", "FP4"}  # not for strongly typed networks
-NEVER = 300_000  # steps of a build that is called off long before it ends
+NEVER = 300_000  # steps of a build that is cancelled long before it ends
 FLOAT, HALF = "FLOAT", "HALF"
 
 

@@ -52,7 +52,7 @@ def refuses_no_plan(module: ModuleType, version: Version) -> None:
 
 
 def ctrl_c_ends_it(module: ModuleType, version: Version) -> None:
-    """The build is called off between two steps, and the exception of Ctrl-C goes on."""
+    """The build is cancelled between two steps, and Ctrl-C is raised again."""
 
     def interrupt(phase: str, done: int, steps: int) -> bool:
         raise KeyboardInterrupt

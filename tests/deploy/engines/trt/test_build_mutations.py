@@ -23,8 +23,8 @@ BREAKS: dict[str, tuple[ModuleType, tuple[tuple[str, str], ...]]] = {
         build,
         (
             (
-                'called off")\n            if serialized is None:\n',
-                'called off")\n            if False:\n',
+                'cancelled")\n            if serialized is None:\n',
+                'cancelled")\n            if False:\n',
             ),
             ("content = bytes(serialized)", "content = bytes(serialized or b'')"),
         ),

@@ -32,7 +32,7 @@ def test_progress_is_reported_on_the_callers_thread(version: Version) -> None:
 
 
 def test_progress_can_cancel_the_build() -> None:
-    with pytest.raises(EngineError, match="called off"):
+    with pytest.raises(EngineError, match="cancelled"):
         run(module, Builder(steps=1000), progress=lambda phase, done, steps: False)
 
 
