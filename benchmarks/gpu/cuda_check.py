@@ -26,11 +26,7 @@ MIB = 1 << 20
 
 
 def facts() -> dict[str, Any]:
-    found = CUDA.facts()
-    return {
-        name: getattr(found, name)
-        for name in ("name", "compute_capability", "total_memory", "driver", "cuda")
-    }
+    return CUDA.facts()
 
 
 def copies() -> dict[str, bool]:

@@ -201,10 +201,11 @@ ONNX = "model.onnx"
 Choice = Literal["auto", "cpu", "cuda"]
 
 
-def open_engine(bundle: Bundle) -> Engine:
+def open_engine(bundle: Bundle, *, contexts: int = 1) -> Engine:
     """Open the engine that the bundle's manifest names; close it after use.
 
-    Where the plan is still to be built, that is ONNX Runtime on the CPU.
+    Where the plan is still to be built, that is ONNX Runtime on the CPU. `contexts` is the number
+    of execution contexts of a TensorRT engine, see `TrtEngine`.
 
     Raises:
         EngineError: the engine does not run on this machine, or the plan was built for another.
@@ -214,11 +215,12 @@ def open_engine(bundle: Bundle) -> Engine:
         recorded = bundle.manifest["engine"].get("provider", "")
         return open_onnx(bundle, provider=recorded)
     from eps_deploy.engines.trt.engine import TrtEngine
-    from eps_deploy.engines.trt.plan import SIDECAR, PlanMetadata
+    from eps_deploy.engines.trt.plan import METADATA, PlanMetadata
 
     name = str(bundle.root / bundle.model)
-    sidecar = PlanMetadata.from_dict(json.loads(bundle.read(SIDECAR)), name=f"{name}.json")
-    return _agreeing(bundle, TrtEngine(bundle.read(bundle.model), sidecar, name=name))
+    metadata = PlanMetadata.from_json(bundle.read(METADATA), name=f"{name}.json")
+    engine = TrtEngine(bundle.read(bundle.model), metadata, name=name, contexts=contexts)
+    return _agreeing(bundle, engine)
 
 
 def open_onnx(

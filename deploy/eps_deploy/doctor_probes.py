@@ -54,7 +54,7 @@ def tensorrt() -> Answer:
     """Version of TensorRT, and whether its builder starts on the GPU, if there is one."""
     from eps_deploy.engines.base import EngineError
     from eps_deploy.engines.trt.cuda import Cuda
-    from eps_deploy.engines.trt.plan import listening, load_tensorrt, logger_of
+    from eps_deploy.engines.trt.plan import collect_messages, load_tensorrt, logger_of
 
     trt = load_tensorrt()
     answer = {"found": str(trt.__version__)}
@@ -62,11 +62,11 @@ def tensorrt() -> Answer:
         cuda = Cuda()
     except EngineError:
         return {**answer, "builder": "not tried: no GPU, or no pycuda"}
-    with cuda.current(), listening(trt) as log:
+    with cuda.current(), collect_messages(trt) as messages:
         try:
             trt.Builder(logger_of(trt))
         except Exception as error:  # pybind11 raises if the builder is null
-            return {"problem": f"{answer['found']} does not start: {log.why()} ({error})"}
+            return {"problem": f"{answer['found']} does not start: {messages.reason()} ({error})"}
     return {**answer, "builder": "starts"}
 
 
@@ -82,7 +82,7 @@ def pycuda() -> Answer:
     with cuda.current():
         cuda.allocate(1024).free()
     facts = cuda.facts()
-    return {"found": version("pycuda"), "cuda": facts.cuda, "gpu": facts.name}
+    return {"found": version("pycuda"), "cuda": facts["cuda"], "gpu": facts["device"]}
 
 
 def cuda_bindings() -> Answer:

@@ -1,14 +1,17 @@
-"""The arithmetic a deployed network runs in. Plain data: servers read it from the manifest.
+"""The precisions of deployed networks, and the check that a network's layers compute in one.
 
-Precision is in the ONNX file, because TensorRT 11 builds strongly typed networks alone; the same
-file gives the same arithmetic on TensorRT 10. Images go in as uint8 and logits come out as float32
-in every precision.
+The precision is in the ONNX file: TensorRT 11 builds strongly typed networks only, and the same
+file gives the same arithmetic on TensorRT 10. In every precision the images are uint8 and the
+logits float32. This module is plain data that servers use too: it imports neither torch nor onnx.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
+
+from eps_core.errors import GraphError
 
 Float = Literal["float32", "float16", "bfloat16"]
 
@@ -18,8 +21,8 @@ class Precision:
     """One choice of `--fp32 | --tf32 | --fp16 | --bf16 | --int8 [--fp16]`.
 
     Attributes:
-        name: as manifest and report have it: `fp32`, `tf32`, `fp16`, `bf16`, `int8`, `int8-fp16`.
-        float: type of the weights and of whatever is not quantised.
+        name: in manifest and report: `fp32`, `tf32`, `fp16`, `bf16`, `int8`, `int8-fp16`.
+        float: type of the weights and of everything that is not quantised.
         quantized: whether convolutions and linear layers take int8.
         tf32: whether an NVIDIA GPU may round float32 products to TF32.
     """
@@ -41,3 +44,36 @@ PRECISIONS = {
         Precision("int8-fp16", "float16", quantized=True),
     )
 }
+
+
+def belongs(name: str, blocks: Iterable[str]) -> bool:
+    """Whether the layer `name` is one of `blocks` or is inside one."""
+    return any(name == block or name.startswith(f"{block}.") for block in blocks)
+
+
+def check_layer_types(
+    types: Mapping[str, str], precision: Precision, kept: Collection[str] = ()
+) -> None:
+    """Check that convolutions and linear layers compute in the type of `precision`.
+
+    For a quantised precision that is int8, or its float type for a layer that cannot be quantised
+    (a product of two activations); at least one layer must take int8.
+
+    Args:
+        types: type of each layer (`float16`, `int8`) by its name.
+        precision: the precision that the network should have.
+        kept: blocks, by name, whose layers may compute in float32 too (`eps-deploy --repair`).
+
+    Raises:
+        GraphError: a layer, named in the message, computes in another type.
+    """
+    foreign = f"this ONNX file is not of precision {precision.name}"
+    allowed = [precision.float, "int8"] if precision.quantized else [precision.float]
+    for name, found in types.items():
+        if found not in allowed and not (found == "float32" and belongs(name, kept)):
+            wanted = " or ".join(allowed)
+            raise GraphError(f"layer {name} computes in {found}, not in {wanted}: {foreign}")
+    if precision.quantized and "int8" not in types.values():
+        raise GraphError(
+            f"none of the {len(types)} convolutions and linear layers takes int8: {foreign}"
+        )

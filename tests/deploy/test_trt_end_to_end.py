@@ -1,4 +1,4 @@
-"""`eps-deploy --engine trt` from end to end: build, keep, open, infer, verify.
+"""`eps-deploy --engine trt` from end to end: build, open, infer, verify.
 
 On the GPU and the TensorRT of `engines/trt/machine`, which are made of host memory and ONNX
 Runtime. What that cannot show is for `engines/trt/test_gpu.py`.
@@ -11,18 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 from eps_deploy import load_bundle
 from eps_deploy.bundle import open_engine, open_onnx
 from eps_deploy.cli import verify
 from eps_deploy.cli.deploy import main
-from eps_deploy.pipeline import build, evaluate
-from eps_deploy.pipeline.build import Stages
-from eps_deploy.pipeline.options import Options
+from eps_deploy.export.mixed_precision import Repair, Trial
+from eps_deploy.export.types import layer_types
 from tests.commands import Result, files_in, run
 from tests.deploy.engines.trt.fake_gpu import FakeGpu
-from tests.deploy.engines.trt.machine import Machine, OnnxBuilder, network
+from tests.deploy.engines.trt.machine import Machine, OnnxBuilder
 
 ANYTHING_GOES = ("--min-speedup", "0", "--max-accuracy-drop", "100", "--time-budget", "0.2")
 
@@ -105,7 +105,7 @@ def test_a_bundle_with_its_plan(
     ],
     ids=["device", "precision", "compatibility"],
 )
-def test_what_this_gpu_cannot_do_is_refused_before_any_work(
+def test_an_unsupported_gpu_is_refused_before_any_work(
     workshop: Path, machine: Machine, flags: tuple[str, ...], told: str, dry: tuple[str, ...]
 ) -> None:
     machine.gpu.capability = (7, 5)
@@ -119,7 +119,7 @@ def test_what_this_gpu_cannot_do_is_refused_before_any_work(
 
 
 def test_a_user_without_a_home_gets_a_plan_and_no_timing_cache(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    workshop: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As in containers that run under any number."""
 
@@ -128,26 +128,26 @@ def test_a_user_without_a_home_gets_a_plan_and_no_timing_cache(
 
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(Path, "home", homeless)
-    options = Options(model=tmp_path, engine="trt")
-    plan = build.build_plan(options, network(), "model", Stages(tmp_path, resume=False), print)
-    with plan.open(options, "model.plan") as engine:
-        assert engine.max_batch == options.max_batch
+    assert deploy(workshop, "--fp32").code == 0
     assert not machine.trt.count("IBuilderConfig", "create_timing_cache")
+    assert load_bundle(workshop / "bundle").model == "model.plan"
 
 
-def test_a_killed_run_builds_no_plan_again(
-    workshop: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch
+def test_blocks_that_repair_keeps_stay_float32_in_the_plan(
+    workshop: Path, machine: Machine, any_class: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def killed(*args: object, **kwargs: object) -> None:
-        raise KeyboardInterrupt
+    """The type check of the build allows them, and no others."""
+    kept = "stages.0.0"
 
-    with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "timed", killed)
-        assert deploy(workshop, "--fp16").code == 130
-    machine.gpu.check_clean()
-    assert machine.builder is not None
-    assert machine.builder.built == 2
-    assert deploy(workshop, "--fp16", "--resume").code == 0
-    assert machine.builder.built == 2
-    assert {"build-model", "build-baseline"} <= set(report_of(workshop)["resumed"])
-    machine.gpu.check_clean()
+    def repair(candidates: Any, attempt: Any) -> Repair:
+        assert kept in candidates
+        trial = Trial(passed=True, value=0.0)
+        return Repair(kept=(kept,), before=trial, after=trial, trials=1)
+
+    monkeypatch.setattr("eps_deploy.pipeline.pipeline.repair", repair)
+    result = deploy(workshop, "--fp16", "--repair")
+    assert result.code == 0, result.stderr
+    types = layer_types(onnx.load(workshop / "bundle" / "model.onnx"))
+    in_float32 = {name for name, kind in types.items() if kind == "float32"}
+    assert in_float32 == {f"{kept}.conv1", f"{kept}.conv2"}
+    assert report_of(workshop)["precision"]["executed"].keys() == {"fp16", "fp32"}

@@ -1,25 +1,32 @@
-"""The command `eps-deploy`."""
+"""The `eps-deploy` command."""
 
 from __future__ import annotations
 
 import shlex
-from dataclasses import fields
+from collections.abc import Iterator
+from dataclasses import Field, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import click
 from click.core import ParameterSource
 
 from eps_core import cli as console
-from eps_deploy.bundle import NAME
 from eps_deploy.engines.trt.build import BuildOptions
 from eps_deploy.pipeline.options import Options
 from eps_deploy.precision import PRECISIONS, Precision
 
 _FILE = click.Path(path_type=Path)
 _MIB = 2**20
-_BATCH = click.IntRange(1, 4096)
-# Options that mean something to one engine alone.
+_PRECISION_FLAGS = {
+    "fp32": "float32 precision without TF32 (the default).",
+    "tf32": "float32 precision with TF32 products (NVIDIA GPUs).",
+    "fp16": "float16 precision.",
+    "bf16": "bfloat16 precision (TensorRT).",
+    "int8": "int8 convolutions and linear layers, calibrated on training images. Everything else is"
+    " float16 with --fp16 or TensorRT, otherwise float32.",
+}
+# Options that apply to one engine only.
 _ONLY = {
     "ort": ("provider", "threads"),
     "trt": (
@@ -32,202 +39,74 @@ _ONLY = {
         "device",
     ),
 }
-_NOT_REPEATED = ("data_root", "output", "timing_cache", "force", "resume", "dry_run", "as_json")
+_NOT_REPEATED = ("data_root", "output", "timing_cache", "force", "dry_run", "as_json")
 _CALIBRATION = ("calibration_samples", "calibration_method")
 
 
-@click.command()
-@click.argument("model", type=_FILE, default="compact.pt")
-@click.option(
-    "--engine", type=click.Choice(["ort", "trt"]), required=True, help="ONNX Runtime or TensorRT."
-)
-@click.option("--fp32", is_flag=True, help="Precision float32, TF32 off (the default).")
-@click.option("--tf32", is_flag=True, help="float32 with TF32 products, on an NVIDIA GPU.")
-@click.option("--fp16", is_flag=True, help="Precision float16.")
-@click.option("--bf16", is_flag=True, help="Precision bfloat16 (TensorRT).")
-@click.option(
-    "--int8",
-    is_flag=True,
-    help="Convolutions in int8, calibrated on training images. The rest is float16 with --fp16 and"
-    " for TensorRT, else float32.",
-)
-@click.option(
-    "--calibration-samples",
-    type=click.IntRange(min=1),
-    default=512,
-    show_default=True,
-    metavar="N",
-    help="Training images that int8 is calibrated on.",
-)
-@click.option(
-    "--calibration-method",
-    type=click.Choice(["minmax", "entropy", "percentile"]),
-    default="minmax",
-    show_default=True,
-    help="How their ranges are found.",
-)
-@click.option(
-    "--repair",
-    is_flag=True,
-    help="If the accuracy misses its limit, keep the worst blocks in higher precision.",
-)
-@click.option(
-    "--baseline",
-    type=_FILE,
-    metavar="CKPT",
-    help="Plain network to compare with; default: baseline.pt beside MODEL or its checkpoint.",
-)
-@click.option(
-    "--checkpoint",
-    type=_FILE,
-    metavar="CKPT",
-    help="Checkpoint that MODEL was made from, if it was moved.",
-)
-@click.option("--data-root", type=_FILE, metavar="DIR", help="Where the data set lies.")
-@click.option(
-    "-o",
-    "--output",
-    type=_FILE,
-    default="bundle",
-    show_default=True,
-    metavar="DIR",
-    help="Folder to write.",
-)
-@click.option(
-    "--name",
-    default=NAME,
-    show_default=True,
-    metavar="NAME",
-    help="Model name that clients ask for; also its folder in a Triton repository.",
-)
-@click.option(
-    "--max-accuracy-drop",
-    type=float,
-    default=0.5,
-    show_default=True,
-    metavar="POINTS",
-    help="Check: largest drop against the baseline, in percentage points.",
-)
-@click.option(
-    "--min-speedup",
-    type=float,
-    default=1.0,
-    show_default=True,
-    metavar="X",
-    help="Check: what the lower end of the speed-up's interval at batch 1 must reach.",
-)
-@click.option(
-    "--time-budget",
-    type=float,
-    default=60.0,
-    show_default=True,
-    metavar="SECONDS",
-    help="Most time for the latency measurements of a batch size.",
-)
-@click.option(
-    "--opt-batch",
-    type=_BATCH,
-    default=16,
-    show_default=True,
-    metavar="N",
-    help="Batch size that the engine is tuned for.",
-)
-@click.option(
-    "--max-batch",
-    type=_BATCH,
-    default=32,
-    show_default=True,
-    metavar="N",
-    help="Largest batch that the engine takes.",
-)
-@click.option(
-    "--provider",
-    type=click.Choice(["cpu", "cuda", "tensorrt"]),
-    default="cpu",
-    show_default=True,
-    help="Of ONNX Runtime.",
-)
-@click.option(
-    "--threads",
-    type=click.IntRange(min=1),
-    default=1,
-    show_default=True,
-    metavar="N",
-    help="Of ONNX Runtime, within one operator.",
-)
-@click.option(
-    "--workspace",
-    type=click.IntRange(min=1),
-    metavar="MIB",
-    help="Of TensorRT: memory that a layer may use.  [default: all of the GPU's]",
-)
-@click.option(
-    "--optimization-level",
-    type=click.IntRange(0, 5),
-    default=3,
-    show_default=True,
-    help="Of TensorRT: 0 builds quickly, 5 searches longest.",
-)
-@click.option(
-    "--timing-cache",
-    type=_FILE,
-    metavar="DIR",
-    help="Of TensorRT: where later builds find the times of kernels.",
-)
-@click.option(
-    "--version-compatible",
-    is_flag=True,
-    help="Of TensorRT: the plan also runs on later versions.",
-)
-@click.option(
-    "--hardware-compatibility",
-    type=click.Choice(["none", "ampere-plus", "same-compute-capability"]),
-    default="none",
-    show_default=True,
-    help="Of TensorRT: other GPUs that the plan runs on.",
-)
-@click.option(
-    "--defer-build",
-    is_flag=True,
-    help="With --engine trt: build no plan here; the machine that serves the bundle builds it.",
-)
-@click.option(
-    "--device",
-    type=click.IntRange(min=0),
-    default=0,
-    show_default=True,
-    metavar="INDEX",
-    help="GPU of --engine trt.",
-)
-@click.option("--force", is_flag=True, help="Replace an existing bundle.")
-@click.option("--resume", is_flag=True, help="Take up what a killed run had finished.")
-@click.option("--dry-run", is_flag=True, help="Check what was given, say what would be done, stop.")
-@click.option(
-    "--json", "as_json", is_flag=True, help="Print the report as one JSON object on stdout."
-)
+def _parameters() -> Iterator[click.Parameter]:
+    """The command's parameters, from the fields of `Options` in their order."""
+    yield click.Argument(["model"], type=_FILE, default="compact.pt")
+    for field in fields(Options):
+        if field.name == "precision":
+            for name, text in _PRECISION_FLAGS.items():
+                yield click.Option([f"--{name}"], is_flag=True, help=text)
+        elif field.name == "plan":
+            yield from (_option(BuildOptions, inner) for inner in fields(BuildOptions))
+        elif field.metadata:
+            yield _option(Options, field)
+    text = "Check options and files, list the steps, and stop."
+    yield click.Option(["--dry-run"], is_flag=True, help=text)
+    text = "Print the report as one JSON object on stdout."
+    yield click.Option(["--json", "as_json"], is_flag=True, help=text)
+
+
+def _option(record: type, field: Field[Any]) -> click.Option:
+    kind = get_type_hints(record)[field.name]
+    flags = [f"--{field.name.replace('_', '-')}"]
+    if field.name == "output":
+        flags.insert(0, "-o")
+    settings = {"help": field.metadata["help"], "metavar": field.metadata["metavar"]}
+    if kind is bool:
+        return click.Option(flags, is_flag=True, help=settings["help"])
+    if get_origin(kind) is Literal:
+        settings["type"] = click.Choice(get_args(kind))
+    elif Path in (kind, *get_args(kind)):
+        settings["type"] = _FILE
+    elif field.metadata["limits"]:
+        settings["type"] = click.IntRange(*field.metadata["limits"])
+    else:
+        settings["type"] = kind
+    if field.name == "engine":
+        return click.Option(flags, required=True, **settings)
+    show = field.default is not None
+    return click.Option(flags, default=field.default, show_default=show, **settings)
+
+
+@click.command(params=[*_parameters()])
 @click.pass_context
 def cli(context: click.Context, /, dry_run: bool, as_json: bool, **given: Any) -> int:
-    """Turn MODEL (a compact.pt) into a bundle: ONNX, engine, checks, and a report with a verdict.
+    """Deploy MODEL (a compact.pt) as a bundle: ONNX files, engine, checks, and a report.
 
-    Exit code 3 says that a check failed; the bundle is written all the same, and its report.md says
-    which one.
+    Exit code 3 means that a check failed; the bundle is still written, and its report.md names the
+    check.
     """
     options = _options(context, dict(given))
-    from eps_deploy.pipeline.pipeline import deploy, plan
+    from eps_deploy.pipeline.pipeline import deploy
+    from eps_deploy.pipeline.pipeline import dry_run as list_steps
 
     log = console.log()
 
-    def say(line: str) -> None:
+    def print_line(line: str) -> None:
         log.print(line, markup=False)
 
     if dry_run:
-        steps = plan(options)
+        steps = list_steps(options)
         for step in steps:
-            say(step)
+            print_line(step)
         if as_json:
             console.emit_json({"dry_run": True, "steps": steps})
         return 0
-    report = deploy(options, say)
+    report = deploy(options, print_line)
     show_summary(report, options.output)
     if as_json:
         console.emit_json({**report, "bundle": str(options.output)})
@@ -244,7 +123,7 @@ def _options(context: click.Context, given: dict[str, Any]) -> Options:
 
 
 def _command(context: click.Context) -> str:
-    """The command line without what belongs to one machine or one run: folders, --force, ..."""
+    """The command line, without options of one machine or one run such as folders or --force."""
     words = [str(context.info_name)]
     for parameter in context.command.params:
         value = context.params[str(parameter.name)]
@@ -259,8 +138,8 @@ def _command(context: click.Context) -> str:
 
 
 def _precision(given: dict[str, Any]) -> Precision:
-    """The one precision that the flags name; they leave `given`."""
-    flags = [name for name in ("fp32", "tf32", "fp16", "bf16", "int8") if given.pop(name)]
+    """The precision that the flags name; removes them from `given`."""
+    flags = [name for name in _PRECISION_FLAGS if given.pop(name)]
     if flags == ["fp16", "int8"] or (flags == ["int8"] and given["engine"] == "trt"):
         return PRECISIONS["int8-fp16"]
     if len(flags) > 1:
@@ -270,7 +149,7 @@ def _precision(given: dict[str, Any]) -> Precision:
 
 
 def _refuse_unused(context: click.Context, engine: str, precision: Precision) -> None:
-    """An option that would change nothing is a mistake of the user's, and is told so."""
+    """Raise UsageError for an option that has no effect with the other options."""
     unused = {
         name: f"--engine {other}"
         for other, names in _ONLY.items()
@@ -282,11 +161,11 @@ def _refuse_unused(context: click.Context, engine: str, precision: Precision) ->
     for name, wanted in unused.items():
         if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
             flag = f"--{name.replace('_', '-')}"
-            raise click.UsageError(f"{flag}: is for {wanted} alone.")
+            raise click.UsageError(f"{flag}: only applies to {wanted}.")
 
 
 def show_summary(report: dict[str, Any], output: Path) -> None:
-    """Table of checks, the verdict, and where the bundle is."""
+    """Print the table of checks, the verdict, and the path of the bundle."""
     from eps_deploy.report.render import verdict_line
 
     words = {True: "passed", False: "FAILED", None: "not run"}

@@ -1,1 +1,1 @@
-"""Inference engines, one module each, all with the interface of :mod:`eps_deploy.engines.base`."""
+"""Inference engines: ONNX Runtime and TensorRT, with one interface (`engines.base`)."""

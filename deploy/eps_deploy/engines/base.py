@@ -1,4 +1,4 @@
-"""What every engine offers, whatever runs underneath. No torch here: servers have none."""
+"""The interface of an inference engine. This module does not import torch: servers have none."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ Logits = npt.NDArray[np.float32]
 
 
 class EngineError(EpsError):
-    """An engine that cannot be made, or does not run where it was told to."""
+    """An engine cannot be created, or does not run on the device asked for."""
 
 
 class Engine(Protocol):
-    """A loaded network, ready to run; a context manager that frees it.
+    """A loaded network; a context manager that frees it.
 
-    Any thread may call it, and several at once.
+    It is thread-safe: several threads may call `infer` at once.
 
     Attributes:
         input_shape: shape `[C, H, W]` of one image.
         classes: number of logits.
-        max_batch: largest batch that `infer` takes.
+        max_batch: largest batch of `infer`.
     """
 
     @property
@@ -47,7 +47,7 @@ class Engine(Protocol):
         """
 
     def describe(self) -> dict[str, Any]:
-        """Plain data for manifest and report: name, runtime and its version, provider, threads."""
+        """Name, runtime and its version, provider and threads, as JSON for manifest and report."""
 
     def __enter__(self) -> Engine: ...
 
@@ -55,7 +55,7 @@ class Engine(Protocol):
 
 
 def finite_rows(logits: Logits) -> npt.NDArray[np.bool_]:
-    """bool `[N]`: whether all logits of an image are finite. What is not must never be answered."""
+    """Whether all logits of each image are finite, bool `[N]`. A server never answers others."""
     rows: npt.NDArray[np.bool_] = np.logical_and.reduce(np.isfinite(logits), axis=1)
     return rows
 

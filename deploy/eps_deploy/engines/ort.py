@@ -1,4 +1,4 @@
-"""ONNX Runtime as an engine."""
+"""The ONNX Runtime engine."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ PROVIDERS: dict[Provider, str] = {
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
 }
-# A second thread bought nothing on deep, narrow networks, and threads that wait
-# in a loop for one another cost far more than they bring on cores that others use too.
+# A second thread did not make deep, narrow networks faster, and ONNX Runtime's spinning threads
+# cost far more than they bring on cores that other processes use too.
 THREADS = 1
-MAX_BATCH = 256  # the graph itself has no limit; this one bounds the memory of a request
+MAX_BATCH = 256  # the graph has no limit; this bounds the memory of a request
 # ONNX Runtime's default, EXHAUSTIVE, times every algorithm of every convolution at each new batch
-# size: about a tenth of a second a convolution, in the middle of serving.
+# size: about 0.1 s per convolution, while serving.
 _ALGORITHM_SEARCH = "HEURISTIC"
-_FATAL_ONLY = 4  # severity below which ONNX Runtime stays silent: errors are raised as well
+_FATAL_ONLY = 4  # log severity; errors are raised as exceptions too
 _NOT_IMPLEMENTED = "NOT_IMPLEMENTED"
 
 
-# y = Relu(x), float32 [1, 4], opset 13: the whole file, so that the package onnx is not needed.
+# An ONNX file of y = Relu(x), float32 [1, 4], opset 13, as bytes: the package onnx is not needed.
 _RELU = bytes.fromhex(
     "080712003a3b0a0c0a0178120179220452656c751201675a130a0178120e0a0c"
     "080112080a0208010a02080462130a0179120e0a0c080112080a0208010a02080442040a00100d"
@@ -44,23 +44,22 @@ _RELU = bytes.fromhex(
 
 
 class OrtEngine:
-    """An exported network on ONNX Runtime; an `Engine` (see `engines.base`).
+    """An exported network in an ONNX Runtime session; an `Engine` (see `engines.base`).
 
     Args:
-        model: the bytes of an ONNX file as `eps-deploy` exports it.
-        provider: what runs it: the processor, or an NVIDIA GPU by CUDA or TensorRT.
-        threads: threads within one operator, on the processor.
-        max_batch: largest batch that `infer` takes.
-        exact_qdq: compute a quantised network as its file says: round to int8 and back, multiply
-            in float. Else ONNX Runtime takes int8 kernels where it has them, which round otherwise;
-            slower ones on processors without VNNI, whose fast ones saturate. TensorRT's arithmetic
-            is the exact one.
+        model: the bytes of an ONNX file exported by `eps-deploy`.
+        provider: execution provider: the CPU, or an NVIDIA GPU through CUDA or TensorRT.
+        threads: threads within one operator, on the CPU.
+        max_batch: largest batch of `infer`.
+        exact_qdq: compute a quantised network with the arithmetic of its file: round to int8 and
+            back, multiply in float. TensorRT does so too. Otherwise ONNX Runtime uses its int8
+            kernels, which round differently; on CPUs without VNNI slower ones that do not saturate.
         tf32: let an NVIDIA GPU round float32 products to TF32.
-        name: what error messages call the model.
+        name: name of the model in error messages.
 
     Raises:
-        EngineError: not such a model, one that the provider cannot run, or ONNX Runtime did not
-            give the provider that was asked for.
+        EngineError: another kind of model, one that the provider cannot run, or a provider that
+            ONNX Runtime replaced by another one.
     """
 
     def __init__(
@@ -156,9 +155,9 @@ def open_session(
     name: str = "model.onnx",
     optimized: Path | None = None,
 ) -> Any:
-    """An ONNX Runtime session that runs where it was told to; raises EngineError as `OrtEngine`.
+    """Create an ONNX Runtime session on exactly this provider; raises as `OrtEngine` does.
 
-    `optimized`: file to write the graph to that ONNX Runtime has made of the model.
+    `optimized` is a file to write ONNX Runtime's optimised graph to.
     """
     wanted = PROVIDERS[provider]
     if wanted not in onnxruntime.get_available_providers():
@@ -191,7 +190,7 @@ def open_session(
 
 
 def try_provider(provider: Provider) -> None:
-    """Raise EngineError, in one line with the remedy, unless a small model really runs on it."""
+    """Run a small model on the provider. Raises EngineError with the remedy if that fails."""
     name = f"--provider {provider}"
     session = open_session(_RELU, provider=provider, threads=1, name=name)
     values = np.array([[-1, 0, 1, 2]], np.float32)
@@ -200,7 +199,7 @@ def try_provider(provider: Provider) -> None:
 
 
 def has_vnni() -> bool:
-    """Whether this processor sums int8 products in 32 bits; False where it does not tell."""
+    """Whether this CPU sums int8 products in 32 bits; False when unknown."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -210,7 +209,7 @@ def has_vnni() -> bool:
 
 
 def _providers(provider: Provider, tf32: bool) -> list[tuple[str, dict[str, str]]]:
-    """What ONNX Runtime shall try, in order; the last one takes what the others cannot do."""
+    """Providers with their options, in order; the last one runs what the others do not support."""
     if provider == "cpu":
         return [(PROVIDERS["cpu"], {})]
     settings = {"use_tf32": str(int(tf32)), "cudnn_conv_algo_search": _ALGORITHM_SEARCH}
@@ -219,10 +218,10 @@ def _providers(provider: Provider, tf32: bool) -> list[tuple[str, dict[str, str]
 
 
 def _load_libraries() -> None:
-    """Load CUDA and cuDNN from Python packages, where they lie beside onnxruntime-gpu."""
+    """Load CUDA and cuDNN from the Python packages of onnxruntime-gpu, where installed."""
     preload = getattr(onnxruntime, "preload_dlls", None)  # since 1.21
     if preload is not None:
-        # It prints what it misses; whether that matters, the session's providers show.
+        # It prints what is missing; whether that matters, the session's providers show.
         with contextlib.redirect_stdout(io.StringIO()):
             preload()
 
@@ -260,5 +259,5 @@ def _complaint(error: Exception, provider: Provider) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """What ONNX Runtime says, in one line."""
+    """ONNX Runtime's error message in one line."""
     return " ".join(str(error).split())

@@ -1,4 +1,4 @@
-"""What a deployment starts from: the compact network, its checkpoint, and the trained baseline."""
+"""The input files of a deployment: compact network, checkpoint, and trained baseline."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ BASELINE = "baseline.pt"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Inputs:
-    """The files of a deployment, read and verified.
+    """The input files, read and verified.
 
     Attributes:
         compact: the compact network.
-        checkpoint: what it was made from.
-        baseline: the plain network of the same depth; None when none was trained.
+        checkpoint: the checkpoint that it was made from.
+        baseline: the baseline of the same depth; None when none was trained.
         baseline_path: its file.
     """
 
@@ -30,24 +30,24 @@ class Inputs:
     baseline_path: Path | None
 
     def blocks(self) -> tuple[str, ...]:
-        """The residual blocks that the compact network has, in the order of computation."""
+        """Names of the compact network's residual blocks, in the order of computation."""
         network = self.compact.network
         return tuple(name for name in network.all_blocks() if name not in network.removed)
 
 
-def find_sources(
+def find_inputs(
     model: Path, checkpoint: Path | None = None, baseline: Path | None = None
 ) -> Inputs:
-    """Read `model` (a `compact.pt`) and what belongs to it.
+    """Read a compact network, its checkpoint and its baseline.
 
     Args:
-        model: the compact network.
-        checkpoint: as `--checkpoint`; None: where `model` says that it is.
+        model: the compact network (`compact.pt`).
+        checkpoint: as `--checkpoint`; None: the path recorded in `model`.
         baseline: as `--baseline`; None: `baseline.pt` beside `model` or beside its checkpoint.
 
     Raises:
-        FileFormatError: a file that is damaged, foreign or too new, or a named one that is missing.
-        ConfigError: a checkpoint that `model` was not made from, or a baseline of another network
+        FileFormatError: a file is damaged, of another kind or too new, or a named one is missing.
+        ConfigError: `model` was not made from the checkpoint, or the baseline is of another network
             or other data.
     """
     compact = CompactArtifact.load(model)
@@ -57,7 +57,7 @@ def find_sources(
     source = _load_checkpoint(checkpoint_path, model, compact, named=checkpoint is not None)
     if baseline is None:
         beside = (model.parent / BASELINE, checkpoint_path.parent / BASELINE)
-        # A broken link is one that was meant to be there: it is named, not passed over.
+        # A broken link was meant to be there: it is an error, not a missing baseline.
         found = (path for path in beside if path.exists() or path.is_symlink())
         baseline = next(found, None)
     return Inputs(

@@ -1,4 +1,4 @@
-"""What `eps-deploy` was asked for, checked as a whole before any work begins."""
+"""The options of `eps-deploy`, each declared once, validated together before any work begins."""
 
 from __future__ import annotations
 
@@ -9,63 +9,93 @@ from typing import Literal
 
 from eps_core.errors import ConfigError
 from eps_deploy.bundle import NAME, check_name
-from eps_deploy.engines.trt.build import BuildOptions
+from eps_deploy.engines.trt.build import BuildOptions, option
 from eps_deploy.precision import PRECISIONS, Precision
-
-Method = Literal["minmax", "entropy", "percentile"]
-Provider = Literal["cpu", "cuda", "tensorrt"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
-    """What `eps-deploy` was asked for.
+    """The options of `eps-deploy`, in the order of `--help`.
 
-    Attributes:
-        model: the compact network.
-        checkpoint, baseline: where they are; None: where they are expected.
-        data_root: as `--data-root`.
-        output: folder of the bundle.
-        name: of the model, for clients and for Triton's repository.
-        engine: `ort` or `trt`.
-        precision: see `eps_deploy.precision`.
-        calibration_samples, calibration_method: for int8.
-        repair: keep blocks in higher precision until the accuracy holds.
-        plan: batch sizes of both engines, and how TensorRT builds.
-        provider, threads: of ONNX Runtime.
-        defer_build: build no plan here; whoever serves the bundle does.
-        device: index of the GPU.
-        max_accuracy_drop: percentage points.
-        min_speedup: ratio that the speed-up's interval must reach.
-        time_budget: seconds for the latency measurements of a batch size.
-        force: replace a bundle at `output`.
-        resume: take up what a killed run had finished.
-        command: the command line, for the report and `reproduce.sh`.
+    `model` is the compact network, `plan` has the batch sizes of both engines and TensorRT's build
+    options, and `command` is the command line for the report and `reproduce.sh`. The metadata of
+    every other field holds the description, limits and placeholder of its option.
 
     Raises:
-        ConfigError: a value outside its range, or options that contradict each other.
+        ConfigError: a value is outside its range, or options contradict each other.
     """
 
     model: Path
-    checkpoint: Path | None = None
-    baseline: Path | None = None
-    data_root: Path | None = None
-    output: Path = Path("bundle")
-    name: str = NAME
-    engine: Literal["ort", "trt"] = "ort"
+    engine: Literal["ort", "trt"] = field(
+        default="ort", metadata=option("ONNX Runtime or TensorRT.")
+    )
     precision: Precision = PRECISIONS["fp32"]
-    calibration_samples: int = 512
-    calibration_method: Method = "minmax"
-    repair: bool = False
+    calibration_samples: int = field(
+        default=512,
+        metadata=option("Number of training images for int8 calibration.", "N", limits=(1, None)),
+    )
+    calibration_method: Literal["minmax", "entropy", "percentile"] = field(
+        default="minmax", metadata=option("int8 calibration method.")
+    )
+    repair: bool = field(
+        default=False,
+        metadata=option(
+            "If the accuracy check fails, keep the most sensitive blocks in higher precision."
+        ),
+    )
+    baseline: Path | None = field(
+        default=None,
+        metadata=option(
+            "Baseline checkpoint to compare with.  [default: baseline.pt beside MODEL or its"
+            " checkpoint]",
+            "CKPT",
+        ),
+    )
+    checkpoint: Path | None = field(
+        default=None,
+        metadata=option("Checkpoint that MODEL was made from, if it has moved.", "CKPT"),
+    )
+    data_root: Path | None = field(default=None, metadata=option("Data set folder.", "DIR"))
+    output: Path = field(default=Path("bundle"), metadata=option("Bundle folder to write.", "DIR"))
+    name: str = field(
+        default=NAME,
+        metadata=option(
+            "Model name for clients, and folder name in the Triton repository.", "NAME"
+        ),
+    )
+    max_accuracy_drop: float = field(
+        default=0.5,
+        metadata=option(
+            "Accuracy check: largest drop from the baseline, in percentage points.", "POINTS"
+        ),
+    )
+    min_speedup: float = field(
+        default=1.0,
+        metadata=option(
+            "Latency check: smallest lower end of the speed-up's 95 % interval at batch 1.", "X"
+        ),
+    )
+    time_budget: float = field(
+        default=60.0,
+        metadata=option("Time limit of the latency measurement at each batch size.", "SECONDS"),
+    )
     plan: BuildOptions = field(default_factory=BuildOptions)
-    provider: Provider = "cpu"
-    threads: int = 1
-    defer_build: bool = False
-    device: int = 0
-    max_accuracy_drop: float = 0.5
-    min_speedup: float = 1.0
-    time_budget: float = 60.0
-    force: bool = False
-    resume: bool = False
+    provider: Literal["cpu", "cuda", "tensorrt"] = field(
+        default="cpu", metadata=option("ONNX Runtime execution provider.")
+    )
+    threads: int = field(
+        default=1, metadata=option("ONNX Runtime intra-operator threads.", "N", limits=(1, None))
+    )
+    defer_build: bool = field(
+        default=False,
+        metadata=option(
+            "With --engine trt: leave building the plan to the machine that serves the bundle."
+        ),
+    )
+    device: int = field(
+        default=0, metadata=option("GPU index for --engine trt.", "INDEX", limits=(0, None))
+    )
+    force: bool = field(default=False, metadata=option("Replace an existing bundle."))
     command: str = "eps-deploy"
 
     def __post_init__(self) -> None:
@@ -76,23 +106,20 @@ class Options:
         for name in ("max_accuracy_drop", "min_speedup", "time_budget"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
-                raise ConfigError(f"--{_flag(name)} {value}: give a number of at least 0")
+                flag = name.replace("_", "-")
+                raise ConfigError(f"--{flag} {value}: give a number of at least 0")
         if self.repair and self.precision.name in ("fp32", "tf32"):
             raise ConfigError(
                 f"--repair: nothing to repair in {self.precision.name};"
                 " add --fp16, --bf16 or --int8, or leave it out"
             )
-        self._check_precision()
-
-    def _check_precision(self) -> None:
-        if self.engine != "ort":
-            return
-        if self.precision.float == "bfloat16" and self.provider == "cpu":
+        on_cpu = self.engine == "ort" and self.provider == "cpu"
+        if on_cpu and self.precision.float == "bfloat16":
             raise ConfigError(
                 "--bf16: ONNX Runtime has no bfloat16 convolutions on the CPU;"
                 " use --fp16, or --engine trt"
             )
-        if self.precision.tf32 and self.provider == "cpu":
+        if on_cpu and self.precision.tf32:
             raise ConfigError("--tf32: only NVIDIA GPUs have it; use --fp32, or --provider cuda")
 
     @property
@@ -101,15 +128,11 @@ class Options:
 
     @property
     def batches(self) -> tuple[int, ...]:
-        """Batch sizes of the chain of proof; the last batch of most of them is a ragged one."""
+        """Batch sizes of the parity checks."""
         sizes = {1, 2, self.plan.opt_batch, self.plan.max_batch}
         return tuple(sorted(size for size in sizes if size <= self.max_batch))
 
     @property
     def gpu(self) -> int | None:
-        """Index of the GPU that the engine runs on."""
+        """Index of the GPU that the engine runs on; None on the CPU."""
         return None if self.engine == "ort" and self.provider == "cpu" else self.device
-
-
-def _flag(name: str) -> str:
-    return name.replace("_", "-")

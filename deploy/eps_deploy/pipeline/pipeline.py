@@ -1,147 +1,117 @@
-"""From `compact.pt` to a bundle with a verdict: the work behind `eps-deploy`."""
+"""Deploy a compact network: export, build, check, measure, and write the bundle with its report."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from eps_core.checks import Check, Parity
+from eps_compact.certificate import BOUND as FOLDING_LIMIT
+from eps_core.checks import Check, Parity, compare_logits
 from eps_core.cli import refuse_missing
 from eps_core.errors import ConfigError
 from eps_deploy import triton
-from eps_deploy.bench.accuracy import Classes, Infer, accuracy_drop, classes
-from eps_deploy.bench.latency import Latency, save_samples
-from eps_deploy.engines.base import Images
-from eps_deploy.engines.trt.plan import PLAN
+from eps_deploy.bench import accuracy as parity
+from eps_deploy.bench import latency
+from eps_deploy.bench.accuracy import (
+    AGREEMENT_LIMITS,
+    PARITY_LIMITS,
+    Classes,
+    Correct,
+    Infer,
+    accuracy_drop,
+    classes,
+)
+from eps_deploy.bench.latency import Latency, Workload
+from eps_deploy.engines.base import Images, Logits
 from eps_deploy.export import half
 from eps_deploy.export.mixed_precision import Repair, Trial, repair, units
 from eps_deploy.export.quantize import pick
-from eps_deploy.pipeline import build, evaluate, write
-from eps_deploy.pipeline.build import Models, Networks, Stages, Variants, digest_of
-from eps_deploy.pipeline.evaluate import TestPart
-from eps_deploy.pipeline.inputs import Inputs, find_sources
+from eps_deploy.pipeline import build, write
+from eps_deploy.pipeline.build import Models, Networks, Variants
+from eps_deploy.pipeline.inputs import Inputs, find_inputs
 from eps_deploy.pipeline.options import Options
 from eps_deploy.pipeline.write import BundleWriter
 from eps_deploy.report import report
-from eps_deploy.report.render import render_html as render_html
-from eps_deploy.report.render import render_markdown as render_markdown
+from eps_deploy.report.render import render_html, render_markdown
 from eps_train.data.dataset import load_again
 from eps_train.training.forward import cpu_threads
 
-# -- `--repair` in a deployment: keeping what a lower precision harms most in a higher one
+Log = Callable[[str], None]
+HEADROOM_IMAGES = 512  # of the test images, at most
+_NO_BASELINE = {
+    "what": "accuracy against a trained baseline",
+    "why": (
+        "no baseline.pt beside the checkpoint: train one with eps-train --with-baseline,"
+        " or name one with --baseline"
+    ),
+}
 
 
-def require(sources: Inputs) -> None:
-    """Raise ConfigError when there is nothing that could miss its limit."""
-    if sources.baseline is None:
-        raise ConfigError(
-            "--repair: there is no trained baseline whose accuracy could be missed; name one with"
-            " --baseline, or leave --repair out"
-        )
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TestSet:
+    """All test images, uint8 `[N, C, H, W]`, and their labels, int64 `[N]`."""
+
+    __test__ = False  # for pytest
+
+    images: Images
+    labels: npt.NDArray[np.int64]
+
+    def spread(self, count: int) -> npt.NDArray[np.int64]:
+        """Indices of `count` images spread over the whole set."""
+        return parity.pick_samples(len(self.labels), count)
 
 
-def repaired(
-    options: Options,
-    sources: Inputs,
-    built: Networks,
-    models: Models,
-    calibration: Images | None,
-    part: TestPart,
-    stages: Stages,
-    say: Callable[[str], None],
-) -> tuple[Models, Repair]:
-    """`models`, with blocks kept until the accuracy holds, and how they were found.
+def deploy(options: Options, log: Log) -> dict[str, Any]:
+    """Write the bundle and return its report; `log` receives a line for each step.
 
-    Each trial is judged on the whole test part, as :func:`evaluate.accuracy` does, but for a plan,
-    which would take minutes to build. When nothing helps, `models` stay as they are.
-    """
-
-    def named(infer: Infer) -> Classes:
-        return classes(infer, part.images, options.max_batch)
-
-    baseline = named(built.baseline.infer) == part.labels
-
-    def attempt(kept: tuple[str, ...]) -> Trial:
-        tried = build.export(options, sources, built, calibration, stages, kept)
-        with ExitStack() as stack:
-            forms = build.shipped(options, built.compact, tried.compact, stack)
-            right = min((named(infer) == part.labels for infer in forms), key=np.sum)
-        drop = accuracy_drop(baseline, right, options.max_accuracy_drop)
-        say(f"  drop {drop.points.value:+.2f} points with {len(kept)} kept in higher precision")
-        return Trial(passed=drop.passed, value=drop.points.value)
-
-    found = repair(units(models.compact, sources.blocks()), attempt)
-    if not found.kept:
-        return models, found
-    return build.export(options, sources, built, calibration, stages, found.kept), found
-
-
-Say = Callable[[str], None]
-HEADROOM_IMAGES = 512  # of the test part, at most
-
-
-def deploy(options: Options, say: Say) -> dict[str, Any]:
-    """Write the bundle and return its report; `say` is told what is going on, a line a step.
-
-    Raises EpsError, with nothing written, when something that was given cannot be used.
+    Raises EpsError, with nothing written, when an input or option cannot be used.
     """
     writer = _writer(options)
     build.require(options)
-    sources, part, calibration = _read(options, say)
+    inputs, test, calibration = _read(options, log)
     with writer:
-        stages = Stages(writer.stages, resume=options.resume)
-        with _kept(stages, writer.stages, say):
-            job = _Job(options, sources, part, build.build_networks(sources), stages, say)
-            models, repair = job.export(calibration)
-            with build.opened(options, job.networks, models, stages, say) as sides:
-                found = job.measure(models, sides, repair)
-            job.write(writer.folder, models, sides, found)
-            file = PLAN if PLAN in sides.files else "model.onnx"
-            writer.commit(write.manifest_fields(options, sources, sides.describe(options), file))
-        stages.clear()
-    return found.report
+        networks = build.build_networks(inputs)
+        deployment = Deployment(
+            options=options, inputs=inputs, networks=networks, test=test, log=log
+        )
+        with _timed(log, "exported model.onnx and baseline.onnx"):
+            models = build.export(options, inputs, networks, calibration)
+        repairs: Repair | None = None
+        if options.repair:
+            with _timed(log, "looked for blocks to keep in higher precision"):
+                models, repairs = deployment.repair(models, calibration)
+        with build.opened(options, networks, models, log) as variants:
+            found, timings = deployment.measure(models, variants, repairs)
+        deployment.write(writer.folder, models, variants, found, timings)
+        writer.commit(write.manifest_fields(options, inputs, variants))
+    return found
 
 
-@contextmanager
-def _kept(stages: Stages, folder: Path, say: Say) -> Iterator[None]:
-    """When the block fails, say what is left of the work done, and how to go on from it."""
-    try:
-        yield
-    except BaseException:
-        if stages.left():
-            say(f"what was finished is kept in {folder.name}; --resume goes on from there")
-        else:
-            stages.clear()
-        raise
-
-
-def plan(options: Options) -> list[str]:
-    """What `deploy` would do, a line a step; raises as it would before any work is done."""
+def dry_run(options: Options) -> list[str]:
+    """The steps that `deploy` would do; raises as it would before any work is done."""
     _writer(options)
     lines: list[str] = []
     build.require(options)
-    sources, part, _ = _read(options, lines.append)
-    build.build_networks(sources)
+    inputs, test, _ = _read(options, lines.append)
+    build.build_networks(inputs)
     name = options.precision.name
     lines.append(f"would export model.onnx and baseline.onnx in {name}")
     if options.precision.quantized:
         lines.append(f"would calibrate int8 on {options.calibration_samples} training images")
     if options.engine == "trt":
-        lines.append(
-            "would build no plan (--defer-build)"
-            if options.defer_build
-            else "would build two plans"
-        )
+        plans = "no plan (--defer-build)" if options.defer_build else "two plans"
+        lines.append(f"would build {plans}")
     batches = ", ".join(map(str, options.batches))
     lines.append(f"would compare the logits of every stage at batches {batches}")
-    lines.append(f"would measure the accuracy on {len(part.labels)} test images")
-    why = build.why_no_times(options)
+    lines.append(f"would measure the accuracy on {len(test.labels)} test images")
+    why = build.why_no_latency(options)
     lines.append(
         f"would measure no latency: {why}"
         if why
@@ -152,179 +122,264 @@ def plan(options: Options) -> list[str]:
 
 
 def _writer(options: Options) -> BundleWriter:
-    """Of the bundle, once all files that were named are there."""
     refuse_missing(options.model, options.checkpoint, options.baseline)
     return BundleWriter(options.output, force=options.force)
 
 
-def _read(options: Options, say: Say) -> tuple[Inputs, TestPart, Images | None]:
-    """The files, the test images, and for int8 the images to calibrate on."""
-    sources = find_sources(options.model, options.checkpoint, options.baseline)
-    say(f"baseline: {sources.baseline_path or 'none trained; full depth, for latency only'}")
-    if options.repair:
-        require(sources)
-    data = load_again(sources.compact.data, options.data_root)
-    part = TestPart(images=data.test.images.numpy(), labels=data.test.labels.numpy())
+def _read(options: Options, log: Log) -> tuple[Inputs, TestSet, Images | None]:
+    """The input files, the test images, and for int8 the images to calibrate on."""
+    inputs = find_inputs(options.model, options.checkpoint, options.baseline)
+    log(f"baseline: {inputs.baseline_path or 'none trained; full depth, for latency only'}")
+    if options.repair and inputs.baseline is None:
+        raise ConfigError(
+            "--repair: there is no trained baseline whose accuracy could be missed; name one with"
+            " --baseline, or leave --repair out"
+        )
+    data = load_again(inputs.compact.data, options.data_root)
+    test = TestSet(images=data.test.images.numpy(), labels=data.test.labels.numpy())
     quantized = options.precision.quantized
-    return sources, part, pick(data, options.calibration_samples) if quantized else None
+    return inputs, test, pick(data, options.calibration_samples) if quantized else None
 
 
-@dataclass(slots=True)
-class _Found:
-    """What was measured, and the report on it."""
+@contextmanager
+def _timed(log: Log, what: str) -> Iterator[None]:
+    began = time.perf_counter()
+    yield
+    log(f"{what} ({time.perf_counter() - began:.1f} s)")
 
-    report: dict[str, Any]
-    timings: list[Latency] = field(default_factory=list)
+
+# -- The steps
 
 
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """One deployment, from its networks to its bundle's content."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Deployment:
+    """What every step of a deployment works on."""
 
     options: Options
-    sources: Inputs
-    part: TestPart
+    inputs: Inputs
     networks: Networks
-    stages: Stages
-    say: Say
+    test: TestSet
+    log: Log
 
-    def export(self, calibration: Images | None) -> tuple[Models, Repair | None]:
-        """The ONNX files, and with `--repair` what was kept in higher precision."""
-        options, sources, built, stages = self.options, self.sources, self.networks, self.stages
-        with _timed(self.say, "exported model.onnx and baseline.onnx"):
-            models = build.export(options, sources, built, calibration, stages)
-        if not options.repair:
-            return models, None
-        with _timed(self.say, "looked for blocks to keep in higher precision"):
-            return repaired(
-                options, sources, built, models, calibration, self.part, stages, self.say
-            )
+    def repair(self, models: Models, calibration: Images | None) -> tuple[Models, Repair]:
+        """`--repair`: keep blocks in higher precision until the accuracy check passes.
 
-    def measure(self, models: Models, sides: Variants, repair: Repair | None) -> _Found:
-        options, sources = self.options, self.sources
-        with _timed(self.say, "compared the logits of every stage"), cpu_threads(1):
-            proven = self._once("parity", models, lambda: self._parity(sides))
-        with _timed(self.say, f"measured the accuracy on {len(self.part.labels)} test images"):
-            right = self._once("accuracy", models, lambda: self._accuracy(sides))
-        not_run = [*build.not_run(options), *([] if sources.baseline else [_NO_BASELINE])]
-        checks = [Check(**check) for check in (*proven["checks"], *right["checks"])]
+        Each trial is judged on the whole test set, as in `accuracy`, but without a TensorRT plan,
+        which takes minutes to build. `models` are returned unchanged when nothing helps.
+        """
+        options, inputs, networks = self.options, self.inputs, self.networks
+
+        def correct(infer: Infer) -> Correct:
+            right: Correct = self._predicted(infer) == self.test.labels
+            return right
+
+        def attempt(kept: tuple[str, ...]) -> Trial:
+            model = build.export_compact(options, inputs, networks, calibration, kept)
+            with ExitStack() as stack:
+                forms = build.judged_by(options, networks.compact, model, stack)
+                worst = min((correct(infer) for infer in forms), key=np.sum)
+            drop = accuracy_drop(baseline, worst, options.max_accuracy_drop)
+            points = drop.points.value
+            self.log(f"  drop {points:+.2f} points with {len(kept)} kept in higher precision")
+            return Trial(passed=drop.passed, value=points)
+
+        baseline = correct(networks.baseline.infer)
+        found = repair(units(models.compact, inputs.blocks()), attempt)
+        if not found.kept:
+            return models, found
+        model = build.export_compact(options, inputs, networks, calibration, found.kept)
+        return replace(models, compact=model, kept=found.kept), found
+
+    def measure(
+        self, models: Models, variants: Variants, repairs: Repair | None
+    ) -> tuple[dict[str, Any], list[Latency]]:
+        """Run every check and measurement: the report, and the latency samples behind it."""
+        options, inputs, test, log = self.options, self.inputs, self.test, self.log
+        not_run = [*build.not_run(options), *([] if inputs.baseline else [_NO_BASELINE])]
+        with _timed(log, "compared the logits of every stage"), cpu_threads(1):
+            chain = self.parity_chain(variants)
+            found = map(report.parity_check, chain)
+            checks = [check for check in found if check is not None]
+        with (
+            _timed(log, f"measured the accuracy on {len(test.labels)} test images"),
+            build.on_gpu(options.device, self.networks.compact, self.networks.baseline),
+        ):
+            accuracy, accuracy_checks = self.accuracy(variants)
+            checks += accuracy_checks
         if options.precision.float == "float16":
-            with _timed(self.say, "measured the headroom of float16"):
-                checks.append(
-                    Check(**self._once("headroom", models, lambda: self._headroom(models)))
-                )
+            with _timed(log, "measured the headroom of float16"):
+                images = test.images[np.unique(test.spread(HEADROOM_IMAGES))]
+                peak = half.peak(models.compact, images, options.max_batch)
+                checks.append(report.headroom_check(peak, len(images)))
         if options.defer_build:
-            with _timed(self.say, "tried NVIDIA's parser and builder without a GPU"):
-                tried = build.rehearse(options, models.compact)
+            with _timed(log, "tried NVIDIA's parser and builder without a GPU"):
+                tried = build.rehearse(options, models)
             checks += [tried] if tried else []
             not_run += [] if tried else [build.NO_REHEARSAL]
         timings: list[Latency] = []
-        if why := build.why_no_times(options):
+        if why := build.why_no_latency(options):
             not_run.append({"what": "latency", "why": why})
         else:
-            picture = write.picture(self.part.images[0], sources.compact.data)
-            timings = evaluate.timed(options, sides, self.part, picture, self.say)
+            timings = self.latency(variants)
             checks.append(report.speedup_check(timings[0], options.min_speedup))
-        found = {
+
+        network, certificate = inputs.compact.network, inputs.compact.certificate
+        live = [entry["block"] for entry in certificate.get("removed_live", [])]
+        return {
             "schema": report.SCHEMA,
-            "passed": report.verdict(checks, deferred=sides.compact.engine is None),
-            "lossless": sources.compact.certificate.get("lossless", True),
+            "passed": report.verdict(checks, deferred=variants.compact.engine is None),
+            "lossless": certificate.get("lossless", True),
             "engine": options.engine,
-            "precision": write.precision_entry(options, models, sides, repair),
+            "precision": write.precision_entry(options, models, variants, repairs),
             "goals": {
                 "max_accuracy_drop": options.max_accuracy_drop,
                 "min_speedup": options.min_speedup,
             },
             "checks": [report.check_entry(check) for check in checks],
-            **build.size(sources, self.networks),
-            "blocks": _blocks(sources),
-            "accuracy": right["entry"],
-            "parity": proven["entry"],
+            **build.size(inputs, self.networks),
+            "blocks": report.blocks_entry(network.all_blocks(), network.removed, live),
+            "accuracy": accuracy,
+            "parity": [report.parity_entry(stage) for stage in chain],
             "latency": [report.latency_entry(timing) for timing in timings],
             "latency_baseline": (
-                "trained plain network" if sources.baseline else "full depth of the ε-network"
+                "trained plain network" if inputs.baseline else "full depth of the ε-network"
             ),
-            "environment": report.environment(sides.describe(options)),
-            "resumed": self.stages.resumed,
+            "environment": report.environment(variants.describe(options)),
+            "resumed": [],  # a key of schema 2: no step is taken from an earlier run
             "command": options.command,
             "not_run": not_run,
+        }, timings
+
+    def parity_chain(self, variants: Variants) -> list[Parity]:
+        """Compare each form of each network with the form that it was made from.
+
+        The images are one more than the largest batch, so that most batch sizes have a ragged last
+        batch.
+        """
+        options = self.options
+        picked = self.test.spread(options.max_batch + 1)
+        images, indices = self.test.images[picked], picked.tolist()
+        limit = PARITY_LIMITS[options.precision.name]
+
+        def passes(infer: Infer) -> list[Logits]:
+            return parity.passes(infer, images, options.batches)
+
+        def compare(
+            stage: str, before: list[Logits], after: list[Logits], limit: float = limit
+        ) -> Parity:
+            return compare_logits(
+                stage, before, after, batches=options.batches, limit=limit, indices=indices
+            )
+
+        chain = []
+        for name, variant in (("compact", variants.compact), ("baseline", variants.baseline)):
+            in_torch, reference = passes(variant.torch.infer), passes(variant.reference)
+            if name == "compact":
+                folding = FOLDING_LIMIT if self.inputs.compact.folded else 0.0
+                gated = passes(self.networks.gated.infer)
+                chain.append(compare("gated-compact", gated, in_torch, folding))
+            chain.append(compare(f"{name}-onnx", in_torch, reference))
+            if variant.engine is not None and not variant.same:
+                stage = "onnx-engine" if name == "compact" else f"{name}-engine"
+                chain.append(compare(stage, reference, passes(variant.engine.infer)))
+        return chain
+
+    def accuracy(self, variants: Variants) -> tuple[dict[str, Any], list[Check]]:
+        """Accuracy of each form of the compact network, and its drop from the baseline.
+
+        Returns the entry of `report.json` and its checks.
+        """
+        labels, compact = self.test.labels, variants.compact
+        by_form = {
+            "compact": self._predicted(compact.torch.infer),
+            "onnx": self._predicted(compact.reference),
         }
-        return _Found(found, timings)
-
-    def _once(self, name: str, models: Models, make: Callable[[], Any]) -> Any:
-        """A measurement that a killed run may have made already."""
-        asked = (self.options.engine, self.options.precision.name, self.options.batches)
-        key = {
-            "models": models.digests(),
-            "gated": self.sources.checkpoint.digest,
-            "data": self.sources.compact.data.sha256,
-            "asked": [*map(str, asked), self.options.provider, self.options.max_accuracy_drop],
-            "environment": digest_of(report.environment({})),
+        if compact.same:
+            by_form["engine"] = by_form["onnx"]
+        elif compact.engine is not None:
+            by_form["engine"] = self._predicted(compact.engine.infer)
+        # A CPU may compute int8 and float16 with another arithmetic than the file's and a GPU's:
+        # both must be accurate enough.
+        shipped = [form for form in ("engine", "onnx") if form in by_form]
+        judged = min(shipped, key=lambda form: (by_form[form] == labels).sum())
+        agreement = min(float((by_form[form] == by_form["compact"]).mean()) for form in shipped)
+        share = {form: float((found == labels).mean()) for form, found in by_form.items()}
+        found: dict[str, Any] = {
+            "baseline": None,
+            **{form: share.get(form) for form in ("compact", "onnx", "engine")},
+            "samples": len(labels),
+            "judged": judged,
+            "agreement": agreement,
+            "drop": None,
         }
-        return self.stages.data(name, key, make)
+        limit = AGREEMENT_LIMITS[self.options.precision.name]
+        checks = [report.agreement_check(agreement, limit, len(labels))]
+        if self.inputs.baseline is not None:
+            correct = self._predicted(variants.baseline.torch.infer) == labels
+            limit = self.options.max_accuracy_drop
+            drop = accuracy_drop(correct, by_form[judged] == labels, limit)
+            found |= {"baseline": float(correct.mean()), "drop": report.drop_entry(drop)}
+            checks.append(report.accuracy_check(drop))
+        return found, checks
 
-    def _parity(self, sides: Variants) -> dict[str, Any]:
-        chain: list[Parity] = evaluate.chain(
-            self.options, self.sources, self.networks.gated.infer, sides, self.part
-        )
-        checks = [check for stage in chain if (check := report.parity_check(stage)) is not None]
-        return {
-            "entry": [report.parity_entry(stage) for stage in chain],
-            "checks": [asdict(check) for check in checks],
-        }
+    def _predicted(self, infer: Infer) -> Classes:
+        return classes(infer, self.test.images, self.options.max_batch)
 
-    def _accuracy(self, sides: Variants) -> dict[str, Any]:
-        options, built = self.options, self.networks
-        with build.on_gpu(options.device, built.compact, built.baseline):
-            entry, checks = evaluate.accuracy(options, self.sources, sides, self.part)
-        return {"entry": entry, "checks": [asdict(check) for check in checks]}
+    def latency(self, variants: Variants) -> list[Latency]:
+        """Latency of both engines, interleaved, at batch 1 and 16 or the largest that they take."""
+        options, test = self.options, self.test
+        baseline, compact = variants.baseline.engine, variants.compact.engine
+        assert baseline is not None
+        assert compact is not None
+        image = write.as_sent(test.images[0], self.inputs.compact.data)
+        timings = []
+        for batch in sorted({min(size, options.max_batch) for size in latency.BATCHES}):
+            self.log(f"measuring the latency at batch {batch}")
+            timings.append(
+                latency.measure(
+                    [
+                        Workload(
+                            engine=engine, images=test.images[test.spread(batch)], example=image
+                        )
+                        for engine in (baseline, compact)
+                    ],
+                    budget=options.time_budget,
+                    gpu=options.gpu,
+                )
+            )
+        return timings
 
-    def _headroom(self, models: Models) -> dict[str, Any]:
-        images = self.part.images[np.unique(self.part.spread(HEADROOM_IMAGES))]
-        peak = half.peak(models.compact, images, self.options.max_batch)
-        return asdict(report.headroom_check(peak, len(images)))
-
-    def write(self, folder: Path, models: Models, sides: Variants, found: _Found) -> None:
-        """All of the bundle but its manifest."""
-        data = self.sources.compact.data
-        for name, content in {**models.files(), **sides.files}.items():
+    def write(
+        self,
+        folder: Path,
+        models: Models,
+        variants: Variants,
+        found: Mapping[str, Any],
+        timings: Sequence[Latency],
+    ) -> None:
+        """Write everything in the bundle but its manifest."""
+        options, data, test = self.options, self.inputs.compact.data, self.test
+        files = {"model.onnx": models.compact, "baseline.onnx": models.baseline}
+        for name, content in {**files, **(variants.plan.files() if variants.plan else {})}.items():
             (folder / name).write_bytes(content)
-        picked = np.unique(self.part.spread(self.options.max_batch + 1))
-        images = self.part.images[picked]
-        logits = self.networks.compact.infer(images)
-        labels = self.part.labels
-        write.write_samples(folder / "samples.npz", images, labels[picked], picked, logits)
-        write.write_examples(folder / "examples", self.part.images, labels, data.classes)
-        if found.timings:
-            save_samples(folder / "latency.npz", found.timings)
-        served = write.served(self.options, data, sides)
-        triton.write_repository(folder, served, images, name=self.options.name)
-        report.write_json(folder / "report.json", found.report)
+        picked = np.unique(test.spread(options.max_batch + 1))
+        images = test.images[picked]
+        np.savez(
+            folder / "samples.npz",
+            images=images,
+            labels=test.labels[picked],
+            indices=picked,
+            logits=self.networks.compact.infer(images),
+        )
+        write.write_examples(folder / "examples", test.images, test.labels, data.classes)
+        if timings:
+            latency.save_samples(folder / "latency.npz", timings)
+        served = write.served(options, data, variants)
+        triton.write_repository(folder, served, images, name=options.name)
+        report.write_json(folder / "report.json", dict(found))
         for name, text in (
-            ("report.md", render_markdown(found.report)),
-            ("report.html", render_html(found.report)),
-            ("reproduce.sh", write.script(self.options, self.sources, found.report)),
+            ("report.md", render_markdown(found)),
+            ("report.html", render_html(found)),
+            ("reproduce.sh", write.reproduce_script(options, self.inputs, found)),
         ):
             (folder / name).write_text(text, encoding="utf-8")
-
-
-_NO_BASELINE = {
-    "what": "accuracy against a trained baseline",
-    "why": (
-        "no baseline.pt beside the checkpoint: train one with eps-train --with-baseline,"
-        " or name one with --baseline"
-    ),
-}
-
-
-def _blocks(sources: Inputs) -> dict[str, Any]:
-    network = sources.compact.network
-    live = [entry["block"] for entry in sources.compact.certificate.get("removed_live", [])]
-    return report.blocks_entry(network.all_blocks(), network.removed, live)
-
-
-@contextmanager
-def _timed(say: Say, what: str) -> Iterator[None]:
-    began = time.perf_counter()
-    yield
-    say(f"{what} ({time.perf_counter() - began:.1f} s)")

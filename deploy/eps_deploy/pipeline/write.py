@@ -1,4 +1,4 @@
-"""What a bundle holds besides its models: real samples with their logits, pictures, facts."""
+"""Write a bundle: its examples, manifest entries and `reproduce.sh`, and its folder atomically."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import shlex
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import version as package_version
 from pathlib import Path
 from types import TracebackType
@@ -26,8 +27,8 @@ from eps_core.cli import refuse_existing
 from eps_core.errors import ConfigError, naming
 from eps_deploy.bench.latency import ExampleImage
 from eps_deploy.bundle import MANIFEST, encode_manifest, is_bundle, load_bundle
-from eps_deploy.engines.base import INPUT_NAME, OUTPUT_NAME, EngineError, Images, Logits
-from eps_deploy.engines.trt.plan import SIDECAR, PlanMetadata
+from eps_deploy.engines.base import INPUT_NAME, OUTPUT_NAME, EngineError, Images
+from eps_deploy.engines.trt.plan import PLAN
 from eps_deploy.export.mixed_precision import Repair
 from eps_deploy.export.types import executed_types, layer_types
 from eps_deploy.pipeline.build import Models, Variants
@@ -41,25 +42,10 @@ from eps_train.data.dataset import DataIdentity
 EXAMPLES = 10
 
 
-def write_samples(
-    path: Path,
-    images: Images,
-    labels: npt.NDArray[np.int64],
-    indices: npt.NDArray[np.int64],
-    logits: Logits,
-) -> None:
-    """Images of the test part and the logits that the compact network gave them in torch.
-
-    Arrays: `images` uint8 `[N, C, H, W]`, `labels` and `indices` (in the test part) int64 `[N]`,
-    `logits` float32 `[N, classes]`.
-    """
-    np.savez(path, images=images, labels=labels, indices=indices, logits=logits)
-
-
 def write_examples(
     folder: Path, images: Images, labels: npt.NDArray[np.int64], classes: Sequence[str]
 ) -> list[Path]:
-    """The first test image of up to ten classes as PNG files named after label and index."""
+    """Write the first test image of up to ten classes as PNG files, named by label and index."""
     folder.mkdir()
     chosen = np.linspace(0, len(classes) - 1, min(EXAMPLES, len(classes))).round().astype(int)
     written = []
@@ -74,27 +60,29 @@ def write_examples(
 
 
 def png(pixels: npt.NDArray[np.uint8]) -> bytes:
-    """Raw pixels `[C, H, W]` as a picture, without loss."""
+    """Encode raw pixels, uint8 `[C, H, W]`, as a PNG file."""
     file = io.BytesIO()
     Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)).save(file, "PNG")
     return file.getvalue()
 
 
-def picture(pixels: npt.NDArray[np.uint8], data: DataIdentity) -> ExampleImage:
-    """A test image as a server gets it."""
+def as_sent(pixels: npt.NDArray[np.uint8], data: DataIdentity) -> ExampleImage:
+    """A test image as clients send it: encoded."""
     return ExampleImage(content=png(pixels), preprocessing=data.preprocessing, labels=data.classes)
 
 
 def precision_entry(
-    options: Options, models: Models, sides: Variants, repair: Repair | None
+    options: Options, models: Models, variants: Variants, repair: Repair | None
 ) -> dict[str, Any]:
-    """What was asked for, what stands in `model.onnx`, and what the runtime makes of it."""
+    """The report's entry: the types asked for, those in `model.onnx`, and those executed."""
     types = layer_types(onnx.load_from_string(models.compact))
-    executed = None
-    if options.engine == "ort":
-        executed = _executed(options, models)
-    elif sides.files:
-        executed = dict(PlanMetadata.from_dict(json.loads(sides.files[SIDECAR])).layers) or None
+    executed: dict[str, int] | None = None
+    if variants.plan is not None:
+        executed = dict(variants.plan.metadata.layers) or None
+    elif options.engine == "ort" and options.provider != "tensorrt":
+        # With TensorRT's provider, ONNX Runtime does not save the graph that it compiled.
+        with suppress(EngineError):  # all is measured by now: no reason to end a deployment
+            executed = executed_types(models.compact, provider=options.provider)
     return report.precision_entry(
         options.precision,
         graph=dict(sorted(Counter(types.values()).items())),
@@ -105,49 +93,25 @@ def precision_entry(
     )
 
 
-def _executed(options: Options, models: Models) -> dict[str, int] | None:
-    """None where ONNX Runtime does not tell: it refuses to save what TensorRT compiled."""
-    if options.provider == "tensorrt":
-        return None
-    try:
-        return executed_types(models.compact, provider=options.provider)
-    except EngineError:
-        return None  # everything was measured by now: no reason to end a deployment
-
-
-def served(options: Options, data: DataIdentity, sides: Variants) -> TritonModel:
-    """What Triton has to know."""
-    capability = None
-    if SIDECAR in sides.files:
-        sidecar = PlanMetadata.from_dict(json.loads(sides.files[SIDECAR]))
-        capability = sidecar.host.compute_capability
-    on_cpu = options.engine == "ort" and options.provider == "cpu"
+def served(options: Options, data: DataIdentity, variants: Variants) -> TritonModel:
+    """The configuration of the model in Triton's repository."""
+    kind: Kind = "KIND_AUTO"  # beside a plan, `model.onnx` runs wherever there is room
+    if options.engine == "ort":
+        kind = "KIND_CPU" if options.provider == "cpu" else "KIND_GPU"
     return TritonModel(
         input_shape=data.input_shape,
         labels=data.classes,
         preprocessing=data.preprocessing.described(),
         max_batch=options.max_batch,
-        kind=_kind(options),
-        threads=options.threads if on_cpu else None,
-        capability=capability,
+        kind=kind,
+        threads=options.threads if kind == "KIND_CPU" else None,
+        capability=variants.plan.metadata.host.compute_capability if variants.plan else None,
     )
 
 
-def _kind(options: Options) -> Kind:
-    """Where Triton's ONNX Runtime runs `model.onnx`; beside a plan, wherever there is room."""
-    if options.engine == "trt":
-        return "KIND_AUTO"
-    return "KIND_CPU" if options.provider == "cpu" else "KIND_GPU"
-
-
-def manifest_fields(
-    options: Options, sources: Inputs, engine: Mapping[str, Any], file: str
-) -> dict[str, Any]:
-    """`manifest.json` but for the files' hashes, which the writer adds.
-
-    `engine` is what the engine says of itself, `file` what it loads.
-    """
-    data: DataIdentity = sources.compact.data
+def manifest_fields(options: Options, inputs: Inputs, variants: Variants) -> dict[str, Any]:
+    """`manifest.json` without the hashes of the files, which `BundleWriter` adds."""
+    data: DataIdentity = inputs.compact.data
     return {
         "name": options.name,
         "input": {
@@ -160,21 +124,24 @@ def manifest_fields(
         },
         "output": {"name": OUTPUT_NAME, "dtype": "float32", "shape": ["N", len(data.classes)]},
         "preprocessing": data.preprocessing.to_dict(),
-        # For clients that send raw pixels: other libraries call something else by this name.
+        # For clients that send raw pixels: libraries differ in what they call bilinear.
         "resampling": {
             "interpolation": data.preprocessing.interpolation,
             "antialias": data.preprocessing.antialias,
             "reference": "Pillow",
         },
-        # Applied inside the network; recorded for whoever wants to know.
+        # Applied inside the network; recorded for information.
         "normalization": dataset.summary(data.mean, data.std),
         "labels": list(data.classes),
         "precision": options.precision.name,
-        "engine": {**engine, "file": file},
+        "engine": {
+            **variants.describe(options),
+            "file": PLAN if variants.plan else "model.onnx",
+        },
         "source": {
-            "compact_digest": sources.compact.digest,
-            "checkpoint_digest": sources.checkpoint.digest,
-            "baseline_digest": sources.baseline.digest if sources.baseline else None,
+            "compact_digest": inputs.compact.digest,
+            "checkpoint_digest": inputs.checkpoint.digest,
+            "baseline_digest": inputs.baseline.digest if inputs.baseline else None,
         },
         "data": {
             "name": data.name,
@@ -182,22 +149,22 @@ def manifest_fields(
             "split_seed": data.split_seed,
             "sizes": dict(data.sizes),
         },
-        "versions": {**sources.compact.versions, "eps_resnet": package_version("eps-resnet")},
+        "versions": {**inputs.compact.versions, "eps_resnet": package_version("eps-resnet")},
     }
 
 
-# -- Writing a bundle: in a temporary folder beside its place, verified, then renamed into place
+# -- The folder: written beside its place, verified, then renamed into place
 #
-# The temporary folder's name is always the same, and a lock is held on it, so that what a killed
-# run leaves behind is taken over by the next one, and two runs at once do not meet in it.
+# The temporary folder always has the same name and is locked, so that the next run takes over what
+# a killed run left, and two runs at once do not write into it.
 
 
 class BundleWriter:
-    """A context manager: put files into `folder`, then `commit`. Without a commit nothing remains.
+    """A context manager: write files into `folder`, then `commit`, or nothing remains.
 
     Args:
-        output: the bundle's place. What exists there is replaced only with `force`, and only if it
-            is a bundle with nothing in it but its own files.
+        output: the bundle's place. An existing one is replaced only with `force`, and only if it is
+            a bundle that contains nothing but its own files.
         force: as `--force`.
 
     Raises:
@@ -208,8 +175,6 @@ class BundleWriter:
         self.output = Path(os.path.abspath(output))
         self.folder = self.output.with_name(f".{self.output.name}.eps-deploy.part")
         self._old = self.output.with_name(f".{self.output.name}.eps-deploy.old")
-        # What a killed run had finished; the next one may go on from there.
-        self.stages = self.output.with_name(f".{self.output.name}.eps-deploy.stages")
         self._named = output
         self._force = force
         self._check_place()
@@ -246,14 +211,14 @@ class BundleWriter:
         try:
             with naming(self._named):
                 self._clear_up()
-            self._check_place()  # clearing up may have put an old bundle back
+            self._check_place()  # cleaning up may have restored an old bundle
         except BaseException:
             self._leave()
             raise
         return self
 
     def _clear_up(self) -> None:
-        """Do away with what a killed run left; the bundle that it had moved aside comes back."""
+        """Remove what a killed run left; restore the bundle that it had moved aside."""
         for path in self.folder.iterdir():
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         if self._old.exists() and not self.output.exists():
@@ -262,7 +227,7 @@ class BundleWriter:
             shutil.rmtree(self._old)
 
     def commit(self, fields: Mapping[str, Any]) -> None:
-        """Add the manifest of `fields` and of every file in `folder`, verify, move into place."""
+        """Write the manifest, of `fields` and every file in `folder`; verify; move into place."""
         files = {}
         for name in sorted(_files(self.folder)):
             content = (self.folder / name).read_bytes()
@@ -271,7 +236,7 @@ class BundleWriter:
         for name in (*files, MANIFEST):
             _flush(self.folder / name)
         load_bundle(self.folder)
-        self._check_place()  # it may have come into being meanwhile
+        self._check_place()  # somebody may have created it meanwhile
         replacing = self.output.exists()
         if replacing:
             self.output.rename(self._old)
@@ -291,17 +256,15 @@ class BundleWriter:
         trace: TracebackType | None,
     ) -> None:
         self._leave()
-        # A full disk does not say which file it was, and nobody knows the temporary ones.
-        if isinstance(error, OSError) and error.errno is not None and self._is_ours(error.filename):
-            error.filename = str(self._named)
+        # Name the bundle, not a temporary file that the user does not know.
+        if isinstance(error, OSError) and error.errno is not None:
+            name = error.filename
+            if name is None or Path(name).is_relative_to(self.folder):
+                error.filename = str(self._named)
 
     def _leave(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)  # gone already after a commit
         folder_lock.release(self._lock)
-
-    def _is_ours(self, name: str | None) -> bool:
-        ours = (self.folder, self.stages)
-        return name is None or any(Path(name).is_relative_to(folder) for folder in ours)
 
 
 def _files(folder: Path) -> set[str]:
@@ -322,18 +285,18 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-# -- `reproduce.sh`: the commands that made a bundle, with the versions that they ran with
+# -- `reproduce.sh`: the commands that made a bundle, with pinned versions
 
 _EXTRAS = {"ort": "deploy,ort", "trt": "deploy,ort,trt"}
 
 
-def script(options: Options, sources: Inputs, report: Mapping[str, Any]) -> str:
-    """A POSIX shell script; it starts from the files whose digests it checks first.
+def reproduce_script(options: Options, inputs: Inputs, report: Mapping[str, Any]) -> str:
+    """A POSIX shell script that checks the digests of its input files and makes the bundle again.
 
-    It installs into an environment of its own and writes into a folder of its own.
+    It installs into a virtual environment of its own and writes into a folder of its own.
     """
     packages = {name: found for name, found in report["environment"]["packages"].items() if found}
-    # Without what names a build (2.13.0+cpu): registries have the version alone.
+    # Without the build of a version (2.13.0+cpu): registries only have the version.
     pins = [
         f"{name}=={found.partition('+')[0]}"
         for name, found in packages.items()
@@ -341,11 +304,11 @@ def script(options: Options, sources: Inputs, report: Mapping[str, Any]) -> str:
     ]
     extras = _EXTRAS[options.engine]
     ours = f"eps-resnet[{extras}]=={packages['eps-resnet']}"
-    files = {options.model.name: sources.compact.digest}
+    files = {options.model.name: inputs.compact.digest}
     checkpoint = options.checkpoint.name if options.checkpoint else None
-    files[checkpoint or sources.compact.checkpoint["path"]] = sources.checkpoint.digest
-    if sources.baseline is not None and sources.baseline_path is not None:
-        files[sources.baseline_path.name] = sources.baseline.digest
+    files[checkpoint or inputs.compact.checkpoint["path"]] = inputs.checkpoint.digest
+    if inputs.baseline is not None and inputs.baseline_path is not None:
+        files[inputs.baseline_path.name] = inputs.baseline.digest
     listed = ", ".join(files)
     lines = [
         "#!/bin/sh",

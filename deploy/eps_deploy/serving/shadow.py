@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from eps_core.errors import ConfigError
-from eps_deploy.bundle import Bundle, Choice, prove, replay
+from eps_deploy.bundle import ONNX, Bundle, Choice, prove, replay
 from eps_deploy.engines.base import Engine, EngineError, Images, Logits
 from eps_deploy.serving.model import Log, Model, opener, read_bundle
 
@@ -119,8 +119,8 @@ def open_shadow(
     """
     bundle = read_shadow(model.bundle, options, engine_cache)
     own_bundle = options.path is not None
-    file = {} if own_bundle else {"file": BASELINE}
-    engine = opener(bundle, engine_cache, provider, log, stop, **file)()
+    file = ONNX if own_bundle else BASELINE
+    engine = opener(bundle, engine_cache, provider, log, stop, file)()
     with contextlib.ExitStack() as undo:
         undo.enter_context(engine)
         if engine.max_batch < model.max_batch:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +12,10 @@ import numpy as np
 import pytest
 
 from eps_deploy.cli.deploy import main
-from eps_deploy.pipeline import build as networks
-from eps_deploy.pipeline import build as plans
-from eps_deploy.pipeline import build as runtimes
-from eps_deploy.pipeline import evaluate
-from eps_deploy.pipeline.build import Stages
+from eps_deploy.engines.trt import cache
+from eps_deploy.pipeline import build
 from eps_deploy.pipeline.options import Options
+from eps_deploy.pipeline.pipeline import Deployment
 from tests.commands import run
 from tests.deploy.engines.trt.builder import FLOAT, HALF, MODEL, Builder
 from tests.deploy.engines.trt.contract import VERSIONS, Version
@@ -47,7 +44,7 @@ class Called(Exception):
 
     def __init__(self, *args: object, **named: object) -> None:
         super().__init__(args, named)
-        self.named = named
+        self.positional, self.named = args, named
 
 
 def call(*args: object, **named: object) -> Any:
@@ -55,12 +52,12 @@ def call(*args: object, **named: object) -> Any:
 
 
 def test_onnx_runtime_runs_as_asked_for(options: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtimes, "OrtEngine", call)
-    nothing: Any = SimpleNamespace(compact=b"", baseline=b"")
+    monkeypatch.setattr(build, "OrtEngine", call)
+    nothing: Any = SimpleNamespace(compact=b"", baseline=b"", kept=())
     arguments = ("--engine", "ort", "--provider", "cuda", "--threads", 3, "--tf32")
     with (
         pytest.raises(Called) as caught,
-        runtimes.opened(options(*arguments, "--max-batch", 17), nothing, nothing, nothing, print),
+        build.opened(options(*arguments, "--max-batch", 17), nothing, nothing, print),
     ):
         pass
     expected = {"provider": "cuda", "threads": 3, "tf32": True, "max_batch": 17}
@@ -69,30 +66,35 @@ def test_onnx_runtime_runs_as_asked_for(options: Any, monkeypatch: pytest.Monkey
 
 def test_latency_is_measured_for_no_longer(options: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("eps_deploy.bench.latency.measure", call)
-    side = SimpleNamespace(engine=object())
-    part: Any = SimpleNamespace(images={0: None}, spread=lambda batch: 0)
-    sides: Any = SimpleNamespace(baseline=side, compact=side)
-    picture: Any = None
+    variant = SimpleNamespace(engine=object())
+    variants: Any = SimpleNamespace(baseline=variant, compact=variant)
+    test: Any = SimpleNamespace(images={0: None}, spread=lambda batch: 0)
+    inputs: Any = SimpleNamespace(compact=SimpleNamespace(data=None))
+    monkeypatch.setattr("eps_deploy.pipeline.write.as_sent", lambda image, data: None)
+    asked = options("--engine", "ort", "--time-budget", 7.5)
+    networks: Any = None
+    deployment = Deployment(
+        options=asked, inputs=inputs, networks=networks, test=test, log=lambda line: None
+    )
     with pytest.raises(Called) as caught:
-        evaluate.timed(
-            options("--engine", "ort", "--time-budget", 7.5), sides, part, picture, print
-        )
+        deployment.latency(variants)
     assert caught.value.named["budget"] == 7.5
 
 
 def test_int8_is_calibrated_by_the_method(options: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def content(name: str, key: object, make: Callable[[], bytes]) -> bytes:
-        return make() if name.startswith("quantize") else b""
+    def export_onnx(network: object, identity: object, path: Path, **named: object) -> None:
+        path.write_bytes(b"")
 
-    monkeypatch.setattr(networks, "quantize", call)
-    compact = SimpleNamespace(data=None, digest="", network=None)
-    sources: Any = SimpleNamespace(compact=compact, baseline=compact, blocks=lambda: ())
-    both: Any = SimpleNamespace(compact=None, baseline=None)
-    stages: Any = SimpleNamespace(content=content)
+    monkeypatch.setattr(build, "export_onnx", export_onnx)
+    monkeypatch.setattr(build, "quantize", call)
+    compact = SimpleNamespace(digest="")
+    inputs: Any = SimpleNamespace(compact=compact, baseline=compact, blocks=lambda: ())
+    network = SimpleNamespace(network=None, identity=None)
+    both: Any = SimpleNamespace(compact=network, baseline=network)
     images = np.zeros((1, 1, 8, 8), np.uint8)
     asked = options("--engine", "ort", "--int8", "--calibration-method", "entropy")
     with pytest.raises(Called) as caught:
-        networks.export(asked, sources, both, images, stages)
+        build.export(asked, inputs, both, images)
     assert caught.value.named["method"] == "entropy"
 
 
@@ -103,7 +105,7 @@ def test_int8_is_calibrated_by_the_method(options: Any, monkeypatch: pytest.Monk
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Builds a plan as the command would on a machine with the TensorRT of a `Builder`."""
 
-    def build(fake: Builder, options: Options) -> plans.Plan:
+    def opened(fake: Builder, options: Options) -> Called:
         def cuda(device: int) -> Any:
             return SimpleNamespace(device=device, current=nullcontext)
 
@@ -111,13 +113,16 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             return replace(fake.host, device=f"GPU {cuda.device}")
 
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-        monkeypatch.setattr(plans, "load_tensorrt", lambda: fake.trt)
-        monkeypatch.setattr(plans, "Cuda", cuda)
-        monkeypatch.setattr(plans, "host_facts", facts)
-        stages = Stages(tmp_path / "stages", resume=False)
-        return plans.build_plan(options, MODEL, "model", stages, lambda line: None)
+        monkeypatch.setattr(cache, "load_tensorrt", lambda: fake.trt)
+        monkeypatch.setattr(cache, "Cuda", cuda)
+        monkeypatch.setattr(cache, "host_facts", facts)
+        monkeypatch.setattr(cache, "TrtEngine", call)
+        models: Any = SimpleNamespace(compact=MODEL, baseline=MODEL, kept=())
+        with pytest.raises(Called) as caught, build.opened(options, models, models, print):
+            pass
+        return caught.value
 
-    return build
+    return opened
 
 
 both = pytest.mark.parametrize("version", VERSIONS)
@@ -126,21 +131,21 @@ both = pytest.mark.parametrize("version", VERSIONS)
 @both
 def test_tensorrt_builds_as_asked_for(options: Any, machine: Any, version: Version) -> None:
     fake = Builder(version)
-    plan = machine(
+    _, metadata = machine(
         fake,
         options(
             *("--engine", "trt", "--workspace", 64, "--optimization-level", 5),
             *("--version-compatible", "--hardware-compatibility", "same-compute-capability"),
             *("--opt-batch", 4, "--max-batch", 8, "--device", 3),
         ),
-    )
+    ).positional
     (limit,) = [call for call in fake.trt.calls if call.name == "set_memory_pool_limit"]
     assert limit.arguments == (fake.trt.MemoryPoolType.WORKSPACE, 64 << 20)
     assert fake.config.builder_optimization_level == 5
     assert fake.config.hardware_compatibility_level.name == "SAME_COMPUTE_CAPABILITY"
     assert fake.profile == ("images", (1, 3, 8, 8), (4, 3, 8, 8), (8, 3, 8, 8))
-    assert plan.sidecar.flags == ("VERSION_COMPATIBLE",)
-    assert plan.sidecar.host.device == "GPU 3"
+    assert metadata.flags == ("VERSION_COMPATIBLE",)
+    assert metadata.host.device == "GPU 3"
 
 
 @pytest.mark.parametrize(
@@ -163,10 +168,10 @@ def test_tensorrt_computes_in_the_precision_asked_for(
     named: str,
     built: tuple[str, ...],
 ) -> None:
-    """A network in other types than those is refused by the same build (`parse.check_types`)."""
+    """A network in other types than those is refused by the same build (`check_layer_types`)."""
     fake = Builder(kinds=kinds, quantized=quantized, information="")
-    plan = machine(fake, options("--engine", "trt", *flags))
-    assert (plan.sidecar.precision, plan.sidecar.flags) == (named, built)
+    _, metadata = machine(fake, options("--engine", "trt", *flags)).positional
+    assert (metadata.precision, metadata.flags) == (named, built)
 
 
 def test_the_times_of_kernels_are_kept_in_the_folder(
@@ -182,13 +187,7 @@ def test_the_times_of_kernels_are_kept_in_the_folder(
     assert not (tmp_path / "cache").exists()
 
 
-def test_the_plan_runs_on_the_gpu_asked_for(
-    options: Any, machine: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_plan_runs_on_the_gpu_asked_for(options: Any, machine: Any) -> None:
     asked = options("--engine", "trt", "--device", 3)
-    plan = machine(Builder(), asked)
-    monkeypatch.setattr(plans, "TrtEngine", call)
-    with pytest.raises(Called) as caught:
-        plan.open(asked, "model.plan")
-    assert caught.value.named["device"] == 3
+    assert machine(Builder(), asked).named["cuda"].device == 3
     assert asked.gpu == 3

@@ -1,4 +1,4 @@
-"""`eps-deploy` in every precision, for both engines, dry, deferred, killed and resumed."""
+"""`eps-deploy` in every precision, for both engines, dry, and deferred."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from eps_deploy.cli.verify import main as verify_main
 from eps_deploy.engines.base import EngineError
 from eps_deploy.export.export import Deployed
 from eps_deploy.export.types import layer_types
-from eps_deploy.pipeline import build, evaluate, write
-from eps_deploy.pipeline.inputs import find_sources
+from eps_deploy.pipeline import build, write
+from eps_deploy.pipeline.inputs import find_inputs
 from eps_train.data import dataset
 from eps_train.gating import rewriting
 from eps_train.models.cifar import Normalize
@@ -299,7 +299,7 @@ def test_networks_are_moved_to_the_gpu_and_back(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.gpu
 def test_accuracy_on_a_gpu(workshop: Path) -> None:
-    built = build.build_networks(find_sources(workshop / "compact.pt", None, None))
+    built = build.build_networks(find_inputs(workshop / "compact.pt", None, None))
     pixels = np.random.default_rng(0).integers(0, 256, (64, 1, 8, 8), dtype=np.uint8)
     expected = built.compact.infer(pixels)
     with build.on_gpu(0, built.compact):
@@ -335,43 +335,29 @@ def test_a_provider_that_is_not_here_is_refused_before_any_work(
     assert files_in(workshop) == before
 
 
-def test_a_killed_run_is_resumed_where_it_was(
-    workshop: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_run_leaves_nothing(workshop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def killed(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
+    before = files_in(workshop)
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "timed", killed)
-        stopped = deploy(workshop, "--engine", "ort")
-    assert stopped.code == 130
-    assert "kept in .bundle.eps-deploy.stages; --resume goes on from there" in stopped.stderr
-    assert not (workshop / "bundle").exists()
-    assert (workshop / ".bundle.eps-deploy.stages").is_dir()
-
-    with monkeypatch.context() as patch:
-        patch.setattr("eps_deploy.pipeline.build.export_onnx", killed)
-        result = deploy(workshop, "--engine", "ort", "--resume")
-    assert result.code == 0, result.stderr
-    report = report_of(workshop)
-    assert report["resumed"] == ["export-model", "export-baseline", "parity", "accuracy"]
-    assert report["passed"] is True
-    assert len(report["latency"]) == 2
-    assert not (workshop / ".bundle.eps-deploy.stages").exists()
+        patch.setattr("eps_deploy.bench.latency.measure", killed)
+        assert deploy(workshop, "--engine", "ort").code == 130
+    assert files_in(workshop) == before
 
 
 def test_a_full_disk_is_told_of_the_bundle_not_of_a_hidden_file(
     workshop: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(path: Path, content: bytes) -> None:
+    def full(path: Path, content: object) -> None:
         raise OSError(28, "No space left on device", str(path))
 
     before = files_in(workshop)
-    monkeypatch.setattr("eps_deploy.pipeline.build.replace_file", full)
+    monkeypatch.setattr("eps_deploy.report.report.write_json", full)
     result = deploy(workshop, "--engine", "ort")
     assert result.code == 1
     assert "bundle: No space left on device; free some space" in result.error
-    assert ".stages" not in result.error
+    assert ".part" not in result.error
     assert files_in(workshop) == before
 
 

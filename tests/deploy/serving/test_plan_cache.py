@@ -18,12 +18,14 @@ import pytest
 from eps_core import files
 from eps_core.errors import ConfigError, FileFormatError
 from eps_deploy.bundle import Bundle, encode_manifest, load_bundle
-from eps_deploy.engines.base import EngineError
-from eps_deploy.engines.trt.build import Built
+from eps_deploy.engines.base import Engine, EngineError
+from eps_deploy.engines.trt import cache as plan_cache
+from eps_deploy.engines.trt.cache import PlanCache
+from eps_deploy.engines.trt.plan import Plan, PlanMetadata
 from eps_deploy.pipeline import build
 from eps_deploy.pipeline.options import Options
-from eps_deploy.serving import model as plan_cache
-from eps_deploy.serving.model import Gpu, PlanCache, is_deferred, open_model, read_bundle
+from eps_deploy.precision import PRECISIONS
+from eps_deploy.serving.model import build_options, is_deferred, open_model, opener, read_bundle
 from tests.commands import files_in
 from tests.deploy.engines.trt.machine import Machine
 from tests.deploy.engines.trt.semantic_fake import make_plan
@@ -33,11 +35,8 @@ def defer(folder: Path, **changes: Any) -> Bundle:
     """Make of a bundle what `eps-deploy --engine trt --defer-build` makes."""
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["engine"] = {
-        "name": "trt",
-        "runtime": "tensorrt",
-        "deferred": True,
+        **build.deferred_engine(Options(model=folder, engine="trt")),
         "file": "model.onnx",
-        **build.wishes(Options(model=folder)),
         **changes,
     }
     fields = {k: v for k, v in manifest.items() if k not in ("format", "schema", "digest")}
@@ -51,29 +50,30 @@ class Builds:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count = 0
         self.options: Any = None
+        self.kept: Any = None
         self.during: Callable[[Any], None] = lambda progress: None
         monkeypatch.setattr(plan_cache, "build", self.build)
 
-    def build(self, model: bytes, precision: Any, options: Any, **given: Any) -> Built:
+    def build(self, model: bytes, precision: Any, options: Any, **given: Any) -> Plan:
         self.count += 1
-        self.options = options
+        self.options, self.kept = options, given["kept"]
         self.during(given["progress"])
         profile = (1, options.opt_batch, options.max_batch)
         plan = make_plan(model, profile=profile)
-        facts = {
-            "onnx_sha256": hashlib.sha256(model).hexdigest(),
-            "plan_sha256": hashlib.sha256(plan).hexdigest(),
-            "precision": precision.name,
-            "profile": profile,
-            "flags": (),
-            "hardware_compatibility": options.hardware_compatibility,
-            "version_compatible": options.version_compatible,
-            "layers": {},
-            "seconds": 1.0,
-            "log": (),
-            "information": "",
-        }
-        return Built(plan, facts)
+        metadata = PlanMetadata(
+            host=given["host"],
+            onnx_sha256=hashlib.sha256(model).hexdigest(),
+            plan_sha256=hashlib.sha256(plan).hexdigest(),
+            precision=precision.name,
+            profile=profile,
+            flags=(),
+            hardware_compatibility=options.hardware_compatibility,
+            version_compatible=options.version_compatible,
+            layers={},
+            seconds=1.0,
+            log=(),
+        )
+        return Plan(content=plan, metadata=metadata)
 
 
 @pytest.fixture
@@ -82,9 +82,15 @@ def builds(monkeypatch: pytest.MonkeyPatch) -> Builds:
 
 
 def cache(folder: Path, machine: Machine, said: list[str] | None = None) -> PlanCache:
-    gpu = Gpu(trt=machine.trt, cuda=machine.cuda)
-    said = [] if said is None else said
-    return PlanCache(folder, say=said.append, stop=threading.Event(), gpu=gpu)
+    return PlanCache(
+        folder, log=print if said is None else said.append, trt=machine.trt, cuda=machine.cuda
+    )
+
+
+def opened(plans: PlanCache, bundle: Bundle, file: str = "model.onnx") -> Engine:
+    """As a server opens a deferred bundle."""
+    precision = PRECISIONS[bundle.manifest["precision"]]
+    return plans.open(plans.plan(bundle.read(file), precision, build_options(bundle)))
 
 
 def test_built_once_and_then_taken_from_the_cache(
@@ -94,11 +100,12 @@ def test_built_once_and_then_taken_from_the_cache(
     before = files_in(bundle)
     said: list[str] = []
     for _ in range(2):
-        with cache(tmp_path / "cache", Machine(), said).open(deferred) as engine:
+        with opened(cache(tmp_path / "cache", Machine(), said), deferred) as engine:
             assert engine.max_batch == 8
             assert engine.describe()["name"] == "trt"
     assert builds.count == 1
     assert builds.options.optimization_level == 5
+    assert said[0] == "building model.plan, which takes from seconds to many minutes"
     assert said[-1] == "the plan is in the cache"
     assert files_in(bundle) == before
 
@@ -109,7 +116,7 @@ def test_the_unpruned_network_gets_a_plan_of_its_own(
     """For `--shadow baseline`: built as the other one is, and kept beside it."""
     deferred = defer(bundle)
     for file in ("model.onnx", "baseline.onnx", "baseline.onnx", "model.onnx"):
-        with cache(tmp_path / "cache", Machine()).open(deferred, file):
+        with opened(cache(tmp_path / "cache", Machine()), deferred, file):
             pass
     assert builds.count == 2
     kept = {json.loads(path.read_text())["onnx_sha256"] for path in tmp_path.rglob("*.plan.json")}
@@ -119,13 +126,13 @@ def test_the_unpruned_network_gets_a_plan_of_its_own(
 
 def test_what_does_not_fit_is_built_anew(bundle: Path, tmp_path: Path, builds: Builds) -> None:
     machine, folder = Machine(), tmp_path / "cache"
-    with cache(folder, machine).open(defer(bundle)):
+    with opened(cache(folder, machine), defer(bundle)):
         pass
-    with cache(folder, machine).open(defer(bundle, max_batch=16)):
+    with opened(cache(folder, machine), defer(bundle, max_batch=16)):
         assert builds.count == 2  # built in another way
-    with cache(folder, Machine(version="10.16")).open(defer(bundle)):
+    with opened(cache(folder, Machine(version="10.16")), defer(bundle)):
         assert builds.count == 3  # another TensorRT
-    with cache(folder, machine).open(defer(bundle)):
+    with opened(cache(folder, machine), defer(bundle)):
         assert builds.count == 3
 
 
@@ -136,11 +143,11 @@ def test_a_damaged_cache_is_seen(
 ) -> None:
     deferred = defer(bundle)
     said: list[str] = []
-    with cache(tmp_path, Machine()).open(deferred):
+    with opened(cache(tmp_path, Machine()), deferred):
         pass
     (found,) = tmp_path.glob(f"plan-*/{name}")
     found.write_bytes(damage(found.read_bytes()))
-    with cache(tmp_path, Machine(), said).open(deferred):
+    with opened(cache(tmp_path, Machine(), said), deferred):
         assert builds.count == 2
     assert any("is not used, and built again" in line for line in said)
 
@@ -152,7 +159,7 @@ def test_two_servers_build_one_plan(bundle: Path, tmp_path: Path, builds: Builds
     others: list[threading.Thread] = []
 
     def second() -> None:
-        with cache(tmp_path, Machine(), said).open(deferred):
+        with opened(cache(tmp_path, Machine(), said), deferred):
             pass
 
     def during(progress: Any) -> None:
@@ -164,7 +171,7 @@ def test_two_servers_build_one_plan(bundle: Path, tmp_path: Path, builds: Builds
     builds.during = during
     plan_cache._POLL, before = 0.01, plan_cache._POLL
     try:
-        with cache(tmp_path, Machine()).open(deferred):
+        with opened(cache(tmp_path, Machine()), deferred):
             pass
         others[0].join(60)
     finally:
@@ -186,13 +193,12 @@ def test_a_build_is_called_off_when_the_server_ends(
         went_on.append(progress("phase", 1, 3))
         stop.set()
         went_on.append(progress("phase", 2, 3))
-        raise EngineError("the build was called off")
+        raise EngineError("the build was cancelled")
 
     builds.during = during
-    gpu = Gpu(trt=machine.trt, cuda=machine.cuda)
-    plans_here = PlanCache(tmp_path, say=lambda line: None, stop=stop, gpu=gpu)
-    with pytest.raises(EngineError, match="called off"):
-        plans_here.open(defer(bundle))
+    plans = PlanCache(tmp_path, log=print, stop=stop, trt=machine.trt, cuda=machine.cuda)
+    with pytest.raises(EngineError, match="cancelled"):
+        opened(plans, defer(bundle))
     assert went_on == [True, False]
     (place,) = tmp_path.glob("plan-*")
     assert list(place.iterdir()) == []
@@ -202,7 +208,7 @@ def test_a_build_is_called_off_when_the_server_ends(
 def test_a_manifest_that_does_not_say_how(bundle: Path, tmp_path: Path, builds: Builds) -> None:
     for wrong in ({"opt_batch": 0}, {"opt_batch": "x"}, {"hardware_compatibility": "any"}):
         with pytest.raises(FileFormatError, match="does not say how to build"):
-            cache(tmp_path, Machine()).open(defer(bundle, **wrong))
+            opened(cache(tmp_path, Machine()), defer(bundle, **wrong))
     assert builds.count == 0
 
 
@@ -212,13 +218,56 @@ def test_a_cache_must_be_named(bundle: Path) -> None:
         read_bundle(bundle, None)
 
 
+def test_the_build_knows_the_blocks_that_repair_kept(
+    bundle: Path, tmp_path: Path, builds: Builds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their layers may be in float32, which the type check of the build refuses otherwise."""
+    Machine().install(monkeypatch)
+    report = json.loads((bundle / "report.json").read_text())
+    report["precision"]["kept"] = ["stages.0.0"]
+    content = json.dumps(report).encode()
+    (bundle / "report.json").write_bytes(content)
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    listed = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    manifest["files"]["report.json"] = listed
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    opener(defer(bundle), tmp_path / "cache", "auto", print, threading.Event())().__exit__()
+    assert list(builds.kept) == ["stages.0.0"]
+
+
+@pytest.mark.parametrize("instances", [1, 3])
+def test_instances_are_contexts_of_one_engine(
+    bundle: Path,
+    tmp_path: Path,
+    builds: Builds,
+    monkeypatch: pytest.MonkeyPatch,
+    instances: int,
+) -> None:
+    machine = Machine()
+    machine.install(monkeypatch)
+    model = open_model(
+        defer(bundle),
+        instances=instances,
+        provider="auto",
+        max_images=256,
+        engine_cache=tmp_path / "cache",
+        say=print,
+        stop=threading.Event(),
+    )
+    assert len(model.engines) == instances
+    assert len(set(map(id, model.engines))) == 1
+    assert model.engines[0].describe()["contexts"] == instances
+    assert machine.trt.count("Runtime", "deserialize_cuda_engine") == 1
+    model.close()
+    machine.gpu.check_clean()
+
+
 def test_a_plan_that_answers_wrongly_is_not_served(
     bundle: Path, tmp_path: Path, builds: Builds, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The whole of a first start: built, proven on the stored samples, served; or not served."""
     machine = Machine()
-    gpu = Gpu(trt=machine.trt, cuda=machine.cuda)
-    monkeypatch.setattr(Gpu, "first", classmethod(lambda cls: gpu))
+    machine.install(monkeypatch)
 
     def start(deferred: Bundle) -> Any:
         return open_model(
@@ -237,12 +286,11 @@ def test_a_plan_that_answers_wrongly_is_not_served(
     model.close()
     right = builds.build
 
-    def wrong(model: bytes, *arguments: Any, **given: Any) -> Built:
+    def wrong(model: bytes, *arguments: Any, **given: Any) -> Plan:
         other = (bundle / "baseline.onnx").read_bytes()
         built = right(other, *arguments, **given)
-        return replace(
-            built, facts={**built.facts, "onnx_sha256": hashlib.sha256(model).hexdigest()}
-        )
+        digest = hashlib.sha256(model).hexdigest()
+        return replace(built, metadata=replace(built.metadata, onnx_sha256=digest))
 
     monkeypatch.setattr(plan_cache, "build", wrong)
     with pytest.raises(EngineError, match="on the stored samples the engine differs from torch"):

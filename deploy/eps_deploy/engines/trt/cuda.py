@@ -1,12 +1,12 @@
-"""CUDA as an engine needs it, through pycuda: no other module knows pycuda.
+"""CUDA memory, streams, events and graphs, through pycuda and cuda-bindings.
 
-All work is done in the device's primary context, the one that torch and TensorRT use, so that the
-three can live in one process. pycuda has rules of its own about contexts and threads:
+All work is done in the device's primary context, which torch and TensorRT use too, so that the
+three can share a process. pycuda's rules about contexts and threads:
 
-* what a thread pushes it must pop, or the process aborts when the thread ends;
-* memory, streams and events can be freed by any thread in which their context is current, and by
-  no other: freed elsewhere, by the garbage collector say, they leak. Hence `free` on all of them,
-  and :meth:`Cuda.current` around every use.
+* a thread must pop every context that it pushed, or the process aborts when the thread ends;
+* memory, streams and events can only be freed by a thread in which their context is current;
+  elsewhere, by the garbage collector for example, they leak. Hence `free` on all of them, and
+  :meth:`Cuda.current` around every use.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import atexit
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -25,20 +24,20 @@ import numpy.typing as npt
 
 from eps_deploy.bench import machine
 from eps_deploy.engines.base import EngineError
-from eps_deploy.engines.trt.plan import Host, flavour, this_platform
+from eps_deploy.engines.trt.plan import Host, this_platform
 
-# -- CUDA graphs: the many launches of one inference recorded once and then launched as one
+# -- CUDA graphs: the launches of one inference, captured once and launched together
 #
-# pycuda has none, so they come from cuda-bindings. Of its two interfaces the driver's is used: it
-# is the one that pycuda speaks too, and asks for no newer driver than TensorRT itself.
+# pycuda has no graphs, so they come from cuda-bindings: its driver interface, which pycuda uses
+# too, and which needs no newer driver than TensorRT itself.
 
 
 class GraphError(EngineError):
-    """No graph could be made; the same work can still be queued launch by launch."""
+    """A graph could not be captured; the same work can still be launched without one."""
 
 
 def load_bindings() -> Any:
-    """The module `cuda.bindings.driver`. Raises GraphError with the remedy."""
+    """Import `cuda.bindings.driver`. Raises GraphError with the remedy."""
     try:
         return import_module("cuda.bindings.driver")
     except ImportError as error:
@@ -48,14 +47,14 @@ def load_bindings() -> Any:
 
 
 class Graph:
-    """One recorded inference; launching it repeats the work, on the same addresses."""
+    """A captured inference; launching it repeats the work on the same addresses."""
 
     def __init__(self, driver: Any, executable: Any) -> None:
         self._driver = driver
         self._executable = executable
 
     def launch(self, stream: int) -> None:
-        """Queue it in the stream of this handle. Raises EngineError when that fails."""
+        """Queue it in a stream, given by handle. Raises GraphError when that fails."""
         _call(self._driver, "cuGraphLaunch", self._executable, stream)
 
     def free(self) -> None:
@@ -63,47 +62,42 @@ class Graph:
 
 
 def capture(driver: Any, stream: int, enqueue: Callable[[], bool]) -> Graph:
-    """A graph of what `enqueue` queues in `stream`.
+    """Capture what `enqueue` queues in `stream` as a graph.
 
     The same work must have run once before: the first run allocates, which a capture forbids.
 
     Args:
-        driver: what :func:`load_bindings` gave.
-        stream: handle of a non-default stream with nothing left to do.
-        enqueue: queues the work; False when it could not.
+        driver: the module from :func:`load_bindings`.
+        stream: handle of a non-default stream with no pending work.
+        enqueue: queues the work; returns False when it could not.
 
     Raises:
         GraphError: the work cannot be captured; nothing of it has run, and the stream is usable.
     """
-    graph = _record(driver, stream, enqueue)
-    try:
-        return Graph(driver, _call(driver, "cuGraphInstantiate", graph, 0))
-    finally:
-        _call(driver, "cuGraphDestroy", graph)  # the executable one is independent of it
-
-
-def _record(driver: Any, stream: int, enqueue: Callable[[], bool]) -> Any:
-    # Thread local: what other threads do meanwhile (allocate, say) does not spoil the capture.
+    # Thread local: other threads may allocate meanwhile without invalidating the capture.
     mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
     _call(driver, "cuStreamBeginCapture", stream, mode)
     queued = False
     try:
         queued = enqueue()
     finally:
-        # In any case: a stream that stays in capture never runs anything again.
+        # In any case: a stream that stays in capture mode never runs anything again.
         status, graph = driver.cuStreamEndCapture(stream)
         ended = status == driver.CUresult.CUDA_SUCCESS
         if ended and not queued:
             _call(driver, "cuGraphDestroy", graph)
     if not queued:
-        raise GraphError("TensorRT cannot queue this network while it is recorded")
+        raise GraphError("TensorRT cannot queue this network while it is captured")
     if not ended:
         raise GraphError(f"cuStreamEndCapture: {status.name}")
-    return graph
+    try:
+        return Graph(driver, _call(driver, "cuGraphInstantiate", graph, 0))
+    finally:
+        _call(driver, "cuGraphDestroy", graph)  # the executable graph is independent of it
 
 
 def _call(driver: Any, name: str, *arguments: Any) -> Any:
-    """What a function of cuda-bindings returns beside its status, or GraphError."""
+    """Call a function of cuda-bindings; raises GraphError for any status but success."""
     try:
         status, *results = getattr(driver, name)(*arguments)
     except RuntimeError as error:  # the driver is too old to have the function
@@ -113,14 +107,16 @@ def _call(driver: Any, name: str, *arguments: Any) -> Any:
     return results[0] if results else None
 
 
+# -- The device, through pycuda
+
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: does not wait for the legacy default stream
 
 
 def load_pycuda() -> Any:
-    """The module `pycuda.driver`, initialised. Raises EngineError with the remedy."""
+    """Import and initialise `pycuda.driver`. Raises EngineError with the remedy."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what the error below says too
+            warnings.simplefilter("ignore")  # pycuda warns of what the error below says
             from pycuda import driver
     except ModuleNotFoundError as error:
         raise EngineError(
@@ -142,27 +138,8 @@ def load_pycuda() -> Any:
     return driver
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DeviceFacts:
-    """One GPU and its driver.
-
-    Attributes:
-        name: `NVIDIA H100 80GB HBM3`.
-        compute_capability: `9.0`.
-        total_memory: bytes.
-        driver: version of the display driver; None where the system does not tell.
-        cuda: newest CUDA that the driver knows, as `13.0`.
-    """
-
-    name: str
-    compute_capability: str
-    total_memory: int
-    driver: str | None
-    cuda: str
-
-
 class DeviceMemory:
-    """`nbytes` of the GPU's memory at `address`."""
+    """GPU memory: `nbytes` at `address`."""
 
     def __init__(self, allocation: Any, nbytes: int) -> None:
         self.address, self.nbytes = int(allocation), nbytes
@@ -173,9 +150,9 @@ class DeviceMemory:
 
 
 class HostMemory:
-    """A page-locked array: what can be copied while the processor goes on.
+    """A page-locked array, for asynchronous copies.
 
-    Its memory is gone after `free`: no view of `array` may be left then.
+    `free` frees its memory: no view of `array` may exist then.
     """
 
     def __init__(self, array: npt.NDArray[Any]) -> None:
@@ -188,7 +165,7 @@ class HostMemory:
 
 
 class Stream:
-    """A queue of work for the GPU, independent of the default stream."""
+    """A CUDA stream, independent of the default stream."""
 
     def __init__(self, cuda: Cuda, stream: Any) -> None:
         self.handle = int(stream.handle)
@@ -196,16 +173,16 @@ class Stream:
         self._cuda = cuda
 
     def synchronize(self) -> None:
-        """Wait for all work in it. Raises EngineError when any of it failed."""
+        """Wait for all work in the stream. Raises EngineError when any of it failed."""
         with self._cuda.errors("the GPU failed"):
             self.raw.synchronize()
 
     def free(self) -> None:
-        del self.raw  # pycuda destroys it then, having no other way
+        del self.raw  # pycuda has no other way to destroy it
 
 
 class Event:
-    """A point in a stream, whose time the GPU takes."""
+    """A CUDA event: a point in a stream with its GPU time."""
 
     def __init__(self, cuda: Cuda, event: Any) -> None:
         self._event = event
@@ -216,7 +193,7 @@ class Event:
             self._event.record(stream.raw)
 
     def milliseconds_till(self, later: Event) -> float:
-        """GPU time between two events that both have happened."""
+        """GPU time between two events that have both completed."""
         with self._cuda.errors("cannot read an event"):
             return float(self._event.time_till(later._event))
 
@@ -227,12 +204,12 @@ class Event:
 class Cuda:
     """One GPU.
 
-    Everything but the constructor and `facts` must run inside `with cuda.current():`.
+    All methods but `facts` must be called inside `with cuda.current():`.
 
     Args:
         device: its index, among those that CUDA_VISIBLE_DEVICES leaves visible.
         driver: the module to use; None: :func:`load_pycuda`.
-        bindings: the module to make graphs with; None: `graphs.load_bindings`.
+        bindings: the module to capture graphs with; None: :func:`load_bindings`.
 
     Raises:
         EngineError: no pycuda, no driver, no such device.
@@ -253,7 +230,7 @@ class Cuda:
 
     @contextmanager
     def current(self) -> Iterator[None]:
-        """The primary context is this thread's current one in the block."""
+        """Make the primary context this thread's current one during the block."""
         with self.errors("the context cannot be entered"):
             self._context.push()
         try:
@@ -264,40 +241,41 @@ class Cuda:
 
     @contextmanager
     def errors(self, what: str) -> Iterator[None]:
-        """pycuda's errors in the block become an EngineError that begins with `what`."""
+        """Raise pycuda's errors in the block as EngineError, with `what` in the message."""
         try:
             yield
         except self._driver.Error as error:
             raise EngineError(f"CUDA: {what}: {error}") from error
 
-    def facts(self) -> DeviceFacts:
+    def facts(self) -> dict[str, Any]:
+        """The fields of `Host` that describe the GPU and its driver."""
         with self.errors("the GPU does not answer"):
             major, minor = self._device.compute_capability()
             newest = self._driver.get_driver_version()
-            return DeviceFacts(
-                name=str(self._device.name()),
-                compute_capability=f"{major}.{minor}",
-                total_memory=int(self._device.total_memory()),
-                driver=machine.driver_version(),
-                cuda=f"{newest // 1000}.{newest % 1000 // 10}",
-            )
+            return {
+                "device": str(self._device.name()),
+                "compute_capability": f"{major}.{minor}",
+                "memory": int(self._device.total_memory()),
+                "driver": machine.driver_version() or "",
+                "cuda": f"{newest // 1000}.{newest % 1000 // 10}",
+            }
 
     def graph_bindings(self) -> Any:
-        """What :func:`graphs.capture` needs. Raises GraphError where it is not installed."""
+        """The module for :func:`capture`. Raises GraphError when it is not installed."""
         return load_bindings() if self._bindings is None else self._bindings
 
     def free_memory(self) -> int:
-        """Bytes of the GPU's memory that nobody has."""
+        """Free GPU memory in bytes."""
         with self.errors("the GPU does not answer"):
             return int(self._driver.mem_get_info()[0])
 
     def allocate(self, nbytes: int) -> DeviceMemory:
-        """Memory of the GPU, aligned to 256 bytes at least."""
+        """Allocate GPU memory, aligned to at least 256 bytes."""
         with self.errors(f"cannot have {nbytes:,} bytes of the GPU's memory"):
             return DeviceMemory(self._driver.mem_alloc(nbytes), nbytes)
 
     def page_locked(self, shape: Sequence[int], dtype: npt.DTypeLike) -> HostMemory:
-        """An uninitialised array in host memory that stays where it is."""
+        """Allocate an uninitialised page-locked array."""
         with self.errors(f"cannot have a page-locked array of {list(shape)}"):
             return HostMemory(self._driver.pagelocked_empty(tuple(shape), np.dtype(dtype)))
 
@@ -310,41 +288,36 @@ class Cuda:
             return Event(self, self._driver.Event())
 
     def copy_in(self, target: DeviceMemory, source: npt.NDArray[Any], stream: Stream) -> None:
-        """Queue a copy to the GPU; `source` is page-locked, and left alone until it is done."""
+        """Queue a copy to the GPU; `source` is page-locked and unchanged until it completes."""
         assert source.nbytes <= target.nbytes, "the copy does not fit the buffer"
         with self.errors("cannot copy to the GPU"):
             self._driver.memcpy_htod_async(target.address, source, stream.raw)
 
     def copy_out(self, target: npt.NDArray[Any], source: DeviceMemory, stream: Stream) -> None:
-        """Queue a copy from the GPU; `target`, page-locked, holds it after `synchronize`."""
+        """Queue a copy from the GPU; `target`, page-locked, is valid after `synchronize`."""
         assert target.nbytes <= source.nbytes, "the copy reads past the buffer"
         with self.errors("cannot copy from the GPU"):
             self._driver.memcpy_dtoh_async(target, source.address, stream.raw)
 
 
 def host_facts(trt: Any, cuda: Cuda) -> Host:
-    """The machine, as a sidecar wants it: this TensorRT on this GPU."""
-    facts = cuda.facts()
+    """This machine: the TensorRT package `trt` on the GPU `cuda`."""
     return Host(
         tensorrt=trt.__version__,
-        flavour=flavour(trt),
-        compute_capability=facts.compute_capability,
-        device=facts.name,
-        memory=facts.total_memory,
-        driver=facts.driver or "",
-        cuda=facts.cuda,
+        flavour=trt.__name__.partition(".")[0],
         platform=this_platform(),
+        **cuda.facts(),
     )
 
 
 @cache
 def _primary_context(driver: Any, device: int) -> Any:
-    """Retained once a process and released when it ends.
+    """The primary context, retained once per process and released when it ends.
 
-    pycuda's release leaves the context current in the thread, and destroyed if nobody else holds
-    it: torch would then stumble over it. To retain it again for each engine would leak as much.
+    pycuda's release leaves the context current in the thread, and destroyed if nobody else retains
+    it, which would break torch. Retaining it again for each engine would leak as much.
     """
     context = driver.Device(device).retain_primary_context()
-    # Its destructor takes it for another kind of context, fails, and says so on stderr.
+    # pycuda's destructor fails for a primary context, with a message on stderr.
     atexit.register(context.detach)
     return context

@@ -1,7 +1,8 @@
-"""What is known of a plan, kept beside it: a plan itself cannot be asked before it is loaded.
+"""TensorRT's Python package, its log messages, and plans with their metadata.
 
-A plan is executable code for one version of TensorRT and one kind of GPU. What does not fit is
-refused here, by name, before TensorRT sees it. Neither TensorRT nor CUDA is imported.
+A plan is executable code for one version of TensorRT and one kind of GPU, and cannot be inspected
+before it is loaded. `PlanMetadata`, stored beside the plan, decides whether this machine may load
+it. This module imports neither TensorRT nor CUDA.
 """
 
 from __future__ import annotations
@@ -14,135 +15,42 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
+
+import msgspec
 
 from eps_core.errors import FileFormatError
+from eps_core.files import replace_file
 from eps_deploy.engines.base import EngineError
 
-# -- The one logger of the process, and the places where its messages go
-#
-# TensorRT takes the first logger that it is given for the whole process and ignores every later
-# one, and a failed call says why only there. So there is one, it lives for ever, and whoever wants
-# to know listens for a while.
-
-_LEVELS = ("INTERNAL_ERROR", "ERROR", "WARNING", "INFO")  # VERBOSE is thousands of lines a build
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """What TensorRT said, in one line.
-
-    Attributes:
-        level: `INTERNAL_ERROR`, `ERROR`, `WARNING` or `INFO`.
-        text: without line breaks.
-    """
-
-    level: str
-    text: str
-
-    @property
-    def is_error(self) -> bool:
-        return self.level in ("INTERNAL_ERROR", "ERROR")
-
-    def __str__(self) -> str:
-        return f"{self.level.lower().replace('_', ' ')}: {self.text}"
-
-
-@dataclass(slots=True)
-class Log:
-    """The messages of a while, in their order."""
-
-    messages: list[Message] = field(default_factory=list)
-
-    def why(self) -> str:
-        """The first error, which is mostly the cause of those after it."""
-        for message in self.messages:
-            if message.is_error:
-                return message.text
-        return "TensorRT gave no reason"
-
-    def tail(self, count: int) -> list[str]:
-        return [str(message) for message in self.messages[-count:]]
-
-
-_loggers: dict[str, Any] = {}
-_lock = threading.Lock()
-
-
-def logger_of(trt: Any) -> Any:
-    """The process's `ILogger` for the module `trt`, made at the first call."""
-    with _lock:
-        key = f"{trt.__name__} {id(trt)}"  # the logger's class keeps the module, so ids stay unique
-        if key not in _loggers:
-            _loggers[key] = _make(trt)
-        return _loggers[key]
-
-
-@contextmanager
-def listening(trt: Any, say: Callable[[Message], None] | None = None) -> Iterator[Log]:
-    """Collect what TensorRT says during a block, whichever of its threads and objects says it.
-
-    `say` is called with each message as it comes, on whatever thread it comes, and must not raise.
-    """
-    log = Log()
-
-    def sink(message: Message) -> None:
-        log.messages.append(message)
-        if say is not None:
-            say(message)
-
-    logger = logger_of(trt)
-    logger.sinks.append(sink)
-    try:
-        yield log
-    finally:
-        logger.sinks.remove(sink)
-
-
-def _make(trt: Any) -> Any:
-    class Logger(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)  # the bindings insist on this form
-            self.sinks: list[Callable[[Message], None]] = []
-
-        def log(self, severity: Any, msg: str) -> None:
-            """Called from C++ on any thread: nothing may be raised here."""
-            if severity.name in _LEVELS:
-                message = Message(severity.name, " ".join(msg.split()))
-                for sink in tuple(self.sinks):
-                    sink(message)
-
-    return Logger()
-
-
-# -- Finding the Python package of TensorRT, or saying in one line why it is not to be had
+# -- TensorRT's Python package
 
 OLDEST, NEWEST = 10, 11  # major versions
 _INSTALL = "pip install 'eps-resnet[trt]'"
 
 
 def load_tensorrt() -> Any:
-    """The module `tensorrt`.
-
-    Imported here and nowhere else: it takes hundreds of megabytes of libraries with it, and most
-    machines do not have it.
+    """Import `tensorrt`, which loads hundreds of megabytes of libraries.
 
     Raises:
-        EngineError: not installed, not loadable on this machine, or of a version that we do not
-            know.
+        EngineError: it is not installed, does not load on this machine, or has an unsupported
+            version.
     """
     try:
         trt = importlib.import_module("tensorrt")
-    except ModuleNotFoundError as error:
-        if error.name != "tensorrt":
-            raise _unloadable(error) from error
+    except Exception as error:  # ImportError, OSError or RuntimeError, from its libraries too
+        if isinstance(error, ModuleNotFoundError) and error.name == "tensorrt":
+            raise EngineError(
+                f"TensorRT is not installed; {_INSTALL} (Linux with an NVIDIA GPU)"
+            ) from error
+        cause = " ".join(str(error).split()) or type(error).__name__
         raise EngineError(
-            f"TensorRT is not installed; {_INSTALL} (Linux with an NVIDIA GPU)"
+            f"TensorRT is installed but does not load ({cause}); install an NVIDIA driver that fits"
+            f" it, or a version that fits the driver: {_INSTALL}"
         ) from error
-    except Exception as error:  # ImportError, OSError, RuntimeError: whatever its libraries meet
-        raise _unloadable(error) from error
     if not OLDEST <= release(trt.__version__)[0] <= NEWEST:
         raise EngineError(
             f"TensorRT {trt.__version__} is installed; eps-resnet builds with"
@@ -151,14 +59,8 @@ def load_tensorrt() -> Any:
     return trt
 
 
-def flavour(trt: Any) -> str:
-    """`tensorrt`, or `tensorrt_rtx` for TensorRT for RTX, whose plans are of another kind."""
-    name: str = trt.__name__.partition(".")[0]
-    return name
-
-
 def release(version: str) -> tuple[int, ...]:
-    """`11.4.0.106` as numbers, to be compared; what follows the numbers does not count."""
+    """`11.4.0.106` as a tuple of numbers for comparison; a suffix such as `rc1` is ignored."""
     numbers = []
     for part in version.split("."):
         if not part.isdecimal():
@@ -167,22 +69,89 @@ def release(version: str) -> tuple[int, ...]:
     return tuple(numbers) or (0,)
 
 
-def _unloadable(error: Exception) -> EngineError:
-    cause = " ".join(str(error).split()) or type(error).__name__
-    return EngineError(
-        f"TensorRT is installed but does not load ({cause}); install an NVIDIA driver that fits"
-        f" it, or a version that fits the driver: {_INSTALL}"
-    )
+# -- Log messages
+#
+# TensorRT uses the first logger that it receives in a process and ignores every later one, and
+# only the log says why a call failed. So there is one logger per process, and callers collect its
+# messages for the length of a block.
 
+_LEVELS = ("INTERNAL_ERROR", "ERROR", "WARNING", "INFO")  # VERBOSE is thousands of lines a build
+
+
+class Message(NamedTuple):
+    """A log message: level (`INTERNAL_ERROR`, `ERROR`, `WARNING`, `INFO`) and text in one line."""
+
+    level: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.level.lower().replace('_', ' ')}: {self.text}"
+
+
+class Messages(list[Message]):
+    """The messages of a block, in order."""
+
+    def reason(self) -> str:
+        """The text of the first error, which usually caused those after it."""
+        errors = (text for level, text in self if level.endswith("ERROR"))
+        return next(errors, "TensorRT gave no reason")
+
+
+_lock = threading.Lock()
+
+
+def logger_of(trt: Any) -> Any:
+    """The process's `ILogger` for the package `trt`, created by the first call."""
+    with _lock:
+        return _create_logger(trt)
+
+
+@cache
+def _create_logger(trt: Any) -> Any:
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)  # the bindings insist on this form
+            self.receivers: list[Callable[[Message], None]] = []
+
+        def log(self, severity: Any, msg: str) -> None:
+            """Called from C++ on any thread: must not raise."""
+            if severity.name in _LEVELS:
+                message = Message(severity.name, " ".join(msg.split()))
+                for receive in tuple(self.receivers):
+                    receive(message)
+
+    return Logger()
+
+
+@contextmanager
+def collect_messages(
+    trt: Any, receive: Callable[[Message], None] | None = None
+) -> Iterator[Messages]:
+    """Collect what TensorRT logs during a block, from any of its objects and threads.
+
+    `receive` is called with each message, on the thread that logs it, and must not raise.
+    """
+    messages = Messages()
+    receivers = [messages.append] if receive is None else [messages.append, receive]
+    logger = logger_of(trt)
+    logger.receivers += receivers
+    try:
+        yield messages
+    finally:
+        for receiver in receivers:
+            logger.receivers.remove(receiver)
+
+
+# -- Plans and their metadata
 
 SCHEMA = 1
 PLAN = "model.plan"
-SIDECAR = "model.plan.json"
-LAYERS = "model.plan.layers.json"  # the inspector's own words
+METADATA = "model.plan.json"
+LAYERS = "model.plan.layers.json"  # the JSON of TensorRT's engine inspector
 HardwareCompatibility = Literal["none", "ampere-plus", "same-compute-capability"]
 HARDWARE_COMPATIBILITY: tuple[HardwareCompatibility, ...] = get_args(HardwareCompatibility)
 AMPERE = (8, 0)
-_AGAIN = "rebuild it with eps-deploy --engine trt"
+_REBUILD = "rebuild it with eps-deploy --engine trt"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -191,12 +160,12 @@ class Host:
 
     Attributes:
         tensorrt: version of TensorRT, all four numbers.
-        flavour: the module's name, `tensorrt` or `tensorrt_rtx`.
+        flavour: name of its Python package, `tensorrt` or `tensorrt_rtx`.
         compute_capability: of the GPU: `9.0`.
-        device: the GPU's name: `NVIDIA H100 80GB HBM3`.
+        device: name of the GPU: `NVIDIA H100 80GB HBM3`.
         memory: bytes of GPU memory.
-        driver: version of the NVIDIA driver, as it is known.
-        cuda: version of CUDA, as it is known.
+        driver: version of the NVIDIA driver; empty when unknown.
+        cuda: version of CUDA; empty when unknown.
         platform: system and processor: `linux-x86_64`.
     """
 
@@ -222,25 +191,25 @@ class Host:
 
 
 def this_platform() -> str:
-    """System and processor as `Host.platform` has them."""
+    """System and processor, as in `Host.platform`."""
     return f"{sys.platform}-{platform.machine().lower()}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlanMetadata:
-    """Where a plan comes from and where it may go.
+    """How and where a plan was built, and where it may be loaded.
 
     Attributes:
         host: the machine that built it.
         onnx_sha256, plan_sha256: of the network and of the plan.
         precision: name in `eps_deploy.precision.PRECISIONS`.
         profile: smallest, optimal and largest batch.
-        flags: TensorRT's builder flags that were set, by name.
-        hardware_compatibility, version_compatible: what it was built to be loaded by.
-        layers: how many layers of the engine compute in which type, `{"fp16": 30, "fp32": 2}`;
-            empty when the plan was not loaded after the build, or TensorRT did not tell.
-        seconds: what the build took.
-        log: the last that TensorRT said.
+        flags: names of TensorRT's builder flags that were set.
+        hardware_compatibility, version_compatible: as in `BuildOptions`.
+        layers: number of the engine's layers by the type that they compute in, such as
+            `{"fp16": 30, "fp32": 2}`; empty when unknown.
+        seconds: duration of the build.
+        log: TensorRT's last messages.
     """
 
     host: Host
@@ -255,10 +224,15 @@ class PlanMetadata:
     seconds: float
     log: tuple[str, ...]
 
+    def __post_init__(self) -> None:
+        smallest, optimal, largest = self.profile
+        if not 1 <= smallest <= optimal <= largest:
+            raise ValueError(f"profile {self.profile}")
+
     def check(self, plan: bytes, host: Host, *, name: str = PLAN) -> None:
         """Raise EngineError unless `plan` is the one described and `host` may load it."""
         if hashlib.sha256(plan).hexdigest() != self.plan_sha256:
-            raise EngineError(f"{name}: not the plan that {name}.json describes; {_AGAIN}")
+            raise EngineError(f"{name}: not the plan that {name}.json describes; {_REBUILD}")
         fits = (
             host.flavour == self.host.flavour
             and host.platform == self.host.platform
@@ -266,10 +240,10 @@ class PlanMetadata:
             and self._device_fits(host)
         )
         if not fits:
-            raise EngineError(f"{name}: built for {self.host}; this machine has {host}; {_AGAIN}")
+            raise EngineError(f"{name}: built for {self.host}; this machine has {host}; {_REBUILD}")
 
     def remark(self, host: Host) -> str | None:
-        """What there is to say about a plan that may be loaded: another model of GPU."""
+        """A warning about a plan that `host` may load, but whose GPU is another model."""
         if self.hardware_compatibility != "none" or host.device == self.host.device:
             return None
         return (
@@ -279,79 +253,82 @@ class PlanMetadata:
         )
 
     def _version_fits(self, host: Host) -> bool:
-        """NVIDIA: the very version, unless version-compatible; then later ones, and 11 after 10."""
+        """NVIDIA: the same version; version-compatible plans also later ones, and 11 after 10."""
         built, here = release(self.host.tensorrt), release(host.tensorrt)
         if not self.version_compatible:
             return host.tensorrt == self.host.tensorrt
         return here >= built and (here[0] == built[0] or (built[0], here[0]) == (10, 11))
 
     def _device_fits(self, host: Host) -> bool:
-        """NVIDIA: the same compute capability, unless built for Ampere and whatever is newer."""
+        """NVIDIA: the same compute capability, unless built for Ampere and newer GPUs."""
         if self.hardware_compatibility == "ampere-plus":
             return host.capability >= AMPERE
         return host.capability == self.host.capability
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, as `model.plan.json` has it."""
-        return {"schema": SCHEMA, **json.loads(json.dumps(asdict(self)))}
-
     def to_json(self) -> bytes:
-        return (json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n").encode()
+        """The content of `model.plan.json`."""
+        fields = {"schema": SCHEMA, **msgspec.to_builtins(self)}
+        return (json.dumps(fields, indent=2, ensure_ascii=False) + "\n").encode()
 
     @classmethod
-    def from_dict(cls, data: Any, *, name: str = SIDECAR) -> PlanMetadata:
-        """The opposite. Raises FileFormatError for what is damaged or too new."""
+    def from_json(cls, content: bytes, *, name: str = METADATA) -> PlanMetadata:
+        """Parse `model.plan.json`. Raises FileFormatError when it is damaged or too new."""
         try:
-            schema = data["schema"]
-            if isinstance(schema, int) and schema > SCHEMA:
-                raise FileFormatError(
-                    f"{name}: schema {schema} is newer than this eps-resnet reads (up to {SCHEMA});"
-                    " upgrade eps-resnet"
-                )
+            fields = json.loads(content)
+        except (ValueError, RecursionError):
+            raise FileFormatError(f"{name}: damaged or not JSON; {_REBUILD}") from None
+        schema = fields.get("schema") if isinstance(fields, dict) else None
+        if isinstance(schema, int) and schema > SCHEMA:
+            raise FileFormatError(
+                f"{name}: schema {schema} is newer than this eps-resnet reads (up to {SCHEMA});"
+                " upgrade eps-resnet"
+            )
+        try:
             if schema != SCHEMA:
-                raise ValueError(schema)
-            return cls(**{field.name: _read(field.name, data[field.name]) for field in fields(cls)})
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise FileFormatError(f"{name}: not a usable sidecar ({error!r}); {_AGAIN}") from error
+                raise ValueError(f"schema {schema!r}")
+            return msgspec.convert(fields, cls)
+        except ValueError as error:
+            raise FileFormatError(
+                f"{name}: not usable plan metadata ({error}); {_REBUILD}"
+            ) from error
 
     @classmethod
     def load(cls, path: Path) -> PlanMetadata:
         """Read `model.plan.json`. Raises FileFormatError."""
         try:
-            return cls.from_dict(json.loads(path.read_bytes()), name=str(path))
+            content = path.read_bytes()
         except FileNotFoundError:
             raise FileFormatError(
-                f"{path}: no such file, and a plan is not loaded without it; {_AGAIN}"
+                f"{path}: no such file, and a plan is not loaded without it; {_REBUILD}"
             ) from None
         except OSError as error:
             raise FileFormatError(f"{path}: cannot be read: {error.strerror}") from None
-        except (ValueError, RecursionError):
-            raise FileFormatError(f"{path}: damaged or not JSON; {_AGAIN}") from None
+        return cls.from_json(content, name=str(path))
 
 
-def _read(name: str, value: Any) -> Any:
-    """A field's value from JSON; ValueError or TypeError when it is none."""
-    if name == "host":
-        host = Host(**value)
-        wrong = [
-            field.name
-            for field in fields(Host)
-            if not isinstance(getattr(host, field.name), int if field.name == "memory" else str)
-        ]
-        if wrong:
-            raise ValueError(wrong)
-        return host
-    if name == "profile":
-        smallest, optimal, largest = (int(size) for size in value)
-        if not 1 <= smallest <= optimal <= largest:
-            raise ValueError(name)
-        return smallest, optimal, largest
-    if name in ("flags", "log"):
-        return tuple(str(item) for item in value)
-    if name == "layers":
-        return {str(kind): int(count) for kind, count in value.items()}
-    if name == "hardware_compatibility" and value not in HARDWARE_COMPATIBILITY:
-        raise ValueError(value)
-    if name == "version_compatible" and not isinstance(value, bool):
-        raise ValueError(name)
-    return float(value) if name == "seconds" else value
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """A plan with its metadata.
+
+    Attributes:
+        content: the bytes that TensorRT deserializes.
+        metadata: stored beside it.
+        inspection: the JSON of TensorRT's engine inspector; empty when there is none.
+    """
+
+    content: bytes
+    metadata: PlanMetadata
+    inspection: str = ""
+
+    def files(self) -> dict[str, bytes]:
+        """The files that store it, by name."""
+        layers = {LAYERS: self.inspection.encode()} if self.inspection else {}
+        return {PLAN: self.content, **layers, METADATA: self.metadata.to_json()}
+
+    def write(self, folder: Path) -> None:
+        """Write the files atomically, the metadata last. Raises OSError.
+
+        Older metadata never describes a newer plan: it holds the hash of another one.
+        """
+        for name, content in self.files().items():
+            replace_file(folder / name, content)

@@ -27,7 +27,7 @@ HOST = Host(
     platform="linux-x86_64",
 )
 WEAK_FLAGS = {"FP16", "BF16", "INT8", "FP8", "INT4", "FP4"}  # not for strongly typed networks
-NEVER = 300_000  # steps of a build that is called off long before it ends
+NEVER = 300_000  # steps of a build that is cancelled long before it ends
 FLOAT, HALF = "FLOAT", "HALF"
 
 
@@ -38,6 +38,7 @@ class Builder:
     Attributes:
         version: of the manifest.
         kinds: type of each convolution; the last one is the linear layer.
+        names: of these layers; empty: numbered.
         quantized: whether their inputs come from a DequantizeLinear.
         refuse: calls that fail, by the name of the method.
         steps: of the build's only phase.
@@ -48,6 +49,7 @@ class Builder:
 
     version: Version = "11.4"
     kinds: tuple[str, ...] = (FLOAT, FLOAT)
+    names: tuple[str, ...] = ()
     quantized: bool = False
     refuse: tuple[str, ...] = ()
     steps: int = 3
@@ -184,6 +186,7 @@ class Builder:
                 if index == last
                 else (f"{index:04d}_Conv", "CONVOLUTION")
             )
+            name = self.names[index] if self.names else name
             layers.append(self._layer(name, of, source, self._tensor(f"u{index}", kind)))
         return layers
 

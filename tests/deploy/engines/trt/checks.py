@@ -8,16 +8,17 @@ from typing import Any
 import pytest
 
 from eps_deploy.engines.base import EngineError
-from eps_deploy.engines.trt.build import BuildOptions, Built
+from eps_deploy.engines.trt.build import BuildOptions
+from eps_deploy.engines.trt.plan import Plan
 from eps_deploy.precision import PRECISIONS
 from tests.deploy.engines.trt.builder import FLOAT, HALF, MODEL, NEVER, PLAN, Builder
 from tests.deploy.engines.trt.contract import VERSIONS, Version
 
 
-def run(module: ModuleType, fake: Builder, precision: str = "fp32", **arguments: Any) -> Built:
+def run(module: ModuleType, fake: Builder, precision: str = "fp32", **arguments: Any) -> Plan:
     """`build` of `module` on a fake TensorRT."""
     options = arguments.pop("options", BuildOptions(opt_batch=4, max_batch=8))
-    built: Built = module.build(
+    built: Plan = module.build(
         MODEL, PRECISIONS[precision], options, host=fake.host, trt=fake.trt, **arguments
     )
     return built
@@ -26,18 +27,18 @@ def run(module: ModuleType, fake: Builder, precision: str = "fp32", **arguments:
 def builds(module: ModuleType, version: Version) -> None:
     """A plan comes out, of a strongly typed network."""
     fake = Builder(version)
-    assert run(module, fake).plan == PLAN
+    assert run(module, fake).content == PLAN
     (call,) = [call for call in fake.trt.calls if call[:2] == ("Builder", "create_network")]
     assert call.arguments == (1 << int(fake.trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED),)
 
 
 def builds_fp16(module: ModuleType, version: Version) -> None:
     fake = Builder(version, kinds=(HALF, HALF))
-    assert run(module, fake, "fp16").facts["layers"] == {"fp16": 2}
+    assert run(module, fake, "fp16").metadata.layers == {"fp16": 2}
 
 
 def refuses_float_convolutions(module: ModuleType, version: Version) -> None:
-    with pytest.raises(EngineError, match="layer 0001_Conv computes in FLOAT, not in HALF"):
+    with pytest.raises(EngineError, match="layer 0001_Conv computes in float32, not in float16"):
         run(module, Builder(version, kinds=(HALF, FLOAT, HALF)), "fp16")
 
 
@@ -51,7 +52,7 @@ def refuses_no_plan(module: ModuleType, version: Version) -> None:
 
 
 def ctrl_c_ends_it(module: ModuleType, version: Version) -> None:
-    """The build is called off between two steps, and the exception of Ctrl-C goes on."""
+    """The build is cancelled between two steps, and Ctrl-C is raised again."""
 
     def interrupt(phase: str, done: int, steps: int) -> bool:
         raise KeyboardInterrupt

@@ -81,7 +81,7 @@ def expected(batch: Images, model: bytes | None = None) -> Logits:
         return engine.infer(batch)
 
 
-def sidecar_of(plan: bytes, host: Host, **changes: Any) -> PlanMetadata:
+def metadata_of(plan: bytes, host: Host, **changes: Any) -> PlanMetadata:
     facts: dict[str, Any] = {
         "host": host,
         "onnx_sha256": "0" * 64,
@@ -110,7 +110,8 @@ class OnnxBuilder(Builder):
 
     def _parse(self, parser: Any, model: bytes, path: str | None) -> bool:
         proto = onnx.load_from_string(model)
-        types = [*layer_types(proto).values()]
+        by_name = layer_types(proto)
+        self.names, types = tuple(by_name), [*by_name.values()]
         high = HALF if TensorProto.FLOAT16 in _element_types(proto) else FLOAT
         self._model, self.quantized = bytes(model), "int8" in types
         self.kinds = tuple({"float32": FLOAT, "float16": HALF}.get(kind, high) for kind in types)
@@ -170,8 +171,8 @@ class Machine:
     def engine(self, kind: Any, plan: bytes | None = None, **arguments: Any) -> Any:
         """A `TrtEngine` of this class, of the small network unless `plan` is given."""
         plan = make_plan(network(), profile=PROFILE) if plan is None else plan
-        sidecar = arguments.pop("sidecar", None) or sidecar_of(plan, self.host)
-        return kind(plan, sidecar, trt=self.trt, cuda=self.cuda, **arguments)
+        metadata = arguments.pop("metadata", None) or metadata_of(plan, self.host)
+        return kind(plan, metadata, trt=self.trt, cuda=self.cuda, **arguments)
 
 
 def close(found: npt.NDArray[Any], wanted: npt.NDArray[Any]) -> bool:

@@ -16,8 +16,8 @@ from tests.deploy.engines.trt.machine import (
     close,
     expected,
     images,
+    metadata_of,
     network,
-    sidecar_of,
 )
 from tests.deploy.engines.trt.semantic_fake import MS_AN_IMAGE, make_plan
 
@@ -94,7 +94,7 @@ _REFUSALS = {
 }
 
 
-def heeds_every_answer(kind: Any, version: Version) -> None:
+def checks_every_result(kind: Any, version: Version) -> None:
     """What TensorRT refuses is an error, and what comes after works again."""
     for call, told in _REFUSALS.items():
         for use_graphs in (True, False):
@@ -119,11 +119,11 @@ def loads_nothing_foreign(kind: Any, version: Version) -> None:
     elsewhere.gpu.capability = (8, 6)
     host = host_facts(elsewhere.trt, elsewhere.cuda)
     for content, told in (
-        (plan, sidecar_of(plan, host)),
-        (plan + b"x", sidecar_of(plan, machine.host)),
+        (plan, metadata_of(plan, host)),
+        (plan + b"x", metadata_of(plan, machine.host)),
     ):
         with pytest.raises(EngineError, match="rebuild it"):
-            machine.engine(kind, content, sidecar=told)
+            machine.engine(kind, content, metadata=told)
     assert not machine.trt.count("Runtime", "deserialize_cuda_engine")
 
 
@@ -148,7 +148,7 @@ CHECKS = (
     takes_any_layout,
     does_no_more_than_asked,
     serves_threads,
-    heeds_every_answer,
+    checks_every_result,
     loads_nothing_foreign,
     closes_in_order,
 )

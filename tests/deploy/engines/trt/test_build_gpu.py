@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from eps_deploy.engines.trt.build import BuildOptions, Built, build, summarize, write_plan
+from eps_deploy.engines.trt.build import BuildOptions, build, count_layer_types
 from eps_deploy.engines.trt.cuda import Cuda, host_facts
 from eps_deploy.engines.trt.plan import (
     AMPERE,
     HardwareCompatibility,
     Host,
+    Plan,
     PlanMetadata,
     load_tensorrt,
 )
@@ -54,7 +55,7 @@ def built(
     host: Host,
     options: BuildOptions = OPTIONS,
     **arguments: Any,
-) -> Built:
+) -> Plan:
     return build(
         models[precision],
         PRECISIONS[precision],
@@ -73,11 +74,11 @@ def test_the_engine_computes_in_what_was_asked_for(
     if host.capability < AMPERE and precision in ("tf32", "bf16"):
         pytest.skip(f"{host.device} has no {precision}")
     result = built(models, precision, trt, cuda, host)
-    sidecar = write_plan(tmp_path, result, host)
-    assert PlanMetadata.load(tmp_path / "model.plan.json") == sidecar
-    sidecar.check((tmp_path / "model.plan").read_bytes(), host)
-    kinds = summarize(result.facts["information"]).all
-    assert KINDS.get(precision, "fp32") in kinds, result.facts["information"]
+    result.write(tmp_path)
+    assert PlanMetadata.load(tmp_path / "model.plan.json") == result.metadata
+    result.metadata.check((tmp_path / "model.plan").read_bytes(), host)
+    kinds = count_layer_types(result.inspection)
+    assert KINDS.get(precision, "fp32") in kinds, result.inspection
 
 
 def test_the_timing_cache_is_taken_up(
@@ -85,10 +86,10 @@ def test_the_timing_cache_is_taken_up(
 ) -> None:
     options = replace(OPTIONS, timing_cache=tmp_path)
     said: list[str] = []
-    built(models, "fp16", trt, cuda, host, options, say=said.append)
+    built(models, "fp16", trt, cuda, host, options, log=said.append)
     (file,) = tmp_path.iterdir()
     assert file.stat().st_size > 0
-    built(models, "fp16", trt, cuda, host, options, say=said.append)
+    built(models, "fp16", trt, cuda, host, options, log=said.append)
     assert not [line for line in said if str(tmp_path) in line]
 
 
@@ -100,8 +101,8 @@ def test_compatible_plans_build_and_load(
         pytest.skip(f"{host.device} is older than Ampere")
     options = replace(OPTIONS, version_compatible=True, hardware_compatibility=level)
     result = built(models, "fp16", trt, cuda, host, options)
-    assert "VERSION_COMPATIBLE" in result.facts["flags"]
-    assert result.facts["information"]
+    assert "VERSION_COMPATIBLE" in result.metadata.flags
+    assert result.inspection
 
 
 def test_ctrl_c_ends_the_build(trt: Any, cuda: Cuda, host: Host, models: dict[str, bytes]) -> None:
@@ -110,4 +111,4 @@ def test_ctrl_c_ends_the_build(trt: Any, cuda: Cuda, host: Host, models: dict[st
 
     with pytest.raises(KeyboardInterrupt):
         built(models, "fp32", trt, cuda, host, progress=interrupt)
-    assert built(models, "fp32", trt, cuda, host).plan
+    assert built(models, "fp32", trt, cuda, host).content

@@ -9,7 +9,7 @@ import pytest
 
 from eps_deploy.engines.base import EngineError
 from eps_deploy.engines.trt import build
-from eps_deploy.engines.trt import plan as sidecar
+from eps_deploy.engines.trt import plan as metadata
 from tests.deploy.engines.trt.builder import HOST, PLAN, Builder
 from tests.deploy.engines.trt.checks import noticed, run
 from tests.deploy.engines.trt.contract import VERSIONS, Version
@@ -22,8 +22,11 @@ BREAKS: dict[str, tuple[ModuleType, tuple[tuple[str, str], ...]]] = {
     "a None plan written": (
         build,
         (
-            ('called off")\n    if serialized is None:\n', 'called off")\n    if False:\n'),
-            ("plan = bytes(serialized)", "plan = bytes(serialized or b'')"),
+            (
+                'cancelled")\n            if serialized is None:\n',
+                'cancelled")\n            if False:\n',
+            ),
+            ("content = bytes(serialized)", "content = bytes(serialized or b'')"),
         ),
     ),
     "network freed before parsing": (
@@ -52,11 +55,11 @@ BREAKS: dict[str, tuple[ModuleType, tuple[tuple[str, str], ...]]] = {
     ),
     "types not checked": (
         build,
-        (("if found != wanted:", "if False:"),),
+        (("check_layer_types(network_types", "(lambda *_: None)(network_types"),),
     ),
     "no profile": (
         build,
-        (("    _add_profile(parsed, config, options, log)\n", ""),),
+        (("config.add_optimization_profile(profile)", "0"),),
     ),
 }
 
@@ -76,9 +79,9 @@ def test_it_is_noticed(name: str, version: Version, monkeypatch: pytest.MonkeyPa
     assert noticed(broken if original is build else build, version)
 
 
-def checks_the_sidecar(module: ModuleType) -> None:
+def checks_the_metadata(module: ModuleType) -> None:
     """Another plan, another TensorRT, another GPU: none of them is loaded."""
-    written = module.PlanMetadata.from_dict(run(build, Builder()).sidecar(HOST).to_dict())
+    written = module.PlanMetadata.from_json(run(build, Builder()).metadata.to_json())
     written.check(PLAN, HOST)
     hosts = [replace(HOST, tensorrt="11.5.0.1"), replace(HOST, compute_capability="8.0")]
     for plan, host in [(b"another", HOST), *((PLAN, host) for host in hosts)]:
@@ -86,8 +89,8 @@ def checks_the_sidecar(module: ModuleType) -> None:
             written.check(plan, host)
 
 
-def test_the_sidecar_is_checked() -> None:
-    checks_the_sidecar(sidecar)
+def test_the_metadata_is_checked() -> None:
+    checks_the_metadata(metadata)
 
 
 @pytest.mark.parametrize(
@@ -99,6 +102,6 @@ def test_the_sidecar_is_checked() -> None:
         ("and self._device_fits(host)", ""),
     ],
 )
-def test_an_unchecked_sidecar_is_noticed(edit: tuple[str, str]) -> None:
+def test_an_unchecked_metadata_is_noticed(edit: tuple[str, str]) -> None:
     with pytest.raises(pytest.fail.Exception):
-        checks_the_sidecar(mutated(sidecar, edit))
+        checks_the_metadata(mutated(metadata, edit))

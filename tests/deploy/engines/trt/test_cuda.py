@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from eps_deploy.engines.base import EngineError
-from eps_deploy.engines.trt.cuda import Cuda, DeviceFacts, host_facts, load_pycuda
+from eps_deploy.engines.trt.cuda import Cuda, host_facts, load_pycuda
 from eps_deploy.engines.trt.plan import this_platform
 from tests.deploy.engines.trt.fake_gpu import FakeGpu, Violation
 from tests.deploy.engines.trt.fake_pycuda import make_pycuda
@@ -69,13 +69,13 @@ def test_another_gpu_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_facts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("eps_deploy.bench.machine.driver_version", lambda: "580.95.05")
     machine = Machine()
-    assert machine.cuda.facts() == DeviceFacts(
-        name="NVIDIA Fake GPU",
-        compute_capability="9.0",
-        total_memory=2**30,
-        driver="580.95.05",
-        cuda="13.5",
-    )
+    assert machine.cuda.facts() == {
+        "device": "NVIDIA Fake GPU",
+        "compute_capability": "9.0",
+        "memory": 2**30,
+        "driver": "580.95.05",
+        "cuda": "13.5",
+    }
     host = host_facts(machine.trt, machine.cuda)
     assert (host.tensorrt, host.flavour) == ("11.4.0.106", "tensorrt")
     assert (host.compute_capability, host.device) == ("9.0", "NVIDIA Fake GPU")

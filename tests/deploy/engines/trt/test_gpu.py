@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,8 @@ from eps_deploy.engines.base import EngineError, Images, Logits
 from eps_deploy.engines.ort import OrtEngine
 from eps_deploy.engines.trt.build import BuildOptions, build
 from eps_deploy.engines.trt.cuda import Cuda, host_facts
-from eps_deploy.engines.trt.engine import LANES, TrtEngine
-from eps_deploy.engines.trt.plan import AMPERE, Host, PlanMetadata, load_tensorrt
+from eps_deploy.engines.trt.engine import TrtEngine
+from eps_deploy.engines.trt.plan import AMPERE, Host, Plan, load_tensorrt
 from eps_deploy.export.export import in_precision
 from eps_deploy.precision import PRECISIONS
 from tests.checkpoints import make_checkpoint
@@ -40,16 +40,11 @@ LIVES = 1000
 LEAK = 8 * 2**20  # bytes: less than one engine's buffers in ten of these lives
 
 
-@dataclass(frozen=True)
-class Plan:
-    content: bytes
-    sidecar: PlanMetadata
-
-    def open(self, **arguments: Any) -> TrtEngine:
-        return TrtEngine(self.content, self.sidecar, **arguments)
+def opened(plan: Plan, **arguments: Any) -> TrtEngine:
+    return TrtEngine(plan.content, plan.metadata, **arguments)
 
 
-class Shop:
+class Plans:
     """Builds each precision's plan once."""
 
     def __init__(self, folder: Path) -> None:
@@ -62,7 +57,7 @@ class Shop:
         if self.host.capability < AMPERE and precision in ("tf32", "bf16"):
             pytest.skip(f"{self.host.device} has no {precision}")
         if precision not in self._plans:
-            built = build(
+            self._plans[precision] = build(
                 self.models[precision],
                 PRECISIONS[precision],
                 OPTIONS,
@@ -70,7 +65,6 @@ class Shop:
                 trt=self.trt,
                 on_device=self.cuda.current,
             )
-            self._plans[precision] = Plan(built.plan, built.sidecar(self.host))
         return self._plans[precision]
 
     def expected(self, precision: str, images: Images) -> Logits:
@@ -85,14 +79,14 @@ class Shop:
 
 
 @pytest.fixture(scope="module")
-def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
-    return Shop(tmp_path_factory.mktemp("onnx"))
+def plans(tmp_path_factory: pytest.TempPathFactory) -> Plans:
+    return Plans(tmp_path_factory.mktemp("onnx"))
 
 
 @pytest.fixture
-def engine(shop: Shop) -> Iterator[TrtEngine]:
-    with shop.plan().open() as opened:
-        yield opened
+def engine(plans: Plans) -> Iterator[TrtEngine]:
+    with opened(plans.plan()) as engine:
+        yield engine
 
 
 def pixels(engine: TrtEngine, count: int, seed: int = 0) -> Images:
@@ -109,12 +103,12 @@ def differ(found: Logits, wanted: Logits) -> float:
 
 @pytest.mark.parametrize("use_graphs", [True, False], ids=["graph", "enqueue"])
 @pytest.mark.parametrize("precision", sorted(PRECISIONS))
-def test_parity(shop: Shop, precision: str, use_graphs: bool) -> None:
+def test_parity(plans: Plans, precision: str, use_graphs: bool) -> None:
     """With the CPU, at batch 1, the optimum, the largest and a ragged one, in any order."""
-    with shop.plan(precision).open(use_graphs=use_graphs) as engine:
+    with opened(plans.plan(precision), use_graphs=use_graphs) as engine:
         for turn, batch in enumerate(BATCHES):
             images = pixels(engine, batch, turn)
-            off = differ(engine.infer(images), shop.expected(precision, images))
+            off = differ(engine.infer(images), plans.expected(precision, images))
             assert off <= PARITY_LIMITS[precision], f"{precision}, batch {batch}"
 
 
@@ -130,19 +124,21 @@ def test_graphs_are_really_used(engine: TrtEngine) -> None:
     }
 
 
-def test_a_graph_equals_the_enqueued_launches(shop: Shop, engine: TrtEngine) -> None:
-    with shop.plan().open(use_graphs=False) as plain:
+def test_a_graph_equals_the_enqueued_launches(plans: Plans, engine: TrtEngine) -> None:
+    with opened(plans.plan(), use_graphs=False) as plain:
         for batch in BATCHES:
             images = pixels(engine, batch, batch)
             assert differ(engine.infer(images), plain.infer(images)) <= 1e-6
 
 
-def test_threads(shop: Shop, engine: TrtEngine) -> None:
-    """More than there are lanes; each gets the answers to its own images."""
+@pytest.mark.parametrize("contexts", [1, 2, 3])
+def test_threads(plans: Plans, contexts: int) -> None:
+    """More than there are execution contexts; each gets the answers to its own images."""
     failures: list[BaseException] = []
-    start = threading.Barrier(3 * LANES)
-    jobs = [pixels(engine, 1 + number * 5 % 32, number) for number in range(3 * LANES)]
-    wanted = [shop.expected("fp32", images) for images in jobs]
+    engine = opened(plans.plan(), contexts=contexts)
+    start = threading.Barrier(6)
+    jobs = [pixels(engine, 1 + number * 5 % 32, number) for number in range(6)]
+    wanted = [plans.expected("fp32", images) for images in jobs]
 
     def work(number: int) -> None:
         try:
@@ -158,8 +154,8 @@ def test_threads(shop: Shop, engine: TrtEngine) -> None:
         thread.start()
     for thread in threads:
         thread.join()
+    engine.close()
     assert not failures, failures
-    assert engine.describe()["lanes"] == {"made": LANES, "why_no_more": None}
 
 
 def test_time_on_device(engine: TrtEngine) -> None:
@@ -180,39 +176,39 @@ def test_batches_outside_the_profile_are_refused(engine: TrtEngine) -> None:
     engine.infer(pixels(engine, 32))
 
 
-def test_a_closed_engine_says_so(shop: Shop) -> None:
-    with shop.plan().open() as engine:
+def test_a_closed_engine_says_so(plans: Plans) -> None:
+    with opened(plans.plan()) as engine:
         images = pixels(engine, 1)
     engine.close()
     with pytest.raises(EngineError, match="closed"):
         engine.infer(images)
 
 
-def test_another_thread_may_close_it(shop: Shop) -> None:
-    engine = shop.plan().open()
+def test_another_thread_may_close_it(plans: Plans) -> None:
+    engine = opened(plans.plan())
     engine.infer(pixels(engine, 2))
     thread = threading.Thread(target=engine.close)
     thread.start()
     thread.join()
 
 
-def test_lives_leave_nothing_behind(shop: Shop) -> None:
+def test_a_thousand_engines_leave_nothing_behind(plans: Plans) -> None:
     """Memory of the GPU after a thousand engines, against that after the first ten."""
-    plan = shop.plan()
+    plan = plans.plan()
     images: Images | None = None
     before = 0
     for life in range(LIVES):
-        with plan.open() as engine:
+        with opened(plan) as engine:
             images = pixels(engine, 32) if images is None else images
             engine.infer(images)
         if life == 9:
-            with shop.cuda.current():
-                before = shop.cuda.free_memory()
-    with shop.cuda.current():
-        assert before - shop.cuda.free_memory() < LEAK
+            with plans.cuda.current():
+                before = plans.cuda.free_memory()
+    with plans.cuda.current():
+        assert before - plans.cuda.free_memory() < LEAK
 
 
-def test_torch_lives_in_the_same_process(shop: Shop) -> None:
+def test_torch_lives_in_the_same_process(plans: Plans) -> None:
     """Before, while and after there is an engine, on the same GPU and in the same thread."""
     weights = torch.arange(64.0, device="cuda").reshape(8, 8)
 
@@ -223,7 +219,7 @@ def test_torch_lives_in_the_same_process(shop: Shop) -> None:
         assert np.allclose(product.cpu().numpy(), expected @ expected)
 
     check()
-    with shop.plan().open() as engine:
+    with opened(plans.plan()) as engine:
         images = pixels(engine, 8)
         check()
         first = engine.infer(images)
@@ -245,36 +241,36 @@ def test_torch_lives_in_the_same_process(shop: Shop) -> None:
     ids=lambda changed: next(iter(changed)),
 )
 def test_a_plan_of_another_machine_is_refused_and_built_again(
-    shop: Shop, changed: dict[str, Any]
+    plans: Plans, changed: dict[str, Any]
 ) -> None:
-    plan = shop.plan()
-    foreign = replace(plan.sidecar, host=replace(plan.sidecar.host, **changed))
+    plan = plans.plan()
+    foreign = replace(plan.metadata, host=replace(plan.metadata.host, **changed))
     with pytest.raises(EngineError, match=r"built for .*; this machine has .*; rebuild it"):
         TrtEngine(plan.content, foreign)
     built = build(
-        shop.models["fp32"],
+        plans.models["fp32"],
         PRECISIONS["fp32"],
         OPTIONS,
-        host=shop.host,
-        trt=shop.trt,
-        on_device=shop.cuda.current,
+        host=plans.host,
+        trt=plans.trt,
+        on_device=plans.cuda.current,
     )
-    with TrtEngine(built.plan, built.sidecar(shop.host)) as engine:
+    with opened(built) as engine:
         images = pixels(engine, 3)
-        off = differ(engine.infer(images), shop.expected("fp32", images))
+        off = differ(engine.infer(images), plans.expected("fp32", images))
         assert off <= PARITY_LIMITS["fp32"]
 
 
-def test_what_is_no_plan_is_refused(shop: Shop) -> None:
-    """Also where the sidecar has nothing against it: TensorRT gives None, and says why in its log.
+def test_other_bytes_than_a_plan_are_refused(plans: Plans) -> None:
+    """Also where the metadata has nothing against it: TensorRT gives None, and says why in its log.
 
     A plan that is cut in half is no input for this: TensorRT does not promise to survive it.
     """
     content = b"not a plan" * 100
-    sidecar = replace(shop.plan().sidecar, plan_sha256=hashlib.sha256(content).hexdigest())
+    metadata = replace(plans.plan().metadata, plan_sha256=hashlib.sha256(content).hexdigest())
     with pytest.raises(EngineError, match="TensorRT does not load it: "):
-        TrtEngine(content, sidecar)
-    shop.plan().open().close()
+        TrtEngine(content, metadata)
+    opened(plans.plan()).close()
 
 
 _ALONE = """
@@ -282,10 +278,10 @@ import sys
 from pathlib import Path
 import numpy as np
 from eps_deploy.engines.trt.engine import TrtEngine
-from eps_deploy.engines.trt.plan import Sidecar
+from eps_deploy.engines.trt.plan import PlanMetadata
 
 plan = Path(sys.argv[1])
-engine = TrtEngine(plan.read_bytes(), Sidecar.load(Path(sys.argv[2])))
+engine = TrtEngine(plan.read_bytes(), PlanMetadata.load(Path(sys.argv[2])))
 print(engine.infer(np.zeros((1, *engine.input_shape), np.uint8)).shape)
 if sys.argv[3] == "close":
     engine.close()
@@ -293,11 +289,11 @@ if sys.argv[3] == "close":
 
 
 @pytest.mark.parametrize("end", ["close", "no close"])
-def test_a_process_ends_without_complaint(shop: Shop, tmp_path: Path, end: str) -> None:
+def test_a_process_ends_without_complaint(plans: Plans, tmp_path: Path, end: str) -> None:
     """Without torch; pycuda writes to stderr, or aborts, when something was not freed in order."""
-    plan = shop.plan()
+    plan = plans.plan()
     (tmp_path / "model.plan").write_bytes(plan.content)
-    (tmp_path / "model.plan.json").write_bytes(plan.sidecar.to_json())
+    (tmp_path / "model.plan.json").write_bytes(plan.metadata.to_json())
     done = subprocess.run(
         [sys.executable, "-c", _ALONE, "model.plan", "model.plan.json", end],
         cwd=tmp_path,
@@ -306,11 +302,11 @@ def test_a_process_ends_without_complaint(shop: Shop, tmp_path: Path, end: str) 
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout == f"(1, {plan_classes(shop)})\n"
+    assert done.stdout == f"(1, {plan_classes(plans)})\n"
     if end == "close":
         assert "PyCUDA" not in done.stderr
 
 
-def plan_classes(shop: Shop) -> int:
-    with shop.plan().open() as engine:
+def plan_classes(plans: Plans) -> int:
+    with opened(plans.plan()) as engine:
         return engine.classes

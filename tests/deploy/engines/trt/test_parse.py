@@ -14,23 +14,28 @@ both = pytest.mark.parametrize("version", VERSIONS)
 
 
 @both
-def test_a_parser_without_a_word_of_its_own(version: Version) -> None:
+def test_a_parser_without_an_error_of_its_own(version: Version) -> None:
     with pytest.raises(EngineError, match="ModelImporter: something is wrong"):
         run(module, Builder(version, refuse=("parse", "get_error")))
 
 
 @pytest.mark.parametrize(
     ("precision", "quantized", "said"),
-    [("int8", False, "none of the 2"), ("fp32", True, "2 of the 2")],
+    [
+        ("int8", False, "none of the 2 convolutions and linear layers takes int8"),
+        ("fp32", True, "layer 0000_Conv computes in int8, not in float32"),
+    ],
 )
-def test_int8_is_where_it_was_asked_for(precision: str, quantized: bool, said: str) -> None:
-    with pytest.raises(EngineError, match=f"{said} convolutions and linear layers take"):
+def test_int8_layers_must_match_the_precision(precision: str, quantized: bool, said: str) -> None:
+    with pytest.raises(
+        EngineError, match=f"{said}: this ONNX file is not of precision {precision}"
+    ):
         run(module, Builder(quantized=quantized), precision)
 
 
 def test_int8_on_fp16() -> None:
     fake = Builder(kinds=(HALF, HALF), quantized=True)
-    assert run(module, fake, "int8-fp16").plan == PLAN
+    assert run(module, fake, "int8-fp16").content == PLAN
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,8 @@ import pytest
 
 from eps_deploy.engines.base import EngineError
 from eps_deploy.engines.trt import build as module
-from eps_deploy.engines.trt import build as parse_module
-from eps_deploy.engines.trt import build as worker
-from eps_deploy.engines.trt.build import BuildOptions, Built, check_types, parse, write_plan
-from eps_deploy.engines.trt.plan import Host, PlanMetadata, this_platform
+from eps_deploy.engines.trt.build import BuildOptions, network_types, parse
+from eps_deploy.engines.trt.plan import Host, Plan, PlanMetadata, this_platform
 from eps_deploy.precision import PRECISIONS
 from tests.deploy.engines.trt.mutation import install, mutated
 from tests.deploy.engines.trt.networks import (
@@ -69,9 +67,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 def build(
     trt: Any, host: Host, model: bytes, precision: str, builder: Any = module, **arguments: Any
-) -> Built:
+) -> Plan:
     options = BuildOptions(opt_batch=4, max_batch=8, optimization_level=0)
-    built: Built = builder.build(
+    built: Plan = builder.build(
         model, PRECISIONS[precision], options, host=host, trt=trt, **arguments
     )
     return built
@@ -90,10 +88,10 @@ def test_every_precision_builds(
 
     built = build(trt, host, models[precision], precision, progress=progress)
     assert "Building engine" in phases
-    assert built.facts["flags"] == (("TF32",) if precision == "tf32" else ())
-    sidecar = write_plan(tmp_path, built, host)
-    assert PlanMetadata.load(tmp_path / "model.plan.json") == sidecar
-    sidecar.check((tmp_path / "model.plan").read_bytes(), host)
+    assert built.metadata.flags == (("TF32",) if precision == "tf32" else ())
+    built.write(tmp_path)
+    assert PlanMetadata.load(tmp_path / "model.plan.json") == built.metadata
+    built.metadata.check((tmp_path / "model.plan").read_bytes(), host)
     assert not (tmp_path / "model.plan.layers.json").exists()  # nothing can be loaded here
 
 
@@ -102,9 +100,10 @@ def test_every_product_has_the_type_that_was_asked_for(
     precision: str, trt: Any, models: dict[str, bytes]
 ) -> None:
     parsed = parse(models[precision], trt)
-    products = check_types(parsed, PRECISIONS[precision], trt)
-    assert products.total == LAYERS
-    assert products.quantized == (LAYERS if PRECISIONS[precision].quantized else 0)
+    choice = PRECISIONS[precision]
+    types = network_types(parsed, choice, trt)
+    assert len(types) == LAYERS
+    assert set(types.values()) == {"int8" if choice.quantized else choice.float}
     assert parsed.input_shape == (1, 8, 8)
 
 
@@ -130,7 +129,7 @@ def test_a_file_of_another_precision_is_refused(
         ("nothing", "its inputs and outputs are none"),
     ],
 )
-def test_what_nvidia_refuses_is_one_line_in_its_words(
+def test_parser_errors_are_one_line_with_the_reason(
     file: str, said: str, trt: Any, host: Host, models: dict[str, bytes]
 ) -> None:
     with pytest.raises(EngineError, match=said) as caught:
@@ -145,14 +144,14 @@ def test_ctrl_c_ends_a_real_build(trt: Any, host: Host, models: dict[str, bytes]
     with pytest.raises(KeyboardInterrupt):
         build(trt, host, models["fp32"], "fp32", progress=interrupt)
     assert "tensorrt-build" not in {thread.name for thread in threading.enumerate()}
-    assert build(trt, host, models["fp32"], "fp32").plan  # and the next one is not harmed
+    assert build(trt, host, models["fp32"], "fp32").content  # and the next one is not harmed
 
 
 def test_a_silent_monitor_is_noticed(
     trt: Any, host: Host, models: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    broken = mutated(worker, ("return not worker.cancelled.is_set()", "return None"))
-    install(monkeypatch, module, worker, broken)
+    broken = mutated(module, ("return not worker.cancelled.is_set()", "return None"))
+    install(monkeypatch, module, module, broken)
     with pytest.raises(EngineError, match="cannot build"):
         build(trt, host, models["fp32"], "fp32")
 
@@ -167,6 +166,6 @@ def test_a_removed_flag_is_noticed(trt: Any, host: Host, models: dict[str, bytes
 def test_unchecked_types_are_noticed(
     trt: Any, host: Host, models: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    broken = mutated(parse_module, ("if found != wanted:", "if False:"))
-    install(monkeypatch, module, parse_module, broken)
-    assert build(trt, host, models["fp32"], "fp16").plan  # what the check is there to prevent
+    broken = mutated(module, ("check_layer_types(network_types", "(lambda *_: None)(network_types"))
+    install(monkeypatch, module, module, broken)
+    assert build(trt, host, models["fp32"], "fp16").content  # what the check is there to prevent

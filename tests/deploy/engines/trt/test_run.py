@@ -20,9 +20,9 @@ import pytest
 
 from eps_core.errors import DataError
 from eps_deploy.engines.base import Engine, EngineError
-from eps_deploy.engines.trt import engine as lane
+from eps_deploy.engines.trt import engine as engine_module
 from eps_deploy.engines.trt.cuda import capture
-from eps_deploy.engines.trt.engine import LANES, TrtEngine
+from eps_deploy.engines.trt.engine import TrtEngine
 from tests.deploy.engines.trt.contract import Version
 from tests.deploy.engines.trt.machine import (
     CLASSES,
@@ -32,8 +32,8 @@ from tests.deploy.engines.trt.machine import (
     close,
     expected,
     images,
+    metadata_of,
     network,
-    sidecar_of,
 )
 from tests.deploy.engines.trt.run_checks import EVERY_CHECK
 from tests.deploy.engines.trt.semantic_fake import make_plan
@@ -49,8 +49,8 @@ def test_a_deployed_network(deployed: Path) -> None:
     model = (deployed / "bundle" / "model.onnx").read_bytes()
     machine = Machine()
     plan = make_plan(model, profile=(1, 16, 32))
-    sidecar = sidecar_of(plan, machine.host, profile=(1, 16, 32))
-    with machine.engine(TrtEngine, plan, sidecar=sidecar) as engine:
+    metadata = metadata_of(plan, machine.host, profile=(1, 16, 32))
+    with machine.engine(TrtEngine, plan, metadata=metadata) as engine:
         pixels = np.random.default_rng(0).integers(
             0, 256, (32, *engine.input_shape), dtype=np.uint8
         )
@@ -120,14 +120,14 @@ def test_close_waits_for_a_call_under_way(monkeypatch: pytest.MonkeyPatch) -> No
     machine = Machine()
     engine = machine.engine(TrtEngine)
     inside, go_on = threading.Event(), threading.Event()
-    send = lane.ExecutionContext._send
+    send = engine_module.ExecutionContext._send
 
-    def slow(self: lane.ExecutionContext, pixels: Any) -> None:
+    def slow(self: engine_module.ExecutionContext, pixels: Any) -> None:
         send(self, pixels)
         inside.set()
         assert go_on.wait(60)
 
-    monkeypatch.setattr(lane.ExecutionContext, "_send", slow)
+    monkeypatch.setattr(engine_module.ExecutionContext, "_send", slow)
     answers: list[Any] = []
     call = threading.Thread(target=lambda: answers.append(engine.infer(images(2))))
     call.start()
@@ -144,72 +144,48 @@ def test_close_waits_for_a_call_under_way(monkeypatch: pytest.MonkeyPatch) -> No
     machine.gpu.check_clean()
 
 
-def test_so_many_lanes_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("contexts", [1, 2, 3])
+def test_as_many_calls_in_flight_as_contexts(
+    contexts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On one plan; further calls wait until one is free."""
     machine = Machine()
-    send = lane.ExecutionContext._send
-    meeting = threading.Barrier(LANES)
+    send = engine_module.ExecutionContext._send
+    meeting, lock = threading.Barrier(contexts), threading.Lock()
+    running: list[int] = [0]
+    most: list[int] = []
 
-    def together(self: lane.ExecutionContext, pixels: Any) -> None:
+    def together(self: engine_module.ExecutionContext, pixels: Any) -> None:
+        with lock:
+            running[0] += 1
+            most.append(running[0])
         meeting.wait(60)
+        with lock:
+            running[0] -= 1
         send(self, pixels)
 
-    monkeypatch.setattr(lane.ExecutionContext, "_send", together)
-    with machine.engine(TrtEngine) as engine:
+    monkeypatch.setattr(engine_module.ExecutionContext, "_send", together)
+    with machine.engine(TrtEngine, contexts=contexts) as engine:
+        answers: list[Any] = []
         threads = [
-            threading.Thread(target=engine.infer, args=(images(2),)) for _ in range(2 * LANES)
+            threading.Thread(target=lambda: answers.append(engine.infer(images(2))))
+            for _ in range(2 * contexts)
         ]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        assert engine.describe()["lanes"] == {"made": LANES, "why_no_more": None}
-    machine.gpu.check_clean()
-
-
-def test_one_lane_will_do_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine = Machine()
-    send = lane.ExecutionContext._send
-    inside, go_on = threading.Event(), threading.Event()
-
-    def slow(self: lane.ExecutionContext, pixels: Any) -> None:
-        inside.set()
-        assert go_on.wait(60)
-        send(self, pixels)
-
-    monkeypatch.setattr(lane.ExecutionContext, "_send", slow)
-    tried = threading.Event()
-    with machine.engine(TrtEngine) as engine:
-        add_lane = engine._add_lane
-
-        def refused() -> Any:
-            try:
-                return add_lane()
-            finally:
-                tried.set()
-
-        answers: list[Any] = []
-        first = threading.Thread(target=lambda: answers.append(engine.infer(images(2))))
-        first.start()
-        assert inside.wait(60)
-        machine.gpu.refuse["mem_alloc"] = 1
-        monkeypatch.setattr(engine, "_add_lane", refused)
-        second = threading.Thread(target=lambda: answers.append(engine.infer(images(2))))
-        second.start()
-        assert tried.wait(60)
-        go_on.set()
-        first.join()
-        second.join()
-        assert [close(answer, expected(images(2))) for answer in answers] == [True, True]
-        told = engine.describe()["lanes"]
-    assert told["made"] == 1
-    assert "out of memory" in told["why_no_more"]
+        assert max(most) == contexts
+        assert [close(answer, expected(images(2))) for answer in answers] == [True] * 2 * contexts
+        assert engine.describe()["contexts"] == contexts
+    assert machine.trt.count("Runtime", "deserialize_cuda_engine") == 1
     machine.gpu.check_clean()
 
 
 @pytest.mark.parametrize(
     "call", ["cuStreamBeginCapture", "cuStreamEndCapture", "cuGraphInstantiate"]
 )
-def test_no_graph_is_said_and_made_up_for(call: str) -> None:
+def test_a_failed_capture_is_described_and_launches_go_on(call: str) -> None:
     machine = Machine()
     machine.gpu.refuse[call] = 1
     with machine.engine(TrtEngine) as engine:
@@ -230,7 +206,7 @@ def test_a_network_that_cannot_be_recorded(monkeypatch: pytest.MonkeyPatch) -> N
         machine.gpu.refuse["execute_async_v3"] = 1
         return capture(*arguments)
 
-    monkeypatch.setattr(lane, "capture", refusing)
+    monkeypatch.setattr(engine_module, "capture", refusing)
     with machine.engine(TrtEngine) as engine:
         assert close(engine.infer(images(2)), expected(images(2)))
         assert "cannot queue" in engine.describe()["cuda_graphs"]["not_captured"]["2"]
@@ -250,7 +226,7 @@ def test_without_cuda_bindings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_graphs_for_so_many_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Further ones share a context, which is told its shape each time."""
-    monkeypatch.setattr(lane, "MOST_GRAPHS", 2)
+    monkeypatch.setattr(engine_module, "MOST_GRAPHS", 2)
     machine = Machine()
     with machine.engine(TrtEngine) as engine:
         for batch in (1, 2, 7, 3, 7, 1, 8, 2):
@@ -272,8 +248,8 @@ def test_host_code_is_allowed_to_version_compatible_plans_alone() -> None:
     for compatible in (True, False):
         machine = Machine()
         plan = make_plan(network(), profile=PROFILE)
-        sidecar = sidecar_of(plan, machine.host, version_compatible=compatible)
-        with machine.engine(TrtEngine, plan, sidecar=sidecar):
+        metadata = metadata_of(plan, machine.host, version_compatible=compatible)
+        with machine.engine(TrtEngine, plan, metadata=metadata):
             pass
         assert machine.trt.count("Runtime", "set engine_host_code_allowed") == compatible
 
@@ -284,7 +260,7 @@ def test_a_plan_for_one_image_alone() -> None:
     one = (1, 1, 1)
     plan = make_plan(network(), profile=one)
     with machine.engine(
-        TrtEngine, plan, sidecar=sidecar_of(plan, machine.host, profile=one)
+        TrtEngine, plan, metadata=metadata_of(plan, machine.host, profile=one)
     ) as engine:
         assert engine.max_batch == 1
         assert close(engine.infer(images(1)), expected(images(1)))
@@ -337,7 +313,7 @@ def test_a_process_that_ends_frees_its_engines_and_then_the_context(end: str) ->
     assert (done.returncode, done.stdout, done.stderr) == (0, "[] {}\n", "")
 
 
-def test_what_is_closed_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_closed_engine_is_garbage_collected(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither the engine nor what would close it stays until the end of the process."""
     machine = Machine()
     at_exit: list[Any] = []
@@ -352,7 +328,7 @@ def test_what_is_closed_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not at_exit
 
 
-def test_many_lives_leave_nothing() -> None:
+def test_many_engines_leave_nothing_behind() -> None:
     machine = Machine()
     for _ in range(50):
         with machine.engine(TrtEngine) as engine:

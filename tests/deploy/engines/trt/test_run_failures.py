@@ -62,6 +62,23 @@ def test_too_little_memory(call: str, other_calls: int, monkeypatch: pytest.Monk
     machine.gpu.check_clean()
 
 
+def test_too_little_memory_for_a_second_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine()
+    original, calls = machine.pycuda.mem_alloc, 0
+
+    def fourth_fails(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            machine.gpu.refuse["mem_alloc"] = 1
+        return original(*arguments)
+
+    monkeypatch.setattr(machine.pycuda, "mem_alloc", fourth_fails, raising=False)
+    with pytest.raises(EngineError, match=r"CUDA: cannot have .* out of memory"):
+        machine.engine(TrtEngine, contexts=2)
+    machine.gpu.check_clean()
+
+
 def test_no_context(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine()
     with machine.engine(TrtEngine) as engine:
@@ -71,7 +88,7 @@ def test_no_context(monkeypatch: pytest.MonkeyPatch) -> None:
         assert close(engine.infer(images(2)), expected(images(2)))
 
 
-def test_what_is_no_plan_is_refused() -> None:
+def test_other_bytes_than_a_plan_are_refused() -> None:
     machine = Machine()
     with pytest.raises(EngineError, match=r"model\.plan: TensorRT does not load it: .*stdVersion"):
         machine.engine(TrtEngine, b"garbage")
@@ -83,11 +100,11 @@ def test_what_is_no_plan_is_refused() -> None:
     [
         ({"input_type": "FLOAT"}, "not a plan of eps-deploy"),
         ({"profiles": 2}, "not a plan of eps-deploy"),
-        ({"profile": (1, 4, 16)}, "where its sidecar says"),
-        ({"profile": (2, 4, 8)}, "where its sidecar says"),
+        ({"profile": (1, 4, 16)}, "where its metadata says"),
+        ({"profile": (2, 4, 8)}, "where its metadata says"),
     ],
 )
-def test_a_stranger_s_plan_is_refused(changes: dict[str, Any], told: str) -> None:
+def test_a_foreign_plan_is_refused(changes: dict[str, Any], told: str) -> None:
     machine = Machine()
     plan = make_plan(network(), **{"profile": PROFILE, **changes})
     with pytest.raises(EngineError, match=told):

@@ -10,7 +10,7 @@ from eps_deploy.engines.trt import engine
 from tests.deploy.engines.trt.mutation import install, mutated
 from tests.deploy.engines.trt.run_checks import noticed
 
-_SET = """            self._set(self._common, batch, log)
+_SET = """            self._set(self._common, batch, messages)
             return _Pass"""
 _READ = """            self._stream.synchronize()
             logits"""
@@ -30,9 +30,9 @@ MUTATIONS: dict[str, tuple[Any, list[tuple[str, str]]]] = {
             (
                 _SET,
                 _SET.replace(
-                    "self._set(self._common, batch, log)",
+                    "self._set(self._common, batch, messages)",
                     "if batch > getattr(self, 'most', 0):"
-                    " self._set(self._common, batch, log); self.most = batch",
+                    " self._set(self._common, batch, messages); self.most = batch",
                 ),
             )
         ],
@@ -87,17 +87,20 @@ MUTATIONS: dict[str, tuple[Any, list[tuple[str, str]]]] = {
     "the caller gets the buffer itself": (engine, [("found.copy()", "found")]),
     "recorded without a first run": (
         engine,
-        [("self._enqueue(_Pass(context, None), log)  # once", "pass  # once")],
+        [("self._enqueue(_Pass(context, None), messages)  # once", "pass  # once")],
     ),
     "one context for all graphs": (engine, [(_OWN, "        return own")]),
-    "sidecar not checked": (engine, [("        sidecar.check(plan, self._host, name=name)\n", "")]),
+    "metadata not checked": (
+        engine,
+        [("        metadata.check(plan, self._host, name=name)\n", "")],
+    ),
     "memory freed before the contexts": (
         engine,
         [
-            ("steps.callback(lane.free)", "steps.callback(lane.release)"),
+            ("steps.callback(context.free)", "steps.callback(context.release)"),
             (
-                "                steps.callback(lane.release)\n\n    @",
-                "                steps.callback(lane.free)\n\n    @",
+                "                steps.callback(context.release)\n\n    @",
+                "                steps.callback(context.free)\n\n    @",
             ),
         ],
     ),
@@ -106,21 +109,26 @@ MUTATIONS: dict[str, tuple[Any, list[tuple[str, str]]]] = {
         [
             ("            steps.callback(self._plan.free)\n", ""),
             (
-                "steps.callback(lane.release)",
-                "steps.callback(lane.release)\n            steps.callback(self._plan.free)",
+                "steps.callback(context.release)",
+                "steps.callback(context.release)\n            steps.callback(self._plan.free)",
             ),
         ],
     ),
-    "one lane for all threads": (
+    "one execution context for all threads": (
         engine,
         [
-            ("return self._idle.pop()", "return self._lanes[0]"),
-            ("self._idle.append(lane)", "pass"),
+            ("context = self._idle.pop()", "context = self._contexts[0]"),
+            ("self._idle.append(context)", "pass"),
         ],
     ),
     "no context in the thread": (
         engine,
-        [("with self._cuda.current():\n            lane", "if True:\n            lane")],
+        [
+            (
+                "with self._cuda.current():\n            with self._ch",
+                "if True:\n            with self._ch",
+            )
+        ],
     ),
     "nothing freed": (engine, [("            self._free()\n", "            pass\n")]),
     "default stream": (

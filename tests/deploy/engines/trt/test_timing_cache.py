@@ -7,7 +7,6 @@ import pytest
 
 from eps_core import files as folder_lock
 from eps_deploy.engines.trt import build as module
-from eps_deploy.engines.trt import build as timing_cache
 from eps_deploy.engines.trt.build import BuildOptions
 from tests.deploy.engines.trt.builder import HOST, PLAN, Builder
 from tests.deploy.engines.trt.checks import run
@@ -20,7 +19,7 @@ def build(fake: Builder, folder: Path) -> list[str]:
     """What was said about the timing cache; the build itself must succeed."""
     said: list[str] = []
     options = BuildOptions(timing_cache=folder)
-    assert run(module, fake, options=options, say=said.append).plan == PLAN
+    assert run(module, fake, options=options, log=said.append).content == PLAN
     return [text for text in said if text != "warning: a slow kernel"]
 
 
@@ -29,7 +28,7 @@ def test_times_go_from_build_to_build(version: Version, tmp_path: Path) -> None:
     fake = Builder(version, cache=b"times of the first")
     assert not build(fake, tmp_path / "cache")
     (file,) = (tmp_path / "cache").iterdir()
-    assert file == timing_cache.cache_file(tmp_path / "cache", fake.host)
+    assert file == module.timing_cache_path(tmp_path / "cache", fake.host)
     assert file.read_bytes() == b"times of the first"
     second = Builder(version)
     assert not build(second, tmp_path / "cache")
@@ -44,7 +43,7 @@ def test_each_version_and_each_gpu_has_its_own(tmp_path: Path) -> None:
         replace(HOST, device="NVIDIA H200"),
         replace(HOST, compute_capability="8.0"),
     ]
-    files = {timing_cache.cache_file(tmp_path, host).name for host in hosts}
+    files = {module.timing_cache_path(tmp_path, host).name for host in hosts}
     assert len(files) == len(hosts)
     assert "tensorrt-11.4.0.106-sm9.0-NVIDIA-H100-80GB-HBM3.timing" in files
 
@@ -52,14 +51,13 @@ def test_each_version_and_each_gpu_has_its_own(tmp_path: Path) -> None:
 @both
 def test_what_another_build_wrote_meanwhile_is_kept_too(version: Version, tmp_path: Path) -> None:
     fake = Builder(version, cache=b"ours")
-    file = timing_cache.cache_file(tmp_path, fake.host)
+    file = module.timing_cache_path(tmp_path, fake.host)
 
     config = fake.trt.make("IBuilderConfig", _flags=set(), _cache=None)
     said: list[str] = []
-    before = timing_cache.take(config, tmp_path, fake.host, said.append)
-    config._cache._content = b"ours"
-    file.write_bytes(b"theirs")
-    timing_cache.keep(config, tmp_path, fake.host, before, said.append)
+    with module.timing_cache(config, tmp_path, fake.host, said.append):
+        config._cache._content = b"ours"
+        file.write_bytes(b"theirs")
     assert file.read_bytes() == b"ourstheirs"
     assert fake.combined == [b"theirs"]
     assert not said
@@ -72,18 +70,18 @@ def test_what_another_build_wrote_meanwhile_is_kept_too(version: Version, tmp_pa
         ("set_timing_cache", "refuses this timing cache; building with an empty one"),
         ("create_timing_cache", "refuses this timing cache"),
         ("get_timing_cache", "has no timing cache to keep"),
-        ("serialize", "does not give its timing cache away"),
+        ("serialize", "does not serialize its timing cache"),
     ],
 )
-def test_a_cache_that_fails_is_said_and_no_more(
+def test_a_failing_cache_is_logged_and_the_build_goes_on(
     version: Version, refuse: str, said: str, tmp_path: Path
 ) -> None:
     fake = Builder(version, refuse=(refuse,))
-    timing_cache.cache_file(tmp_path, fake.host).write_bytes(b"old")
+    module.timing_cache_path(tmp_path, fake.host).write_bytes(b"old")
     assert any(said in text for text in build(fake, tmp_path))
 
 
-def test_a_folder_that_is_none(tmp_path: Path) -> None:
+def test_a_file_in_place_of_the_folder(tmp_path: Path) -> None:
     place = tmp_path / "file"
     place.write_bytes(b"")
     (text,) = build(Builder(), place)
@@ -100,7 +98,7 @@ def test_a_folder_that_another_build_holds(tmp_path: Path) -> None:
 
 def test_a_full_disk_leaves_the_old_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = Builder(cache=b"new")
-    file = timing_cache.cache_file(tmp_path, fake.host)
+    file = module.timing_cache_path(tmp_path, fake.host)
     file.write_bytes(b"old")
 
     def full(handle: int) -> None:

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 
 import pytest
 
 from eps_deploy.engines.base import EngineError
 from eps_deploy.engines.trt import build as module
-from eps_deploy.engines.trt.build import Worker
+from eps_deploy.engines.trt.build import _Worker
 from tests.deploy.engines.trt.builder import Builder
 from tests.deploy.engines.trt.checks import run
 from tests.deploy.engines.trt.contract import VERSIONS, Version
@@ -30,37 +31,37 @@ def test_progress_is_reported_on_the_callers_thread(version: Version) -> None:
     ]
 
 
-def test_progress_can_call_the_build_off() -> None:
-    with pytest.raises(EngineError, match="called off"):
+def test_progress_can_cancel_the_build() -> None:
+    with pytest.raises(EngineError, match="cancelled"):
         run(module, Builder(steps=1000), progress=lambda phase, done, steps: False)
 
 
-def test_what_the_callers_functions_raise_goes_on() -> None:
-    def say(text: str) -> None:
+def test_exceptions_of_the_callers_functions_are_raised() -> None:
+    def log(text: str) -> None:
         raise LookupError(text)
 
     with pytest.raises(LookupError, match="warning: a slow kernel"):
-        run(module, Builder(), say=say)
+        run(module, Builder(), log=log)
 
 
-def test_the_result_comes_after_all_that_was_told() -> None:
-    worker: Worker[int] = Worker()
+def test_the_result_comes_after_all_queued_calls() -> None:
+    worker: _Worker[int] = _Worker()
     heard: list[object] = []
 
     def work() -> int:
-        worker.tell("one")
-        worker.tell(None)
+        worker.call(partial(heard.append, "one"))
+        worker.call(partial(heard.append, None))
         return 7
 
-    assert worker.run(work, heard.append) == 7
+    assert worker.run(work) == 7
     assert heard == ["one", None]
 
 
-def test_what_the_work_raises_comes_out_here() -> None:
-    worker: Worker[None] = Worker()
+def test_exceptions_of_the_work_are_raised() -> None:
+    worker: _Worker[None] = _Worker()
 
     def work() -> None:
         raise LookupError("there")
 
     with pytest.raises(LookupError, match="there"):
-        worker.run(work, print)
+        worker.run(work)

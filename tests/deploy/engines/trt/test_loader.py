@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from eps_deploy.engines.base import EngineError
-from eps_deploy.engines.trt.plan import flavour, load_tensorrt, release
+from eps_deploy.engines.trt.plan import load_tensorrt, release
 from tests.deploy.engines.trt.contract import VERSIONS, Version, make_fake
 
 
@@ -16,7 +16,6 @@ def test_what_is_installed_is_used(version: Version, monkeypatch: pytest.MonkeyP
     trt = make_fake(version, {})
     monkeypatch.setitem(sys.modules, "tensorrt", trt)
     assert load_tensorrt() is trt
-    assert flavour(trt) == "tensorrt"
 
 
 @pytest.fixture
@@ -39,7 +38,7 @@ def _not_imported() -> Iterator[None]:
         ("__version__ = '8.6.1'", r"TensorRT 8\.6\.1 is installed; eps-resnet builds with 10 and"),
     ],
 )
-def test_what_cannot_be_used_is_one_line_with_the_remedy(
+def test_an_unusable_package_is_a_one_line_error_with_the_remedy(
     content: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "tensorrt.py").write_text(content)

@@ -13,7 +13,7 @@ from eps_deploy.engines.base import EngineError
 from eps_deploy.engines.trt.plan import PlanMetadata
 from tests.deploy.engines.trt.builder import HOST, PLAN
 
-SIDECAR = PlanMetadata(
+METADATA = PlanMetadata(
     host=HOST,
     onnx_sha256="0" * 64,
     plan_sha256=hashlib.sha256(PLAN).hexdigest(),
@@ -29,16 +29,16 @@ SIDECAR = PlanMetadata(
 
 
 def test_a_plan_is_loaded_where_it_was_built() -> None:
-    SIDECAR.check(PLAN, HOST)
+    METADATA.check(PLAN, HOST)
     newer_driver = replace(HOST, driver="590.10", cuda="13.1")
-    SIDECAR.check(PLAN, newer_driver)
-    assert SIDECAR.remark(newer_driver) is None
+    METADATA.check(PLAN, newer_driver)
+    assert METADATA.remark(newer_driver) is None
 
 
-def test_the_refusal_says_what_is_there_and_what_was_needed() -> None:
+def test_the_error_names_both_machines() -> None:
     here = replace(HOST, tensorrt="10.16.1.11", compute_capability="8.0", device="NVIDIA A100")
     with pytest.raises(EngineError) as caught:
-        SIDECAR.check(PLAN, here)
+        METADATA.check(PLAN, here)
     assert str(caught.value) == (
         "model.plan: built for TensorRT 11.4.0.106 on compute capability 9.0"
         " (NVIDIA H100 80GB HBM3), linux-x86_64; this machine has TensorRT 10.16.1.11 on compute"
@@ -48,7 +48,7 @@ def test_the_refusal_says_what_is_there_and_what_was_needed() -> None:
 
 def test_another_plan_is_refused() -> None:
     with pytest.raises(EngineError, match=r"cache/model\.plan: not the plan that"):
-        SIDECAR.check(PLAN + b"!", HOST, name="cache/model.plan")
+        METADATA.check(PLAN + b"!", HOST, name="cache/model.plan")
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_another_plan_is_refused() -> None:
 )
 def test_each_difference_counts(change: dict[str, Any]) -> None:
     with pytest.raises(EngineError, match="this machine has"):
-        SIDECAR.check(PLAN, replace(HOST, **change))
+        METADATA.check(PLAN, replace(HOST, **change))
 
 
 @pytest.mark.parametrize(
@@ -79,12 +79,12 @@ def test_each_difference_counts(change: dict[str, Any]) -> None:
 def test_version_compatible_plans_go_forward_as_nvidia_says(
     built: str, here: str, fits: bool
 ) -> None:
-    sidecar = replace(SIDECAR, host=replace(HOST, tensorrt=built), version_compatible=True)
+    metadata = replace(METADATA, host=replace(HOST, tensorrt=built), version_compatible=True)
     if fits:
-        sidecar.check(PLAN, replace(HOST, tensorrt=here))
+        metadata.check(PLAN, replace(HOST, tensorrt=here))
     else:
         with pytest.raises(EngineError, match="built for"):
-            sidecar.check(PLAN, replace(HOST, tensorrt=here))
+            metadata.check(PLAN, replace(HOST, tensorrt=here))
 
 
 @pytest.mark.parametrize(
@@ -100,26 +100,26 @@ def test_version_compatible_plans_go_forward_as_nvidia_says(
 def test_hardware_compatible_plans_go_where_nvidia_says(
     level: Any, capability: str, fits: bool
 ) -> None:
-    sidecar = replace(SIDECAR, hardware_compatibility=level)
+    metadata = replace(METADATA, hardware_compatibility=level)
     here = replace(HOST, compute_capability=capability, device="another")
     if fits:
-        sidecar.check(PLAN, here)
-        assert sidecar.remark(here) is None
+        metadata.check(PLAN, here)
+        assert metadata.remark(here) is None
     else:
         with pytest.raises(EngineError, match="built for"):
-            sidecar.check(PLAN, here)
+            metadata.check(PLAN, here)
 
 
 def test_another_model_of_the_same_capability_is_remarked() -> None:
     here = replace(HOST, device="NVIDIA H200")
-    SIDECAR.check(PLAN, here)
-    assert "was built on NVIDIA H100 80GB HBM3, this is NVIDIA H200" in str(SIDECAR.remark(here))
+    METADATA.check(PLAN, here)
+    assert "was built on NVIDIA H100 80GB HBM3, this is NVIDIA H200" in str(METADATA.remark(here))
 
 
 def test_it_is_read_as_it_was_written(tmp_path: Path) -> None:
     path = tmp_path / "model.plan.json"
-    path.write_bytes(SIDECAR.to_json())
-    assert PlanMetadata.load(path) == SIDECAR
+    path.write_bytes(METADATA.to_json())
+    assert PlanMetadata.load(path) == METADATA
     assert json.loads(path.read_text())["host"]["compute_capability"] == "9.0"
 
 
@@ -128,22 +128,22 @@ def test_it_is_read_as_it_was_written(tmp_path: Path) -> None:
     [
         (None, "no such file, and a plan is not loaded without it"),
         (b"{", "damaged or not JSON"),
-        (b"[]", "not a usable sidecar"),
+        (b"[]", "not usable plan metadata"),
         (b'{"schema": 2}', "schema 2 is newer"),
-        (b'{"schema": 1}', "not a usable sidecar"),
-        ({"schema": "1"}, "not a usable sidecar"),
-        ({"profile": [1, 16, 8]}, "not a usable sidecar"),
-        ({"profile": [1, 16]}, "not a usable sidecar"),
-        ({"hardware_compatibility": "volta"}, "not a usable sidecar"),
-        ({"version_compatible": "no"}, "not a usable sidecar"),
-        ({"host": {"tensorrt": "11.4"}}, "not a usable sidecar"),
-        ({"layers": ["fp16"]}, "not a usable sidecar"),
+        (b'{"schema": 1}', "not usable plan metadata"),
+        ({"schema": "1"}, "not usable plan metadata"),
+        ({"profile": [1, 16, 8]}, "not usable plan metadata"),
+        ({"profile": [1, 16]}, "not usable plan metadata"),
+        ({"hardware_compatibility": "volta"}, "not usable plan metadata"),
+        ({"version_compatible": "no"}, "not usable plan metadata"),
+        ({"host": {"tensorrt": "11.4"}}, "not usable plan metadata"),
+        ({"layers": ["fp16"]}, "not usable plan metadata"),
     ],
 )
-def test_a_damaged_one_is_one_line(tmp_path: Path, content: Any, said: str) -> None:
+def test_damaged_metadata_is_a_one_line_error(tmp_path: Path, content: Any, said: str) -> None:
     path = tmp_path / "model.plan.json"
     if isinstance(content, dict):
-        content = json.dumps({**SIDECAR.to_dict(), **content}).encode()
+        content = json.dumps({**json.loads(METADATA.to_json()), **content}).encode()
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(FileFormatError, match=said) as caught:

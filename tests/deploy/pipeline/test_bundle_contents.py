@@ -1,4 +1,4 @@
-"""What lies in a bundle besides its models."""
+"""The contents of a bundle besides its models."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def test_colours_and_strange_labels(tmp_path: Path) -> None:
     written = write_examples(tmp_path / "x", images, labels, ("../a b", "ü/c", "without images"))
     names = [path.name for path in written]
     assert names == ["label-_a_b-test-0002.png", "label-_c-test-0000.png"]
-    with Image.open(written[1]) as picture:
-        assert (np.asarray(picture).transpose(2, 0, 1) == images[0]).all()
+    with Image.open(written[1]) as image:
+        assert (np.asarray(image).transpose(2, 0, 1) == images[0]).all()
 
 
 def test_many_classes_give_ten_examples(tmp_path: Path) -> None:
@@ -60,7 +60,7 @@ def test_many_classes_give_ten_examples(tmp_path: Path) -> None:
     assert len(write_examples(tmp_path / "x", images, np.arange(100), classes)) == 10
 
 
-def test_the_manifest_names_its_sources(deployed: Path) -> None:
+def test_the_manifest_names_its_inputs(deployed: Path) -> None:
     manifest = json.loads((deployed / "bundle" / "manifest.json").read_bytes())
     compact = CompactArtifact.load(deployed / "compact.pt")
     assert manifest["source"]["compact_digest"] == compact.digest
