@@ -58,7 +58,7 @@ class OrtTimer:
         _, exported = self._last
         pixels = image.cpu().numpy()
 
-        def measure(without: Sequence[Collection[str]], seconds: float) -> list[list[Runs]]:
+        def measure(without: Sequence[Collection[str]]) -> list[list[Runs]]:
             with ExitStack() as engines:
                 calls = [
                     partial(
@@ -66,7 +66,7 @@ class OrtTimer:
                     )
                     for blocks in without
                 ]
-                return interleaved(calls, seconds)
+                return interleaved(calls)
 
         return measure
 
