@@ -1,16 +1,17 @@
-"""`compact.pt`: the plain network, its tensors, and the certificate that it is what was trained."""
+"""The artifact `compact.pt`: network, tensors and certificate; and the certificate's own file."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from torch import Tensor, fx
 
-from eps_compact import certificate as fingerprint
 from eps_compact import folding
+from eps_compact.certificate import difference
 from eps_compact.folding import Pair
 from eps_core import checksummed
 from eps_core.errors import ConfigError, FileFormatError, GraphError
@@ -21,19 +22,22 @@ from eps_train.training.checkpoint import Checkpoint, current_versions
 
 FORMAT = "eps-resnet-compact"
 VERSION = 2  # 1: never folded, so it has no `folded`
+CERTIFICATE_FORMAT = "eps-resnet-certificate"
+CERTIFICATE_VERSION = 1
+_UNUSABLE = (KeyError, TypeError, ValueError, AttributeError, ConfigError, msgspec.ValidationError)
 
 
 @dataclass(kw_only=True, slots=True)
 class CompactArtifact:
-    """What `eps-compact` leaves behind.
+    """A compact network as a file.
 
     Attributes:
         network: the network without its dead blocks (`removed`); no gates (`gated` is empty).
         state: exactly the tensors of :meth:`build`.
-        folded: convolutions that took up the batch norm behind them; () when it is as trained.
+        folded: convolutions with the batch norm that is folded into each; () without folding.
         data: what it was trained on: classes, mean and std, preprocessing, split, sha256.
-        certificate: plain data, as `certificate.certificate` makes it: evidence for every
-            removed block, the proofs of equality, what the live blocks do, sizes and costs.
+        certificate: plain data from `certificate.certificate`: evidence for every removed block,
+            the proofs of equality, evidence about the live blocks, sizes and costs.
         checkpoint: `path` of the checkpoint relative to this file's folder, and its `digest`.
         versions: of eps-resnet, torch and Python.
         digest: of the file it was read from or written to; "" before that.
@@ -49,7 +53,7 @@ class CompactArtifact:
     digest: str = ""
 
     def build(self) -> fx.GraphModule:
-        """The network, in evaluation mode, on the CPU, sharing nothing with this object.
+        """Build the network, in evaluation mode, on the CPU, sharing nothing with this object.
 
         It maps normalised float32 images `[N, C, H, W]` to float32 logits `[N, classes]`.
         Raises FileFormatError when the tensors are not those of the network.
@@ -60,13 +64,12 @@ class CompactArtifact:
         model = rewriting.drop_taps(self.network.build(state)).eval()
         if self.folded:
             folding.refold(model, self.folded, self.state)
-        surplus = sorted(self.state.keys() - model.state_dict().keys())
-        if surplus:
+        if surplus := sorted(self.state.keys() - model.state_dict().keys()):
             raise FileFormatError(f"tensors that the network does not have, first {surplus[0]}")
         return model
 
     def gated(self, checkpoint: Checkpoint) -> fx.GraphModule:
-        """The network of its checkpoint in evaluation mode, with all removed blocks' gates shut.
+        """Build its checkpoint's network in evaluation mode with all removed blocks' gates latched.
 
         Before folding, that is what :meth:`build` computes. Raises FileFormatError when this
         network was not made from `checkpoint`.
@@ -100,25 +103,26 @@ class CompactArtifact:
 
     @classmethod
     def load(cls, path: Path, *, any_code: bool = False) -> CompactArtifact:
-        """Read and verify an artifact, its tensors and its network's code included.
+        """Read and verify an artifact, including its tensors and its network's code.
 
-        With `any_code` the network may be built by other code than was compacted; see
+        With `any_code` the network's code may differ from what was compacted; see
         :meth:`other_code`. Raises FileFormatError that names the file: missing, damaged, foreign,
-        too new, or holding other tensors than its network needs.
+        too new, or with other tensors than its network needs.
         """
         payload, digest = checksummed.read(path, format=FORMAT, version=VERSION)
         try:
+            folded = payload["folded"] if payload["version"] > 1 else ()
             artifact = cls(
                 network=NetworkSpec.from_dict(payload["network"]),
                 state=dict(payload["state"]),
-                folded=_pairs(payload["folded"] if payload["version"] > 1 else ()),
+                folded=msgspec.convert(folded, tuple[Pair, ...]),
                 data=DataIdentity.from_dict(payload["data"]),
-                certificate=_mapping(payload["certificate"]),
-                checkpoint=_mapping(payload["checkpoint"]),
-                versions=_mapping(payload["versions"]),
+                certificate=msgspec.convert(payload["certificate"], dict[str, Any]),
+                checkpoint=msgspec.convert(payload["checkpoint"], dict[str, str]),
+                versions=msgspec.convert(payload["versions"], dict[str, str]),
                 digest=digest,
             )
-        except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
+        except _UNUSABLE as error:
             raise FileFormatError(f"{path}: not a usable compact network ({error!r})") from error
         try:
             model = artifact.build()
@@ -129,13 +133,13 @@ class CompactArtifact:
         return artifact
 
     def other_code(self, model: fx.GraphModule) -> str | None:
-        """How `model`, built just now, differs from the network that was proven; None: it does not.
+        """Return how `model` differs from the network that was proven; None if it does not.
 
-        Files of earlier versions say nothing about it.
+        Files of earlier versions have no fingerprint to compare with.
         """
         recorded = self.certificate.get("network")
         try:
-            reason = recorded and fingerprint.difference(model, recorded)
+            reason = recorded and difference(model, recorded)
         except (KeyError, TypeError, AttributeError, ValueError):
             return "its certificate holds no usable digest of the network's code"
         if not reason:
@@ -146,20 +150,28 @@ class CompactArtifact:
             f" with {made}); go back to that, or run eps-compact again"
         )
 
+    def certificate_file(self) -> dict[str, Any]:
+        """Return the content of `compact.json`: the certificate with the digests of both files."""
+        return {
+            "format": CERTIFICATE_FORMAT,
+            "version": CERTIFICATE_VERSION,
+            "artifact": self.digest,
+            **self.certificate,
+            "checkpoint": dict(self.checkpoint),
+        }
+
+
+def read_certificate(path: Path) -> dict[str, Any]:
+    """Read a `compact.json`. Raises FileFormatError when it is something else."""
+    try:
+        found = json.loads(sealed.read_bytes(path))
+    except ValueError as error:
+        raise FileFormatError(f"{path}: is not JSON ({error}); run eps-compact again") from None
+    if not isinstance(found, dict) or found.get("format") != CERTIFICATE_FORMAT:
+        raise FileFormatError(f"{path}: is no certificate of eps-compact; run it again")
+    return found
+
 
 def load(path: Path) -> fx.GraphModule:
-    """The network of a `compact.pt`, in evaluation mode: see `CompactArtifact.build`."""
+    """Load the network of a `compact.pt`, in evaluation mode: see `CompactArtifact.build`."""
     return CompactArtifact.load(Path(path)).build()
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        raise TypeError(f"expected a mapping, not {type(value).__name__}")
-    return dict(value)
-
-
-def _pairs(value: Any) -> tuple[Pair, ...]:
-    pairs = tuple(Pair(*names) for names in value)
-    if not all(isinstance(name, str) for pair in pairs for name in pair):
-        raise TypeError("folded: expected pairs of names")
-    return pairs

@@ -1,6 +1,7 @@
-"""The certificate: evidence for every removed block, and proof that the network is still the same.
+"""Certificate of a compaction: evidence for every removed block, and proof of equal logits.
 
-Rewriting (blocks out, gates away) must not move a bit; folding may move what rounding moves.
+Rewriting (removal of blocks and gates) must keep logits equal to the last bit; folding may change
+them by rounding.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from dataclasses import asdict
 from types import FunctionType
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor, fx, nn
 
-from eps_compact.evidence import BlockEvidence, Findings
+from eps_compact.evidence import ActivationStatistics, BlockEvidence
 from eps_core.checks import Parity, compare_logits
 from eps_core.errors import EpsError
 from eps_train.gating.tracing import ByMode, in_mode
@@ -31,7 +33,7 @@ from eps_train.training.forward import cpu_threads
 BATCHES = (1, 7, 32)  # kernels are chosen by batch size, so each is compared with itself
 ROUNDS = 2  # batches of each size and each kind of input
 SEED = 0  # of the random images
-AT_ONCE = 4  # batches that are computed beside each other, which takes their memory
+AT_ONCE = 4  # batches that are computed in parallel, each of which takes memory
 REWRITING, FOLDING = "rewriting", "folding"  # stages of the proof
 BOUND = 1e-5  # of the folding, relative to the largest logit
 ALL_EVIDENCE = "training record and held-out images"
@@ -40,7 +42,7 @@ _SLACK = 1e-6  # relative; epsilon is a float32 number on the gate
 
 
 class ProofError(EpsError):
-    """The compact network is not the gated one, or a removed block is not on record as dead."""
+    """The compact network differs from the gated one, or a removed block is not dead."""
 
 
 def failure(proof: Parity) -> str:
@@ -68,13 +70,14 @@ def compare(
     heldout: Tensor,
     folded: nn.Module | None = None,
 ) -> tuple[Parity, ...]:
-    """Logits of `gated` and `plain`, and of `plain` and `folded` if given, in evaluation mode.
+    """Compare logits of `gated` and `plain`, and of `plain` and `folded` if given.
 
-    All lie on one device. They are shown `heldout` (uint8 `[N, C, H, W]`; N may be 0) and random
-    images, at every batch size of `BATCHES`. All rewriting comes before all folding.
+    All are in evaluation mode and on one device. Inputs are `heldout` (uint8 `[N, C, H, W]`; N may
+    be 0) and random images, at every batch size of `BATCHES`. All comparisons of rewriting come
+    before all of folding.
 
-    On the CPU every batch is computed on one thread, several batches beside each other: threads
-    that work on one small layer spend their time waiting for each other.
+    On the CPU every batch is computed on one thread, several batches in parallel: threads that
+    share one small layer mostly wait for each other.
     """
     networks = [gated, plain] if folded is None else [gated, plain, folded]
     # The largest first, so that none of them is left over at the end.
@@ -105,7 +108,7 @@ def compare(
 def _each(
     answers: Callable[[Tensor], list[Tensor]], batches: Sequence[Tensor]
 ) -> list[list[Tensor]]:
-    """What `answers` says to each batch, in their order; on the CPU several at a time."""
+    """Call `answers` with each batch, on the CPU several at a time; results are in order."""
     if batches[0].device.type != "cpu":
         return [answers(batch) for batch in batches]
     workers = min(torch.get_num_threads(), AT_ONCE)
@@ -121,10 +124,10 @@ def prove(
     heldout: Tensor,
     folded: nn.Module | None = None,
 ) -> tuple[Parity, ...]:
-    """Show that `plain` computes what `gated` does, to the last bit, and `folded` within `BOUND`.
+    """Prove that `plain` computes what `gated` does, to the last bit, and `folded` within `BOUND`.
 
-    As :func:`compare`, but raises ProofError for the first comparison that fails: it names the
-    inputs, the batch size, and the largest difference.
+    Arguments and result are those of :func:`compare`. Raises ProofError for the first comparison
+    that fails; it names the inputs, the batch size, and the largest difference.
     """
     proofs = compare(gated, plain, normalize, heldout, folded)
     for proof in proofs:
@@ -134,7 +137,7 @@ def prove(
 
 
 def check_evidence(checkpoint: Checkpoint) -> None:
-    """Raise ProofError when a dead block's record does not say that it was silent."""
+    """Raise ProofError when a dead block's record does not show responses within epsilon."""
     for record in checkpoint.gates:
         death = record.death
         if death is None:
@@ -153,39 +156,39 @@ def certificate(
     checkpoint: Checkpoint,
     *,
     proofs: tuple[Parity, ...],
-    findings: Findings,
+    statistics: ActivationStatistics,
     closed_at_least: float,
     counts: dict[str, dict[str, int]],
     folded: dict[str, int] | None,
     network: dict[str, Any],
 ) -> dict[str, Any]:
-    """The certificate as plain data; see docs/files.md.
+    """Return the certificate as plain data; see docs/files.md.
 
     Args:
         checkpoint: what was compacted.
         proofs: all of :func:`prove`.
-        findings: what held-out images showed.
-        closed_at_least: share of training steps that was asked for; 1: the deaths alone.
+        statistics: measurements on held-out images.
+        closed_at_least: requested share of training steps; 1: only dead blocks are removed.
         counts: `blocks`, `parameters`, `flops`, each `before` and `after`, without folding.
         folded: `pairs` and `parameters` of the folded network; None: it was not folded.
-        network: the `fingerprint.fingerprint` of the compact network.
+        network: the :func:`fingerprint` of the compact network.
     """
     data = checkpoint.data
-    kept = [block for block in findings.live if block.block not in findings.beyond]
-    beyond = [block for block in findings.live if block.block in findings.beyond]
+    kept = [_entry(block) for block in statistics.live if block.block not in statistics.beyond]
+    beyond = [_entry(block) for block in statistics.live if block.block in statistics.beyond]
     folding = [_proof_entry(proof) for proof in proofs if proof.stage == FOLDING]
     return {
         "lossless": not beyond,
-        "evidence": ALL_EVIDENCE if findings.images else RECORD_ALONE,
-        "heldout": findings.images,
-        "removed": deaths(checkpoint),
+        "evidence": ALL_EVIDENCE if statistics.images else RECORD_ALONE,
+        "heldout": statistics.images,
+        "removed": prune_records(checkpoint),
         "closed_at_least": closed_at_least,
-        "removed_live": [_entry(block) for block in beyond],
-        "accuracy": findings.accuracy,
+        "removed_live": beyond,
+        "accuracy": statistics.accuracy,
         "proof": [_proof_entry(proof) for proof in proofs if proof.stage == REWRITING],
         "folding": None if folded is None else {"bound": BOUND, **folded, "proof": folding},
-        "live": [_entry(block) for block in kept],
-        "flicker": None if findings.flicker is None else _plain(asdict(findings.flicker)),
+        "live": kept,
+        "flicker": msgspec.json.decode(msgspec.json.encode(statistics.gap)),
         "counts": counts,
         "network": network,
         "data": {
@@ -200,8 +203,8 @@ def certificate(
     }
 
 
-def deaths(checkpoint: Checkpoint) -> list[dict[str, Any]]:
-    """Of every block that died, its name and the evidence."""
+def prune_records(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    """Return the name of every dead block with the evidence for it."""
     return [
         {"block": record.block, **asdict(record.death)}
         for record in checkpoint.gates
@@ -213,15 +216,8 @@ def _entry(block: BlockEvidence) -> dict[str, Any]:
     return {**asdict(block), "ratio": block.ratio}
 
 
-def _plain(fields: dict[str, Any]) -> dict[str, Any]:
-    """With lists for tuples, as JSON gives it back."""
-    return {
-        name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()
-    }
-
-
 def _inputs(heldout: Tensor, size: int) -> Iterator[tuple[str, Tensor]]:
-    """Named images uint8 `[ROUNDS * size, C, H, W]`; held-out ones repeat when they are too few."""
+    """Yield named images uint8 `[ROUNDS * size, C, H, W]`; too few held-out ones repeat."""
     count = ROUNDS * size
     if len(heldout):
         # Other sizes start elsewhere, so that together they see more of the images.
@@ -244,27 +240,27 @@ def _proof_entry(proof: Parity) -> dict[str, Any]:
     }
 
 
-# -- What a network's code does, as a few numbers: two builds of one network have the same
+# -- Fingerprint of a network's code: two builds of one network have the same
 #
-# A compact network is kept as its name and its tensors; its steps come from code, which may be
+# A compact network is stored as its name and its tensors; its steps come from code, which may be
 # edited or replaced by another version. So the certificate holds a digest of the steps, and a
-# sketch of the constants that no tensor of the file holds.
+# sketch of the constants that are not among the stored tensors.
 
-_ONE_BY_ONE = (bool, int, float, str, type(None), torch.dtype)
-_TOLERANCE = 1e-4  # of a sketch: other processors and versions round a table of sines otherwise
+_SCALARS = (bool, int, float, str, type(None), torch.dtype)
+_TOLERANCE = 1e-4  # of a sketch: other processors and versions round constants differently
 
 
 def fingerprint(model: fx.GraphModule) -> dict[str, Any]:
-    """Plain data: `code`, a SHA-256 of the network's steps; `constants`, sketches by name.
+    """Return `code`, a SHA-256 of the network's steps, and `constants`, sketches by name.
 
-    Steps are the operations with their constants, the layers with their settings, and of layers
-    that are not torch's the source code (without comments).
+    Steps are the operations with their constants, the layers with their settings, and the source
+    code (without comments) of layers that are not torch's.
     """
     return {"code": _digest(model), "constants": _sketches(model)}
 
 
 def difference(model: fx.GraphModule, recorded: Mapping[str, Any]) -> str | None:
-    """What is not as it was recorded, in words; None when all is."""
+    """Return how a network differs from the recorded fingerprint, in words; None if it does not."""
     found = fingerprint(model)
     if found["code"] != recorded["code"]:
         return "the code of its network is not the code that was compacted"
@@ -291,7 +287,7 @@ def _digest(model: fx.GraphModule) -> str:
 
 
 class _Word(str):
-    """A text that stands for itself."""
+    """A string whose repr has no quotation marks."""
 
     def __repr__(self) -> str:
         return str(self)
@@ -304,7 +300,7 @@ def _name(target: Any) -> str:
 
 
 def _layer(module: nn.Module) -> list[str]:
-    """A line for each module inside, itself included."""
+    """Return the lines of a module and of all modules inside."""
     lines = []
     for path, inner in module.named_modules():
         kind = type(inner)
@@ -317,7 +313,7 @@ def _layer(module: nn.Module) -> list[str]:
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:
-    """The arguments that a layer was made with and keeps, where they are not the default.
+    """Return a layer's constructor arguments that are attributes and differ from the default.
 
     So an argument that a later version adds changes nothing.
     """
@@ -329,24 +325,24 @@ def _settings(module: nn.Module) -> dict[str, Any]:
 def _is_plain(value: Any) -> bool:
     if isinstance(value, (tuple, list)):
         return all(map(_is_plain, value))
-    return isinstance(value, _ONE_BY_ONE)
+    return isinstance(value, _SCALARS)
 
 
 def _is_known(kind: type) -> bool:
-    """Whether what the class does is told by its name."""
+    """Whether the name of the class says what it computes."""
     return kind.__module__.partition(".")[0] in ("torch", "builtins", "eps_train")
 
 
 def _source(code: Any) -> str:
     try:
         return ast.unparse(ast.parse(textwrap.dedent(inspect.getsource(code))))
-    except (OSError, SyntaxError, TypeError):  # made by exec(), a lambda amid a call
+    except (OSError, SyntaxError, TypeError):  # from exec(), or a lambda within a call
         inner = getattr(code, "__code__", None)
         return f"{_name(code)} {inner and (inner.co_names, inner.co_consts[1:])}"
 
 
 def _sketches(model: fx.GraphModule) -> dict[str, list[float]]:
-    """Of each tensor beside the state dict three sums, which few others have in common."""
+    """Return three sums of each tensor that is not in the state dict, which tell most apart."""
     held = model.state_dict().keys()
     found = {name: buffer for name, buffer in model.named_buffers() if name not in held}
     for path, module in model.named_modules():

@@ -1,52 +1,88 @@
-"""`eps-compact`: take the dead blocks out of a trained network, and prove that nothing changed."""
+"""`eps-compact`: remove the dead blocks of a trained network, prove that its logits are equal."""
 
 from __future__ import annotations
 
+import json
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from eps_compact.analysis.choice import PruneOptions, pareto_file, tuned_file
-from eps_compact.outputs import Outputs, export_files, write
+from eps_compact.analysis.selection import SAMPLES, PruneOptions
 from eps_core import cli as console
-from eps_core.errors import ConfigError
+from eps_core.errors import ConfigError, DataError, FileFormatError, naming
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from eps_compact.analysis.choice import Selection
+    from eps_compact.analysis.selection import Selection
     from eps_compact.compaction import Compaction
-    from eps_train.data.dataset import Data
-    from eps_train.training.checkpoint import Checkpoint
+
+NEAREST = 5  # live blocks in the table of those nearest to being pruned
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
-    """The options that decide what is done; names as on the command line."""
+    """The command line: names as there."""
 
     checkpoint: Path
-    outputs: Outputs
+    output: Path
     dry_run: bool
     data_root: Path | None
     no_data: bool
     no_fold: bool
     closed_at_least: float
-    wishes: PruneOptions
+    live_blocks: PruneOptions
     exports: tuple[str, ...]
     force: bool
 
     @property
-    def extras(self) -> dict[str, tuple[Path, ...]]:
-        """Files to be written besides `outputs`, by what they are."""
-        compact = self.outputs.compact
-        found = {f"export_{kind}": export_files(compact, kind) for kind in self.exports}
-        if self.wishes.sweeps:
-            found["pareto"] = (pareto_file(compact),)
-        if self.wishes.finetune_epochs:
-            found["tuned"] = (tuned_file(compact),)
-        return found
+    def files(self) -> dict[str, Path]:
+        """Files to write, by their names in the JSON summary: `output`, and others beside it."""
+        files = {
+            "compact": self.output,
+            "certificate": self.output.with_suffix(".json"),
+            "picture": self.output.with_suffix(".png"),
+        }
+        files |= {f"export_{kind}": self.output.with_suffix(f".{kind}") for kind in self.exports}
+        if self.live_blocks.sweeps:
+            files["pareto"] = self.output.with_name("pareto.png")
+        if self.live_blocks.finetune_epochs:
+            files["tuned"] = self.output.with_name("tuned.pt")
+        return files
+
+    def check(self) -> None:
+        """Raise EpsError for what is impossible or refused, before any work."""
+        console.refuse_missing(self.checkpoint)
+        if self.no_data and self.data_root is not None:
+            raise ConfigError("--no-data: looks at no images; leave out --data-root")
+        self.live_blocks.check(no_data=self.no_data)
+        if self.dry_run:
+            return
+        files = self.files
+        for name, what in (("certificate", "certificate"), ("picture", "block map")):
+            if self.output == files[name]:
+                raise ConfigError(
+                    f"-o {self.output}: {self.output.suffix} is the {what}'s name; end it in .pt"
+                )
+        folder = next(parent for parent in self.output.absolute().parents if parent.exists())
+        if not folder.is_dir():
+            raise ConfigError(f"-o {self.output}: {folder} is a file, not a folder")
+        written: set[Path] = set()
+        for path in files.values():
+            if path in written:
+                raise ConfigError(f"-o {self.output}: {path} would be written twice; name another")
+            written.add(path)
+            if path.is_dir():
+                raise ConfigError(f"{path}: is a folder; name a file with -o")
+            if path.exists() and path.samefile(self.checkpoint):
+                raise ConfigError(
+                    f"{path}: would overwrite the checkpoint; name another file with -o"
+                )
+        console.refuse_existing(files.values(), self.force)
 
 
 @click.command()
@@ -55,66 +91,72 @@ class Request:
     "-o",
     "--output",
     type=click.Path(path_type=Path),
-    help="File to write; beside it the certificate as .json and the block map as .png."
+    help="File to write; the certificate (.json) and the block map (.png) are written beside it."
     "  [default: compact.pt beside CKPT]",
 )
-@click.option("--dry-run", is_flag=True, help="Prove and show everything, write nothing.")
-@click.option("--no-fold", is_flag=True, help="Leave batch norms beside their convolutions.")
+@click.option("--dry-run", is_flag=True, help="Prove and report, but write nothing.")
+@click.option("--no-fold", is_flag=True, help="Do not fold batch norms into convolutions.")
 @click.option(
     "--closed-at-least",
     metavar="SHARE",
     type=click.FloatRange(0, 1, min_open=True),
     default=1.0,
     show_default=True,
-    help="Below 1, take out live blocks too that were closed on this share of the last epoch's"
-    " training steps: not lossless.",
+    help="Below 1, also remove live blocks whose gate was closed on at least this share of the last"
+    " epoch's training steps: not lossless.",
 )
 @click.option(
-    "--importance", is_flag=True, help="Show what every live block costs, and what it is worth."
+    "--importance",
+    is_flag=True,
+    help="Report the cost of every live block and the accuracy lost without it.",
 )
 @click.option(
     "--sweep",
     is_flag=True,
-    help="Show accuracy against size as live blocks go one by one; draws pareto.png.",
+    help="Report accuracy against size as live blocks are removed one by one; draws pareto.png.",
 )
 @click.option(
     "--target-parameters",
     metavar="SHARE",
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
-    help="Take out live blocks along the sweep until this share is left: not lossless.",
+    help="Prune live blocks along the sweep to this share of the parameters: not lossless.",
 )
 @click.option(
     "--target-flops",
     metavar="SHARE",
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
-    help="The same for the floating-point operations.",
+    help="Prune live blocks along the sweep to this share of the floating-point operations: not"
+    " lossless.",
 )
 @click.option(
     "--max-accuracy-drop",
     metavar="POINTS",
     type=click.FloatRange(0, 100),
-    help="Take out no more than costs this on held-out images; alone, as much as that allows.",
+    help="Prune only while held-out accuracy drops by at most POINTS; without a target, as far as"
+    " that allows.",
 )
 @click.option(
     "--finetune-epochs",
     type=click.IntRange(min=0),
     default=0,
-    help="Train what is left on for so long; leaves tuned.pt.",
+    help="Fine-tune the pruned network for this many epochs; writes tuned.pt.",
 )
 @click.option(
-    "--seconds",
-    type=click.FloatRange(min=0, min_open=True),
-    help="Time for the ledger, and for the sweep.  [default: 60 and 120]",
+    "--samples",
+    metavar="N",
+    type=click.IntRange(min=2),
+    help="Held-out images for --importance and the sweep; one half of them chooses the blocks of"
+    f" the sweep, the other measures the accuracy.  [default: {SAMPLES}]",
 )
 @click.option(
     "--timer",
     type=click.Choice(("ort", "torch")),
-    help="What runs the networks when they are timed: ONNX Runtime or PyTorch, on one thread."
+    help="Runtime that networks are timed in, on one thread: ONNX Runtime or PyTorch."
     "  [default: ort where it is installed]",
 )
 @click.option(
     "--device",
-    help="What ledger, sweep and --finetune-epochs compute on: auto, cpu, cuda, cuda:N or mps."
+    help="Device for --importance, the sweep and --finetune-epochs: auto, cpu, cuda, cuda:N or mps."
     "  [default: auto]",
 )
 @click.option(
@@ -122,7 +164,7 @@ class Request:
     "exports",
     type=click.Choice(("pt2", "safetensors")),
     multiple=True,
-    help="Write the network in this format too, beside the output; may be given twice.",
+    help="Also write the network in this format, beside the output; may be given twice.",
 )
 @click.option(
     "--data-root",
@@ -132,44 +174,58 @@ class Request:
 @click.option(
     "--no-data",
     is_flag=True,
-    help="Do without held-out images: the training record is the evidence, random images the"
-    " proof.",
+    help="Use no held-out images: the evidence is the training record, the proof uses random"
+    " images.",
 )
-@click.option("--force", is_flag=True, help="Overwrite the output.")
+@click.option("--force", is_flag=True, help="Overwrite existing files.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON on stdout.")
 def cli(checkpoint: Path, output: Path | None, as_json: bool, **options: Any) -> int:
-    """Take the dead blocks out of CKPT (ckpt.pt or last.pt of eps-train).
+    """Remove the dead blocks of CKPT (ckpt.pt or last.pt of eps-train).
 
-    Dead blocks leave their shortcut, live gates become plain additions, the side head goes. The
-    logits must then equal those of the gated network to the last bit, on held-out and on random
-    images. Batch norms are folded into the convolutions before them, which moves logits by rounding
-    alone: at most 1e-5 of the largest. Otherwise nothing is written and the exit status is 3.
+    Dead blocks leave their shortcut, live gates become plain additions, the side head is dropped.
+    The logits must then equal those of the gated network to the last bit, on held-out and on random
+    images. Batch norms are folded into the convolutions before them, which changes logits by
+    rounding only: at most 1e-5 of the largest. Otherwise nothing is written and the exit status
+    is 3.
     """
-    outputs = Outputs(output or checkpoint.parent / "compact.pt")
-    wishes = PruneOptions(**{field.name: options.pop(field.name) for field in fields(PruneOptions)})
-    request = Request(checkpoint=checkpoint, outputs=outputs, wishes=wishes, **options)
-    _refuse(request)
+    named = {field.name: options.pop(field.name) for field in fields(PruneOptions)}
+    request = Request(
+        checkpoint=checkpoint,
+        output=output or checkpoint.parent / "compact.pt",
+        live_blocks=PruneOptions(**named),
+        **options,
+    )
+    request.check()
 
-    from eps_compact import summary
     from eps_compact.certificate import ProofError
 
     log = console.log()
     try:
-        done, choice = _compact(request, log)
+        done, selection = _compact(request, log)
     except ProofError as error:
         click.echo(f"eps-compact: proof failed: {error}; nothing was written", err=True)
         if as_json:
             console.emit_json({"passed": False, "error": str(error), "written": None})
         return console.CHECK_FAILED
-    summary.show(done, log)
+    _show(done, log)
     written = None
     if request.dry_run:
         log.print("dry run: nothing was written")
     else:
-        written = _write(request, done, choice)
+        written = _write(request, done, selection)
         log.print(f"written: {', '.join(written.values())}", markup=False)
     if as_json:
-        console.emit_json(summary.to_dict(done, str(checkpoint), written))
+        certificate = done.artifact.certificate
+        parts = ("lossless", "evidence", "removed_live", "accuracy", "flicker", "live", "proof")
+        summary = {
+            "passed": True,
+            "checkpoint": str(checkpoint),
+            "written": written,
+            **certificate["counts"],
+            "removed": list(done.removed),
+            **{name: certificate[name] for name in (*parts, "folding")},
+        }
+        console.emit_json(summary)
     return 0
 
 
@@ -177,123 +233,231 @@ def main() -> NoReturn:
     console.run(cli)
 
 
-def _refuse(request: Request) -> None:
-    """Raise EpsError for what cannot or must not be done, before any work."""
-    console.refuse_missing(request.checkpoint)
-    if request.no_data and request.data_root is not None:
-        raise ConfigError("--no-data: looks at no images; leave out --data-root")
-    request.wishes.check(no_data=request.no_data)
-    if not request.dry_run:
-        request.outputs.check(request.checkpoint)
-        extras = [file for files in request.extras.values() for file in files]
-        for file in extras:
-            if file.exists() and request.checkpoint.exists() and file.samefile(request.checkpoint):
-                raise ConfigError(f"{file}: would overwrite the checkpoint; name another place, -o")
-        console.refuse_existing([*request.outputs.all, *extras], request.force)
-
-
 def _compact(request: Request, log: Console) -> tuple[Compaction, Selection]:
-    from eps_compact.analysis.choice import Selection, choose
+    """Select, compact and measure; shows the tables of importance and sweep."""
+    from eps_compact.analysis.selection import Selection, select
     from eps_compact.compaction import compact_checkpoint
-    from eps_core.errors import FileFormatError
+    from eps_train.data.dataset import load_again
+    from eps_train.training import forward
     from eps_train.training.checkpoint import Checkpoint
-    from eps_train.training.forward import choose as choose_device
 
-    def say(line: str) -> None:
+    def report(line: str) -> None:
         log.print(line, markup=False)
 
-    device = choose_device(request.wishes.device or "auto")
+    options = request.live_blocks
+    device = forward.choose(options.device or "auto")
     path = request.checkpoint
     checkpoint = Checkpoint.load(path)
-    data = None if request.no_data else _data(checkpoint, request.data_root)
-    timer = None
-    if request.wishes.times:
-        from eps_compact.analysis.importance import make_timer
+    selection = Selection(checkpoint=checkpoint)
+    data = timer = None
+    if not request.no_data:
+        try:
+            data = load_again(checkpoint.data, request.data_root)
+        except DataError as error:
+            raise DataError(f"{error}; or add --no-data") from error
+        if options.measures:
+            from eps_compact.analysis.importance import make_timer
 
-        timer = make_timer(request.wishes.timer, checkpoint.data, say)
-    choice = Selection(checkpoint=checkpoint)
-    if data is not None:
-        choice = choose(checkpoint, data, request.wishes, timer, device, say)
-    if choice.tuned is not None:  # what the certificate is about has to be there to be checked
-        path = tuned_file(request.outputs.compact)
+            timer = make_timer(options.timer, checkpoint.data, report)
+        selection = select(checkpoint, data, options, timer, device, report)
+    if selection.tuned is not None:  # the checkpoint that the certificate names
+        path = request.files["tuned"]
         if not request.dry_run:
-            choice.checkpoint.save(path)
+            selection.checkpoint.save(path)
     try:
         done = compact_checkpoint(
-            choice.checkpoint,
+            selection.checkpoint,
             data.validation if data is not None else None,
-            checkpoint_path=_relative(path, request.outputs.compact.parent),
+            checkpoint_path=_relative(path, request.output.parent),
             folding=not request.no_fold,
             closed_at_least=request.closed_at_least,
-            also=choice.also,
-            report=say,
+            also=selection.also,
+            report=report,
         )
     except FileFormatError as error:
         raise FileFormatError(f"{path}: {error}") from error
-    done.artifact.certificate |= choice.to_dict()
-    if choice.sweep is not None:
+    done.artifact.certificate |= selection.to_dict()
+    if selection.sweep is not None:
         from eps_compact.analysis import sweep
 
-        log.print(sweep.table(choice.sweep))
-    if request.wishes.importance:
-        assert data is not None
+        log.print(sweep.table(selection.sweep))
+    if options.importance and data is not None:
         from eps_compact.analysis import importance
 
         found = importance.measure_importance(
-            choice.checkpoint,
+            selection.checkpoint,
             data.validation,
+            samples=options.samples or SAMPLES,
             live=done.live,
-            seconds=request.wishes.seconds or importance.SECONDS,
             device=device,
             timer=timer,
-            report=say,
+            report=report,
         )
         log.print(importance.table(found))
         done.artifact.certificate["importance"] = found.to_dict()
-    return done, choice
-
-
-def _data(checkpoint: Checkpoint, root: Path | None) -> Data:
-    from eps_core.errors import DataError
-    from eps_train.data.dataset import load_again
-
-    try:
-        return load_again(checkpoint.data, root)
-    except DataError as error:
-        raise DataError(f"{error}; or add --no-data") from error
+    return done, selection
 
 
 def _relative(path: Path, folder: Path) -> str:
-    """`path` as seen from `folder`, with forward slashes; its bare name where there is no way."""
-    import os
-
+    """Return `path` relative to `folder`, with forward slashes; its bare name where impossible."""
     try:
         return Path(os.path.relpath(path.parent.resolve() / path.name, folder.resolve())).as_posix()
     except ValueError:  # another drive on Windows
         return path.name
 
 
-def _write(request: Request, done: Compaction, choice: Selection) -> dict[str, str]:
-    """Write everything; returns the files by what they are."""
-    from eps_compact import summary
-    from eps_compact.plots import draw_blocks
+def _write(request: Request, done: Compaction, selection: Selection) -> dict[str, str]:
+    """Write all files; returns them by their names in the JSON summary.
+
+    Artifact, certificate and block map are first written aside, then renamed into place: a failure
+    leaves the folder as it was, earlier files too.
+    """
+    from eps_compact import plots
+    from eps_compact.exporting import export
     from eps_core.files import replace_file
 
-    title = summary.title(done)
-    # Drawn first: what fails here leaves nothing behind.
-    write(done.artifact, draw_blocks(done.blocks, title), request.outputs)
-    written = request.outputs.to_dict()
+    files, title = request.files, _title(done)
+    image = plots.draw_blocks(done.blocks, title)
+    main = [files[name] for name in ("compact", "certificate", "picture")]
+    staged = {path: path.with_name(f".{path.name}.new") for path in main}
+    placed = []
+    try:
+        with naming(files["compact"]):
+            done.artifact.save(staged[files["compact"]])
+        # After the artifact, whose digest it has.
+        content = json.dumps(done.artifact.certificate_file(), indent=2, allow_nan=False) + "\n"
+        with naming(files["certificate"]):
+            replace_file(staged[files["certificate"]], content.encode())
+        with naming(files["picture"]):
+            replace_file(staged[files["picture"]], image)
+        for path, aside in staged.items():
+            new = not path.exists()
+            with naming(path):
+                aside.replace(path)
+            if new:
+                placed.append(path)
+    except BaseException:
+        for path in placed:
+            path.unlink(missing_ok=True)
+        raise
+    finally:
+        for aside in staged.values():
+            aside.unlink(missing_ok=True)
     for kind in request.exports:
-        from eps_compact.exporting import export
+        export(done.artifact, files[f"export_{kind}"], kind, force=request.force)
+    if selection.sweep is not None:
+        replace_file(files["pareto"], plots.draw_pareto(selection.sweep, title, selection.point))
+    if selection.tuned is None:  # not asked for, or discarded
+        files.pop("tuned", None)
+    return {what: str(path) for what, path in files.items()}
 
-        (target, *_) = export_files(request.outputs.compact, kind)
-        export(done.artifact, target, kind, force=request.force)
-    if choice.sweep is not None:
-        from eps_compact import plots
 
-        picture = plots.draw_pareto(choice.sweep, title, choice.point)
-        replace_file(pareto_file(request.outputs.compact), picture)
-    for what, files in request.extras.items():
-        if all(file.exists() for file in files):  # tuned.pt is not where training on was no gain
-            written[what] = str(files[0])
-    return written
+# -- The report of a compaction: tables and lines
+
+
+def _title(done: Compaction) -> str:
+    """Return the heading of the plots."""
+    parameters, blocks = done.counts["parameters"], done.counts["blocks"]
+    if not done.removed:
+        return f"{blocks['before']} blocks, none removed: {parameters['before']:,} parameters"
+    certificate = done.artifact.certificate
+    exact = certificate["lossless"] and "finetune" not in certificate
+    lossy = "" if exact else ", not lossless"
+    return (
+        f"{parameters['before']:,} → {parameters['after']:,} parameters ({_left(parameters)}),"
+        f" {blocks['before']} → {blocks['after']} blocks{lossy}"
+    )
+
+
+def _show(done: Compaction, log: Console) -> None:
+    from eps_compact.plots import LEGEND, strip
+
+    if not done.removed:
+        log.print("no block is dead: only gates and side head are removed")
+    names = {"blocks": "blocks", "parameters": "parameters", "flops": "FLOPs an image"}
+    rows = [
+        (name, f"{counts['before']:,}", f"{counts['after']:,}", _left(counts))
+        for name, counts in ((name, done.counts[key]) for key, name in names.items())
+    ]
+    log.print(console.table("Compacted", ("", "before", "after", "left"), rows))
+    log.print(f"block map: {LEGEND}\n{strip(done.blocks)}", markup=False)
+    ranked = sorted(
+        ((block.ratio, block) for block in done.live if block.ratio is not None),
+        key=lambda pair: pair[0],
+    )
+    if ranked:
+        rows = [
+            (block.block, f"{ratio:.2f} ε", f"{block.quiet or 0:.0%}", _closed(block.closed))
+            for ratio, block in ranked[:NEAREST]
+        ]
+        columns = ("block", "largest |F|", "images under ε", "steps closed, last epoch")
+        title = f"Live blocks nearest to being pruned ({ranked[0][1].samples:,} held-out images)"
+        log.print(console.table(title, columns, rows))
+    for line in _statements(done.artifact.certificate):
+        log.print(line, markup=False)
+
+
+def _statements(certificate: dict[str, Any]) -> Iterator[str]:
+    """Yield what the certificate states, a line each: losses, live gates, proofs."""
+    # What was removed although it is not dead, and what that costs.
+    if tuned := certificate.get("finetune"):
+        yield (
+            f"NOT lossless: fine-tuned for {tuned['epochs']} epochs; live blocks removed:"
+            f" {', '.join(tuned['removed']) or 'none'}"
+        )
+        yield (
+            f"accuracy on {tuned['samples']:,} held-out images: {tuned['whole']:.2%} with them,"
+            f" {tuned['before']:.2%} without, {tuned['after']:.2%} fine-tuned;"
+            f" {tuned['test']['accuracy']:.2%} of {tuned['test']['samples']:,} test images"
+        )
+    elif not certificate["lossless"]:
+        removed = certificate["removed_live"]
+        names = ", ".join(f"{entry['block']} ({_closed(entry['closed'])})" for entry in removed)
+        blocks = "1 live block" if len(removed) == 1 else f"{len(removed)} live blocks"
+        yield f"NOT lossless: {blocks} removed: {names}"
+        if accuracy := certificate["accuracy"]:
+            yield (
+                f"accuracy on {accuracy['samples']:,} held-out images: {accuracy['before']:.2%}"
+                f" before, {accuracy['after']:.2%} after"
+            )
+        else:
+            yield "the loss of accuracy was not measured: no held-out images"
+    if gap := certificate["flicker"]:
+        count = len(gap["blocks"])
+        line = (
+            f"{count} live gate{'' if count == 1 else 's'} closed on steps of the last epoch: kept"
+            f" as plain additions. Judging each of {gap['samples']:,} held-out images by itself,"
+            f" such gates would close on {gap['differ']:.1%} and change the class of"
+            f" {gap['top1_differ']:.1%}"
+        )
+        if accuracy := gap["accuracy"]:
+            line += (
+                f"; accuracy {accuracy['addition']:.2%} as shipped, {accuracy['gate']:.2%} with"
+                " those gates"
+            )
+        yield line
+    # The proofs.
+    proofs, heldout = certificate["proof"], certificate["heldout"]
+    if not heldout:
+        yield "no held-out images: the evidence is the training record alone"
+    images = sum(proof["images"] for proof in proofs)
+    batches = ", ".join(str(size) for size in dict.fromkeys(proof["batch"] for proof in proofs))
+    yield (
+        "proof: all logits equal (torch.equal, float32) those of the gated network"
+        f"{'' if certificate['lossless'] else ' with the same gates closed'} on {images}"
+        f" {'held-out and random' if heldout else 'random'} images at batches {batches}"
+    )
+    if folding := certificate["folding"]:
+        worst = max(proof["relative"] for proof in folding["proof"])
+        yield (
+            f"folded: {folding['pairs']} batch norms into convolutions; on the same images logits"
+            f" change by at most {worst:.1e} of the largest (limit {folding['bound']:g})"
+        )
+
+
+def _closed(share: float | None) -> str:
+    return "held open" if share is None else f"{share:.0%}"
+
+
+def _left(counts: dict[str, int]) -> str:
+    return f"{counts['after'] / counts['before']:.1%}"

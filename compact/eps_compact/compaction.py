@@ -1,4 +1,4 @@
-"""From a checkpoint to a proven artifact, in memory: nothing is written here."""
+"""Compaction of a checkpoint in memory: remove dead blocks and gates, fold, prove, certify."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from eps_compact import certificate, evidence
 from eps_compact.artifact import CompactArtifact
 from eps_compact.certificate import fingerprint
-from eps_compact.evidence import BlockEvidence, Findings
+from eps_compact.evidence import ActivationStatistics, BlockEvidence
 from eps_compact.folding import fold
 from eps_compact.plots import Block, block_map
 from eps_core.checks import Parity
@@ -22,70 +22,9 @@ from eps_train.models.cifar import Normalize
 from eps_train.models.spec import NetworkSpec, cost
 from eps_train.training.checkpoint import Checkpoint
 
-# -- What a compaction saved: blocks, parameters and FLOPs, before and after
+PROOF_IMAGES = 256  # held-out images for the proofs at most, spread over all
 
 Counts = dict[str, dict[str, int]]
-
-
-def counts(
-    built: NetworkSpec,
-    removed: Collection[str],
-    plain: nn.Module,
-    input_shape: tuple[int, int, int],
-) -> Counts:
-    """`blocks`, `parameters` and `flops` (of one image), each `before` and `after`.
-
-    Before is the network at full depth, without the side head, which is never deployed.
-
-    Args:
-        built: the network as it was built.
-        removed: its blocks that are gone.
-        plain: what is left, not folded.
-        input_shape: `[C, H, W]` of an image.
-    """
-    skeleton = built.skeleton()
-    blocks = len(rewriting.gates(skeleton))
-    before, after = cost(skeleton, input_shape), cost(plain, input_shape)
-    return {
-        "blocks": {"before": blocks, "after": blocks - len(removed)},
-        "parameters": {"before": before.parameters, "after": after.parameters},
-        "flops": {"before": before.flops, "after": after.flops},
-    }
-
-
-# -- From a gated network to the plain one that it computes in evaluation mode
-
-
-def compact(model: nn.Module, dead: Iterable[str] | None = None) -> fx.GraphModule:
-    """Return a plain network without gates and taps that computes what `model` does.
-
-    Dead blocks are taken out (a first block of a stage leaves its shortcut behind), live gates
-    become plain additions. The result is in evaluation mode and shares nothing with `model`: it is
-    a copy, so training one does not alter the other, and `model` keeps its mode and its gates.
-
-    Args:
-        model: any network that torch.fx can trace and whose residual additions are `EpsilonGate`s;
-            without gates it comes back as it is, as a graph.
-        dead: names of gated blocks to take out besides those whose gates are latched.
-
-    Raises:
-        GraphError: `model` cannot be traced, or has no gated block of that name.
-    """
-    # A graph is copied once it is small; a module is traced as a copy, in evaluation mode alone:
-    # what reads `self.training` is frozen as it ships.
-    traced = model if isinstance(model, fx.GraphModule) else _trace(model)
-    latched = {name for name, gate in rewriting.gates(traced).items() if bool(gate.dead)}
-    less = rewriting.remove_blocks(traced, latched.union(dead or ()))
-    plain = copy.deepcopy(rewriting.drop_taps(rewriting.drop_gates(less))).eval()
-    plain.zero_grad(set_to_none=True)  # the gradients of the last step are no part of a network
-    return plain
-
-
-def _trace(model: nn.Module) -> fx.GraphModule:
-    return rewriting.trace(copy.deepcopy(model).eval(), one_mode=True)
-
-
-PROOF_IMAGES = 256  # held-out images that the proofs are shown at most, spread over all
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,13 +35,13 @@ class Compaction:
         artifact: what is to be saved; its network has passed every proof.
         blocks: the block map of the network as it was built.
         proofs: the comparisons behind the certificate.
-        findings: what held-out images showed.
+        statistics: measurements on held-out images.
     """
 
     artifact: CompactArtifact
     blocks: tuple[Block, ...]
     proofs: tuple[Parity, ...]
-    findings: Findings
+    statistics: ActivationStatistics
 
     @property
     def removed(self) -> tuple[str, ...]:
@@ -112,13 +51,42 @@ class Compaction:
     @property
     def live(self) -> tuple[BlockEvidence, ...]:
         """The blocks that keep their branch although they have a gate."""
-        return tuple(b for b in self.findings.live if b.block not in self.findings.beyond)
+        found = self.statistics
+        return tuple(block for block in found.live if block.block not in found.beyond)
 
     @property
     def counts(self) -> Counts:
-        """As `counts.counts` has them."""
+        """Blocks, parameters and FLOPs; see :func:`counts`."""
         found: Counts = self.artifact.certificate["counts"]
         return found
+
+
+def compact(model: nn.Module, dead: Iterable[str] | None = None) -> fx.GraphModule:
+    """Return a plain network without gates and taps that computes what `model` does.
+
+    Dead blocks are removed (a first block of a stage leaves its shortcut behind), live gates become
+    plain additions. The result is in evaluation mode and shares nothing with `model`: it is a copy,
+    so training one does not alter the other, and `model` keeps its mode and its gates.
+
+    Args:
+        model: any network that torch.fx can trace and whose residual additions are `EpsilonGate`s;
+            without gates it is returned unchanged, as a graph.
+        dead: names of gated blocks to remove besides those whose gates are latched.
+
+    Raises:
+        GraphError: `model` cannot be traced, or has no gated block of that name.
+    """
+    # A graph is copied once it is small; a module is traced as a copy, in evaluation mode only:
+    # what reads `self.training` is frozen as it ships.
+    if isinstance(model, fx.GraphModule):
+        traced = model
+    else:
+        traced = rewriting.trace(copy.deepcopy(model).eval(), one_mode=True)
+    latched = {name for name, gate in rewriting.gates(traced).items() if bool(gate.dead)}
+    less = rewriting.remove_blocks(traced, latched.union(dead or ()))
+    plain = copy.deepcopy(rewriting.drop_taps(rewriting.drop_gates(less))).eval()
+    plain.zero_grad(set_to_none=True)  # the gradients of the last step are no part of a network
+    return plain
 
 
 def compact_checkpoint(
@@ -131,16 +99,16 @@ def compact_checkpoint(
     also: Iterable[str] = (),
     report: Callable[[str], None] = lambda line: None,
 ) -> Compaction:
-    """Take the dead blocks out of a checkpoint and prove that its network still says the same.
+    """Remove the dead blocks of a checkpoint and prove that its network computes the same.
 
     Args:
         heldout: the validation part, or its images alone, uint8 `[N, C, H, W]`, on the CPU; None:
-            the training record and random images must do.
-        checkpoint_path: where the artifact says its checkpoint is, relative to its own folder.
-        folding: have convolutions take up the batch norms behind them.
-        closed_at_least, also: live blocks to take out too, see `evidence.blocks_beyond`; what is
-            left is not lossless, and the certificate says so.
-        report: told what is being done, a line at a time.
+            only the training record and random images are used.
+        checkpoint_path: path of the checkpoint for the artifact, relative to its own folder.
+        folding: fold batch norms into the convolutions before them.
+        closed_at_least, also: live blocks to remove too, see `evidence.blocks_beyond`; the result
+            is then not lossless, and the certificate says so.
+        report: receives progress, a line at a time.
 
     Raises:
         ProofError: the evidence or a proof fails.
@@ -151,11 +119,26 @@ def compact_checkpoint(
     certificate.check_evidence(checkpoint)
     gated = checkpoint.build_gated().eval()
     beyond = evidence.blocks_beyond(checkpoint, closed_at_least, also)
-    artifact = _artifact(checkpoint, gated, beyond, checkpoint_path)
+    removed = {*checkpoint.network.removed, *checkpoint.dead, *beyond}
+    # A network that was fine-tuned after its compaction has no gates where blocks are gone.
+    blocks = checkpoint.network.all_blocks() if checkpoint.network.removed else ()
+    order = blocks or rewriting.gates(gated)
+    artifact = CompactArtifact(
+        network=replace(
+            checkpoint.network,
+            gated=(),
+            removed=tuple(block for block in order if block in removed),
+        ),
+        state={},
+        data=checkpoint.data,
+        certificate={},
+        checkpoint={"path": checkpoint_path, "digest": checkpoint.digest},
+    )
     shut = artifact.gated(checkpoint) if beyond else gated
     plain = compact(shut)
     folded, artifact.folded = fold(plain) if folding else (plain, ())
     artifact.state = (folded if artifact.folded else plain).state_dict()
+
     # What is proven is the network that a reader of the file will build, not the one at hand here.
     shipped = artifact.build()
     sizes = ", ".join(map(str, certificate.BATCHES))
@@ -167,53 +150,52 @@ def compact_checkpoint(
     if heldout is not None:
         live = len(checkpoint.gates) - len(checkpoint.dead)
         report(f"measuring {live} live blocks on {len(heldout):,} held-out images")
-    seen = evidence.look(checkpoint, gated, shut, normalize, heldout, beyond)
+    statistics = evidence.measure_activations(checkpoint, gated, shut, normalize, heldout, beyond)
     artifact.certificate = certificate.certificate(
         checkpoint,
         proofs=proofs,
-        findings=seen,
+        statistics=statistics,
         closed_at_least=closed_at_least,
         counts=counts(checkpoint.network, artifact.network.removed, plain, shape),
         folded=folded_counts(artifact, shipped),
         network=fingerprint(shipped),
     )
-    blocks = _block_map(checkpoint, seen)
-    return Compaction(artifact=artifact, blocks=blocks, proofs=proofs, findings=seen)
-
-
-def _artifact(
-    checkpoint: Checkpoint, gated: nn.Module, beyond: tuple[str, ...], checkpoint_path: str
-) -> CompactArtifact:
-    """Without tensors and certificate."""
-    removed = {*checkpoint.network.removed, *checkpoint.dead, *beyond}
-    # A network that was trained on after its compaction has no gates where blocks are gone.
-    order = (
-        checkpoint.network.all_blocks() if checkpoint.network.removed else rewriting.gates(gated)
-    )
-    return CompactArtifact(
-        network=replace(
-            checkpoint.network,
-            gated=(),
-            removed=tuple(block for block in order if block in removed),
-        ),
-        state={},
-        data=checkpoint.data,
-        certificate={},
-        checkpoint={"path": checkpoint_path, "digest": checkpoint.digest},
+    return Compaction(
+        artifact=artifact,
+        blocks=block_map(checkpoint, statistics.live, removed=removed),
+        proofs=proofs,
+        statistics=statistics,
     )
 
 
-def _block_map(checkpoint: Checkpoint, seen: Findings) -> tuple[Block, ...]:
-    """With what was removed although it had not died, now or before training on."""
-    removed = {*seen.beyond, *checkpoint.network.removed}
-    return tuple(
-        replace(block, state="dead") if block.name in removed else block
-        for block in block_map(checkpoint, seen.live)
-    )
+def counts(
+    built: NetworkSpec,
+    removed: Collection[str],
+    plain: nn.Module,
+    input_shape: tuple[int, int, int],
+) -> Counts:
+    """Count `blocks`, `parameters` and `flops` (of one image), each `before` and `after`.
+
+    Before is the network at full depth, without the side head, which is never deployed.
+
+    Args:
+        built: the network as it was built.
+        removed: its blocks that are removed.
+        plain: the compact network, not folded.
+        input_shape: `[C, H, W]` of an image.
+    """
+    skeleton = built.skeleton()
+    blocks = len(rewriting.gates(skeleton))
+    before, after = cost(skeleton, input_shape), cost(plain, input_shape)
+    return {
+        "blocks": {"before": blocks, "after": blocks - len(removed)},
+        "parameters": {"before": before.parameters, "after": after.parameters},
+        "flops": {"before": before.flops, "after": after.flops},
+    }
 
 
 def folded_counts(artifact: CompactArtifact, shipped: nn.Module) -> dict[str, int] | None:
-    """Pairs and parameters of a folded artifact's network; None for one as it was trained."""
+    """Count pairs and parameters of a folded artifact's network; None if it is not folded."""
     if not artifact.folded:
         return None
     parameters = sum(parameter.numel() for parameter in shipped.parameters())
@@ -221,7 +203,7 @@ def folded_counts(artifact: CompactArtifact, shipped: nn.Module) -> dict[str, in
 
 
 def proof_images(heldout: Tensor | Part | None, shape: tuple[int, int, int]) -> Tensor:
-    """Held-out images for the proofs, uint8 `[N, C, H, W]`, N at most `PROOF_IMAGES`, maybe 0."""
+    """Return up to `PROOF_IMAGES` held-out images, uint8 `[N, C, H, W]`; N may be 0."""
     if heldout is None:
         return torch.empty((0, *shape), dtype=torch.uint8)
     if len(heldout) > PROOF_IMAGES:

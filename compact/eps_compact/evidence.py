@@ -1,10 +1,11 @@
-"""How alive the blocks are that did not die: a pass over held-out images, no gate judging."""
+"""Evidence about live blocks: activation statistics and train/inference gap on held-out images."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,21 +17,7 @@ from eps_train.gating.pruning_state import watch_branches
 from eps_train.training.checkpoint import Checkpoint, GateRecord
 from eps_train.training.evaluate import logits
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Response:
-    """One branch on held-out images: largest `max |F_i|`, and each sample's own, float32 `[N]`."""
-
-    peak: float
-    per_sample: Tensor
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Observation:
-    """A pass over images: logits float32 `[N, classes]`, and the watched blocks' responses."""
-
-    answers: Tensor
-    responses: dict[str, Response]
+# -- Activation statistics: the largest response of each live block's branch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,13 +26,13 @@ class BlockEvidence:
 
     Attributes:
         block: its name.
-        epsilon: the threshold it was last judged by, in units of the branch's output; 0: never.
-        peak: largest `max |F_i|` on held-out images, in evaluation mode; None: none were looked at.
+        epsilon: its last threshold, in units of the branch's output; 0: it had none.
+        peak: largest `max |F_i|` on held-out images, in evaluation mode; None: not measured.
         quiet: share of samples whose own `max |F_i|` is at most epsilon (0..1): those on which a
             plain addition differs from a gate that judges each sample by itself.
         samples: images in that pass.
         closed: share of the last epoch's training steps on which the gate was closed (0..1); None
-            when it was not judged then (epsilon 0 held it open).
+            if it was held open (epsilon 0).
     """
 
     block: str
@@ -57,94 +44,89 @@ class BlockEvidence:
 
     @property
     def ratio(self) -> float | None:
-        """`peak / epsilon`: at most 1 where no held-out image wakes the block; None without."""
+        """`peak / epsilon`: at most 1 where no held-out image opens the gate; None if unknown."""
         return self.peak / self.epsilon if self.epsilon and self.peak is not None else None
 
 
-def live_blocks(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Names of the blocks whose gates are not latched, in the order of computation."""
-    return tuple(record.block for record in checkpoint.gates if record.death is None)
+def closed_share(record: GateRecord) -> float | None:
+    """Share of the last epoch's steps on which a gate was closed; None if it was held open."""
+    return record.closed_steps / record.steps if record.epsilon and record.steps else None
 
 
-def liveness(
-    checkpoint: Checkpoint, responses: Mapping[str, Response] | None
+def block_evidence(
+    checkpoint: Checkpoint, responses: Mapping[str, Tensor] | None
 ) -> tuple[BlockEvidence, ...]:
-    """The live gates of a checkpoint, in order of computation.
+    """Return the evidence about a checkpoint's live blocks, in the order of computation.
 
     Args:
-        responses: what :func:`observe` saw of `live_blocks`; None: the training record alone.
+        responses: of every live block, from :func:`observe`; None: the training record alone.
     """
-    return tuple(
-        _liveness(checkpoint, record, None if responses is None else responses[record.block])
-        for record in checkpoint.gates
-        if record.death is None
-    )
+    found = []
+    for record in checkpoint.gates:
+        if record.death is not None:
+            continue
+        # A run may end with its live gates held open: the run's own epsilon then applies.
+        epsilon = record.epsilon or float(checkpoint.config.get("epsilon") or 0.0)
+        peak = quiet = response = None
+        if responses is not None:
+            response = responses[record.block]
+            peak = response.max().item()
+            quiet = _share(response <= epsilon) if epsilon else 0.0
+        found.append(
+            BlockEvidence(
+                block=record.block,
+                epsilon=epsilon,
+                peak=peak,
+                quiet=quiet,
+                samples=0 if response is None else len(response),
+                closed=closed_share(record),
+            )
+        )
+    return tuple(found)
 
 
 def observe(
     model: nn.Module, normalize: nn.Module, images: Tensor | Part, blocks: Iterable[str]
-) -> Observation:
-    """Answers of `model` in evaluation mode, and what the named gated blocks' branches said.
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Run `model` in evaluation mode and record the responses of the named gated blocks.
 
-    There latched gates are shut and all others open: what is measured is the network that ships.
+    Latched gates are closed and all others open: what is measured is the network that ships.
 
     Args:
-        images: uint8 `[N, C, H, W]`, or a part of a data set that is read as it goes.
+        images: uint8 `[N, C, H, W]`, or a part of a data set, read in batches.
+
+    Returns:
+        Logits float32 `[N, classes]`, and by block each sample's `max |F_i|`, float32 `[N]`.
 
     Raises:
         TrainingError: a response is not finite.
     """
     gates = rewriting.gates(model)
-    watched = {block: gates[block] for block in blocks}
     device = next(iter(model.parameters())).device
-    with watch_branches(watched, _sample_peaks) as peaks:
+    with watch_branches({block: gates[block] for block in blocks}, _sample_peaks) as peaks:
         answers = logits(model, normalize, images.to(device))
-    found = {block: torch.cat(pieces).cpu() for block, pieces in peaks.items()}
-    for block, per_sample in found.items():
-        if not bool(per_sample.isfinite().all()):
+    responses = {block: torch.cat(batches).cpu() for block, batches in peaks.items()}
+    for block, response in responses.items():
+        if not bool(response.isfinite().all()):
             raise TrainingError(
                 f"block {block}: its response on held-out images is not finite; train again"
             )
-    return Observation(
-        answers=answers.cpu(),
-        responses={
-            block: Response(peak=p.max().item(), per_sample=p) for block, p in found.items()
-        },
-    )
-
-
-def _liveness(
-    checkpoint: Checkpoint, record: GateRecord, response: Response | None
-) -> BlockEvidence:
-    # A run may end with its live gates held open; they are then measured against its own epsilon.
-    epsilon = record.epsilon or float(checkpoint.config.get("epsilon") or 0.0)
-    quiet = None
-    if response is not None:
-        quiet = (response.per_sample <= epsilon).double().mean().item() if epsilon else 0.0
-    return BlockEvidence(
-        block=record.block,
-        epsilon=epsilon,
-        peak=None if response is None else response.peak,
-        quiet=quiet,
-        samples=0 if response is None else len(response.per_sample),
-        closed=closed_share(record),
-    )
-
-
-def closed_share(record: GateRecord) -> float | None:
-    """Share of the last epoch's steps on which a gate was closed; None if it was not judged."""
-    return record.closed_steps / record.steps if record.epsilon and record.steps else None
+    return answers.cpu(), responses
 
 
 def _sample_peaks(branch: Tensor) -> Tensor:
-    """Each sample's `max |F_i|`, float32 `[N]`."""
+    """Return each sample's `max |F_i|`, float32 `[N]`."""
     return branch.float().abs().flatten(1).amax(dim=1)
 
 
-# -- What it changes that a live gate ships as a plain addition
+def _share(flags: Tensor) -> float:
+    return flags.double().mean().item()
+
+
+# -- The train/inference gap of live gates: they ship as plain additions
 #
-# In training a gate judges a whole batch, so that an answer depends on its neighbours; what is
-# served must not. Compared is the plain addition with the same gate judging each image by itself.
+# In training a gate judges a whole batch, so that a result depends on its neighbours; what is
+# served must not. The plain addition is compared with the gate judging each image by itself.
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -155,9 +137,9 @@ class ModeGap:
         blocks: those whose gates were closed on steps of the last epoch, in the order of
             computation.
         samples: images.
-        differ: share of the images on which at least one gate shut (0..1).
-        top1_differ: share of the images that are then named otherwise.
-        accuracy: top-1 (0..1) of both, `addition` and `gate`; None where labels are not known.
+        differ: share of the images on which at least one gate closed (0..1).
+        top1_differ: share of the images whose top-1 class then differs.
+        accuracy: top-1 (0..1) of both, `addition` and `gate`; None if labels are not known.
     """
 
     blocks: tuple[str, ...]
@@ -167,7 +149,7 @@ class ModeGap:
     accuracy: dict[str, float] | None
 
 
-def flicker(
+def mode_gap(
     model: nn.Module,
     normalize: nn.Module,
     images: Tensor | Part,
@@ -181,91 +163,70 @@ def flicker(
         model: the gated network, in evaluation mode; its own gates are left as they are.
         images: uint8 `[N, C, H, W]`, or a part of a data set.
         thresholds: epsilon of the gates that are to judge, by block; one or more.
-        answers: float32 `[N, classes]`: what the network says with plain additions.
+        answers: logits float32 `[N, classes]` with plain additions.
         labels: int64 `[N]`, or None.
     """
-    judged, shut = _judged(model, normalize, images, thresholds)
-    named, otherwise = answers.argmax(dim=1), judged.argmax(dim=1)
+    gates = rewriting.gates(model)
+    closed: dict[str, list[Tensor]] = {block: [] for block in gates if block in thresholds}
+
+    def judge(
+        gate: nn.Module, operands: tuple[Tensor, Tensor], output: Tensor, *, block: str
+    ) -> Tensor:
+        shortcut, branch = operands
+        flags = _sample_peaks(branch) <= thresholds[block]
+        closed[block].append(flags)
+        return torch.where(flags.view(-1, *[1] * (branch.dim() - 1)), shortcut, output)
+
+    with ExitStack() as hooks:
+        for block in closed:
+            handle = gates[block].register_forward_hook(partial(judge, block=block))
+            hooks.callback(handle.remove)
+        device = next(iter(model.parameters())).device
+        judged = logits(model, normalize, images.to(device)).cpu()
+    by_block = torch.stack([torch.cat(batches).cpu() for batches in closed.values()])
+    before, after = answers.argmax(dim=1), judged.argmax(dim=1)
     return ModeGap(
-        blocks=tuple(shut),
+        blocks=tuple(closed),
         samples=len(answers),
-        differ=_share(torch.stack(list(shut.values())).any(dim=0)),
-        top1_differ=_share(named != otherwise),
+        differ=_share(by_block.any(dim=0)),
+        top1_differ=_share(before != after),
         accuracy=None
         if labels is None
-        else {"addition": _share(named == labels), "gate": _share(otherwise == labels)},
+        else {"addition": _share(before == labels), "gate": _share(after == labels)},
     )
 
 
-def _judged(
-    model: nn.Module,
-    normalize: nn.Module,
-    images: Tensor | Part,
-    thresholds: Mapping[str, float],
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logits with gates that judge each image, and by block which images bool `[N]` it shut on."""
-    gates = rewriting.gates(model)
-    found: dict[str, list[Tensor]] = {block: [] for block in thresholds}
-
-    def judge(block: str, epsilon: float) -> Any:
-        def hook(gate: nn.Module, operands: tuple[Tensor, Tensor], output: Tensor) -> Tensor:
-            shortcut, branch = operands
-            shut = branch.float().abs().flatten(1).amax(dim=1) <= epsilon
-            found[block].append(shut)
-            return torch.where(shut.view(-1, *[1] * (branch.dim() - 1)), shortcut, output)
-
-        return hook
-
-    handles = [
-        gates[block].register_forward_hook(judge(block, epsilon))
-        for block, epsilon in thresholds.items()
-    ]
-    try:
-        device = next(iter(model.parameters())).device
-        answers = logits(model, normalize, images.to(device)).cpu()
-    finally:
-        for handle in handles:
-            handle.remove()
-    order = [block for block in gates if block in found]
-    return answers, {block: torch.cat(found[block]).cpu() for block in order}
-
-
-def _share(flags: Tensor) -> float:
-    return flags.double().mean().item()
-
-
-# -- What held-out images say about a checkpoint's blocks: liveness, flicker, what a removal
-#    costs
+# -- All evidence of a compaction besides the records of dead blocks
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Findings:
-    """The evidence of a compaction, besides the deaths.
+class ActivationStatistics:
+    """Measurements on held-out images.
 
     Attributes:
-        images: held-out images that were looked at; 0: the training record is all there is.
-        beyond: blocks that were removed although they did not die: what is left is not lossless.
-        live: every block that did not die, those of `beyond` too.
-        flicker: what plain additions change for the blocks that stay and whose gates were closed on
-            steps of the last epoch; None without such blocks, or without images.
+        images: held-out images that were used; 0: the training record is the only evidence.
+        beyond: blocks that were removed although they are not dead: not lossless.
+        live: every block that is not dead, including those of `beyond`.
+        gap: train/inference gap of the blocks that stay and whose gates were closed on steps of the
+            last epoch; None without such blocks, or without images.
         accuracy: where `beyond` is not empty: top-1 (0..1) on the held-out images `before` and
-            `after` its removal, and `samples`; None where that was not measured.
+            `after` its removal, and `samples`; None if not measured.
     """
 
     images: int
     beyond: tuple[str, ...]
     live: tuple[BlockEvidence, ...]
-    flicker: ModeGap | None
-    accuracy: dict[str, float] | None
+    gap: ModeGap | None = None
+    accuracy: dict[str, float] | None = None
 
 
 def blocks_beyond(
     checkpoint: Checkpoint, closed_at_least: float, also: Iterable[str] = ()
 ) -> tuple[str, ...]:
-    """Blocks to take out that did not die, in the order of computation.
+    """Return the live blocks to remove, in the order of computation.
 
     Those whose gate was closed on that share of the last epoch's steps, as in the authors' table of
-    thresholds (paper, section 5), and those of `also`. At 1 the latched deaths alone count.
+    thresholds (paper, section 5), and those of `also`. At 1 only the latter.
 
     Raises GraphError when `also` names a block that has no gate.
     """
@@ -281,59 +242,47 @@ def blocks_beyond(
     return tuple(found)
 
 
-def look(
+def measure_activations(
     checkpoint: Checkpoint,
     gated: nn.Module,
     shut: nn.Module,
     normalize: nn.Module,
     heldout: Tensor | Part | None,
     beyond: tuple[str, ...] = (),
-) -> Findings:
-    """Measure every block that did not die.
+) -> ActivationStatistics:
+    """Measure every live block.
 
     Args:
         gated: the checkpoint's network with its dead gates latched.
         shut: the same with the gates of `beyond` latched too.
         heldout: images uint8 `[N, C, H, W]`, or a part of a data set, whose labels are then used;
             None: nothing is measured.
-        beyond: blocks that go although they did not die.
+        beyond: live blocks to remove.
 
     Raises:
         TrainingError: a response is not finite.
     """
     if heldout is None:
-        return Findings(
-            images=0,
-            beyond=beyond,
-            live=liveness(checkpoint, None),
-            flicker=None,
-            accuracy=None,
-        )
+        live = block_evidence(checkpoint, None)
+        return ActivationStatistics(images=0, beyond=beyond, live=live)
     labels = None if isinstance(heldout, Tensor) else heldout.labels.cpu()
-    before = observe(gated, normalize, heldout, live_blocks(checkpoint))
-    live = liveness(checkpoint, before.responses)
-    answers = logits(shut, normalize, heldout) if beyond else before.answers
-    accuracy = None
+    watched = [record.block for record in checkpoint.gates if record.death is None]
+    before, responses = observe(gated, normalize, heldout, watched)
+    live = block_evidence(checkpoint, responses)
+    answers = logits(shut, normalize, heldout) if beyond else before
+    accuracy = gap = None
     if beyond and labels is not None:
         accuracy = {
-            "before": _accuracy(before.answers, labels),
-            "after": _accuracy(answers, labels),
+            "before": _share(before.argmax(dim=1) == labels),
+            "after": _share(answers.argmax(dim=1) == labels),
             "samples": len(labels),
         }
-    # A gate that no training batch shut any more never judged anything that could be missed.
+    # A gate that no training batch closed any more has nothing to judge.
     thresholds = {
         block.block: block.epsilon for block in live if block.closed and block.block not in beyond
     }
-    return Findings(
-        images=len(heldout),
-        beyond=beyond,
-        live=live,
-        flicker=flicker(shut, normalize, heldout, thresholds, answers, labels)
-        if thresholds
-        else None,
-        accuracy=accuracy,
+    if thresholds:
+        gap = mode_gap(shut, normalize, heldout, thresholds, answers, labels)
+    return ActivationStatistics(
+        images=len(heldout), beyond=beyond, live=live, gap=gap, accuracy=accuracy
     )
-
-
-def _accuracy(answers: Tensor, labels: Tensor) -> float:
-    return (answers.argmax(dim=1) == labels).double().mean().item()

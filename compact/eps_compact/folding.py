@@ -1,10 +1,10 @@
-"""Folding: a convolution takes up the batch norm right behind it, and what does nothing goes.
+"""Folding of batch norms into the convolutions before them; identities and dropout are removed.
 
-In evaluation mode a batch norm is `y = scale * x + shift` per channel, so behind a convolution it
-is a matter of that one's weight and bias. That is exact algebra, whatever the padding, but other
-rounding: float32 logits move in their last digits. Of timm's batch norms with an activation, the
-activation stays. Not foldable is a batch norm in front of a convolution (the zeros of the padding
-would have to be shifted too) or behind an addition.
+In evaluation mode a batch norm is `y = scale * x + shift` per channel, so after a convolution it
+can be merged into that one's weight and bias. That is exact algebra, whatever the padding, but
+rounds differently: float32 logits change in their last digits. Of timm's batch norms with an
+activation, the activation stays. A batch norm before a convolution (the zeros of the padding would
+have to be shifted too) or after an addition cannot be folded.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ _NORMS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv2d: nn.BatchNorm2d,
     nn.Conv3d: nn.BatchNorm3d,
 }
-# What hands on its input as it is, in evaluation mode.
-_NOTHING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+# Layers that return their input in evaluation mode.
+_IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 # timm's batch norm with an activation, by name: timm need not be installed.
 _WITH_ACTIVATION = ("timm.layers.norm_act", "BatchNormAct2d")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 class Pair(NamedTuple):
-    """Qualified names of a convolution and of the batch norm that it takes up."""
+    """Qualified names of a convolution and of the batch norm that is folded into it."""
 
     conv: str
     norm: str
 
 
 class _Place(NamedTuple):
-    """A pair as it stands in a graph."""
+    """A pair and its nodes in a graph."""
 
     names: Pair
     conv: fx.Node
@@ -50,10 +50,10 @@ class _Place(NamedTuple):
 
 
 def fold(model: fx.GraphModule) -> tuple[fx.GraphModule, tuple[Pair, ...]]:
-    """Fold every batch norm that can be, in a copy of `model`, which is left as it was.
+    """Fold every batch norm that can be folded, in a copy of `model`.
 
-    The copy is for evaluation alone: what does nothing there (dropout, identities) is gone. The
-    folded numbers are computed in float64 and rounded once. No pair: `model` can be saved as it is.
+    The copy is for evaluation only: dropout and identities are removed. The folded tensors are
+    computed in float64 and rounded once.
 
     Args:
         model: a network without gates, on one device.
@@ -62,7 +62,7 @@ def fold(model: fx.GraphModule) -> tuple[fx.GraphModule, tuple[Pair, ...]]:
         The folded network, in evaluation mode, and the pairs, in the order of computation.
     """
     folded = copy.deepcopy(model).eval()
-    _drop_nothing(folded)
+    _drop_identities(folded)
     places = list(_places(folded))
     for place in places:
         conv = folded.get_submodule(place.names.conv)
@@ -73,10 +73,10 @@ def fold(model: fx.GraphModule) -> tuple[fx.GraphModule, tuple[Pair, ...]]:
 
 
 def unfolded_state(state: Mapping[str, Tensor], pairs: Iterable[Pair]) -> dict[str, Tensor]:
-    """`state` of a folded network, with batch norms that do nothing for those that are gone.
+    """Return `state` of a folded network with identity batch norms for those that are folded.
 
-    A network that has not been folded yet can be filled with it. Raises FileFormatError when a
-    convolution's weight is missing.
+    A network that is not folded can load it. Raises FileFormatError when a convolution's weight is
+    missing.
     """
     filled = dict(state)
     for conv, norm in pairs:
@@ -96,12 +96,12 @@ def unfolded_state(state: Mapping[str, Tensor], pairs: Iterable[Pair]) -> dict[s
 
 
 def refold(model: fx.GraphModule, pairs: Iterable[Pair], state: Mapping[str, Tensor]) -> None:
-    """Give `model`, filled from `unfolded_state`, the structure and tensors of the folded network.
+    """Give `model`, loaded from `unfolded_state`, the structure and tensors of the folded network.
 
     In place. Raises FileFormatError for a pair that this network cannot fold, or whose tensors are
     missing or of another shape.
     """
-    _drop_nothing(model)
+    _drop_identities(model)
     places = {place.names: place for place in _places(model)}
     for pair in pairs:
         place = places.pop(pair, None)
@@ -119,19 +119,19 @@ def refold(model: fx.GraphModule, pairs: Iterable[Pair], state: Mapping[str, Ten
     _tidy(model)
 
 
-def _drop_nothing(model: fx.GraphModule) -> None:
+def _drop_identities(model: fx.GraphModule) -> None:
     modules = dict(model.named_modules(remove_duplicate=False))
     for node in list(model.graph.nodes):
         if node.op != "call_module" or len(node.args) != 1 or node.kwargs:
             continue
         layer = modules[str(node.target)]
-        if type(layer) in _NOTHING and not _hooked(layer):
+        if type(layer) in _IDENTITIES and not _hooked(layer):
             node.replace_all_uses_with(node.args[0])
             model.graph.erase_node(node)
 
 
 def _places(model: fx.GraphModule) -> Iterable[_Place]:
-    """Where a batch norm is all that ever looks at a convolution's answer."""
+    """Yield the places where a batch norm is the only reader of a convolution's result."""
     modules = dict(model.named_modules(remove_duplicate=False))
     calls: Counter[int] = Counter()
     readings = []
@@ -150,20 +150,20 @@ def _places(model: fx.GraphModule) -> Iterable[_Place]:
         names = Pair(str(source.target), str(node.target))
         conv = modules[names.conv]
         norm = modules[names.norm]
-        alone = calls[id(conv)] == 1 and owners[id(conv._parameters.get("weight"))] == 1
-        if _activation(norm) is not None:  # which takes the place of this norm
-            alone = alone and calls[id(norm)] == 1
+        exclusive = calls[id(conv)] == 1 and owners[id(conv._parameters.get("weight"))] == 1
+        if _activation(norm) is not None:  # which replaces this norm
+            exclusive = exclusive and calls[id(norm)] == 1
         read = any(name.startswith(f"{names.conv}.") for name in readings)
-        if alone and not read and _fit(conv, norm):
+        if exclusive and not read and _fit(conv, norm):
             yield _Place(names, source, node)
 
 
 def _activation(norm: nn.Module) -> nn.Module | None:
-    """What a batch norm hands its answer to, when that is a part of it and keeps no numbers."""
+    """Return the activation inside a batch norm of timm's, if it has no state."""
     if (type(norm).__module__, type(norm).__name__) != _WITH_ACTIVATION:
         return None
     drop, activation = norm.get_submodule("drop"), norm.get_submodule("act")
-    return activation if type(drop) in _NOTHING and not activation.state_dict() else None
+    return activation if type(drop) in _IDENTITIES and not activation.state_dict() else None
 
 
 def _fit(conv: nn.Module, norm: nn.Module) -> bool:
@@ -173,7 +173,7 @@ def _fit(conv: nn.Module, norm: nn.Module) -> bool:
     assert isinstance(conv, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
     assert isinstance(norm, BatchNorms)
     if norm.running_mean is None or norm.running_var is None:
-        return False  # it judges by the batch at hand
+        return False  # it uses the statistics of each batch
     kinds = {conv.weight.dtype, norm.running_mean.dtype}
     return conv.out_channels == norm.num_features and kinds <= {torch.float32}
 
@@ -183,10 +183,10 @@ def _hooked(module: nn.Module) -> bool:
 
 
 def _folded(conv: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """Weight and bias of the convolution with the batch norm in them, float32.
+    """Return weight and bias of the convolution with the batch norm folded in, float32.
 
-    In float64 by single steps that IEEE 754 rounds the same on every machine, so that `eps-verify`
-    finds these numbers again to the last bit.
+    Computed in float64 by single operations, which IEEE 754 rounds the same on every machine, so
+    that `eps-verify` reproduces them to the last bit.
     """
 
     def wide(tensor: object, default: float) -> Tensor:
@@ -196,8 +196,8 @@ def _folded(conv: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:
 
     assert isinstance(norm.running_mean, Tensor)
     mean = norm.running_mean.detach().double()
-    deviation = (wide(norm.running_var, 1) + float(norm.eps)).sqrt()  # type: ignore[arg-type]
-    scale = wide(norm.weight, 1) / deviation
+    std = (wide(norm.running_var, 1) + float(norm.eps)).sqrt()  # type: ignore[arg-type]
+    scale = wide(norm.weight, 1) / std
     bias = (wide(conv.bias, 0) - mean) * scale + wide(norm.bias, 0)
     weight = wide(conv.weight, 0)
     per_channel = scale.view(-1, *[1] * (weight.dim() - 1))

@@ -1,4 +1,4 @@
-"""Proving an artifact again, from files alone: `compact.pt` and the checkpoint it was made from."""
+"""Verification of an artifact from files: `compact.pt` and the checkpoint it was made from."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ import torch
 from torch import fx
 
 from eps_compact import certificate
-from eps_compact.artifact import CompactArtifact
+from eps_compact.artifact import CompactArtifact, read_certificate
 from eps_compact.certificate import ProofError, failure
 from eps_compact.compaction import compact, counts, folded_counts, proof_images
 from eps_compact.folding import fold
-from eps_compact.outputs import Outputs, certificate_file, read_certificate
 from eps_core.checks import Check, Parity, Verification
 from eps_core.errors import ConfigError, DataError, FileFormatError
 from eps_train.data.dataset import load_again
@@ -21,6 +20,7 @@ from eps_train.data.images import Part
 from eps_train.models.cifar import Normalize
 from eps_train.training.checkpoint import Checkpoint
 
+# Checks that need the right checkpoint; those after the first two need the right network too.
 _ON_CHECKPOINT = ("network", "evidence", "tensors", "rewriting", "folding", "counts")
 
 
@@ -32,18 +32,18 @@ def verify(
     no_data: bool = False,
     report: Callable[[str], None] = lambda line: None,
 ) -> Verification:
-    """Check `path` (a `compact.pt`) against its checkpoint.
+    """Verify `path` (a `compact.pt`) against its checkpoint.
 
     Args:
-        checkpoint: None: where `path` says that it is.
-        data_root: as `--data-root`. Without it, data that cannot be loaded is done without.
-        no_data: prove on random images alone.
-        report: told what is being done, a line at a time.
+        checkpoint: None: the one that `path` names.
+        data_root: as `--data-root`. Without it, data that cannot be loaded is skipped.
+        no_data: use random images only.
+        report: receives progress, a line at a time.
 
     Raises:
         FileFormatError: a file is damaged, foreign or too new.
-        ConfigError: the checkpoint is not there.
-        DataError: the data under `data_root` is missing, or another.
+        ConfigError: the checkpoint does not exist.
+        DataError: the data under `data_root` is missing or different.
     """
     artifact = CompactArtifact.load(path, any_code=True)
     source = _checkpoint(path, artifact, checkpoint)
@@ -86,24 +86,23 @@ def _checkpoint(path: Path, artifact: CompactArtifact, named: Path | None) -> Ch
     place = named or path.parent / artifact.checkpoint["path"]
     if named is None and not place.exists():
         raise ConfigError(
-            f"{place}: the checkpoint that {path} was made from is not there;"
+            f"{place}: the checkpoint that {path} was made from does not exist;"
             " name it with --checkpoint"
         )
     return Checkpoint.load(place)
 
 
 def _certificate_beside(path: Path, artifact: CompactArtifact) -> Check:
-    beside = Outputs(path).certificate
+    beside = path.with_suffix(".json")
     if not beside.exists():
         return Check("certificate", None, f"no {beside.name} beside it")
     found = read_certificate(beside)
     if found.get("artifact") != artifact.digest:
-        return Check(
-            "certificate", False, f"{beside.name} belongs to {str(found.get('artifact'))[:12]}"
-        )
-    if found != certificate_file(artifact):
-        return Check("certificate", False, f"{beside.name} says other things than the artifact")
-    return Check("certificate", True, f"{beside.name} says what the artifact says")
+        owner = str(found.get("artifact"))[:12]
+        return Check("certificate", False, f"{beside.name} belongs to {owner}")
+    if found != artifact.certificate_file():
+        return Check("certificate", False, f"{beside.name} differs from the artifact's certificate")
+    return Check("certificate", True, f"{beside.name} is the artifact's certificate")
 
 
 def _code(artifact: CompactArtifact) -> Check:
@@ -122,13 +121,13 @@ def _data(
     if artifact.data != identity:
         return None, Check("data", False, "artifact and checkpoint name different data")
     if no_data:
-        return None, Check("data", None, "--no-data: random images alone")
+        return None, Check("data", None, "--no-data: random images only")
     try:
         part = load_again(identity, root).validation
     except (DataError, ConfigError) as error:
         if root is not None:
             raise
-        return None, Check("data", None, f"random images alone: {error}")
+        return None, Check("data", None, f"random images only: {error}")
     detail = f"{identity.name}: {len(part):,} held-out images, SHA-256 {identity.sha256[:12]}"
     return part, Check("data", True, detail)
 
@@ -147,9 +146,9 @@ def _network(artifact: CompactArtifact, source: Checkpoint) -> Check:
     if bool(live) == bool(artifact.certificate.get("lossless", True)):
         return Check("network", False, "the certificate is wrong about being lossless")
     if live:
-        detail = f"NOT lossless: besides the dead, {len(live)} live blocks are removed"
+        detail = f"NOT lossless: besides the dead blocks, {len(live)} live ones are removed"
     else:
-        detail = f"removed are the {len(removed)} blocks that the checkpoint records as dead"
+        detail = f"the {len(removed)} removed blocks are those that the checkpoint records as dead"
     return Check("network", True, detail)
 
 
@@ -158,10 +157,12 @@ def _evidence(artifact: CompactArtifact, source: Checkpoint) -> Check:
         certificate.check_evidence(source)
     except ProofError as error:
         return Check("evidence", False, str(error))
-    told = artifact.certificate.get("removed", [])
-    if told != certificate.deaths(source):
-        return Check("evidence", False, "the certificate tells other deaths than the checkpoint")
-    return Check("evidence", True, f"{len(told)} deaths, each silent in training and held out")
+    stated = artifact.certificate.get("removed", [])
+    if stated != certificate.prune_records(source):
+        return Check("evidence", False, "the certificate has other dead blocks than the checkpoint")
+    return Check(
+        "evidence", True, f"{len(stated)} dead blocks, each within epsilon in training and held out"
+    )
 
 
 def _proven(artifact: CompactArtifact, source: Checkpoint, heldout: Part | None) -> Iterator[Check]:
@@ -187,11 +188,11 @@ def _tensors(artifact: CompactArtifact, plain: fx.GraphModule) -> Check:
     again, pairs = fold(plain) if artifact.folded else (plain, ())
     state = again.state_dict()
     if pairs != artifact.folded or state.keys() != artifact.state.keys():
-        return Check("tensors", False, "other tensors than the checkpoint gives")
+        return Check("tensors", False, "the tensors are not those of the checkpoint")
     for name, tensor in state.items():
         if not torch.equal(tensor, artifact.state[name]):
-            return Check("tensors", False, f"{name} differs from what the checkpoint gives")
-    return Check("tensors", True, f"all {len(state)} are those that the checkpoint gives")
+            return Check("tensors", False, f"{name} differs from the checkpoint's")
+    return Check("tensors", True, f"all {len(state)} are those of the checkpoint")
 
 
 def _equal(proofs: list[Parity]) -> Check:
@@ -221,13 +222,13 @@ def _on(proofs: list[Parity]) -> str:
 def _counts(
     artifact: CompactArtifact, source: Checkpoint, plain: fx.GraphModule, shipped: fx.GraphModule
 ) -> Check:
-    told = artifact.certificate.get("counts")
-    if told is None:
+    stated = artifact.certificate.get("counts")
+    if stated is None:
         return Check("counts", None, "the certificate has none")
     counted = counts(source.network, artifact.network.removed, plain, source.data.input_shape)
     folding = artifact.certificate.get("folding") or {}
     folded = folded_counts(artifact, shipped) or {}
-    wrong = [name for name, count in counted.items() if count != told.get(name)]
+    wrong = [name for name, count in counted.items() if count != stated.get(name)]
     wrong += [f"folding {name}" for name, count in folded.items() if folding.get(name) != count]
     if wrong:
         return Check("counts", False, f"the certificate is wrong about {', '.join(wrong)}")

@@ -80,8 +80,8 @@ def test_from_checkpoint_to_compact_network(folder: Path) -> None:
     assert artifact.data == checkpoint.data
     assert [entry["block"] for entry in artifact.certificate["removed"]] == list(DEAD)
     assert_same_answers(folder / "compact.pt", checkpoint)
-    with Image.open(folder / "compact.png") as picture:
-        assert picture.format == "PNG"
+    with Image.open(folder / "compact.png") as image:
+        assert image.format == "PNG"
 
 
 def test_what_it_says(folder: Path) -> None:
@@ -91,11 +91,11 @@ def test_what_it_says(folder: Path) -> None:
         "17,254",  # parameters before
         "FLOPs an image",
         "▒·▒ ·▒▒ ▒··",
-        "Live blocks nearest to dying (143 held-out images)",
+        "Live blocks nearest to being pruned (143 held-out images)",
         "all logits equal (torch.equal, float32)",
         "batches 1, 7, 32",
         "folded: 6 batch norms into convolutions",
-        "5 blocks flicker: kept, gates dropped",
+        "5 live gates closed on steps of the last epoch: kept as plain additions",
         "written: compact.pt, compact.json, compact.png",
     ):
         assert words in said, words
@@ -243,9 +243,9 @@ def test_blocks_that_are_closed_often_enough(folder: Path) -> None:
     options = ("--closed-at-least", "0.6", "--json", "--force")
     result = compact(folder, "ckpt.pt", *options)
     assert result.code == 0, result.stderr
-    assert "NOT lossless: 1 block removed that had not died: stages.1.2 (60%)" in result.stderr
+    assert "NOT lossless: 1 live block removed: stages.1.2 (60%)" in result.stderr
     assert "held-out images: " in result.stderr
-    assert "with the same blocks shut" in result.stderr
+    assert "with the same gates closed" in result.stderr
     summary = json.loads(result.stdout)
     assert summary["lossless"] is False
     assert summary["removed"] == sorted([*DEAD, "stages.1.2"])
@@ -441,7 +441,7 @@ def test_a_full_disk_leaves_all_as_it_was(
     assert files_in(folder) == before
 
 
-def test_picture_that_cannot_be_drawn_leaves_nothing(
+def test_a_plot_that_cannot_be_drawn_leaves_nothing(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)

@@ -1,27 +1,28 @@
-"""Options of eps-compact that choose further blocks: what each of them takes out."""
+"""Options of eps-compact that choose further blocks: what each of them removes."""
 
 from __future__ import annotations
 
-import importlib
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from eps_compact.analysis import importance
 from eps_compact.cli import main
 from tests.checkpoints import make_checkpoint
 from tests.commands import run
 
 
-class Told(Exception):
-    """What a function was called with; it ends the command."""
+@pytest.fixture(autouse=True)
+def little_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importance, "SECONDS_EACH", 0.02)
 
 
 def certificate(folder: Path, *args: object) -> dict[str, Any]:
     """Of a network of 9 blocks, one of which is dead."""
     make_checkpoint(dead=("stages.2.1",)).save(folder / "ckpt.pt")
-    quick = ("--seconds", 4, "--timer", "torch")
+    quick = ("--timer", "torch")
     result = run("eps-compact", main, "ckpt.pt", *quick, *args, cwd=folder)
     assert result.code == 0, result.stderr
     found: dict[str, Any] = json.loads((folder / "compact.json").read_text())
@@ -40,16 +41,9 @@ def test_as_much_goes_as_the_accuracy_allows(tmp_path: Path) -> None:
     assert found["counts"]["parameters"]["after"] == smallest
 
 
-@pytest.mark.parametrize(
-    ("option", "module", "function"),
-    [("--sweep", "sweep", "sweep"), ("--importance", "importance", "importance")],
-)
-def test_sweep_and_ledger_have_so_many_seconds(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str, module: str, function: str
-) -> None:
-    def told(*args: object, seconds: float, **rest: object) -> None:
-        raise Told(seconds)
-
-    monkeypatch.setattr(importlib.import_module(f"eps_compact.analysis.{module}"), function, told)
-    with pytest.raises(Told, match=r"^3\.5$"):
-        certificate(tmp_path, option, "--seconds", 3.5)
+def test_importance_and_sweep_use_so_many_samples(tmp_path: Path) -> None:
+    found = certificate(tmp_path, "--importance", "--sweep", "--samples", 31)
+    assert found["importance"]["samples"] == 31
+    assert (found["sweep"]["chosen_on"], found["sweep"]["measured_on"]) == (15, 16)
+    every = certificate(tmp_path, "--importance", "--force")["importance"]
+    assert every["samples"] == every["available"] == 143, "by default up to a thousand"

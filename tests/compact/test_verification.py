@@ -81,7 +81,7 @@ def test_all_is_proven_again(folder: Path) -> None:
     assert summary["passed"] is True
     assert summary["lossless"] is True
     said = " ".join(result.stderr.split())
-    for words in ("143 held-out images", "2 deaths", "torch.equal", "limit 1e-05", "FLOPs"):
+    for words in ("143 held-out images", "2 dead blocks", "torch.equal", "limit 1e-05", "FLOPs"):
         assert words in said, words
     assert said.endswith("passed")
 
@@ -105,7 +105,7 @@ def test_without_data_and_without_folding(folder: Path) -> None:
     result = verify(folder, "compact.pt", "--no-data", "--json")
     assert result.code == 0
     assert results(result) == {**dict.fromkeys(ALL, True), "data": None, "folding": None}
-    assert "--no-data: random images alone" in " ".join(result.stderr.split())
+    assert "--no-data: random images only" in " ".join(result.stderr.split())
     assert "held-out images and" not in result.stderr
 
 
@@ -116,7 +116,7 @@ def test_data_that_is_not_here(folder: Path) -> None:
     result = verify(folder, "compact.pt", "--json")
     assert result.code == 0
     assert results(result)["data"] is None
-    assert "random images alone: " in " ".join(result.stderr.split())
+    assert "random images only: " in " ".join(result.stderr.split())
     named = verify(folder, "compact.pt", "--data-root", "nowhere")
     assert named.code == 1
     assert "nowhere" in named.error
@@ -127,7 +127,7 @@ def test_what_is_not_lossless_says_so(folder: Path) -> None:
     result = verify(folder, "compact.pt", "--json")
     assert result.code == 0
     assert json.loads(result.stdout)["lossless"] is False
-    assert "NOT lossless: besides the dead, 4 live blocks" in " ".join(result.stderr.split())
+    assert "NOT lossless: besides the dead blocks, 4 live ones" in " ".join(result.stderr.split())
 
 
 def test_nothing_dead_and_all_dead(tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_the_checkpoint_of_another_network(folder: Path) -> None:
 def test_a_certificate_that_belongs_to_another_file(folder: Path) -> None:
     content = json.loads((folder / "compact.json").read_text())
     (folder / "compact.json").write_text(json.dumps({**content, "lossless": False}))
-    assert_fails(folder, "certificate", "says other things than the artifact")
+    assert_fails(folder, "certificate", "differs from the artifact's certificate")
     (folder / "compact.json").write_text(json.dumps({**content, "artifact": "0" * 64}))
     assert_fails(folder, "certificate", "belongs to 000000000000")
     (folder / "compact.json").write_text("{}")
@@ -219,7 +219,7 @@ def other_data(artifact: CompactArtifact) -> dict[str, Any]:
     ("change", "name", "detail"),
     [
         (another_block, "network", "removed without a reason: stages.1.1"),
-        (other_evidence, "evidence", "other deaths than the checkpoint"),
+        (other_evidence, "evidence", "other dead blocks than the checkpoint"),
         (other_counts, "counts", "wrong about flops"),
         (lossy, "network", "wrong about being lossless"),
         (other_data, "data", "different data"),

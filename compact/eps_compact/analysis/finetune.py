@@ -1,17 +1,17 @@
-"""Training a compact network on: the loop of eps-train, no gates, at a low rate."""
+"""Fine-tuning of a compact network: the training loop of eps-train without gates."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
-from torch import Tensor, nn
 
-from eps_compact.analysis.importance import CPU, Answers, accuracy_drop, answer
+from eps_compact.analysis.importance import CPU, accuracy_drop, predict
 from eps_core.errors import ConfigError
 from eps_core.stats import Interval
 from eps_train.config import TrainingConfig
@@ -25,24 +25,24 @@ from eps_train.training.forward import cpu_threads
 from eps_train.training.guards import EpochMetrics
 from eps_train.training.trainer import Trainer
 
-RATES = (0.1, 0.01)  # of the run's first rate: for two thirds of the epochs, and for the rest
-SETTLING = 2 / 3
+LEARNING_RATES = (0.1, 0.01)  # of the run's first, before and after `DECAY_AT` of the epochs
+DECAY_AT = 2 / 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finetuned:
-    """A compact network, trained on.
+    """A fine-tuned compact network.
 
     Attributes:
-        checkpoint: the network that was best on the validation part; plain, its `removed` blocks
-            named in its network. Its metrics have the test part's score.
-        removed: blocks taken out beyond the dead ones.
-        epochs: that it was trained for.
+        checkpoint: the network that was best on the validation part; plain, with its `removed`
+            blocks named in its network. Its metrics have the test part's score.
+        removed: blocks removed beyond the dead ones.
+        epochs: of fine-tuning.
         lr_schedule: the learning rates, the first and the last.
         whole: validation accuracy of the network that lost only its dead blocks (0..1).
-        before, after: the same of the network without `removed`, and of it once trained on.
+        before, after: the same of the network without `removed`, before and after fine-tuning.
         drop_before, drop_after: points lost against `whole`, with Tango's 95 % intervals.
-        test: accuracy and loss of the trained network on the test part.
+        test: accuracy and loss of the fine-tuned network on the test part.
         samples: images of the validation part.
         seconds: of training.
     """
@@ -61,31 +61,24 @@ class Finetuned:
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, as JSON holds it; without the tensors."""
-        kept = {name: getattr(self, name) for name in ("epochs", "whole", "before", "after")}
-        return {
-            **kept,
-            "removed": list(self.removed),
-            "lr_schedule": list(self.lr_schedule),
-            "drop_before": asdict(self.drop_before),
-            "drop_after": asdict(self.drop_after),
-            "test": self.test.to_dict(),
-            "samples": self.samples,
-            "seconds": self.seconds,
-        }
+        """Return it as JSON holds it, without the checkpoint."""
+        names = [field.name for field in fields(self) if field.name != "checkpoint"]
+        values = {name: getattr(self, name) for name in names}
+        found: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(values))
+        return found
 
 
 def without(checkpoint: Checkpoint, removed: Iterable[str]) -> NetworkSpec:
-    """The checkpoint's network without gates, its dead blocks, and these besides.
+    """Return the checkpoint's network without gates, its dead blocks, and `removed`.
 
     What `removed` takes out beyond the dead blocks is not lossless. Raises ConfigError for a block
-    that the network has not got, or that is out already.
+    that the network does not have, or that is removed already.
     """
     gone = (*checkpoint.network.removed, *checkpoint.dead)
     beyond = tuple(removed)
     live = set(checkpoint.network.all_blocks()).difference(gone)
     if unknown := sorted(set(beyond) - live):
-        raise ConfigError(f"no live block named {', '.join(unknown)} to take out")
+        raise ConfigError(f"no live block named {', '.join(unknown)} to remove")
     return replace(checkpoint.network, gated=(), removed=(*gone, *beyond))
 
 
@@ -98,36 +91,48 @@ def finetune(
     device: torch.device = CPU,
     report: Callable[[EpochMetrics], None] = lambda epoch: None,
 ) -> Finetuned:
-    """Train the checkpoint's network on, without its dead blocks and without those in `removed`.
+    """Fine-tune the checkpoint's network without its dead blocks and without those in `removed`.
 
-    Data, augmentation, batches, decay and seed are those of the checkpoint's own run. The rate is a
-    tenth of that run's first, and a hundredth in the last third of the epochs; there is no side
-    head.
+    Data, augmentation, batches, decay and seed are those of the checkpoint's own run. The learning
+    rate is a tenth of that run's first, and a hundredth in the last third of the epochs; there is
+    no side head.
 
     Args:
         checkpoint: as eps-train wrote it.
         data: the data it was trained on.
-        removed: live blocks to take out, as a point of a sweep names them.
+        removed: live blocks to remove, as a point of a sweep names them.
         epochs: to train for, 1 or more.
         device: where to train.
-        report: told of every epoch.
+        report: called after every epoch.
 
     Raises:
-        ConfigError: `epochs`, or a block that cannot be taken out.
-        TrainingError: the numbers did not stay finite.
+        ConfigError: `epochs`, or a block that cannot be removed.
+        TrainingError: the loss did not stay finite.
     """
     if epochs < 1:
         raise ConfigError(f"--finetune-epochs {epochs}: must be at least 1")
     beyond = tuple(removed)
     spec = without(checkpoint, beyond)
-    config = tuning_config(TrainingConfig.from_dict(checkpoint.config), epochs, device)
-    tuned, seconds = _trained(config, data, device, (spec, checkpoint.state), report)
-    networks = (
-        without(checkpoint, ()).build(checkpoint.state),
-        spec.build(checkpoint.state),
-        tuned.network.build(tuned.state),
+    config = finetune_config(TrainingConfig.from_dict(checkpoint.config), epochs, device)
+    with tempfile.TemporaryDirectory() as folder, cpu_threads(config.cpu_threads):
+        trainer = Trainer(
+            config,
+            data,
+            best_path=Path(folder) / "best.pt",
+            last_path=Path(folder) / "last.pt",
+            device=device,
+            start=(spec, checkpoint.state),
+        )
+        tuned = trainer.run(report)
+    normalize = Normalize.of(data.identity).to(device)
+    whole, before, after = (
+        predict(rewriting.drop_taps(network).to(device), normalize, data.validation.to(device))
+        for network in (
+            without(checkpoint, ()).build(checkpoint.state),
+            spec.build(checkpoint.state),
+            tuned.network.build(tuned.state),
+        )
     )
-    whole, before, after = _answers(networks, data, device)
     return Finetuned(
         checkpoint=tuned,
         removed=beyond,
@@ -140,51 +145,21 @@ def finetune(
         drop_after=accuracy_drop(whole, after),
         test=Score(**tuned.metrics["test"]),
         samples=len(data.validation),
-        seconds=seconds,
+        seconds=trainer.seconds,
     )
 
 
-def _trained(
-    config: TrainingConfig,
-    data: Data,
-    device: torch.device,
-    start: tuple[NetworkSpec, Mapping[str, Tensor]],
-    report: Callable[[EpochMetrics], None],
-) -> tuple[Checkpoint, float]:
-    """The best checkpoint of a run from `start`, and the seconds of training."""
-    with tempfile.TemporaryDirectory() as folder, cpu_threads(config.cpu_threads):
-        trainer = Trainer(
-            config,
-            data,
-            best_path=Path(folder) / "best.pt",
-            last_path=Path(folder) / "last.pt",
-            device=device,
-            start=start,
-        )
-        return trainer.run(report), trainer.seconds
-
-
-def _answers(networks: Iterable[nn.Module], data: Data, device: torch.device) -> list[Answers]:
-    """What each says to the validation part."""
-    normalize = Normalize.of(data.identity).to(device)
-    validation = data.validation.to(device)
-    return [
-        answer(rewriting.drop_taps(network).to(device), normalize, validation)
-        for network in networks
-    ]
-
-
-def tuning_config(config: TrainingConfig, epochs: int, device: torch.device) -> TrainingConfig:
-    """The run that trains on what `config` made, without what belongs to gates and processes."""
-    first = config.lr_schedule[0][1]
+def finetune_config(config: TrainingConfig, epochs: int, device: torch.device) -> TrainingConfig:
+    """Return the configuration of a fine-tuning run of what `config` trained, without gates."""
+    first, last = (factor * config.lr_schedule[0][1] for factor in LEARNING_RATES)
     return replace(
         config.baseline(),
         epochs=epochs,
         epsilon_warmup=0,
         freeze_gates_at=1.0,
-        lr_schedule=((0, RATES[0] * first),),
+        lr_schedule=((0, first),),
         lr_restart=(),
-        final_decay=((SETTLING, RATES[1] * first),),
+        final_decay=((DECAY_AT, last),),
         aux_loss_weight=0.0,
         precision=config.precision if device.type == "cuda" else "fp32",
         compile=False,

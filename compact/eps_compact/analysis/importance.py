@@ -1,16 +1,16 @@
-"""The ledger: what every block costs, what it does, and what the network would be without it."""
+"""Block importance: what every live block costs, and what the network loses without it."""
 
 from __future__ import annotations
 
 import copy
-import math
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, Protocol
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -39,19 +39,21 @@ from eps_train.training.forward import cpu_threads
 if TYPE_CHECKING:
     from rich.table import Table
 
-# -- What each residual branch costs: what would leave the network with that block alone
+CPU = torch.device("cpu")
+
+# -- The cost of each residual branch: what removing that block alone saves
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BranchCost:
-    """One block's branch, for one float32 image.
+    """Cost of one block's branch, for one float32 image.
 
     Attributes:
         block: its name.
-        parameters: learned parameters that leave the network with this block alone.
-        flops: as `eps_train.models.spec` counts them: the difference that removal makes.
-        activation_bytes: of all tensors that the branch's steps make.
-        kind: equal for blocks of the same layers on the same shapes, which cost the same time.
+        parameters: learned parameters that the removal of this block alone saves.
+        flops: as `eps_train.models.spec` counts them: what the removal saves.
+        activation_bytes: size of all tensors that the branch computes.
+        kind: equal for blocks of the same layers on the same shapes, which take the same time.
     """
 
     block: str
@@ -62,17 +64,16 @@ class BranchCost:
 
 
 def live_network(checkpoint: Checkpoint) -> fx.GraphModule:
-    """The checkpoint's network without its dead blocks, in evaluation mode, every other gate live.
+    """Build a checkpoint's network without its dead blocks, in evaluation mode, other gates open.
 
-    A plain network gets open gates at all its residual additions, so that its blocks can be
-    weighed and taken out too. Nothing is shared with `checkpoint`.
+    A network without gates gets open ones at all its residual additions, so that its blocks can be
+    measured and removed too. Nothing is shared with `checkpoint`.
     """
     network = checkpoint.network
-    gone = set(network.removed).union(checkpoint.dead)
-    blocks = network.gated or network.all_blocks()
+    removed = {*network.removed, *checkpoint.dead}
     spec = replace(
         network,
-        gated=tuple(block for block in blocks if block not in gone),
+        gated=tuple(b for b in network.gated or network.all_blocks() if b not in removed),
         removed=(*network.removed, *checkpoint.dead),
     )
     state = checkpoint.state
@@ -84,37 +85,35 @@ def live_network(checkpoint: Checkpoint) -> fx.GraphModule:
 
 
 def branch_costs(model: fx.GraphModule, input_shape: tuple[int, int, int]) -> list[BranchCost]:
-    """Every gated block's cost, in the order of computation; nothing is computed.
+    """Return every gated block's cost, in the order of computation, from a run on the meta device.
 
     Args:
         model: a network with gates.
         input_shape: `[C, H, W]` of an image.
     """
     skeleton = copy.deepcopy(model).to("meta").eval()
-    shapes = _Shapes(skeleton)
+    shapes = _ShapeRecorder(skeleton)
     with torch.no_grad(), shapes.counter:
         shapes.run(torch.empty((1, *input_shape), device="meta"))
     parameters = branch_parameters(model)
-    found = []
+    costs = []
     for node, block in rewriting.gate_nodes(skeleton).items():
         branch = branch_nodes(node)
-        found.append(
+        layers = [*branch, *node.all_input_nodes]
+        costs.append(
             BranchCost(
                 block=block,
                 parameters=parameters[block],
                 flops=sum(shapes.flops[member] for member in branch),
                 activation_bytes=sum(shapes.bytes[member] for member in branch),
-                kind="; ".join(
-                    f"{shapes.layer(member)}@{shapes.shape[member]}"
-                    for member in [*branch, *node.all_input_nodes]
-                ),
+                kind="; ".join(f"{shapes.layer(n)}@{shapes.shape[n]}" for n in layers),
             )
         )
-    return found
+    return costs
 
 
-class _Shapes(fx.Interpreter):
-    """Runs a network on the meta device and notes every node's FLOPs, bytes and shapes."""
+class _ShapeRecorder(fx.Interpreter):
+    """Records every node's FLOPs, bytes and shapes."""
 
     def __init__(self, model: fx.GraphModule) -> None:
         super().__init__(model)
@@ -127,8 +126,8 @@ class _Shapes(fx.Interpreter):
         before = self.counter.get_total_flops()
         result: object = super().run_node(n)
         self.flops[n] = self.counter.get_total_flops() - before
-        # Tuples of tensors are taken apart by a node of their own, which is counted instead. What
-        # hands its input on (an identity, a step in place) takes no memory.
+        # Tuples of tensors are unpacked by nodes of their own, which are counted instead. A step
+        # that returns its input (an identity, an in-place operation) takes no memory.
         same = any(result is self.env.get(node) for node in n.all_input_nodes)
         tensors = [result] if isinstance(result, Tensor) else []
         self.bytes[n] = 0 if same else sum(tensor.nbytes for tensor in tensors)
@@ -136,122 +135,47 @@ class _Shapes(fx.Interpreter):
         return result
 
     def layer(self, node: fx.Node) -> str:
-        """What the node computes, as far as time depends on it."""
+        """What the node computes, as far as its time depends on it."""
         if node.op == "call_module":
             return repr(self.submodules[str(node.target)])
         return getattr(node.target, "__name__", str(node.target))
 
 
-# -- Leave-one-out: what a network says without each of its blocks, the rest computed once
+# -- Evaluation samples, and what a network predicts for them
 
-WORST = 1e4  # what the loss of an answer that is not a number counts as
-
-
-class Forking:
-    """Runs a gated network, and at each gate goes through the rest once more without that block.
-
-    What lies before a block is computed once for all blocks behind it, so that leaving out each of
-    N blocks costs about N / 2 passes instead of N.
-
-    Attributes:
-        blocks: the gated blocks, in the order of computation.
-        passes: about how many full passes one call costs.
-    """
-
-    def __init__(self, model: fx.GraphModule) -> None:
-        self._run = fx.Interpreter(model)
-        self._nodes = list(model.graph.nodes)
-        self._gates = rewriting.gate_nodes(model)
-        self.blocks = tuple(self._gates.values())
-        rests = sum(
-            len(self._nodes) - place
-            for place, node in enumerate(self._nodes)
-            if node in self._gates
-        )
-        self.passes = 1 + rests / len(self._nodes)
-
-    @torch.no_grad()
-    def __call__(self, images: Tensor) -> Iterator[tuple[str | None, Tensor]]:
-        """Yield each block with the logits without it, and last None with those of the whole.
-
-        Args:
-            images: normalised float32 `[N, C, H, W]`, on the network's device.
-
-        Logits are float32 `[N, classes]`, and equal those of the network that
-        `rewriting.remove_blocks` makes.
-        """
-        values: dict[fx.Node, Any] = {}
-        for place, node in enumerate(self._nodes):
-            if node in self._gates:
-                yield self._gates[node], self._without(values, place)
-            answer = self._step(values, node, images)
-        yield None, answer.float()
-
-    @torch.no_grad()
-    def whole(self, images: Tensor) -> Tensor:
-        """Logits of the whole network for `images` as :meth:`__call__` takes them."""
-        values: dict[fx.Node, Any] = {}
-        for node in self._nodes:
-            answer = self._step(values, node, images)
-        return answer.float()  # type: ignore[no-any-return]
-
-    def _without(self, values: dict[fx.Node, Any], place: int) -> Tensor:
-        gate = self._nodes[place]
-        shortcut, _ = gate.all_input_nodes
-        unneeded = self._run.user_to_last_uses.get(gate, ())
-        left = {node: value for node, value in values.items() if node not in unneeded}
-        # Copies: a step that works in place would alter what the next block's turn starts from. One
-        # call for all, so that views of one tensor stay views of one tensor.
-        forked = dict(zip(left, copy.deepcopy(list(left.values())), strict=True))
-        forked[gate] = values[shortcut].clone()
-        for node in self._nodes[place + 1 :]:
-            answer = self._step(forked, node, None)
-        return answer.float()  # type: ignore[no-any-return]
-
-    def _step(self, values: dict[fx.Node, Any], node: fx.Node, images: Tensor | None) -> Any:
-        """Compute one node, and forget the values that it was the last to need.
-
-        Returns the node's value; that of the last node is the network's answer.
-        """
-        self._run.env = values
-        values[node] = images if node.op == "placeholder" else self._run.run_node(node)
-        for used in self._run.user_to_last_uses.get(node, ()):
-            values.pop(used, None)  # a fork has less to forget
-        return values[node]
+SEED = 0  # of the evaluation samples
+WORST_LOSS = 1e4  # stands for a loss that is not finite
 
 
-class Answers:
-    """What one network makes of a growing number of labelled images, one entry an image.
+def evaluation_samples(part: Part, count: int, device: torch.device = CPU) -> ImageSet:
+    """Return up to `count` images of a part in random order, held on `device`; always the same."""
+    order = torch.randperm(len(part), generator=torch.Generator().manual_seed(SEED))
+    chosen = part[order[:count]]
+    return ImageSet(chosen.images, chosen.labels).to(device)
 
-    Attributes:
-        correct: whether the label is the top answer, bool `[N]`.
-        loss: cross-entropy, float64 `[N]`, at most `WORST`.
-    """
+
+class Predictions:
+    """How one network does on labelled images, one entry an image, batch by batch."""
 
     def __init__(self) -> None:
         self._correct: list[Tensor] = []
         self._loss: list[Tensor] = []
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
-        """Take note of logits `[n, classes]` and labels int64 `[n]`, both on one device."""
+        """Add a batch: logits `[n, classes]` and labels int64 `[n]`, both on one device."""
         loss = F.cross_entropy(logits.float(), labels, reduction="none")
-        self._loss.append(loss.nan_to_num(nan=WORST, posinf=WORST).clamp(max=WORST))
+        self._loss.append(loss.nan_to_num(nan=WORST_LOSS, posinf=WORST_LOSS).clamp(max=WORST_LOSS))
         self._correct.append(logits.argmax(dim=1) == labels)
-
-    def extend(self, other: Answers) -> None:
-        """Take over the answers to further images."""
-        self._loss += other._loss
-        self._correct += other._correct
 
     @property
     def correct(self) -> npt.NDArray[np.bool_]:
-        found: npt.NDArray[np.bool_] = torch.cat(self._correct).cpu().numpy()
-        return found
+        """Whether the label is the top-1 prediction, `[N]`."""
+        return torch.cat(self._correct).cpu().numpy()
 
     @property
     def loss(self) -> npt.NDArray[np.float64]:
-        found: npt.NDArray[np.float64] = torch.cat(self._loss).double().cpu().numpy()
-        return found
+        """Cross-entropy, `[N]`, at most `WORST_LOSS`."""
+        return torch.cat(self._loss).double().cpu().numpy()
 
     @property
     def accuracy(self) -> float:
@@ -262,141 +186,117 @@ class Answers:
         return float(self.loss.mean())
 
 
-def answer_all(
-    forking: Forking, normalize: nn.Module, images: ImageSet
-) -> dict[str | None, Answers]:
-    """Answers without each block, and under None those of the whole network.
-
-    `images` lie on the network's device.
-    """
-    found: dict[str | None, Answers] = {block: Answers() for block in (*forking.blocks, None)}
-    for batch in images.batches(BATCH):
-        for block, said in forking(normalize(batch.images)):
-            found[block].add(said, batch.labels)
-    return found
-
-
-def answer(model: nn.Module, normalize: nn.Module, part: Part) -> Answers:
-    """Answers of one network to a part that lies on its device, or on disk."""
-    found = Answers()
+def predict(model: nn.Module, normalize: nn.Module, part: Part) -> Predictions:
+    """Run a network on a part of a data set; both on one device."""
+    found = Predictions()
     for batch in part.batches(BATCH):
         found.add(logits(model, normalize, batch.images), batch.labels)
     return found
 
 
-# -- Held-out images in an order of chance, as many of them as the time allows
-
-SEED = 0  # of the order
-PROBE = 16  # images that the first, timed passes take
-HELD = 1 << 30  # bytes of raw pixels that are held at most
-
-
-@dataclass(frozen=True, slots=True)
-class LeaveOneOut:
-    """Answers to the same images of the whole network, and by block of the one without it."""
-
-    whole: Answers
-    without: dict[str, Answers]
-    samples: int
+def accuracy_drop(before: Predictions, after: Predictions) -> Interval:
+    """Points of accuracy lost, on the same images, with Tango's 95 % interval."""
+    only_before = int((before.correct & ~after.correct).sum())
+    only_after = int((after.correct & ~before.correct).sum())
+    share = paired_difference(only_before, only_after, len(before.correct))
+    return Interval(100 * share.value, 100 * share.low, 100 * share.high)
 
 
-def ordered(part: Part) -> Part:
-    """The part in an order of chance, always the same: its first images stand for all of it."""
-    generator = torch.Generator().manual_seed(SEED)
-    order = torch.randperm(len(part), generator=generator)
-    return part[order[: max(1, HELD // math.prod(part[order[:1]].images.shape[1:]))]]
+# -- Leave-one-out: the network without each of its blocks in turn
 
 
 def leave_one_out(
-    forking: Forking, normalize: Normalize, heldout: Part, *, seconds: float
-) -> LeaveOneOut | None:
-    """Leave every block out in turn, on as many of the held-out images as `seconds` allow.
+    model: fx.GraphModule, normalize: nn.Module, images: ImageSet
+) -> dict[str | None, Predictions]:
+    """Return predictions without each gated block, and under None those of the whole network.
 
-    The number of images does not depend on what is found. They are taken in portions, each as
-    large as the pace of the one before lets fit. None where not even the first fits.
+    All three arguments are on one device.
+    """
+    blocks = rewriting.gate_nodes(model).values()
+    found: dict[str | None, Predictions] = {block: Predictions() for block in (*blocks, None)}
+    for batch in images.batches(BATCH):
+        for block, said in leave_one_out_logits(model, normalize(batch.images)):
+            found[block].add(said, batch.labels)
+    return found
+
+
+@torch.no_grad()
+def leave_one_out_logits(
+    model: fx.GraphModule, images: Tensor
+) -> Iterator[tuple[str | None, Tensor]]:
+    """Yield each gated block with the logits without it, and last None with those of the whole.
+
+    What precedes a block is computed once for all blocks after it, so that N blocks cost about
+    N / 2 passes. Logits equal those of the network that `rewriting.remove_blocks` makes.
 
     Args:
-        forking: the network.
-        normalize: on the network's device.
-        heldout: images in an order of chance.
+        images: normalised float32 `[N, C, H, W]`, on the network's device.
+
+    Yields:
+        Logits float32 `[N, classes]`.
     """
-    deadline = time.perf_counter() + seconds
-    device = normalize.mean.device
-    found: dict[str | None, Answers] = {block: Answers() for block in (*forking.blocks, None)}
-    done, size = 0, min(PROBE, len(heldout))
-    if pass_seconds(forking, normalize, heldout) * forking.passes > seconds:
-        return None
-    while size:
-        began = time.perf_counter()
-        portion = pixels(heldout, range(done, done + size), device)
-        for block, answers in answer_all(forking, normalize, portion).items():
-            found[block].extend(answers)
-        done += size
-        pace = (time.perf_counter() - began) / size
-        fitting = int(0.9 * (deadline - time.perf_counter()) / pace)
-        size = max(0, min(fitting, 4 * size, 2 * BATCH, len(heldout) - done))
-    whole = found.pop(None)
-    return LeaveOneOut(whole, {b: a for b, a in found.items() if b is not None}, done)
+    interpreter = fx.Interpreter(model)
+    last_uses = interpreter.user_to_last_uses
+    gates = rewriting.gate_nodes(model)
+    nodes = list(model.graph.nodes)
+
+    def run(rest: Iterable[fx.Node], values: dict[fx.Node, Any]) -> Iterator[Any]:
+        """Compute nodes in order, dropping each value after its last use; yield every result."""
+        for node in rest:
+            interpreter.env = values
+            values[node] = images if node.op == "placeholder" else interpreter.run_node(node)
+            for used in last_uses.get(node, ()):
+                values.pop(used, None)
+            yield values[node]
+
+    values: dict[fx.Node, Any] = {}
+    whole = run(nodes, values)
+    for place, node in enumerate(nodes):
+        if node in gates:
+            shortcut, _ = node.all_input_nodes
+            kept = {n: value for n, value in values.items() if n not in last_uses.get(node, ())}
+            # Copies, because in-place operations would alter what the next block starts from; one
+            # call for all, so that views of one tensor stay views of one tensor.
+            without = dict(zip(kept, copy.deepcopy(list(kept.values())), strict=True))
+            without[node] = values[shortcut].clone()
+            *_, result = run(nodes[place + 1 :], without)
+            yield gates[node], result.float()
+        result = next(whole)
+    yield None, result.float()
 
 
-def pass_seconds(forking: Forking, normalize: Normalize, heldout: Part) -> float:
-    """Seconds that the whole network takes for the first `PROBE` images, once it is warm."""
-    probe = range(min(PROBE, len(heldout)))
-    images = pixels(heldout, probe, normalize.mean.device).images
-    taken = []
-    for _ in range(2):
-        began = time.perf_counter()
-        forking.whole(normalize(images)).cpu()  # waits for the device
-        taken.append(time.perf_counter() - began)
-    return min(taken)
-
-
-def pixels(part: Part, which: range, device: torch.device) -> ImageSet:
-    """Some images of a part, held on the device."""
-    portion = part[torch.arange(which.start, which.stop)]
-    return ImageSet(portion.images, portion.labels).to(device)
-
-
-# -- Times of several networks against each other: interleaved, one image a call
+# -- Timing: networks without some of their blocks, interleaved, one image a call
 #
 # What is timed is what ships: folded, behind its normalisation, without gates and taps.
+
+SECONDS_EACH = 0.5  # of timing for each network
+# Takes, of each network, the blocks that it lacks; returns each one's milliseconds, see Timings.
+Measure = Callable[[Sequence[Collection[str]]], list[Runs]]
 
 
 class Timer(Protocol):
     """Times a network against what is left of it without some of its blocks.
 
     Attributes:
-        name: what it runs them with, as a report says it.
+        name: runtime and conditions, for reports.
     """
 
     name: str
 
     def load(self, model: fx.GraphModule, image: Tensor) -> Measure:
-        """Make all ready that does not depend on which blocks are to be left out.
+        """Prepare what does not depend on the blocks to be left out.
 
         Args:
             model: a network with gates at all blocks that may be left out.
             image: one raw image, uint8 `[1, C, H, W]`, on the network's device.
 
         Raises:
-            GraphError: what runs them cannot run this network.
-        """
-
-
-class Measure(Protocol):
-    """Times the networks that are left of one network without some of its blocks."""
-
-    def __call__(self, without: Sequence[Collection[str]], seconds: float) -> list[Runs]:
-        """Milliseconds of every run, `[blocks, runs]` for each network; see `eps_core.timing`.
-
-        Args:
-            without: of each network, the blocks that it lacks.
-            seconds: to spend; a few runs are made in any case.
+            GraphError: the runtime cannot run this network.
         """
 
 
 class TorchTimer:
-    """Times networks as PyTorch runs them: eager, channels-last, one thread, one image a call.
+    """Times networks in PyTorch: eager, channels-last, one thread, one image a call.
 
     Args:
         identity: the data that the networks were trained on.
@@ -408,7 +308,7 @@ class TorchTimer:
         self._identity = identity
 
     def load(self, model: fx.GraphModule, image: Tensor) -> Measure:
-        """As `Timer` has it."""
+        """As in :class:`Timer`."""
         if image.is_cuda:
             device = torch.cuda.get_device_name(image.device)
             self.name = f"torch {torch.__version__} eager on {device}, batch 1"
@@ -421,36 +321,38 @@ class TorchTimer:
                 torch.cuda.synchronize(image.device)
 
         @torch.no_grad()
-        def measure(without: Sequence[Collection[str]], seconds: float) -> list[Runs]:
+        def measure(without: Sequence[Collection[str]]) -> list[Runs]:
             networks = [
                 FromPixels(plain(folded, blocks), self._identity).to(image.device)
                 for blocks in without
             ]
             with cpu_threads(1):
-                calls = [wall_clock(partial(call, network)) for network in networks]
-                return interleave(calls, budget=seconds).times
+                return interleaved([partial(call, network) for network in networks])
 
         return measure
 
 
-def block_times(
-    costs: Iterable[BranchCost], measure: Measure, seconds: float
-) -> dict[str, Interval]:
-    """Milliseconds that each block takes, by name, with 95 % intervals.
+def interleaved(calls: Sequence[Callable[[], object]]) -> list[Runs]:
+    """Time calls that return when their work is done, in turns; `SECONDS_EACH` for each of them.
 
-    Blocks of one kind (the same layers on the same shapes) take the same time. Each kind is timed
-    once: the whole network against the one without any block of that kind, divided by their number.
+    Returns each call's milliseconds, `[blocks, runs]`.
+    """
+    return interleave([wall_clock(call) for call in calls], budget=SECONDS_EACH * len(calls)).times
+
+
+def block_times(costs: Iterable[BranchCost], measure: Measure) -> dict[str, Interval]:
+    """Return the milliseconds that each block takes, by name, with 95 % intervals.
+
+    Each kind of block is timed once: the whole network against the one without all blocks of that
+    kind, divided by their number.
 
     Args:
         costs: of all blocks of the network that `measure` was loaded with.
-        seconds: to spend.
     """
     kinds: dict[str, list[str]] = {}
     for cost in costs:
         kinds.setdefault(cost.kind, []).append(cost.block)
-    if not kinds:
-        return {}
-    whole, *less = measure([(), *kinds.values()], seconds)
+    whole, *less = measure([(), *kinds.values()])
     found: dict[str, Interval] = {}
     for blocks, runs in zip(kinds.values(), less, strict=True):
         joint = difference_of_medians(whole, runs)
@@ -461,29 +363,73 @@ def block_times(
 
 
 def plain(model: fx.GraphModule, without: Iterable[str] = ()) -> fx.GraphModule:
-    """The network as it would ship, without these blocks; it shares its tensors with `model`."""
+    """Return the network as it ships, without these blocks; it shares its tensors with `model`."""
     return rewriting.drop_taps(rewriting.drop_gates(rewriting.remove_blocks(model, without))).eval()
 
 
-SECONDS = 60.0
-TIMING_SHARE = 0.25  # of the seconds
+# The engines of `eps_deploy` serve the networks, so their times count. That package imports this
+# one and not the other way round: its timer is found by entry point.
+
+GROUP = "eps_resnet.block_timers"  # entry points: callables from a DataIdentity to a Timer
+PREFERRED = "ort"
+
+
+def make_timer(
+    name: str | None, identity: DataIdentity, report: Callable[[str], None] = lambda line: None
+) -> Timer:
+    """Return the timer of `--timer`; by default ONNX Runtime's if it is installed.
+
+    Args:
+        name: `ort`, `torch`, or None.
+        identity: the data that the networks were trained on.
+        report: receives one line that says why torch is used instead.
+
+    Raises:
+        ConfigError: the named runtime is not installed; the line names the extra.
+    """
+    if name == "torch":
+        return TorchTimer(identity)
+    wanted = name or PREFERRED
+    try:
+        entry = next(iter(entry_points(group=GROUP, name=wanted)), None)
+        if entry is None:
+            raise ConfigError(
+                f"--timer {wanted}: this installation of eps-resnet does not offer it; install it"
+                " again, or give --timer torch"
+            )
+        try:
+            timer: Callable[[DataIdentity], Timer] = entry.load()
+        except ModuleNotFoundError as error:
+            raise ConfigError(
+                f"--timer {wanted}: {missing_package(error)}, or give --timer torch"
+            ) from error
+        return timer(identity)
+    except ConfigError as error:
+        if name is not None:
+            raise
+        report(f"times are torch's: {error}")
+        return TorchTimer(identity)
+
+
+# -- Importance: cost, time and leave-one-out of every live block
+
 ROWS = 40  # blocks that the table shows
-CPU = torch.device("cpu")
+_GATE_FIELDS = ("epsilon", "steps", "closed_steps", "peak")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Entry:
+class BlockImportance:
     """One live block.
 
     Attributes:
         block: its name.
         parameters, flops, activation_bytes: of its branch, for one image; see `BranchCost`.
-        ms: what it takes of a call, with its 95 % interval.
+        ms: its share of a call, with its 95 % interval.
         drop: points of accuracy that the network loses without it, with Tango's 95 % interval.
         loss: rise of the mean cross-entropy without it, with its 95 % interval.
-        epsilon, steps, closed_steps, peak: its gate's record of the last epoch, as `GateRecord`
-            has it; None for a block that was trained without a gate.
-        ratio: largest response on held-out images in units of epsilon; None where not measured.
+        epsilon, steps, closed_steps, peak: its gate's record of the last epoch, as in `GateRecord`;
+            None for a block that was trained without a gate.
+        ratio: largest response on held-out images in units of epsilon; None if not measured.
     """
 
     block: str
@@ -501,7 +447,7 @@ class Entry:
 
     @property
     def closed(self) -> float | None:
-        """Share of the last epoch's steps on which the gate was closed; None: it was not judged."""
+        """Share of the last epoch's steps with a closed gate; None if it was held open."""
         if not self.epsilon or not self.steps or self.closed_steps is None:
             return None
         return self.closed_steps / self.steps
@@ -509,18 +455,18 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Importance:
-    """What every live block costs and is worth.
+    """Importance of every live block.
 
     Attributes:
         entries: in the order of computation.
         accuracy, loss: of the network with all of them, on the same images (0..1; cross-entropy).
         samples: held-out images that each block was left out on.
-        available: held-out images that there are.
-        timer: what the times were measured with.
-        seconds: what all of it took, once the timer was ready.
+        available: held-out images in all.
+        timer: name of the timer.
+        seconds: of all the work, once the timer was ready.
     """
 
-    entries: tuple[Entry, ...]
+    entries: tuple[BlockImportance, ...]
     accuracy: float
     loss: float
     samples: int
@@ -529,34 +475,34 @@ class Importance:
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, as JSON holds it."""
-        return {**asdict(self), "entries": [asdict(entry) for entry in self.entries]}
+        """Return it as JSON holds it."""
+        found: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(self))
+        return found
 
 
 def measure_importance(
     checkpoint: Checkpoint,
     validation: Part,
     *,
+    samples: int,
     live: Iterable[BlockEvidence] = (),
-    seconds: float = SECONDS,
     device: torch.device = CPU,
     timer: Timer | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> Importance:
-    """Weigh every live block of a checkpoint's network, within `seconds`.
+    """Measure what every live block of a checkpoint's network costs and contributes.
 
     Args:
-        checkpoint: gated, or plain: then all of its residual blocks are weighed.
+        checkpoint: gated, or plain: then all of its residual blocks are measured.
         validation: its validation part.
-        live: responses as `evidence.liveness` measured them, for `ratio`.
-        seconds: a quarter goes into the times, the rest into leaving blocks out, on as many
-            held-out images, drawn at random, as fit. What `timer` takes to make ready is on top.
+        samples: images of it to leave blocks out on; see :func:`evaluation_samples`.
+        live: their responses, from `evidence.block_evidence`, for `ratio`.
         device: where to compute.
-        timer: measures the times; `timing.TorchTimer` if not given.
-        report: told what is being done, a line at a time.
+        timer: measures the times; a `TorchTimer` by default.
+        report: receives progress, a line at a time.
 
     Raises:
-        ConfigError: no block is left, or `seconds` is too little for even a few images.
+        ConfigError: no block is left.
         FileFormatError: the checkpoint's tensors are not those of its network.
         GraphError: `timer` cannot run the network.
     """
@@ -565,156 +511,87 @@ def measure_importance(
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     costs = branch_costs(model, checkpoint.data.input_shape)
     if not costs:
-        raise ConfigError("every block is dead: there is none left for a ledger to weigh")
-    normalize = Normalize.of(checkpoint.data).to(device)
-    heldout = ordered(validation)
+        raise ConfigError("every block is dead: there is none left to measure")
+    images = evaluation_samples(validation, samples, device)
     kinds = len({cost.kind for cost in costs})
-    report(f"ledger: timing {len(costs)} blocks of {kinds} kinds ({timer.name})")
-    measure = timer.load(model, pixels(heldout, range(1), device).images)
+    report(f"importance: timing {len(costs)} blocks of {kinds} kinds ({timer.name})")
+    measure = timer.load(model, images.images[:1])
     began = time.perf_counter()
-    times = block_times(costs, measure, seconds * TIMING_SHARE)
-    left = seconds - (time.perf_counter() - began)
-    report(f"ledger: leaving out each of {len(costs)} blocks, for {max(left, 0):.0f} s at most")
-    answers = leave_one_out(Forking(model), normalize, heldout, seconds=left)
-    if answers is None:
-        raise ConfigError(
-            f"the ledger's {seconds:g} seconds are too few to leave out each of {len(costs)} blocks"
-            " even on the first images; give it more"
-        )
+    times = block_times(costs, measure)
+    report(
+        f"importance: leaving out each of {len(costs)} blocks on {len(images):,} held-out images"
+    )
+    predictions = leave_one_out(model, Normalize.of(checkpoint.data).to(device), images)
+    whole = predictions.pop(None)
+    records = {record.block: record for record in checkpoint.gates}
     ratios = {block.block: block.ratio for block in live}
+    entries = []
+    for cost in costs:
+        record, without = records.get(cost.block), predictions[cost.block]
+        entries.append(
+            BlockImportance(
+                block=cost.block,
+                parameters=cost.parameters,
+                flops=cost.flops,
+                activation_bytes=cost.activation_bytes,
+                ms=times[cost.block],
+                drop=accuracy_drop(whole, without),
+                loss=paired_mean(without.loss - whole.loss),
+                ratio=ratios.get(cost.block),
+                **{name: getattr(record, name, None) for name in _GATE_FIELDS},
+            )
+        )
     return Importance(
-        entries=tuple(_entry(checkpoint, cost, times, answers, ratios) for cost in costs),
-        accuracy=answers.whole.accuracy,
-        loss=answers.whole.mean_loss,
-        samples=answers.samples,
+        entries=tuple(entries),
+        accuracy=whole.accuracy,
+        loss=whole.mean_loss,
+        samples=len(images),
         available=len(validation),
         timer=timer.name,
         seconds=time.perf_counter() - began,
     )
 
 
-def accuracy_drop(before: Answers, after: Answers) -> Interval:
-    """Points of accuracy lost, on the same images, with Tango's 95 % interval."""
-    only_before = int((before.correct & ~after.correct).sum())
-    only_after = int((after.correct & ~before.correct).sum())
-    share = paired_difference(only_before, only_after, len(before.correct))
-    return Interval(100 * share.value, 100 * share.low, 100 * share.high)
-
-
-def _entry(
-    checkpoint: Checkpoint,
-    cost: BranchCost,
-    times: Mapping[str, Interval],
-    answers: LeaveOneOut,
-    ratios: Mapping[str, float | None],
-) -> Entry:
-    record = next((gate for gate in checkpoint.gates if gate.block == cost.block), None)
-    without = answers.without[cost.block]
-    return Entry(
-        block=cost.block,
-        parameters=cost.parameters,
-        flops=cost.flops,
-        activation_bytes=cost.activation_bytes,
-        ms=times[cost.block],
-        drop=accuracy_drop(answers.whole, without),
-        loss=paired_mean(without.loss - answers.whole.loss),
-        epsilon=None if record is None else record.epsilon,
-        steps=None if record is None else record.steps,
-        closed_steps=None if record is None else record.closed_steps,
-        peak=None if record is None else record.peak,
-        ratio=ratios.get(cost.block),
-    )
-
-
 def table(found: Importance) -> Table:
-    """The ledger for people: in the order of computation, or of many blocks the least missed."""
-    entries = found.entries
-    which = ""
+    """Return a table in the order of computation; of many blocks, the `ROWS` least important."""
+    entries, which = found.entries, ""
     if len(entries) > ROWS:
         entries = tuple(sorted(entries, key=lambda entry: entry.loss.value)[:ROWS])
-        which = f" the {ROWS} least missed of {len(found.entries)} blocks,"
+        which = f" the {ROWS} least important of {len(found.entries)} blocks,"
     title = (
-        f"Ledger:{which} left out one at a time on {found.samples:,} of {found.available:,}"
-        f" held-out images (accuracy {found.accuracy:.2%}); times: {found.timer}"
+        f"Block importance:{which} left out one at a time on {found.samples:,} of"
+        f" {found.available:,} held-out images (accuracy {found.accuracy:.2%}); times:"
+        f" {found.timer}"
     )
     columns = (
         *("block", "parameters", "FLOPs", "memory", "ms"),
         *("largest |F|", "closed", "points lost", "loss"),
     )
-    return cli.table(title, columns, [_row(entry) for entry in entries])
-
-
-def _row(entry: Entry) -> tuple[str, ...]:
-    return (
-        entry.block,
-        f"{entry.parameters:,}",
-        scaled(entry.flops),
-        scaled(entry.activation_bytes) + "B",
-        f"{entry.ms.value:.4f} ±{(entry.ms.high - entry.ms.low) / 2:.4f}",
-        f"{entry.ratio:.2f} ε" if entry.ratio is not None else "–",
-        f"{entry.closed:.0%}" if entry.closed is not None else "–",
-        points(entry.drop),
-        f"{entry.loss.value:+.4f}",
-    )
+    rows = [
+        (
+            entry.block,
+            f"{entry.parameters:,}",
+            scaled(entry.flops),
+            scaled(entry.activation_bytes) + "B",
+            f"{entry.ms.value:.4f} ±{(entry.ms.high - entry.ms.low) / 2:.4f}",
+            f"{entry.ratio:.2f} ε" if entry.ratio is not None else "–",
+            f"{entry.closed:.0%}" if entry.closed is not None else "–",
+            points(entry.drop),
+            f"{entry.loss.value:+.4f}",
+        )
+        for entry in entries
+    ]
+    return cli.table(title, columns, rows)
 
 
 def points(drop: Interval) -> str:
+    """Format a drop in points with its interval."""
     return f"{drop.value:+.1f} ({drop.low:+.1f}..{drop.high:+.1f})"
 
 
 def scaled(number: float) -> str:
-    """A large number with three digits and a prefix: 1.23 M."""
+    """Format a large number with three digits and an SI prefix: 1.23 M."""
     for limit, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= limit:
             return f"{number / limit:.3g} {prefix}"
     return f"{number:g} "
-
-
-# -- Which runtime times the blocks: what other packages offer, and torch where there is nothing
-#    else
-#
-# Networks are served by the engines of `eps_deploy`, so their times are those that count. It may
-# import this package and not the other way round; what it offers is found by entry point.
-
-GROUP = "eps_resnet.block_timers"  # entry points: callables from a DataIdentity to a Timer
-PREFERRED = "ort"
-
-
-def make_timer(
-    name: str | None, identity: DataIdentity, report: Callable[[str], None] = lambda line: None
-) -> Timer:
-    """The timer of `--timer`; where that was not given, ONNX Runtime's if it is installed.
-
-    Args:
-        name: `ort`, `torch`, or None.
-        identity: the data that the networks were trained on.
-        report: told, in one line, why torch has to do.
-
-    Raises:
-        ConfigError: what was asked for is not installed; the line names the extra.
-    """
-    if name == "torch":
-        return TorchTimer(identity)
-    try:
-        return _offered(name or PREFERRED)(identity)
-    except ConfigError as error:
-        if name is not None:
-            raise
-        report(f"times are torch's: {error}")
-        return TorchTimer(identity)
-
-
-def _offered(name: str) -> Callable[[DataIdentity], Timer]:
-    found = next(iter(entry_points(group=GROUP, name=name)), None)
-    if found is None:
-        raise ConfigError(
-            f"--timer {name}: this installation of eps-resnet does not offer it; install it again,"
-            " or give --timer torch"
-        )
-    try:
-        timer: Callable[[DataIdentity], Timer] = found.load()
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"--timer {name}: {missing_package(error)}, or give --timer torch"
-        ) from error
-    return timer

@@ -59,13 +59,15 @@ class OrtTimer:
         _, exported = self._last
         pixels = image.cpu().numpy()
 
-        def measure(without: Sequence[Collection[str]], seconds: float) -> list[Runs]:
-            with ExitStack() as stack:
-                engines = [
-                    stack.enter_context(OrtEngine(exported.without(blocks))) for blocks in without
+        def measure(without: Sequence[Collection[str]]) -> list[Runs]:
+            with ExitStack() as engines:
+                calls = [
+                    partial(
+                        engines.enter_context(OrtEngine(exported.without(blocks))).infer, pixels
+                    )
+                    for blocks in without
                 ]
-                calls = [wall_clock(partial(engine.infer, pixels)) for engine in engines]
-                return interleave(calls, budget=seconds).times
+                return interleaved(calls)
 
         return measure
 

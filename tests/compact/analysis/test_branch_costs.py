@@ -1,4 +1,4 @@
-"""What a branch costs, against the difference that taking it out makes."""
+"""What a branch costs, against the difference that removing it makes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training on: the same loop, without gates, from the weights that are there."""
+"""Fine-tuning: the same training loop, without gates, from the weights of the checkpoint."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from eps_compact.analysis.finetune import finetune, tuning_config, without
+from eps_compact.analysis.finetune import finetune, finetune_config, without
 from eps_compact.compaction import compact_checkpoint
 from eps_core.errors import ConfigError
 from eps_train import recipes
@@ -29,7 +29,7 @@ def trained(dead: tuple[str, ...] = ("stages.1.1",)) -> Checkpoint:
     return replace(make_checkpoint(dead=dead), config=config.to_dict())
 
 
-def test_it_learns_from_where_it_stands() -> None:
+def test_it_learns_from_the_checkpoints_weights() -> None:
     checkpoint = trained()
     told: list[EpochMetrics] = []
     done = finetune(checkpoint, DIGITS, GONE, epochs=3, report=told.append)
@@ -48,8 +48,8 @@ def test_it_learns_from_where_it_stands() -> None:
 
 
 def test_it_starts_from_the_checkpoints_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a rate of almost zero, the weights stay; batch norm's statistics alone move."""
-    monkeypatch.setattr("eps_compact.analysis.finetune.RATES", (1e-12, 1e-12))
+    """With a learning rate of almost zero, the weights stay; batch norm's statistics alone move."""
+    monkeypatch.setattr("eps_compact.analysis.finetune.LEARNING_RATES", (1e-12, 1e-12))
     checkpoint = trained()
     done = finetune(checkpoint, DIGITS, GONE, epochs=1)
     for name, tensor in done.checkpoint.state.items():
@@ -66,7 +66,7 @@ def test_what_comes_out_is_a_checkpoint_that_compacts_to_itself(tmp_path: Path) 
     assert compacted.removed == ("stages.1.1", *GONE)
 
 
-def test_blocks_that_cannot_be_taken_out_are_named() -> None:
+def test_blocks_that_cannot_be_removed_are_named() -> None:
     with pytest.raises(ConfigError, match=r"^no live block named stages\.1\.1, stages\.9\.0 to"):
         without(trained(), ("stages.9.0", "stages.1.1", "stages.0.0"))
 
@@ -76,7 +76,7 @@ def test_no_epochs_are_refused() -> None:
         finetune(trained(), DIGITS, epochs=0)
 
 
-def test_the_run_is_that_of_the_checkpoint_without_gates_at_a_low_rate() -> None:
+def test_the_run_is_that_of_the_checkpoint_without_gates_at_a_low_learning_rate() -> None:
     config = replace(
         recipes.digits(),
         epsilon=None,
@@ -85,11 +85,11 @@ def test_the_run_is_that_of_the_checkpoint_without_gates_at_a_low_rate() -> None
         precision="bf16",
         compile=True,
     )
-    tuned = tuning_config(config, 9, CPU)
+    tuned = finetune_config(config, 9, CPU)
     assert tuned.plain
     assert (tuned.aux_loss_weight, tuned.compile, tuned.precision) == (0.0, False, "fp32")
     assert tuned.weight_decay == config.weight_decay
-    assert tuning_config(config, 9, torch.device("cuda")).precision == "bf16"
+    assert finetune_config(config, 9, torch.device("cuda")).precision == "bf16"
 
 
 def test_threads_are_as_before() -> None:

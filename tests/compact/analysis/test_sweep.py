@@ -1,15 +1,13 @@
-"""The sweep: what goes first, how the time is kept, and that no image is looked at twice."""
+"""The sweep: what is removed first, in how many steps, and that no image is used twice."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from eps_compact.analysis import sweep as module
-from eps_compact.analysis.importance import answer, ordered, pixels
+from eps_compact.analysis.importance import evaluation_samples, predict
 from eps_compact.analysis.sweep import BISECTIONS, Goal, Weight, cheapness, pick, sweep
 from eps_compact.compaction import compact
 from eps_core.errors import ConfigError
@@ -28,9 +26,8 @@ DIGITS = dataset.load("digits")
 
 def test_every_point_is_the_network_without_its_blocks() -> None:
     checkpoint = make_checkpoint(dead=DEAD)
-    found = sweep(checkpoint, DIGITS.validation, timer=LayerTimer(), seconds=60)
+    found = sweep(checkpoint, DIGITS.validation, timer=LayerTimer(), samples=143)
     live = [block for block in checkpoint.network.gated if block not in DEAD]
-    assert found.complete
     assert len(found.points) == 1 + len(live) - 3
     left = set(live).difference(found.points[-1].removed)
     assert sorted(map(rewriting.stage_name, left)) == ["stages.0", "stages.1", "stages.2"]
@@ -40,18 +37,15 @@ def test_every_point_is_the_network_without_its_blocks() -> None:
     shape = checkpoint.data.input_shape
     whole = cost(gated, shape)
     normalize = Normalize.of(checkpoint.data)
-    others = pixels(
-        ordered(DIGITS.validation),
-        range(found.chosen_on, len(DIGITS.validation)),
-        torch.device("cpu"),
-    )
+    samples = evaluation_samples(DIGITS.validation, 143)
+    others = samples[torch.arange(found.chosen_on, 143)]
     for before, point in zip((None, *found.points), found.points, strict=False):
         assert before is None or point.removed[:-1] == before.removed
         network = compact(gated, dead=point.removed)
         size = cost(network, shape)
         assert (point.parameters, point.flops) == (size.parameters, size.flops)
         assert point.parameters_share == size.parameters / whole.parameters
-        alone = answer(network, normalize, others)
+        alone = predict(network, normalize, others)
         assert point.accuracy == pytest.approx(alone.accuracy)
         assert point.loss == pytest.approx(alone.mean_loss, rel=1e-4)
         assert point.drop.value == pytest.approx(100 * (found.points[0].accuracy - point.accuracy))
@@ -62,15 +56,15 @@ def test_every_point_is_the_network_without_its_blocks() -> None:
     )
 
 
-def test_the_first_to_go_is_missed_least_for_what_it_saves() -> None:
+def test_the_first_to_go_costs_least_loss_for_what_it_saves() -> None:
     checkpoint = make_checkpoint(depth=14)
-    found = sweep(checkpoint, DIGITS.validation, timer=LayerTimer(), seconds=60)
+    found = sweep(checkpoint, DIGITS.validation, timer=LayerTimer(), samples=143)
     gated = checkpoint.build_gated().eval()
     normalize = Normalize.of(checkpoint.data)
-    choosing = pixels(ordered(DIGITS.validation), range(found.chosen_on), torch.device("cpu"))
-    whole = answer(compact(gated), normalize, choosing).mean_loss
+    choosing = evaluation_samples(DIGITS.validation, found.chosen_on)
+    whole = predict(compact(gated), normalize, choosing).mean_loss
     rises = {
-        block: answer(compact(gated, dead=[block]), normalize, choosing).mean_loss - whole
+        block: predict(compact(gated, dead=[block]), normalize, choosing).mean_loss - whole
         for block in checkpoint.network.gated
     }
     saved = branch_parameters(gated)
@@ -89,20 +83,17 @@ def test_the_next_to_go() -> None:
 @pytest.mark.parametrize("weight", ["flops", "ms"])
 def test_it_can_be_weighed_by_something_else(weight: Weight) -> None:
     found = sweep(
-        make_checkpoint(depth=14), DIGITS.validation, weight=weight, timer=LayerTimer(), seconds=60
+        make_checkpoint(depth=14), DIGITS.validation, weight=weight, timer=LayerTimer(), samples=143
     )
     assert found.weight == weight
     assert len(found.points) == 4
 
 
-def test_where_time_is_short_several_blocks_go_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pass over 16 images that seems to take 1/60 s: one at a time would take 2 minutes."""
-    monkeypatch.setattr(module, "pass_seconds", lambda *_: 1.0)
-    found = sweep(make_checkpoint(depth=32), DIGITS.validation, timer=LayerTimer(), seconds=100)
-    assert found.complete
-    assert 2 <= len(found.points) < 13
-    assert len(found.points[-1].removed) == 12
-    assert found.chosen_on == 64
+def test_of_many_blocks_several_go_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "STEPS", 5)
+    found = sweep(make_checkpoint(depth=32), DIGITS.validation, timer=LayerTimer(), samples=40)
+    assert [len(point.removed) for point in found.points] == [0, 3, 6, 9, 12]
+    assert (found.chosen_on, found.measured_on) == (20, 20)
 
 
 @pytest.mark.parametrize(
@@ -110,19 +101,13 @@ def test_where_time_is_short_several_blocks_go_at_once(monkeypatch: pytest.Monke
     [Goal(target_flops=0.5), Goal(target_parameters=0.5, max_accuracy_drop=100)],
     ids=["flops", "parameters and drop"],
 )
-def test_the_step_that_leads_beyond_the_goal_is_divided(
+def test_the_step_that_passes_the_goal_is_bisected(
     goal: Goal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Six blocks go at once: what is picked must be within a block of what was asked for."""
-    plan = module._Walk.plan
-
-    def hurried(walk: module._Walk, *args: Any) -> None:
-        plan(walk, *args)
-        walk._at_once = 6
-
-    monkeypatch.setattr(module._Walk, "plan", hurried)
+    """Six blocks go at once: what is selected must be within a block of what was asked for."""
+    monkeypatch.setattr(module, "STEPS", 2)
     checkpoint = make_checkpoint(depth=32)
-    swept = sweep(checkpoint, DIGITS.validation, goal=goal, timer=LayerTimer(), seconds=60)
+    swept = sweep(checkpoint, DIGITS.validation, goal=goal, timer=LayerTimer(), samples=143)
     point = pick(swept, goal)
     counts = [len(found.removed) for found in swept.points]
     assert counts == sorted(counts)
@@ -138,49 +123,33 @@ def test_the_step_that_leads_beyond_the_goal_is_divided(
 def test_the_last_block_of_a_stage_stays() -> None:
     """Dead blocks left one in the first stage, and none in the second."""
     dead = ("stages.0.0", "stages.0.2", *(f"stages.1.{block}" for block in range(3)))
-    found = sweep(make_checkpoint(dead=dead), DIGITS.validation, timer=LayerTimer(), seconds=60)
-    assert found.complete
+    found = sweep(make_checkpoint(dead=dead), DIGITS.validation, timer=LayerTimer(), samples=143)
     assert len(found.points[-1].removed) == 2
     assert {rewriting.stage_name(block) for block in found.points[-1].removed} == {"stages.2"}
 
 
-def test_each_network_is_timed_beside_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A few at once, so that many networks do not have to be in memory together."""
-    monkeypatch.setattr(module, "TOGETHER", 2)
+def test_each_network_is_timed_beside_the_first() -> None:
     timer = LayerTimer()
-    found = sweep(make_checkpoint(), DIGITS.validation, timer=timer, seconds=60)
-    assert [len(without) for without in timer.calls] == [3, 3, 3]
-    assert all(without[0] == () for without in timer.calls)
+    found = sweep(make_checkpoint(), DIGITS.validation, timer=timer, samples=143)
+    (without,) = timer.calls
+    assert without == [point.removed for point in found.points]
     assert [p.speedup.value for p in found.points] == [
         found.points[0].ms.value / p.ms.value for p in found.points
     ]
 
 
-def test_no_time_for_a_step_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"^the sweep's 0\.001 seconds are too few: .* more$"):
-        sweep(make_checkpoint(), DIGITS.validation, timer=LayerTimer(), seconds=0.001)
+def test_a_single_image_is_refused() -> None:
+    one = DIGITS.validation[torch.arange(1)]
+    with pytest.raises(ConfigError, match=r"^a sweep needs at least 2 held-out images, not 1$"):
+        sweep(make_checkpoint(), one, timer=LayerTimer(), samples=143)
 
 
-def test_nothing_left_to_take_out_is_refused() -> None:
+def test_nothing_left_to_remove_is_refused() -> None:
     every = make_checkpoint().network.gated
     with pytest.raises(ConfigError, match="every block is dead"):
-        sweep(make_checkpoint(dead=every), DIGITS.validation, timer=LayerTimer())
+        sweep(make_checkpoint(dead=every), DIGITS.validation, timer=LayerTimer(), samples=9)
     with pytest.raises(ConfigError, match="every block that is left is the last of its stage"):
-        sweep(make_checkpoint(depth=8), DIGITS.validation, timer=LayerTimer())
-
-
-def test_the_walk_ends_when_the_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After two steps no time is left: the points so far stay, and it says so."""
-    steps: list[float] = []
-
-    def pace(walk: object, next_step: float, left: int) -> bool:
-        steps.append(next_step)
-        return len(steps) < 2
-
-    monkeypatch.setattr(module._Walk, "_pace", pace)
-    found = sweep(make_checkpoint(), DIGITS.validation, timer=LayerTimer(), seconds=60)
-    assert not found.complete
-    assert len(found.points) == 3
+        sweep(make_checkpoint(depth=8), DIGITS.validation, timer=LayerTimer(), samples=9)
 
 
 def test_images_on_disk_serve_as_well() -> None:
@@ -207,6 +176,6 @@ def test_images_on_disk_serve_as_well() -> None:
     held = DIGITS.validation
     assert isinstance(held, ImageSet)
     checkpoint = make_checkpoint(depth=14)
-    first = sweep(checkpoint, OnDisk(held), timer=LayerTimer(), seconds=60)  # type: ignore[arg-type]
-    second = sweep(checkpoint, held, timer=LayerTimer(), seconds=60)
+    first = sweep(checkpoint, OnDisk(held), timer=LayerTimer(), samples=143)  # type: ignore[arg-type]
+    second = sweep(checkpoint, held, timer=LayerTimer(), samples=143)
     assert first.points == second.points

@@ -1,4 +1,4 @@
-"""Times of blocks, with a timer that says what it is told; and PyTorch's, for its shape alone."""
+"""Times of blocks: with a timer whose times are known, and PyTorch's."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
+from eps_compact.analysis import importance
 from eps_compact.analysis.importance import (
     Measure,
     TorchTimer,
@@ -34,7 +35,7 @@ class LayerTimer:
     def load(self, model: fx.GraphModule, image: Tensor) -> Measure:
         assert image.dtype == torch.uint8
 
-        def measure(without: Sequence[Collection[str]], seconds: float) -> list[Runs]:
+        def measure(without: Sequence[Collection[str]]) -> list[Runs]:
             self.calls.append(without)
             return [np.full((4, 3), self._time(plain(model, blocks))) for blocks in without]
 
@@ -49,7 +50,7 @@ def test_each_kind_is_timed_once_and_shared_out() -> None:
     model = rewriting.trace(CifarResNet(depth=20, width=4).eval())
     timer = LayerTimer()
     measure = timer.load(model, torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
-    times = block_times(branch_costs(model, (3, 32, 32)), measure, 1.0)
+    times = block_times(branch_costs(model, (3, 32, 32)), measure)
     (without,) = timer.calls
     assert len(without) == 1 + 6, "the whole network, and one without each kind"
     assert {b: t.value for b, t in times.items()} == {
@@ -66,14 +67,15 @@ def test_what_is_timed_is_what_ships() -> None:
     assert shipped.get_parameter("classifier.weight") is model.get_parameter("classifier.weight")
 
 
-def test_torch_times_every_network_as_often_as_the_others() -> None:
+def test_torch_times_every_network_as_often_as_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """Even without any time, a few blocks are made; threads and network are as before."""
+    monkeypatch.setattr(importance, "SECONDS_EACH", 0.0)
     threads = torch.get_num_threads()
     model = rewriting.trace(CifarResNet(depth=8, width=4, in_channels=1).eval())
     before = dict(model.named_modules())
     timer = TorchTimer(dataset.load("digits").identity)
     measure = timer.load(model, torch.zeros(1, 1, 8, 8, dtype=torch.uint8))
-    found = measure([(), ("stages.1.0",)], 0.0)
+    found = measure([(), ("stages.1.0",)])
     assert [len(blocks) for blocks in found] == [MIN_BLOCKS, MIN_BLOCKS]
     assert all((runs > 0).all() for blocks in found for runs in blocks)
     assert torch.get_num_threads() == threads
@@ -99,7 +101,7 @@ def test_torch_waits_for_the_gpu() -> None:
     model = rewriting.trace(Products().eval()).to("cuda")
     image = torch.zeros(1, 1, 4096, 8192, dtype=torch.uint8, device="cuda")
     measure = TorchTimer(dataset.load("digits").identity).load(model, image)
-    (rounds,) = measure([()], 0.5)
+    (rounds,) = measure([()])
     flops = 50 * 2 * 4096 * 8192**2
     fastest = float(rounds.min()) / 1000
     assert flops / fastest < 2e15, "faster than any GPU there is"

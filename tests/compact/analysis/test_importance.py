@@ -1,4 +1,4 @@
-"""The ledger: its figures against plain recomputation, its budget, and what it refuses."""
+"""Block importance: its figures against plain recomputation, its samples, and what it refuses."""
 
 from __future__ import annotations
 
@@ -6,18 +6,14 @@ import io
 import json
 import math
 from dataclasses import replace
-from itertools import count
-from unittest import mock
 
 import pytest
 import torch
 from rich.console import Console
 
-from eps_compact.analysis import importance
 from eps_compact.analysis.importance import (
-    Forking,
     Importance,
-    live_network,
+    evaluation_samples,
     measure_importance,
     points,
     scaled,
@@ -43,9 +39,9 @@ def normalize(checkpoint: Checkpoint) -> Normalize:
     return Normalize.of(checkpoint.data)
 
 
-def test_every_live_block_is_weighed_on_all_images_when_there_is_time() -> None:
+def test_every_live_block_is_measured_on_all_images_when_there_are_no_more() -> None:
     checkpoint = make_checkpoint(dead=DEAD)
-    found = measure_importance(checkpoint, DIGITS.validation, timer=LayerTimer(), seconds=60)
+    found = measure_importance(checkpoint, DIGITS.validation, timer=LayerTimer(), samples=500)
     assert [e.block for e in found.entries] == [
         block for block in checkpoint.network.gated if block not in DEAD
     ]
@@ -69,7 +65,7 @@ def test_the_gates_record_is_that_of_the_last_epoch() -> None:
         block="stages.0.1", epsilon=EPSILON, peak=5.0, quiet=0.1, samples=9, closed=0.2
     )
     found = measure_importance(
-        checkpoint, DIGITS.validation, live=[live], timer=LayerTimer(), seconds=60
+        checkpoint, DIGITS.validation, live=[live], timer=LayerTimer(), samples=1000
     )
     entry = found.entries[1]
     assert (entry.steps, entry.closed_steps, entry.closed, entry.peak) == (20, 3, 0.15, 7.5)
@@ -77,56 +73,42 @@ def test_the_gates_record_is_that_of_the_last_epoch() -> None:
     assert found.entries[0].ratio is None
 
 
-def test_a_network_without_gates_has_a_ledger_too() -> None:
+def test_a_network_without_gates_can_be_measured_too() -> None:
     plain = make_checkpoint(gated=False)
-    found = measure_importance(plain, DIGITS.validation, timer=LayerTimer(), seconds=60)
+    found = measure_importance(plain, DIGITS.validation, timer=LayerTimer(), samples=500)
     assert [e.block for e in found.entries] == list(plain.network.all_blocks())
     assert all(e.closed is None and e.steps is None for e in found.entries)
     assert "stages.0.0" in text_of(found)
 
 
-def test_the_time_decides_on_how_many_images() -> None:
-    """By a clock on which every look takes a second, 12 of them allow some images, not all."""
+def test_a_number_of_samples_is_used_and_no_more() -> None:
+    """The same ones every time: two measurements differ in their times alone."""
     checkpoint = make_checkpoint()
-    clock = count()
-    many = torch.arange(10 * len(DIGITS.validation)) % len(DIGITS.validation)
-    with mock.patch(
-        "eps_compact.analysis.importance.time.perf_counter", side_effect=map(float, clock)
-    ):
-        answers = importance.leave_one_out(
-            Forking(live_network(checkpoint)),
-            normalize(checkpoint),
-            DIGITS.validation[many],
-            seconds=12,
-        )
-    assert answers is not None
-    assert importance.PROBE <= answers.samples < 1430
-    assert all(len(found.loss) == answers.samples for found in answers.without.values())
+    first, second = (
+        measure_importance(checkpoint, DIGITS.validation, timer=LayerTimer(), samples=40)
+        for _ in range(2)
+    )
+    assert (first.samples, first.available) == (40, len(DIGITS.validation))
+    assert replace(first, seconds=0) == replace(second, seconds=0)
+    chosen = evaluation_samples(DIGITS.validation, 40)
+    whole = score(checkpoint.build_gated().eval(), normalize(checkpoint), chosen)
+    assert first.accuracy == pytest.approx(whole.accuracy)
 
 
-def test_too_little_time_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"^the ledger's 0\.001 seconds are too few .* more$"):
-        measure_importance(make_checkpoint(), DIGITS.validation, timer=LayerTimer(), seconds=0.001)
-
-
-def test_nothing_left_to_weigh_is_refused() -> None:
+def test_nothing_left_to_measure_is_refused() -> None:
     every = make_checkpoint().network.gated
     with pytest.raises(ConfigError, match="every block is dead"):
-        measure_importance(make_checkpoint(dead=every), DIGITS.validation)
+        measure_importance(make_checkpoint(dead=every), DIGITS.validation, samples=9)
 
 
-def test_the_order_of_the_images_is_always_the_same_one_of_chance() -> None:
+def test_the_samples_are_random_and_always_the_same() -> None:
     """The first of them are to stand for all, also where a folder has them class by class."""
     part = ImageSet(torch.zeros(100, 1, 8, 8, dtype=torch.uint8), torch.arange(100) // 10)
-    first = importance.ordered(part).labels
-    assert torch.equal(first, importance.ordered(part).labels)
+    first = evaluation_samples(part, 1000).labels
+    assert torch.equal(first, evaluation_samples(part, 1000).labels)
     assert torch.equal(first.sort().values, part.labels)
     assert len(first[:30].unique()) > 5
-
-
-def test_no_more_images_are_held_than_fit() -> None:
-    with mock.patch.object(importance, "HELD", 64 * 30):
-        assert len(importance.ordered(DIGITS.validation)) == 30
+    assert torch.equal(evaluation_samples(part, 30).labels, first[:30])
 
 
 def text_of(found: Importance) -> str:
@@ -140,7 +122,7 @@ def test_as_data_and_as_a_table() -> None:
     """A block that breaks the network counts as the worst there is; the data stay JSON."""
     checkpoint = make_checkpoint(dead=DEAD)
     checkpoint.state["stages.2.0.conv2.weight"][0, 0, 0, 0] = math.nan
-    found = measure_importance(checkpoint, DIGITS.validation, timer=LayerTimer(), seconds=60)
+    found = measure_importance(checkpoint, DIGITS.validation, timer=LayerTimer(), samples=500)
     plain = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert plain["samples"] == 143
     assert plain["entries"][0]["ms"] == {"value": 2.0, "low": 2.0, "high": 2.0}
@@ -150,8 +132,10 @@ def test_as_data_and_as_a_table() -> None:
     assert text.count("stages.") == len(found.entries)
 
 
-def test_of_many_blocks_the_table_has_the_least_missed() -> None:
-    found = measure_importance(make_checkpoint(), DIGITS.validation, timer=LayerTimer(), seconds=60)
+def test_of_many_blocks_the_table_has_the_least_important() -> None:
+    found = measure_importance(
+        make_checkpoint(), DIGITS.validation, timer=LayerTimer(), samples=500
+    )
     loss = Interval(0.0, 0.0, 0.0)
     entry = found.entries[0]
     many = tuple(
@@ -159,7 +143,7 @@ def test_of_many_blocks_the_table_has_the_least_missed() -> None:
         for i in range(100)
     )
     text = text_of(replace(found, entries=many))
-    assert "the 40 least missed of 100 blocks" in text.replace("\n", " ")
+    assert "the 40 least important of 100 blocks" in text.replace("\n", " ")
     assert "block0 " in text
     assert "block49 " not in text
 

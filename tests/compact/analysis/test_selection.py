@@ -1,4 +1,4 @@
-"""`eps-compact` asked for more: ledger, sweep, targets, training on, exports."""
+"""`eps-compact` beyond dead blocks: importance, sweep, targets, fine-tuning, exports."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from eps_compact.analysis import importance
 from eps_compact.artifact import CompactArtifact
 from eps_compact.cli import main
 from eps_deploy.cli import verify
@@ -19,7 +20,7 @@ from eps_train.training import forward
 from tests.checkpoints import make_checkpoint
 from tests.commands import Result, files_in, run
 
-QUICK = ("--seconds", "4", "--timer", "torch")
+QUICK = ("--samples", "143", "--timer", "torch")
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +45,14 @@ def certificate(folder: Path) -> dict[str, Any]:
     return found
 
 
-def test_a_ledger_weighs_every_live_block(folder: Path) -> None:
+@pytest.fixture(autouse=True)
+def little_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importance, "SECONDS_EACH", 0.02)
+
+
+def test_the_importance_of_every_live_block(folder: Path) -> None:
     """Timed on ONNX Runtime, which the networks will run on, unless something else is asked for."""
-    result = compact(folder, "--importance", "--seconds", 4)
+    result = compact(folder, "--importance")
     assert result.code == 0, result.stderr
     found = certificate(folder)["importance"]
     assert found["timer"].startswith("onnxruntime ")
@@ -66,8 +72,8 @@ def test_a_sweep_alone_shows_the_curve_and_removes_nothing_more(folder: Path) ->
     assert points[-1]["parameters"] < points[0]["parameters"]
     assert certificate(folder)["lossless"]
     assert CompactArtifact.load(folder / "compact.pt").network.removed == ("stages.2.1",)
-    with Image.open(folder / "pareto.png") as picture:
-        picture.verify()
+    with Image.open(folder / "pareto.png") as image:
+        image.verify()
     assert json.loads(result.stdout)["written"]["pareto"] == "pareto.png"
 
 
@@ -85,7 +91,7 @@ def test_a_target_is_met_and_called_not_lossless(folder: Path) -> None:
     assert told.startswith(
         f"asked for --target-parameters 0.5; found {point['parameters_share']:.1%} of the"
     )
-    assert told.endswith(f"{len(point['removed'])} live blocks out")
+    assert told.endswith(f"{len(point['removed'])} live blocks removed")
 
 
 def test_everything_is_computed_on_the_device_that_is_named(
@@ -137,13 +143,13 @@ def test_a_target_that_no_network_meets_is_refused(folder: Path) -> None:
     assert files_in(folder) == before
 
 
-def test_what_was_trained_on_is_kept_and_can_be_proven_again(folder: Path) -> None:
+def test_a_fine_tuned_network_is_kept_and_can_be_verified(folder: Path) -> None:
     result = compact(folder, "--target-parameters", 0.5, "--finetune-epochs", 2, *QUICK)
     assert result.code == 0, result.stderr
     told = certificate(folder)["finetune"]
     assert told["epochs"] == 2
     assert told["removed"]
-    assert "NOT lossless: trained on for 2 epochs" in result.stderr
+    assert "NOT lossless: fine-tuned for 2 epochs" in result.stderr
     counts = certificate(folder)["counts"]["blocks"]
     assert counts["after"] == counts["before"] - 1 - len(told["removed"])
     assert certificate(folder)["checkpoint"]["path"] == "tuned.pt"
@@ -154,9 +160,8 @@ def test_what_was_trained_on_is_kept_and_can_be_proven_again(folder: Path) -> No
 def test_exports_lie_beside_the_artifact(folder: Path) -> None:
     result = compact(folder, "--export", "pt2", "--export", "safetensors")
     assert result.code == 0, result.stderr
-    assert {"compact.pt2", "compact.safetensors", "compact.safetensors.json"} <= set(
-        files_in(folder)
-    )
+    endings = ("json", "png", "pt", "pt2", "safetensors")
+    assert sorted(files_in(folder)) == ["ckpt.pt", *(f"compact.{ending}" for ending in endings)]
 
 
 @pytest.mark.parametrize(
@@ -164,7 +169,7 @@ def test_exports_lie_beside_the_artifact(folder: Path) -> None:
     [
         (("--sweep",), "pareto.png"),
         (("--finetune-epochs", 1), "tuned.pt"),
-        (("--export", "safetensors"), "compact.safetensors.json"),
+        (("--export", "safetensors"), "compact.safetensors"),
     ],
 )
 def test_existing_files_are_refused_before_any_work(
@@ -178,7 +183,7 @@ def test_existing_files_are_refused_before_any_work(
     assert files_in(folder) == before
 
 
-def test_a_checkpoint_is_not_tuned_over(folder: Path) -> None:
+def test_a_checkpoint_is_not_overwritten_by_the_fine_tuned_one(folder: Path) -> None:
     (folder / "ckpt.pt").rename(folder / "tuned.pt")
     before = files_in(folder)
     result = run("eps-compact", main, "tuned.pt", "--finetune-epochs", 1, "--force", cwd=folder)
@@ -192,9 +197,9 @@ def test_a_checkpoint_is_not_tuned_over(folder: Path) -> None:
     [
         (("--no-data", "--importance"), "--no-data: --importance needs the held-out images"),
         (("--no-data", "--target-flops", 0.5), "--no-data: --target-flops needs the held-out"),
-        (("--seconds", 5), "--seconds: is for --importance and --sweep"),
-        (("--timer", "ort"), "--timer: is for --importance and --sweep"),
-        (("--device", "cpu"), "--device: is for --importance, --sweep and --finetune-epochs"),
+        (("--samples", 5), "--samples: only applies to --importance and --sweep"),
+        (("--timer", "ort"), "--timer: only applies to --importance and --sweep"),
+        (("--device", "cpu"), "--device: only applies to --importance, --sweep and --finetune"),
     ],
 )
 def test_options_that_cannot_go_together(
@@ -203,6 +208,18 @@ def test_options_that_cannot_go_together(
     result = compact(folder, *options)
     assert result.code == 1
     assert message in result.error
+
+
+@pytest.mark.parametrize(
+    ("output", "options", "file"),
+    [("pareto.pt", ("--sweep",), "pareto.png"), ("a.pt2", ("--export", "pt2"), "a.pt2")],
+)
+def test_one_name_for_two_files_is_refused(
+    output: str, options: tuple[str, ...], file: str, folder: Path
+) -> None:
+    result = compact(folder, "-o", output, *options)
+    assert result.code == 1
+    assert f"-o {output}: {file} would be written twice; name another" in result.error
 
 
 def test_a_dry_run_writes_nothing_of_all_this(folder: Path) -> None:

@@ -79,7 +79,7 @@ def test_the_source_is_left_as_it_was_and_shares_nothing() -> None:
     assert torch.equal(model.eval()(images()), expected)
 
 
-def test_it_can_be_trained_on() -> None:
+def test_it_can_be_fine_tuned() -> None:
     plain = compact(gated(frozenset({"stages.0.1"}))).train()
     plain(images()).square().sum().backward()
     assert all(parameter.grad is not None for parameter in plain.parameters())

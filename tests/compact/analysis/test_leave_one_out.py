@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from eps_compact.analysis.importance import WORST, Answers, Forking
+from eps_compact.analysis.importance import WORST_LOSS, Predictions, leave_one_out_logits
 from eps_train.data.downloads import import_torchvision
 from eps_train.gating import rewriting
 from eps_train.models.cifar import CifarResNet
@@ -62,28 +62,36 @@ def branching() -> fx.GraphModule:
 def test_logits_are_those_of_the_rewritten_network(factory: Callable[[], fx.GraphModule]) -> None:
     model = factory()
     images = torch.randn(5, 3, 32, 32)
-    forking = Forking(model)
-    found = dict(forking(images))
+    found = dict(leave_one_out_logits(model, images))
     assert list(found) == [*rewriting.gates(model), None]
-    assert forking.blocks == tuple(rewriting.gates(model))
     with torch.no_grad():
         for block in rewriting.gates(model):
             assert torch.equal(found[block], rewriting.remove_blocks(model, [block])(images)), block
         assert torch.equal(found[None], model(images))
-    assert torch.equal(forking.whole(images), found[None])
     assert len({tuple(answer.flatten().tolist()) for answer in found.values()}) == len(found)
 
 
-def test_a_pass_is_counted_from_where_it_forks() -> None:
-    assert 1 < Forking(own()).passes < 1 + 9
-    assert 1 + 9 * 0.4 < Forking(own()).passes < 1 + 9 * 0.6
+def test_what_precedes_a_block_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaving out each of nine blocks costs about half of nine passes besides the whole one."""
+    model, steps = own(), 0
+    run_node = fx.Interpreter.run_node
+
+    def counted(self: fx.Interpreter, node: fx.Node) -> object:
+        nonlocal steps
+        steps += 1
+        return run_node(self, node)
+
+    monkeypatch.setattr(fx.Interpreter, "run_node", counted)
+    assert len(list(leave_one_out_logits(model, torch.randn(1, 3, 32, 32)))) == 1 + 9
+    passes = steps / len(model.graph.nodes)
+    assert 1 + 9 * 0.4 < passes < 1 + 9 * 0.6
 
 
 def test_an_answer_that_is_no_number_is_the_worst_there_is() -> None:
     """One such block must not make the table, or JSON, unreadable."""
-    answers = Answers()
+    answers = Predictions()
     answers.add(
         torch.tensor([[0.0, torch.nan], [0.0, torch.inf], [9.0, 0.0]]), torch.zeros(3).long()
     )
-    assert answers.loss.tolist()[:2] == [WORST, WORST]
+    assert answers.loss.tolist()[:2] == [WORST_LOSS, WORST_LOSS]
     assert answers.loss[2] < 1e-3

@@ -1,0 +1,180 @@
+"""Selection of live blocks to prune beyond the dead ones: sweep, targets, fine-tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from eps_core.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+    from eps_compact.analysis.finetune import Finetuned
+    from eps_compact.analysis.importance import Timer
+    from eps_compact.analysis.sweep import Goal, Point, Sweep
+    from eps_train.data.dataset import Data
+    from eps_train.training.checkpoint import Checkpoint
+    from eps_train.training.guards import EpochMetrics
+
+SAMPLES = 1000  # default of --samples
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PruneOptions:
+    """The options that measure or remove live blocks; names as on the command line."""
+
+    importance: bool = False
+    sweep: bool = False
+    target_parameters: float | None = None
+    target_flops: float | None = None
+    max_accuracy_drop: float | None = None
+    finetune_epochs: int = 0
+    samples: int | None = None
+    timer: str | None = None
+    device: str | None = None
+
+    @property
+    def selects(self) -> bool:
+        """Whether a point of a sweep is to be selected."""
+        limits = (self.target_parameters, self.target_flops, self.max_accuracy_drop)
+        return any(limit is not None for limit in limits)
+
+    @property
+    def sweeps(self) -> bool:
+        return self.sweep or self.selects
+
+    @property
+    def measures(self) -> bool:
+        """Whether live blocks are left out and timed."""
+        return self.importance or self.sweeps
+
+    def check(self, *, no_data: bool) -> None:
+        """Raise ConfigError for options that exclude or miss each other."""
+        named = {
+            "--importance": self.importance,
+            "--sweep": self.sweep,
+            "--target-parameters": self.target_parameters is not None,
+            "--target-flops": self.target_flops is not None,
+            "--max-accuracy-drop": self.max_accuracy_drop is not None,
+            "--finetune-epochs": bool(self.finetune_epochs),
+        }
+        given = [option for option, wanted in named.items() if wanted]
+        if no_data and given:
+            raise ConfigError(f"--no-data: {given[0]} needs the held-out images; leave one out")
+        for option in ("samples", "timer"):
+            if getattr(self, option) is not None and not self.measures:
+                raise ConfigError(
+                    f"--{option}: only applies to --importance and --sweep; give one of them too"
+                )
+        if self.device is not None and not (self.measures or self.finetune_epochs):
+            raise ConfigError(
+                "--device: only applies to --importance, --sweep and --finetune-epochs; give one"
+                " of them too"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Selection:
+    """The network to be compacted.
+
+    Attributes:
+        checkpoint: the given one, or the fine-tuned one.
+        also: its live blocks to remove besides the dead ones.
+        sweep, goal, point: the curve, the goal, and the point that was selected.
+        tuned: record of the fine-tuning; None without.
+    """
+
+    checkpoint: Checkpoint
+    also: tuple[str, ...] = ()
+    sweep: Sweep | None = None
+    goal: Goal | None = None
+    point: Point | None = None
+    tuned: Finetuned | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the entries of the certificate; empty when nothing was asked for."""
+        entries: dict[str, Any] = {}
+        if self.sweep is not None:
+            goal = None
+            if self.goal is not None and self.point is not None:
+                goal = {"asked": asdict(self.goal), "point": self.sweep.points.index(self.point)}
+            entries["sweep"] = {**self.sweep.to_dict(), "goal": goal}
+        if self.tuned is not None:
+            entries["finetune"] = self.tuned.to_dict()
+        return entries
+
+
+def select(
+    checkpoint: Checkpoint,
+    data: Data,
+    options: PruneOptions,
+    timer: Timer | None,
+    device: torch.device,
+    report: Callable[[str], None],
+) -> Selection:
+    """Sweep, select a point and fine-tune, as `options` ask for.
+
+    Args:
+        checkpoint, data: a trained network, and the data it was trained on.
+        timer: measures the times of the sweep.
+        device: where networks are run and trained.
+        report: receives progress, a line at a time.
+
+    Raises:
+        ConfigError: no point of the sweep meets the goal, or no block is left to sweep.
+        TrainingError: the loss did not stay finite in fine-tuning.
+    """
+    from eps_compact.analysis.finetune import finetune
+    from eps_compact.analysis.sweep import Goal, pick, sweep
+
+    selection = Selection(checkpoint=checkpoint)
+    if options.sweeps:
+        goal = None
+        if options.selects:
+            goal = Goal(
+                target_parameters=options.target_parameters,
+                target_flops=options.target_flops,
+                max_accuracy_drop=options.max_accuracy_drop,
+            )
+        by_flops = options.target_flops and not options.target_parameters
+        swept = sweep(
+            checkpoint,
+            data.validation,
+            samples=options.samples or SAMPLES,
+            goal=goal,
+            weight="flops" if by_flops else "parameters",
+            device=device,
+            timer=timer,
+            report=report,
+        )
+        selection = replace(selection, sweep=swept, goal=goal)
+        if goal is not None:
+            point = pick(swept, goal)
+            report(goal.describe(point))
+            selection = replace(selection, point=point, also=point.removed)
+    if not options.finetune_epochs:
+        return selection
+
+    def progress(epoch: EpochMetrics) -> None:
+        report(
+            f"fine-tuning, epoch {epoch.epoch}/{options.finetune_epochs}: loss {epoch.loss:.3f},"
+            f" validation {epoch.validation.accuracy:.2%}"
+        )
+
+    tuned = finetune(
+        checkpoint,
+        data,
+        selection.also,
+        epochs=options.finetune_epochs,
+        device=device,
+        report=progress,
+    )
+    if tuned.after < tuned.before:
+        report(
+            f"fine-tuning lost accuracy ({tuned.before:.2%} to {tuned.after:.2%} on held-out"
+            " images): its result is discarded; give more --finetune-epochs, or none"
+        )
+        return selection
+    return replace(selection, checkpoint=tuned.checkpoint, also=(), tuned=tuned)
