@@ -20,9 +20,8 @@ from eps_train.gating import rewriting
 from eps_train.models.cifar import Normalize
 from eps_train.models.spec import NetworkSpec
 from eps_train.training.checkpoint import Checkpoint
-from eps_train.training.evaluate import Score
+from eps_train.training.evaluate import EpochMetrics, Score
 from eps_train.training.forward import cpu_threads
-from eps_train.training.guards import EpochMetrics
 from eps_train.training.trainer import Trainer
 
 RATES = (0.1, 0.01)  # of the run's first rate: for two thirds of the epochs, and for the rest
@@ -69,7 +68,7 @@ class Finetuned:
             "lr_schedule": list(self.lr_schedule),
             "drop_before": asdict(self.drop_before),
             "drop_after": asdict(self.drop_after),
-            "test": self.test.to_dict(),
+            "test": asdict(self.test),
             "samples": self.samples,
             "seconds": self.seconds,
         }
