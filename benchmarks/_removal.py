@@ -61,8 +61,8 @@ def _one_run(config: TrainingConfig, images: Data, options: Options) -> dict[str
             "seed": config.seed,
             "seconds": seconds,
             "ratio": seconds["epsilon"] / seconds["plain"],
-            "removed": len(sides["epsilon"].registry.dead),
-            "blocks": len(sides["epsilon"].registry.records),
+            "removed": len(sides["epsilon"].tracker.dead),
+            "blocks": len(sides["epsilon"].tracker.records),
             "test_accuracy": {s: best.metrics["test"]["accuracy"] for s, best in tested.items()},
         }
 

@@ -25,8 +25,7 @@ from eps_train.data.dataset import Data, split
 from eps_train.data.images import ImageSet, RawDataset
 from eps_train.recipes import cifar
 from eps_train.training import step
-from eps_train.training.optimizer import set_rate
-from eps_train.training.step import GraphedStep, TrainingStep
+from eps_train.training.step import GraphedStep, TrainingStep, set_lr
 from eps_train.training.trainer import Trainer
 
 LIMIT = 1.04  # of a step with gates over one without
@@ -98,7 +97,7 @@ class _Stepper:
         self._batch = next(iter(trainer.batches.epoch(0, first=0)))
         assert len(self._batch) == options.batch_size
         trainer.model.train()
-        set_rate(trainer.optimizer, 0.0)
+        set_lr(trainer.optimizer, 0.0)
         for gate in trainer.gates.values():
             gate.set_epsilon(OPEN)
 
@@ -164,7 +163,7 @@ def _trainer(side: str, options: Options) -> Trainer:
         compile=options.compile,
     )
     order = torch.contiguous_format if options.contiguous else torch.channels_last
-    with mock.patch.object(step, "memory_format", return_value=order):
+    with mock.patch.object(step, "MEMORY_FORMAT", order):
         return Trainer(
             config if side == "with" else config.baseline(),
             random_images(config, options.batch_size),

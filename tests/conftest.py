@@ -57,7 +57,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def undrawn() -> Iterator[None]:
     """`training.png` is empty: drawing it takes longer than the tiny runs of these tests.
 
-    It is drawn in tests/integration/test_kept_files.py and tests/deploy/test_formats.py.
+    It is drawn in tests/integration/test_run_files.py and tests/deploy/test_formats.py.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("eps_train.training.run.draw", lambda metrics, title: b"")

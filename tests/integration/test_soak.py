@@ -16,7 +16,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from eps_train.training.checkpoint import Checkpoint
-from eps_train.training.files import RunPaths
+from eps_train.training.paths import RunPaths
 
 ROOT = Path(__file__).parents[2]
 EPOCHS, KILLS, KEPT = 60, 20, 3
@@ -72,7 +72,7 @@ def killed(folder: Path, chance: random.Random, *, most: int) -> bool:
 def progress(folder: Path) -> tuple[int, int]:
     """Epoch and step that `last.pt` holds; every file is looked at on the way."""
     files = RunPaths.of(folder)
-    for path in (files.best, *files.all_kept().values()):
+    for path in (files.best, *files.epoch_checkpoints().values()):
         if path.exists():
             Checkpoint.load(path)
     if files.metrics.exists():
@@ -109,8 +109,12 @@ def test_twenty_kills_at_random_moments(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def assert_same(ours: RunPaths, theirs: RunPaths) -> None:
-    assert list(ours.all_kept()) == list(theirs.all_kept()) == [58, 59, 60]
-    for name in ("ckpt.pt", "last.pt", *(path.name for path in theirs.all_kept().values())):
+    assert list(ours.epoch_checkpoints()) == list(theirs.epoch_checkpoints()) == [58, 59, 60]
+    for name in (
+        "ckpt.pt",
+        "last.pt",
+        *(path.name for path in theirs.epoch_checkpoints().values()),
+    ):
         mine, other = (Checkpoint.load(files.last.with_name(name)) for files in (ours, theirs))
         assert plain(mine.state) == plain(other.state), name
         assert plain(mine.side_head) == plain(other.side_head), name
@@ -124,7 +128,7 @@ def assert_same(ours: RunPaths, theirs: RunPaths) -> None:
     ]
     assert lines[0] == lines[1]
     for files in (ours, theirs):
-        events = EventAccumulator(str(files.events(0).parent))
+        events = EventAccumulator(str(files.tensorboard))
         events.Reload()
         shown = events.Scalars("loss/training")
         assert [scalar.step for scalar in shown] == list(range(1, EPOCHS + 1))

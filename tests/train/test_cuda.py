@@ -13,10 +13,8 @@ from eps_train.gating import rewriting
 from eps_train.gating.gate import EpsilonGate, relu_gate
 from eps_train.training.checkpoint import Checkpoint
 from eps_train.training.distributed import Group
-from eps_train.training.evaluate import logits, score
-from eps_train.training.guards import EpochMetrics
-from eps_train.training.optimizer import set_rate
-from eps_train.training.step import WARM_UP, GraphedStep
+from eps_train.training.evaluate import EpochMetrics, logits, score
+from eps_train.training.step import WARM_UP, GraphedStep, set_lr
 from eps_train.training.trainer import Stopped, Trainer
 from tests.train import processes
 from tests.train.runs import DEATHS, deaths, digits, dying_trainer
@@ -41,7 +39,7 @@ def test_blocks_die_and_the_checkpoint_answers_alike_on_the_cpu(tmp_path: Path) 
     run.run(reports.append)
     assert deaths(reports) == DEATHS
     assert all(parameter.is_cuda for parameter in run.model.parameters())
-    assert not any(tensor.is_cuda for tensor in run.retired.values())
+    assert not any(tensor.is_cuda for tensor in run.removed_tensors.values())
     checkpoint = Checkpoint.load(tmp_path / "ckpt.pt")
     stored = [*checkpoint.state.values(), *(checkpoint.side_head or {}).values()]
     assert not any(tensor.is_cuda for tensor in stored)
@@ -58,9 +56,9 @@ def test_a_resumed_run_goes_on(tmp_path: Path) -> None:
     again = trainer(tmp_path)
     again.resume()
     assert again.epoch == 5
-    assert again.registry.dead == first.registry.dead != ()
+    assert again.tracker.dead == first.tracker.dead != ()
     again.run(lambda report: None)
-    assert set(again.registry.dead) == set(DEATHS)
+    assert set(again.tracker.dead) == set(DEATHS)
 
 
 def test_the_gate_waits_for_nothing() -> None:
@@ -147,7 +145,7 @@ def two_epochs(run: Trainer) -> dict[str, torch.Tensor]:
     """Two epochs with a removal between them; the weights after that."""
     run.run_epoch()
     block = next(iter(run.gates))
-    run.adopt(rewriting.remove_blocks(run.model, [block]))
+    run.replace_model(rewriting.remove_blocks(run.model, [block]))
     run.run_epoch()
     return {name: tensor.clone() for name, tensor in run.network.state_dict().items()}
 
@@ -181,7 +179,7 @@ def test_a_replayed_step_waits_for_nothing(tmp_path: Path, precision: str) -> No
     try:
         for _ in range(3):
             run.totals += run.take_step(next(batches))
-            set_rate(run.optimizer, 0.01)
+            set_lr(run.optimizer, 0.01)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert bool(run.totals.isfinite().all())
@@ -224,7 +222,7 @@ def test_memory_falls_when_blocks_leave(tmp_path: Path, compiled: bool) -> None:
     run.take_step(next(batches))
     run.optimizer.zero_grad()
     before, weights = torch.cuda.memory_allocated(), run.parameters()
-    run.adopt(rewriting.remove_blocks(run.model, ["stages.2.1", "stages.2.2"]))
+    run.replace_model(rewriting.remove_blocks(run.model, ["stages.2.1", "stages.2.2"]))
     gc.collect()
     freed = before - torch.cuda.memory_allocated()
     assert freed >= 2 * 4 * (weights - run.parameters()), "parameters and their momentum, float32"

@@ -60,19 +60,19 @@ def test_there_is_a_recipe_for_every_network_of_the_paper() -> None:
 @pytest.mark.parametrize("name", CIFAR)
 def test_cifar_rates_are_the_papers_epoch_by_epoch(name: str) -> None:
     plan = schedule(recipe(name))
-    assert all(plan.rate(epoch) == cifar_rate(epoch) for epoch in range(plan.epochs))
+    assert all(plan.lr(epoch) == cifar_rate(epoch) for epoch in range(plan.epochs))
     plan.observe(399, 3.0)
-    for epoch in range(400, plan.descent_epoch):
-        assert plan.rate(epoch) == cifar_rate_after_a_loss(epoch - 400), epoch
+    for epoch in range(400, plan.decay_epoch):
+        assert plan.lr(epoch) == cifar_rate_after_a_loss(epoch - 400), epoch
 
 
 @pytest.mark.parametrize("name", SVHN)
 def test_svhn_rates_are_the_papers_epoch_by_epoch(name: str) -> None:
     plan = schedule(recipe(name))
-    assert all(plan.rate(epoch) == svhn_rate(epoch) for epoch in range(plan.epochs))
+    assert all(plan.lr(epoch) == svhn_rate(epoch) for epoch in range(plan.epochs))
     plan.observe(99, 3.0)
-    for epoch in range(100, plan.descent_epoch):
-        assert plan.rate(epoch) == svhn_rate_after_a_loss(epoch - 100), epoch
+    for epoch in range(100, plan.decay_epoch):
+        assert plan.lr(epoch) == svhn_rate_after_a_loss(epoch - 100), epoch
 
 
 @pytest.mark.parametrize(
@@ -91,9 +91,9 @@ def test_each_loss_starts_the_second_table_anew(
         plan = schedule(recipe(name))
         losses = {share * plan.epochs // 100 for share in (2, 3, 9, 40, 41, 70)}
         discarded, restarted = 0.0, None
-        for epoch in range(plan.descent_epoch):
+        for epoch in range(plan.decay_epoch):
             expected = first(epoch) if restarted is None else after(epoch - restarted)
-            assert plan.rate(epoch) == expected, (name, epoch)
+            assert plan.lr(epoch) == expected, (name, epoch)
             # Flickering gates move the mean count by less than a block: that is no loss.
             discarded += 1.0 if epoch in losses else 0.0
             assert plan.observe(epoch, discarded + 0.4 * (epoch % 2)) == (epoch in losses)
@@ -106,7 +106,7 @@ def test_the_last_descent_ends_on_the_papers_lowest_rate(name: str) -> None:
     plan = schedule(run)
     for epoch in range(plan.epochs):
         plan.observe(epoch, float(epoch))  # an epoch that lost a block, every time
-    lr_schedule = [plan.rate(epoch) for epoch in range(plan.descent_epoch, plan.epochs)]
+    lr_schedule = [plan.lr(epoch) for epoch in range(plan.decay_epoch, plan.epochs)]
     assert lr_schedule == sorted(lr_schedule, reverse=True)
     assert lr_schedule[0] <= 0.01
     assert lr_schedule[-1] == run.lr_schedule[-1][1]
@@ -117,7 +117,7 @@ def test_the_last_descent_ends_on_the_papers_lowest_rate(name: str) -> None:
 def test_imagenet_rates_are_the_papers_epoch_by_epoch_whatever_is_lost(name: str) -> None:
     plan = schedule(recipe(name))
     for epoch in range(110):
-        assert plan.rate(epoch) == imagenet_rate(epoch), epoch
+        assert plan.lr(epoch) == imagenet_rate(epoch), epoch
         plan.observe(epoch, float(epoch))
 
 
@@ -153,11 +153,11 @@ def test_the_rest_is_the_papers_too(name: str) -> None:
 def test_every_recipe_ends_on_its_lowest_rate_even_after_a_late_loss(name: str) -> None:
     run = recipe(name)
     plan = schedule(run)
-    plan.observe(plan.descent_epoch - 2, 9.0)
+    plan.observe(plan.decay_epoch - 2, 9.0)
     lowest = min(
         value for steps in (run.lr_schedule, run.lr_restart, run.final_decay) for _, value in steps
     )
-    assert plan.rate(run.epochs - 1) == lowest
+    assert plan.lr(run.epochs - 1) == lowest
 
 
 def test_an_unknown_recipe_is_refused_beside_the_known() -> None:

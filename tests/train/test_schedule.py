@@ -24,13 +24,13 @@ def test_a_step_function_holds_until_its_next_step() -> None:
 
 def test_rate_follows_the_first_table_until_a_block_is_lost() -> None:
     plan = schedule()
-    assert [plan.rate(epoch) for epoch in range(16)] == [0.1] * 4 + [0.01] * 12
+    assert [plan.lr(epoch) for epoch in range(16)] == [0.1] * 4 + [0.01] * 12
 
 
 def test_rate_restarts_after_an_epoch_that_lost_a_block() -> None:
     plan = schedule()
     assert plan.observe(6, 1.0)
-    assert [plan.rate(epoch) for epoch in range(7, 14)] == [0.1] * 3 + [0.01] * 2 + [0.001] * 2
+    assert [plan.lr(epoch) for epoch in range(7, 14)] == [0.1] * 3 + [0.01] * 2 + [0.001] * 2
 
 
 def test_less_than_one_more_discarded_block_is_no_loss() -> None:
@@ -44,28 +44,26 @@ def test_less_than_one_more_discarded_block_is_no_loss() -> None:
 def test_without_a_restart_table_the_rate_never_goes_back_up() -> None:
     plan = schedule(lr_restart=())
     assert plan.observe(6, 5.0)
-    assert plan.rate(7) == 0.01
+    assert plan.lr(7) == 0.01
 
 
 def test_the_last_descent_is_kept_free_of_restarts() -> None:
     plan = schedule()
-    assert plan.descent_epoch == 16
+    assert plan.decay_epoch == 16
     assert plan.observe(15, 3.0), "the loss itself is still noticed"
-    assert [plan.rate(epoch) for epoch in range(16, 20)] == [0.001] * 4
+    assert [plan.lr(epoch) for epoch in range(16, 20)] == [0.001] * 4
 
 
 @pytest.mark.parametrize("lost_in", range(20))
 def test_no_run_ends_on_a_high_rate(lost_in: int) -> None:
     plan = schedule()
     plan.observe(lost_in, 9.0)
-    assert plan.rate(19) == 0.001
+    assert plan.lr(19) == 0.001
 
 
 def test_restored_schedule_goes_on_alike() -> None:
     plan, again = schedule(), schedule()
     plan.observe(6, 2.5)
-    again.restore(plan.state())
-    assert [again.rate(epoch) for epoch in range(7, 20)] == [
-        plan.rate(epoch) for epoch in range(7, 20)
-    ]
+    again.load_state_dict(plan.state_dict())
+    assert [again.lr(epoch) for epoch in range(7, 20)] == [plan.lr(epoch) for epoch in range(7, 20)]
     assert again.observe(8, 3.4) == plan.observe(8, 3.4)

@@ -15,7 +15,7 @@ from eps_core.errors import ConfigError, DamagedImages
 from eps_core.files import held
 from eps_train import config, recipes
 from eps_train.config import SectionedCommand, config_options
-from eps_train.training.files import RunPaths
+from eps_train.training.paths import RunPaths
 
 if TYPE_CHECKING:
     from eps_train.config import TrainingConfig

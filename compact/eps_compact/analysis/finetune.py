@@ -20,9 +20,8 @@ from eps_train.gating import rewriting
 from eps_train.models.cifar import Normalize
 from eps_train.models.spec import NetworkSpec
 from eps_train.training.checkpoint import Checkpoint
-from eps_train.training.evaluate import Score
+from eps_train.training.evaluate import EpochMetrics, Score
 from eps_train.training.forward import cpu_threads
-from eps_train.training.guards import EpochMetrics
 from eps_train.training.trainer import Trainer
 
 LEARNING_RATES = (0.1, 0.01)  # of the run's first, before and after `DECAY_AT` of the epochs

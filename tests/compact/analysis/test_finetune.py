@@ -15,7 +15,7 @@ from eps_core.errors import ConfigError
 from eps_train import recipes
 from eps_train.data import dataset
 from eps_train.training.checkpoint import Checkpoint
-from eps_train.training.guards import EpochMetrics
+from eps_train.training.evaluate import EpochMetrics
 from tests.checkpoints import make_checkpoint
 
 DIGITS = dataset.load("digits")
@@ -34,7 +34,7 @@ def test_it_learns_from_the_checkpoints_weights() -> None:
     told: list[EpochMetrics] = []
     done = finetune(checkpoint, DIGITS, GONE, epochs=3, report=told.append)
     assert [epoch.epoch for epoch in told] == [1, 2, 3]
-    assert [epoch.rate for epoch in told] == pytest.approx([0.01, 0.01, 0.001])
+    assert [epoch.lr for epoch in told] == pytest.approx([0.01, 0.01, 0.001])
     assert done.lr_schedule == pytest.approx((0.01, 0.001))
     assert done.after > done.before
     assert done.drop_after.value == pytest.approx(100 * (done.whole - done.after))

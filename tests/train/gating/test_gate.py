@@ -25,7 +25,6 @@ from eps_train.gating.gate import (
     relu_gate,
     response,
 )
-from eps_train.gating.pruning_state import read_counters
 from eps_train.models.cifar import CifarResNet
 from tests.train.runs import trainer
 
@@ -459,7 +458,7 @@ def test_training_is_that_of_the_former_gate_to_the_last_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With gates that are open, shut, dead, and that epsilon decides about."""
-    states, records = [], []
+    states = []
     for former in (False, True):
         run = trainer(tmp_path)
         if former:
@@ -474,8 +473,7 @@ def test_training_is_that_of_the_former_gate_to_the_last_bit(
         for _ in range(15):
             run.take_step(next(batches))
         states.append(run.network.state_dict())
-        records.append(read_counters(run.gates))
-    assert records[0] == records[1]
+    assert any(name.endswith("closed_steps") for name in states[0]), "the records are among them"
     for name, tensor in states[0].items():
         assert torch.equal(tensor, states[1][name]), name
 

@@ -17,7 +17,7 @@ from eps_core.errors import ConfigError, TrainingError
 from eps_train.gating import rewriting
 from eps_train.training import step
 from eps_train.training.distributed import ALONE, Group
-from eps_train.training.step import WARM_UP, GraphedStep, TrainingStep, obstacle
+from eps_train.training.step import WARM_UP, GraphedStep, TrainingStep, cuda_graph_obstacle
 from eps_train.training.trainer import Stopped, Trainer
 from tests.train.runs import DYING, trainer
 
@@ -35,7 +35,7 @@ def static(run: Trainer, *, required: bool = False) -> GraphedStep:
 def state(run: Trainer) -> dict[str, Tensor]:
     momentum = {
         f"momentum {name}": run.optimizer.state[parameter]["momentum_buffer"]
-        for name, parameter in run.named_parameters()
+        for name, parameter in run.network.named_parameters()
     }
     return {name: t.clone() for name, t in (run.network.state_dict() | momentum).items()}
 
@@ -49,7 +49,7 @@ def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
 def epochs_with_a_removal(run: Trainer) -> dict[str, Tensor]:
     """Two epochs at different rates; a block is taken out between them."""
     run.run_epoch()
-    run.adopt(rewriting.remove_blocks(run.model, [GONE]))
+    run.replace_model(rewriting.remove_blocks(run.model, [GONE]))
     run.run_epoch()
     return state(run)
 
@@ -162,11 +162,11 @@ def test_where_there_is_no_graph_the_reason_is_said(
     changes: dict[str, Any], group: Group, device: torch.device, reason: str | None
 ) -> None:
     config = replace(DYING, **changes)
-    assert obstacle(config, group, device) == reason
-    assert step.graphed("auto", config, group, device) == (reason is None)
-    assert not step.graphed("off", config, group, device)
+    assert cuda_graph_obstacle(config, group, device) == reason
+    assert step.use_cuda_graph("auto", config, group, device) == (reason is None)
+    assert not step.use_cuda_graph("off", config, group, device)
     if reason is None:
-        assert step.graphed("on", config, group, device)
+        assert step.use_cuda_graph("on", config, group, device)
     else:
         with pytest.raises(ConfigError, match=f"--cuda-graph on: {reason}; leave it out"):
-            step.graphed("on", config, group, device)
+            step.use_cuda_graph("on", config, group, device)

@@ -60,5 +60,5 @@ def test_an_apple_gpu_is_for_one_process(monkeypatch: pytest.MonkeyPatch) -> Non
     assert forward.choose("mps") == torch.device("mps")
     assert forward.wide_float(torch.device("mps")) == torch.float32
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
-    with pytest.raises(ConfigError, match="--device mps: one process alone"):
+    with pytest.raises(ConfigError, match="--device mps: only one process"):
         forward.choose("mps")

@@ -16,11 +16,9 @@ from eps_train.gating.gate import EpsilonGate, response
 from eps_train.gating.pruning_state import watch_branches
 from eps_train.models.spec import NetworkSpec
 from eps_train.training import distributed
-from eps_train.training import run as agreement
 from eps_train.training.checkpoint import Checkpoint, GateRecord
-from eps_train.training.distributed import ALONE, AgreedStop, Group, StopRequest
-from eps_train.training.guards import EpochMetrics
-from eps_train.training.step import build
+from eps_train.training.distributed import ALONE, Group, StopRequest
+from eps_train.training.evaluate import EpochMetrics
 from eps_train.training.trainer import Stopped, Trainer
 from tests.train import processes
 from tests.train.runs import DEATHS, DYING, DoomedTrainer, deaths, digits, dying_trainer, trainer
@@ -45,8 +43,8 @@ class Outcome:
 
 def outcome(run: Trainer, reports: list[EpochMetrics]) -> Outcome:
     state = dict(run.network.state_dict())
-    momentum = [run.optimizer.state[p]["momentum_buffer"] for _, p in run.named_parameters()]
-    return Outcome(reports, state, momentum, run.registry.dead)
+    momentum = [run.optimizer.state[p]["momentum_buffer"] for p in run.network.parameters()]
+    return Outcome(reports, state, momentum, run.tracker.dead)
 
 
 def whole_run(
@@ -60,8 +58,7 @@ def whole_run(
 
 def stopped_run(group: Group, folder: Path, config: TrainingConfig, question: int) -> Outcome:
     """Process 1 alone is asked to stop, when it looks for the `question`-th time."""
-    request = StopRequest()
-    agreed = AgreedStop(request, group)
+    request = StopRequest(group)
     asked = 0
 
     def stop() -> bool:
@@ -69,7 +66,7 @@ def stopped_run(group: Group, folder: Path, config: TrainingConfig, question: in
         asked += 1
         if group.rank == 1 and asked == question:
             request.signal = signal.SIGTERM
-        return agreed()
+        return request()
 
     run = dying_trainer(folder, config, group=group, stop=stop)
     reports: list[EpochMetrics] = []
@@ -160,7 +157,7 @@ def test_one_process_does_not_go_on_with_the_run_of_two(
         dying_trainer(folder, RUN).resume()
 
 
-# -- the scope of the gates ------------------------------------------------------------------------
+# -- the scope of the gates
 
 
 def records(outcome: Outcome) -> list[tuple[GateRecord, ...]]:
@@ -241,7 +238,7 @@ def test_a_branch_that_is_shut_on_one_process_learns_from_the_other() -> None:
     assert all(bool(gradient.any()) for gradient in both[0])
 
 
-# -- errors ----------------------------------------------------------------------------------------
+# -- errors
 
 
 def failing_leader(group: Group) -> None:
@@ -307,7 +304,7 @@ def test_a_process_that_went_without_a_word_is_one_line() -> None:
     assert "--resume" in str(leader)
 
 
-# -- small things ----------------------------------------------------------------------------------
+# -- small things
 
 
 def led_and_first(group: Group, folder: Path) -> tuple[str, bool, list[int], list[str]]:
@@ -338,22 +335,6 @@ def test_the_leader_locks_alone_and_comes_first(tmp_path: Path) -> None:
     first, second = processes.run(led_and_first, tmp_path)
     assert first == ("downloaded", True, [0, 0], ["process 0", "process 1"])
     assert second == ("downloaded", False, [], ["process 0", "process 1"])
-
-
-def cost_of_agreement(group: Group) -> tuple[float, float, bool]:
-    spec = NetworkSpec.parse("cifar:8x4", in_channels=1, classes=10)
-    network = build(spec, replace(RUN, gate_scope="global"), group, torch.device("cpu"), classes=10)
-    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    cost = agreement.measure(network, torch.randn(4, 1, 8, 8), group)
-    after = network.state_dict()
-    return cost.apart, cost.together, all(torch.equal(before[n], after[n]) for n in before)
-
-
-def test_the_cost_of_agreement_is_measured_and_nothing_changed() -> None:
-    for apart, together, unchanged in processes.run(cost_of_agreement):
-        assert apart > 0
-        assert together > 0
-        assert unchanged
 
 
 def test_one_process_is_a_group_of_its_own() -> None:

@@ -15,7 +15,6 @@ from eps_core.errors import ConfigError
 from eps_train.config import TrainingConfig
 from eps_train.gating import rewriting
 from eps_train.gating.gate import EpsilonGate
-from eps_train.gating.pruning_state import read_counters
 from eps_train.models.cifar import BasicBlock
 from eps_train.models.spec import NetworkSpec
 from eps_train.training import forward
@@ -37,7 +36,7 @@ def network(config: TrainingConfig = DYING) -> TrainedNetwork:
     return made
 
 
-def pictures() -> Tensor:
+def some_images() -> Tensor:
     images = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     return images.contiguous(memory_format=torch.channels_last)
 
@@ -50,7 +49,7 @@ def _no_compiled_leftovers() -> Any:
 
 @pytest.mark.parametrize("training", [True, False])
 def test_a_gated_network_compiles_to_one_graph(training: bool) -> None:
-    explained = torch._dynamo.explain(network().train(training))(pictures())
+    explained = torch._dynamo.explain(network().train(training))(some_images())
     assert explained.graph_count == 1
     assert explained.graph_break_count == 0
 
@@ -68,7 +67,7 @@ def test_the_compiled_network_answers_and_counts_as_the_other(
         autocast = torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None)
         for _ in range(2):
             with autocast:
-                logits, side = call(pictures())
+                logits, side = call(some_images())
         assert (side is not None) == training
         if training:
             assert side is not None
@@ -136,16 +135,16 @@ def test_a_removal_leaves_compiled_what_it_does_not_touch_and_forgets_the_rest(
         if gone is not None:
             weight = weakref.ref(made.model.get_parameter(f"{gone}.conv1.weight"))
             for run in (plain, made):
-                run.adopt(rewriting.remove_blocks(run.model, [gone]))
+                run.replace_model(rewriting.remove_blocks(run.model, [gone]))
             gc.collect()
             assert weight() is None, "its memory is still held"
         for run in (plain, made):
             run.run_epoch()
         compiled.append(count)
     assert compiled == [10, 10, 11]
-    assert copy.deepcopy(made.network)(pictures())[0].shape == (8, 10)
+    assert copy.deepcopy(made.network)(some_images())[0].shape == (8, 10)
     assert count == 11, "a copy passes images through its own model"
-    assert read_counters(made.gates).keys() == read_counters(plain.gates).keys()
+    assert made.gates.keys() == plain.gates.keys()
     for name, tensor in plain.network.state_dict().items():
         assert torch.allclose(tensor, made.network.state_dict()[name], rtol=1e-3, atol=1e-4), name
 
@@ -192,7 +191,7 @@ def test_every_process_computes_on_its_own_gpu(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(forward, "DistributedDataParallel", Wrapper)
     for device in (torch.device("cuda", 1), CPU):
         call = forward.Forward(network(), DYING, Pair(), device)
-        assert call(pictures())[0].shape == (8, 10)
+        assert call(some_images())[0].shape == (8, 10)
     assert given == [[1], None]
 
 
@@ -202,7 +201,7 @@ def test_no_compiler_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ConfigError, match=message):
         trainer(tmp_path, compile=True)
     with pytest.raises(ConfigError, match="--compile: not supported on mps"):
-        forward.refuse_compile(torch.device("mps"))
+        forward.require_compiler(torch.device("mps"))
 
 
 def test_synchronised_batch_norm_is_refused_on_a_cpu(tmp_path: Path) -> None:

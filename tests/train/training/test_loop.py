@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from eps_core.errors import ConfigError, TrainingError
 from eps_train.gating import rewriting
 from eps_train.training.checkpoint import Checkpoint
-from eps_train.training.evaluate import score
-from eps_train.training.guards import EpochMetrics
+from eps_train.training.evaluate import EpochMetrics, score
 from eps_train.training.trainer import Stopped, Trainer
 from tests.train.runs import DEATHS, DYING, SHUT, deaths, digits, dying_trainer, trainer
 
@@ -67,9 +66,9 @@ def test_blocks_die_of_themselves(tmp_path: Path) -> None:
     for seed in range(3):
         run = trainer(tmp_path, model="cifar:14x4", epsilon=4.5, epochs=12, seed=seed)
         with suppress(TrainingError):  # a whole stage at once
-            while not run.registry.dead and run.epoch < run.config.epochs:
+            while not run.tracker.dead and run.epoch < run.config.epochs:
                 run.run_epoch()
-        found += [record.death for record in run.registry.records.values() if record.death]
+        found += [record.death for record in run.tracker.records.values() if record.death]
     assert found
     for death in found:
         assert 0 < death.peak <= death.epsilon == 4.5
@@ -105,7 +104,7 @@ def test_checkpoint_is_the_best_since_the_last_block_was_lost(
     since = [report for report in reports if report.epoch >= last_loss]
     checkpoint = Checkpoint.load(folder / "ckpt.pt")
     assert checkpoint.metrics["validation"]["accuracy"] == max(r.validation.accuracy for r in since)
-    assert checkpoint.dead == finished.registry.dead
+    assert checkpoint.dead == finished.tracker.dead
 
 
 def test_checkpoint_reproduces_its_recorded_accuracies(
@@ -273,8 +272,8 @@ def test_candidate_that_held_out_images_contradict_stays_alive(tmp_path: Path) -
         gate.steps.fill_(20)
         gate.closed_steps.fill_(20)
         gate.peak.fill_(1.0)
-        built.registry.record_epoch(built.gates, dict.fromkeys(built.gates, 1e-6))
-    assert built._bury(2) == ()
+        built.tracker.record_epoch(built.gates, dict.fromkeys(built.gates, 1e-6))
+    assert built._remove_dead(2) == ()
     assert not bool(gate.dead)
     assert block in rewriting.gates(built.model)
 

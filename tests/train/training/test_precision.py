@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,8 @@ import torch
 from eps_core.errors import ConfigError, TrainingError
 from eps_train.training import forward
 from eps_train.training.checkpoint import Checkpoint
-from eps_train.training.evaluate import score
+from eps_train.training.evaluate import EpochMetrics, score
 from eps_train.training.forward import Precision
-from eps_train.training.guards import EpochMetrics
 from eps_train.training.trainer import Stopped, Trainer
 from tests.train.runs import DEATHS, deaths, digits, dying_trainer, trainer
 
@@ -75,7 +75,7 @@ def test_blocks_die_and_all_that_is_kept_is_float32(tmp_path: Path, name: str) -
     assert set(floats) == {torch.float32}
     # What was validated is the float32 network, as it ships.
     again = score(checkpoint.build_gated(), run.normalize, digits().validation)
-    assert again.to_dict() == checkpoint.metrics["validation"]
+    assert asdict(again) == checkpoint.metrics["validation"]
 
 
 def test_the_forward_pass_of_a_step_is_in_the_chosen_type(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_tf32_is_allowed_in_the_steps_of_training_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Forward and backward pass have it; validation, and the test at the end, do not."""
-    monkeypatch.setattr(forward, "_refuse_tf32", lambda device: None)
+    monkeypatch.setattr(forward, "_require_tf32", lambda device: None)
     run = trainer(tmp_path, model="cifar:8x4", precision="tf32", epochs=1)
     seen = set()
 
@@ -121,12 +121,12 @@ needs_fp16 = pytest.mark.skipif(not can("fp16"), reason="no fp16 on this CPU")
 
 
 def scale(run: Trainer) -> float:
-    return float(run.take_step.precision.state()["scale"])
+    return float(run.take_step.precision.state_dict()["scale"])
 
 
 def set_scale(run: Trainer, value: float) -> None:
     precision = run.take_step.precision
-    precision.restore(precision.state() | {"scale": value})
+    precision.load_state_dict(precision.state_dict() | {"scale": value})
 
 
 @needs_fp16
@@ -176,7 +176,7 @@ def test_a_resumed_run_has_the_scale_that_it_had(tmp_path: Path, stop_after: int
     again.resume()
     assert scale(again) == scale(stopped)
     again.run(lambda report: None)
-    assert again.take_step.precision.state() == whole.take_step.precision.state()
+    assert again.take_step.precision.state_dict() == whole.take_step.precision.state_dict()
     theirs = whole.network.state_dict()
     for name, tensor in again.network.state_dict().items():
         assert torch.equal(tensor, theirs[name]), name

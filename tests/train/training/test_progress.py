@@ -11,8 +11,7 @@ from rich.console import Console
 
 from eps_core.errors import FileFormatError
 from eps_train.training.checkpoint import GateRecord, PruneRecord
-from eps_train.training.evaluate import Score
-from eps_train.training.guards import EpochMetrics
+from eps_train.training.evaluate import EpochMetrics, Score
 from eps_train.training.progress import EpochPrinter, MetricsLog, block_map
 
 ALIVE = GateRecord(block="stages.0.0", epsilon=2.5, steps=10, closed_steps=0, peak=9.0)
@@ -25,7 +24,7 @@ DEAD = replace(ALIVE, block="stages.1.1", closed_steps=10, death=DEATH)
 def report(epoch: int, **changes: object) -> EpochMetrics:
     made = EpochMetrics(
         epoch=epoch,
-        rate=0.1,
+        lr=0.1,
         epsilon=2.5,
         loss=1.0,
         train_accuracy=0.5,
@@ -111,10 +110,10 @@ def test_plain_output_has_one_line_an_epoch_and_the_map_when_it_changes() -> Non
     )
     assert printed(80, *reports) == [
         "run: 1200 epochs to train",
-        "epoch    1/1200  loss 1.000  val 75.00%  rate 0.1  ε 2.5  320 img/s  39:58 left",
+        "epoch    1/1200  loss 1.000  val 75.00%  lr 0.1  ε 2.5  320 img/s  39:58 left",
         "  █▒ ░·",
-        "epoch    2/1200  loss 1.000  val 75.00%  rate 0.1  320 img/s  39:56 left",
-        "epoch    3/1200  loss 1.000  val 75.00%  rate 0.1  320 img/s  params 75%  39:54 left",
+        "epoch    2/1200  loss 1.000  val 75.00%  lr 0.1  320 img/s  39:56 left",
+        "epoch    3/1200  loss 1.000  val 75.00%  lr 0.1  320 img/s  params 75%  39:54 left",
         "  █▒ ·",
         "  died: stages.1.0",
     ]

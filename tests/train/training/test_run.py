@@ -17,7 +17,7 @@ from eps_core.errors import ConfigError, DataError, Interrupted
 from eps_train.config import TrainingConfig
 from eps_train.training import run as run_module
 from eps_train.training.checkpoint import Checkpoint
-from eps_train.training.files import RunPaths
+from eps_train.training.paths import RunPaths
 from eps_train.training.plots import TensorBoardLog
 from eps_train.training.run import Run
 from eps_train.training.trainer import Trainer
@@ -40,7 +40,7 @@ def run(folder: Path, config: TrainingConfig = SHORT, **options: Any) -> Run:
 
 
 def steps(folder: Path) -> list[int]:
-    events = EventAccumulator(str(RunPaths.of(folder).events(0).parent))
+    events = EventAccumulator(str(RunPaths.of(folder).tensorboard))
     events.Reload()
     return [scalar.step for scalar in events.Scalars("loss/training")]
 
@@ -65,18 +65,18 @@ def test_stopped_and_resumed_it_leaves_the_same_as_in_one_go(
         run(tmp_path, keep=2, tensorboard=True).train()
     monkeypatch.undo()
     run(tmp_path, keep=2, tensorboard=True, resume=True).train()
-    assert list(RunPaths.of(tmp_path).all_kept()) == [2, 3]
+    assert list(RunPaths.of(tmp_path).epoch_checkpoints()) == [2, 3]
     assert steps(tmp_path) == [1, 2, 3]
 
 
 def test_a_kill_before_the_rotation_is_made_up_for(tmp_path: Path) -> None:
     run(tmp_path, keep=2).train()
     files = RunPaths.of(tmp_path)
-    first = Checkpoint.load(files.kept(2))
+    first = Checkpoint.load(files.epoch_checkpoint(2))
     first.metrics["epoch"] = 1
-    first.save(files.kept(1))
+    first.save(files.epoch_checkpoint(1))
     run(tmp_path, keep=2, resume=True).train()
-    assert list(files.all_kept()) == [2, 3]
+    assert list(files.epoch_checkpoints()) == [2, 3]
 
 
 def test_by_default_there_is_nothing_more(tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_by_default_there_is_nothing_more(tmp_path: Path) -> None:
     }
 
 
-def test_a_kept_file_of_another_origin_is_found_before_anything_is_written(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_origin_is_found_before_anything_is_written(tmp_path: Path) -> None:
     run(tmp_path, replace(SHORT, epochs=3)).train()
     (tmp_path / "last.pt").unlink()
     (tmp_path / "epoch-0002.pt").write_text("notes")
@@ -125,7 +125,7 @@ def test_an_event_file_that_cannot_be_written_stops_the_run_and_says_what_is_kep
         add(self, line, history)
 
     monkeypatch.setattr(TensorBoardLog, "add", full)
-    with pytest.raises(OSError, match=r"No space left on device.*events\.out\.tfevents"):
+    with pytest.raises(OSError, match=r"No space left on device.*tensorboard"):
         run(tmp_path, tensorboard=True).train()
     assert "last.pt holds 1 of 3 epochs; --resume goes on from there" in capsys.readouterr().err
     monkeypatch.undo()
@@ -156,12 +156,11 @@ def test_images_that_fail_in_the_middle_of_a_run_do_not_hide_what_is_kept(
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's device that is full")
-@pytest.mark.parametrize("name", ["tensorboard/ckpt/events.out.tfevents.000000", "metrics.jsonl"])
 def test_on_a_device_that_is_full_the_file_is_named(
-    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepared = run(tmp_path, replace(SHORT, epochs=1), tensorboard=True)
-    path, open_ = tmp_path / name, Path.open
+    prepared = run(tmp_path, replace(SHORT, epochs=1))
+    path, open_ = tmp_path / "metrics.jsonl", Path.open
 
     def full(self: Path, mode: str = "r", **options: Any) -> Any:
         device = Path("/dev/full") if self == path and mode[0] == "a" else self
@@ -200,7 +199,7 @@ def test_a_run_that_goes_well_is_not_warned_of(
     assert "warning" not in told
 
 
-def test_a_plain_run_is_not_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_baseline_is_not_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(tmp_path, SHORT.baseline()).train()
     assert "warning" not in capsys.readouterr().err
 

@@ -166,7 +166,7 @@ def test_colour_weights_for_grey_images(tmp_path: Path) -> None:
     model, told = SPEC.build(), list[str]()
     load_weights(tmp_path / "rgb.pt", model, told.append)
     assert torch.equal(model.get_parameter("stem.0.weight"), colours.sum(1, keepdim=True))
-    assert told == ["stem.0.weight is for coloured images, so its channels are summed"]
+    assert told == ["stem.0.weight is for RGB images, so its channels are summed"]
 
 
 def test_a_file_without_a_head(tmp_path: Path) -> None:

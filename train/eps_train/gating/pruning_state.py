@@ -1,12 +1,13 @@
-"""Which blocks are dead: latched once, with the evidence, and never judged again."""
+"""Pruning state: which blocks are dead. Each is latched once, with evidence, and stays dead."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor, nn
 
@@ -17,19 +18,9 @@ from eps_train.training.distributed import ALONE, Group
 from eps_train.training.evaluate import logits
 
 
-class Counters(NamedTuple):
-    """A gate's record of an epoch: steps, those on which it was closed, those with a finite
-    response, and the largest response."""
-
-    steps: int
-    closed: int
-    finite: int
-    peak: float
-
-
 @dataclass(slots=True)
 class _Streak:
-    """Epochs in a row in which a gate never opened, and what was seen of its branch in them."""
+    """Consecutive epochs in which a gate never opened, and their steps and largest response."""
 
     epochs: int = 0
     steps: int = 0
@@ -37,7 +28,12 @@ class _Streak:
 
 
 class BlockTracker:
-    """The gates' history over a run: last records, streaks of closed epochs, and deaths."""
+    """Tracks the gates of a run: last records, streaks of closed epochs, and dead blocks.
+
+    Attributes:
+        patience: whole closed epochs after which a block is a candidate for removal.
+        records: the last record of every gated block, in the order of computation.
+    """
 
     def __init__(self, blocks: tuple[str, ...], *, patience: int) -> None:
         self.patience = patience
@@ -54,30 +50,43 @@ class BlockTracker:
     def record_epoch(
         self, gates: dict[str, EpsilonGate], thresholds: Mapping[str, float], group: Group = ALONE
     ) -> float:
-        """Read the live gates' counters, once an epoch; reset them.
-
-        `thresholds` are what the gates judged by in that epoch.
+        """Read and reset the counters of the live gates, once an epoch.
 
         Where every process of `group` judges its own part of the batch, a step counts once for
-        each of them, so that a gate was closed on every step only if it was on all of them.
+        each of them, so that a gate was closed on every step only if it was in all processes.
+        Where the gates judge together, the counters are the same in all, and count once.
 
-        Returns the count of discarded blocks averaged over the epoch's steps, dead ones included.
+        Args:
+            gates: those of the running network, by block.
+            thresholds: epsilon of each gate in that epoch.
+            group: the processes of the run.
+
+        Returns:
+            Number of discarded blocks, averaged over the epoch's steps, dead ones included.
         """
-        live = {block: gates[block] for block in gates if block not in self.dead}
+        live = {block: gate for block, gate in gates.items() if block not in self.dead}
         discarded = float(len(self.dead))
-        for block, (steps, closed, _, peak) in read_counters(live, group).items():
+        if not live:
+            return discarded
+        counts = torch.stack([torch.stack([g.steps, g.closed_steps]) for g in live.values()])
+        peaks = torch.stack([gate.peak for gate in live.values()])
+        if all(gate.process_group is None for gate in live.values()):
+            group.add(counts)
+            group.largest(peaks)
+        for (block, gate), (steps, closed), peak in zip(
+            live.items(), counts.tolist(), peaks.tolist(), strict=True
+        ):
             self.records[block] = GateRecord(
                 block=block, epsilon=thresholds[block], steps=steps, closed_steps=closed, peak=peak
             )
-            streak = self._streaks[block]
             if steps and closed == steps:
-                self._streaks[block] = _Streak(
-                    streak.epochs + 1, streak.steps + steps, max(streak.peak, peak)
-                )
+                streak = self._streaks[block]
+                streak.epochs, streak.steps = streak.epochs + 1, streak.steps + steps
+                streak.peak = max(streak.peak, peak)
             else:
                 self._streaks[block] = _Streak()
             discarded += closed / max(steps, 1)
-            live[block].reset_record()
+            gate.reset_record()
         return discarded
 
     def latch(
@@ -90,63 +99,72 @@ class BlockTracker:
         epoch: int,
         group: Group = ALONE,
     ) -> tuple[str, ...]:
-        """Latch every gate that was closed long enough and that held-out images confirm.
+        """Latch every gate that was closed long enough, if held-out images confirm it.
 
-        The images (uint8 `[N, C, H, W]`, or a part that is read batch by batch) pass through the
-        network in evaluation mode as training had it: with the candidates shut. The leader of
-        `group` looks at them for all. Returns the
-        blocks that died now, in network order.
+        The leader of `group` passes the images through the network in evaluation mode as training
+        had it, with the candidates shut; a block is dead when its largest response is below
+        epsilon.
+
+        Args:
+            gates, model, normalize: the running network.
+            heldout: uint8 `[N, C, H, W]`, or a part of a data set that is read batch by batch.
+            epoch: 0-based.
+            group: the processes of the run.
+
+        Returns:
+            The blocks that died, in network order.
         """
-        candidates = [
-            block
-            for block in gates
+        candidates = {
+            block: gate
+            for block, gate in gates.items()
             if self.records[block].death is None and self._streaks[block].epochs >= self.patience
-        ]
+        }
         if not candidates:
             return ()
-        watched = {block: gates[block] for block in candidates}
-        for gate in watched.values():
+        for gate in candidates.values():
             gate.latch()
 
-        def look() -> dict[str, float]:
-            with watch_branches(watched, response) as found:
+        def measure() -> dict[str, float]:
+            with watch_branches(candidates, response) as found:
                 logits(model, normalize, heldout)
             return {block: torch.stack(peaks).max().item() for block, peaks in found.items()}
 
-        heldout_peaks = group.lead(look)
+        heldout_peaks = group.lead(measure)
         died = []
-        for block, gate in watched.items():
+        for block, gate in candidates.items():
             record, streak = self.records[block], self._streaks[block]
-            peak = heldout_peaks[block]
-            if peak < record.epsilon:
+            if heldout_peaks[block] < record.epsilon:
                 death = PruneRecord(
                     epoch=epoch + 1,
                     epsilon=record.epsilon,
                     steps=streak.steps,
                     peak=streak.peak,
-                    heldout_peak=peak,
+                    heldout_peak=heldout_peaks[block],
                     samples=len(heldout),
                 )
                 self.records[block] = replace(record, death=death)
                 died.append(block)
-            else:
+            else:  # also when it is NaN
                 gate.unlatch()
                 self._streaks[block] = _Streak()
         return tuple(died)
 
-    def state(self) -> dict[str, Any]:
-        return {block: asdict(streak) for block, streak in self._streaks.items()}
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "records": msgspec.to_builtins(self.records),
+            "streaks": msgspec.to_builtins(self._streaks),
+        }
 
-    def restore(self, records: list[GateRecord], state: dict[str, Any]) -> None:
-        self.records = {record.block: record for record in records}
-        self._streaks = {block: _Streak(**fields) for block, fields in state.items()}
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.records = msgspec.convert(state["records"], dict[str, GateRecord])
+        self._streaks = msgspec.convert(state["streaks"], dict[str, _Streak])
 
 
 @contextmanager
 def watch_branches(
     gates: Mapping[str, EpsilonGate], measure: Callable[[Tensor], Tensor]
 ) -> Iterator[dict[str, list[Tensor]]]:
-    """Collect `measure(branch)` of every call of the given gates, by block.
+    """Collect `measure(branch)` for every call of the given gates, by block.
 
     The measurements stay on the device, so that nothing waits for it.
     """
@@ -164,54 +182,3 @@ def watch_branches(
     finally:
         for handle in handles:
             handle.remove()
-
-
-def nonfinite_block(gates: dict[str, EpsilonGate]) -> tuple[str, int] | None:
-    """The first block, at the earliest step of this epoch, whose response was not finite.
-
-    Returns its name and the 1-based step, or None. Within a step the network's order decides:
-    everything behind the first bad block is bad too.
-    """
-    bad = []
-    for order, (block, gate) in enumerate(gates.items()):
-        finite, steps = int(gate.finite_steps), int(gate.steps)
-        if finite < steps:
-            bad.append((finite + 1, order, block))
-    if not bad:
-        return None
-    step, _, block = min(bad)
-    return block, step
-
-
-def read_counters(gates: dict[str, EpsilonGate], group: Group = ALONE) -> dict[str, Counters]:
-    """The gates' records of this epoch, over all processes of `group`.
-
-    The counts of processes that judge for themselves add up. Where the gates judge together, they
-    are the same in all, and count once.
-    """
-    if not gates:
-        return {}
-    counts = torch.stack(
-        [torch.stack([g.steps, g.closed_steps, g.finite_steps]) for g in gates.values()]
-    )
-    peaks = torch.stack([gate.peak for gate in gates.values()])
-    if all(gate.process_group is None for gate in gates.values()):
-        group.add(counts)
-        group.largest(peaks)
-    return {
-        block: Counters(steps, closed, finite, peak)
-        for block, (steps, closed, finite), peak in zip(
-            gates, counts.tolist(), peaks.tolist(), strict=True
-        )
-    }
-
-
-def write_counters(gates: Mapping[str, EpsilonGate], counters: Mapping[str, Iterable[Any]]) -> None:
-    """Set the gates' records to what :func:`read_counters` found."""
-    for block, values in counters.items():
-        steps, closed, finite, peak = values
-        gate = gates[block]
-        gate.steps.fill_(steps)
-        gate.closed_steps.fill_(closed)
-        gate.finite_steps.fill_(finite)
-        gate.peak.fill_(peak)

@@ -1,4 +1,4 @@
-"""`ckpt.pt`, `last.pt` and `baseline.pt`: a trained network, its gates' record, its data."""
+"""Checkpoints, their rotation (`--keep`), and the weights of other programs (`--weights`)."""
 
 from __future__ import annotations
 
@@ -6,34 +6,38 @@ import io
 import platform
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor, fx, nn
 
 from eps_core import checksummed
 from eps_core.checksummed import read_bytes
-from eps_core.errors import ConfigError, FileFormatError
-from eps_train.data.dataset import DataIdentity
+from eps_core.errors import ConfigError, EpsError, FileFormatError
+from eps_train.config import TrainingConfig
+from eps_train.data.dataset import Data, DataIdentity
 from eps_train.gating import rewriting
 from eps_train.gating.tracing import OWN
 from eps_train.models.spec import NetworkSpec
+from eps_train.schedule import LearningRateSchedule
+from eps_train.training.paths import RunPaths
 
 FORMAT = "eps-resnet-checkpoint"
-VERSION = 1
+VERSION = 2  # the resume state of version 1 had other keys
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PruneRecord:
-    """Why a block counts as dead: the record of the epochs in which its gate never opened.
+    """Evidence for a dead block: the epochs in which its gate never opened.
 
     Attributes:
         epoch: 1-based epoch at whose end the gate was latched.
         epsilon: threshold then.
-        steps: training steps in a row on which the gate was closed.
+        steps: consecutive training steps on which the gate was closed.
         peak: largest `max |F_i|` over those steps.
         heldout_peak: largest `max |F_i|` over the validation part, in evaluation mode; below
             epsilon.
@@ -50,7 +54,7 @@ class PruneRecord:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GateRecord:
-    """One block's gate: its last epoch's record, and its death if it died.
+    """Activity of one block's gate in its last epoch, and its prune record if it is dead.
 
     Attributes:
         block: name of the block.
@@ -71,21 +75,22 @@ class GateRecord:
 
 @dataclass(kw_only=True, slots=True)
 class Checkpoint:
-    """What `eps-train` leaves behind.
+    """A trained network with the records of its gates, its data and its configuration.
 
     Attributes:
         network: the network as built: `gated` names every gated block, dead ones too; `removed` is
             empty. Dead blocks are those whose record has a death.
-        state: every tensor, those of dead blocks included, as they were when the block died.
-        gates: one record a gated block, in the order of computation; empty for a plain network.
-        data: what it was trained on.
+        state: every tensor; those of dead blocks are as they were when the block died.
+        gates: one record for each gated block, in the order of computation; empty for a baseline.
+        data: identity of the data it was trained on.
         config: the whole training configuration.
         metrics: `epoch`, `validation`, at the end of the run `test`, and `started_from`: None, or
             `file` and `sha256` of the weights that `--weights` named.
         side_head: tensors of the side head; None without one.
-        resume: what only `last.pt` holds (optimizer, schedule, progress).
+        resume: the state of the run (optimizer, schedule, progress); only `last.pt` and the files
+            of `--keep` have it.
         versions: of eps-resnet, torch and Python.
-        digest: of the file it was read from; "" before that.
+        digest: of the file it was read from or written to; "" before that.
     """
 
     network: NetworkSpec
@@ -105,7 +110,7 @@ class Checkpoint:
         return tuple(record.block for record in self.gates if record.death is not None)
 
     def build_gated(self) -> fx.GraphModule:
-        """The gated network: every branch in place, dead gates latched shut, live gates live."""
+        """Build the gated network: every branch in place, dead gates latched, live gates live."""
         model = self.network.build(self.state)
         gates = rewriting.gates(model)
         for block in self.dead:
@@ -119,7 +124,7 @@ class Checkpoint:
             "version": VERSION,
             "network": self.network.to_dict(),
             "state": _on_cpu(self.state),
-            "gates": [asdict(record) for record in self.gates],
+            "gates": msgspec.to_builtins(self.gates),
             "data": self.data.to_dict(),
             "config": self.config,
             "metrics": self.metrics,
@@ -138,16 +143,16 @@ class Checkpoint:
             return cls(
                 network=NetworkSpec.from_dict(payload["network"]),
                 state=payload["state"],
-                gates=[_record(fields) for fields in payload["gates"]],
+                gates=msgspec.convert(payload["gates"], list[GateRecord]),
                 data=DataIdentity.from_dict(payload["data"]),
                 config=payload["config"],
                 metrics=payload["metrics"],
                 side_head=payload["side_head"],
-                resume=payload["resume"],
+                resume=payload["resume"] if payload["version"] == VERSION else None,
                 versions=payload["versions"],
                 digest=digest,
             )
-        except (KeyError, TypeError, AttributeError, ConfigError) as error:
+        except (KeyError, TypeError, AttributeError, ConfigError, msgspec.ValidationError) as error:
             raise FileFormatError(f"{path}: not a usable checkpoint ({error!r})") from error
 
 
@@ -163,30 +168,141 @@ def current_versions() -> dict[str, str]:
     }
 
 
-def _record(fields: Mapping[str, Any]) -> GateRecord:
-    death = fields["death"]
-    return GateRecord(**{**fields, "death": None if death is None else PruneRecord(**death)})
+# -- Whether a run may go on from a checkpoint
 
 
-# -- Weights to start from: somebody's state dict, as `torch.save` or safetensors wrote it
+def require_same_run(path: Path, last: Checkpoint, config: TrainingConfig, data: Data) -> None:
+    """Raise ConfigError unless `last`, read from `path`, belongs to this configuration and data.
 
-# Under what others, and eps-train, keep their tensors: averaged ones first, as timm takes them.
+    Three things may differ: the images of the test part, which the run has not used yet; how the
+    folder of the same images is written; and the number of epochs, which may grow.
+    """
+    if last.resume is None:
+        raise ConfigError(
+            f"{path}: holds no state to resume from, or that of an older eps-resnet"
+            f" (it was written by {last.versions.get('eps_resnet')}); resume with that version, or"
+            " start anew in another --output folder"
+        )
+    part = last.data.changed_part(data.identity)
+    if part not in (None, "test"):
+        which = "" if part == "data" else f" (its {part} part differs)"
+        raise ConfigError(
+            f"{path}: was trained on other data{which}; resume with the same data options, or name"
+            " where the original data is with --data-root"
+        )
+    theirs, ours = last.config, config.to_dict()
+    if unknown := sorted(theirs.keys() - ours.keys()):
+        raise ConfigError(
+            f"{path}: written by an earlier version of eps-train, whose configuration had the field"
+            f" {unknown[0]}; resume it with that version, or start anew in another --output folder"
+        )
+    for name in sorted(ours.keys() | theirs.keys()):
+        old, new = theirs.get(name), ours.get(name)
+        if old == new or (name == "dataset" and last.data.may_be(config.dataset)):
+            continue
+        if name == "epochs" and isinstance(old, int) and isinstance(new, int) and old < new:
+            continue
+        raise ConfigError(
+            f"{path}: belongs to a run with {name} {old}, not {new};"
+            " resume with the same options, or start anew in another --output folder"
+        )
+
+
+def resume_changes(path: Path, last: Checkpoint, config: TrainingConfig, data: Data) -> list[str]:
+    """What differs in a resumed run that :func:`require_same_run` accepts; a line for each."""
+    changes = []
+    if last.data.changed_part(data.identity) == "test":
+        changes.append(
+            f"{path}: the images of the test part have changed since; those of training and"
+            " validation are the same"
+        )
+    before = last.config["epochs"]
+    if before == config.epochs:
+        return changes
+    changes.append(f"{path}: the run was to have {before} epochs, and goes on to {config.epochs}")
+    if config.final_decay:
+        old, new = (
+            LearningRateSchedule.of(replace(config, epochs=epochs)).decay_epoch + 1
+            for epochs in (before, config.epochs)
+        )
+        changes.append(f"the final decay of the learning rate begins in epoch {new}, not {old}")
+    if config.freeze_gates_at < 1:
+        old, new = (round(config.freeze_gates_at * n) + 1 for n in (before, config.epochs))
+        changes.append(f"live gates stay open from epoch {new} on, not {old}")
+    if config.target_parameters is not None:
+        changes.append("epsilon is adjusted to the target over the longer run")
+    return changes
+
+
+# -- `--keep N`: the state at the end of each of the last N epochs
+
+
+class CheckpointRotation:
+    """The files `epoch-0012.pt`: `last.pt` as it was at the end of each of the last N epochs.
+
+    `eps-compact` takes such a file as it is; copied over `last.pt`, `--resume` goes on from there.
+    Only files that this run has written are ever removed or overwritten: a file found on resuming
+    counts as such when it holds this configuration, this data and that epoch.
+    """
+
+    def __init__(self, paths: RunPaths, count: int) -> None:
+        """Keep the last `count` epochs; 0 writes none, and leaves existing files alone."""
+        self._paths, self._count = paths, count
+        self._ours: set[int] = set()
+
+    def adopt(self, config: TrainingConfig, data: Data, *, epochs_done: int) -> None:
+        """Take over the files that this run wrote before it was stopped.
+
+        Raises ConfigError when a file of another origin is in the place of a later epoch.
+        """
+        if not self._count:
+            return
+        for epoch, path in self._paths.epoch_checkpoints().items():
+            try:
+                checkpoint = Checkpoint.load(path)
+                require_same_run(path, checkpoint, config, data)
+                ours = checkpoint.metrics["epoch"] == epoch
+            except EpsError:
+                ours = False
+            if ours:
+                self._ours.add(epoch)
+            elif epochs_done < epoch <= config.epochs:
+                raise ConfigError(
+                    f"{path}: was not written by this run, and --keep needs its place; move it away"
+                )
+
+    def write(self, checkpoint: Checkpoint) -> None:
+        """Write `checkpoint`, the whole state at the end of an epoch."""
+        if self._count:
+            epoch = checkpoint.metrics["epoch"]
+            checkpoint.save(self._paths.epoch_checkpoint(epoch))
+            self._ours.add(epoch)
+
+    def rotate(self, epoch: int) -> None:
+        """After `epoch` was written, remove the files that are older than the last N epochs."""
+        if self._count:
+            for old in [ours for ours in self._ours if ours <= epoch - self._count]:
+                self._paths.epoch_checkpoint(old).unlink(missing_ok=True)
+                self._ours.remove(old)
+
+
+# -- `--weights`: a state dict of another program, as `torch.save` or safetensors wrote it
+
+# Keys under which state dicts are nested: averaged ones first, as timm takes them.
 _AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
 _NESTED = (*_AVERAGED, "state_dict", "model_state_dict", "state", "model")
 # Of DataParallel, torch.compile, Lightning, and what trains a network as part of another.
 _PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")
-_COUNTERS = ("num_batches_tracked", "n_averaged")  # of batch norms, which older files lack; of EMA
-_OF_A_GATE = re.compile(
-    r"(^|\.)gate\d*\.(epsilon|dead|steps|closed_steps|finite_steps|peak)$"
-)  # gates start anew
+_COUNTER = re.compile(r"(^|\.)(num_batches_tracked|n_averaged)$")  # absent in older files; of EMA
+_GATE_STATE = re.compile(r"(^|\.)gate\d*\.(epsilon|dead|steps|closed_steps|finite_steps|peak)$")
 
 
 def load_weights(
     path: Path, model: fx.GraphModule, report: Callable[[str], None] = lambda line: None
 ) -> tuple[str, ...]:
-    """Fill a network that was just built with the tensors of a file; its gates are left alone.
+    """Load the tensors of a file into a freshly built network; the state of its gates is kept.
 
-    Prefixes of wrappers are taken off the names. A first convolution for coloured images is summed
+    Prefixes of wrappers are removed from the names. A first convolution for RGB images is summed
     over its channels where the network takes grey ones.
 
     Args:
@@ -194,46 +310,48 @@ def load_weights(
             `model`, `model_state_dict` or `state` (as in a checkpoint of eps-train), or an averaged
             one under `state_dict_ema`, `model_ema` or `ema`. No pickled code is run.
         model: with gates or without.
-        report: told, a line each, what was chosen or changed.
+        report: called with a line for each choice or change.
 
     Returns:
-        Names of the tensors that stay as they were: those of the last layers, when the file has
+        Names of the tensors that were not loaded: those of the last layers, when the file has
         them for another number of classes or has none.
 
     Raises:
         FileFormatError: no such file, or not of one of these kinds.
         ConfigError: its tensors are not those of `model`.
     """
-    needed = {name: t for name, t in model.state_dict().items() if not _OF_A_GATE.search(name)}
+    needed = {name: t for name, t in model.state_dict().items() if not _GATE_STATE.search(name)}
     own = model.meta.get(OWN, needed.keys())
-    found = {name: t for name, t in _read(path, report).items() if not _OF_A_GATE.search(name)}
+    found = {name: t for name, t in _read(path, report).items() if not _GATE_STATE.search(name)}
     given = _without_prefixes(found, needed)
-    head, first = _ends(model)
-    skipped = [name for name in needed if name in head and name not in given]
-    # What the network as it was written does not save is a constant of its code.
-    missing = [n for n in needed if n in own and n not in given and not _is_counter(n)]
-    missing = [] if set(missing) <= set(skipped) else missing
-    surplus = [name for name in given if name not in needed and name not in own]
-    surplus = [name for name in surplus if not _is_counter(name)]
+    head, first = _first_and_last_layers(model)
+    skipped = {name for name in needed if name in head and name not in given}
+    # A tensor that the network as it was written does not save is a constant of its code.
+    missing = [n for n in needed if n in own and n not in given and not _COUNTER.search(n)]
+    if skipped.issuperset(missing):
+        missing = []
+    surplus = [n for n in given if n not in needed and n not in own and not _COUNTER.search(n)]
     if missing or surplus:
+        parts = (("it lacks", missing), ("it has others:", surplus))
+        difference = "; ".join(f"{what} {len(n)}, first {n[0]}" for what, n in parts if n)
         raise ConfigError(
-            f"--weights {path}: not of this network ({_difference(missing, surplus)}); --model must"
-            " name the one that the file is of"
+            f"--weights {path}: not of this network ({difference}); --model must name the one that"
+            " the file is of"
         )
     fitting = {}
     for name in [name for name in needed if name in given]:
         tensor, here = given[name], needed[name]
         if name == first and tensor.dim() == 4 and (tensor.shape[1], here.shape[1]) == (3, 1):
             tensor = tensor.sum(1, keepdim=True)
-            report(f"{name} is for coloured images, so its channels are summed")
+            report(f"{name} is for RGB images, so its channels are summed")
         if tensor.shape == here.shape:
             fitting[name] = tensor
         elif name in head and tensor.shape[1:] == here.shape[1:]:
-            skipped.append(name)
+            skipped.add(name)
         else:
+            theirs, ours = ("x".join(map(str, t.shape)) or "a scalar" for t in (tensor, here))
             raise ConfigError(
-                f"--weights {path}: {name} is {_shape(tensor)} in the file, {_shape(here)} in the"
-                " network"
+                f"--weights {path}: {name} is {theirs} in the file, {ours} in the network"
             )
     with torch.no_grad():
         for name, tensor in fitting.items():
@@ -242,6 +360,7 @@ def load_weights(
 
 
 def _read(path: Path, report: Callable[[str], None]) -> Mapping[str, Tensor]:
+    """The state dict of a file; warns of dead blocks that a new run starts with."""
     content = read_bytes(path)
     try:
         if path.suffix == ".safetensors":
@@ -259,7 +378,17 @@ def _read(path: Path, report: Callable[[str], None]) -> Mapping[str, Tensor]:
             " more than tensors; if you trust it, save its tensors alone, with"
             f' torch.save(torch.load("{path.name}", weights_only=False)["model"], "weights.pt")'
         ) from error
-    _say_what_revives(path, found, report)
+    if isinstance(found, Mapping) and str(found.get("format")).startswith("eps-resnet"):
+        if "gates" not in found:
+            raise ConfigError(
+                f"--weights {path}: is a compact network; to train one on, run eps-compact on its"
+                " checkpoint with --finetune-epochs"
+            )
+        if dead := [record["block"] for record in found["gates"] if record.get("death")]:
+            report(
+                f"warning: {len(dead)} blocks that had died in {path.name} are alive again"
+                f" ({dead[0]}, ...); to train on without them, use eps-compact --finetune-epochs"
+            )
     while isinstance(found, Mapping) and (
         key := next((k for k in _NESTED if isinstance(found.get(k), Mapping)), None)
     ):
@@ -271,23 +400,6 @@ def _read(path: Path, report: Callable[[str], None]) -> Mapping[str, Tensor]:
     if not all(isinstance(tensor, Tensor) for tensor in found.values()):
         raise FileFormatError(f"{path}: holds no state dict: some of its values are no tensors")
     return {str(name): tensor for name, tensor in found.items()}
-
-
-def _say_what_revives(path: Path, found: Any, report: Callable[[str], None]) -> None:
-    """A run starts with all of its blocks, also those that the file's own run took out."""
-    if not isinstance(found, Mapping) or not str(found.get("format")).startswith("eps-resnet"):
-        return
-    if "gates" not in found:
-        raise ConfigError(
-            f"--weights {path}: is a compact network; to train one on, run eps-compact on its"
-            " checkpoint with --finetune-epochs"
-        )
-    dead = [record["block"] for record in found["gates"] if record.get("death")]
-    if dead:
-        report(
-            f"warning: {len(dead)} blocks that had died in {path.name} are alive again"
-            f" ({dead[0]}, ...); to train on without them, use eps-compact --finetune-epochs"
-        )
 
 
 def _without_prefixes(
@@ -303,21 +415,16 @@ def _without_prefixes(
     return found
 
 
-def _is_counter(name: str) -> bool:
-    return name.rpartition(".")[2] in _COUNTERS
-
-
-def _ends(model: fx.GraphModule) -> tuple[set[str], str | None]:
-    """Tensors of the layers that the output comes from; the weight that the images meet first."""
+def _first_and_last_layers(model: fx.GraphModule) -> tuple[set[str], str | None]:
+    """Tensors of the layers that compute the output; the weight of the first convolution."""
     modules = dict(model.named_modules())
     layers = {
         node: modules[str(node.target)] for node in model.graph.nodes if node.op == "call_module"
     }
-    weighted = (nn.Linear, nn.Conv2d)
     last, waiting = set(), list(model.graph.output_node().all_input_nodes)
     while waiting:
         node = waiting.pop()
-        if isinstance(layers.get(node), weighted):
+        if isinstance(layers.get(node), (nn.Linear, nn.Conv2d)):
             last |= {f"{node.target}.weight", f"{node.target}.bias"}
         elif node.op in ("call_function", "call_method") or (
             node in layers and not list(layers[node].parameters())
@@ -325,16 +432,3 @@ def _ends(model: fx.GraphModule) -> tuple[set[str], str | None]:
             waiting += node.all_input_nodes
     first = next((n.target for n, layer in layers.items() if isinstance(layer, nn.Conv2d)), None)
     return last, None if first is None else f"{first}.weight"
-
-
-def _difference(missing: list[str], surplus: list[str]) -> str:
-    parts = [
-        f"{what} {len(names)}, first {names[0]}"
-        for what, names in (("it lacks", missing), ("it has others:", surplus))
-        if names
-    ]
-    return "; ".join(parts)
-
-
-def _shape(tensor: Tensor) -> str:
-    return "x".join(map(str, tensor.shape)) or "a scalar"

@@ -1,8 +1,8 @@
-"""Several processes that train one network together, as torchrun starts them.
+"""Data-parallel training over the processes that torchrun starts, and requests to stop.
 
-Every process computes its share of each batch and has the same weights. The one of rank 0 leads: it
-alone validates, decides which block is dead, writes, prints and draws; the others get its result,
-or learn that it failed, and end too. One process is a group of its own, in which nothing is sent.
+Every process computes its share of each batch and has the same weights. The process of rank 0 is
+the leader: it alone validates, decides which block is dead, writes and prints; the others receive
+its result, or end when it fails. A single process is a group of its own, in which nothing is sent.
 """
 
 from __future__ import annotations
@@ -22,22 +22,21 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from eps_core import cli
-from eps_core.cli import launched
 from eps_core.errors import ConfigError, EpsError, PeerError, TrainingError
 from eps_train.gating.gate import EpsilonGate
 
 T = TypeVar("T")
 
-# The leader may validate or download for long; a process that died is torchrun's to notice.
-_PATIENCE = timedelta(hours=6)
+# The leader may validate or download for long; torchrun notices a process that died.
+_TIMEOUT = timedelta(hours=6)
 _CPU = torch.device("cpu")
 
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[Group]:
-    """The processes that torchrun started, or this one alone, for the length of a block.
+    """Join the processes that torchrun started, for the length of a block; without it, this one.
 
-    Raises TrainingError when contact to the others is lost in it.
+    Raises TrainingError when contact to the others is lost in the block.
     """
     if not cli.launched():
         yield Group()
@@ -61,29 +60,30 @@ def joined(device: torch.device) -> Iterator[Group]:
         # With gloo, a group that is still held somewhere aborts the process at its exit.
         group.world = None
         # After a failure NCCL may wait for ever for the others; the end of the process ends it too.
-        if dist.is_initialized() and not (on_gpu and _failing()):
+        failing = sys.exc_info()[0] is not None
+        if dist.is_initialized() and not (on_gpu and failing):
             dist.destroy_process_group()
 
 
 def _join(gpu: torch.device | None) -> None:
-    """Meet the other processes; tensors on the CPU can be sent beside those on a GPU."""
-    store, rank, size = next(iter(rendezvous("env://", timeout=_PATIENCE)))
+    """Initialise the process group; with a GPU, tensors on the CPU can be sent as well."""
+    store, rank, size = next(iter(rendezvous("env://", timeout=_TIMEOUT)))
     if cli.on_one_machine():
-        # On one machine torchrun has one store for all its restarts, in which the addresses of
-        # processes that are gone still stand. On several, each has a count of its own.
+        # On one machine torchrun has one store for all its restarts, which still holds the
+        # addresses of processes that are gone. On several, each has a count of its own.
         store = PrefixStore(f"eps-train-{cli.restarts()}", store)
     dist.init_process_group(
         "gloo" if gpu is None else "cpu:gloo,cuda:nccl",
         store=store,
         rank=rank,
         world_size=size,
-        timeout=_PATIENCE,
+        timeout=_TIMEOUT,
         device_id=gpu,
     )
 
 
 class Group:
-    """The processes of a run; `rank` of `size`, of which 0 leads.
+    """The processes of a run: `rank` of `size`, of which 0 is the leader.
 
     Attributes:
         world: torch's group of all processes; None where this one is alone.
@@ -98,43 +98,35 @@ class Group:
     def leads(self) -> bool:
         return self.rank == 0
 
-    # -- what one does for all -------------------------------------------------------------------
+    # -- what the leader does for all
 
     def lead(self, work: Callable[[], T]) -> T:
-        """Have the leader do `work`; every process gets its result, which must be picklable.
+        """Run `work` on the leader; every process returns its result, which must be picklable.
 
-        When it fails, its error ends the leader, and PeerError the others.
+        When it fails, its error is raised on the leader, and PeerError on the others.
         """
         if self.world is None:
             return work()
         outcome: list[Any] = [None, False]
-        if not self.leads:
-            dist.broadcast_object_list(outcome, src=0, device=_CPU)
-            if not outcome[1]:
-                raise PeerError(f"process {self.rank} ends because process 0 failed")
-            result: T = outcome[0]
-            return result
         try:
-            outcome = [work(), True]
+            if self.leads:
+                outcome = [work(), True]
         finally:
             dist.broadcast_object_list(outcome, src=0, device=_CPU)
-        led: T = outcome[0]
-        return led
+        if not outcome[1]:
+            raise PeerError(f"process {self.rank} ends because process 0 failed")
+        result: T = outcome[0]
+        return result
 
     def first(self, work: Callable[[], T]) -> T:
-        """Have every process do `work`, the leader before the others: it may leave files there."""
-        if self.world is None:
-            return work()
-        if not self.leads:
-            self.lead(_nothing)
-            return work()
+        """Run `work` on every process, on the leader before the others: it may leave files."""
         result: list[T] = []
         self.lead(lambda: result.append(work()))
-        return result[0]
+        return result[0] if result else work()
 
     @contextmanager
     def led(self, context: AbstractContextManager[object]) -> Iterator[None]:
-        """A context that the leader alone enters, before any process goes on."""
+        """Enter a context on the leader alone, before any process goes on."""
         with ExitStack() as stack:
 
             def enter() -> None:
@@ -143,23 +135,28 @@ class Group:
             self.lead(enter)
             yield
 
-    # -- what all do together --------------------------------------------------------------------
+    def fail(self, error: EpsError) -> NoReturn:
+        """Raise an error that all processes have found: itself on the leader, else PeerError."""
+        if self.leads:
+            raise error
+        raise PeerError(f"process {self.rank} ends with process 0: {error}")
+
+    # -- collectives
 
     def add(self, tensor: Tensor) -> Tensor:
-        """The sum of `tensor` over the processes, in its place."""
-        return self._reduce(tensor, dist.ReduceOp.SUM)
+        """Sum `tensor` over the processes, in place."""
+        if self.world is not None:
+            dist.all_reduce(tensor, dist.ReduceOp.SUM)
+        return tensor
 
     def largest(self, tensor: Tensor) -> Tensor:
-        """The elementwise maximum of `tensor` over the processes, in its place."""
-        return self._reduce(tensor, dist.ReduceOp.MAX)
-
-    def _reduce(self, tensor: Tensor, operation: Any) -> Tensor:
+        """Elementwise maximum of `tensor` over the processes, in place."""
         if self.world is not None:
-            dist.all_reduce(tensor, operation)
+            dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return tensor
 
     def post_largest(self, number: int) -> Callable[[], int]:
-        """Start to find the largest `number` of all processes; the call of the result waits."""
+        """Start to find the largest `number` of all processes; calling the result waits for it."""
         if self.world is None:
             return lambda: number
         value = torch.tensor(number)
@@ -172,10 +169,10 @@ class Group:
         return wait
 
     def gather(self, value: T) -> list[T]:
-        """`value`, picklable, of each process in the order of their ranks."""
+        """Collect the picklable `value` of each process, in the order of their ranks."""
         if self.world is None:
             return [value]
-        # By way of the CPU: the objects are few and small, and a GPU is not kept waiting.
+        # On the CPU: the objects are few and small, and a GPU is not kept waiting.
         values: list[Any] = [None] * self.size
         for rank in range(self.size):
             holder = [value]
@@ -184,16 +181,10 @@ class Group:
         return values
 
     def share(self, tensors: Iterable[Tensor]) -> None:
-        """Give every process the leader's values of these tensors."""
+        """Copy the leader's values of these tensors to every process."""
         if self.world is not None:
             for tensor in tensors:
                 dist.broadcast(tensor.detach(), src=0)
-
-    def fail(self, error: EpsError) -> NoReturn:
-        """Raise an error that all processes have found: once, for the user, on the leader."""
-        if self.leads:
-            raise error
-        raise PeerError(f"process {self.rank} ends with process 0: {error}")
 
     def part(self, count: int) -> slice:
         """This process's contiguous share of the `count` images of a batch.
@@ -216,81 +207,63 @@ ALONE = Group()  # this process, whatever torchrun has started
 
 
 def running_statistics(module: nn.Module) -> list[Tensor]:
-    """The buffers of batch norm and its like; those of the gates are each process's own."""
+    """Buffers of batch norm and similar layers; those of the gates differ between processes."""
     gates = (inner for inner in module.modules() if isinstance(inner, EpsilonGate))
     own = {id(buffer) for gate in gates for buffer in gate.buffers()}
     return [buffer for buffer in module.buffers() if id(buffer) not in own]
 
 
-def _nothing() -> None:
-    return None
-
-
-def _failing() -> bool:
-    return sys.exc_info()[0] is not None
-
-
-# -- Ctrl-C and SIGTERM as a request: finish the step, save, go
-
-
 class StopRequest:
-    """While active, the first SIGINT or SIGTERM is noted; a second one acts as it always does.
+    """A request by SIGINT or SIGTERM to stop after the current step, the same in all processes.
 
-    Under torchrun that one is noted too: it hands on a Ctrl-C that the terminal has already sent to
-    all. A process that takes more than 30 s to go it kills.
+    As a context it notes the first signal; a second one acts as usual. Under torchrun a second one
+    is noted too, because torchrun passes on a Ctrl-C that the terminal has already sent to all; it
+    kills a process that takes more than 30 s to end. Only the main thread may enter it, as the
+    signal module demands.
 
-    Only the main thread may enter it, as the signal module demands.
+    Attributes:
+        signal: the signal received; once a call returned true, by any process of the group.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, group: Group = ALONE) -> None:
         self.signal: int | None = None
-        self._before: dict[signal.Signals, Any] = {}
-
-    def __call__(self) -> bool:
-        """Whether a stop was asked for."""
-        return self.signal is not None
-
-    def __enter__(self) -> StopRequest:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before.clear()
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
-        if not launched():
-            self.__exit__()
-
-
-class AgreedStop:
-    """A request that reaches any process of a group, answered by all of them at the same step.
-
-    The question of one step is answered with the next: what the processes have to say travels
-    while they compute, so that nobody waits for it. Then `request.signal` is set in all of them.
-    """
-
-    def __init__(self, request: StopRequest, group: Group) -> None:
-        self._request, self._group = request, group
+        self._group = group
         self._answer: Callable[[], int] | None = None
         self._agreed = False
+        self._handlers: dict[signal.Signals, Any] = {}
 
     def __call__(self) -> bool:
-        """Whether to stop now; every process has to ask, and equally often."""
+        """Whether to stop now; every process has to ask, and equally often.
+
+        The question of one step is answered at the next: the signals are sent while the processes
+        compute, so that no process waits for it.
+        """
         if self._group.world is None:
-            return self._request()
+            return self.signal is not None
         if self._agreed:
             return True
         asked = 0 if self._answer is None else self._answer()
         if asked:
-            self._request.signal, self._agreed = asked, True
+            self.signal, self._agreed = asked, True
         else:
-            self._answer = self._group.post_largest(self._request.signal or 0)
+            self._answer = self._group.post_largest(self.signal or 0)
         return self._agreed
 
-    def at_last(self) -> bool:
-        """The same, at a point where the processes may wait for each other."""
+    def wait(self) -> bool:
+        """The answer for all signals so far, at a point where processes may wait for each other."""
         return self() or self()
+
+    def __enter__(self) -> StopRequest:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._handlers[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers.clear()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+        if not cli.launched():
+            self.__exit__()

@@ -1,4 +1,4 @@
-"""Running a network over a set of images in evaluation mode."""
+"""Evaluation of a network on a set of images, and the metrics of an epoch."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eps_train.data.images import Part
+from eps_train.training.checkpoint import GateRecord
 
 BATCH = 256
 
@@ -22,17 +23,47 @@ class Score:
     loss: float
     samples: int
 
-    def to_dict(self) -> dict[str, float | int]:
-        return {"accuracy": self.accuracy, "loss": self.loss, "samples": self.samples}
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EpochMetrics:
+    """Metrics of one epoch, of the network that would ship after it.
+
+    Attributes:
+        epoch: 1-based.
+        lr, epsilon: learning rate and threshold of the epoch.
+        loss, train_accuracy: means over the epoch's steps, in training mode.
+        validation: on the validation part, without dead blocks and with live gates open.
+        discarded: blocks whose gate was closed, averaged over the steps (a dead block counts as 1).
+        died: blocks latched at the end of this epoch.
+        gates: records of all gates after this epoch.
+        parameters: learned parameters of the network without its dead blocks.
+        best: whether the checkpoint of this epoch is the best one.
+        seconds: wall time, without saving.
+        images: training images seen.
+    """
+
+    epoch: int
+    lr: float
+    epsilon: float
+    loss: float
+    train_accuracy: float
+    validation: Score
+    discarded: float
+    died: tuple[str, ...]
+    gates: tuple[GateRecord, ...]
+    parameters: int
+    best: bool
+    seconds: float
+    images: int
 
 
 @torch.no_grad()
 def logits(model: nn.Module, normalize: nn.Module, images: Tensor | Part) -> Tensor:
-    """Logits float32 `[N, classes]`; leaves the mode as it was.
+    """Logits float32 `[N, classes]` in evaluation mode; the model's mode is restored.
 
     Args:
         model, normalize: from images to logits, both on one device.
-        images: uint8 `[N, C, H, W]`, or a part of a data set, read as it goes; on that device.
+        images: uint8 `[N, C, H, W]`, or a part of a data set, read batch by batch; on that device.
     """
     if isinstance(images, Tensor):
         pixels: Iterable[Tensor] = images.split(BATCH)
@@ -47,7 +78,7 @@ def logits(model: nn.Module, normalize: nn.Module, images: Tensor | Part) -> Ten
 
 
 def score(model: nn.Module, normalize: nn.Module, data: Part) -> Score:
-    """Accuracy and loss of `model` on `data`, which lies on the model's device or on disk."""
+    """Accuracy and loss of `model` on `data`, which is on the model's device or on disk."""
     answers = logits(model, normalize, data)
     labels = data.labels.to(answers.device)
     correct = int((answers.argmax(dim=1) == labels).sum())

@@ -1,4 +1,4 @@
-"""The forward pass of a training step: network and side head, distributed and compiled."""
+"""Forward pass of a training step: DDP, torch.compile, devices and precision."""
 
 from __future__ import annotations
 
@@ -25,11 +25,15 @@ from eps_train.gating.gate import EpsilonGate, GateRecords
 from eps_train.models.cifar import SideHead
 from eps_train.training.distributed import Group, running_statistics
 
-Answers = tuple[Tensor, Tensor | None]  # logits of the network and of its side head
+Logits = tuple[Tensor, Tensor | None]  # of the network and of its side head
+
+# The fastest layout of images and convolution weights: tensor cores take no other in tf32, bf16 and
+# fp16, and it is a quarter faster on the CPUs tried. What fp32 prefers on a GPU is not measured.
+MEMORY_FORMAT = torch.channels_last
 
 
 class TrainedNetwork(nn.Module):
-    """Network and side head as one module, which DDP has to see together."""
+    """Network and side head as one module, as DDP needs them."""
 
     def __init__(self, model: fx.GraphModule, side_head: SideHead | None) -> None:
         super().__init__()
@@ -40,7 +44,7 @@ class TrainedNetwork(nn.Module):
         if side_head is not None:
             rewriting.taps(model)[0].register_forward_hook(self._read_tap)
 
-    def forward(self, images: Tensor) -> Answers:
+    def forward(self, images: Tensor) -> Logits:
         """Logits `[N, classes]` of normalised images `[N, C, H, W]`; of the side head, or None."""
         logits = self.model(images) if self._run is None else self._run(images)
         if self.training:
@@ -50,12 +54,12 @@ class TrainedNetwork(nn.Module):
             return logits, None
         return logits, self.side_head(tapped)
 
-    def run_by(self, run: Callable[[Tensor], Tensor]) -> None:
+    def replace_forward(self, run: Callable[[Tensor], Tensor]) -> None:
         """Pass images through `run`, which computes what the model does."""
         self._run = run
 
     def join_records(self) -> None:
-        """Have the gates' records updated together at the end of every pass (same records)."""
+        """Update the gates' records together at the end of every pass (same records)."""
         gates = [
             self.model.get_submodule(str(node.target)) for node in rewriting.gate_nodes(self.model)
         ]
@@ -64,7 +68,7 @@ class TrainedNetwork(nn.Module):
         self._records = GateRecords(once)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_run": None}  # a copy passes images through its own model
+        return {**self.__dict__, "_run": None}  # a copy runs its own model
 
     def _read_tap(self, module: nn.Module, args: Any, output: Tensor) -> None:
         if module.training:
@@ -72,10 +76,10 @@ class TrainedNetwork(nn.Module):
 
 
 class Forward:
-    """Calls a :class:`TrainedNetwork` as the configuration asks, whatever shape it has by now.
+    """Calls a :class:`TrainedNetwork` through DDP and torch.compile, as the configuration asks.
 
     Raises:
-        ConfigError: this machine lacks what `--compile` or `--sync-batchnorm` needs.
+        ConfigError: this machine lacks what `--compile` needs.
     """
 
     def __init__(
@@ -85,32 +89,32 @@ class Forward:
         self._compile = config.compile
         self._parts: dict[str, Callable[..., Any]] = {}  # compiled, by what they compute
         if config.compile:
-            refuse_compile(device)
-            network.run_by(self._compiled())
-        self._call: Callable[[Tensor], Answers] | None = None
+            require_compiler(device)
+        self._call: Callable[[Tensor], Logits] | None = None
+        self.replace_model(network.model)
 
-    def __call__(self, images: Tensor) -> Answers:
+    def __call__(self, images: Tensor) -> Logits:
         if self._call is None:
             self._call = self._wrap()
         return self._call(images)
 
-    def renew(self, model: fx.GraphModule) -> None:
-        """Go on with `model`, which shares its modules with the one before.
+    def replace_model(self, model: fx.GraphModule) -> None:
+        """Continue with `model`, which shares its modules with the one before.
 
-        Of that one nothing is kept but compiled parts that are the same in both: the hooks of its
-        DDP would hold the memory of removed blocks, and would run beside the new ones.
+        Only compiled parts that are the same in both are kept: the hooks of the previous DDP would
+        hold the memory of removed blocks, and would run beside the new ones.
         """
         self._network.model = model
         if self._compile:
-            self._network.run_by(self._compiled())
+            self._network.replace_forward(self._compiled())
         self._call = None
 
-    def _wrap(self) -> Callable[[Tensor], Answers]:
+    def _wrap(self) -> Callable[[Tensor], Logits]:
         self._network.join_records()
         network: nn.Module = self._network
         if self._group.world is not None:
             # Each process's gates have records of their own. The running statistics of batch norm,
-            # which nothing reads in training, the loop shares once an epoch.
+            # which nothing reads in training, are shared once an epoch by the training loop.
             self._group.share(running_statistics(network))
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
                 network, [name for name, _ in network.named_buffers()]
@@ -118,12 +122,12 @@ class Forward:
             network = DistributedDataParallel(
                 network,
                 device_ids=[self._device.index] if self._device.type == "cuda" else None,
-                gradient_as_bucket_view=True,  # a gradient is sent from where it is, not copied
+                gradient_as_bucket_view=True,  # gradients are sent from where they are, not copied
             )
         return network
 
     def _compiled(self) -> Callable[[Tensor], Tensor]:
-        """The model in parts, each compiled; those that were there before a removal stay so."""
+        """The model in parts, each compiled; parts that a removal leaves unchanged are reused."""
         whole, parts = in_parts(self._network.model), {}
         for name, part in list(whole.named_children()):
             assert isinstance(part, fx.GraphModule)
@@ -137,11 +141,10 @@ class Forward:
 
 
 def in_parts(model: fx.GraphModule) -> fx.GraphModule:
-    """The same network as a chain of submodules, cut behind each gate. Modules are shared.
+    """Split a network into a chain of submodules, one for each gate. Modules are shared.
 
-    Removing a block leaves all parts but its own as they were, unless something stands between it
-    and the next, such as a tap; and of parts of one shape the compiler finds the kernels in its
-    cache.
+    Removing a block leaves all parts but its own unchanged, unless something is between it and the
+    next, such as a tap; and the compiler's cache has the kernels of parts of the same shape.
     """
     gates = rewriting.gate_nodes(model).keys()
     number, behind = {}, 0
@@ -152,9 +155,9 @@ def in_parts(model: fx.GraphModule) -> fx.GraphModule:
 
 
 def _what_it_computes(part: fx.GraphModule) -> str:
-    """Its steps, with the modules' names, but without those of its operands, and no identities.
+    """Key of a part: its operations with the names of modules, without those of operands.
 
-    A removed block leaves its shortcut behind, which is one.
+    Identities are left out, because a removed block leaves its shortcut, which may be one.
     """
     modules = dict(part.named_modules())
     order: dict[fx.Node, int] = {}
@@ -171,13 +174,13 @@ def _what_it_computes(part: fx.GraphModule) -> str:
 
 
 def synchronise_batchnorm(module: nn.Module, group: Group, device: torch.device) -> nn.Module:
-    """The same module with torch's SyncBatchNorm in the place of every batch norm.
+    """Replace every batch norm by torch's SyncBatchNorm; parameters and names stay.
 
-    Parameters and names stay. Raises ConfigError where torch has none.
+    Raises ConfigError where torch has none.
     """
     if device.type != "cuda":
         raise ConfigError(
-            "--sync-batchnorm: torch's SyncBatchNorm takes tensors on CUDA devices alone, not on"
+            "--sync-batchnorm: torch's SyncBatchNorm only takes tensors on CUDA devices, not on"
             f" {device.type}; leave it out"
         )
     if group.size == 1:
@@ -187,29 +190,28 @@ def synchronise_batchnorm(module: nn.Module, group: Group, device: torch.device)
 
 
 def drop_batch_counts(module: nn.Module) -> None:
-    """Have its batch norms no longer count batches, which costs a GPU a kernel each and step.
+    """Stop batch norms from counting batches, which costs a GPU one kernel per norm and step.
 
-    The count only matters to a batch norm without momentum, which keeps it. State dicts have the
-    others as 0, and may have any when they are loaded.
+    Only a batch norm without momentum needs its count, and keeps it. State dicts have the others
+    as 0, and may have any value when they are loaded.
     """
+
+    def add_count(norm: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        state[f"{prefix}num_batches_tracked"] = torch.tensor(0)
+
+    def skip_count(norm: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        state.pop(f"{prefix}num_batches_tracked", None)
+
     for norm in module.modules():
         if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.momentum is not None:
             if norm.num_batches_tracked is None:
                 continue
             norm.num_batches_tracked = None
-            norm.register_state_dict_post_hook(_add_count)
-            norm.register_load_state_dict_pre_hook(_pass_over_count)
+            norm.register_state_dict_post_hook(add_count)
+            norm.register_load_state_dict_pre_hook(skip_count)
 
 
-def _add_count(norm: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    state[f"{prefix}num_batches_tracked"] = torch.tensor(0)
-
-
-def _pass_over_count(norm: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    state.pop(f"{prefix}num_batches_tracked", None)
-
-
-def refuse_compile(device: torch.device) -> None:
+def require_compiler(device: torch.device) -> None:
     """Raise ConfigError where torch.compile has no compiler to work with."""
     if device.type == "cuda":
         if importlib.util.find_spec("triton") is None:
@@ -228,30 +230,33 @@ def refuse_compile(device: torch.device) -> None:
         raise ConfigError(f"--compile: not supported on {device.type}; leave it out")
 
 
-# -- Which device a process trains on
-
-_CHOICES = "auto, cpu, cuda, cuda:N or mps"
+# -- Devices
 
 
 def choose(name: str) -> torch.device:
     """The device that `--device` names; `auto` is a CUDA device if there is one.
 
-    Under torchrun `cuda` is the device of the process's number on its machine. Raises ConfigError
-    for one that is not there.
+    Under torchrun `cuda` is the device whose index is the local rank of the process. Raises
+    ConfigError for a device that is not available.
     """
+    choices = "auto, cpu, cuda, cuda:N or mps"
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ConfigError(f"--device {name}: not a device; write {_CHOICES}") from None
+        raise ConfigError(f"--device {name}: not a device; write {choices}") from None
     if device.type == "cpu":
         return torch.device("cpu")
     if device.type == "cuda":
         return _cuda(device)
-    if device.type == "mps":
-        return _mps()
-    raise ConfigError(f"--device {name}: not supported; write {_CHOICES}")
+    if device.type != "mps":
+        raise ConfigError(f"--device {name}: not supported; write {choices}")
+    if not torch.backends.mps.is_available():
+        raise ConfigError("--device mps: torch sees no Apple GPU here; use --device cpu")
+    if cli.launched():
+        raise ConfigError("--device mps: only one process can use it; leave torchrun out")
+    return torch.device("mps")
 
 
 def _cuda(device: torch.device) -> torch.device:
@@ -276,25 +281,17 @@ def _cuda(device: torch.device) -> torch.device:
     return torch.device("cuda", index)
 
 
-def _mps() -> torch.device:
-    if not torch.backends.mps.is_available():
-        raise ConfigError("--device mps: torch sees no Apple GPU here; use --device cpu")
-    if cli.launched():
-        raise ConfigError("--device mps: one process alone can use it; leave torchrun out")
-    return torch.device("mps")
-
-
 def wide_float(device: torch.device) -> torch.dtype:
-    """The type in which a long sum is kept: float64, but for Apple GPUs, which have none."""
+    """The dtype for long sums: float64, or float32 on Apple GPUs, which have no float64."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 @contextmanager
 def cpu_threads(count: int) -> Iterator[None]:
-    """Have torch use so many threads on the CPU in this block; 0 leaves their number as it is.
+    """Set torch's number of CPU threads for a block; 0 leaves it unchanged.
 
-    Sums depend on it. More than one make small networks no faster, and on a busy machine they
-    wait for each other.
+    The last bits of sums depend on it. More than one thread makes small networks no faster, and on
+    a busy machine the threads wait for each other.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
@@ -304,11 +301,11 @@ def cpu_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-# -- In which numbers a training step computes; everything else always computes in float32
+# -- Precision of the training steps
 #
 # Parameters, gradients, optimizer, the gates' decisions, validation and the test are float32 in
 # every precision: what is validated is what ships. TF32, which CUDA devices use for convolutions
-# unless told otherwise, is off wherever `tf32` was not asked for.
+# by default, is off unless `tf32` was asked for.
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _LEAST_SCALE = 2.0**-24  # below it the gradient would have to exceed 1e12 to overflow float16
@@ -319,30 +316,30 @@ class Precision:
 
     `fp32` is IEEE float32; `tf32` lets a CUDA device round the operands of convolutions and matrix
     products to 10 bits; `bf16` and `fp16` run these in that type (torch.autocast), the latter with
-    a loss scale that is adapted as the run goes.
+    an adaptive loss scale.
 
     Raises:
-        ConfigError: the device cannot do it.
+        ConfigError: the device does not support it.
     """
 
     def __init__(self, name: str, device: torch.device) -> None:
         self.name, self._device = name, device
         if name == "tf32":
-            _refuse_tf32(device)
+            _require_tf32(device)
         elif name in _AUTOCAST:
-            _refuse_half(name, device)
+            _require_half(name, device)
         self._scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
         _set_tf32(False)
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """Around the steps of an epoch, not around validation.
+        """Context for the steps of an epoch, not for validation.
 
-        TF32 is allowed in here alone. All steps have one shape, so that cuDNN may try its kernels
-        and take the fastest: which it takes can differ from run to run, and with it the last bits.
-        `torch.backends.cudnn.deterministic` switches that off, for runs that are to repeat exactly.
+        TF32 is only allowed in here. All steps have one shape, so that cuDNN may benchmark its
+        kernels and take the fastest: which it takes can differ from run to run, and with it the
+        last bits. `torch.backends.cudnn.deterministic` disables that, for exactly repeatable runs.
         """
-        tried = torch.backends.cudnn.benchmark
+        before = torch.backends.cudnn.benchmark
         if self._device.type == "cuda":
             torch.backends.cudnn.benchmark = not torch.backends.cudnn.deterministic
         _set_tf32(self.name == "tf32")
@@ -350,19 +347,19 @@ class Precision:
             yield
         finally:
             _set_tf32(False)
-            torch.backends.cudnn.benchmark = tried
+            torch.backends.cudnn.benchmark = before
 
     def autocast(self) -> torch.autocast:
-        """Around the forward pass of one step."""
+        """Context for the forward pass of one step."""
         dtype = _AUTOCAST.get(self.name)
         if dtype is None:  # autocast checks the type even where it is disabled
             return torch.autocast(self._device.type, enabled=False)
         return torch.autocast(self._device.type, dtype=dtype)
 
     def step(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
-        """Backward pass and optimizer step; in fp16 the step is left out when a gradient overflows.
+        """Run the backward pass and the optimizer step.
 
-        Then the scale is halved and the loss stays what it was: finite.
+        In fp16 the optimizer step is skipped when a gradient overflows, and the scale is halved.
         """
         self._scaler.scale(loss).backward()
         self._scaler.step(optimizer)
@@ -371,30 +368,20 @@ class Precision:
     def collapsed(self) -> bool:
         """Whether no loss scale keeps the gradients finite. Waits for the device.
 
-        A run whose gradients are NaN for another reason would leave out every step in silence.
+        Without this check, a run whose gradients are NaN would silently skip every step.
         """
         return self._scaler.is_enabled() and self._scaler.get_scale() < _LEAST_SCALE
 
-    def state(self) -> dict[str, Any]:
-        """The loss scale and its history as plain data; empty but for fp16."""
+    def state_dict(self) -> dict[str, Any]:
+        """The loss scale and its history; empty unless fp16."""
         return dict(self._scaler.state_dict())
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Inverse of :meth:`state`."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         if state:
             self._scaler.load_state_dict(state)
 
 
-def memory_format(name: str, device: torch.device) -> torch.memory_format:
-    """The order in memory of images and convolution weights that is fastest in a precision.
-
-    Channels-last: tensor cores take no other in `tf32`, `bf16` and `fp16`, and it is a quarter
-    faster on the CPUs tried. What `fp32` prefers on a GPU is not measured.
-    """
-    return torch.channels_last
-
-
-def _refuse_tf32(device: torch.device) -> None:
+def _require_tf32(device: torch.device) -> None:
     if device.type != "cuda":
         raise ConfigError(
             f"--precision tf32: a number format of CUDA devices, not of {device.type};"
@@ -407,7 +394,7 @@ def _refuse_tf32(device: torch.device) -> None:
         )
 
 
-def _refuse_half(name: str, device: torch.device) -> None:
+def _require_half(name: str, device: torch.device) -> None:
     """Raise ConfigError unless `device` computes and differentiates a convolution in this type."""
     if (
         name == "bf16"
@@ -433,8 +420,8 @@ def _refuse_half(name: str, device: torch.device) -> None:
 def _set_tf32(allowed: bool) -> None:
     """Allow or forbid TF32 in matrix products and convolutions, for the whole process.
 
-    By the older of torch's two interfaces: torch.compile still reads that one, and refuses to go on
-    where the newer one was used (pytorch issue 166387).
+    Uses the older of torch's two interfaces, because torch.compile still reads it and fails where
+    the newer one was used (pytorch issue 166387).
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Please use the new API settings")

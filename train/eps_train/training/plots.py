@@ -1,11 +1,10 @@
-"""`training.png`: a run at a glance, drawn from its `metrics.jsonl`."""
+"""Plots of a run, from its `metrics.jsonl`: `training.png` and TensorBoard."""
 
 from __future__ import annotations
 
 import io
-import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +12,7 @@ import numpy.typing as npt
 
 from eps_core.errors import naming
 from eps_train.gating.rewriting import stage_name
-from eps_train.training.files import RunPaths
+from eps_train.training.paths import EVENTS_SUFFIX, RunPaths
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,15 +26,15 @@ Metrics = Sequence[Mapping[str, Any]]
 
 
 def draw(metrics: Metrics, title: str) -> bytes:
-    """Draw a run as PNG: accuracy, loss, learning rate, and of a network with gates also the dead
-    blocks, the parameters left, epsilon if it changed, and every block over time.
+    """Plot a run as PNG: accuracy, loss and learning rate; for a network with gates also dead
+    blocks, parameters left, epsilon if it changed, and every block over time.
 
     Args:
         metrics: the lines of `metrics.jsonl`, one or more epochs in order.
-        title: above the picture.
+        title: above the plot.
     """
     blocks = gated_blocks(metrics)
-    rows = [_accuracy, _loss, _rate]
+    rows = [_accuracy, _loss, _lr]
     heights = [2.0, 2.0, 1.0]
     if blocks:
         rows.append(_dead)
@@ -61,7 +60,7 @@ def draw(metrics: Metrics, title: str) -> bytes:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """A figure of its own, not pyplot's: no display is looked for and nothing global is changed.
+    """A figure outside of pyplot, so that no display is needed and no global state is changed.
 
     Width and height are in inches.
     """
@@ -84,7 +83,7 @@ def gated_blocks(metrics: Metrics) -> list[str]:
     return list(metrics[0]["gates"])
 
 
-# -- one row of the picture each -----------------------------------------------------------------
+# -- Rows of the plot
 
 
 def _accuracy(axis: Axes, metrics: Metrics) -> None:
@@ -104,30 +103,29 @@ def _loss(axis: Axes, metrics: Metrics) -> None:
     axis.legend(frameon=False, ncols=2, fontsize=9, loc="upper right")
 
 
-def _rate(axis: Axes, metrics: Metrics) -> None:
-    rates = [line["rate"] for line in metrics]
-    axis.step(_epochs(metrics), rates, where="mid", color=OPEN, linewidth=1.4)
-    if min(rates) > 0:
+def _lr(axis: Axes, metrics: Metrics) -> None:
+    lrs = [line["rate"] for line in metrics]
+    _step_line(axis, metrics, lrs)
+    if min(lrs) > 0:
         axis.set_yscale("log")
         axis.minorticks_off()
-        axis.set_ylim(min(rates) / 1.6, max(rates) * 1.6)
-        used = sorted(set(rates))  # a few steps: each is worth its figure
-        axis.set_yticks(used, [f"{rate:g}" for rate in used])
-    axis.grid(axis="y", color=_GRID, linewidth=0.8)
-    axis.set_ylabel("rate")
+        axis.set_ylim(min(lrs) / 1.6, max(lrs) * 1.6)
+        used = sorted(set(lrs))  # a few steps, so that each gets a label
+        axis.set_yticks(used, [f"{lr:g}" for lr in used])
+    axis.set_ylabel("lr")
 
 
 def _dead(axis: Axes, metrics: Metrics) -> None:
-    """Dead blocks as steps, and on a scale of their own the parameters that are left."""
+    """Dead blocks, and on a second scale the share of the parameters that is left."""
     from matplotlib.ticker import MaxNLocator
 
     dead = [line["dead"] for line in metrics]
-    axis.step(_epochs(metrics), dead, where="mid", color=OPEN, linewidth=1.4)
+    _step_line(axis, metrics, dead)
     axis.set_ylim(-0.03 * max(dead), max(1, *dead) * 1.08)
     axis.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
-    axis.grid(axis="y", color=_GRID, linewidth=0.8)
     axis.set_ylabel("dead blocks", color=OPEN)
-    shares = [100 * _share(line) for line in metrics]
+    counts = [line.get("parameters") for line in metrics]  # absent in older files
+    shares = [100 * c["kept"] / c["total"] if c else np.nan for c in counts]
     if not any(np.isfinite(shares)):
         return
     other = axis.twinx()
@@ -140,9 +138,8 @@ def _dead(axis: Axes, metrics: Metrics) -> None:
 
 def _epsilon(axis: Axes, metrics: Metrics) -> None:
     epsilons = [line["epsilon"] for line in metrics]
-    axis.step(_epochs(metrics), epsilons, where="mid", color=OPEN, linewidth=1.4)
+    _step_line(axis, metrics, epsilons)
     axis.set_ylim(0, max(epsilons) * 1.08)
-    axis.grid(axis="y", color=_GRID, linewidth=0.8)
     axis.set_ylabel("epsilon")
 
 
@@ -172,7 +169,7 @@ def draw_map(axis: Axes, metrics: Metrics) -> None:
 def show_blocks(
     axis: Axes, values: npt.NDArray[Any], metrics: Metrics, blocks: Sequence[str], **style: Any
 ) -> Any:
-    """An image with a row a block and a column an epoch, the stages parted by white lines."""
+    """An image with a row a block and a column an epoch, with white lines between stages."""
     first, last = metrics[0]["epoch"], metrics[-1]["epoch"]
     image = axis.imshow(
         values,
@@ -186,23 +183,22 @@ def show_blocks(
         if stage_name(blocks[row]) != stage_name(blocks[row - 1]):
             axis.axhline(row - 0.5, color="white", linewidth=2)
             starts.append(row)
-    # The name of each stage stands at its first block.
+    # The name of each stage is at its first block.
     axis.set_yticks(starts, [stage_name(blocks[row]) or blocks[row] for row in starts], fontsize=9)
     axis.set_ylabel(f"{len(blocks)} blocks, first on top")
     return image
 
 
-# -- shared by the rows --------------------------------------------------------------------------
+# -- Shared by the rows
 
 
 def _epochs(metrics: Metrics) -> list[int]:
     return [line["epoch"] for line in metrics]
 
 
-def _share(line: Mapping[str, Any]) -> float:
-    """Share of the parameters that are left, 0..1; NaN in a log that does not tell."""
-    parameters = line.get("parameters")
-    return parameters["kept"] / parameters["total"] if parameters else float("nan")
+def _step_line(axis: Axes, metrics: Metrics, values: Sequence[float]) -> None:
+    axis.step(_epochs(metrics), values, where="mid", color=OPEN, linewidth=1.4)
+    axis.grid(axis="y", color=_GRID, linewidth=0.8)
 
 
 def _two_lines(
@@ -221,7 +217,7 @@ def _two_lines(
 
 
 def log_scale(axis: Axes, values: Sequence[float]) -> None:
-    """A logarithmic scale with plain numbers on it; linear where a value does not allow it."""
+    """Set a logarithmic scale with plain numbers; linear where a value is not positive."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     if not min(values, default=0) > 0:
@@ -234,80 +230,72 @@ def log_scale(axis: Axes, values: Sequence[float]) -> None:
     axis.yaxis.set_minor_formatter(NullFormatter())
 
 
-# -- TensorBoard's event files: a run's scalars, its gates' peaks, its block map
-#
-# The records are written here and not by TensorBoard's own writer: that one has a thread, which
-# hides a full disk until later, and names its files after the host.
+# -- TensorBoard: scalars of a run, peaks of its gates, its block map
 
-PICTURES = 20  # of each kind in a run: to draw one takes as long as an epoch of a tiny network
+PLOTS = 20  # of each kind in a run: drawing one takes as long as an epoch of a tiny network
 
 
-def require() -> None:
-    """Raise ModuleNotFoundError, that the command line explains, when TensorBoard is missing."""
-    import tensorboard.summary.writer.record_writer  # noqa: F401
+def require_tensorboard() -> None:
+    """Raise ModuleNotFoundError, which the command line explains, when TensorBoard is missing."""
+    import tensorboard  # noqa: F401
 
 
 class TensorBoardLog:
-    """The event file of one run; steps are 1-based epochs.
+    """TensorBoard events of one run, in `paths.tensorboard`; steps are 1-based epochs.
 
-    A resumed run writes the epochs before it once more, from `metrics.jsonl`, into a file of its
-    own: so none is missing and none is there twice, wherever it was killed, and even if this was
-    not asked for then.
+    A resumed run adds an event file, and TensorBoard drops the epochs of earlier files that it
+    repeats. Where there is no earlier file, the scalars of the epochs before are written first.
+
+    Args:
+        paths: of the run.
+        epochs: of the run, those before a resume included.
+        before: the lines of `metrics.jsonl` that a resumed run has behind it.
     """
 
-    def __init__(self, files: RunPaths, *, epochs: int, before: Metrics) -> None:
-        """Begin the file of a run of `epochs` in all; `before` are the lines of those done."""
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+    def __init__(self, paths: RunPaths, *, epochs: int, before: Metrics) -> None:
+        from torch.utils.tensorboard import SummaryWriter
 
-        self._pictured = {*range(0, epochs, -(-epochs // PICTURES)), epochs}
-        self.path = files.events(len(before))
+        self.path = paths.tensorboard
+        self._plotted = {*range(0, epochs, -(-epochs // PLOTS)), epochs}
+        missing = [] if paths.event_files() else before
         with naming(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            for path in files.all_events():
-                path.unlink()
-        self._append(Event(wall_time=time.time(), file_version="brain.Event:2"))
-        # A TensorBoard that is looking on drops what it has read of the files before.
-        self._append(Event(step=1, session_log=SessionLog(status=SessionLog.START)))
-        ended = time.time() - sum(line["seconds"] for line in before)
-        for line in before:
+            self._writer = SummaryWriter(
+                self.path, purge_step=len(before) + 1, filename_suffix=EVENTS_SUFFIX
+            )
+        ended = time.time() - sum(line["seconds"] for line in missing)
+        for line in missing:
             ended += line["seconds"]
-            self._append(_event(line, [], ended))
+            self._add(line, ended)
 
     def add(self, line: Mapping[str, Any], history: Callable[[], Metrics]) -> None:
-        """Write an epoch: its line of `metrics.jsonl`; `history` gives all lines so far."""
-        pictures = []
-        if line["gates"] and line["epoch"] in self._pictured:
-            metrics = history()
-            pictures = [
-                ("gates/map", _picture_of_map(metrics)),
-                ("gates/peaks", _picture_of_peaks(metrics)),
-            ]
-        self._append(_event(line, pictures, time.time()))
+        """Write an epoch: its line of `metrics.jsonl`; `history` returns all lines so far."""
+        with naming(self.path):
+            self._add(line, time.time())
+            if line["gates"] and line["epoch"] in self._plotted:
+                metrics = history()
+                for tag, figure in (
+                    ("gates/map", map_figure(metrics)),
+                    ("gates/peaks", peaks_figure(metrics)),
+                ):
+                    self._writer.add_figure(tag, figure, line["epoch"])
+            self._writer.flush()
 
-    def _append(self, event: Any) -> None:
-        from tensorboard.summary.writer.record_writer import RecordWriter
+    def close(self) -> None:
+        self._writer.close()
 
-        with naming(self.path), self.path.open("ab") as file:
-            RecordWriter(file).write(event.SerializeToString())
-
-
-def _event(line: Mapping[str, Any], pictures: list[tuple[str, bytes]], when: float) -> Any:
-    from tensorboard.compat.proto.event_pb2 import Event
-    from tensorboard.compat.proto.summary_pb2 import Summary
-
-    values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars(line).items()]
-    ratios = _peaks_over_epsilon(line)
-    if ratios:
-        values.append(Summary.Value(tag="gates/peak_over_epsilon", histo=_histogram(ratios)))
-    for tag, picture in pictures:
-        image = Summary.Image(encoded_image_string=picture, colorspace=4)
-        image.width, image.height = _size(picture)
-        values.append(Summary.Value(tag=tag, image=image))
-    return Event(wall_time=when, step=line["epoch"], summary=Summary(value=values))
+    def _add(self, line: Mapping[str, Any], when: float) -> None:
+        for tag, value in scalars(line).items():
+            self._writer.add_scalar(tag, value, line["epoch"], walltime=when)
+        if line["epsilon"]:
+            peaks = np.array([gate["peak"] / line["epsilon"] for gate in line["gates"].values()])
+            if len(peaks := peaks[np.isfinite(peaks)]):
+                self._writer.add_histogram(
+                    "gates/peak_over_epsilon", peaks, line["epoch"], walltime=when
+                )
 
 
 def scalars(line: Mapping[str, Any]) -> dict[str, float]:
-    """An epoch's figures by TensorBoard's tags; `line` is one of `metrics.jsonl`."""
+    """Scalars of an epoch by TensorBoard tag; `line` is one of `metrics.jsonl`."""
     found = {
         "accuracy/training": line["train_accuracy"],
         "accuracy/validation": line["validation"]["accuracy"],
@@ -326,45 +314,17 @@ def scalars(line: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
-def _peaks_over_epsilon(line: Mapping[str, Any]) -> list[float]:
-    """Peak response of each live gate in units of epsilon; none while the gates are held open."""
-    if not line["epsilon"]:
-        return []
-    peaks = [gate["peak"] / line["epsilon"] for gate in line["gates"].values()]
-    return [peak for peak in peaks if math.isfinite(peak)]
-
-
-def _histogram(values: Iterable[float]) -> Any:
-    """A histogram whose bins are twentieths of a decade, as peaks range over several decades."""
-    from tensorboard.compat.proto.summary_pb2 import HistogramProto
-
-    numbers = np.array(list(values))
-    limits = np.concatenate([[0.0], np.logspace(-4, 4, 161), [np.inf]])
-    counts, _ = np.histogram(numbers, limits)
-    used = np.flatnonzero(counts)
-    # TensorBoard shows from the first bin to the last: those beyond the values are left out.
-    chosen = slice(max(used[0] - 1, 0), used[-1] + 1)
-    return HistogramProto(
-        min=numbers.min(),
-        max=numbers.max(),
-        num=len(numbers),
-        sum=numbers.sum(),
-        sum_squares=np.square(numbers).sum(),
-        bucket_limit=np.minimum(limits[1:], 1e300)[chosen].tolist(),
-        bucket=counts[chosen].tolist(),
-    )
-
-
-def _picture_of_map(metrics: Metrics) -> bytes:
+def map_figure(metrics: Metrics) -> Figure:
+    """The block map of the run so far."""
     figure = new_figure(9, 5)
     axis = figure.subplots()
     draw_map(axis, metrics)
     axis.set_xlabel("epoch")
-    return png(figure)
+    return figure
 
 
-def _picture_of_peaks(metrics: Metrics) -> bytes:
-    """Above, each block's peak in the last epoch; below, of all epochs: who is nearing the end."""
+def peaks_figure(metrics: Metrics) -> Figure:
+    """Peak response of each live block: in the last epoch (top), and in all epochs (bottom)."""
     figure = new_figure(9, 7)
     now, before = figure.subplots(2, 1, gridspec_kw={"height_ratios": (2, 3)})
     blocks = gated_blocks(metrics)
@@ -389,9 +349,4 @@ def _picture_of_peaks(metrics: Metrics) -> bytes:
     before.set_title("all epochs; grey: dead", loc="left")
     before.set_xlabel("epoch")
     figure.colorbar(image, ax=before, label="log10 of the peak response", pad=0.01)
-    return png(figure)
-
-
-def _size(picture: bytes) -> tuple[int, int]:
-    """Width and height of a PNG: they stand at the head of its first chunk."""
-    return int.from_bytes(picture[16:20], "big"), int.from_bytes(picture[20:24], "big")
+    return figure

@@ -1,9 +1,9 @@
-"""One training step, in the precision, and over the processes, that the configuration asks for."""
+"""Training step: the network with its side head, SGD, and the step as a CUDA graph."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +17,11 @@ from eps_train.models.cifar import Normalize, SideHead
 from eps_train.models.spec import NetworkSpec
 from eps_train.training.distributed import Group
 from eps_train.training.forward import (
+    MEMORY_FORMAT,
     Forward,
     Precision,
     TrainedNetwork,
     drop_batch_counts,
-    memory_format,
     synchronise_batchnorm,
     wide_float,
 )
@@ -30,7 +30,7 @@ from eps_train.training.forward import (
 def build(
     spec: NetworkSpec, config: TrainingConfig, group: Group, device: torch.device, *, classes: int
 ) -> TrainedNetwork:
-    """The network that `spec` names, freshly initialised, with its side head, on the device."""
+    """Build the network of `spec`, freshly initialised, with its side head, on the device."""
     model = spec.build()
     taps = rewriting.taps(model)
     side_head = SideHead(taps[0].channels, classes) if config.aux_loss_weight and taps else None
@@ -41,17 +41,60 @@ def build(
     if config.gate_scope == "global":
         for gate in rewriting.gates(model).values():
             gate.process_group = group.world
-    order = memory_format(config.precision, device)
-    network.to(device, memory_format=order)  # type: ignore[call-overload]
+    network.to(device, memory_format=MEMORY_FORMAT)  # type: ignore[call-overload]
     return network
 
 
+def make_sgd(network: nn.Module, config: TrainingConfig) -> torch.optim.SGD:
+    """SGD with weight decay on the weights of convolutions and linear layers only (paper).
+
+    All other parameters (biases, scales of norms, a branch's scale without dimensions) are trained
+    without decay.
+    """
+    parameters = list(network.parameters())
+    optimizer = torch.optim.SGD(
+        [
+            {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
+            {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+        ],
+        lr=config.lr_schedule[0][1],
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        fused=True,
+    )
+    for parameter in parameters:
+        # The fused kernel leaves its buffers unset when the very first step is one that the loss
+        # scale of fp16 skips. From zero, the first step is the same.
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
+def set_lr(optimizer: torch.optim.SGD, lr: float) -> None:
+    """Set the learning rate of all parameters.
+
+    It is rounded to float32, because :class:`GraphedStep` has to keep it in a tensor of that type:
+    so both kinds of step give the same weights.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = torch.tensor(lr, dtype=torch.float32).item()
+
+
+def keep_only(optimizer: torch.optim.SGD, parameters: Iterable[nn.Parameter]) -> None:
+    """Drop every parameter that is not among `parameters`, with its momentum."""
+    kept = {id(parameter) for parameter in parameters}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if id(parameter) not in kept:
+                optimizer.state.pop(parameter, None)
+        group["params"] = [p for p in group["params"] if id(p) in kept]
+
+
 class TrainingStep:
-    """What turns a batch of raw images into a step of the optimizer.
+    """Turns a batch of raw images into a step of the optimizer.
 
     Attributes:
         precision: of the forward and backward pass.
-        optimizer: what takes the step.
+        optimizer: takes the step.
     """
 
     def __init__(
@@ -65,43 +108,37 @@ class TrainingStep:
     ) -> None:
         self.precision = Precision(config.precision, device)
         self.optimizer = optimizer
-        self._forward, self._normalize = Forward(network, config, group, device), normalize
-        self._side_weight = config.aux_loss_weight
-        self._order = memory_format(config.precision, device)
+        self._network, self._normalize = network, normalize
+        self._forward = Forward(network, config, group, device)
+        self._aux_loss_weight = config.aux_loss_weight
+        self._memory_format = MEMORY_FORMAT
         self._result = wide_float(device)
 
     def __call__(self, batch: ImageSet) -> Tensor:
         """Take one step; returns (loss, correct answers) of this process, `[2]`, on the device."""
-        images = self._normalize(batch.images).contiguous(memory_format=self._order)
+        images = self._normalize(batch.images).contiguous(memory_format=self._memory_format)
         with self.precision.autocast():
             logits, side = self._forward(images)
         loss = F.cross_entropy(logits.float(), batch.labels)
         if side is not None:
-            loss = loss + self._side_weight * F.cross_entropy(side.float(), batch.labels)
+            loss = loss + self._aux_loss_weight * F.cross_entropy(side.float(), batch.labels)
         self.optimizer.zero_grad()
         self.precision.step(loss, self.optimizer)
         correct = (logits.detach().argmax(dim=1) == batch.labels).sum()
         return torch.stack([loss.detach().to(self._result), correct.to(self._result)])
 
-    def renew(self, model: fx.GraphModule) -> None:
-        """Go on with `model`, which is the network so far without some of its blocks."""
-        self._forward.renew(model)
+    def replace_model(self, model: fx.GraphModule) -> None:
+        """Continue with `model`, which is the network so far without some of its blocks."""
+        self._forward.replace_model(model)
+        keep_only(self.optimizer, self._network.parameters())
 
 
-def parameters_of(network: TrainedNetwork) -> list[tuple[str, nn.Parameter]]:
-    """Everything that is trained, by the names that checkpoints use."""
-    named = list(network.model.named_parameters())
-    if network.side_head is not None:
-        named += [(f"side_head.{n}", p) for n, p in network.side_head.named_parameters()]
-    return named
-
-
-# -- A training step as one CUDA graph: the host launches one graph instead of a thousand kernels
+# -- The step as one CUDA graph: the host launches one graph instead of a thousand kernels
 
 WARM_UP = 3  # steps before the capture: cuDNN chooses its kernels in them, and buffers are made
 
 
-def graphed(choice: str, config: TrainingConfig, group: Group, device: torch.device) -> bool:
+def use_cuda_graph(choice: str, config: TrainingConfig, group: Group, device: torch.device) -> bool:
     """Whether the steps of a run become a CUDA graph.
 
     Args:
@@ -110,14 +147,14 @@ def graphed(choice: str, config: TrainingConfig, group: Group, device: torch.dev
     Raises:
         ConfigError: `on`, where it is not possible.
     """
-    reason = obstacle(config, group, device)
+    reason = cuda_graph_obstacle(config, group, device)
     if choice == "on" and reason is not None:
         raise ConfigError(f"--cuda-graph on: {reason}; leave it out")
     return choice != "off" and reason is None
 
 
-def obstacle(config: TrainingConfig, group: Group, device: torch.device) -> str | None:
-    """Why the steps of a run cannot become a CUDA graph, in some words; None if they can."""
+def cuda_graph_obstacle(config: TrainingConfig, group: Group, device: torch.device) -> str | None:
+    """Why the steps of a run cannot become a CUDA graph, in a few words; None if they can."""
     if device.type != "cuda":
         return f"needs a CUDA device, not {device.type}"
     if group.world is not None:
@@ -132,18 +169,17 @@ def obstacle(config: TrainingConfig, group: Group, device: torch.device) -> str 
 class GraphedStep:
     """A :class:`TrainingStep`, called in the same way, that is replayed from a CUDA graph.
 
-    Batches are copied into buffers of its own, and the learning rate becomes a tensor. The first
-    `WARM_UP` steps, and those after the network lost a block, run as they are; then one is
-    captured. All of them are steps of the training, and give the weights that the plain step gives.
-    On other devices than CUDA there is nothing to capture, and every step runs as it is, from the
-    same buffers.
+    Batches and learning rates are copied into buffers of its own. The first `WARM_UP` steps, and
+    those after the network lost a block, run eagerly; then one is captured. All of them are steps
+    of the training, and give the weights that the plain step gives. On other devices than CUDA
+    there is nothing to capture, and every step runs eagerly, from the same buffers.
 
-    What depends on the host is frozen by the capture: a network must not draw from Python's random
-    numbers, or look at a tensor's value, in its forward pass (torch.fx froze that already).
+    What depends on the host is frozen by the capture: in its forward pass a network must not draw
+    from Python's random numbers, or read a tensor's value (torch.fx froze that already).
 
     Args:
         step: what to capture.
-        required: raise when the capture fails, rather than to warn and go on without.
+        required: raise when the capture fails, rather than to warn and continue without.
 
     Attributes:
         captures: graphs made so far.
@@ -152,13 +188,12 @@ class GraphedStep:
     def __init__(self, step: TrainingStep, device: torch.device, *, required: bool = False) -> None:
         self._step, self._device, self._required = step, device, required
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        for group in step.optimizer.param_groups:
-            group["lr"] = torch.tensor(float(group["lr"]), device=device)
+        self._lr = torch.tensor(0.0, device=device)
         self._batch: ImageSet | None = None
         self._replay: Callable[[], None] | None = None
         self._result: Tensor | None = None
         self._warm_up = WARM_UP
-        self._refused = False
+        self._failed = False
         self.captures = 0
 
     @property
@@ -172,7 +207,7 @@ class GraphedStep:
             TrainingError: the capture fails, and is required.
         """
         held = self._hold(batch)
-        if self._replay is None and not self._refused and not self._warm_up:
+        if self._replay is None and not self._failed and not self._warm_up:
             self._capture(held)
         if self._replay is None:
             self._warm_up = max(0, self._warm_up - 1)
@@ -182,15 +217,22 @@ class GraphedStep:
         assert self._result is not None
         return self._result
 
-    def renew(self, model: fx.GraphModule) -> None:
-        """Go on with `model`; the graph of the one before goes, and the memory that it holds."""
+    def replace_model(self, model: fx.GraphModule) -> None:
+        """Continue with `model`; the previous graph is dropped with the memory that it holds."""
         self._replay = self._result = None
         self._step.optimizer.zero_grad()  # the gradients are part of that memory
         self._warm_up = WARM_UP
-        self._step.renew(model)
+        self._step.replace_model(model)
 
     def _hold(self, batch: ImageSet) -> ImageSet:
-        """The batch in the buffers that the graph reads. All batches of a run have one shape."""
+        """Copy the batch and the learning rate into the buffers that the graph reads.
+
+        All batches of a run have one shape.
+        """
+        for group in self._step.optimizer.param_groups:
+            if group["lr"] is not self._lr:
+                self._lr.fill_(group["lr"])
+                group["lr"] = self._lr
         if self._batch is None:
             self._batch = ImageSet(torch.empty_like(batch.images), torch.empty_like(batch.labels))
         assert batch.images.shape == self._batch.images.shape
@@ -205,7 +247,7 @@ class GraphedStep:
         if self._stream is None:
             self._take(batch)
             return
-        # On the stream of the capture: what is set up once for each stream is there then.
+        # On the stream of the capture, for what torch sets up once for each stream.
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
@@ -213,29 +255,25 @@ class GraphedStep:
         current.wait_stream(self._stream)
 
     def _capture(self, batch: ImageSet) -> None:
-        """Record a step on `batch`, without taking it."""
+        """Record a step on `batch`, without taking it; on failure, raise or warn."""
         if self._stream is None:
             self._replay = lambda: self._take(batch)
-        else:
-            graph = torch.cuda.CUDAGraph()
-            try:
-                # Other threads may go on to read images into page-locked memory.
-                with torch.cuda.graph(
-                    graph, stream=self._stream, capture_error_mode="thread_local"
-                ):
-                    self._take(batch)
-            except RuntimeError as error:
-                self._give_up(error)
-                return
-            self._replay = graph.replay
+            self.captures += 1
+            return
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # Other threads may continue to read images into page-locked memory.
+            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+                self._take(batch)
+        except RuntimeError as error:
+            reason = str(error).strip().partition("\n")[0]
+            if self._required:
+                raise TrainingError(
+                    f"--cuda-graph on: a step of this network cannot be captured ({reason});"
+                    " leave it out"
+                ) from error
+            self._failed = True
+            warnings.warn(f"no CUDA graph: a step cannot be captured ({reason})", stacklevel=2)
+            return
+        self._replay = graph.replay
         self.captures += 1
-
-    def _give_up(self, error: RuntimeError) -> None:
-        reason = str(error).strip().partition("\n")[0]
-        if self._required:
-            raise TrainingError(
-                f"--cuda-graph on: a step of this network cannot be captured ({reason});"
-                " leave it out"
-            ) from error
-        self._refused = True
-        warnings.warn(f"no CUDA graph: a step cannot be captured ({reason})", stacklevel=2)

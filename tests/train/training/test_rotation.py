@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from eps_core.errors import ConfigError
-from eps_train.training.checkpoint import Checkpoint
-from eps_train.training.files import RunPaths
-from eps_train.training.rotation import CheckpointRotation
+from eps_train.training.checkpoint import Checkpoint, CheckpointRotation
+from eps_train.training.paths import RunPaths
 from eps_train.training.trainer import Trainer
 from tests.commands import files_in
 from tests.train.runs import DEATHS, DYING, digits, dying_trainer
@@ -20,10 +19,10 @@ def keeping(folder: Path, count: int, *, resume: bool = False, **changes: Any) -
     """A trainer that keeps the last `count` epochs, as `Run` prepares it."""
     files = RunPaths.of(folder)
     made = dying_trainer(folder, **changes)
-    made.kept = CheckpointRotation(files, count)
+    made.rotation = CheckpointRotation(files, count)
     if resume:
         made.resume()
-        made.kept.adopt(made.config, made.data, epochs_done=made.epoch)
+        made.rotation.adopt(made.config, made.data, epochs_done=made.epoch)
     return made
 
 
@@ -33,7 +32,7 @@ def train(made: Trainer, epochs: int) -> None:
 
 
 def kept(folder: Path) -> list[int]:
-    return list(RunPaths.of(folder).all_kept())
+    return list(RunPaths.of(folder).epoch_checkpoints())
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +80,7 @@ def test_one_of_them_as_last_pt_takes_the_run_back(folder: Path) -> None:
     shutil.copy(folder / "epoch-0003.pt", folder / "last.pt")
     again = keeping(folder, 2, resume=True)
     assert again.epoch == 3
-    assert not again.registry.dead
+    assert not again.tracker.dead
     train(again, 1)
     repeated = Checkpoint.load(folder / "last.pt")
     assert repeated.dead == whole.dead == died != ()
@@ -144,9 +143,9 @@ def test_a_baseline_keeps_its_own(four: Path, tmp_path: Path) -> None:
         best_path=files.best,
         last_path=files.last,
         device=torch.device("cpu"),
-        kept=CheckpointRotation(files, 1),
+        rotation=CheckpointRotation(files, 1),
     )
     train(made, 2)
-    assert files.kept(2).name == "baseline-epoch-0002.pt"
-    assert list(files.all_kept()) == [2]
-    assert RunPaths.of(tmp_path).all_kept() == {}, "not those of the other run"
+    assert files.epoch_checkpoint(2).name == "baseline-epoch-0002.pt"
+    assert list(files.epoch_checkpoints()) == [2]
+    assert RunPaths.of(tmp_path).epoch_checkpoints() == {}, "not those of the other run"

@@ -7,30 +7,38 @@ import pytest
 import torch
 from torch import nn
 
+from eps_core.errors import TrainingError
 from eps_train import recipes
 from eps_train.config import TrainingConfig
 from eps_train.data.dataset import DATASETS
 from eps_train.data.images import ImageSet
 from eps_train.gating import rewriting
+from eps_train.gating.gate import EpsilonGate
 from eps_train.models.spec import NetworkSpec
 from eps_train.training.checkpoint import GateRecord, PruneRecord
-from eps_train.training.evaluate import Score
-from eps_train.training.guards import EpochMetrics
-from eps_train.training.progress import PruneLog, before_training, decay, zero_branches
+from eps_train.training.evaluate import EpochMetrics, Score
+from eps_train.training.run_checks import (
+    PruneLog,
+    decay_exponent,
+    nonfinite_block,
+    require_no_collapse,
+    schedule_warning,
+    zero_branches_warning,
+)
 
 
 def plan(config: TrainingConfig) -> str | None:
     """What is said before `config` is trained on the set that it names."""
     steps = DATASETS[config.dataset].train // config.batch_size
-    return before_training(config, steps=steps)
+    return schedule_warning(config, steps=steps)
 
 
 def small(**changes: Any) -> TrainingConfig:
-    """The runs of paper.md, "Tried on small data": 40 epochs at a fixed rate."""
+    """The runs of paper.md, "Tried on small data": 40 epochs at a fixed learning rate."""
     return replace(recipes.digits(), model="cifar:32x16", epochs=40, final_decay=(), **changes)
 
 
-# -- before training -----------------------------------------------------------------------------
+# -- before training
 
 
 @pytest.mark.parametrize("name", list(recipes.RECIPES))
@@ -43,11 +51,12 @@ def test_no_recipe_is_warned_of(name: str) -> None:
 
 def test_the_exponent_is_the_sum_over_the_schedule() -> None:
     """36 epochs at 0.1, 12 at 0.01, 12 at 0.001; 20 steps each; decay 5e-3; momentum 0.9."""
-    lr_schedule = 36 * 0.1 + 12 * 0.01 + 12 * 0.001
-    assert decay(recipes.digits(), steps=20) == pytest.approx(lr_schedule * 20 * 5e-3 / 0.1)
+    lrs = 36 * 0.1 + 12 * 0.01 + 12 * 0.001
+    found = decay_exponent(recipes.digits(), steps=20)
+    assert found == pytest.approx(lrs * 20 * 5e-3 / 0.1)
     late = replace(recipes.digits(), epsilon_warmup=30, freeze_gates_at=0.9)
-    lr_schedule = 6 * 0.1 + 12 * 0.01 + 6 * 0.001
-    assert decay(late, steps=20) == pytest.approx(lr_schedule * 20 * 5e-3 / 0.1)
+    lrs = 6 * 0.1 + 12 * 0.01 + 6 * 0.001
+    assert decay_exponent(late, steps=20) == pytest.approx(lrs * 20 * 5e-3 / 0.1)
 
 
 def test_the_run_in_which_no_block_died_is_warned_of_and_the_other_not() -> None:
@@ -64,8 +73,8 @@ def test_its_remedies_help() -> None:
     weight_decay = float(warning.split("--weight-decay ")[1].split()[0])
     assert plan(small(weight_decay=weight_decay)) is None
     assert plan(replace(small(weight_decay=2e-4), epochs=epochs)) is None
-    led = replace(small(weight_decay=2e-4), epsilon=None, target_parameters=0.5)
-    assert plan(led) is None
+    config = replace(small(weight_decay=2e-4), epsilon=None, target_parameters=0.5)
+    assert plan(config) is None
 
 
 def test_without_any_decay_more_epochs_are_not_offered() -> None:
@@ -92,7 +101,7 @@ def test_a_run_too_short_for_any_death(changes: dict[str, Any]) -> None:
     assert warning.startswith("no block can die: epsilon acts in")
 
 
-# -- branches that start at zero -----------------------------------------------------------------
+# -- branches that start at zero
 
 
 def network(*, silent: bool) -> nn.Module:
@@ -111,20 +120,21 @@ def test_branches_that_start_at_zero_are_named_and_nothing_is_changed() -> None:
     for silent in (True, False):
         model = network(silent=silent).train()
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        warning = zero_branches(model, _Scaled(), rewriting.gates(model), images, epsilon=2.5)
+        gates = rewriting.gates(model)
+        warning = zero_branches_warning(model, _Scaled(), gates, images, epsilon=2.5)
         assert (warning is not None) == silent
-        assert zero_branches(model, _Scaled(), rewriting.gates(model), images, epsilon=0) is None
+        assert zero_branches_warning(model, _Scaled(), gates, images, epsilon=0) is None
         assert model.training
         after = model.state_dict()
         assert all(torch.equal(before[name], after[name]) for name in before)
-    assert zero_branches(model, _Scaled(), {}, images, epsilon=2.5) is None
+    assert zero_branches_warning(model, _Scaled(), {}, images, epsilon=2.5) is None
 
 
 def test_the_line_names_a_block_and_the_remedy() -> None:
     model = network(silent=True)
     pixels = torch.zeros(8, 1, 8, 8, dtype=torch.uint8)
     images = ImageSet(pixels, torch.zeros(8, dtype=torch.int64))
-    warning = zero_branches(model, _Scaled(), rewriting.gates(model), images, epsilon=2.5)
+    warning = zero_branches_warning(model, _Scaled(), rewriting.gates(model), images, epsilon=2.5)
     assert warning is not None
     assert warning.startswith("3 of 3 branches start at zero (stages.0.0, ...)")
     assert "--epsilon-warmup" in warning
@@ -140,7 +150,7 @@ def test_timms_branches_that_start_at_zero(timm_models: None, name: str, warned:
     pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     images = ImageSet(pixels, torch.zeros(2, dtype=torch.int64))
     gates = rewriting.gates(model)
-    warning = zero_branches(model, _Scaled(), gates, images, epsilon=2.5)
+    warning = zero_branches_warning(model, _Scaled(), gates, images, epsilon=2.5)
     assert (warning is not None) == warned
 
 
@@ -149,7 +159,7 @@ class _Scaled(nn.Module):
         return images.float() / 255
 
 
-# -- while blocks die ----------------------------------------------------------------------------
+# -- while the run trains
 
 DEATH = PruneRecord(epoch=2, epsilon=2.5, steps=20, peak=1.0, heldout_peak=1.0, samples=9)
 LABELS = torch.arange(10).repeat(10)
@@ -162,11 +172,11 @@ def report(
     blocks = ("stages.0.0", "stages.0.1", "stages.1.0", "stages.1.1")
     return EpochMetrics(
         epoch=epoch,
-        rate=0.1,
+        lr=0.1,
         epsilon=2.5,
         loss=loss,
         train_accuracy=0.5,
-        validation=Score(0.5, 5.0, 100),  # swings, as it does at a high rate
+        validation=Score(0.5, 5.0, 100),  # swings, as it does at a high learning rate
         discarded=0.0,
         died=died,
         gates=tuple(
@@ -215,9 +225,9 @@ def test_a_lost_stage_is_told_once_even_when_all_is_well() -> None:
     assert watch.observe(report(3, loss=0.1, dead=lost)) == []
 
 
-def test_the_remedy_for_an_epsilon_that_is_led_is_its_target() -> None:
-    led = replace(recipes.digits(), epsilon=None, target_parameters=0.3)
-    watch = PruneLog(led, LABELS, STAGES)
+def test_the_remedy_with_a_target_is_to_raise_it() -> None:
+    config = replace(recipes.digits(), epsilon=None, target_parameters=0.3)
+    watch = PruneLog(config, LABELS, STAGES)
     lost = ("stages.1.0", "stages.1.1")
     (warning,) = watch.observe(report(2, loss=0.1, dead=lost, died=lost))
     assert "raise --target-parameters" in warning
@@ -238,3 +248,29 @@ def test_rare_classes_make_guessing_easier() -> None:
     watch = PruneLog(recipes.digits(), labels, STAGES)
     died = report(1, loss=0.3, dead=("stages.0.0",), died=("stages.0.0",))
     assert len(watch.observe(died)) == 1
+
+
+def test_a_stage_that_dies_before_anything_was_learned() -> None:
+    death = PruneRecord(epoch=2, epsilon=1.0, steps=20, peak=0.5, heldout_peak=0.5, samples=9)
+    dead = GateRecord(block="one", epsilon=1.0, steps=10, closed_steps=10, peak=0.5, death=death)
+    with pytest.raises(TrainingError, match=r"^every block of the first died by epoch 5"):
+        require_no_collapse(
+            [dead], Score(0.2, 2.0, 9), LABELS, epoch=5, stages={"one": "the first"}
+        )
+
+
+def test_the_first_non_finite_block_of_the_earliest_step_is_named() -> None:
+    gates = {block: EpsilonGate(2.0).train() for block in ("a", "b")}
+    factors = {"a": 1.0, "b": 1.0}
+
+    def step() -> None:
+        for block, gate in gates.items():
+            gate(torch.zeros(2, 1), torch.full((2, 1), factors[block]))
+
+    step()
+    assert nonfinite_block(gates) is None
+    factors["b"] = float("inf")
+    step()
+    factors["a"] = float("nan")
+    step()
+    assert nonfinite_block(gates) == ("b", 2)

@@ -1,11 +1,11 @@
-"""Leading epsilon to a target: the share of the parameters that a user wants to keep.
+"""Epsilon controller: adjusts epsilon during training to reach a share of the parameters.
 
-The paper fixes epsilon for the whole run and takes what comes; which value removes how much depends
-on width, data and length. Here the target is given. Between epochs the blocks with the smallest
-responses are chosen, as many as the target asks for by then; epsilon rises to just above the
-largest response on their record, and all other gates stay open. Without that, an epsilon that
-closes the weakest block on every step would close its neighbours on most of theirs: responses vary
-by half from step to step, and by less from block to block. Death is judged as ever.
+The paper fixes epsilon for the whole run; which value removes how much depends on width, data and
+length. Here the target is given. Between epochs the blocks with the smallest responses are chosen,
+as many as the target requires by then; epsilon rises to just above their largest recorded response,
+and all other gates stay open. Otherwise an epsilon that closes the weakest block on every step
+would close its neighbours on most of theirs: responses vary by half from step to step, and by less
+from block to block. The criterion for a dead block is the same as with a fixed epsilon.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from eps_train.training.checkpoint import GateRecord
 
 MARGIN = 1.05  # above the largest response of the last epoch, which the next may exceed a little
 LEARN_FIRST = 0.1  # share of the run before the first block is chosen: responses mean little yet
-RECENT = 3  # epochs; at a high rate a single validation says little, but errs downwards
+RECENT = 3  # epochs; at a high learning rate a single validation is noisy, and too low
 
 
 @dataclass(kw_only=True, slots=True)
 class EpsilonController:
-    """The gates of the next epoch, from what the last ones showed.
+    """Chooses the blocks to prune next, and the epsilon that closes their gates.
 
     Attributes:
         target: parameters to keep at most.
-        sizes: parameters that leave with each block (`rewriting.branch_parameters`).
+        sizes: parameters that are removed with each block (`rewriting.branch_parameters`).
         whole: parameters of the network with all blocks.
         start, end: 0-based epochs between which the wanted count falls linearly from `whole` to
-            `target`; from `end` on no block is chosen, so that what is left can settle.
-        stages: the stage of each block (`rewriting.stages`); each keeps one.
-        closing: epochs that a gate needs to be closed to be dead.
+            `target`; from `end` on no block is chosen, so that the rest of the network can settle.
+        stages: the stage of each block (`rewriting.stages`); each keeps one block.
+        patience: epochs that a gate has to be closed for its block to be dead.
         max_drop: accuracy (0..1) that may be lost before no further block is chosen; None: any.
         epsilon: threshold of the chosen blocks' gates; all others are open.
-        chosen: live blocks that are to die.
-        held: epochs in which the guard chose none.
+        chosen: live blocks that are being pruned.
+        held: epochs in which accuracy was too low to choose more blocks.
     """
 
     target: float
@@ -47,7 +47,7 @@ class EpsilonController:
     start: int
     end: int
     stages: Mapping[str, str]
-    closing: int
+    patience: int
     max_drop: float | None
     epsilon: float = 0.0
     chosen: frozenset[str] = frozenset()
@@ -61,10 +61,10 @@ class EpsilonController:
         sizes: Mapping[str, int],
         whole: int,
         *,
-        final_decay: int,
+        decay_epoch: int,
         stages: Mapping[str, str],
     ) -> EpsilonController:
-        """That of a run whose last descent begins with the 0-based epoch `descent`."""
+        """The controller of a run whose final decay begins with the 0-based `decay_epoch`."""
         assert config.target_parameters is not None
         drop = config.max_accuracy_drop
         return cls(
@@ -73,8 +73,8 @@ class EpsilonController:
             whole=whole,
             stages=stages,
             start=max(config.epsilon_warmup, 1, round(LEARN_FIRST * config.epochs)),
-            end=final_decay,
-            closing=config.patience,
+            end=decay_epoch,
+            patience=config.patience,
             max_drop=None if drop is None else drop / 100,
         )
 
@@ -85,12 +85,12 @@ class EpsilonController:
     def observe(
         self, epoch: int, records: Iterable[GateRecord], *, kept: int, accuracy: float
     ) -> None:
-        """Take note of the 0-based `epoch` and decide on the next one.
+        """Record the 0-based `epoch` that ended, and decide on the next one.
 
         Args:
             epoch: the epoch that ended.
             records: of all gates, after it.
-            kept: parameters of the network now, dead blocks gone.
+            kept: parameters of the network now, without its dead blocks.
             accuracy: on validation data, 0..1.
         """
         self._accuracies.append(accuracy)
@@ -106,15 +106,15 @@ class EpsilonController:
         self.epsilon = max([self.epsilon, *(MARGIN * peak for peak in peaks)])
 
     def shortfall(self, kept: int) -> str | None:
-        """What to tell a user whose run ended with `kept` parameters; None when that is enough."""
+        """One line for a run that ended with `kept` parameters; None when the target is met."""
         if kept <= self.target:
             return None
-        left = f"{kept / self.whole:.0%} of the parameters are left, not"
-        left += f" {self.target / self.whole:.0%}"
+        share, wanted = kept / self.whole, self.target / self.whole
+        left = f"{share:.0%} of the parameters are left, not {wanted:.0%}"
         if self.held:
             epochs = "1 epoch" if self.held == 1 else f"{self.held} epochs"
             return (
-                f"{left}: in {epochs} accuracy was too far down to let more blocks go;"
+                f"{left}: in {epochs} accuracy was too low to prune more blocks;"
                 " give a larger --max-accuracy-drop, or more --epochs"
             )
         return (
@@ -123,12 +123,12 @@ class EpsilonController:
 
     def _wanted(self, epoch: int) -> float:
         """Parameters that should be left, chosen blocks not counted, in the 0-based `epoch`."""
-        last = max(self.end - self.closing - 1, self.start)  # the last ones need time to die
+        last = max(self.end - self.patience - 1, self.start)  # the last ones need time to die
         done = min(1.0, (epoch + 1 - self.start) / (last + 1 - self.start))
         return self.whole - done * (self.whole - self.target)
 
     def _choose(self, live: list[GateRecord], excess: float) -> None:
-        """Add the weakest blocks until `excess` parameters are to go."""
+        """Choose the weakest blocks until `excess` parameters are to be removed."""
         excess -= sum(self.sizes[block] for block in self.chosen)
         if excess > 0 and self._harmed():
             self.held += 1
@@ -141,12 +141,12 @@ class EpsilonController:
             excess -= self.sizes[block]
 
     def _harmed(self) -> bool:
-        """Whether none of the last epochs came near the best so far."""
+        """Whether accuracy is further below its best than `max_drop`, in all recent epochs."""
         if self.max_drop is None:
             return False
         return max(self._accuracies[-RECENT:]) < max(self._accuracies) - self.max_drop
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         return {
             "epsilon": self.epsilon,
             "chosen": sorted(self.chosen),
@@ -154,7 +154,7 @@ class EpsilonController:
             "accuracies": list(self._accuracies),
         }
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.epsilon, self.held = state["epsilon"], state["held"]
         self.chosen = frozenset(state["chosen"])
         self._accuracies = list(state["accuracies"])

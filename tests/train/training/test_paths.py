@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from eps_train.training.files import RunPaths
+from eps_train.training.paths import RunPaths
 
 
 def touch(folder: Path, *names: str) -> None:
@@ -12,7 +12,8 @@ def touch(folder: Path, *names: str) -> None:
 
 
 def test_all_names_what_this_run_wrote_and_nothing_else(tmp_path: Path) -> None:
-    mine = ("epoch-0012.pt", "epoch-10000.pt", "tensorboard/ckpt/events.out.tfevents.000007")
+    events = "events.out.tfevents.1700000000.host.42.0"
+    mine = ("epoch-0012.pt", "epoch-10000.pt", f"tensorboard/ckpt/{events}.eps-train")
     touch(
         tmp_path,
         *mine,
@@ -20,8 +21,8 @@ def test_all_names_what_this_run_wrote_and_nothing_else(tmp_path: Path) -> None:
         "epoch-0012-best.pt",
         "my-epoch-0012.pt",
         "baseline-epoch-0012.pt",
-        "tensorboard/baseline/events.out.tfevents.000000",
-        "tensorboard/ckpt/events.out.tfevents.1700000000.host.42.000001",
+        f"tensorboard/baseline/{events}.eps-train",
+        f"tensorboard/ckpt/{events}",
     )
     named = {str(path.relative_to(tmp_path)) for path in RunPaths.of(tmp_path).all()}
     assert named == {
@@ -30,7 +31,7 @@ def test_all_names_what_this_run_wrote_and_nothing_else(tmp_path: Path) -> None:
     }
     theirs = {str(path.relative_to(tmp_path)) for path in RunPaths.of(tmp_path, "baseline").all()}
     assert "baseline-epoch-0012.pt" in theirs
-    assert "tensorboard/baseline/events.out.tfevents.000000" in theirs
+    assert f"tensorboard/baseline/{events}.eps-train" in theirs
     assert len(theirs) == 7
 
 

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-import errno
 import io
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from eps_train.training.files import RunPaths
+from eps_train.training.paths import RunPaths
 from eps_train.training.plots import TensorBoardLog
 
 
@@ -42,17 +42,17 @@ LINES = [
 
 
 def write(files: RunPaths, *, first: int, last: int, epochs: int = 4) -> TensorBoardLog:
-    """What a run does that goes on after `first` epochs and ends after `last`."""
-    board = TensorBoardLog(files, epochs=epochs, before=LINES[:first])
+    """The log of a run that goes on after `first` epochs and ends after `last`."""
+    log = TensorBoardLog(files, epochs=epochs, before=LINES[:first])
     for done in range(first, last):
-        board.add(LINES[done], lambda: LINES[: done + 1])  # noqa: B023
-    return board
+        log.add(LINES[done], lambda: LINES[: done + 1])  # noqa: B023
+    log.close()
+    return log
 
 
 def read(files: RunPaths) -> EventAccumulator:
-    events = EventAccumulator(
-        str(files.events(0).parent), {"scalars": 0, "images": 0, "histograms": 0}
-    )
+    kept = {"scalars": 0, "images": 0, "histograms": 0}
+    events = EventAccumulator(str(files.tensorboard), kept)
     events.Reload()
     return events
 
@@ -98,16 +98,16 @@ def test_peaks_are_a_histogram_in_units_of_epsilon(tmp_path: Path) -> None:
     assert filled == pytest.approx([1.0, 2.0, 10.0], rel=0.13)
 
 
-def test_pictures_show_the_map_and_the_peaks(tmp_path: Path) -> None:
+def test_images_show_the_map_and_the_peaks(tmp_path: Path) -> None:
     files = RunPaths.of(tmp_path)
     write(files, first=0, last=4, epochs=40)
     events = read(files)
     for tag in ("gates/map", "gates/peaks"):
         shown = events.Images(tag)
-        assert [image.step for image in shown] == [2, 4], "20 in all"
-        with Image.open(io.BytesIO(shown[0].encoded_image_string)) as picture:
-            assert picture.size == (shown[0].width, shown[0].height)
-            colors = picture.convert("RGB").getcolors(1 << 20)
+        assert [each.step for each in shown] == [2, 4], "20 in all"
+        with Image.open(io.BytesIO(shown[0].encoded_image_string)) as image:
+            assert image.size == (shown[0].width, shown[0].height)
+            colors = image.convert("RGB").getcolors(1 << 20)
         assert colors is not None
         assert len(colors) > 10
 
@@ -116,15 +116,15 @@ def test_pictures_show_the_map_and_the_peaks(tmp_path: Path) -> None:
 def test_a_resumed_run_has_every_epoch_once(tmp_path: Path, crashed: int) -> None:
     """Killed after `crashed` epochs of which the first alone was saved, while writing the next."""
     files = RunPaths.of(tmp_path)
-    board = write(files, first=0, last=crashed)
-    with board.path.open("ab") as file:
+    write(files, first=0, last=crashed)
+    (path,) = files.event_files()
+    with path.open("ab") as file:
         file.write(b"\x18\0\0\0")  # a record cut short
     write(files, first=1, last=4)
     events = read(files)
     assert steps(events, "loss/training") == [1, 2, 3, 4]
     times = [scalar.wall_time for scalar in events.Scalars("loss/training")]
     assert times == sorted(times)
-    assert len(files.all_events()) == 1
 
 
 def test_a_run_resumed_with_it_has_the_epochs_before_too(tmp_path: Path) -> None:
@@ -135,17 +135,21 @@ def test_a_run_resumed_with_it_has_the_epochs_before_too(tmp_path: Path) -> None
 
 def test_other_programs_event_files_stay(tmp_path: Path) -> None:
     files = RunPaths.of(tmp_path)
-    other = files.events(0).with_name("events.out.tfevents.1700000000.host.42.0")
+    other = files.tensorboard / "events.out.tfevents.1700000000.host.42.0"
     other.parent.mkdir(parents=True)
     other.write_bytes(b"")
     write(files, first=0, last=1)
     assert other.exists()
+    assert len(files.event_files()) == 1
+    assert other not in files.all()
 
 
-def test_a_plain_run_has_no_figures_of_gates(tmp_path: Path) -> None:
+def test_a_baseline_has_no_metrics_of_gates(tmp_path: Path) -> None:
     files = RunPaths.of(tmp_path, "baseline")
     plain = {**line(1, {}), "dead": 0, "epsilon": 0.0}
-    TensorBoardLog(files, epochs=1, before=[]).add(plain, lambda: [plain])
+    log = TensorBoardLog(files, epochs=1, before=[])
+    log.add(plain, lambda: [plain])
+    log.close()
     tags = read(files).Tags()
     assert not any(tag.startswith(("gates", "blocks/dead")) for tag in tags["scalars"])
     assert tags["images"] == []
@@ -155,18 +159,23 @@ def test_open_gates_and_silent_branches_can_be_shown(tmp_path: Path) -> None:
     """Epsilon 0, as before --epsilon-warmup, and branches that start at zero."""
     files = RunPaths.of(tmp_path)
     silent = {**line(1, {"s.0": 0.0, "s.1": 0.0, "t.0": 0.0}), "epsilon": 0.0}
-    TensorBoardLog(files, epochs=1, before=[]).add(silent, lambda: [silent])
+    log = TensorBoardLog(files, epochs=1, before=[])
+    log.add(silent, lambda: [silent])
+    log.close()
     assert read(files).Tags()["images"] == ["gates/map", "gates/peaks"]
 
 
-def test_a_full_disk_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's device that is full")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_full_disk_names_the_folder(tmp_path: Path) -> None:
+    before = set(threading.enumerate())
     files = RunPaths.of(tmp_path)
-    board = write(files, first=0, last=1)
-
-    def full(self: Path, *args: object) -> object:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(Path, "open", full)
+    log = TensorBoardLog(files, epochs=4, before=[])
+    (path,) = files.event_files()
+    path.unlink()
+    path.symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left on device") as raised:
-        board.add(LINES[2], lambda: LINES[:3])
-    assert raised.value.filename == str(board.path)
+        log.add(LINES[0], lambda: LINES[:1])
+    assert raised.value.filename == str(files.tensorboard)
+    for thread in set(threading.enumerate()) - before:  # SummaryWriter's: it fails too
+        thread.join()

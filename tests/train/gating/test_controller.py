@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from eps_train.gating import controller as module
+from eps_train.gating.controller import EpsilonController
+from eps_train.training.checkpoint import Checkpoint, GateRecord, PruneRecord
+from eps_train.training.trainer import Trainer
+from tests.train.runs import DYING, trainer
+
+TARGET = replace(DYING, epsilon=None, target_parameters=0.5, epsilon_warmup=1, epochs=8)
+
+
+def controller(max_drop: float | None = None) -> EpsilonController:
+    """Four blocks of 10 parameters in a network of 50, of which 20 are to stay."""
+    sizes = dict.fromkeys("abcd", 10)
+    return EpsilonController(
+        target=20,
+        sizes=sizes,
+        whole=50,
+        start=1,
+        end=9,
+        patience=2,
+        max_drop=max_drop,
+        stages=dict.fromkeys("abcd", "all"),
+    )
+
+
+def records(peaks: dict[str, float], dead: str = "") -> list[GateRecord]:
+    death = PruneRecord(epoch=1, epsilon=1.0, steps=1, peak=0.5, heldout_peak=0.5, samples=1)
+    return [
+        GateRecord(
+            block=block,
+            epsilon=1.0,
+            steps=10,
+            closed_steps=0,
+            peak=peak,
+            death=death if block in dead else None,
+        )
+        for block, peak in peaks.items()
+    ]
+
+
+PEAKS = {"a": 4.0, "b": 1.0, "c": 3.0, "d": 2.0}
+
+
+def test_the_weakest_block_goes_first_and_the_others_stay_open() -> None:
+    made = controller()
+    assert made.threshold("b") == 0
+    made.observe(0, records(PEAKS), kept=50, accuracy=0.8)  # 50 - 30/6 = 45 are wanted next: one
+    assert made.chosen == {"b"}
+    assert 1.0 < made.threshold("b") < 1.1, "just above its largest response"
+    assert made.threshold("d") == 0
+
+
+def test_as_many_are_chosen_as_the_pace_asks_for() -> None:
+    made = controller()
+    made.observe(3, records(PEAKS), kept=50, accuracy=0.8)  # 50 - 30 * 4/6 = 30 are wanted: two
+    assert made.chosen == {"b", "d"}
+    assert made.epsilon > 2.0
+    made.observe(3, records(PEAKS), kept=50, accuracy=0.8)
+    assert made.chosen == {"b", "d"}, "those that are on their way count as gone"
+
+
+def test_epsilon_stays_above_a_chosen_block_that_grows_and_never_falls() -> None:
+    made = controller()
+    made.observe(0, records(PEAKS), kept=50, accuracy=0.8)
+    made.observe(1, records({**PEAKS, "b": 1.5}), kept=50, accuracy=0.8)
+    risen = made.threshold("b")
+    assert risen > 1.5
+    made.observe(1, records({**PEAKS, "b": 0.2}), kept=50, accuracy=0.8)
+    assert made.threshold("b") == risen
+
+
+def test_opens_all_gates_once_the_target_is_met() -> None:
+    made = controller()
+    made.observe(5, records(PEAKS), kept=50, accuracy=0.8)
+    made.observe(6, records(PEAKS, dead="bdc"), kept=20, accuracy=0.8)
+    assert [made.threshold(block) for block in "abcd"] == [0, 0, 0, 0]
+
+
+def test_in_the_final_decay_none_is_chosen_but_the_chosen_die() -> None:
+    made = controller()
+    made.observe(0, records(PEAKS), kept=50, accuracy=0.8)
+    made.observe(8, records(PEAKS), kept=50, accuracy=0.8)
+    assert made.chosen == {"b"}
+    assert made.threshold("b") > 1.0
+
+
+def test_every_stage_keeps_a_block() -> None:
+    made = EpsilonController(
+        target=10,
+        sizes=dict.fromkeys(("one.0", "one.1", "two.0"), 10),
+        whole=50,
+        start=1,
+        end=6,
+        patience=2,
+        max_drop=None,
+        stages={"one.0": "one", "one.1": "one", "two.0": "two"},
+    )
+    made.observe(3, records({"one.0": 1.0, "one.1": 2.0, "two.0": 0.1}), kept=50, accuracy=0.8)
+    assert made.chosen == {"one.0"}, "the target asks for more"
+
+
+def test_the_guard_chooses_none_until_accuracy_is_back() -> None:
+    made = controller(max_drop=0.01)
+    for epoch, accuracy in enumerate([0.90, 0.80, 0.85]):
+        made.observe(epoch, records(PEAKS), kept=50, accuracy=accuracy)
+    assert (made.held, len(made.chosen)) == (0, 2), "one weak epoch is noise"
+    made.observe(3, records(PEAKS), kept=50, accuracy=0.88)
+    made.observe(4, records(PEAKS), kept=50, accuracy=0.85)
+    assert (made.held, len(made.chosen)) == (1, 2), "three in a row are not"
+    made.observe(5, records(PEAKS), kept=50, accuracy=0.895)
+    assert (made.held, len(made.chosen)) == (1, 3)
+
+
+def test_a_target_that_was_missed_is_told_with_its_reason() -> None:
+    made = controller(max_drop=0.01)
+    assert made.shortfall(20) is None
+    assert made.shortfall(25) == (
+        "50% of the parameters are left, not 40%: the run was too short, or every stage is down"
+        " to a block; give more --epochs"
+    )
+    made.held = 2
+    assert "in 2 epochs accuracy was too low" in str(made.shortfall(25))
+
+
+@contextmanager
+def certain_deaths() -> Iterator[None]:
+    """Epsilon so far above the responses of the chosen blocks that no step opens their gates."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "MARGIN", 1e6)
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Trainer, list[float]]:
+    """A run to its end without a stop, and epsilon in each of its epochs."""
+    run = trainer(tmp_path_factory.mktemp("whole_run"), TARGET)
+    epsilons: list[float] = []
+    with certain_deaths():
+        run.run(lambda report: epsilons.append(report.epsilon))
+    return run, epsilons
+
+
+def test_a_run_reaches_its_target(whole_run: tuple[Trainer, list[float]]) -> None:
+    run, epsilons = whole_run
+    assert epsilons[0] == 0, "nothing is closed before anything is learned"
+    assert max(epsilons) > 0
+    assert epsilons[-1] == 0, "what ships is what was trained last"
+    best = Checkpoint.load(run.best_path)
+    assert best.dead
+    parameters = sum(p.numel() for p in best.network.skeleton().parameters())
+    assert run.parameters() <= 0.5 * parameters
+
+
+def test_resumes_exactly_while_epsilon_is_led(
+    whole_run: tuple[Trainer, list[float]], tmp_path: Path
+) -> None:
+    resumed = []
+    for _ in range(2):
+        run = trainer(tmp_path, TARGET)
+        if run.last_path.exists():
+            run.resume()
+        for _ in range(TARGET.epochs // 2):
+            with certain_deaths():
+                report = run.run_epoch()
+            resumed.append(report.epsilon)
+            run.save(report)
+    assert resumed == whole_run[1]

@@ -1,0 +1,289 @@
+"""Pre-flight checks of a run, and checks while it trains: warnings and errors with a remedy.
+
+A false alarm would be worse than none: a warning is only given where the numbers leave little
+doubt, and the tests hold the recipes against all of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor, nn
+
+from eps_core.errors import TrainingError
+from eps_train.config import TrainingConfig
+from eps_train.data.images import Part
+from eps_train.gating.gate import EpsilonGate, response
+from eps_train.gating.pruning_state import watch_branches
+from eps_train.schedule import LearningRateSchedule
+from eps_train.training.checkpoint import GateRecord
+from eps_train.training.distributed import ALONE, Group
+from eps_train.training.evaluate import EpochMetrics, Score, logits
+from eps_train.training.plots import Metrics
+
+# -- Pre-flight checks
+
+# Share of a closed branch's weights at the end of the run from which on no block is expected to
+# die. Measured on digits: at 0.84 none of 15 blocks died (depth 32), at 0.46 none of 9, at 0.30
+# three of 9 (depth 20), at 0.01 six of 15. So a run just below the limit may lose no block, but one
+# above it has no prospect of it.
+LASTING = 0.5
+WANTED = 0.05  # share that the remedy aims at
+STRONGEST = 0.01  # largest weight decay to suggest; 0.005 did well on digits and harm elsewhere
+SILENT = 1e-3  # share of epsilon below which the first response shows a branch that starts at zero
+IMAGES = 32  # passed through the network to find such branches
+
+
+def schedule_warning(config: TrainingConfig, *, steps: int) -> str | None:
+    """Why few blocks or none can die in a run of `steps` steps an epoch; None if they can."""
+    if config.plain:
+        return None
+    active = len(_active_epochs(config))
+    if active < config.patience:
+        return (
+            f"no block can die: epsilon acts in {active} epochs, and a gate has to be closed"
+            f" for {config.patience}; give more --epochs"
+        )
+    if config.target_parameters is not None:
+        return None  # the controller raises epsilon to blocks that do not shrink
+    left = math.exp(-decay_exponent(config, steps=steps))
+    if left <= LASTING:
+        return None
+    remedies = ["--target-parameters"]
+    if left < 0.999:
+        factor = math.log(WANTED) / math.log(left)
+        if config.weight_decay * factor <= STRONGEST:
+            remedies.insert(0, f"--weight-decay {config.weight_decay * factor:.2g}")
+        remedies.insert(0, f"--epochs {math.ceil(config.epochs * factor)}")
+    return (
+        f"few blocks or none will die: weight decay leaves {left:.0%} of a closed branch after"
+        f" {active * steps:,} steps, so only blocks whose response is below epsilon anyway can;"
+        f" give {' or '.join(remedies)}"
+    )
+
+
+def decay_exponent(config: TrainingConfig, *, steps: int) -> float:
+    """Exponent by which weight decay shrinks a closed branch over the run, without restarts.
+
+    The sum of `lr * weight_decay / (1 - momentum)` over all steps on which epsilon acts
+    (paper.md, "Tried on small data"). Restarts only add to it.
+    """
+    schedule = LearningRateSchedule.of(config)
+    lrs = sum(schedule.lr(epoch) for epoch in _active_epochs(config))
+    return lrs * steps * config.weight_decay / (1 - config.momentum)
+
+
+def _active_epochs(config: TrainingConfig) -> range:
+    """The 0-based epochs in which a fixed epsilon acts."""
+    return range(config.epsilon_warmup, round(config.freeze_gates_at * config.epochs))
+
+
+def size_warnings(
+    config: TrainingConfig, sizes: Mapping[str, int], whole: int, stages: Mapping[str, str]
+) -> list[str]:
+    """Warnings of blocks without parameters, and of a target that no run can reach.
+
+    Args:
+        config: of the run.
+        sizes: parameters that are removed with each block (`rewriting.branch_parameters`).
+        whole: parameters of the whole network.
+        stages: the stage of each block (`rewriting.stages`).
+    """
+    warnings = []
+    free = [block for block, size in sizes.items() if not size]
+    if free and len(free) == len(sizes):
+        warnings.append("no block of this network frees a parameter when it is removed")
+    elif free:
+        warnings.append(
+            f"{len(free)} of {len(sizes)} blocks free no parameter when they are removed, the first"
+            f" {free[0]}"
+        )
+    if config.target_parameters is not None:
+        kept: dict[str, int] = {}
+        for block, size in sizes.items():
+            kept[stages[block]] = min(size, kept.get(stages[block], size))
+        least = (whole - sum(sizes.values()) + sum(kept.values())) / whole
+        if least > config.target_parameters:
+            warnings.append(
+                f"--target-parameters {config.target_parameters:g} cannot be reached: every stage"
+                f" keeps a block, and that leaves {least:.0%} of the parameters"
+            )
+    return warnings
+
+
+def zero_branches_warning(
+    model: nn.Module,
+    normalize: nn.Module,
+    gates: Mapping[str, EpsilonGate],
+    images: Part,
+    *,
+    epsilon: float,
+) -> str | None:
+    """Warning of branches that start at zero, which `epsilon` closes from the first epoch for good.
+
+    Libraries initialise the last norm of a branch with weight 0 (timm's ResNets), or scale the
+    branch by 1e-6 (ConvNeXt): such a branch learns while its gate is open, but a gate that is
+    closed at once passes no gradient. A few of `images` are evaluated; the model is not changed.
+    """
+    if not gates or not epsilon:
+        return None
+    with watch_branches(gates, response) as peaks:
+        logits(model, normalize, next(iter(images.batches(IMAGES))).images)
+    silent = [block for block, seen in peaks.items() if max(map(float, seen)) < SILENT * epsilon]
+    if not silent:
+        return None
+    return (
+        f"{len(silent)} of {len(gates)} branches start at zero ({silent[0]}, ...), and an epsilon"
+        " that acts from the first epoch shuts them before they can learn; give --epsilon-warmup,"
+        " so that they train first"
+    )
+
+
+# -- Errors that end a run
+
+
+def nonfinite_block(gates: Mapping[str, EpsilonGate]) -> tuple[str, int] | None:
+    """The first block whose response was not finite, and the 1-based step of this epoch; or None.
+
+    Within a step the first block in the network's order counts, because all blocks after it have
+    non-finite responses too.
+    """
+    found = []
+    for order, (block, gate) in enumerate(gates.items()):
+        finite, steps = int(gate.finite_steps), int(gate.steps)
+        if finite < steps:
+            found.append((finite + 1, order, block))
+    if not found:
+        return None
+    step, _, block = min(found)
+    return block, step
+
+
+def nonfinite_error(
+    gates: Mapping[str, EpsilonGate], *, epoch: int, step: int, kept: str, group: Group = ALONE
+) -> TrainingError:
+    """The error for a loss that is no longer finite at a 1-based `step` of the 1-based `epoch`.
+
+    It names the first block that failed, perhaps some steps earlier, in any process of `group`;
+    `kept` says which checkpoint is left.
+    """
+    order = list(gates)
+    culprits = [found for found in group.gather(nonfinite_block(gates)) if found is not None]
+    culprit = min(culprits, key=lambda found: (found[1], order.index(found[0])), default=None)
+    where = (
+        f"step {step}: the loss" if culprit is None else f"step {culprit[1]}: block {culprit[0]}"
+    )
+    return TrainingError(
+        f"epoch {epoch}, {where} is no longer finite; lower the learning rate{kept}"
+    )
+
+
+def loss_scale_error(*, epoch: int, step: int, kept: str) -> TrainingError:
+    """The error for fp16 gradients that no loss scale keeps finite."""
+    return TrainingError(
+        f"epoch {epoch}, step {step}: gradients are not finite in fp16 at any loss scale;"
+        f" use --precision bf16 or fp32{kept}"
+    )
+
+
+def require_no_collapse(
+    records: Iterable[GateRecord],
+    validation: Score,
+    labels: Tensor,
+    *,
+    epoch: int,
+    stages: Mapping[str, str],
+) -> None:
+    """Raise TrainingError when a whole stage died before the network has learned anything.
+
+    "Learned" is a validation accuracy half-way from the share of the largest class to 1.
+
+    Args:
+        records: of all gates.
+        validation: score of the epoch.
+        labels: of the validation part, int64 `[N]`.
+        epoch: 1-based.
+        stages: the stage of each block (`rewriting.stages`).
+    """
+    chance = labels.bincount().max().item() / len(labels)
+    if validation.accuracy >= (1 + chance) / 2:
+        return
+    if lost := dead_stages(records, stages):
+        raise TrainingError(
+            f"every block of {', '.join(lost)} died by epoch {epoch}, at a validation accuracy of"
+            f" {validation.accuracy:.1%}: the threshold acts before the network has learned;"
+            " lower --epsilon, or let it act later with --epsilon-warmup"
+        )
+
+
+def dead_stages(records: Iterable[GateRecord], stages: Mapping[str, str]) -> list[str]:
+    """The stages whose blocks are all dead, in the order of computation."""
+    alive: dict[str, int] = {}
+    for record in records:
+        stage = stages.get(record.block, record.block)
+        alive[stage] = alive.get(stage, 0) + (record.death is None)
+    return [stage for stage, count in alive.items() if not count]
+
+
+# -- Warnings while a run trains
+
+# Share of the guessing cross-entropy below which a network has learned something. A share of the
+# accuracy, as in `require_no_collapse`, is reached late or never with many classes. At a half, a
+# run on digits whose blocks died one by one, and that ended well, was warned of.
+LEARNED = 0.75
+
+
+class PruneLog:
+    """Warns when blocks die too early, or all blocks of a stage; each warning is given once.
+
+    Args:
+        config: of the run.
+        labels: of the validation part, int64 `[N]`.
+        stages: the stage of each block (`rewriting.stages`).
+        before: the lines of `metrics.jsonl` that a resumed run has behind it.
+        records: of all gates, where it resumes: warnings about them have been given.
+    """
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        labels: Tensor,
+        stages: Mapping[str, str],
+        *,
+        before: Metrics = (),
+        records: Iterable[GateRecord] = (),
+    ) -> None:
+        shares = labels.bincount().double() / len(labels)
+        # Cross-entropy of a guess by the frequencies of the classes.
+        self._guess = math.fsum(-share * math.log(share) for share in shares.tolist() if share)
+        losses = [min(line["validation"]["loss"], line["loss"]) for line in before]
+        self._loss = min(losses, default=math.inf)
+        self._died_before = any(line["died"] for line in before)
+        self._stages = stages
+        self._lost = set(dead_stages(records, stages))
+        has_target = config.target_parameters is not None
+        first = "raise --target-parameters" if has_target else "lower --epsilon"
+        self._remedy = f"{first}, or let it act later with --epsilon-warmup"
+
+    def observe(self, metrics: EpochMetrics) -> list[str]:
+        """The warnings for an epoch."""
+        # The validation loss alone would mislead: at a high learning rate it swings widely.
+        self._loss = min(self._loss, metrics.validation.loss, metrics.loss)
+        warnings = []
+        if metrics.died and not self._died_before and self._loss > self._guess * LEARNED:
+            warnings.append(
+                f"blocks died in epoch {metrics.epoch}, before the network has learned much: the"
+                f" best loss so far is {self._loss:.2f}, where guessing gives {self._guess:.2f};"
+                f" {self._remedy}"
+            )
+        self._died_before = self._died_before or bool(metrics.died)
+        for stage in dead_stages(metrics.gates, self._stages):
+            if stage not in self._lost:
+                self._lost.add(stage)
+                warnings.append(
+                    f"every block of {stage} has died by epoch {metrics.epoch}, at"
+                    f" a validation accuracy of {metrics.validation.accuracy:.1%}: only shortcuts"
+                    f" are left there; if that is too much, {self._remedy}"
+                )
+        return warnings
