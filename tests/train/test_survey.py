@@ -65,7 +65,9 @@ FAMILIES = {
 }
 REFUSED = {
     **dict.fromkeys(("densenet121", "shufflenet_v2_x0_5", "squeezenet1_0"), "no residual addition"),
-    **dict.fromkeys(("vgg11_bn", "googlenet", "inception_v3", "alexnet", "vovnet39a"), "no residual addition"),
+    **dict.fromkeys(
+        ("vgg11_bn", "googlenet", "inception_v3", "alexnet", "vovnet39a"), "no residual addition"
+    ),
 }
 
 
