@@ -22,7 +22,7 @@ _HOMES = {
     "NetworkSpec": "models.spec",
     "insert_gates": "gating.rewriting",
     "remove_blocks": "gating.rewriting",
-    "ungated": "graph",
+    "ungated": "gating.rewriting",
 }
 
 __all__ = [
