@@ -1,10 +1,9 @@
-"""What a machine with an NVIDIA GPU can tell us: `make gpu-report` runs this and nothing else does.
+"""GPU report: run everything that needs an NVIDIA GPU and write one JSON file (`make gpu-report`).
 
-It runs `eps-doctor`, all tests that need a GPU, the chain from training to a bundle with TensorRT
-in every precision and with ONNX Runtime on CUDA, and the benchmarks that take `--device cuda`. All
-of it goes into one JSON file to send back: results, reports, times, and what the steps that failed
-printed. Exit codes: 0 all went well, 1 no GPU (nothing was run), 3 something failed (the file is
-written all the same).
+Steps: `eps-doctor`; all tests that need a GPU; the chain from training to a bundle with TensorRT in
+every precision and with ONNX Runtime on CUDA; the benchmarks that have `--device`. The file has
+results, reports, times, and the output of failed steps. Exit codes: 0 all steps passed, 1 no GPU
+(nothing was run), 3 a step failed (the file is still written).
 """
 
 from __future__ import annotations
@@ -26,20 +25,20 @@ from eps_deploy.bench import machine
 
 SCHEMA = 1
 ROOT = Path(__file__).resolve().parents[1]
-_TAIL = 200  # lines of what a step printed that the report keeps
+_TAIL = 200  # lines of output per step that the report keeps
 _DEVICE = "--device"
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One command, and the file that it leaves for the report, if any.
+    """One command of the report.
 
     Attributes:
-        name: in the report.
-        command: the words.
-        folder: where it runs.
-        result: JSON or JUnit XML that it writes; None: a last line of JSON, if it prints one.
-        allowed: exit codes that are no failure of the machine's.
+        name: key in the report.
+        command: program and arguments.
+        folder: working directory.
+        result: JSON or JUnit XML file that it writes; None: the last line of its output, if JSON.
+        allowed: exit codes that do not mean a failure of the machine.
     """
 
     name: str
@@ -59,7 +58,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         for step in steps(Path(folder)):
             report["steps"][step.name] = run(step)
-            # After each: a machine that goes down half-way has still told something.
+            # After each step, so that a crash of the machine loses one step only.
             replace_file(target, json.dumps(report, indent=1).encode())
     failed = [name for name, told in report["steps"].items() if not told["passed"]]
     say(f"\n{len(report['steps'])} steps, failed: {', '.join(failed) or 'none'}")
@@ -68,7 +67,7 @@ def main() -> int:
 
 
 def steps(folder: Path) -> Iterator[Step]:
-    """All of them, cheapest first; each is run before the next one is asked for."""
+    """Yield all steps, cheapest first; each runs before the next one is created."""
     python = sys.executable
     tests = folder / "tests.xml"
     yield Step("doctor", (script("eps-doctor"), "--json"), folder)
@@ -85,7 +84,7 @@ def steps(folder: Path) -> Iterator[Step]:
 
 
 def chain(folder: Path) -> Iterator[Step]:
-    """As a user would: digits, trained on the GPU, to bundles with a verdict each."""
+    """Yield the steps from digits, trained on the GPU, to a bundle per engine and precision."""
     train = (script("eps-train"), "--with-baseline", _DEVICE, "cuda")
     yield Step("train", train, folder)
     yield Step("compact", (script("eps-compact"), "ckpt.pt"), folder)
@@ -100,17 +99,17 @@ def chain(folder: Path) -> Iterator[Step]:
     }.items():
         bundle = folder / name
         command = (script("eps-deploy"), "--engine", *options, "-o", str(bundle))
-        # 3: a goal was missed. That is a finding about the network, not about the machine.
+        # 3: a check failed, which is a result about the network and not about the machine.
         yield Step(f"deploy-{name}", command, folder, bundle / "report.json", allowed=(0, 3))
 
 
 def script(name: str) -> str:
-    """The command of the environment that this runs in."""
+    """Path of a console script in the environment of this process."""
     return str(Path(sys.executable).parent / name)
 
 
 def takes_device(path: Path) -> bool:
-    """Whether a benchmark can be told to run on a GPU."""
+    """Whether a benchmark has the option `--device`."""
     asked = subprocess.run(
         [sys.executable, str(path), "--help"], capture_output=True, text=True, check=False
     )
@@ -118,7 +117,7 @@ def takes_device(path: Path) -> bool:
 
 
 def run(step: Step) -> dict[str, Any]:
-    """Run it, showing what it prints, and what came of it."""
+    """Run `step`, show its output, and return its entry in the report."""
     say(f"\n$ {' '.join(step.command)}")
     began = time.monotonic()
     printed, code = _printed(step)
@@ -134,7 +133,7 @@ def run(step: Step) -> dict[str, Any]:
 
 
 def _printed(step: Step) -> tuple[list[str], int | None]:
-    """Everything that it prints, line by line, and its exit code; None when it does not start."""
+    """Output lines and exit code; the exit code is None if the command does not start."""
     lines: list[str] = []
     try:
         process = subprocess.Popen(
@@ -157,7 +156,7 @@ def _printed(step: Step) -> tuple[list[str], int | None]:
 
 
 def _answered(step: Step, result: Any) -> bool:
-    """Whether it left what it was to leave; tests that were all skipped have shown nothing."""
+    """Whether the expected result exists; a test run with all tests skipped does not count."""
     if step.result is None:
         return True
     if step.result.suffix == ".xml":
@@ -166,7 +165,7 @@ def _answered(step: Step, result: Any) -> bool:
 
 
 def _result(step: Step, printed: Sequence[str]) -> Any:
-    """The JSON that it left or printed last, or the outcome of each test; None: neither."""
+    """The JSON written or printed last, or the outcome of each test; None: neither."""
     try:
         if step.result is None:
             return json.loads(printed[-1]) if printed else None
@@ -178,7 +177,7 @@ def _result(step: Step, printed: Sequence[str]) -> Any:
 
 
 def outcomes(path: Path) -> dict[str, Any]:
-    """Of pytest's JUnit file: how many tests had which outcome, and what those that failed said."""
+    """Read pytest's JUnit file: the number of tests per outcome, and the messages of failures."""
     found: dict[str, list[Any]] = {"passed": [], "failed": [], "skipped": []}
     for case in ElementTree.parse(path).iter("testcase"):
         name = f"{case.get('classname')}::{case.get('name')}"

@@ -1,8 +1,9 @@
-"""Images a second of our input path, and of a torchvision `DataLoader` with the same augmentation.
+"""Input path benchmark: images per second of eps-train and of a torchvision `DataLoader`.
 
-Both give batches of uint8 images on the device, shifted by up to 4 pixels (zero padding) and half
-of them mirrored, every image by its own draw. Ours augments whole batches where the images lie; the
-other runs torchvision's v2 transforms image by image, in this process and in two worker processes.
+Both yield batches of uint8 images on the device, with random shifts of up to 4 pixels (zero
+padding) and random mirroring per image. eps-train augments whole batches on the device of the
+images; the `DataLoader` runs torchvision's v2 transforms image by image, in this process and in two
+worker processes.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ WORKERS = (0, 2)
 
 
 def inputs(options: Options) -> Plan:
-    """Images a second of ours over the faster of the two `DataLoader`s."""
+    """Images per second of eps-train over those of the faster `DataLoader`."""
     config = cifar("cifar10-110", dataset="cifar10", depth=110)
     data = random_images(config, IMAGES)
     assert isinstance(data.train, ImageSet)
@@ -48,7 +49,7 @@ def inputs(options: Options) -> Plan:
         count = ours.steps * ours.size
         return count / seconds_of(lambda: _drain(sides[side]()), options.device)
 
-    once = sum(ours.steps * ours.size / rate(side) for side in sides)  # it starts the workers too
+    once = sum(ours.steps * ours.size / rate(side) for side in sides)  # also starts the workers
 
     def measure() -> dict[str, Any]:
         rates = in_turns({side: partial(rate, side) for side in sides}, rounds=ROUNDS)
@@ -67,7 +68,7 @@ def inputs(options: Options) -> Plan:
 
 
 class _Augmented(Dataset[tuple[Tensor, Tensor]]):
-    """Images with labels, as a torchvision user would serve them."""
+    """Images with labels as a torchvision `Dataset`."""
 
     def __init__(self, images: ImageSet) -> None:
         import_torchvision()

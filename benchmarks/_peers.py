@@ -1,8 +1,7 @@
-"""Other servers for the same ONNX file: each in an environment of its own, set as suits it best.
+"""Other model servers for the same ONNX file, each in its own environment and its best settings.
 
-All get ONNX Runtime in our version, one thread an operator, one worker that runs the network,
-batches of up to 16, and no log of requests. What each of them was found to be fastest with stands
-in its script in `peers/`.
+All use the same version of ONNX Runtime, one intra-op thread, one worker that runs the network,
+batches of up to 16, and no request log. The scripts in `peers/` have the fastest settings found.
 """
 
 from __future__ import annotations
@@ -34,13 +33,13 @@ for name in sys.argv[1:]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Side:
-    """A server as a load meets it.
+    """How to query a server.
 
     Attributes:
-        wire: what an image's request looks like, in words.
-        ready: path that is answered with 200 when it can answer all others.
-        post: from images uint8 `[N, C, H, W]` to a request.
-        logits: from an answer's body and headers to the logits, in any shape.
+        wire: description of the request format.
+        ready: path that returns 200 once the server is ready.
+        post: converts images uint8 `[N, C, H, W]` to a request.
+        logits: reads the logits, in any shape, from a response's body and headers.
     """
 
     wire: str
@@ -51,12 +50,14 @@ class Side:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Peer:
-    """Attributes:
-    package: its name on the package index, and its version.
-    arguments: of its Python; MODEL and PORT stand for those.
-    side: how it is asked.
-    python: that its environment is made with.
-    environment: variables for it.
+    """A model server to compare with.
+
+    Attributes:
+        package: name on the package index, and version.
+        arguments: for its Python; MODEL and PORT are replaced.
+        side: how to query it.
+        python: interpreter that creates its environment.
+        environment: environment variables.
     """
 
     package: tuple[str, str]
@@ -70,7 +71,7 @@ class Peer:
         return dict([self.package, ("onnxruntime", version("onnxruntime"))])
 
     def start(self, python: Path, model: Path, folder: Path) -> AbstractContextManager[Server]:
-        """As a process of the environment's `python`, in the new folder `folder`."""
+        """Start it with its environment's `python`, in the new folder `folder`."""
         port = free_port()
         meant = {"MODEL": str(model), "PORT": str(port)}
         arguments = [meant.get(word, word) for word in self.arguments]
@@ -80,7 +81,7 @@ class Peer:
 PEERS: dict[str, Peer] = {
     "pytriton": Peer(
         package=("nvidia-pytriton", "0.7.0"),
-        # Its Triton brings a libpython of Debian's 3.11.2 and fails on the modules of a later one.
+        # Its Triton contains Debian's libpython 3.11.2, which fails on modules of a later one.
         python="/usr/bin/python3",
         arguments=(str(SCRIPTS / "pytriton_server.py"), "MODEL", "PORT"),
         environment={"PYTRITON_HOME": "."},
@@ -129,7 +130,7 @@ PEERS: dict[str, Peer] = {
 
 
 def install(folder: Path) -> None:
-    """Make every peer's environment in `folder`, with pip."""
+    """Create the environment of every peer in `folder`, with pip."""
     for name, peer in PEERS.items():
         python = interpreter(folder, name)
         pins = [f"{package}=={wanted}" for package, wanted in peer.pins.items()]
@@ -143,7 +144,7 @@ def interpreter(folder: Path, name: str) -> Path:
 
 
 def versions(folder: Path, name: str) -> dict[str, str] | None:
-    """Of a peer's Python, itself and ONNX Runtime, as installed; None where it is not."""
+    """Installed versions of Python, a peer and ONNX Runtime; None if one is missing or differs."""
     python, wanted = interpreter(folder, name), PEERS[name].pins
     if not python.exists():
         return None

@@ -1,6 +1,6 @@
-"""A deep network and what is left of it, for benchmarks of deployment: untrained, deaths made up.
+"""A deep network and its compact form for deployment benchmarks: untrained, dead blocks chosen.
 
-Neither time nor size depend on what the weights are.
+Neither time nor size depends on the weights.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from eps_train.recipes import cifar
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pair:
-    """Both take uint8 images `[N, 3, 32, 32]`, and ship as `eps-deploy` makes them.
+    """Baseline and compact network, as `eps-deploy` exports them; input is uint8 `[N, 3, 32, 32]`.
 
     Attributes:
-        full: all blocks, a plain network.
+        full: the baseline, with all blocks.
         compact: without the dead blocks, batch norms folded.
-        flops: of one image, by `full` and `compact`.
+        flops: per image, of `full` and `compact`.
     """
 
     full: Deployed
@@ -40,7 +40,7 @@ class Pair:
 
 
 def pair(depth: int, dead: int) -> Pair:
-    """A network of the CIFAR family of this depth, and the same without so many of its blocks."""
+    """Build a network of the CIFAR family and its compact form without some blocks."""
     torch.manual_seed(0)
     spec = NetworkSpec.parse(f"cifar:{depth}x16", in_channels=3, classes=10)
     gated = spec.build()

@@ -1,4 +1,4 @@
-"""Whole runs of the digits recipe: live removal of dead blocks against the plain network."""
+"""Live removal benchmark: whole runs of the digits recipe against the baseline."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from eps_train.training.trainer import Trainer
 
 
 def removal(options: Options) -> Plan:
-    """Seconds of a run whose dead blocks leave the network over those of the plain network."""
+    """Seconds of a run with live removal over those of the baseline."""
     recipe = recipes.digits()
     images = dataset.load(recipe.dataset)
     on_cpu = options.device.type == "cpu"
 
     def single_threaded(work: Callable[[], Any]) -> Any:
-        """As the recipe asks for; the other sections take what the machine has."""
+        """Use one thread, as the recipe does; the other sections use all cores."""
         threads = torch.get_num_threads()
         if on_cpu:
             torch.set_num_threads(recipe.cpu_threads)

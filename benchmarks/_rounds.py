@@ -1,4 +1,4 @@
-"""What the training benchmarks share: sides in turns, ratios with their spread, the machine."""
+"""Shared parts of the training benchmarks: interleaved rounds, ratios, machine facts."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from typing import Any
 import numpy as np
 import torch
 
-RESAMPLES = 1000  # of the bootstrap that gives the interval
+RESAMPLES = 1000  # seed of the bootstrap interval
 
 
 class NotRun(Exception):
-    """Why a section cannot run here."""
+    """Raised with the reason why a section cannot run on this machine."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
-    """What the command line asked for."""
+    """Command-line options."""
 
     device: torch.device
     depth: int
@@ -42,14 +42,14 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A section that is set up and warm: about how many seconds it will take, and its work."""
+    """A section that is set up and warmed up: estimated seconds, and the function to run."""
 
     seconds: float
     measure: Callable[[], dict[str, Any]]
 
 
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:
-    """Wall seconds of `work`, until the device is done with it."""
+    """Wall seconds of `work`, including a device synchronization."""
     _wait(device)
     began = time.perf_counter()
     work()
@@ -58,7 +58,7 @@ def seconds_of(work: Callable[[], object], device: torch.device) -> float:
 
 
 def in_turns(sides: Mapping[str, Callable[[], float]], *, rounds: int) -> dict[str, list[float]]:
-    """What each side returned in each round; which side begins rotates."""
+    """Return values of each side in each round; the first side rotates."""
     found: dict[str, list[float]] = {side: [] for side in sides}
     for index in range(rounds):
         start = index % len(sides)
@@ -68,10 +68,10 @@ def in_turns(sides: Mapping[str, Callable[[], float]], *, rounds: int) -> dict[s
 
 
 def ratio(top: list[float], bottom: list[float]) -> dict[str, Any]:
-    """Median over the rounds of one side over the other, its 95 % interval, and the quartiles.
+    """Median over the rounds of the ratio of two sides, its 95 % interval, and the quartiles.
 
-    Each round's own ratio, not that of the sides' medians: the two of a round were measured right
-    beside each other, while a machine that others use may be twice as slow in the next round.
+    It uses each round's own ratio, not the ratio of the medians: both sides of a round were
+    measured right after each other, while a shared machine may be twice as slow in the next round.
     """
     each = np.array(top) / np.array(bottom)
     picks = np.random.default_rng(0).integers(len(each), size=(RESAMPLES, len(each)))
@@ -89,7 +89,7 @@ def say(text: str) -> None:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What the numbers were measured on."""
+    """Hardware and software of the measurement."""
     on_gpu = device.type == "cuda"
     return {
         "processor": _processor(),

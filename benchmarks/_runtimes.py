@@ -1,10 +1,10 @@
-"""One network in five runtimes, each set to the same number of threads, and the machine's GEMM.
+"""One network in five runtimes with the same number of threads, and a matrix product (GEMM).
 
-- `ours`: the ONNX file that `eps-deploy` writes, in the session that it opens.
-- `plain`: what `torch.onnx.export` writes without options, in ONNX Runtime with its defaults.
+- `ours`: the ONNX file of `eps-deploy`, in a session with its settings.
+- `plain`: the file of `torch.onnx.export` without options, in ONNX Runtime with its defaults.
 - `eager`, `compile`: torch, channels-last; `compile` is `torch.compile` with its defaults.
-- `openvino`: OpenVINO on our ONNX file, tuned for latency, in float32. Left to itself it would take
-  bfloat16 on this kind of processor.
+- `openvino`: OpenVINO on the ONNX file of `eps-deploy`, tuned for latency, in float32. Its default
+  on this kind of processor is bfloat16.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def ours(path: Path, images: Images, threads: int) -> Call:
 
 
 def write_plain(network: nn.Module, images: Images, path: Path) -> None:
-    """As a user of torch's exporter would, with a batch of any size."""
+    """Export with `torch.onnx.export` and a dynamic batch."""
     with quiet():
         torch.onnx.export(
             network,
@@ -55,13 +55,13 @@ def plain(path: Path, images: Images, threads: int) -> Call:
 
 
 def eager(network: nn.Module, images: Images) -> Call:
-    """On as many threads as torch is set to."""
+    """torch, eager, on the number of threads that torch is set to."""
     pixels = torch.from_numpy(images)
     return lambda: _infer(network, pixels)
 
 
 def compiled(network: nn.Module, images: Images) -> Call:
-    """Compiled for this batch size. It takes a minute or so."""
+    """`torch.compile` for this batch size; compiling takes about a minute."""
     torch._dynamo.reset()
     work = torch.compile(network, dynamic=False)
     pixels = torch.from_numpy(images)
@@ -71,7 +71,7 @@ def compiled(network: nn.Module, images: Images) -> Call:
 
 
 def openvino(path: Path, images: Images, threads: int) -> Call | None:
-    """None where it is not installed."""
+    """OpenVINO; None where it is not installed."""
     try:
         module: Any = import_module("openvino")
     except ModuleNotFoundError:
@@ -94,7 +94,7 @@ def openvino(path: Path, images: Images, threads: int) -> Call | None:
 
 
 def gemm() -> tuple[Call, int]:
-    """A product of float32 matrices by torch, and its FLOPs."""
+    """A float32 matrix product in torch, and its FLOPs."""
     chance = torch.Generator().manual_seed(0)
     a, b = (torch.randn(GEMM, GEMM, generator=chance) for _ in range(2))
     out = torch.empty(GEMM, GEMM)

@@ -1,7 +1,6 @@
-"""A bundle to serve, made as a user would: pictures, `eps-train`, `eps-compact`, `eps-deploy`.
+"""A bundle to serve, made with `eps-train`, `eps-compact` and `eps-deploy`.
 
-The pictures are noise and the training two steps: neither time nor size depend on what the weights
-are.
+The images are noise and training is two steps: neither time nor size depends on the weights.
 """
 
 from __future__ import annotations
@@ -16,11 +15,11 @@ from PIL import Image
 
 CLASSES = 10
 SIZE = 32
-_PICTURES = {"train": 4, "val": 2, "test": 4}  # of each class
+_PICTURES = {"train": 4, "val": 2, "test": 4}  # images per class
 
 
 def make_bundle(folder: Path, depth: int) -> Path:
-    """The bundle of a network of the CIFAR family for pictures of 32x32, in `folder`."""
+    """Make the bundle of a network of the CIFAR family for 32x32 images in `folder`."""
     _write_pictures(folder / "pictures")
     commands = [
         "eps-train --recipe cifar10-110 --dataset folder:pictures --epochs 1 --batch-size 20"
@@ -39,7 +38,7 @@ def make_bundle(folder: Path, depth: int) -> Path:
 
 
 def script(name: str) -> Path:
-    """One of our commands, in the environment that runs this."""
+    """Path of a console script in the environment of this process."""
     return Path(sys.executable).parent / name
 
 

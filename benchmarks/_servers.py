@@ -1,4 +1,4 @@
-"""Servers as processes of their own: started, asked whether they are ready, watched, stopped."""
+"""Server processes: start, wait until ready, measure CPU use, stop."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pathlib import Path
 import click
 
 _PATIENCE = 120.0  # seconds until a server must be ready
-_GRACE = 10.0  # seconds that it gets to end
+_GRACE = 10.0  # seconds to wait for a server to end
 _LOOK = 0.1
 _PROC = Path("/proc")
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -27,7 +27,7 @@ _LOG = "log"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Post:
-    """A request that is sent again and again."""
+    """A request that a load repeats."""
 
     path: str
     headers: Mapping[str, str]
@@ -35,11 +35,11 @@ class Post:
 
 
 class Server:
-    """A process that listens on a port of this machine, with all that it has started.
+    """A process that listens on a local port, with its child processes.
 
     Attributes:
-        url: of it, without a path.
-        folder: where it runs and may write; a load's files go there too.
+        url: base URL, without a path.
+        folder: working directory; wrk's files are written there too.
     """
 
     def __init__(self, process: subprocess.Popen[bytes], port: int, folder: Path) -> None:
@@ -48,7 +48,7 @@ class Server:
         self._process = process
 
     def wait_ready(self, path: str) -> None:
-        """Until `path` is answered with 200. Raises ClickException with the end of its log."""
+        """Wait until `path` returns 200. Raises ClickException with the end of the log."""
         end = time.monotonic() + _PATIENCE
         while True:
             if self._process.poll() is not None or time.monotonic() > end:
@@ -56,11 +56,11 @@ class Server:
             try:
                 with urllib.request.urlopen(self.url + path, timeout=_GRACE):
                     return
-            except OSError:  # an HTTP error is one too
+            except OSError:  # includes HTTP errors
                 time.sleep(_LOOK)
 
     def ask(self, post: Post) -> tuple[bytes, Mapping[str, str]]:
-        """The answer's body and headers. Raises ClickException for another status than 200."""
+        """Body and headers of the response. Raises ClickException unless the status is 200."""
         asked = urllib.request.Request(self.url + post.path, post.body, dict(post.headers))
         try:
             with urllib.request.urlopen(asked, timeout=_GRACE) as answer:
@@ -70,31 +70,31 @@ class Server:
             raise click.ClickException(f"{self.folder.name}: {error}: {told}") from None
 
     def told(self, what: str) -> str:
-        """For an error: `what` it does wrong, and the end of its log."""
+        """Error message: `what` went wrong, and the end of the log."""
         ended = self._process.poll()
         log = (self.folder / _LOG).read_text(errors="replace").splitlines()[-20:]
         state = "runs" if ended is None else f"has ended with status {ended}"
         return "\n".join([f"{self.folder.name} {what}; it {state}", *log])
 
     def processes(self) -> list[int]:
-        """Its process and all that came of it."""
+        """Process IDs of the server and its descendants."""
         children: dict[int, list[int]] = defaultdict(list)
         for pid, fields in _stats():
             children[int(fields[1])].append(pid)
         found = [self._process.pid]
-        for pid in found:  # grows as it goes
+        for pid in found:  # grows while it is iterated
             found += children[pid]
         return found
 
     def used(self) -> float:
-        """Seconds of the processor that it has used so far."""
+        """CPU seconds used so far."""
         mine = set(self.processes())
         return sum(
             (int(fields[11]) + int(fields[12])) / _TICKS for pid, fields in _stats() if pid in mine
         )
 
     def waited(self) -> float:
-        """Seconds that its threads, added up, were ready to run and had no core."""
+        """Seconds that its threads, in total, were ready to run without a core."""
         return sum(
             int(text.split()[1]) / 1e9
             for pid in self.processes()
@@ -103,7 +103,7 @@ class Server:
         )
 
     def stop(self) -> None:
-        """Ask it to end, and end all of it that is still there after a while."""
+        """Send SIGTERM, and SIGKILL to every process that is still running after a while."""
         everyone = self.processes()
         self._process.send_signal(signal.SIGTERM)
         try:
@@ -121,7 +121,7 @@ def started(
 ) -> Iterator[Server]:
     """Run `command`, which listens on `port`, in the new folder `folder`."""
     folder.mkdir()
-    # One thread an operator for everyone; libraries of their own choosing would take all cores.
+    # One intra-op thread for every server; by default some libraries use all cores.
     threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     with (folder / _LOG).open("wb") as log:
         process = subprocess.Popen(
@@ -131,7 +131,7 @@ def started(
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C is for this process, which then stops the others
+            start_new_session=True,  # Ctrl-C reaches this process only, which stops the servers
         )
     server = Server(process, port, folder)
     try:
@@ -142,7 +142,7 @@ def started(
 
 @contextmanager
 def held(servers: Iterable[Server]) -> Iterator[None]:
-    """None of them does anything meanwhile: some use a core even when nobody asks them."""
+    """Suspend `servers` (SIGSTOP) in the block: some use a core even when idle."""
     processes = [pid for server in servers for pid in server.processes()]
     try:
         for pid in processes:
@@ -154,7 +154,7 @@ def held(servers: Iterable[Server]) -> Iterator[None]:
 
 
 def free_port() -> int:
-    """A port on which nobody listens now."""
+    """A free local port."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]
@@ -162,7 +162,7 @@ def free_port() -> int:
 
 
 def _stats() -> Iterator[tuple[int, list[str]]]:
-    """Of each process what /proc/PID/stat says behind the name, which may hold spaces."""
+    """Yield PID and the fields of /proc/PID/stat after the name, which may contain spaces."""
     for path in _PROC.glob("[0-9]*/stat"):
         if text := _text(path):
             yield int(path.parent.name), text.rpartition(")")[2].split()
@@ -171,10 +171,10 @@ def _stats() -> Iterator[tuple[int, list[str]]]:
 def _text(path: Path) -> str:
     try:
         return path.read_text()
-    except OSError:  # it has just ended
+    except OSError:  # the process has just ended
         return ""
 
 
 def _signal(pid: int, number: signal.Signals) -> None:
-    with suppress(ProcessLookupError):  # it has just ended
+    with suppress(ProcessLookupError):  # the process has just ended
         os.kill(pid, number)

@@ -1,4 +1,4 @@
-"""What came of the turns: how near each server is to the floor, and ours to the others."""
+"""Serving benchmark results: each server against the bare network, eps-serve against peers."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from eps_deploy.bench.latency import noise, spread, verdict
 from eps_deploy.bench.machine import BUSY
 
 OURS = "ours"
-LEAST_MS = 2.0  # an image, from which on the limit is meant
-JUDGED, LIMIT, AIM = 16, 0.80, 0.90  # connections; of the floor
+LEAST_MS = 2.0  # per image; the limit only applies to networks at least this slow
+JUDGED, LIMIT, AIM = 16, 0.80, 0.90  # connections; shares of the bare network's throughput
 
 
 def row(connections: int, turns: Mapping[str, list[Turn]]) -> dict[str, Any]:
-    """What came of so many connections."""
+    """Results for one number of connections."""
     ours = turns[OURS]
     others = [turn.conditions.others or 0.0 for some in turns.values() for turn in some]
     cores = os.cpu_count() or 1
@@ -52,7 +52,7 @@ def _side(name: str, turns: Mapping[str, list[Turn]]) -> dict[str, Any]:
 
 
 def _over(ours: list[Turn], theirs: list[Turn]) -> dict[str, Any]:
-    """Of the same rounds; `ours_is` None: there were failures."""
+    """Ratio of throughputs over the rounds; `ours_is` is None if requests failed."""
     found = ratio([turn.load.rate for turn in ours], [turn.load.rate for turn in theirs])
     valid = not any(turn.load.failed for turn in (*ours, *theirs))
     interval = Interval(found["ratio"], *found["interval"])
@@ -60,7 +60,7 @@ def _over(ours: list[Turn], theirs: list[Turn]) -> dict[str, Any]:
 
 
 def _noise(turns: Mapping[str, list[Turn]], floors: list[float]) -> str:
-    """Of the turn that was disturbed most; the floor's spread stands for the machine's."""
+    """Noise of the most disturbed turn; the spread of the bare network is that of the machine."""
     every = [turn.conditions for some in turns.values() for turn in some]
     worst = max(every, key=lambda conditions: conditions.others or 0.0)
     return noise(worst, spread(np.array(floors)[:, None]))
@@ -71,7 +71,7 @@ def _range(values: list[float]) -> dict[str, float]:
 
 
 def judge(rows: list[dict[str, Any]], milliseconds: float) -> dict[str, Any]:
-    """`passed` is None where the measurement does not tell."""
+    """Compare with the limit; `passed` is None if the measurement is inconclusive."""
     at = {found["connections"]: found for found in rows}
     slower = [
         [found["connections"], name]

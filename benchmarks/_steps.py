@@ -1,8 +1,8 @@
-"""A training step with gates against the same without: its time, and the memory it needs.
+"""Training step benchmark: time and memory of a step with gates against one without.
 
-The steps are those of `eps-train --recipe cifar10-110`, side head and optimizer included, on random
-pixels and with all gates open (none closes, but each is judged). The learning rate is 0, so that
-every step is like the first.
+The steps are those of `eps-train --recipe cifar10-110`, auxiliary head and optimizer included, on
+random pixels and with all gates open (every gate decides, none closes). The learning rate is 0, so
+that all steps are equal.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from eps_train.training.step import GraphedStep, TrainingStep, set_lr
 from eps_train.training.trainer import Trainer
 
 LIMIT = 1.04  # of a step with gates over one without
-OPEN = 1e-30  # an epsilon that no branch stays below
-_GPU_STEPS = 10  # timed together: waiting for the device after each would be part of the time
-_WARM_UP = 5  # of them the last is a replay, where there is a CUDA graph
+OPEN = 1e-30  # an epsilon below the response of every branch
+_GPU_STEPS = 10  # timed together, so that the device synchronization is not part of each step
+_WARM_UP = 5  # the last of them is a replay, with a CUDA graph
 
 
 def gate(options: Options) -> Plan:
-    """Time of a step with open gates over the time of one without gates, and images a second."""
+    """Time of a step with open gates over the time of one without gates, and images per second."""
     sides = {side: _Stepper(_trainer(side, options), options) for side in ("with", "without")}
     if options.cuda_graph:
         for side in ("with", "without"):
@@ -87,7 +87,7 @@ def memory(options: Options) -> Plan:
 
 
 class _Stepper:
-    """Takes the same step again and again."""
+    """Repeats one training step."""
 
     def __init__(self, trainer: Trainer, options: Options, *, graph: bool = False) -> None:
         self._trainer, self._step = trainer, trainer.take_step
@@ -133,7 +133,7 @@ def _saved_bytes(side: str, options: Options) -> int:
 def _gpu_peak(side: str, options: Options) -> int:
     """Most bytes that torch had allocated on the GPU at once in a step, network and optimizer
     included."""
-    gc.collect()  # the other side, if it was before
+    gc.collect()  # frees the memory of the other side
     before = torch.cuda.memory_allocated(options.device)
     stepper = _Stepper(_trainer(side, options), options)
     for _ in range(_WARM_UP):

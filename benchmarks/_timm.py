@@ -1,13 +1,13 @@
-"""Time of an epoch: `eps-train` beside timm's training script, on the same network and images.
+"""timm benchmark: time per epoch of `eps-train` and of timm's training script, interleaved.
 
-Each is a command of its own, timm's in an environment of its own. An epoch lasts from one line of
-the run's log to the next, from the end of the first epoch on: start-up is no part of it, validation
-and checkpoints are. Both read the same folder of PNG files, 32x32: scikit-learn's digits, enlarged
-and repeated.
+Each is a separate command, timm's in its own environment, on the same network and images. An epoch
+is the time between two lines of the run's log, from the end of the first epoch on: it excludes
+start-up and includes validation and checkpoints. Both read the same folder of 32x32 PNG files:
+scikit-learn's digits, enlarged and repeated.
 
-Both: SGD with momentum, batch 128, float32, channels-last, mirroring. timm's images are scaled by a
-random resized crop that is fixed to the whole image, ours are shifted by up to 4 pixels. All of our
-gates are judged in each step, and stay open.
+Both use SGD with momentum, batch 128, float32, channels-last and mirroring. timm's images pass a
+random resized crop fixed to the whole image; those of eps-train are shifted by up to 4 pixels.
+Every gate of eps-train decides in each step and stays open.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ SIZE = 32
 BATCH = 128
 EPOCHS = 3
 ROUNDS = 8
-LOGS = {"ours": "metrics.jsonl", "timm": "*/summary.csv"}  # they grow once an epoch
-_LOOK = 0.01  # seconds between two looks at a log
-COPIES = {"cpu": 4, "cuda": 40}  # of 1,295 training images; 40 make a set of CIFAR's size
-OUTPUT = Path("output")  # stands for the folder of a run, which is another each time
+LOGS = {"ours": "metrics.jsonl", "timm": "*/summary.csv"}  # logs that grow once per epoch
+_LOOK = 0.01  # seconds between two reads of a log
+COPIES = {"cpu": 4, "cuda": 40}  # of 1,295 training images; 40 copies are CIFAR's size
+OUTPUT = Path("output")  # placeholder for the folder of a run
 
 Argument = str | int | float | Path
 
 
 def timm(options: Options) -> Plan:
-    """Seconds of an epoch of `eps-train` over those of timm's `train.py`."""
+    """Seconds per epoch of `eps-train` over those of timm's `train.py`."""
     if options.timm_checkout is None or options.timm_python is None:
         raise NotRun("give --timm-checkout and --timm-python: timm in an environment of its own")
     python, checkout = options.timm_python, options.timm_checkout
@@ -64,7 +64,7 @@ def timm(options: Options) -> Plan:
         whole[side].append(time.perf_counter() - began)
         return (ends[-1] - ends[0]) / (len(ends) - 1)
 
-    # Not counted: the first runs of all compile Python files and fill the system's caches.
+    # Not counted: the first runs compile Python files and fill the caches of the system.
     for side in commands:
         epoch(side)
     once = sum(whole[side].pop() for side in commands)
@@ -90,20 +90,20 @@ def timm(options: Options) -> Plan:
 
 
 def _ours(images: Path, options: Options) -> list[Argument]:
-    """The command of `eps-train`, but for the number of epochs."""
+    """Command of `eps-train`, without the number of epochs."""
     on_gpu = options.device.type == "cuda"
     return [
         *(sys.executable, "-m", "eps_train", "--recipe", "cifar10-110"),
         *("--dataset", f"folder:{images}", "--model", f"timm:{options.timm_model}"),
         *("--batch-size", BATCH, "--lr-schedule", "0:0.01", "--normalization", "channel"),
-        *("--epsilon", 2.5, "--epsilon-warmup", EPOCHS),  # judged, and open in every epoch
+        *("--epsilon", 2.5, "--epsilon-warmup", EPOCHS),  # gates decide, and stay open
         *("--device", options.device.type, "--precision", "tf32" if on_gpu else "fp32"),
         *("--output", OUTPUT),
     ]
 
 
 def _theirs(images: Path, options: Options) -> list[Argument]:
-    """What timm's script is told, but for device and number of epochs. On a GPU it uses TF32."""
+    """Arguments of timm's script, without device and number of epochs. It uses TF32 on a GPU."""
     return [
         *("--data-dir", images, "--train-split", "train", "--val-split", "val"),
         *("--model", options.timm_model, "--num-classes", 10, "--input-size", 3, SIZE, SIZE),
@@ -115,7 +115,7 @@ def _theirs(images: Path, options: Options) -> list[Argument]:
 
 
 def _ends(command: list[Argument], log: str) -> list[float]:
-    """When each epoch of a run ended, which writes into a fresh folder, in wall seconds."""
+    """Run a command in a new folder; returns when each epoch ended, in wall seconds."""
     ends: list[float] = []
     with tempfile.TemporaryDirectory() as output, tempfile.TemporaryFile("w+") as printed:
         arguments = [output if part is OUTPUT else str(part) for part in command]
@@ -142,7 +142,7 @@ def _output(command: Sequence[Argument], cwd: Path | str | None = None) -> str:
 
 
 def _workers() -> int:
-    """Worker processes of timm's loader: its default, or one a core where there are fewer."""
+    """Worker processes of timm's loader: its default, or one per core if there are fewer cores."""
     return min(4, os.cpu_count() or 1)
 
 

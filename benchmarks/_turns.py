@@ -1,4 +1,4 @@
-"""Servers under load in turns, the bare network on ONNX Runtime right before each of them."""
+"""Interleaved load on servers, with the bare network on ONNX Runtime right before each turn."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from eps_deploy.bench.machine import Conditions, MachineMonitor
 from eps_deploy.engines.base import Engine, Images
 
 SETTLING = 1  # seconds of load that are not counted
-FLOOR = 0.5  # seconds for each of its batch sizes
+FLOOR = 0.5  # seconds per batch size
 IDLING = 2.0  # seconds
-RESTLESS = 0.05  # cores that a server uses for nothing, from which on it would disturb the others
+RESTLESS = 0.05  # cores; an idle server that uses more is suspended during other turns
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Contender:
-    """A server that runs, and how it is asked.
+    """A running server and how to query it.
 
     Attributes:
-        idle_cores: that it uses while nobody asks it.
+        idle_cores: cores that it uses when idle.
     """
 
     server: Server
@@ -39,11 +39,11 @@ class Turn:
     """One load on one server.
 
     Attributes:
-        load: what wrk saw.
-        floor: images a second of the bare network just before, with the batch that it is best at.
-        cores: that the server used.
-        waited: seconds that its threads, added up, had to wait for a core, in each second.
-        conditions: what went on beside all of them.
+        load: wrk's measurement.
+        floor: images per second of the bare network right before, at its best batch size.
+        cores: cores that the server used.
+        waited: seconds per second that its threads, in total, waited for a core.
+        conditions: other activity on the machine.
     """
 
     load: Load
@@ -54,7 +54,7 @@ class Turn:
 
 
 class Floor:
-    """The network in this process: images a second, one call after another."""
+    """The bare network in this process: images per second of sequential calls."""
 
     def __init__(self, engine: Engine, image: Images, batches: Sequence[int]) -> None:
         self._engine = engine
@@ -78,9 +78,10 @@ def in_turns(
     seconds: int,
     repeats: int,
 ) -> dict[str, list[Turn]]:
-    """Load all servers, one after another, `repeats` times; which one begins rotates.
+    """Load all servers, one after another, `repeats` times; the first one rotates.
 
-    Those that are restless are held meanwhile. Not all, since Triton does not survive it.
+    Servers that use a core when idle are suspended during other turns; not all, because Triton does
+    not survive it.
     """
     found: dict[str, list[Turn]] = {name: [] for name in contenders}
     names = list(contenders)
@@ -101,7 +102,7 @@ def in_turns(
 
 
 def watch_idle(servers: Mapping[str, tuple[Server, Side]]) -> dict[str, Contender]:
-    """Servers to be loaded, after a look at what each does while nobody asks it."""
+    """Measure the CPU use of idle servers, and return the contenders."""
     before = {name: server.used() for name, (server, _) in servers.items()}
     time.sleep(IDLING)
     return {
@@ -130,12 +131,12 @@ def _turn(loaded: Contender, floor: float, image: Images, connections: int, seco
         floor=floor,
         cores=used / length,
         waited=(server.waited() - waited) / length,
-        # That threads of a loaded server wait for a core is no disturbance: wrk is on one.
+        # Threads of a loaded server that wait for a core are no disturbance: wrk occupies one.
         conditions=replace(conditions, others=others, waited=None),
     )
 
 
 def _of_children() -> float:
-    """Seconds of the processor that loads took so far."""
+    """CPU seconds of all loads so far."""
     times = os.times()
     return times.children_user + times.children_system

@@ -1,4 +1,4 @@
-"""How each server wants an image, and how it says the logits: the smallest form that it takes."""
+"""Request and response formats of each server: the smallest one that it supports."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def from_v2_json(answer: bytes, headers: Mapping[str, str]) -> Logits:
 
 
 def raw(path: str, images: Images) -> Post:
-    """Nothing but the pixels."""
+    """Raw pixels."""
     return Post(path=path, headers={"Content-Type": _RAW}, body=images.tobytes())
 
 

@@ -1,4 +1,4 @@
-"""Load from wrk: how many requests a second a server answers, and how long each takes."""
+"""Load generation with wrk: requests per second and latency of a server."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ end
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Load:
-    """What wrk saw.
+    """wrk's measurement.
 
     Attributes:
-        seconds: it lasted.
-        requests: answered, rightly or not.
-        failed: answers that were no success, and connections that broke or took too long.
-        p50_ms, p99_ms: milliseconds from a request to its answer.
+        seconds: duration.
+        requests: requests answered, with or without success.
+        failed: unsuccessful responses, and connections that broke or timed out.
+        p50_ms, p99_ms: latency in milliseconds.
     """
 
     seconds: float
@@ -46,7 +46,7 @@ class Load:
 
     @property
     def rate(self) -> float:
-        """Requests a second."""
+        """Requests per second."""
         return self.requests / self.seconds
 
 
@@ -56,7 +56,7 @@ def need_wrk() -> None:
 
 
 def load(server: Server, post: Post, *, connections: int, seconds: int) -> Load:
-    """Send `post` over so many connections, on each again when the answer is there."""
+    """Send `post` over `connections` connections, one request at a time on each."""
     folder = server.folder
     headers = ", ".join(f'["{name}"] = "{value}"' for name, value in post.headers.items())
     (folder / "script.lua").write_text(SCRIPT.format(headers=f"{{{headers}}}"), encoding="utf-8")

@@ -1,11 +1,14 @@
-"""Compacting a very deep network: depth 752, 300 of its 375 blocks dead.
+"""Compaction benchmark: depth 752, 300 of its 375 blocks dead.
 
-The network is not trained (its batch norms have seen random images once), and its deaths are made
-up: neither time, nor memory, nor size depend on what the weights are. Measured are the steps of
-`eps-compact` on its checkpoint, from reading the one file to writing the other; the most memory the
-process ever had; and the latency of the compact network (as the proof knows it, and folded, as it
-ships) and of the full one, in turns on one thread, beside what parameters and FLOPs promise. The
-last line printed is one JSON object.
+The network is untrained (its batch norms have processed random images once), and its dead blocks
+are chosen: neither time, memory nor size depends on the weights. Measured are:
+
+- the steps of `eps-compact` on its checkpoint, from reading one file to writing the other;
+- peak memory of the process;
+- latency of the compact network (as rewritten, and folded, as it ships) and of the full one,
+  interleaved on one thread, beside the ratios of parameters and FLOPs.
+
+The last line printed is one JSON object.
 
     python benchmarks/compaction.py [--depth N] [--dead N] [--threads N] [--rounds N]
 """
@@ -38,7 +41,7 @@ from eps_train.training.checkpoint import Checkpoint, GateRecord, PruneRecord
 from eps_train.training.evaluate import logits
 
 EPSILON = 2.5
-HELDOUT = 32  # images that stand for the validation part
+HELDOUT = 32  # images used as the validation part
 BATCHES = (1, 16)
 CPU = torch.device("cpu")
 
@@ -79,7 +82,7 @@ def _checkpoint(data: Data, depth: int, dead: int) -> Checkpoint:
     model = spec.build()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.momentum = None  # the mean over all that it sees
+            module.momentum = None  # cumulative mean over all images
     identity = data.identity
     normalize = Normalize.of(identity)
     with torch.no_grad():
@@ -116,11 +119,11 @@ def _images(count: int) -> Tensor:
 
 
 def _compaction(folder: Path) -> tuple[Compaction, dict[str, Any]]:
-    """What `eps-compact` does, with the seconds of its parts."""
+    """Run the steps of `eps-compact`, and return the seconds of each."""
     began, busy = time.perf_counter(), time.process_time()
     checkpoint = Checkpoint.load(folder / "ckpt.pt")
     marks = [("reading", time.perf_counter())]
-    # Each line says what comes next.
+    # Each progress line announces the next step.
     steps = iter(("rewriting", "proofs"))
 
     def report(line: str) -> None:
@@ -157,7 +160,7 @@ def _compaction(folder: Path) -> tuple[Compaction, dict[str, Any]]:
 
 
 def _peak() -> int | None:
-    """Most memory that this process ever had; None where the system does not tell."""
+    """Peak memory of this process; None where the system does not report it."""
     try:
         import resource
     except ModuleNotFoundError:  # Windows
@@ -174,7 +177,7 @@ def _promised(done: Compaction) -> dict[str, Any]:
 
 
 def _latency(done: Compaction, checkpoint: Checkpoint, rounds: int) -> list[dict[str, Any]]:
-    """Milliseconds of a batch on one thread, images and networks channels-last."""
+    """Milliseconds per batch on one thread, images and networks channels-last."""
     gated = checkpoint.build_gated().eval()
     data = checkpoint.data
     sides: dict[str, nn.Module] = {

@@ -1,16 +1,16 @@
-"""What deployment gives: the pruned network's speed, ours beside other runtimes, and the export.
+"""Deployment benchmark: speed-up of the pruned network, other runtimes, and export time.
 
 Sections:
 
     pruned    the unpruned network over the pruned one on ONNX Runtime, beside the FLOPs of both
-    runtimes  the pruned network in our ONNX path, in torch, torch.compile, OpenVINO, and as
-              torch.onnx.export writes it; with the machine's matrix product in the same turns
-    export    seconds of our ONNX export, and of torch's own on the smaller network
+    runtimes  the pruned network in eps-deploy's ONNX file, in torch, torch.compile, OpenVINO, and
+              as torch.onnx.export writes it; interleaved with a matrix product
+    export    seconds of eps-deploy's ONNX export, and of torch's own on the smaller network
 
-Each side is warmed up, then all take turns in blocks. Times are by the clock on the wall; on one
-thread also by the processor's time, which other programs of a busy machine disturb far less. The
-networks are untrained and their deaths made up: neither matters to time. The last line printed is
-one JSON object.
+Each side is warmed up, then all are interleaved in blocks. Times are wall time; on one thread also
+processor time, which other programs of a busy machine disturb far less. The networks are untrained
+and their dead blocks chosen, which does not affect the time. The last line printed is one JSON
+object.
 
     python benchmarks/deploy.py [--sections pruned,runtimes] [--threads 1,2] [--seconds S]
 """
@@ -50,7 +50,7 @@ Times = dict[str, Runs]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Setting:
-    """Where and how long to measure."""
+    """Machine and duration of the measurement."""
 
     folder: Path
     seconds: float
@@ -58,7 +58,7 @@ class Setting:
 
 
 def pruned(networks: Pair, setting: Setting) -> list[dict[str, Any]]:
-    """Unpruned over pruned: latency, and what the FLOPs promise. One thread."""
+    """Unpruned over pruned: latency and FLOPs, on one thread."""
     torch.set_num_threads(1)
     paths = _export(networks, setting.folder)
     promised = networks.flops["full"] / networks.flops["compact"]
@@ -82,7 +82,7 @@ def pruned(networks: Pair, setting: Setting) -> list[dict[str, Any]]:
 
 
 def runtimes(networks: Pair, setting: Setting) -> list[dict[str, Any]]:
-    """The pruned network in every runtime, on as many threads each."""
+    """The pruned network in every runtime, with the same number of threads."""
     path = _export(networks, setting.folder)["compact"]
     plain = setting.folder / "plain.onnx"
     _runtimes.write_plain(networks.compact, _images(2), plain)
@@ -123,7 +123,7 @@ def _beside_ours(times: Times, flops: Mapping[str, int]) -> dict[str, Any]:
             ratio = ratio_of_medians(times[side], times["ours"])
             sides[side] |= {"over_ours": ratio.value, "interval": [ratio.low, ratio.high]}
             verdicts[side] = verdict(ratio)
-    # A whole interval above 1 makes ours faster than that side, one below 1 slower.
+    # An interval above 1 means that eps-deploy's file is faster than that side, below 1 slower.
     return {
         "sides": sides,
         "best_other": min(verdicts, key=lambda side: medians[side]),
@@ -132,7 +132,7 @@ def _beside_ours(times: Times, flops: Mapping[str, int]) -> dict[str, Any]:
 
 
 def export(networks: Pair, setting: Setting) -> list[dict[str, Any]]:
-    """Seconds to write the unpruned network's ONNX file, checked."""
+    """Seconds to write and check the unpruned network's ONNX file."""
     torch.set_num_threads(1)
     found = []
     for depth in (DEPTH, DEEPER):
@@ -169,7 +169,7 @@ def _both(
     *,
     processor: bool = True,
 ) -> dict[str, Times]:
-    """Times by `wall` and by `processor`; notes in `row` what else the machine did."""
+    """Wall and processor times; adds the other activity of the machine to `row`."""
     clocks: dict[str, Clock] = {"wall": time.perf_counter}
     if processor:
         clocks["processor"] = time.process_time
@@ -191,7 +191,7 @@ def _both(
 
 
 def _judged(row: Mapping[str, Any], clock: str, found: Any) -> Any:
-    """None, for no judgement: by the clock on the wall, but without a core to run on."""
+    """`found`, or None for wall times of a process that had to wait for a core."""
     return None if clock == "wall" and row["starved"] else found
 
 
@@ -247,7 +247,7 @@ def main(sections: tuple[str, ...], threads: str, seconds: float) -> None:
         for section in sections:
             results[section] = SECTIONS[section](networks, setting)
     result = {
-        "machine": {**conditions, "threads": None},  # each section sets its own
+        "machine": {**conditions, "threads": None},  # each section sets its own number of threads
         "versions": versions,
         "network": {"model": f"cifar:{DEPTH}x16", "image": [3, 32, 32], "dead": DEAD},
         "flops": networks.flops,

@@ -1,9 +1,9 @@
-"""The digits recipe over several seeds: what is removed, what it costs, what it saves.
+"""Digits benchmark: the digits recipe over several seeds; size, accuracy, latency, training time.
 
-For each seed three runs are trained side by side, one epoch of each in turn (the order rotates), so
-that whatever else the machine does meets all alike: the ε-network, the same with dead branches left
-in place, and the plain twin. The compact and the plain network are then exported and timed against
-each other on ONNX Runtime. The last line printed is one JSON object.
+For each seed three runs are interleaved, one epoch of each at a time (the order rotates), so that
+other work on the machine affects all of them: the ε-network, the same with dead branches left in
+place, and the baseline. The compact network and the baseline are then exported, and their latency
+on ONNX Runtime is compared. The last line printed is one JSON object.
 
     python benchmarks/digits.py [--seeds 0,1,2] [--epochs N] [--model SPEC]
 """
@@ -92,7 +92,7 @@ def _one_seed(config: TrainingConfig, images: Data) -> dict[str, Any]:
 
 
 def train_side_by_side(trainers: dict[str, Trainer], config: TrainingConfig) -> dict[str, float]:
-    """Wall seconds of every run's epochs, saving included."""
+    """Train all runs interleaved; returns the wall seconds of their epochs, saving included."""
     seconds = dict.fromkeys(trainers, 0.0)
     for epoch in range(config.epochs):
         order = list(trainers)
@@ -160,7 +160,7 @@ def _latency(
 
 
 def _mean(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean and spread over the seeds; accuracy over all seeds' images together."""
+    """Mean and spread over the seeds; accuracy over the images of all seeds."""
     series = {
         "parameters_removed": [result["parameters_removed"] for result in results],
         "points_lost": [result["points_lost"] for result in results],

@@ -1,19 +1,19 @@
-"""What `eps-serve` answers under load, beside the bare network and beside other servers.
+"""Serving benchmark: throughput of `eps-serve`, the bare network and other servers under load.
 
-One ONNX file, written by `eps-deploy`, in every server; wrk sends requests of one image over 1, 16
-and 64 connections from one thread. All servers are started once and loaded in turns, for a second
-that is not counted and then for the time that is; servers that keep a core busy even when nobody
-asks them are held (SIGSTOP) until it is their turn. Right before each turn the same file runs in
-this process with the batch size that it is best at: the floor, from pixels to logits (with one
-connection: at batch 1). One ONNX Runtime thread everywhere.
+Every server has the same ONNX file, written by `eps-deploy`; wrk sends requests of one image over
+1, 16 and 64 connections from one thread. All servers are started once and loaded in turn, one
+second for warm-up and then the measured time; servers that use a core when idle are suspended
+(SIGSTOP) between their turns. Right before each turn, the same file runs in this process at its
+best batch size (with one connection: at batch 1), from pixels to logits: the floor. Everything uses
+one ONNX Runtime thread.
 
-`eps-serve` runs with its defaults, asked by KServe v2 with binary tensors. The others run each in
-an environment of its own in the folder PEERS, in the settings that were found best for it:
+`eps-serve` runs with its defaults and receives KServe v2 requests with binary tensors. The others
+run in their own environments in the folder of `--peers`, in the best settings found:
 
     python benchmarks/serving.py --peers DIR --install-peers
 
-Those that are not installed are named under `not_run`. Needs Linux and wrk. The last line printed
-is one JSON object.
+Servers that are not installed are listed under `not_run`. Needs Linux and wrk. The last line
+printed is one JSON object.
 
     python benchmarks/serving.py [--peers DIR] [--seconds S] [--repeats N]
 """
@@ -46,8 +46,8 @@ from eps_deploy.bundle import ONNX
 from eps_deploy.engines.base import Images, Logits
 from eps_deploy.engines.ort import OrtEngine
 
-BATCHES = (1, 2, 4, 8, 16)  # the floor's
-SAME = 1e-4  # of the largest logit, that a server's answer may differ
+BATCHES = (1, 2, 4, 8, 16)  # batch sizes of the floor
+SAME = 1e-4  # largest allowed difference of a server's logits, relative to the largest logit
 _SIDE = Side(
     wire="KServe v2, binary",
     ready="/v2/health/ready",
@@ -65,7 +65,7 @@ def measure(
     seconds: int,
     repeats: int,
 ) -> dict[str, Any]:
-    """All that is found out, in `folder`, about the bundle's `model.onnx`."""
+    """Measure all servers with the bundle's `model.onnx`, working in `folder`."""
     image = np.random.default_rng(0).integers(0, 256, size=(1, 3, SIZE, SIZE), dtype=np.uint8)
     with ExitStack() as stack:
         engine = stack.enter_context(OrtEngine((bundle / ONNX).read_bytes()))
@@ -105,7 +105,7 @@ def measure(
 def start_all(
     stack: ExitStack, bundle: Path, peers: Path | None, folder: Path
 ) -> tuple[dict[str, Contender], dict[str, Any], list[dict[str, str]]]:
-    """All servers, ready; of the peers the versions, and why some are not there."""
+    """Start all servers; returns them, the peers' versions, and why some did not start."""
     port = free_port()
     ours = (script("eps-serve"), bundle, "--port", str(port))
     servers = {OURS: stack.enter_context(started(ours, port, folder / OURS, {}))}
@@ -129,7 +129,7 @@ def start_all(
 
 
 def check(contenders: Mapping[str, Contender], image: Images, expected: Logits) -> None:
-    """Raise ClickException when a server does not answer what the network in this process does."""
+    """Raise ClickException if a server's logits differ from those computed in this process."""
     for name, contender in contenders.items():
         answer = contender.server.ask(contender.side.post(image))
         logits = contender.side.logits(*answer).ravel()

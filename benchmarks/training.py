@@ -1,12 +1,12 @@
-"""What training costs: the gates, the input path, and whole runs, each beside what it replaces.
+"""Training benchmark: gates, input path, and whole runs, each against what it replaces.
 
-Sections, each with both sides in turns after a warm-up:
+Sections, each with both sides interleaved after a warm-up:
 
     gate     time of a step with open gates over one without, `cifar10-110`; with --cuda-graph also
              of both as CUDA graphs, and of graph over eager
     memory   memory of the same steps
-    inputs   images a second: ours, and a torchvision DataLoader with the same augmentation
-    removal  whole digits runs: live removal of dead blocks, and the plain network
+    inputs   images per second: eps-train, and a torchvision DataLoader with the same augmentation
+    removal  whole digits runs: live removal of dead blocks, and the baseline
     timm     an epoch of eps-train, and of timm's training script
 
 The last line printed is one JSON object.
@@ -89,7 +89,7 @@ def main(
         device=target,
         seeds=tuple(map(int, seeds.split(","))),
         timm_checkout=timm_checkout and timm_checkout.absolute(),
-        timm_python=timm_python and timm_python.absolute(),  # not resolved: it may be a link
+        timm_python=timm_python and timm_python.absolute(),  # not resolved: may be a symlink
         **chosen,
     )
     before = machine(options.device)

@@ -2,11 +2,11 @@
 
     python slim.py WHEEL OUT.tar.xz [--arch 90]
 
-The device code of the CUDA provider lies in fat binaries, one entry per architecture. Entries of
-other architectures are zeroed, so that they compress to nothing; headers and offsets stay, and the
-driver finds its own entry. PTX is kept only where there is no machine code for the architecture.
-Kernels of language models (attention, mixture of experts, weight-only products) are zeroed too.
-The layout of the headers is that of NVIDIA's fatbinary_section.h, as cuobjdump prints it.
+The device code of the CUDA provider is in fat binaries, one entry per architecture. Entries of
+other architectures are zeroed, so that they compress to nothing; headers and offsets remain, and
+the driver finds its own entry. PTX is kept only where there is no machine code for the
+architecture. Kernels of language models (attention, mixture of experts, weight-only products) are
+zeroed too. The header layout is that of NVIDIA's fatbinary_section.h, as cuobjdump prints it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The network in ONNX Runtime, with the settings that `eps-serve` gives it."""
+"""The network in ONNX Runtime, with the settings of `eps-serve`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """`MODEL=... bentoml serve bentoml_service:Network`: BentoML, pixels and logits as raw bytes.
 
-By an ASGI application in the service, which computes in its event loop: that is its fastest way.
-Its own endpoints take no raw bytes, and its batches cost more than they gain on a processor.
+It uses an ASGI application in the service, which computes in the event loop: this was fastest.
+BentoML's own endpoints accept no raw bytes, and its batches cost more than they gain on a CPU.
 """
 
 import os

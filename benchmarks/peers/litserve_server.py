@@ -17,7 +17,7 @@ class Network(litserve.LitAPI):  # type: ignore[misc]
         self.session = open_session(MODEL)
         _, *self.shape = self.session.get_inputs()[0].shape
 
-    # FastAPI reads these annotations: a body as it came, and an answer as it is.
+    # FastAPI reads these annotations: raw request body, unmodified response.
     def decode_request(self, request: Annotated[bytes, Body(media_type=RAW)]) -> Any:
         return np.frombuffer(request, dtype=np.uint8).reshape(self.shape)
 

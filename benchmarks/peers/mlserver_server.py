@@ -1,6 +1,6 @@
 """`python mlserver_server.py MODEL PORT`: MLServer, pixels as base64 in the protocol's JSON.
 
-Its REST server has no binary tensors.
+MLServer's REST server does not support binary tensors.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Network(MLModel):  # type: ignore[misc]
     async def predict(self, payload: Any) -> Any:
         pixels = b"".join(Base64Codec.decode_input(payload.inputs[0]))
         images = np.frombuffer(pixels, dtype=np.uint8).reshape(-1, *self.shape)
-        # Here and not on a thread, as its own runtimes do, and a little faster.
+        # In the event loop and not on a thread, like its own runtimes, which is a little faster.
         logits = NumpyCodec.encode_output("logits", infer(self.session, images))
         return InferenceResponse(model_name=self.name, outputs=[logits])
 

@@ -23,7 +23,7 @@ def run(images: Any) -> dict[str, Any]:
     return {"logits": infer(session, images)}
 
 
-# It clears up after Ctrl-C alone: its shared memory stays behind else.
+# It only cleans up after Ctrl-C; otherwise its shared memory remains.
 signal.signal(signal.SIGTERM, signal.default_int_handler)
 config = TritonConfig(
     http_address="127.0.0.1", http_port=int(port), allow_grpc=False, allow_metrics=False

@@ -41,11 +41,13 @@ def test_idiom(name: str) -> None:
 
 # The smallest of each family, with the size of the images where that is not 64.
 LIBRARIES = {
-    **dict.fromkeys(("resnet18", "resnext50_32x4d", "mobilenet_v2", "mobilenet_v3_small"), 64),
+    **dict.fromkeys(("resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2"), 64),
+    **dict.fromkeys(("mobilenet_v2", "mobilenet_v3_small"), 64),
     **dict.fromkeys(("efficientnet_b0", "regnet_x_400mf", "regnet_y_400mf", "mnasnet0_5"), 64),
     **dict.fromkeys(("convnext_tiny", "swin_t", "swin_v2_t", "efficientnet_v2_s"), 64),
     **dict.fromkeys(("densenet121", "shufflenet_v2_x0_5", "squeezenet1_0", "vgg11_bn"), 64),
     **dict.fromkeys(("vit_b_32", "maxvit_t", "googlenet", "alexnet"), 224),
+    "inception_v3": 299,
 }
 FAMILIES = {
     **dict.fromkeys(("resnet10t", "resnetv2_18", "skresnet18", "ecaresnet26t", "seresnet18"), 64),
@@ -63,7 +65,9 @@ FAMILIES = {
 }
 REFUSED = {
     **dict.fromkeys(("densenet121", "shufflenet_v2_x0_5", "squeezenet1_0"), "no residual addition"),
-    **dict.fromkeys(("vgg11_bn", "googlenet", "alexnet", "vovnet39a"), "no residual addition"),
+    **dict.fromkeys(
+        ("vgg11_bn", "googlenet", "inception_v3", "alexnet", "vovnet39a"), "no residual addition"
+    ),
 }
 
 

@@ -1,0 +1,70 @@
+"""Distillation: the loss against its definition, and which teachers are refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from eps_core.errors import ConfigError, FileFormatError
+from eps_train.models.cifar import Normalize
+from eps_train.training.distillation import Teacher, distillation_loss
+from eps_train.training.evaluate import logits
+from tests.checkpoints import make_checkpoint
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_loss_is_the_divergence_from_the_teacher(temperature: float) -> None:
+    student, teacher = torch.randn(5, 7), torch.randn(5, 7)
+    p, q = (torch.softmax(x / temperature, 1) for x in (teacher, student))
+    expected = temperature**2 * (p * (p / q).log()).sum(1).mean()
+    found = distillation_loss(student, teacher, temperature)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert distillation_loss(teacher, teacher, temperature).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_gradient_at_high_temperature_is_that_of_squared_logits() -> None:
+    """For T to infinity it goes to `(student - teacher) / classes`, centred logits (the paper)."""
+    student, teacher = torch.randn(4, 6), torch.randn(4, 6)
+    student, teacher = (x - x.mean(1, keepdim=True) for x in (student, teacher))
+    student.requires_grad_()
+    distillation_loss(student, teacher, 1000.0).backward()
+    assert student.grad is not None
+    expected = (student.detach() - teacher) / 6 / 4
+    assert torch.allclose(student.grad, expected, rtol=0.01, atol=1e-4)
+
+
+def test_teacher_gets_no_gradient() -> None:
+    student, teacher = torch.randn(2, 3, requires_grad=True), torch.randn(2, 3, requires_grad=True)
+    distillation_loss(student, teacher, 2.0).backward()
+    assert student.grad is not None
+    assert teacher.grad is None
+
+
+def test_teacher_gives_the_logits_of_its_checkpoint() -> None:
+    checkpoint = make_checkpoint()
+    images = torch.randint(0, 256, (4, *checkpoint.data.input_shape), dtype=torch.uint8)
+    teacher = Teacher(checkpoint, CPU)
+    expected = logits(checkpoint.build_gated(), Normalize.of(checkpoint.data), images)
+    found = teacher(images)
+    assert torch.allclose(found, expected, atol=1e-6)
+    assert not found.requires_grad
+
+
+def test_a_teacher_of_other_data_is_refused(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint()
+    checkpoint.save(tmp_path / "baseline.pt")
+    data = checkpoint.data
+    Teacher.load(tmp_path / "baseline.pt", data, CPU)
+    with pytest.raises(ConfigError, match=r"baseline.pt: knows other classes .* data set$"):
+        Teacher.load(tmp_path / "baseline.pt", replace(data, classes=data.classes[1:]), CPU)
+    shape = replace(data.preprocessing, resize=(9, 9), crop=(9, 9))
+    with pytest.raises(ConfigError, match=r"baseline.pt: takes images of 1x8x8, not 1x9x9; .*size"):
+        Teacher.load(tmp_path / "baseline.pt", replace(data, preprocessing=shape), CPU)
+    (tmp_path / "text.pt").write_text("no checkpoint")
+    with pytest.raises(FileFormatError, match=r"text\.pt"):
+        Teacher.load(tmp_path / "text.pt", data, CPU)
