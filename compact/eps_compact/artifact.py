@@ -164,7 +164,7 @@ class CompactArtifact:
 def read_certificate(path: Path) -> dict[str, Any]:
     """Read a `compact.json`. Raises FileFormatError when it is something else."""
     try:
-        found = json.loads(sealed.read_bytes(path))
+        found = json.loads(checksummed.read_bytes(path))
     except ValueError as error:
         raise FileFormatError(f"{path}: is not JSON ({error}); run eps-compact again") from None
     if not isinstance(found, dict) or found.get("format") != CERTIFICATE_FORMAT:

@@ -71,7 +71,12 @@ def test_blocks_can_be_told_by_their_numbers(
     a_stage: int, numbers: range, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     figures: list[Figure] = []
-    monkeypatch.setattr(plots, "png", lambda figure: figures.append(figure) or b"")
+
+    def keep(figure: Figure) -> bytes:
+        figures.append(figure)
+        return b""
+
+    monkeypatch.setattr(plots, "png", keep)
     draw_blocks(blocks(a_stage), "title")
     axis = figures[0].axes[-1].xaxis
     stages = [label.get_text().partition("\n")[0] for label in axis.get_ticklabels()]

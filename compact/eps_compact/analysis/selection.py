@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from eps_compact.analysis.sweep import Goal, Point, Sweep
     from eps_train.data.dataset import Data
     from eps_train.training.checkpoint import Checkpoint
-    from eps_train.training.guards import EpochMetrics
+    from eps_train.training.evaluate import EpochMetrics
 
 SAMPLES = 1000  # default of --samples
 

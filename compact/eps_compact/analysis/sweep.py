@@ -28,7 +28,6 @@ from eps_compact.analysis.importance import (
 from eps_core import cli
 from eps_core.errors import ConfigError
 from eps_core.stats import Interval, median, ratio_of_medians
-from eps_core.timing import Runs
 from eps_train.data.images import Part
 from eps_train.gating import rewriting
 from eps_train.models.cifar import Normalize

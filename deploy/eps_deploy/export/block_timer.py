@@ -23,10 +23,10 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor, fx
 
-from eps_compact.analysis.importance import Measure
+from eps_compact.analysis.importance import Measure, interleaved
 from eps_compact.folding import fold
 from eps_core.errors import GraphError
-from eps_core.timing import Runs, interleave, wall_clock
+from eps_core.timing import Runs
 from eps_deploy.engines.ort import THREADS, OrtEngine
 from eps_deploy.export.export import export_onnx
 from eps_train.data.dataset import DataIdentity

@@ -251,7 +251,7 @@ def test_instances_are_contexts_of_one_engine(
         provider="auto",
         max_images=256,
         engine_cache=tmp_path / "cache",
-        say=print,
+        log=print,
         stop=threading.Event(),
     )
     assert len(model.engines) == instances
