@@ -231,7 +231,7 @@ class GpuMonitor:
             readings["watts"] /= 1000
         for name, value in readings.items():
             self._readings.setdefault(name, []).append(value)
-        # NVML 12 renamed it.
+        # NVML 12 renamed this function; older ones have the second name only.
         reasons = self._ask("nvmlDeviceGetCurrentClocksEventReasons")
         if reasons is None:
             reasons = self._ask("nvmlDeviceGetCurrentClocksThrottleReasons")
@@ -265,7 +265,7 @@ class GpuMonitor:
 
 
 def open_gpu(ordinal: int, nvml: Any) -> GpuMonitor | None:
-    """MachineMonitor the GPU that CUDA calls `ordinal`; None without NVML or its driver."""
+    """Monitor the GPU that CUDA calls `ordinal`; None without NVML or its driver."""
     try:
         nvml = nvml or import_module("pynvml")
     except ImportError:
