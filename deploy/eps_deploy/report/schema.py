@@ -181,9 +181,7 @@ class AccuracyEntry(_Entry):
     ]
     agreement: Annotated[
         Share,
-        doc(
-            "Images with the class of the compact network in torch; the lower of `onnx` and `engine`."
-        ),
+        doc("Images with the class of the compact network in torch, in `onnx` or `engine`."),
     ]
     drop: Annotated[DropEntry | None, doc("Drop to the judged network; null without a baseline.")]
 
