@@ -181,8 +181,7 @@ def _svg(axes: Axes, label: str) -> Markup:
     content = io.BytesIO()
     figure = axes.figure
     assert isinstance(figure, Figure)
-    settings = {"svg.fonttype": "none", "text.parse_math": False, "savefig.bbox": None}
-    with rc_context(settings):
+    with rc_context({"svg.fonttype": "none", "text.parse_math": False, "savefig.bbox": None}):
         figure.savefig(content, format="svg")
     root = ElementTree.fromstring(content.getvalue())
     for parent in list(root.iter()):
