@@ -114,9 +114,10 @@ def times_chart(entry: LatencyEntry, title: str, found: ComparisonEntry) -> Mark
         _text(axes, 0.0, y + 13, f"{name} {milliseconds(times.p50)}", "label")
         axes.barh(y + 30, times.p50, height=20, gid=f"{_CLASS}bar {name}")
         _line(axes, (times.p50, min(times.p99, end)), (y + 30, y + 30), f"whisker{reliable}")
-        for value, half in ((times.p90, 4), (times.p95, 6), (times.p99, 9)):
+        for percentile, half in (("p90", 4), ("p95", 6), ("p99", 9)):
+            value = getattr(times, percentile)
             if value <= end:
-                unsure = reliable if value is times.p99 else ""
+                unsure = reliable if percentile == "p99" else ""
                 _line(axes, (value, value), (y + 30 - half, y + 30 + half), f"whisker{unsure}")
         if times.p99 > end:
             _text(axes, end, y + 13, f"p99 {milliseconds(times.p99)} →", "tick", align="right")
@@ -180,7 +181,7 @@ def _svg(axes: Axes, label: str) -> Markup:
     content = io.BytesIO()
     figure = axes.figure
     assert isinstance(figure, Figure)
-    with rc_context({"svg.fonttype": "none", "text.parse_math": False}):
+    with rc_context({"svg.fonttype": "none", "text.parse_math": False, "savefig.bbox": None}):
         figure.savefig(content, format="svg")
     root = ElementTree.fromstring(content.getvalue())
     for parent in list(root.iter()):

@@ -56,9 +56,7 @@ class CalibrationEntry(_Entry):
     """Calibration of int8."""
 
     samples: Annotated[Images, doc("Training images.")]
-    method: Annotated[
-        Literal["minmax", "entropy", "percentile"], doc("How the ranges are determined.")
-    ]
+    method: Annotated[Literal["minmax", "entropy", "percentile"], doc("Method of the ranges.")]
     sha256: Annotated[str, Meta(description="SHA-256 of the images.", pattern="^[0-9a-f]{64}$")]
 
 
@@ -67,9 +65,7 @@ class RepairEntry(_Entry):
 
     trials: Annotated[int, unit("networks", ge=1), doc("Networks that were built and evaluated.")]
     drop_before: Annotated[Points, doc("Drop in accuracy with no block kept.")]
-    drop_after: Annotated[
-        Points, doc("Drop in accuracy with the kept blocks; with all blocks if that does not help.")
-    ]
+    drop_after: Annotated[Points, doc("The same with the kept blocks, or with all if that fails.")]
     passed: Annotated[bool, doc("Whether the limit holds with the kept blocks.")]
 
 
@@ -80,18 +76,12 @@ class PrecisionEntry(_Entry):
         Literal["fp32", "tf32", "fp16", "bf16", "int8", "int8-fp16"], doc("Requested precision.")
     ]
     float: Annotated[
-        Literal["float32", "float16", "bfloat16"],
-        doc("Type of the weights and of everything that is not quantized."),
+        Literal["float32", "float16", "bfloat16"], doc("Type of what is not quantized.")
     ]
     quantized: Annotated[bool, doc("Whether convolutions and linear layers take int8.")]
     tf32: Annotated[bool, doc("Whether an NVIDIA GPU may round float32 products to TF32.")]
-    graph: Annotated[
-        dict[str, Nodes], doc("Conv, Gemm and MatMul nodes of model.onnx by the type they use.")
-    ]
-    executed: Annotated[
-        dict[str, Nodes] | None,
-        doc("The same as the runtime executes them; null if the runtime does not report it."),
-    ]
+    graph: Annotated[dict[str, Nodes], doc("Conv, Gemm and MatMul nodes by type.")]
+    executed: Annotated[dict[str, Nodes] | None, doc("As executed; null: not reported.")]
     calibration: Annotated[CalibrationEntry | None, doc("Calibration; null without int8.")]
     kept: Annotated[list[BlockName], doc("Blocks that --repair kept in higher precision.")]
     repair: Annotated[RepairEntry | None, doc("Search of --repair; null without it.")]
@@ -100,12 +90,8 @@ class PrecisionEntry(_Entry):
 class GoalsEntry(_Entry):
     """Limits of the checks that the user can set."""
 
-    max_accuracy_drop: Annotated[
-        float, unit("percentage points", ge=0), doc("Largest drop in accuracy that passes.")
-    ]
-    min_speedup: Annotated[
-        Ratio, doc("Smallest lower end of the speed-up's interval at batch 1 that passes.")
-    ]
+    max_accuracy_drop: Annotated[Points, doc("Largest drop in accuracy that passes.")]
+    min_speedup: Annotated[Ratio, doc("Smallest lower end of the interval at batch 1.")]
 
 
 class CheckEntry(_Entry):
@@ -153,10 +139,7 @@ class BlockEntry(_Entry):
     stage: Annotated[str, doc("Part of the name before the last dot.")]
     state: Annotated[
         Literal["alive", "dead", "removed"],
-        doc(
-            "alive: computed; dead: removed because its gate had closed for good; removed: removed"
-            " while alive."
-        ),
+        doc("alive: computed; dead: removed after its gate closed for good; removed: while alive."),
     ]
 
 
@@ -166,9 +149,7 @@ class BlocksEntry(_Entry):
     baseline: Annotated[Blocks, doc("Unpruned network.")]
     compact: Annotated[Blocks, doc("Compact network.")]
     removed: Annotated[list[BlockName], doc("Removed blocks in the order of computation.")]
-    map: Annotated[
-        list[BlockEntry], doc("All blocks of the unpruned network in the order of computation.")
-    ]
+    map: Annotated[list[BlockEntry], doc("All blocks in the order of computation.")]
 
 
 class DropEntry(_Entry):
@@ -177,8 +158,8 @@ class DropEntry(_Entry):
     points: Annotated[Points, doc("The drop; positive if the unpruned network is better.")]
     low: Annotated[Points, doc("Lower end of its 95 % interval.")]
     high: Annotated[Points, doc("Upper end of its 95 % interval.")]
-    only_baseline_right: Annotated[Images, doc("Images only the unpruned network classifies.")]
-    only_engine_right: Annotated[Images, doc("Images only the judged network classifies.")]
+    only_baseline_right: Annotated[Images, doc("Images only the unpruned one gets right.")]
+    only_engine_right: Annotated[Images, doc("Images only the judged one gets right.")]
     conclusive: Annotated[bool, doc("Whether the whole interval is on one side of the limit.")]
     method: Annotated[str, doc("Method of the interval.")]
 
@@ -190,51 +171,32 @@ class AccuracyEntry(_Entry):
     compact: Annotated[Share, doc("Compact network in torch.")]
     onnx: Annotated[
         Share | None,
-        doc(
-            "model.onnx: int8 with exact quantize-dequantize arithmetic, float16 rounded after"
-            " every operation."
-        ),
+        doc("model.onnx: int8 with exact arithmetic, float16 rounded after every operation."),
     ]
     engine: Annotated[Share | None, doc("Deployed engine; null if it is not built yet.")]
     samples: Annotated[Images, doc("Images of the test part.")]
     judged: Annotated[
         Literal["compact", "onnx", "engine"],
-        doc("Which one the accuracy check judges: the less accurate of model.onnx and the engine."),
+        doc("The network that is judged: the less accurate of model.onnx and the engine."),
     ]
     agreement: Annotated[
         Share,
-        doc(
-            "Test images for which model.onnx and the engine, whichever agrees less often, give the"
-            " class of the compact network in torch."
-        ),
+        doc("Images with the class of the compact network in torch, in `onnx` or `engine`."),
     ]
-    drop: Annotated[
-        DropEntry | None,
-        doc("From the unpruned network to the judged one; null without a trained unpruned one."),
-    ]
+    drop: Annotated[DropEntry | None, doc("Drop to the judged network; null without a baseline.")]
 
 
 class ParityEntry(_Entry):
     """One stage of the parity chain."""
 
     stage: Annotated[
-        str,
-        doc(
-            "Compared pair: gated-compact, compact-onnx, onnx-engine, baseline-onnx or"
-            " baseline-engine."
-        ),
+        str, doc("gated-compact, compact-onnx, onnx-engine, baseline-onnx or baseline-engine.")
     ]
-    max_abs: Annotated[
-        Logit | None, doc("Largest difference of two logits; null if a logit is not finite.")
-    ]
+    max_abs: Annotated[Logit | None, doc("Largest difference; null if not finite.")]
     relative: Annotated[
-        Relative | None,
-        doc("`max_abs` over the largest logit of the stage before; null if not finite."),
+        Relative | None, doc("`max_abs` over the largest logit; null if not finite.")
     ]
-    limit: Annotated[
-        Relative | None,
-        doc("Largest `relative` that passes; 0 demands equality; null: reported, not judged."),
-    ]
+    limit: Annotated[Relative | None, doc("Limit of `relative`; 0: equal; null: not judged.")]
     top1_agreement: Annotated[Share, doc("Images for which both give the same class.")]
     worst_sample: Annotated[
         int, unit("index in the test part", ge=0), doc("Image with the largest difference.")
@@ -282,10 +244,7 @@ class ComparisonEntry(_Entry):
     speedup: Annotated[SpeedupEntry, doc("Time of the unpruned network over the compact one's.")]
     verdict: Annotated[
         Literal["faster", "slower", "cannot tell"],
-        doc(
-            'Verdict on the compact network; "faster" and "slower" only if the whole interval is'
-            " 3 % or more from 1."
-        ),
+        doc('"faster" and "slower" only if the whole interval is 3 % or more from 1.'),
     ]
     throughput: Annotated[
         ThroughputEntry, doc("Images over the time of all timed runs, one call after another.")
@@ -319,15 +278,13 @@ class GpuEntry(_Entry):
 
 
 class ConditionsEntry(_Entry):
-    """Conditions of a measurement; null: could not be read."""
+    """Conditions of a measurement, averages over its time; null: could not be read."""
 
     seconds: Annotated[float, unit("seconds", ge=0), doc("Duration.")]
     cores: Annotated[int, unit("cores", ge=0), doc("Cores of the machine.")]
     load: Annotated[RangeEntry | None, doc("Running programs, averaged over a minute.")]
-    others: Annotated[Cores | None, doc("Cores that other programs used, on average.")]
-    stolen: Annotated[
-        Cores | None, doc("Cores that the host of a virtual machine took away, on average.")
-    ]
+    others: Annotated[Cores | None, doc("Cores that other programs used.")]
+    stolen: Annotated[Cores | None, doc("Cores that a virtual machine's host took away.")]
     waited: Annotated[
         Annotated[float, unit("seconds in each second", ge=0)] | None,
         doc("Time that the threads of this process waited for a core."),
@@ -341,26 +298,17 @@ class LatencyEntry(ComparisonEntry):
     """Latency at one batch size; the keys that `ComparisonEntry` has too are of whole calls."""
 
     batch: Annotated[int, unit("images", ge=1), doc("Images in a call.")]
-    end_to_end: Annotated[
-        ComparisonEntry | None, doc("From an image file to a label; null if not measured.")
-    ]
-    device: Annotated[
-        ComparisonEntry | None, doc("GPU time by its events; null without a GPU or its events.")
-    ]
+    end_to_end: Annotated[ComparisonEntry | None, doc("Image file to label; null: not measured.")]
+    device: Annotated[ComparisonEntry | None, doc("GPU time by its events; null without.")]
     blocks: Annotated[Blocks, doc("Blocks of runs of each network.")]
     runs_per_block: Annotated[Runs, doc("Timed runs in a block.")]
     p99_reliable: Annotated[bool, doc("Whether there were at least 200 runs.")]
     warm: Annotated[bool, doc("Whether the warm-up became steady before its time was over.")]
     spread: Annotated[
-        Ratio,
-        doc(
-            "Highest less lowest median of a block over their median; the larger of both networks."
-        ),
+        Ratio, doc("Range of the blocks' medians over their median; the larger of both networks.")
     ]
     noise: Annotated[str, doc("How far these times can be trusted, in words.")]
-    conditions: Annotated[
-        ConditionsEntry | None, doc("Load of the machine during the measurement; null: not read.")
-    ]
+    conditions: Annotated[ConditionsEntry | None, doc("Load of the machine; null: not read.")]
 
 
 # -- Environment, and the report as a whole
@@ -369,9 +317,7 @@ class LatencyEntry(ComparisonEntry):
 class EnvironmentEntry(msgspec.Struct):
     """Origin of the numbers. More keys may follow."""
 
-    engine: Annotated[
-        dict[str, Any], doc("The engine: name, runtime, version, provider, threads and so on.")
-    ]
+    engine: Annotated[dict[str, Any], doc("Name, runtime, version, provider and so on.")]
     packages: Annotated[
         dict[str, Annotated[str | None, doc("A version.")]],
         doc("Version of each package; null: not installed."),
@@ -395,15 +341,10 @@ class Report(_Entry):
     version: Annotated[Literal[2], doc("Version of this format.")] = msgspec.field(name="schema")
     passed: Annotated[
         bool | None,
-        doc(
-            "Whether every check passed; null: the engine is not built yet, or nothing could be"
-            " judged."
-        ),
+        doc("Whether every check passed; null: no engine built yet, or nothing to judge."),
     ]
     lossless: Annotated[bool, doc("Whether only dead blocks were removed.")]
-    engine: Annotated[
-        Literal["ort", "trt"], doc("What the bundle runs on: ONNX Runtime or TensorRT.")
-    ]
+    engine: Annotated[Literal["ort", "trt"], doc("ONNX Runtime or TensorRT.")]
     precision: Annotated[PrecisionEntry, doc("Requested precision, and how it was realized.")]
     goals: Annotated[GoalsEntry, doc("Requested limits.")]
     checks: Annotated[list[CheckEntry], doc("Each check and its outcome.")]
@@ -411,21 +352,15 @@ class Report(_Entry):
     flops: Annotated[SizesEntry, doc("Floating-point operations for one image.")]
     blocks: Annotated[BlocksEntry, doc("Residual blocks.")]
     accuracy: Annotated[AccuracyEntry, doc("Accuracy on the whole test part.")]
-    parity: Annotated[
-        list[ParityEntry], doc("Parity chain: logits of each stage against the stage before.")
-    ]
+    parity: Annotated[list[ParityEntry], doc("Logits of each stage against the stage before.")]
     latency: Annotated[
         list[LatencyEntry],
-        doc(
-            "Time of both networks in the same engine with the same settings, interleaved. Empty:"
-            " not measured."
-        ),
+        doc("Both networks in the same engine, interleaved; empty: not measured."),
     ]
     latency_baseline: Annotated[str, doc("The unpruned network of the latency measurements.")]
     environment: Annotated[EnvironmentEntry, doc("Origin of the numbers. More keys may follow.")]
     resumed: Annotated[
-        list[Annotated[str, doc("Name of a stage.")]],
-        doc("Stages whose results come from an earlier run that was stopped."),
+        list[Annotated[str, doc("Name of a stage.")]], doc("Stages taken from an earlier run.")
     ]
     command: Annotated[str, doc("The command line.")]
     not_run: Annotated[list[NotRunEntry], doc("What was left out.")]

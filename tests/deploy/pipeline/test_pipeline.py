@@ -256,7 +256,7 @@ def test_onnx_runtime_on_tensorrt_is_deployed_to_the_end(
     assert result.code == 0, result.stderr
     report = report_of(workshop)
     assert report["precision"]["executed"] is None
-    assert "it does not tell" in (workshop / "bundle" / "report.md").read_text()
+    assert "not reported by the runtime" in (workshop / "bundle" / "report.md").read_text()
     assert report["environment"]["engine"]["provider"] == "TensorrtExecutionProvider"
     assert len(report["latency"]) == 2
 
