@@ -134,7 +134,7 @@ def test_resume_drops_the_metrics_of_epochs_it_repeats(folder: Path) -> None:
 def test_resume_with_nothing_there_starts_anew_and_says_so(tmp_path: Path) -> None:
     result = eps_train(tmp_path, *TINY, "--epochs", 1, "--resume")
     assert result.code == 0
-    assert "last.pt: not there yet; starting from the first epoch" in result.stderr
+    assert "last.pt: does not exist yet; starting from the first epoch" in result.stderr
 
 
 def test_resume_in_a_missing_folder_is_refused(tmp_path: Path) -> None:
@@ -199,7 +199,9 @@ def test_resume_with_more_epochs_goes_on_and_says_what_changes(folder: Path) -> 
     result = eps_train(folder, *TINY, "--epochs", 4, "--resume")
     assert result.code == 0, result.stderr
     assert "last.pt: the run was to have 2 epochs, and goes on to 4" in result.stderr
-    assert re.search(r"the last descent of the rate begins in epoch \d, not \d", result.stderr)
+    assert re.search(
+        r"the final decay of the learning rate begins in epoch \d, not \d", result.stderr
+    )
     last = Checkpoint.load(folder / "last.pt")
     assert (last.metrics["epoch"], last.config["epochs"]) == (4, 4)
     lines = (folder / "metrics.jsonl").read_text().splitlines()
