@@ -20,7 +20,7 @@ from eps_train.config import TrainingConfig
 from eps_train.data import dataset
 from eps_train.recipes import RECIPES
 from eps_train.training import run as summary
-from eps_train.training.checkpoint import FORMAT, Checkpoint
+from eps_train.training.checkpoint import FORMAT, VERSION, Checkpoint
 from eps_train.training.trainer import Trainer
 from tests.commands import Result, files_in, run
 
@@ -169,7 +169,7 @@ def test_resume_refuses_every_one_of_fifty_flipped_bits(folder: Path) -> None:
 
 
 def test_resume_refuses_a_newer_format(folder: Path) -> None:
-    payload, _ = sealed.read(folder / "last.pt", format=FORMAT, version=1)
+    payload, _ = sealed.read(folder / "last.pt", format=FORMAT, version=VERSION)
     sealed.write(folder / "last.pt", {**payload, "version": 99})
     result = eps_train(folder, *TINY, "--resume")
     assert result.code == 1
