@@ -186,7 +186,7 @@ def test_blocks_that_free_nothing_are_said_before_training(folder: Path) -> None
     planned = plan(folder, "mine:shared")
     assert planned.code == 0, planned.stderr
     text = " ".join(planned.stderr.split())
-    assert "no block of this network frees a parameter when it goes" in text
+    assert "no block of this network frees a parameter when it is removed" in text
 
 
 def test_networks_of_timm_with_arguments(folder: Path) -> None:

@@ -24,8 +24,8 @@ EPOCHS, KILLS, KEPT = 60, 20, 3
 COMMAND = [
     sys.executable,
     "-c",
-    "from eps_train import cli, run; from tests.train.runs import DoomedTrainer;"
-    " run.Trainer = DoomedTrainer; cli.main()",
+    "from eps_train import cli, run; from tests.train.runs import PruningTrainer;"
+    " run.Trainer = PruningTrainer; cli.main()",
 ]
 RUN = [
     *("--model", "cifar:20x4", "--epochs", str(EPOCHS)),

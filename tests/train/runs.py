@@ -1,4 +1,4 @@
-"""Training runs small enough for tests, with and without deaths: digits, depth 20, width 4."""
+"""Training runs small enough for tests, with and without pruning: digits, depth 20, width 4."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from eps_train.training.evaluate import EpochMetrics
 from eps_train.training.trainer import Trainer
 
 # Which of its 9 blocks die, and when, depends on the last bits of what the CPU or GPU computes.
-# A test of what a death does takes `dying_trainer`; `trainer` is for what no death touches.
-DYING = replace(
+# A test of what pruning does takes `pruning_trainer`; `trainer` is for all that it does not touch.
+PRUNING = replace(
     recipes.digits(),
     model="cifar:20x4",
     epochs=7,
@@ -31,19 +31,19 @@ DYING = replace(
 
 # Not stages.1.2, whose output the side head reads as well: in the backward pass its removal changes
 # the order in which three gradients are added, and with it their last bits.
-DEATHS = {"stages.0.1": 4, "stages.1.1": 6, "stages.2.2": 6}  # block -> its last epoch, 1-based
+PRUNED = {"stages.0.1": 4, "stages.1.1": 6, "stages.2.2": 6}  # block -> its last epoch, 1-based
 SHUT = 1e9  # epsilon above every response that is finite
 
 
-class DoomedTrainer(Trainer):
-    """A trainer in whose run the blocks of DEATHS die, at the end of these epochs, and no others.
+class PruningTrainer(Trainer):
+    """A trainer in whose run the blocks of PRUNED die, at the end of these epochs, and no others.
 
-    Their gates are shut for just the epochs that a death takes, and all other gates are open.
-    All else is the trainer's own: counting, confirmation on held-out images, removal, saving.
+    Their gates are shut for `patience` epochs before, and all other gates are open.
+    Counting, confirmation on held-out images, removal and saving are the trainer's own.
     """
 
     def thresholds(self, epoch: int) -> dict[str, float]:
-        first = {block: last - self.config.patience for block, last in DEATHS.items()}
+        first = {block: last - self.config.patience for block, last in PRUNED.items()}
         return {
             block: SHUT if epoch >= first.get(block, epoch + 1) else 0.0 for block in self.gates
         }
@@ -56,7 +56,7 @@ def digits() -> Data:
 
 def trainer(
     folder: Path,
-    run: TrainingConfig = DYING,
+    run: TrainingConfig = PRUNING,
     *,
     kind: type[Trainer] = Trainer,
     device: str = "cpu",
@@ -78,11 +78,11 @@ def trainer(
     )
 
 
-def deaths(reports: Iterable[EpochMetrics]) -> dict[str, int]:
-    """The blocks that died, with the 1-based epoch; DEATHS for a whole run of `dying_trainer`."""
+def pruned_blocks(reports: Iterable[EpochMetrics]) -> dict[str, int]:
+    """The blocks that died, with the 1-based epoch; PRUNED for a whole run of `pruning_trainer`."""
     return {block: report.epoch for report in reports for block in report.died}
 
 
-def dying_trainer(folder: Path, run: TrainingConfig = DYING, **options: Any) -> Trainer:
-    """Like :func:`trainer`; the blocks of DEATHS die in its run, on whatever machine."""
-    return trainer(folder, run, kind=DoomedTrainer, **options)
+def pruning_trainer(folder: Path, run: TrainingConfig = PRUNING, **options: Any) -> Trainer:
+    """Like :func:`trainer`; the blocks of PRUNED die in its run, on whatever machine."""
+    return trainer(folder, run, kind=PruningTrainer, **options)

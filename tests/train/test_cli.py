@@ -20,7 +20,7 @@ from eps_train.config import TrainingConfig
 from eps_train.data import dataset
 from eps_train.recipes import RECIPES
 from eps_train.training import run as summary
-from eps_train.training.checkpoint import FORMAT, Checkpoint
+from eps_train.training.checkpoint import FORMAT, VERSION, Checkpoint
 from eps_train.training.trainer import Trainer
 from tests.commands import Result, files_in, run
 
@@ -134,7 +134,7 @@ def test_resume_drops_the_metrics_of_epochs_it_repeats(folder: Path) -> None:
 def test_resume_with_nothing_there_starts_anew_and_says_so(tmp_path: Path) -> None:
     result = eps_train(tmp_path, *TINY, "--epochs", 1, "--resume")
     assert result.code == 0
-    assert "last.pt: not there yet; starting from the first epoch" in result.stderr
+    assert "last.pt: does not exist yet; starting from the first epoch" in result.stderr
 
 
 def test_resume_in_a_missing_folder_is_refused(tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_resume_refuses_every_one_of_fifty_flipped_bits(folder: Path) -> None:
 
 
 def test_resume_refuses_a_newer_format(folder: Path) -> None:
-    payload, _ = checksummed.read(folder / "last.pt", format=FORMAT, version=1)
+    payload, _ = checksummed.read(folder / "last.pt", format=FORMAT, version=VERSION)
     checksummed.write(folder / "last.pt", {**payload, "version": 99})
     result = eps_train(folder, *TINY, "--resume")
     assert result.code == 1
@@ -209,7 +209,9 @@ def test_resume_with_more_epochs_goes_on_and_says_what_changes(folder: Path) -> 
     result = eps_train(folder, *TINY, "--epochs", 4, "--resume")
     assert result.code == 0, result.stderr
     assert "last.pt: the run was to have 2 epochs, and goes on to 4" in result.stderr
-    assert re.search(r"the last descent of the rate begins in epoch \d, not \d", result.stderr)
+    assert re.search(
+        r"the final decay of the learning rate begins in epoch \d, not \d", result.stderr
+    )
     last = Checkpoint.load(folder / "last.pt")
     assert (last.metrics["epoch"], last.config["epochs"]) == (4, 4)
     lines = (folder / "metrics.jsonl").read_text().splitlines()

@@ -17,7 +17,7 @@ from eps_train.training.evaluate import EpochMetrics, logits, score
 from eps_train.training.step import WARM_UP, GraphedStep, set_lr
 from eps_train.training.trainer import Stopped, Trainer
 from tests.train import processes
-from tests.train.runs import DEATHS, deaths, digits, dying_trainer
+from tests.train.runs import PRUNED, digits, pruned_blocks, pruning_trainer
 
 pytestmark = [
     pytest.mark.gpu,
@@ -29,15 +29,15 @@ DEVICE = "cuda:0"
 
 
 def trainer(folder: Path, **changes: Any) -> Trainer:
-    """A run on the GPU in which the blocks of DEATHS die."""
-    return dying_trainer(folder, device=DEVICE, **{"cpu_threads": 0, **changes})
+    """A run on the GPU in which the blocks of PRUNED die."""
+    return pruning_trainer(folder, device=DEVICE, **{"cpu_threads": 0, **changes})
 
 
 def test_blocks_die_and_the_checkpoint_answers_alike_on_the_cpu(tmp_path: Path) -> None:
     run = trainer(tmp_path)
     reports: list[EpochMetrics] = []
     run.run(reports.append)
-    assert deaths(reports) == DEATHS
+    assert pruned_blocks(reports) == PRUNED
     assert all(parameter.is_cuda for parameter in run.model.parameters())
     assert not any(tensor.is_cuda for tensor in run.removed_tensors.values())
     checkpoint = Checkpoint.load(tmp_path / "ckpt.pt")
@@ -58,7 +58,7 @@ def test_a_resumed_run_goes_on(tmp_path: Path) -> None:
     assert again.epoch == 5
     assert again.tracker.dead == first.tracker.dead != ()
     again.run(lambda report: None)
-    assert set(again.tracker.dead) == set(DEATHS)
+    assert set(again.tracker.dead) == set(PRUNED)
 
 
 def test_the_gate_waits_for_nothing() -> None:
@@ -91,7 +91,7 @@ def test_blocks_die_in_every_precision_and_float32_ships(tmp_path: Path, precisi
     run = trainer(tmp_path, precision=precision)
     reports: list[EpochMetrics] = []
     run.run(reports.append)
-    assert deaths(reports) == DEATHS
+    assert pruned_blocks(reports) == PRUNED
     assert not torch.backends.cudnn.allow_tf32, "allowed in training steps alone"
     assert torch.get_float32_matmul_precision() == "highest"
     checkpoint = Checkpoint.load(tmp_path / "ckpt.pt")
@@ -262,7 +262,7 @@ def _rebuilt(run: Trainer, folder: Path) -> Trainer:
 def test_a_compiled_run_goes_on_over_its_removals(tmp_path: Path) -> None:
     reports: list[EpochMetrics] = []
     trainer(tmp_path, compile=True).run(reports.append)
-    assert deaths(reports) == DEATHS
+    assert pruned_blocks(reports) == PRUNED
 
 
 # -- NCCL ------------------------------------------------------------------------------------------
@@ -272,7 +272,7 @@ def nccl_run(group: Group, folder: Path, changes: dict[str, Any]) -> dict[str, i
     assert group.world is not None
     reports: list[EpochMetrics] = []
     trainer(folder, group=group, **changes).run(reports.append)
-    return deaths(reports)
+    return pruned_blocks(reports)
 
 
 @pytest.mark.parametrize(
@@ -291,5 +291,5 @@ def test_one_process_under_nccl_trains_removes_and_saves(
     tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     (died,) = processes.run(nccl_run, tmp_path, changes, size=1, device="cuda")
-    assert died == DEATHS
+    assert died == PRUNED
     Checkpoint.load(tmp_path / "ckpt.pt").build_gated()

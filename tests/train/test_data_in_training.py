@@ -78,7 +78,7 @@ def test_a_network_is_trained_and_tested_alike_from_disk_and_from_memory(
         assert isinstance(made.train, FileSet) == (memory == 300)
         folder = tmp_path / str(memory)
         folder.mkdir()
-        run = replace(runs.DYING, epochs=2, batch_size=8, epsilon=0.0)
+        run = replace(runs.PRUNING, epochs=2, batch_size=8, epsilon=0.0)
         made_trainer = Trainer(
             run, made, best_path=folder / "a", last_path=folder / "b", device=CPU
         )
@@ -90,7 +90,7 @@ def test_a_network_is_trained_and_tested_alike_from_disk_and_from_memory(
 
 def test_a_mean_image_is_what_the_network_is_trained_with(tmp_path: Path) -> None:
     made = dataset.load("digits", normalization="pixel")
-    run = replace(runs.DYING, normalization="pixel", epochs=1)
+    run = replace(runs.PRUNING, normalization="pixel", epochs=1)
     made_trainer = Trainer(
         run, made, best_path=tmp_path / "a", last_path=tmp_path / "b", device=CPU
     )

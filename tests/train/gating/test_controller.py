@@ -11,9 +11,9 @@ from eps_train.gating import controller as module
 from eps_train.gating.controller import EpsilonController
 from eps_train.training.checkpoint import Checkpoint, GateRecord, PruneRecord
 from eps_train.training.trainer import Trainer
-from tests.train.runs import DYING, trainer
+from tests.train.runs import PRUNING, trainer
 
-TARGET = replace(DYING, epsilon=None, target_parameters=0.5, epsilon_warmup=1, epochs=8)
+TARGET = replace(PRUNING, epsilon=None, target_parameters=0.5, epsilon_warmup=1, epochs=8)
 
 
 def controller(max_drop: float | None = None) -> EpsilonController:

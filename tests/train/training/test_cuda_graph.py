@@ -19,7 +19,7 @@ from eps_train.training import step
 from eps_train.training.distributed import ALONE, Group
 from eps_train.training.step import WARM_UP, GraphedStep, TrainingStep, cuda_graph_obstacle
 from eps_train.training.trainer import Stopped, Trainer
-from tests.train.runs import DYING, trainer
+from tests.train.runs import PRUNING, trainer
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 GONE = "stages.0.1"
@@ -161,7 +161,7 @@ class Several(Group):
 def test_where_there_is_no_graph_the_reason_is_said(
     changes: dict[str, Any], group: Group, device: torch.device, reason: str | None
 ) -> None:
-    config = replace(DYING, **changes)
+    config = replace(PRUNING, **changes)
     assert cuda_graph_obstacle(config, group, device) == reason
     assert step.use_cuda_graph("auto", config, group, device) == (reason is None)
     assert not step.use_cuda_graph("off", config, group, device)

@@ -21,11 +21,24 @@ from eps_train.training.distributed import ALONE, Group, StopRequest
 from eps_train.training.evaluate import EpochMetrics
 from eps_train.training.trainer import Stopped, Trainer
 from tests.train import processes
-from tests.train.runs import DEATHS, DYING, DoomedTrainer, deaths, digits, dying_trainer, trainer
+from tests.train.runs import (
+    PRUNED,
+    PRUNING,
+    PruningTrainer,
+    digits,
+    pruned_blocks,
+    pruning_trainer,
+    trainer,
+)
 
-RUN = replace(DYING, epochs=6)
+RUN = replace(PRUNING, epochs=6)
 SMOOTH = replace(
-    DYING, model="tests.train.smooth:Smooth", aux_loss_weight=0.0, epochs=2, batch_size=40, shift=0
+    PRUNING,
+    model="tests.train.smooth:Smooth",
+    aux_loss_weight=0.0,
+    epochs=2,
+    batch_size=40,
+    shift=0,
 )
 
 
@@ -48,7 +61,7 @@ def outcome(run: Trainer, reports: list[EpochMetrics]) -> Outcome:
 
 
 def whole_run(
-    group: Group, folder: Path, config: TrainingConfig, kind: type[Trainer] = DoomedTrainer
+    group: Group, folder: Path, config: TrainingConfig, kind: type[Trainer] = PruningTrainer
 ) -> Outcome:
     run = trainer(folder, config, kind=kind, group=group)
     reports: list[EpochMetrics] = []
@@ -68,7 +81,7 @@ def stopped_run(group: Group, folder: Path, config: TrainingConfig, question: in
             request.signal = signal.SIGTERM
         return request()
 
-    run = dying_trainer(folder, config, group=group, stop=stop)
+    run = pruning_trainer(folder, config, group=group, stop=stop)
     reports: list[EpochMetrics] = []
     with pytest.raises(Stopped):
         run.run(reports.append)
@@ -78,7 +91,7 @@ def stopped_run(group: Group, folder: Path, config: TrainingConfig, question: in
 
 
 def resumed_run(group: Group, folder: Path, config: TrainingConfig) -> Outcome:
-    run = dying_trainer(folder, config, group=group)
+    run = pruning_trainer(folder, config, group=group)
     run.resume()
     reports: list[EpochMetrics] = []
     run.run(reports.append)
@@ -102,7 +115,7 @@ def test_both_processes_have_the_same_weights_across_a_removal(
     undisturbed: tuple[Path, list[Outcome]],
 ) -> None:
     _, (first, second) = undisturbed
-    assert deaths(first.reports) == deaths(second.reports) == DEATHS
+    assert pruned_blocks(first.reports) == pruned_blocks(second.reports) == PRUNED
     assert not any(
         name.startswith(tuple(f"model.{b}." for b in first.dead)) for name in first.state
     )
@@ -154,7 +167,7 @@ def test_one_process_does_not_go_on_with_the_run_of_two(
     folder, _ = undisturbed
     message = r"last\.pt: belongs to a run of 2 processes, not 1; .*--nproc-per-node 2"
     with pytest.raises(ConfigError, match=message):
-        dying_trainer(folder, RUN).resume()
+        pruning_trainer(folder, RUN).resume()
 
 
 # -- the scope of the gates

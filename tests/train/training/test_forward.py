@@ -21,12 +21,12 @@ from eps_train.training import forward
 from eps_train.training.distributed import ALONE, Group
 from eps_train.training.forward import TrainedNetwork
 from eps_train.training.step import build
-from tests.train.runs import DYING, dying_trainer, trainer
+from tests.train.runs import PRUNING, pruning_trainer, trainer
 
 CPU = torch.device("cpu")
 
 
-def network(config: TrainingConfig = DYING) -> TrainedNetwork:
+def network(config: TrainingConfig = PRUNING) -> TrainedNetwork:
     torch.manual_seed(0)
     spec = NetworkSpec.parse("cifar:14x4", in_channels=1, classes=10)
     made = build(spec, config, ALONE, CPU, classes=10)
@@ -153,8 +153,8 @@ def test_a_removal_leaves_compiled_what_it_does_not_touch_and_forgets_the_rest(
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")
 def test_a_run_through_the_real_compiler(tmp_path: Path) -> None:
     plain, made = (
-        dying_trainer(tmp_path, model="cifar:8x4"),
-        dying_trainer(tmp_path, model="cifar:8x4", compile=True),
+        pruning_trainer(tmp_path, model="cifar:8x4"),
+        pruning_trainer(tmp_path, model="cifar:8x4", compile=True),
     )
     expected, got = plain.run_epoch(), made.run_epoch()
     assert got.loss == pytest.approx(expected.loss, rel=1e-3)
@@ -190,7 +190,7 @@ def test_every_process_computes_on_its_own_gpu(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(forward, "DistributedDataParallel", Wrapper)
     for device in (torch.device("cuda", 1), CPU):
-        call = forward.Forward(network(), DYING, Pair(), device)
+        call = forward.Forward(network(), PRUNING, Pair(), device)
         assert call(some_images())[0].shape == (8, 10)
     assert given == [[1], None]
 
@@ -205,7 +205,7 @@ def test_no_compiler_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_synchronised_batch_norm_is_refused_on_a_cpu(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"--sync-batchnorm: torch's SyncBatchNorm takes tensors"):
+    with pytest.raises(ConfigError, match=r"--sync-batchnorm: torch's SyncBatchNorm only takes"):
         trainer(tmp_path, sync_batchnorm=True)
 
 

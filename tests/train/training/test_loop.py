@@ -10,46 +10,49 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from eps_core import sealed
 from eps_core.errors import ConfigError, TrainingError
 from eps_train.gating import rewriting
-from eps_train.training.checkpoint import Checkpoint
+from eps_train.training.checkpoint import FORMAT, VERSION, Checkpoint
 from eps_train.training.evaluate import EpochMetrics, score
 from eps_train.training.trainer import Stopped, Trainer
-from tests.train.runs import DEATHS, DYING, SHUT, deaths, digits, dying_trainer, trainer
+from tests.train.runs import PRUNED, PRUNING, SHUT, digits, pruned_blocks, pruning_trainer, trainer
 
 REZERO: dict[str, Any] = {"model": "tests.train.smooth:ReZero", "aux_loss_weight": 0.0}
 
 
 @pytest.fixture(scope="module")
-def dying(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[EpochMetrics], Trainer]:
+def pruned_run(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, list[EpochMetrics], Trainer]:
     """One whole run in which blocks die; its files, epoch reports and trainer."""
-    folder = tmp_path_factory.mktemp("dying")
+    folder = tmp_path_factory.mktemp("pruned")
     reports: list[EpochMetrics] = []
-    finished = dying_trainer(folder)
+    finished = pruning_trainer(folder)
     finished.run(reports.append)
     return folder, reports, finished
 
 
 def test_blocks_die_and_leave_the_running_network(
-    dying: tuple[Path, list[EpochMetrics], Trainer],
+    pruned_run: tuple[Path, list[EpochMetrics], Trainer],
 ) -> None:
-    _, reports, finished = dying
-    died = deaths(reports)
-    assert died == DEATHS
+    _, reports, finished = pruned_run
+    died = pruned_blocks(reports)
+    assert died == PRUNED
     assert not set(died) & rewriting.gates(finished.model).keys()
     assert not any(name.startswith(tuple(died)) for name in finished.model.state_dict())
 
 
 def test_every_death_carries_its_evidence(
-    dying: tuple[Path, list[EpochMetrics], Trainer],
+    pruned_run: tuple[Path, list[EpochMetrics], Trainer],
 ) -> None:
-    folder, _, _ = dying
-    steps = digits().identity.sizes["train"] // DYING.batch_size
+    folder, _, _ = pruned_run
+    steps = digits().identity.sizes["train"] // PRUNING.batch_size
     checkpoint = Checkpoint.load(folder / "ckpt.pt")
     found = {record.block: record.death for record in checkpoint.gates if record.death is not None}
-    assert {block: death.epoch for block, death in found.items()} == DEATHS
+    assert {block: death.epoch for block, death in found.items()} == PRUNED
     for death in found.values():
-        assert death.steps == DYING.patience * steps
+        assert death.steps == PRUNING.patience * steps
         assert death.epsilon == SHUT
         assert 0 < death.peak < SHUT
         assert 0 < death.heldout_peak < SHUT
@@ -76,12 +79,12 @@ def test_blocks_die_of_themselves(tmp_path: Path) -> None:
 
 
 def test_live_removal_changes_nothing_that_survives(
-    dying: tuple[Path, list[EpochMetrics], Trainer], tmp_path: Path
+    pruned_run: tuple[Path, list[EpochMetrics], Trainer], tmp_path: Path
 ) -> None:
     """Loss and every tensor of the surviving part equal those of a run that keeps the branches."""
-    _, reports, finished = dying
+    _, reports, finished = pruned_run
     kept_reports: list[EpochMetrics] = []
-    keeping = dying_trainer(tmp_path, live_removal=False)
+    keeping = pruning_trainer(tmp_path, live_removal=False)
     keeping.run(kept_reports.append)
     assert [r.died for r in kept_reports] == [r.died for r in reports]
     assert [r.loss for r in kept_reports] == [r.loss for r in reports]
@@ -97,9 +100,9 @@ def test_live_removal_changes_nothing_that_survives(
 
 
 def test_checkpoint_is_the_best_since_the_last_block_was_lost(
-    dying: tuple[Path, list[EpochMetrics], Trainer],
+    pruned_run: tuple[Path, list[EpochMetrics], Trainer],
 ) -> None:
-    folder, reports, finished = dying
+    folder, reports, finished = pruned_run
     last_loss = max(report.epoch for report in reports if report.died)
     since = [report for report in reports if report.epoch >= last_loss]
     checkpoint = Checkpoint.load(folder / "ckpt.pt")
@@ -108,10 +111,10 @@ def test_checkpoint_is_the_best_since_the_last_block_was_lost(
 
 
 def test_checkpoint_reproduces_its_recorded_accuracies(
-    dying: tuple[Path, list[EpochMetrics], Trainer],
+    pruned_run: tuple[Path, list[EpochMetrics], Trainer],
 ) -> None:
     """Gated network with dead gates shut and live gates open: exactly what was validated."""
-    folder, _, finished = dying
+    folder, _, finished = pruned_run
     checkpoint = Checkpoint.load(folder / "ckpt.pt")
     model = checkpoint.build_gated()
     for part, images in (("validation", digits().validation), ("test", digits().test)):
@@ -120,9 +123,9 @@ def test_checkpoint_reproduces_its_recorded_accuracies(
 
 
 def test_weights_of_dead_blocks_stay_in_the_checkpoint(
-    dying: tuple[Path, list[EpochMetrics], Trainer],
+    pruned_run: tuple[Path, list[EpochMetrics], Trainer],
 ) -> None:
-    folder, _, finished = dying
+    folder, _, finished = pruned_run
     checkpoint = Checkpoint.load(folder / "last.pt")
     full = finished.spec.build().state_dict()
     assert checkpoint.state.keys() == full.keys()
@@ -131,14 +134,14 @@ def test_weights_of_dead_blocks_stay_in_the_checkpoint(
 
 @pytest.mark.parametrize("stop_after", [1, 4, 6])
 def test_resumed_run_ends_in_the_same_weights(
-    dying: tuple[Path, list[EpochMetrics], Trainer], tmp_path: Path, stop_after: int
+    pruned_run: tuple[Path, list[EpochMetrics], Trainer], tmp_path: Path, stop_after: int
 ) -> None:
     """Stopped before, right at, and after the epochs in which blocks died."""
-    _, reports, finished = dying
-    first = dying_trainer(tmp_path)
+    _, reports, finished = pruned_run
+    first = pruning_trainer(tmp_path)
     for _ in range(stop_after):
         first.save(first.run_epoch())
-    again = dying_trainer(tmp_path)
+    again = pruning_trainer(tmp_path)
     again.resume()
     later: list[EpochMetrics] = []
     checkpoint = again.run(later.append)
@@ -152,24 +155,35 @@ def test_resumed_run_ends_in_the_same_weights(
 
 
 def test_resuming_a_finished_run_changes_nothing(
-    dying: tuple[Path, list[EpochMetrics], Trainer], tmp_path: Path
+    pruned_run: tuple[Path, list[EpochMetrics], Trainer], tmp_path: Path
 ) -> None:
-    folder, _, _ = dying
+    folder, _, _ = pruned_run
     for name in ("ckpt.pt", "last.pt"):
         shutil.copy(folder / name, tmp_path / name)
     before = (tmp_path / "ckpt.pt").read_bytes()
-    again = dying_trainer(tmp_path)
+    again = pruning_trainer(tmp_path)
     again.resume()
     again.run(lambda report: pytest.fail("no epoch was left to train"))
     assert (tmp_path / "ckpt.pt").read_bytes() == before
 
 
 def test_resume_refuses_another_run(tmp_path: Path) -> None:
-    dying_trainer(tmp_path, epochs=1).run(lambda report: None)
+    pruning_trainer(tmp_path, epochs=1).run(lambda report: None)
     with pytest.raises(
         ConfigError, match=r"last\.pt: belongs to a run with epsilon 3\.0, not 2\.5"
     ):
         trainer(tmp_path, epochs=1, epsilon=2.5).resume()
+
+
+def test_a_state_of_an_older_version_is_refused_and_its_network_is_read(
+    pruned_run: tuple[Path, list[EpochMetrics], Trainer], tmp_path: Path
+) -> None:
+    folder, _, finished = pruned_run
+    payload, _ = sealed.read(folder / "last.pt", format=FORMAT, version=VERSION)
+    sealed.write(tmp_path / "last.pt", {**payload, "version": 1})
+    with pytest.raises(ConfigError, match=r"last\.pt: .* of an older eps-resnet .* start anew"):
+        pruning_trainer(tmp_path).resume()
+    assert Checkpoint.load(tmp_path / "last.pt").dead == finished.tracker.dead
 
 
 def test_epsilon_zero_trains_a_network_without_gates(tmp_path: Path) -> None:
@@ -264,7 +278,7 @@ def test_no_block_dies_while_epsilon_does_not_act(tmp_path: Path) -> None:
 
 def test_candidate_that_held_out_images_contradict_stays_alive(tmp_path: Path) -> None:
     """A closed training record is not enough: the held-out response must be below epsilon too."""
-    built = trainer(tmp_path, replace(DYING, patience=2))
+    built = trainer(tmp_path, replace(PRUNING, patience=2))
     built.run_epoch()
     block = "stages.1.1"
     gate = built.gates[block]
@@ -286,10 +300,10 @@ def _assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("steps", [1, 43, 130, 199])
 def test_a_run_stopped_in_the_middle_of_an_epoch_goes_on_exactly(
-    dying: tuple[Path, list[EpochMetrics], Trainer], tmp_path: Path, steps: int
+    pruned_run: tuple[Path, list[EpochMetrics], Trainer], tmp_path: Path, steps: int
 ) -> None:
-    """Of 40 steps an epoch: in the first, before, between and after the epochs of the deaths."""
-    _, reports, finished = dying
+    """Of 40 steps an epoch: in the first, before, between and after the removals."""
+    _, reports, finished = pruned_run
     taken = 0
 
     def stop() -> bool:
@@ -297,12 +311,12 @@ def test_a_run_stopped_in_the_middle_of_an_epoch_goes_on_exactly(
         taken += 1
         return taken >= steps
 
-    first = dying_trainer(tmp_path, stop=stop)
+    first = pruning_trainer(tmp_path, stop=stop)
     seen: list[EpochMetrics] = []
     with pytest.raises(Stopped):
         first.run(seen.append)
     assert first.step
-    again = dying_trainer(tmp_path)
+    again = pruning_trainer(tmp_path)
     again.resume()
     assert again.step == first.step
     again.run(seen.append)

@@ -31,8 +31,8 @@ def pixels(png: bytes) -> npt.NDArray[np.uint8]:
     return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
 
 
-def share(picture: npt.NDArray[np.uint8], color: tuple[int, int, int]) -> float:
-    return float((picture == np.array(color, dtype=np.uint8)).all(axis=2).mean())
+def share(image: npt.NDArray[np.uint8], color: tuple[int, int, int]) -> float:
+    return float((image == np.array(color, dtype=np.uint8)).all(axis=2).mean())
 
 
 DARK, GREY = (0x0B, 0x3C, 0x6F), (0xD0, 0xD0, 0xD0)
@@ -48,16 +48,16 @@ def test_a_block_turns_grey_when_it_dies() -> None:
     ]
     before, after = pixels(draw(alive, "run")), pixels(draw(dying, "run"))
     assert share(before, GREY) < 0.001
-    # Three of the twelve cells of the map, which is a good quarter of the picture.
+    # Three of the twelve cells of the map, which is a good quarter of the image.
     assert share(after, GREY) > 0.25 / 4
     assert share(after, DARK) < share(before, DARK)
 
 
 @pytest.mark.parametrize("epochs", [1, 5])
 def test_a_plain_run_has_no_map(epochs: int) -> None:
-    picture = pixels(draw([line(epoch, {}) for epoch in range(1, epochs + 1)], "plain"))
+    image = pixels(draw([line(epoch, {}) for epoch in range(1, epochs + 1)], "plain"))
     gated = pixels(draw([line(epoch, {"s.0": 0}) for epoch in range(1, epochs + 1)], "gated"))
-    assert picture.shape[0] < gated.shape[0]
+    assert image.shape[0] < gated.shape[0]
 
 
 def test_the_path_of_an_epsilon_that_is_led_has_a_row_of_its_own() -> None:
@@ -66,13 +66,13 @@ def test_the_path_of_an_epsilon_that_is_led_has_a_row_of_its_own() -> None:
     assert pixels(draw(led, "led")).shape[0] > pixels(draw(fixed, "fixed")).shape[0]
 
 
-def test_a_picture_of_375_blocks_gives_each_a_row_of_pixels() -> None:
+def test_a_plot_of_375_blocks_gives_each_a_row_of_pixels() -> None:
     names = [f"{stage}.{n}" for stage in "stu" for n in range(125)]
     closed = [
         line(epoch, dict.fromkeys(names, 0) | dict.fromkeys(names[::2], 10)) for epoch in (1, 2)
     ]
-    picture = pixels(draw(closed, "deep"))
-    column = picture[:, picture.shape[1] // 2]
+    image = pixels(draw(closed, "deep"))
+    column = image[:, image.shape[1] // 2]
     dark = (column == np.array(DARK, dtype=np.uint8)).all(axis=1)
     assert (dark[1:] & ~dark[:-1]).sum() >= 375 // 2
 

@@ -13,7 +13,7 @@ from eps_train.training.checkpoint import Checkpoint
 from eps_train.training.evaluate import EpochMetrics, score
 from eps_train.training.forward import Precision
 from eps_train.training.trainer import Stopped, Trainer
-from tests.train.runs import DEATHS, deaths, digits, dying_trainer, trainer
+from tests.train.runs import PRUNED, digits, pruned_blocks, pruning_trainer, trainer
 
 CPU = torch.device("cpu")
 
@@ -65,10 +65,10 @@ def test_asking_for_a_precision_draws_no_random_number() -> None:
 
 @pytest.mark.parametrize("name", HALVES)
 def test_blocks_die_and_all_that_is_kept_is_float32(tmp_path: Path, name: str) -> None:
-    run = dying_trainer(tmp_path, precision=name)
+    run = pruning_trainer(tmp_path, precision=name)
     reports: list[EpochMetrics] = []
     run.run(reports.append)
-    assert deaths(reports) == DEATHS
+    assert pruned_blocks(reports) == PRUNED
     assert all(parameter.dtype == torch.float32 for parameter in run.network.parameters())
     checkpoint = Checkpoint.load(tmp_path / "ckpt.pt")
     floats = [t.dtype for t in checkpoint.state.values() if t.is_floating_point()]

@@ -12,13 +12,13 @@ from eps_train.training.checkpoint import Checkpoint, CheckpointRotation
 from eps_train.training.paths import RunPaths
 from eps_train.training.trainer import Trainer
 from tests.commands import files_in
-from tests.train.runs import DEATHS, DYING, digits, dying_trainer
+from tests.train.runs import PRUNED, PRUNING, digits, pruning_trainer
 
 
 def keeping(folder: Path, count: int, *, resume: bool = False, **changes: Any) -> Trainer:
     """A trainer that keeps the last `count` epochs, as `Run` prepares it."""
     files = RunPaths.of(folder)
-    made = dying_trainer(folder, **changes)
+    made = pruning_trainer(folder, **changes)
     made.rotation = CheckpointRotation(files, count)
     if resume:
         made.resume()
@@ -75,7 +75,7 @@ def test_resumed_without_keep_what_is_there_stays(folder: Path) -> None:
 
 def test_one_of_them_as_last_pt_takes_the_run_back(folder: Path) -> None:
     """Before the epoch in which a block died: it dies again, and all ends in the same weights."""
-    died = tuple(block for block, epoch in DEATHS.items() if epoch == 4)
+    died = tuple(block for block, epoch in PRUNED.items() if epoch == 4)
     whole = Checkpoint.load(folder / "last.pt")
     shutil.copy(folder / "epoch-0003.pt", folder / "last.pt")
     again = keeping(folder, 2, resume=True)
@@ -91,7 +91,7 @@ def test_one_of_them_as_last_pt_takes_the_run_back(folder: Path) -> None:
 
 def test_files_of_another_origin_are_never_removed(folder: Path) -> None:
     """One of another seed, one renamed, one that is no checkpoint."""
-    foreign = dying_trainer(folder / "other", seed=9)
+    foreign = pruning_trainer(folder / "other", seed=9)
     foreign.save(foreign.run_epoch())
     shutil.copy(folder / "other" / "last.pt", folder / "epoch-0001.pt")
     (folder / "epoch-0002.pt").write_text("notes")
@@ -138,7 +138,7 @@ def test_a_full_disk_takes_neither_the_older_ones_nor_last_pt(
 def test_a_baseline_keeps_its_own(four: Path, tmp_path: Path) -> None:
     files = RunPaths.of(tmp_path, "baseline")
     made = Trainer(
-        DYING.baseline(),
+        PRUNING.baseline(),
         digits(),
         best_path=files.best,
         last_path=files.last,

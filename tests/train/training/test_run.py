@@ -22,11 +22,11 @@ from eps_train.training.plots import TensorBoardLog
 from eps_train.training.run import Run
 from eps_train.training.trainer import Trainer
 from tests.commands import files_in
-from tests.train.runs import DYING, DoomedTrainer, digits
+from tests.train.runs import PRUNING, PruningTrainer, digits
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
-SHORT = replace(DYING, model="cifar:8x4", epochs=3, batch_size=256, epsilon=1.0)
+SHORT = replace(PRUNING, model="cifar:8x4", epochs=3, batch_size=256, epsilon=1.0)
 
 
 def run(folder: Path, config: TrainingConfig = SHORT, **options: Any) -> Run:
@@ -191,8 +191,8 @@ def test_a_run_that_goes_well_is_not_warned_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Blocks die in it, and the decay acts in full."""
-    monkeypatch.setattr(run_module, "Trainer", DoomedTrainer)
-    run(tmp_path, DYING).train()
+    monkeypatch.setattr(run_module, "Trainer", PruningTrainer)
+    run(tmp_path, PRUNING).train()
     told = capsys.readouterr().err
     assert "died:" in told
     assert "params" in told
