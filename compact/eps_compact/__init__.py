@@ -1,6 +1,6 @@
-"""Compact trained ε-ResNets: dead blocks out, gates gone, and the proof that nothing changed.
+"""Compaction of trained ε-ResNets: removal of dead blocks and gates, with proof of equal logits.
 
-Public names are loaded on first use, so that importing the package (and `--help`) is instant.
+Public names are imported on first use, so that importing the package (and `--help`) is instant.
 """
 
 from __future__ import annotations

@@ -5,18 +5,18 @@ from __future__ import annotations
 import io
 from dataclasses import replace
 from itertools import pairwise
+from unittest import mock
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 from matplotlib.colors import to_rgb
-from matplotlib.figure import Figure
 from PIL import Image
 
-from eps_compact import plots
 from eps_compact.evidence import BlockEvidence
 from eps_compact.plots import COLORS, LEGEND, Block, State, block_map, draw_blocks, strip
 from eps_train.training.checkpoint import Checkpoint
+from eps_train.training.plots import png
 from tests.checkpoints import make_checkpoint
 
 CYCLE: tuple[State, ...] = ("alive", "dead", "sometimes closed", "dead")
@@ -70,15 +70,10 @@ def test_each_of_375_blocks_has_pixels_of_its_own() -> None:
 def test_blocks_can_be_told_by_their_numbers(
     a_stage: int, numbers: range, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    figures: list[Figure] = []
-
-    def keep(figure: Figure) -> bytes:
-        figures.append(figure)
-        return b""
-
-    monkeypatch.setattr(plots, "png", keep)
+    figure = mock.Mock(wraps=png)
+    monkeypatch.setattr("eps_compact.plots.png", figure)
     draw_blocks(blocks(a_stage), "title")
-    axis = figures[0].axes[-1].xaxis
+    axis = figure.call_args.args[0].axes[-1].xaxis
     stages = [label.get_text().partition("\n")[0] for label in axis.get_ticklabels()]
     assert stages == ["stages.0", "stages.1", "stages.2"]
     drawn = [label.get_text() for label in axis.get_ticklabels(minor=True)]

@@ -333,7 +333,7 @@ def sweep(
     whole = cost(checkpoint.network.skeleton(), shape)
     first = predict(model, normalize, measuring)
 
-    def without(removed: tuple[str, ...]) -> Point:
+    def point_without(removed: tuple[str, ...]) -> Point:
         network = rewriting.remove_blocks(model, removed)
         size, found = cost(network, shape), predict(network, normalize, measuring)
         report(
@@ -358,7 +358,7 @@ def sweep(
         f" measured on {len(measuring):,} others"
     )
     at_once = math.ceil(removable / STEPS)
-    curve = [without(())]
+    curve = [point_without(())]
     while len(curve[-1].removed) < removable:
         removed = curve[-1].removed
         network = rewriting.remove_blocks(model, removed)
@@ -367,15 +367,15 @@ def sweep(
         rises = {block: said.mean_loss - loss for block, said in predictions.items() if block}
         ranked = sorted(rises, key=lambda block: cheapness(rises[block], saved[block]))
         gone = rewriting.removable(ranked, rises, stages)[:at_once]
-        curve.append(without((*removed, *gone)))
-    for _ in range(BISECTIONS if goal else 0):
+        curve.append(point_without((*removed, *gone)))
+    for _ in range(BISECTIONS):
         index = goal.overshoot(curve) if goal else None
         if index is None:
             break
         before, after = curve[index - 1].removed, curve[index].removed
         if len(after) - len(before) == 1:
             break
-        curve.insert(index, without(after[: (len(before) + len(after)) // 2]))
+        curve.insert(index, point_without(after[: (len(before) + len(after)) // 2]))
 
     report(f"sweep: timing {len(curve)} networks")
     times = measure([point.removed for point in curve])
