@@ -442,7 +442,7 @@ def test_a_folder_that_is_not_named_or_not_there(tmp_path: Path) -> None:
         True,
     )
     missing = eps_train(tmp_path, "--dataset", "folder:gone")
-    assert "folder:gone: no such folder; name where it lies with --data-root" in missing.error
+    assert "folder:gone: no such folder; name it with --data-root" in missing.error
 
 
 def test_large_images_are_read_without_a_remark(

@@ -181,7 +181,7 @@ class EpochSampler:
 
 @dataclass(frozen=True, slots=True)
 class _Reader:
-    """Read the files of a batch: as evaluation does, or a random crop of each, scaled."""
+    """Read the files of a batch in a worker, whole or cropped at random."""
 
     files: FileSet
     crops: bool
@@ -190,15 +190,8 @@ class _Reader:
         self, request: tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]
     ) -> tuple[Tensor, Tensor]:
         chosen, uniform = request
-        how = self.files.preprocessing
-        pixels = np.empty((len(chosen), *how.shape), dtype=np.uint8)
-        for row, index in enumerate(chosen.tolist()):
-            path = self.files.path(index)
-            if self.crops:
-                pixels[row] = how.read_crop(path, _Crop(torch.from_numpy(uniform[row : row + 1])))
-            else:
-                pixels[row] = how.read(path)
-        return torch.from_numpy(pixels), self.files.labels[torch.from_numpy(chosen)]
+        crops = [_Crop(row) for row in torch.from_numpy(uniform).split(1)] if self.crops else None
+        return self.files.read(chosen.tolist(), crops)
 
 
 @dataclass(frozen=True, slots=True)

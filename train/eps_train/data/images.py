@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from eps_core.errors import DataError, reader_death
-from eps_core.preprocessing import Preprocessing, peak_of_sixteen_bits, with_image
+from eps_core.preprocessing import ChooseBox, Preprocessing, peak_of_sixteen_bits, with_image
 
 
 class Part(Protocol):
@@ -387,13 +387,20 @@ class FileSet:
     def path(self, index: int) -> Path:
         return self.root / os.fsdecode(self.names[index])
 
-    def read(self, index: slice) -> tuple[Tensor, Tensor]:
-        """Pixels uint8 `[n, C, H, W]` and labels int64 `[n]`, in this process."""
-        chosen = range(*index.indices(len(self)))
-        pixels = np.empty((len(chosen), *self.preprocessing.shape), dtype=np.uint8)
-        for row, number in enumerate(chosen):
-            pixels[row] = self.preprocessing.read(self.path(number))
-        return torch.from_numpy(pixels), self.labels[index].clone()
+    def read(
+        self, index: Sequence[int], crops: Sequence[ChooseBox] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Read images in this process: as evaluation does, or the box that `crops` choose of each.
+
+        Returns pixels uint8 `[n, C, H, W]` and labels int64 `[n]`. Raises DataError that names a
+        file that cannot be read.
+        """
+        how = self.preprocessing
+        pixels = np.empty((len(index), *how.shape), dtype=np.uint8)
+        for row, number in enumerate(index):
+            path = self.path(number)
+            pixels[row] = how.read_crop(path, crops[row]) if crops else how.read(path)
+        return torch.from_numpy(pixels), self.labels[list(index)]
 
     def batches(self, size: int) -> Iterator[ImageSet]:
         """As `Part.batches`, read by worker processes. Raises DataError that names a bad file."""
@@ -458,19 +465,19 @@ class FileSet:
         return math.prod(self.preprocessing.shape)
 
     def _load(
-        self, read: Callable[[slice], Answer], size: int, *, answer_bytes: int, pin: bool = False
+        self, read: Callable[[range], Answer], size: int, *, answer_bytes: int, pin: bool = False
     ) -> Iterator[Answer]:
         """:func:`load` all images, `size` per request."""
-        slices = [slice(start, start + size) for start in range(0, len(self), size)]
-        alone = 0 if len(slices) <= 1 else None  # a single batch is not worth a process
-        return load(read, slices, pin=pin, workers=alone, answer_bytes=answer_bytes)
+        every = range(len(self))
+        requests = [every[start : start + size] for start in every[::size]]
+        alone = 0 if len(requests) <= 1 else None  # a single batch is not worth a process
+        return load(read, requests, pin=pin, workers=alone, answer_bytes=answer_bytes)
 
-    def _scan(self, index: slice, *, keep: bool) -> tuple[Tensor, ScanStatistics]:
+    def _scan(self, index: range, *, keep: bool) -> tuple[Tensor, ScanStatistics]:
         """Pixels uint8 `[n, C, H, W]`, none unless `keep`, and the statistics of these files."""
-        chosen, found = range(*index.indices(len(self))), ScanStatistics()
-        how = self.preprocessing
-        pixels = np.zeros((len(chosen) if keep else 0, *how.shape), dtype=np.uint8)
-        for row, number in enumerate(chosen):
+        how, found = self.preprocessing, ScanStatistics()
+        pixels = np.zeros((len(index) if keep else 0, *how.shape), dtype=np.uint8)
+        for row, number in enumerate(index):
             path = self.path(number)
             try:
                 peak, image = with_image(path, lambda i: (peak_of_sixteen_bits(i), how.apply(i)))
