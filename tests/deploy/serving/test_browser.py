@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from tests.deploy.serving.blocked import filled
 from tests.deploy.serving.browser import CHROMIUM, Page, opened
-from tests.deploy.serving.held import filled
 from tests.deploy.serving.running import Client, command, until
 
 pytestmark = [

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.deploy.serving.rpc.asking import caller, grpc_port, request
+from tests.deploy.serving.rpc.client import caller, grpc_port, request
 from tests.deploy.serving.running import MODEL, Process, command
 
 COLOURS = {"nan": 255, "inf": 0}

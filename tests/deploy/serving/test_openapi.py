@@ -22,7 +22,7 @@ from eps_deploy.serving.app import Api
 from eps_deploy.serving.limits import Limits, Memory
 from eps_deploy.serving.protocol import Signature
 from eps_deploy.serving.service import Service
-from tests.deploy.serving.held import ONE, filled, read_one
+from tests.deploy.serving.blocked import ONE, filled, read_one
 from tests.deploy.serving.running import MODEL, Answer, Client, Process, command, until
 
 TOKEN = "0123456789abcdef"

@@ -48,7 +48,7 @@ def series(client: Client) -> dict[str, float]:
     return {name: float(value) for name, value in pairs}
 
 
-def test_the_unpruned_network_beside_the_pruned_one(deployed: Path) -> None:
+def test_the_baseline_as_shadow(deployed: Path) -> None:
     """The disagreement is that of the two networks run by hand on the same images."""
     bundle = load_bundle(deployed / "bundle")
     images = np.random.default_rng(0).integers(0, 256, (60, 1, 8, 8), dtype=np.uint8)

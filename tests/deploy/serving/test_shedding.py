@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.deploy.serving.held import ONE, PLACES, Full, filled, read_one
+from tests.deploy.serving.blocked import ONE, PLACES, Full, filled, read_one
 from tests.deploy.serving.running import MODEL, read_all, until
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import grpc
 import pytest
 
-from tests.deploy.serving.rpc.asking import Caller, blank, caller, grpc_port, request
-from tests.deploy.serving.rpc.standing import Standing, standing
+from tests.deploy.serving.rpc.blocked import BlockedServer, blocked_server
+from tests.deploy.serving.rpc.client import Caller, blank, caller, grpc_port, request
 from tests.deploy.serving.running import until
 
 CODE = grpc.StatusCode
@@ -19,7 +19,7 @@ CODE = grpc.StatusCode
 class Held:
     """A server with room for three images, whose engine has been given one."""
 
-    def __init__(self, server: Standing, client: Caller) -> None:
+    def __init__(self, server: BlockedServer, client: Caller) -> None:
         self.server, self.client = server, client
         self.first = client.start(request(blank()))
         assert server.entered() == 1
@@ -32,7 +32,7 @@ class Held:
 @pytest.fixture
 def held(deployed: Path) -> Iterator[Held]:
     with (
-        standing(deployed / "bundle", "--max-queue", 3) as server,
+        blocked_server(deployed / "bundle", "--max-queue", 3) as server,
         caller(grpc_port(server)) as client,
     ):
         it = Held(server, client)

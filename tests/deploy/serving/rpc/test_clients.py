@@ -17,7 +17,7 @@ from eps_deploy.bench.accuracy import PARITY_LIMITS
 from eps_deploy.bundle import load_bundle, open_engine
 from eps_deploy.engines.base import Images, Logits
 from tests.deploy.serving.documented import run_client
-from tests.deploy.serving.rpc.asking import NAME, grpc_port
+from tests.deploy.serving.rpc.client import NAME, grpc_port
 from tests.deploy.serving.running import Process, command
 
 

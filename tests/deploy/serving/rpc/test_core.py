@@ -8,8 +8,8 @@ from pathlib import Path
 import grpc
 import pytest
 
-from tests.deploy.serving.rpc.asking import SERVICE, caller, grpc_port
-from tests.deploy.serving.rpc.frames import call
+from tests.deploy.serving.rpc.client import SERVICE, caller, grpc_port
+from tests.deploy.serving.rpc.http2 import call
 from tests.deploy.serving.running import Process, command
 
 LIVE = f"/{SERVICE}/ServerLive"

@@ -20,7 +20,7 @@ from eps_deploy.serving.rpc.flow_control import (
     max_message_size,
     split_raw_tensors,
 )
-from tests.deploy.serving.rpc.asking import blank, request
+from tests.deploy.serving.rpc.client import blank, request
 
 LARGEST = 100
 LIMITS = Limits(memory=8 * LARGEST, body_seconds=60)  # four places

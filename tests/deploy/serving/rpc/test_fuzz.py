@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.deploy.serving.rpc.asking import Caller, blank, caller, grpc_port, request
+from tests.deploy.serving.rpc.client import Caller, blank, caller, grpc_port, request
 from tests.deploy.serving.running import Process, command
 from tests.deploy.serving.test_fuzz import damaged
 

@@ -14,7 +14,7 @@ from tritonclient.grpc import service_pb2 as messages
 
 from eps_deploy.bundle import load_bundle, open_engine
 from eps_deploy.engines.base import Images, Logits
-from tests.deploy.serving.rpc.asking import Caller, blank, caller, grpc_port, request
+from tests.deploy.serving.rpc.client import Caller, blank, caller, grpc_port, request
 from tests.deploy.serving.running import Process, command
 
 CODE = grpc.StatusCode

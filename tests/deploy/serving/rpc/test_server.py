@@ -16,9 +16,9 @@ from tritonclient.grpc import service_pb2 as messages
 from eps_deploy.cli.serve import main
 from tests.commands import run
 from tests.deploy.conftest import reseal
-from tests.deploy.serving.rpc.asking import NAME, SERVICE, Caller, blank, caller, grpc_port, request
-from tests.deploy.serving.rpc.frames import begin
-from tests.deploy.serving.rpc.standing import standing
+from tests.deploy.serving.rpc.blocked import blocked_server
+from tests.deploy.serving.rpc.client import NAME, SERVICE, Caller, blank, caller, grpc_port, request
+from tests.deploy.serving.rpc.http2 import begin
 from tests.deploy.serving.running import Process, command, until
 
 CODE = grpc.StatusCode
@@ -176,7 +176,7 @@ def test_a_model_that_is_still_being_loaded(deployed: Path) -> None:
 
 
 def test_a_call_in_progress_is_answered_after_sigterm(deployed: Path) -> None:
-    with standing(deployed / "bundle") as server, caller(grpc_port(server)) as client:
+    with blocked_server(deployed / "bundle") as server, caller(grpc_port(server)) as client:
         call = client.start(request(blank()))
         server.entered()
         server.process.send_signal(signal.SIGTERM)
@@ -187,7 +187,7 @@ def test_a_call_in_progress_is_answered_after_sigterm(deployed: Path) -> None:
 
 
 def test_a_second_signal_ends_it_at_once(deployed: Path) -> None:
-    with standing(deployed / "bundle") as server, caller(grpc_port(server)) as client:
+    with blocked_server(deployed / "bundle") as server, caller(grpc_port(server)) as client:
         call = client.start(request(blank()))
         server.entered()
         server.process.send_signal(signal.SIGINT)

@@ -25,7 +25,7 @@ PLACES = 3
 LIMITS = Limits(body=20_000, header_seconds=5, body_seconds=0.3, idle_seconds=5)
 
 
-class HeldEngine:
+class BlockedEngine:
     """Around an engine: `gate` lets its batches through, `entered` tells that one has come."""
 
     def __init__(self, engine: Engine) -> None:
@@ -48,13 +48,13 @@ class HeldEngine:
 @contextmanager
 def held(
     monkeypatch: pytest.MonkeyPatch, bundle: Path, *, limits: Limits | None = None, **source: Any
-) -> Iterator[tuple[Client, HeldEngine]]:
+) -> Iterator[tuple[Client, BlockedEngine]]:
     """A server on a thread, and its engine, which is held."""
-    engines: list[HeldEngine] = []
+    engines: list[BlockedEngine] = []
 
     def open_model(*args: Any, **options: Any) -> Any:
         model = model_module.open_model(*args, **options)
-        engines.append(HeldEngine(model.engines[0]))
+        engines.append(BlockedEngine(model.engines[0]))
         return dataclasses.replace(model, engines=(engines[-1],))
 
     monkeypatch.setattr(service_module, "open_model", open_model)
@@ -81,7 +81,7 @@ def read_one(connection: socket.socket) -> tuple[int, dict[str, str], bytes]:
 class Full:
     """A server whose engine is held in a batch of one, with a full queue behind that."""
 
-    def __init__(self, client: Client, engine: HeldEngine, stack: ExitStack) -> None:
+    def __init__(self, client: Client, engine: BlockedEngine, stack: ExitStack) -> None:
         self.client = client
         self.engine = engine
         self.accepted = [stack.enter_context(client.open()) for _ in range(PLACES + 1)]

@@ -20,7 +20,7 @@ from tests.deploy.serving.running import Process, until
 _ROOT = Path(__file__).parents[4]
 
 
-class _Standing:
+class _BlockedEngine:
     """In that process: around the engine."""
 
     def __init__(self, engine: Engine) -> None:
@@ -47,15 +47,15 @@ class _Standing:
 def main() -> None:
     from eps_deploy.cli import serve
 
-    def open_standing(*args: Any, **options: Any) -> Model:
+    def open_blocked(*args: Any, **options: Any) -> Model:
         model = open_model(*args, **options)
-        return dataclasses.replace(model, engines=(_Standing(model.engines[0]),))
+        return dataclasses.replace(model, engines=(_BlockedEngine(model.engines[0]),))
 
-    with mock.patch.object(service_module, "open_model", open_standing):
+    with mock.patch.object(service_module, "open_model", open_blocked):
         serve.main()
 
 
-class Standing(Process):
+class BlockedServer(Process):
     """Here: the process."""
 
     def entered(self) -> int:
@@ -76,7 +76,7 @@ class Standing(Process):
 
 
 @contextmanager
-def standing(*args: object) -> Iterator[Standing]:
+def blocked_server(*args: object) -> Iterator[BlockedServer]:
     """`eps-serve` with these arguments, on ports that are free."""
     code = f"import sys; sys.argv[0] = 'eps-serve'; from {__name__} import main; main()"
     ports = ("--port", "0", "--grpc-port", "0")
@@ -90,7 +90,7 @@ def standing(*args: object) -> Iterator[Standing]:
     )
     with process:
         try:
-            server = Standing(process)
+            server = BlockedServer(process)
             server.wait_ready()
             yield server
         finally:
