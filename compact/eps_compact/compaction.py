@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,6 +16,7 @@ from eps_compact.evidence import ActivationStatistics, BlockEvidence
 from eps_compact.folding import fold
 from eps_compact.plots import Block, block_map
 from eps_core.checks import Parity
+from eps_core.cli import Log
 from eps_train.data.images import Part
 from eps_train.gating import rewriting
 from eps_train.models.cifar import Normalize
@@ -97,7 +98,7 @@ def compact_checkpoint(
     folding: bool = True,
     closed_at_least: float = 1.0,
     also: Iterable[str] = (),
-    report: Callable[[str], None] = lambda line: None,
+    report: Log = lambda line: None,
 ) -> Compaction:
     """Remove the dead blocks of a checkpoint and prove that its network computes the same.
 

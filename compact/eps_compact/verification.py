@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from eps_compact.certificate import ProofError, failure
 from eps_compact.compaction import compact, counts, folded_counts, proof_images
 from eps_compact.folding import fold
 from eps_core.checks import Check, Parity, Verification
+from eps_core.cli import Log
 from eps_core.errors import ConfigError, DataError, FileFormatError
 from eps_train.data.dataset import load_again
 from eps_train.data.images import Part
@@ -30,7 +31,7 @@ def verify(
     checkpoint: Path | None = None,
     data_root: Path | None = None,
     no_data: bool = False,
-    report: Callable[[str], None] = lambda line: None,
+    report: Log = lambda line: None,
 ) -> Verification:
     """Verify `path` (a `compact.pt`) against its checkpoint.
 

@@ -23,6 +23,7 @@ import numpy as np
 
 from eps_core import cli
 from eps_core.checks import Check, Parity, Verification, compare_logits
+from eps_core.cli import Log
 from eps_core.errors import ConfigError, FileFormatError
 from eps_core.preprocessing import Preprocessing
 from eps_deploy.bench import accuracy
@@ -257,7 +258,7 @@ def open_onnx(
     return _agreeing(bundle, engine)
 
 
-def open_served(bundle: Bundle, file: str, choice: Choice, log: Callable[[str], None]) -> Engine:
+def open_served(bundle: Bundle, file: str, choice: Choice, log: Log) -> Engine:
     """Open a network of a bundle on the ONNX Runtime provider that a server is configured for.
 
     Args:
@@ -349,7 +350,7 @@ def prove(bundle: Bundle, engine: Engine, stage: str) -> Parity:
 REPORT = "report.json"
 
 
-def verify_bundle(path: Path, *, report: Callable[[str], None]) -> Verification:
+def verify_bundle(path: Path, *, report: Log) -> Verification:
     """Verify the bundle at `path`; `report` is called with a line for each step.
 
     Raises FileFormatError when a file is damaged, missing or foreign: then there is no bundle.

@@ -22,7 +22,7 @@ from eps_compact.evidence import BlockEvidence
 from eps_compact.exporting import FromPixels
 from eps_compact.folding import fold
 from eps_core import cli
-from eps_core.cli import missing_package
+from eps_core.cli import Log, missing_package
 from eps_core.errors import ConfigError
 from eps_core.stats import Interval, difference_of_medians, paired_difference, paired_mean
 from eps_core.timing import Runs, interleave, wall_clock
@@ -374,9 +374,7 @@ GROUP = "eps_resnet.block_timers"  # entry points: callables from a DataIdentity
 PREFERRED = "ort"
 
 
-def make_timer(
-    name: str | None, identity: DataIdentity, report: Callable[[str], None] = lambda line: None
-) -> Timer:
+def make_timer(name: str | None, identity: DataIdentity, report: Log = lambda line: None) -> Timer:
     """Return the timer of `--timer`; by default ONNX Runtime's if it is installed.
 
     Args:
@@ -488,7 +486,7 @@ def measure_importance(
     live: Iterable[BlockEvidence] = (),
     device: torch.device = CPU,
     timer: Timer | None = None,
-    report: Callable[[str], None] = lambda line: None,
+    report: Log = lambda line: None,
 ) -> Importance:
     """Measure what every live block of a checkpoint's network costs and contributes.
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from eps_core.cli import Log
 from eps_core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def select(
     options: PruneOptions,
     timer: Timer | None,
     device: torch.device,
-    report: Callable[[str], None],
+    report: Log,
 ) -> Selection:
     """Sweep, select a point and fine-tune, as `options` ask for.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,6 +26,7 @@ from eps_compact.analysis.importance import (
     scaled,
 )
 from eps_core import cli
+from eps_core.cli import Log
 from eps_core.errors import ConfigError
 from eps_core.stats import Interval, median, ratio_of_medians
 from eps_train.data.images import Part
@@ -277,7 +278,7 @@ def sweep(
     weight: Weight = "parameters",
     device: torch.device = CPU,
     timer: Timer | None = None,
-    report: Callable[[str], None] = lambda line: None,
+    report: Log = lambda line: None,
 ) -> Sweep:
     """Remove the live blocks of a checkpoint's network one after another.
 

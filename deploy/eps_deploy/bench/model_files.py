@@ -28,7 +28,7 @@ from eps_train.data.dataset import DataIdentity
 from eps_train.gating import rewriting
 from eps_train.training import forward
 from eps_train.training.checkpoint import FORMAT, Checkpoint
-from eps_train.training.forward import Precision
+from eps_train.training.forward import TrainingPrecision
 
 _PLANS = (".plan", ".engine")
 _DEVICE = 0  # the GPU that everything runs on; CUDA_VISIBLE_DEVICES selects another
@@ -277,7 +277,7 @@ class TorchEngine:
         threads: int,
     ) -> None:
         self.device = forward.choose(device)
-        Precision("fp32", self.device)  # turns TF32 off in this process
+        TrainingPrecision("fp32", self.device)  # turns TF32 off in this process
         self._model = model.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._name, self._threads = name, threads
         self.input_shape, self.classes = identity.input_shape, len(identity.classes)

@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from eps_core.checks import Check
+from eps_core.cli import Log
 from eps_deploy.bench.accuracy import Infer
 from eps_deploy.bench.machine import cpus
 from eps_deploy.engines.base import Engine, EngineError, Images
@@ -32,9 +33,7 @@ from eps_deploy.pipeline.inputs import Inputs
 from eps_deploy.pipeline.options import Options
 from eps_train.gating import rewriting
 from eps_train.models.spec import cost
-from eps_train.training.forward import Precision
-
-Log = Callable[[str], None]
+from eps_train.training.forward import TrainingPrecision
 
 # -- Networks in torch
 
@@ -81,7 +80,7 @@ def on_gpu(device: int, *networks: Deployed) -> Iterator[None]:
         yield
         return
     target = torch.device("cuda", device)
-    Precision("fp32", target)  # which switches TF32 off
+    TrainingPrecision("fp32", target)  # which switches TF32 off
     try:
         for network in networks:
             network.to(target)

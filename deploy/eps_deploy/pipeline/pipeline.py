@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from eps_compact.certificate import BOUND as FOLDING_LIMIT
 from eps_core.checks import Check, Parity, compare_logits
-from eps_core.cli import refuse_missing
+from eps_core.cli import Log, refuse_missing
 from eps_core.errors import ConfigError
 from eps_deploy import triton
 from eps_deploy.bench import accuracy as parity
@@ -43,7 +43,6 @@ from eps_deploy.report.render import render_html, render_markdown
 from eps_train.data.dataset import load_again
 from eps_train.training.forward import cpu_threads
 
-Log = Callable[[str], None]
 HEADROOM_IMAGES = 512  # of the test images, at most
 _NO_BASELINE = {
     "what": "accuracy against a trained baseline",

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from eps_core.checks import Parity
+from eps_core.cli import Log
 from eps_core.errors import ConfigError, FileFormatError
 from eps_deploy.bundle import ONNX, Bundle, Choice, load_bundle, open_engine, open_served, prove
 from eps_deploy.engines.base import Engine
@@ -21,7 +22,6 @@ from eps_deploy.precision import PRECISIONS
 from eps_deploy.serving.limits import Limits
 from eps_deploy.serving.protocol import Signature, decode_image
 
-Log = Callable[[str], None]
 REPORT = "report.json"
 VERSION = "1"
 

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+from eps_core.cli import Log
 from eps_core.errors import ConfigError
 from eps_deploy.bundle import Bundle, Choice
 from eps_deploy.engines.base import Engine
 from eps_deploy.serving.batching import Batcher, Batching, BatchStats
-from eps_deploy.serving.model import Log, Model, open_model, read_bundle
+from eps_deploy.serving.model import Model, open_model, read_bundle
 from eps_deploy.serving.protocol import busy
 from eps_deploy.serving.shadow import Shadow, ShadowBatch, ShadowOptions, open_shadow
 

@@ -24,10 +24,11 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from eps_core.cli import Log
 from eps_core.errors import ConfigError
 from eps_deploy.bundle import ONNX, Bundle, Choice, prove, replay
 from eps_deploy.engines.base import Engine, EngineError, Images, Logits
-from eps_deploy.serving.model import Log, Model, opener, read_bundle
+from eps_deploy.serving.model import Model, opener, read_bundle
 
 BASELINE = "baseline.onnx"
 _QUEUE = 64  # images that may wait; an empty queue takes a batch of any size

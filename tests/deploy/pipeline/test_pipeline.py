@@ -292,7 +292,7 @@ def test_networks_are_moved_to_the_gpu_and_back(monkeypatch: pytest.MonkeyPatch)
     with build.on_gpu(torch.cuda.device_count(), moved):
         assert not places
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(build, "Precision", lambda name, device: places.append(name))
+    monkeypatch.setattr(build, "TrainingPrecision", lambda name, device: places.append(name))
     with build.on_gpu(1, moved):
         assert places == ["fp32", "cuda:1"]
     assert places == ["fp32", "cuda:1", "cpu"]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from eps_core import sealed
+from eps_core import checksummed
 from eps_core.errors import ConfigError, TrainingError
 from eps_train.gating import rewriting
 from eps_train.training.checkpoint import FORMAT, VERSION, Checkpoint
@@ -179,8 +179,8 @@ def test_a_state_of_an_older_version_is_refused_and_its_network_is_read(
     pruned_run: tuple[Path, list[EpochMetrics], Trainer], tmp_path: Path
 ) -> None:
     folder, _, finished = pruned_run
-    payload, _ = sealed.read(folder / "last.pt", format=FORMAT, version=VERSION)
-    sealed.write(tmp_path / "last.pt", {**payload, "version": 1})
+    payload, _ = checksummed.read(folder / "last.pt", format=FORMAT, version=VERSION)
+    checksummed.write(tmp_path / "last.pt", {**payload, "version": 1})
     with pytest.raises(ConfigError, match=r"last\.pt: .* of an older eps-resnet .* start anew"):
         pruning_trainer(tmp_path).resume()
     assert Checkpoint.load(tmp_path / "last.pt").dead == finished.tracker.dead

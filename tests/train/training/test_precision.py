@@ -11,7 +11,7 @@ from eps_core.errors import ConfigError, TrainingError
 from eps_train.training import forward
 from eps_train.training.checkpoint import Checkpoint
 from eps_train.training.evaluate import EpochMetrics, score
-from eps_train.training.forward import Precision
+from eps_train.training.forward import TrainingPrecision
 from eps_train.training.trainer import Stopped, Trainer
 from tests.train.runs import PRUNED, digits, pruned_blocks, pruning_trainer, trainer
 
@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 def can(name: str) -> bool:
     try:
-        Precision(name, CPU)
+        TrainingPrecision(name, CPU)
     except ConfigError:
         return False
     return True
@@ -34,14 +34,14 @@ HALVES = [
 
 def test_float32_is_real_float32_on_every_device() -> None:
     torch.set_float32_matmul_precision("high")
-    Precision("fp32", CPU)
+    TrainingPrecision("fp32", CPU)
     assert torch.get_float32_matmul_precision() == "highest"
     assert not torch.backends.cudnn.allow_tf32
 
 
 def test_tf32_is_refused_where_there_is_none() -> None:
     with pytest.raises(ConfigError, match=r"--precision tf32: a number format of CUDA devices"):
-        Precision("tf32", CPU)
+        TrainingPrecision("tf32", CPU)
 
 
 def test_a_device_that_cannot_is_named_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,12 +54,12 @@ def test_a_device_that_cannot_is_named_with_its_reason(monkeypatch: pytest.Monke
         r" implemented for 'Half'\); use fp32".replace("'", "")
     )
     with pytest.raises(ConfigError, match=message):
-        Precision("fp16", CPU)
+        TrainingPrecision("fp16", CPU)
 
 
 def test_asking_for_a_precision_draws_no_random_number() -> None:
     before = torch.get_rng_state()
-    Precision("bf16", CPU)
+    TrainingPrecision("bf16", CPU)
     assert torch.equal(torch.get_rng_state(), before)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import platform
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version as package_version
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 
 from eps_core import checksummed
 from eps_core.checksummed import read_bytes
+from eps_core.cli import Log
 from eps_core.errors import ConfigError, EpsError, FileFormatError
 from eps_train.config import TrainingConfig
 from eps_train.data.dataset import Data, DataIdentity
@@ -298,7 +299,7 @@ _GATE_STATE = re.compile(r"(^|\.)gate\d*\.(epsilon|dead|steps|closed_steps|finit
 
 
 def load_weights(
-    path: Path, model: fx.GraphModule, report: Callable[[str], None] = lambda line: None
+    path: Path, model: fx.GraphModule, report: Log = lambda line: None
 ) -> tuple[str, ...]:
     """Load the tensors of a file into a freshly built network; the state of its gates is kept.
 
@@ -359,7 +360,7 @@ def load_weights(
     return tuple(name for name in needed if name in skipped)
 
 
-def _read(path: Path, report: Callable[[str], None]) -> Mapping[str, Tensor]:
+def _read(path: Path, report: Log) -> Mapping[str, Tensor]:
     """The state dict of a file; warns of dead blocks that a new run starts with."""
     content = read_bytes(path)
     try:

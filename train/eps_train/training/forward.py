@@ -311,7 +311,7 @@ _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _LEAST_SCALE = 2.0**-24  # below it the gradient would have to exceed 1e12 to overflow float16
 
 
-class Precision:
+class TrainingPrecision:
     """One of `fp32`, `tf32`, `bf16`, `fp16` on a device.
 
     `fp32` is IEEE float32; `tf32` lets a CUDA device round the operands of convolutions and matrix

@@ -19,8 +19,8 @@ from eps_train.training.distributed import Group
 from eps_train.training.forward import (
     MEMORY_FORMAT,
     Forward,
-    Precision,
     TrainedNetwork,
+    TrainingPrecision,
     drop_batch_counts,
     synchronise_batchnorm,
     wide_float,
@@ -106,7 +106,7 @@ class TrainingStep:
         group: Group,
         device: torch.device,
     ) -> None:
-        self.precision = Precision(config.precision, device)
+        self.precision = TrainingPrecision(config.precision, device)
         self.optimizer = optimizer
         self._network, self._normalize = network, normalize
         self._forward = Forward(network, config, group, device)
@@ -197,7 +197,7 @@ class GraphedStep:
         self.captures = 0
 
     @property
-    def precision(self) -> Precision:
+    def precision(self) -> TrainingPrecision:
         return self._step.precision
 
     def __call__(self, batch: ImageSet) -> Tensor:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from eps_core import files
+from eps_core.cli import Log
 from eps_core.errors import ConfigError, EpsError, GraphError
 from eps_core.files import replace_file
 from eps_deploy.engines.base import INPUT_NAME, OUTPUT_NAME, EngineError
@@ -38,7 +39,6 @@ from eps_deploy.precision import Precision, check_layer_types
 
 # -- Options
 
-Log = Callable[[str], None]
 Progress = Callable[[str, int, int], bool]
 
 

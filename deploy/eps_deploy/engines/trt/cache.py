@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from eps_core import files
+from eps_core.cli import Log
 from eps_core.errors import ConfigError, EpsError, FileFormatError
 from eps_deploy.engines.base import EngineError
-from eps_deploy.engines.trt.build import BuildOptions, Log, build, check_possible
+from eps_deploy.engines.trt.build import BuildOptions, build, check_possible
 from eps_deploy.engines.trt.cuda import Cuda, host_facts
 from eps_deploy.engines.trt.engine import TrtEngine
 from eps_deploy.engines.trt.plan import METADATA, PLAN, Plan, PlanMetadata, load_tensorrt

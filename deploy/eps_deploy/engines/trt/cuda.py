@@ -32,16 +32,16 @@ from eps_deploy.engines.trt.plan import Host, this_platform
 # too, and which needs no newer driver than TensorRT itself.
 
 
-class GraphError(EngineError):
+class CudaGraphError(EngineError):
     """A graph could not be captured; the same work can still be launched without one."""
 
 
 def load_bindings() -> Any:
-    """Import `cuda.bindings.driver`. Raises GraphError with the remedy."""
+    """Import `cuda.bindings.driver`. Raises CudaGraphError with the remedy."""
     try:
         return import_module("cuda.bindings.driver")
     except ImportError as error:
-        raise GraphError(
+        raise CudaGraphError(
             f"cuda-bindings is not there ({error}); pip install 'eps-resnet[trt]'"
         ) from error
 
@@ -54,7 +54,7 @@ class Graph:
         self._executable = executable
 
     def launch(self, stream: int) -> None:
-        """Queue it in a stream, given by handle. Raises GraphError when that fails."""
+        """Queue it in a stream, given by handle. Raises CudaGraphError when that fails."""
         _call(self._driver, "cuGraphLaunch", self._executable, stream)
 
     def free(self) -> None:
@@ -72,7 +72,7 @@ def capture(driver: Any, stream: int, enqueue: Callable[[], bool]) -> Graph:
         enqueue: queues the work; returns False when it could not.
 
     Raises:
-        GraphError: the work cannot be captured; nothing of it has run, and the stream is usable.
+        CudaGraphError: the work cannot be captured; nothing of it has run, and the stream is usable.
     """
     # Thread local: other threads may allocate meanwhile without invalidating the capture.
     mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
@@ -87,9 +87,9 @@ def capture(driver: Any, stream: int, enqueue: Callable[[], bool]) -> Graph:
         if ended and not queued:
             _call(driver, "cuGraphDestroy", graph)
     if not queued:
-        raise GraphError("TensorRT cannot queue this network while it is captured")
+        raise CudaGraphError("TensorRT cannot queue this network while it is captured")
     if not ended:
-        raise GraphError(f"cuStreamEndCapture: {status.name}")
+        raise CudaGraphError(f"cuStreamEndCapture: {status.name}")
     try:
         return Graph(driver, _call(driver, "cuGraphInstantiate", graph, 0))
     finally:
@@ -97,13 +97,13 @@ def capture(driver: Any, stream: int, enqueue: Callable[[], bool]) -> Graph:
 
 
 def _call(driver: Any, name: str, *arguments: Any) -> Any:
-    """Call a function of cuda-bindings; raises GraphError for any status but success."""
+    """Call a function of cuda-bindings; raises CudaGraphError for any status but success."""
     try:
         status, *results = getattr(driver, name)(*arguments)
     except RuntimeError as error:  # the driver is too old to have the function
-        raise GraphError(f"{name}: {error}") from error
+        raise CudaGraphError(f"{name}: {error}") from error
     if status != driver.CUresult.CUDA_SUCCESS:
-        raise GraphError(f"{name}: {status.name}")
+        raise CudaGraphError(f"{name}: {status.name}")
     return results[0] if results else None
 
 
@@ -261,7 +261,7 @@ class Cuda:
             }
 
     def graph_bindings(self) -> Any:
-        """The module for :func:`capture`. Raises GraphError when it is not installed."""
+        """The module for :func:`capture`. Raises CudaGraphError when it is not installed."""
         return load_bindings() if self._bindings is None else self._bindings
 
     def free_memory(self) -> int:

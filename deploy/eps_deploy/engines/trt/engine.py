@@ -22,7 +22,7 @@ from eps_deploy.engines.base import (
     Logits,
     check_images,
 )
-from eps_deploy.engines.trt.cuda import Cuda, Event, Graph, GraphError, capture, host_facts
+from eps_deploy.engines.trt.cuda import Cuda, CudaGraphError, Event, Graph, capture, host_facts
 from eps_deploy.engines.trt.plan import (
     PLAN,
     Messages,
@@ -292,7 +292,7 @@ class ExecutionContext:
         handle = self._stream.handle
         try:
             graph = capture(self._bindings, handle, partial(context.execute_async_v3, handle))
-        except GraphError as error:
+        except CudaGraphError as error:
             self.enqueued[batch] = str(error)
             return None
         self.graphs.add(batch)
@@ -378,7 +378,7 @@ class TrtEngine:
                 bindings = self._cuda.graph_bindings()
             else:
                 self._no_graphs = "not asked for"
-        except GraphError as error:
+        except CudaGraphError as error:
             self._no_graphs = str(error)
         self._changed = threading.Condition()
         self._contexts: list[ExecutionContext] = []

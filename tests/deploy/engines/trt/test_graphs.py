@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from eps_deploy.engines.base import EngineError
-from eps_deploy.engines.trt.cuda import Cuda, GraphError, Stream, capture, load_bindings
+from eps_deploy.engines.trt.cuda import Cuda, CudaGraphError, Stream, capture, load_bindings
 from tests.deploy.engines.trt.fake_bindings import make_bindings
 from tests.deploy.engines.trt.fake_gpu import FakeGpu
 from tests.deploy.engines.trt.fake_pycuda import make_pycuda
@@ -65,12 +65,12 @@ def test_a_graph_repeats_what_was_recorded(bench: Bench) -> None:
 )
 def test_what_cannot_be_recorded(bench: Bench, call: str) -> None:
     bench.gpu.refuse[call] = 1
-    with pytest.raises(GraphError, match=f"{call}: CUDA_ERROR"):
+    with pytest.raises(CudaGraphError, match=f"{call}: CUDA_ERROR"):
         capture(bench.bindings, bench.stream.handle, bench.enqueue)
 
 
 def test_work_that_is_refused(bench: Bench) -> None:
-    with pytest.raises(GraphError, match="cannot queue"):
+    with pytest.raises(CudaGraphError, match="cannot queue"):
         capture(bench.bindings, bench.stream.handle, lambda: False)
 
 
@@ -99,11 +99,11 @@ def test_a_driver_without_the_function(bench: Bench, monkeypatch: pytest.MonkeyP
         raise RuntimeError('Function "cuGraphInstantiateWithFlags" not found')
 
     monkeypatch.setattr(bench.bindings, "cuGraphInstantiate", missing, raising=False)
-    with pytest.raises(GraphError, match="cuGraphInstantiateWithFlags"):
+    with pytest.raises(CudaGraphError, match="cuGraphInstantiateWithFlags"):
         capture(bench.bindings, bench.stream.handle, bench.enqueue)
 
 
 def test_without_cuda_bindings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
-    with pytest.raises(GraphError, match=r"cuda-bindings is not there.*'eps-resnet\[trt\]'"):
+    with pytest.raises(CudaGraphError, match=r"cuda-bindings is not there.*'eps-resnet\[trt\]'"):
         load_bindings()
