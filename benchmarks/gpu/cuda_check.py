@@ -85,7 +85,7 @@ def graph() -> dict[str, Any]:
         try:
             cuda.capture(BINDINGS, stream.handle, refused)
             raise AssertionError("a refused capture gave a graph")
-        except cuda.GraphError as error:
+        except cuda.CudaGraphError as error:
             message = str(error)
         work(9)
         assert read() == {9}, "the stream is unusable after a failed capture"

@@ -80,11 +80,12 @@ print("MODULES", *sorted({name.partition(".")[0] for name in sys.modules}))
 
 
 def run_python(code: str, *arguments: str, path: Path | None = None) -> str:
-    """Standard output of a fresh interpreter; `path` goes before what is installed."""
-    environment = dict(os.environ)
-    environment.pop("PYTHONPATH", None)
-    if path is not None:
-        environment["PYTHONPATH"] = str(path)
+    """Standard output of a fresh interpreter with this source tree, and `path` before it."""
+    roots = [folder.parent for folder in packages().values()]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(map(str, [*([path] if path else []), *roots])),
+    }
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments],
         capture_output=True,

@@ -72,7 +72,7 @@ def capture(driver: Any, stream: int, enqueue: Callable[[], bool]) -> Graph:
         enqueue: queues the work; returns False when it could not.
 
     Raises:
-        CudaGraphError: the work cannot be captured; nothing of it has run, and the stream is usable.
+        CudaGraphError: the work cannot be captured; none of it has run, and the stream is usable.
     """
     # Thread local: other threads may allocate meanwhile without invalidating the capture.
     mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
