@@ -13,7 +13,7 @@ from tritonclient.grpc import model_config_pb2 as triton_pb
 from eps_core.errors import FileFormatError
 from eps_deploy.bundle import load_bundle
 from tests.deploy.conftest import deploy, reseal
-from tests.deploy.serving.running import command
+from tests.deploy.serving.running import command, until
 from tests.deploy.serving.test_openapi import infer
 
 NAME = "my-cifar.v2"
@@ -52,7 +52,7 @@ def test_the_server_answers_to_it(named: Path, deployed: Path) -> None:
         # Clients know the name that the server started with.
         reseal(named, lambda fields: fields.update(name="other"))
         assert process.post(load).status == 400
-        assert any("its model is called other now" in line for line in process.lines)
+        until(lambda: any("its model is called other now" in line for line in process.lines))
         assert process.post(f"{model}/infer", infer()).status == 200
         reseal(named, lambda fields: fields.update(name=NAME))
 

@@ -325,7 +325,7 @@ def test_a_new_bundle_without_losing_a_request(
         thread.join()
         assert answers
         assert all(answers)
-        assert any("model.onnx: " in line for line in process.lines)
+        until(lambda: any("model.onnx: " in line for line in process.lines))
         assert process.stop() == 0
 
 
@@ -441,7 +441,7 @@ def test_a_bundle_made_on_a_gpu_is_served_without_one_and_says_so(bundle: Path) 
     reseal(bundle, lambda fields: fields["engine"].update(provider="CUDAExecutionProvider"))
     with command(bundle, before=NO_CUDA) as process:
         process.wait_ready()
-        assert any("not served by CUDAExecutionProvider" in line for line in process.lines)
+        until(lambda: any("not served by CUDAExecutionProvider" in line for line in process.lines))
 
 
 @pytest.mark.parametrize("provider", ["cpu", "cuda"])

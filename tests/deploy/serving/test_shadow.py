@@ -79,7 +79,7 @@ def test_the_baseline_as_shadow(deployed: Path) -> None:
         assert found["eps_shadow_served_seconds_count"] == 20
         ours = process.get("/metrics").body.decode()
         assert "eps_images_total 60.0" in ours  # the shadow's are not counted as answers
-        assert any("shadow: baseline.onnx runs 1 of" in line for line in process.lines)
+        until(lambda: any("shadow: baseline.onnx runs 1 of" in line for line in process.lines))
         assert process.stop() == 0
 
 
