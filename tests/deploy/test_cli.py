@@ -163,7 +163,7 @@ def test_a_model_that_computes_something_else_fails_the_parity_check(
     def wrong(model: nn.Module, identity: DataIdentity, path: Path, **options: Any) -> None:
         shutil.copy(deployed / "bundle" / "baseline.onnx", path)
 
-    monkeypatch.setattr("eps_deploy.pipeline.build.export_onnx", wrong)
+    monkeypatch.setattr("eps_deploy.pipeline.builder.export_onnx", wrong)
     result = deploy(workshop, "--min-speedup", "0", "--max-accuracy-drop", "100")
     assert result.code == 3
     assert "Verdict: FAILED: parity-compact-onnx, agreement (2 of 6 checks)" in result.stderr

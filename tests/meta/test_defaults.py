@@ -54,9 +54,9 @@ EXCEPTIONS = {
     "ImageNetResNet(classes)": _FACTORY,
     "ImageNetResNet(in_channels)": _FACTORY,
     "ImageNetResNet(width)": _FACTORY,
-    "_padded(mode)": _FX,
-    "_padded(value)": _FX,
-    "_rectified(inplace)": _FX,
+    "_pad(mode)": _FX,
+    "_pad(value)": _FX,
+    "_relu(inplace)": _FX,
 }
 
 

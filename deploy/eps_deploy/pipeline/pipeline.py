@@ -33,8 +33,8 @@ from eps_deploy.engines.base import Images, Logits
 from eps_deploy.export import half
 from eps_deploy.export.mixed_precision import Repair, Trial, repair, units
 from eps_deploy.export.quantize import pick
-from eps_deploy.pipeline import build, write
-from eps_deploy.pipeline.build import Models, Networks, Variants
+from eps_deploy.pipeline import builder, write
+from eps_deploy.pipeline.builder import Models, Networks, Variants
 from eps_deploy.pipeline.inputs import Inputs, find_inputs
 from eps_deploy.pipeline.options import Options
 from eps_deploy.pipeline.write import BundleWriter
@@ -73,20 +73,20 @@ def deploy(options: Options, log: Log) -> dict[str, Any]:
     Raises EpsError, with nothing written, when an input or option cannot be used.
     """
     writer = _writer(options)
-    build.require(options)
+    builder.require(options)
     inputs, test, calibration = _read(options, log)
     with writer:
-        networks = build.build_networks(inputs)
+        networks = builder.build_networks(inputs)
         deployment = Deployment(
             options=options, inputs=inputs, networks=networks, test=test, log=log
         )
         with _timed(log, "exported model.onnx and baseline.onnx"):
-            models = build.export(options, inputs, networks, calibration)
+            models = builder.export(options, inputs, networks, calibration)
         repairs: Repair | None = None
         if options.repair:
             with _timed(log, "looked for blocks to keep in higher precision"):
                 models, repairs = deployment.repair(models, calibration)
-        with build.opened(options, networks, models, log) as variants:
+        with builder.opened(options, networks, models, log) as variants:
             found, timings = deployment.measure(models, variants, repairs)
         deployment.write(writer.folder, models, variants, found, timings)
         writer.commit(write.manifest_fields(options, inputs, variants))
@@ -97,9 +97,9 @@ def dry_run(options: Options) -> list[str]:
     """The steps that `deploy` would do; raises as it would before any work is done."""
     _writer(options)
     lines: list[str] = []
-    build.require(options)
+    builder.require(options)
     inputs, test, _ = _read(options, lines.append)
-    build.build_networks(inputs)
+    builder.build_networks(inputs)
     name = options.precision.name
     lines.append(f"would export model.onnx and baseline.onnx in {name}")
     if options.precision.quantized:
@@ -110,7 +110,7 @@ def dry_run(options: Options) -> list[str]:
     batches = ", ".join(map(str, options.batches))
     lines.append(f"would compare the logits of every stage at batches {batches}")
     lines.append(f"would measure the accuracy on {len(test.labels)} test images")
-    why = build.why_no_latency(options)
+    why = builder.why_no_latency(options)
     lines.append(
         f"would measure no latency: {why}"
         if why
@@ -173,9 +173,9 @@ class Deployment:
             return right
 
         def attempt(kept: tuple[str, ...]) -> Trial:
-            model = build.export_compact(options, inputs, networks, calibration, kept)
+            model = builder.export_compact(options, inputs, networks, calibration, kept)
             with ExitStack() as stack:
-                forms = build.judged_by(options, networks.compact, model, stack)
+                forms = builder.judged_by(options, networks.compact, model, stack)
                 worst = min((correct(infer) for infer in forms), key=np.sum)
             drop = accuracy_drop(baseline, worst, options.max_accuracy_drop)
             points = drop.points.value
@@ -186,7 +186,7 @@ class Deployment:
         found = repair(units(models.compact, inputs.blocks()), attempt)
         if not found.kept:
             return models, found
-        model = build.export_compact(options, inputs, networks, calibration, found.kept)
+        model = builder.export_compact(options, inputs, networks, calibration, found.kept)
         return replace(models, compact=model, kept=found.kept), found
 
     def measure(
@@ -194,14 +194,14 @@ class Deployment:
     ) -> tuple[dict[str, Any], list[Latency]]:
         """Run every check and measurement: the report, and the latency samples behind it."""
         options, inputs, test, log = self.options, self.inputs, self.test, self.log
-        not_run = [*build.not_run(options), *([] if inputs.baseline else [_NO_BASELINE])]
+        not_run = [*builder.not_run(options), *([] if inputs.baseline else [_NO_BASELINE])]
         with _timed(log, "compared the logits of every stage"), cpu_threads(1):
             chain = self.parity_chain(variants)
             found = map(report.parity_check, chain)
             checks = [check for check in found if check is not None]
         with (
             _timed(log, f"measured the accuracy on {len(test.labels)} test images"),
-            build.on_gpu(options.device, self.networks.compact, self.networks.baseline),
+            builder.on_gpu(options.device, self.networks.compact, self.networks.baseline),
         ):
             accuracy, accuracy_checks = self.accuracy(variants)
             checks += accuracy_checks
@@ -212,11 +212,11 @@ class Deployment:
                 checks.append(report.headroom_check(peak, len(images)))
         if options.defer_build:
             with _timed(log, "tried NVIDIA's parser and builder without a GPU"):
-                tried = build.rehearse(options, models)
+                tried = builder.rehearse(options, models)
             checks += [tried] if tried else []
-            not_run += [] if tried else [build.NO_REHEARSAL]
+            not_run += [] if tried else [builder.NO_REHEARSAL]
         timings: list[Latency] = []
-        if why := build.why_no_latency(options):
+        if why := builder.why_no_latency(options):
             not_run.append({"what": "latency", "why": why})
         else:
             timings = self.latency(variants)
@@ -235,7 +235,7 @@ class Deployment:
                 "min_speedup": options.min_speedup,
             },
             "checks": [report.check_entry(check) for check in checks],
-            **build.size(inputs, self.networks),
+            **builder.size(inputs, self.networks),
             "blocks": report.blocks_entry(network.all_blocks(), network.removed, live),
             "accuracy": accuracy,
             "parity": [report.parity_entry(stage) for stage in chain],

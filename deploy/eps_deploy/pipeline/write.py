@@ -31,7 +31,7 @@ from eps_deploy.engines.base import INPUT_NAME, OUTPUT_NAME, EngineError, Images
 from eps_deploy.engines.trt.plan import PLAN
 from eps_deploy.export.mixed_precision import Repair
 from eps_deploy.export.types import executed_types, layer_types
-from eps_deploy.pipeline.build import Models, Variants
+from eps_deploy.pipeline.builder import Models, Variants
 from eps_deploy.pipeline.inputs import Inputs
 from eps_deploy.pipeline.options import Options
 from eps_deploy.report import report

@@ -34,7 +34,7 @@ from eps_deploy.serving.service import ModelSource, Service
 from eps_deploy.serving.shadow import read_shadow
 
 if TYPE_CHECKING:
-    from eps_deploy.serving.rpc.server import RpcServer
+    from eps_deploy.serving.rpc.servicer import RpcServer
 
 # -- Sockets and the limit of open files
 
@@ -197,7 +197,7 @@ async def serve(
     server = _UvicornServer(config, service, listener)
     host, port = listener.getsockname()[:2]
     if settings.grpc_port is not None:
-        from eps_deploy.serving.rpc.server import RpcServer
+        from eps_deploy.serving.rpc.servicer import RpcServer
 
         # grpcio cannot change the size later: a bundle with larger images needs a new process.
         images = (settings.source.batching.max_queue, *bundle.input_shape)

@@ -9,7 +9,7 @@ import pytest
 
 from eps_deploy.export.quantize import pick
 from eps_deploy.export.types import belongs, layer_types
-from eps_deploy.pipeline import build
+from eps_deploy.pipeline import builder
 from eps_deploy.pipeline.inputs import find_inputs
 from eps_deploy.pipeline.options import Options
 from eps_deploy.precision import PRECISIONS
@@ -23,14 +23,14 @@ def test_exactly_the_kept_blocks_stay_in_higher_precision(deployed: Path, name: 
     higher = precision.float if precision.quantized else "float32"
     inputs = find_inputs(deployed / "compact.pt")
     options = Options(model=deployed / "compact.pt", precision=precision, repair=True)
-    built = build.build_networks(inputs)
+    built = builder.build_networks(inputs)
     images = pick(dataset.load("digits"), 100) if precision.quantized else None
     choices = [(), inputs.blocks()[:1], inputs.blocks()]
-    made = [build.export_compact(options, inputs, built, images, kept) for kept in choices]
+    made = [builder.export_compact(options, inputs, built, images, kept) for kept in choices]
     for kept, model in zip(choices, made, strict=True):
         types = layer_types(onnx.load_from_string(model))
         assert types == {layer: higher if belongs(layer, kept) else lower for layer in types}
     assert len(set(made)) == len(choices)
-    models = build.export(options, inputs, built, images)
+    models = builder.export(options, inputs, built, images)
     assert (models.compact, models.kept) == (made[0], ())
     assert set(layer_types(onnx.load_from_string(models.baseline)).values()) == {lower}

@@ -13,7 +13,7 @@ import pytest
 
 from eps_deploy.cli.deploy import main
 from eps_deploy.engines.trt import cache
-from eps_deploy.pipeline import build
+from eps_deploy.pipeline import builder
 from eps_deploy.pipeline.options import Options
 from eps_deploy.pipeline.pipeline import Deployment
 from tests.commands import run
@@ -52,12 +52,12 @@ def call(*args: object, **named: object) -> Any:
 
 
 def test_onnx_runtime_runs_as_asked_for(options: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "OrtEngine", call)
+    monkeypatch.setattr(builder, "OrtEngine", call)
     nothing: Any = SimpleNamespace(compact=b"", baseline=b"", kept=())
     arguments = ("--engine", "ort", "--provider", "cuda", "--threads", 3, "--tf32")
     with (
         pytest.raises(Called) as caught,
-        build.opened(options(*arguments, "--max-batch", 17), nothing, nothing, print),
+        builder.opened(options(*arguments, "--max-batch", 17), nothing, nothing, print),
     ):
         pass
     expected = {"provider": "cuda", "threads": 3, "tf32": True, "max_batch": 17}
@@ -85,8 +85,8 @@ def test_int8_is_calibrated_by_the_method(options: Any, monkeypatch: pytest.Monk
     def export_onnx(network: object, identity: object, path: Path, **named: object) -> None:
         path.write_bytes(b"")
 
-    monkeypatch.setattr(build, "export_onnx", export_onnx)
-    monkeypatch.setattr(build, "quantize", call)
+    monkeypatch.setattr(builder, "export_onnx", export_onnx)
+    monkeypatch.setattr(builder, "quantize", call)
     compact = SimpleNamespace(digest="")
     inputs: Any = SimpleNamespace(compact=compact, baseline=compact, blocks=lambda: ())
     network = SimpleNamespace(network=None, identity=None)
@@ -94,7 +94,7 @@ def test_int8_is_calibrated_by_the_method(options: Any, monkeypatch: pytest.Monk
     images = np.zeros((1, 1, 8, 8), np.uint8)
     asked = options("--engine", "ort", "--int8", "--calibration-method", "entropy")
     with pytest.raises(Called) as caught:
-        build.export(asked, inputs, both, images)
+        builder.export(asked, inputs, both, images)
     assert caught.value.named["method"] == "entropy"
 
 
@@ -118,7 +118,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(cache, "host_facts", facts)
         monkeypatch.setattr(cache, "TrtEngine", call)
         models: Any = SimpleNamespace(compact=MODEL, baseline=MODEL, kept=())
-        with pytest.raises(Called) as caught, build.opened(options, models, models, print):
+        with pytest.raises(Called) as caught, builder.opened(options, models, models, print):
             pass
         return caught.value
 

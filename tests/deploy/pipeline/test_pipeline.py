@@ -23,7 +23,7 @@ from eps_deploy.cli.verify import main as verify_main
 from eps_deploy.engines.base import EngineError
 from eps_deploy.export.export import Deployed
 from eps_deploy.export.types import layer_types
-from eps_deploy.pipeline import build, write
+from eps_deploy.pipeline import builder, write
 from eps_deploy.pipeline.inputs import find_inputs
 from eps_train.data import dataset
 from eps_train.gating import rewriting
@@ -273,8 +273,8 @@ def test_the_references_take_all_that_the_machine_has(
         moved.append((device, len(held)))
         yield
 
-    monkeypatch.setattr("eps_deploy.pipeline.build.cpus", lambda: 3)
-    monkeypatch.setattr("eps_deploy.pipeline.build.on_gpu", on_gpu)
+    monkeypatch.setattr("eps_deploy.pipeline.builder.cpus", lambda: 3)
+    monkeypatch.setattr("eps_deploy.pipeline.builder.on_gpu", on_gpu)
     assert deploy(workshop, "--engine", "ort", "--provider", "cuda", "--threads", "2").code == 0
     assert set(with_gpu.threads) >= {("CUDAExecutionProvider", 2), ("CPUExecutionProvider", 3)}
     assert moved == [(0, 2)]
@@ -289,21 +289,21 @@ def test_networks_are_moved_to_the_gpu_and_back(monkeypatch: pytest.MonkeyPatch)
             places.append(str(device))
 
     moved: Any = Moved()
-    with build.on_gpu(torch.cuda.device_count(), moved):
+    with builder.on_gpu(torch.cuda.device_count(), moved):
         assert not places
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(build, "TrainingPrecision", lambda name, device: places.append(name))
-    with build.on_gpu(1, moved):
+    monkeypatch.setattr(builder, "TrainingPrecision", lambda name, device: places.append(name))
+    with builder.on_gpu(1, moved):
         assert places == ["fp32", "cuda:1"]
     assert places == ["fp32", "cuda:1", "cpu"]
 
 
 @pytest.mark.gpu
 def test_accuracy_on_a_gpu(workshop: Path) -> None:
-    built = build.build_networks(find_inputs(workshop / "compact.pt", None, None))
+    built = builder.build_networks(find_inputs(workshop / "compact.pt", None, None))
     pixels = np.random.default_rng(0).integers(0, 256, (64, 1, 8, 8), dtype=np.uint8)
     expected = built.compact.infer(pixels)
-    with build.on_gpu(0, built.compact):
+    with builder.on_gpu(0, built.compact):
         assert next(built.compact.parameters()).is_cuda
         found = built.compact.infer(pixels)
     assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()

@@ -22,7 +22,7 @@ from eps_deploy.engines.base import Engine, EngineError
 from eps_deploy.engines.trt import cache as plan_cache
 from eps_deploy.engines.trt.cache import PlanCache
 from eps_deploy.engines.trt.plan import Plan, PlanMetadata
-from eps_deploy.pipeline import build
+from eps_deploy.pipeline import builder
 from eps_deploy.pipeline.options import Options
 from eps_deploy.precision import PRECISIONS
 from eps_deploy.serving.model import build_options, is_deferred, open_model, opener, read_bundle
@@ -35,7 +35,7 @@ def defer(folder: Path, **changes: Any) -> Bundle:
     """Make of a bundle what `eps-deploy --engine trt --defer-build` makes."""
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["engine"] = {
-        **build.deferred_engine(Options(model=folder, engine="trt")),
+        **builder.deferred_engine(Options(model=folder, engine="trt")),
         "file": "model.onnx",
         **changes,
     }

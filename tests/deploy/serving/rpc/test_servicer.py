@@ -36,7 +36,7 @@ from eps_deploy.serving import service
 service.open_model = lambda *args, **options: threading.Event().wait()
 """
 BROKEN = """
-from eps_deploy.serving.rpc.server import RpcServer
+from eps_deploy.serving.rpc.servicer import RpcServer
 async def wait(self):
     raise RuntimeError("grpcio is broken")
 RpcServer.wait = wait
