@@ -14,6 +14,7 @@ from eps_train import recipes
 from eps_train.config import TrainingConfig
 from eps_train.data import dataset
 from eps_train.data.dataset import Data
+from eps_train.training.distillation import Teacher
 from eps_train.training.distributed import ALONE, Group
 from eps_train.training.evaluate import EpochMetrics
 from eps_train.training.trainer import Trainer
@@ -63,6 +64,7 @@ def trainer(
     stop: Callable[[], bool] = lambda: False,
     group: Group = ALONE,
     cuda_graph: str = "auto",
+    teacher: Teacher | None = None,
     **changes: Any,
 ) -> Trainer:
     """A trainer of `run` on digits, with `changes` to it, whose files are in `folder`."""
@@ -75,6 +77,7 @@ def trainer(
         stop=stop,
         group=group,
         cuda_graph=cuda_graph,
+        teacher=teacher,
     )
 
 

@@ -25,6 +25,7 @@ GIVEN = {
     "seed": ("--seed", "5", 5),
     "epsilon": ("--epsilon", "1.5", 1.5),
     "target_parameters": ("--target-parameters", "0.3", 0.3),
+    "criterion": ("--criterion", "gradient", "gradient"),
     "max_accuracy_drop": ("--max-accuracy-drop", "1", 1.0),
     "epsilon_warmup": ("--epsilon-warmup", "2", 2),
     "freeze_gates_at": ("--freeze-gates-at", "0.8", 0.8),
@@ -36,6 +37,8 @@ GIVEN = {
     "momentum": ("--momentum", "0.5", 0.5),
     "nesterov": ("--nesterov", None, True),
     "weight_decay": ("--weight-decay", "0.001", 0.001),
+    "distillation_weight": ("--distillation-weight", "0.9", 0.9),
+    "temperature": ("--temperature", "2", 2.0),
     "aux_loss_weight": ("--aux-loss-weight", "0", 0.0),
     "normalization": ("--normalization", "pixel", "pixel"),
     "augmentation": ("--augmentation", "svhn", "svhn"),
@@ -62,7 +65,7 @@ def test_every_field_has_an_option() -> None:
 @pytest.mark.parametrize("field", GIVEN)
 def test_an_option_overrides_its_field_and_no_other(field: str, tmp_path: Path) -> None:
     option, text, value = GIVEN[field]
-    together = ("--target-parameters", "0.3") if field == "max_accuracy_drop" else ()
+    together = ("--target-parameters", "0.3") if field in ("max_accuracy_drop", "criterion") else ()
     result = show(tmp_path, option, *([text] if text else []), *together)
     assert result.code == 0, result.stderr
     shown, plain = json.loads(result.stdout), digits().to_dict()
@@ -72,12 +75,14 @@ def test_an_option_overrides_its_field_and_no_other(field: str, tmp_path: Path) 
 
 
 def test_a_target_and_a_threshold_replace_each_other(tmp_path: Path) -> None:
-    led = show(tmp_path, "--target-parameters", 0.3, "--max-accuracy-drop", 1)
+    target = ("--target-parameters", 0.3, "--max-accuracy-drop", 1, "--criterion", "l1")
+    led = show(tmp_path, *target)
     assert json.loads(led.stdout)["epsilon"] is None
     (tmp_path / "led.json").write_text(led.stdout)
     fixed = json.loads(show(tmp_path, "--config", "led.json", "--epsilon", 2).stdout)
     assert fixed["epsilon"] == 2
     assert fixed["target_parameters"] is None
+    assert fixed["criterion"] == "response"
     assert fixed["max_accuracy_drop"] is None
 
 

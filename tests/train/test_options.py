@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from eps_train.cli import main
 from eps_train.data import dataset
+from eps_train.gating.criteria import BlockScores
 from eps_train.training import forward, trainer
 from eps_train.training.checkpoint import Checkpoint
 from eps_train.training.distributed import Group
@@ -373,6 +374,51 @@ def test_a_target_leads_the_threshold(train: Train) -> None:
     weakest = min(gate["peak"] for gate in trained.epochs("gates")[0].values())
     assert first == 0
     assert second >= 1.05 * weakest * (1 - 1e-6)
+
+
+def test_a_criterion_chooses_the_block(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    least = "stages.2.1"  # large enough to reach the target by itself
+    read = BlockScores.read
+
+    def other(self: BlockScores, *args: Any) -> dict[str, float]:
+        assert self.criterion == "gradient"
+        found = read(self, *args)
+        assert all(score > 0 for score in found.values())
+        return {block: float(block != least) for block in found}
+
+    monkeypatch.setattr(BlockScores, "read", other)
+    target = ("--target-parameters", 0.8, "--model", "cifar:14x4", "--final-decay", "none")
+    trained = train(*target, "--criterion", "gradient")
+    peak = trained.epochs("gates")[0][least]["peak"]
+    assert trained.epochs("epsilon")[1] == pytest.approx(1.05 * peak)
+
+
+def test_a_teacher_is_followed(reference: Trained, train: Train) -> None:
+    teacher = reference.folder / "ckpt.pt"
+    trained = train("--teacher", teacher)
+    assert trained.best.metrics["teacher"] == reference.best.digest
+    assert not same(trained, reference)
+
+
+@pytest.mark.parametrize("temperature", [1, 10])
+def test_a_temperature_softens_both(
+    train: Train, reference: Trained, monkeypatch: pytest.MonkeyPatch, temperature: int
+) -> None:
+    seen = []
+
+    def loss(student: Tensor, teacher: Tensor, found: float) -> Tensor:
+        seen.append(found)
+        return student.sum() * 0
+
+    monkeypatch.setattr("eps_train.training.step.distillation_loss", loss)
+    train("--teacher", reference.folder / "ckpt.pt", "--temperature", temperature)
+    assert set(seen) == {temperature}
+
+
+def test_without_weight_a_teacher_changes_nothing(reference: Trained, train: Train) -> None:
+    teacher = reference.folder / "ckpt.pt"
+    trained = train("--teacher", teacher, "--distillation-weight", 0)
+    assert same(trained, reference)
 
 
 @pytest.mark.parametrize("guarded", [False, True])

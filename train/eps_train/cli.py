@@ -47,6 +47,11 @@ Runs = dict[RunPaths, "TrainingConfig"]
     help="State dict (.pt, .pth, .safetensors) to start from instead of random weights.",
 )
 @click.option(
+    "--teacher",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Checkpoint of eps-train to distil from, such as baseline.pt; not for --with-baseline.",
+)
+@click.option(
     "--output",
     type=click.Path(path_type=Path, file_okay=False),
     default=Path(),
@@ -80,6 +85,7 @@ def cli(
     download: bool,
     skip_damaged: bool,
     weights: Path | None,
+    teacher: Path | None,
     output: Path,
     keep: int,
     tensorboard: bool,
@@ -117,7 +123,7 @@ def cli(
     runs = {RunPaths.of(output): chosen}
     if with_baseline:
         runs[RunPaths.of(output, "baseline")] = chosen.baseline()
-    console.refuse_missing(weights)
+    console.refuse_missing(weights, teacher)
     if not dry_run:
         _check_output(output, runs, resume=resume, force=force)
 
@@ -148,6 +154,7 @@ def cli(
         force=force,
         resume=resume,
         weights=weights,
+        teacher=teacher,
         keep=keep,
         tensorboard=tensorboard,
         cuda_graph=cuda_graph,
@@ -182,11 +189,12 @@ def _train(
     *,
     force: bool,
     resume: bool,
+    teacher: Path | None,
     **options: Any,
 ) -> list[dict[str, Any]]:
     """Train one run after another into the folder `output`; returns their summaries.
 
-    `options` are those of :class:`~eps_train.training.run.Run`.
+    The first one follows `teacher`; `options` are those of :class:`~eps_train.training.run.Run`.
     """
     from eps_train.data import dataset
     from eps_train.training import distributed, forward
@@ -210,7 +218,7 @@ def _train(
         )
         prepare = partial(Run, data=data, device=place, resume=resume, group=group, **options)
         first, *later = runs
-        prepared = prepare(config=runs[first], files=first)
+        prepared = prepare(config=runs[first], files=first, teacher=teacher)
         busy = f"--output {output}: another eps-train is writing there"
         with group.led(held(output, busy)):
             group.lead(clear_output)

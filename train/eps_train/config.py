@@ -134,6 +134,15 @@ class TrainingConfig:
             metavar="FRACTION",
         ),
     )
+    criterion: str = field(
+        default="response",
+        metadata=_pruning(
+            "With --target-parameters: prune first the blocks with the smallest response, response"
+            " relative to the block's input, gradient of the gate, change of the block's input, or"
+            " weights; or in random order.",
+            ("response", "relative", "gradient", "influence", "l1", "random"),
+        ),
+    )
     max_accuracy_drop: float | None = field(
         default=None,
         metadata=_pruning(
@@ -193,6 +202,18 @@ class TrainingConfig:
         metadata=_optimizer("Weight of the side head's loss; 0: no side head.", Bounds(0)),
     )
 
+    distillation_weight: float = field(
+        default=0.5,
+        metadata=_optimizer(
+            "With --teacher: weight of the distillation loss; the labels' loss has the rest.",
+            Bounds(0, 1),
+        ),
+    )
+    temperature: float = field(
+        default=4.0,
+        metadata=_optimizer("With --teacher: softmax temperature of both networks.", Bounds(0.01)),
+    )
+
     normalization: str = field(
         default="channel",
         metadata=_input(
@@ -247,6 +268,13 @@ class TrainingConfig:
             raise ConfigError(
                 "--epsilon and --target-parameters contradict each other: the target sets epsilon"
             )
+        if self.criterion != "response" and self.target_parameters is None:
+            raise ConfigError("--criterion only applies to --target-parameters; give that too")
+        if self.criterion in ("relative", "gradient", "influence") and self.compile:
+            raise ConfigError(
+                f"--criterion {self.criterion}: not with --compile, which hides the gates; leave"
+                " one of them out"
+            )
         if self.max_accuracy_drop is not None and self.target_parameters is None:
             raise ConfigError(
                 "--max-accuracy-drop only applies to --target-parameters; give that too"
@@ -259,7 +287,13 @@ class TrainingConfig:
 
     def baseline(self) -> TrainingConfig:
         """The same run for the baseline."""
-        return replace(self, epsilon=0.0, target_parameters=None, max_accuracy_drop=None)
+        return replace(
+            self,
+            epsilon=0.0,
+            target_parameters=None,
+            criterion="response",
+            max_accuracy_drop=None,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as JSON and checkpoints hold it."""
@@ -396,4 +430,5 @@ def override(base: TrainingConfig, given: Mapping[str, Any]) -> TrainingConfig:
     elif "epsilon" in values:
         values["target_parameters"] = None
         values.setdefault("max_accuracy_drop", None)
+        values.setdefault("criterion", "response")
     return replace(base, **values)

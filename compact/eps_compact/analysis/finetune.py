@@ -20,6 +20,7 @@ from eps_train.gating import rewriting
 from eps_train.models.cifar import Normalize
 from eps_train.models.spec import NetworkSpec
 from eps_train.training.checkpoint import Checkpoint
+from eps_train.training.distillation import Teacher
 from eps_train.training.evaluate import EpochMetrics, Score
 from eps_train.training.forward import cpu_threads
 from eps_train.training.trainer import Trainer
@@ -94,7 +95,7 @@ def finetune(
 
     Data, augmentation, batches, decay and seed are those of the checkpoint's own run. The learning
     rate is a tenth of that run's first, and a hundredth in the last third of the epochs; there is
-    no side head.
+    no side head. The network is distilled from the checkpoint's own, without its dead blocks.
 
     Args:
         checkpoint: as eps-train wrote it.
@@ -121,6 +122,7 @@ def finetune(
             last_path=Path(folder) / "last.pt",
             device=device,
             start=(spec, checkpoint.state),
+            teacher=Teacher(checkpoint, device),
         )
         tuned = trainer.run(report)
     normalize = Normalize.of(data.identity).to(device)

@@ -15,6 +15,7 @@ from eps_core.errors import ConfigError
 from eps_train import recipes
 from eps_train.data import dataset
 from eps_train.training.checkpoint import Checkpoint
+from eps_train.training.distillation import Teacher, distillation_loss
 from eps_train.training.evaluate import EpochMetrics
 from tests.checkpoints import make_checkpoint
 
@@ -25,7 +26,8 @@ GONE = ("stages.2.1", "stages.2.2")
 
 def trained(dead: tuple[str, ...] = ("stages.1.1",)) -> Checkpoint:
     """Random weights, and the configuration of a run that could have made them."""
-    config = replace(recipes.digits(), model="cifar:20x4", patience=2)
+    # Weight 0: a teacher of random weights would teach nothing.
+    config = replace(recipes.digits(), model="cifar:20x4", patience=2, distillation_weight=0.0)
     return replace(make_checkpoint(dead=dead), config=config.to_dict())
 
 
@@ -45,6 +47,24 @@ def test_it_learns_from_the_checkpoints_weights() -> None:
     assert (network.gated, network.removed) == ((), ("stages.1.1", *GONE))
     assert not done.checkpoint.gates
     assert json.loads(json.dumps(done.to_dict(), allow_nan=False))["removed"] == list(GONE)
+
+
+def test_its_teacher_is_the_unpruned_network() -> None:
+    """With nothing but the teacher to learn from, the pruned network approaches it."""
+    checkpoint = replace(trained(), digest="1234")
+    checkpoint.config["distillation_weight"] = 1.0
+    done = finetune(checkpoint, DIGITS, GONE, epochs=2)
+    assert done.checkpoint.metrics["teacher"] == "1234"
+    images = DIGITS.validation.images[:64]
+    expected = Teacher(checkpoint, CPU)(images)
+    apart = [
+        distillation_loss(Teacher(each, CPU)(images), expected, 4.0).item()
+        for each in (
+            replace(checkpoint, network=without(checkpoint, GONE), gates=[]),
+            done.checkpoint,
+        )
+    ]
+    assert apart[1] < apart[0]
 
 
 def test_it_starts_from_the_checkpoints_weights(monkeypatch: pytest.MonkeyPatch) -> None:

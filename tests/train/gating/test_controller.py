@@ -6,11 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from eps_train.gating import controller as module
 from eps_train.gating.controller import EpsilonController
+from eps_train.gating.rewriting import removable
 from eps_train.training.checkpoint import Checkpoint, GateRecord, PruneRecord
-from eps_train.training.trainer import Trainer
+from eps_train.training.distillation import Teacher
+from eps_train.training.trainer import Stopped, Trainer
+from tests.checkpoints import make_checkpoint
 from tests.train.runs import PRUNING, trainer
 
 TARGET = replace(PRUNING, epsilon=None, target_parameters=0.5, epsilon_warmup=1, epochs=8)
@@ -56,6 +60,16 @@ def test_the_weakest_block_goes_first_and_the_others_stay_open() -> None:
     assert made.chosen == {"b"}
     assert 1.0 < made.threshold("b") < 1.1, "just above its largest response"
     assert made.threshold("d") == 0
+
+
+def test_the_least_important_block_goes_first() -> None:
+    made = controller()
+    scores = {"a": 0.1, "b": 0.9, "c": 0.5, "d": 0.4}
+    made.observe(0, records(PEAKS), kept=50, accuracy=0.8, scores=scores)
+    assert made.chosen == {"a"}
+    assert 4.0 < made.threshold("a") < 4.3, "above its largest response all the same"
+    made.observe(3, records(PEAKS), kept=50, accuracy=0.8, scores=scores)
+    assert made.chosen == {"a", "d"}
 
 
 def test_as_many_are_chosen_as_the_pace_asks_for() -> None:
@@ -173,3 +187,35 @@ def test_resumes_exactly_while_epsilon_is_led(
             resumed.append(report.epsilon)
             run.save(report)
     assert resumed == whole_run[1]
+
+
+def test_a_run_resumes_exactly_with_a_criterion_and_a_teacher(tmp_path: Path) -> None:
+    """Stopped in the middle of an epoch: the measurements of its first half count too."""
+    run = replace(TARGET, criterion="gradient", epochs=4)
+    teacher = Teacher(make_checkpoint(depth=8), torch.device("cpu"))
+    whole = trainer(tmp_path / "whole", run, teacher=teacher)
+    whole.run(lambda report: None)
+    steps = whole.batches.steps
+    calls = iter(range(10_000))
+    folder = tmp_path / "stopped"
+    first = trainer(folder, run, teacher=teacher, stop=lambda: next(calls) == steps + steps // 2)
+    with pytest.raises(Stopped):
+        first.run(lambda report: None)
+    again = trainer(folder, run, teacher=teacher)
+    again.resume()
+    assert again.step
+    again.run(lambda report: None)
+    theirs = whole.model.state_dict()
+    assert again.model.state_dict().keys() == theirs.keys()
+    assert all(torch.equal(t, theirs[name]) for name, t in again.model.state_dict().items())
+
+
+def test_a_random_criterion_prunes_in_the_order_of_its_seed(tmp_path: Path) -> None:
+    run = trainer(tmp_path, TARGET, criterion="random", seed=5)
+    run.run_epoch()
+    assert run.controller is not None
+    assert run.scores is not None
+    order = run.scores.read()
+    ranked = removable(sorted(order, key=order.__getitem__), order, run.stages)
+    assert run.controller.chosen
+    assert run.controller.chosen == set(ranked[: len(run.controller.chosen)])

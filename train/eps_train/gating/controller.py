@@ -83,7 +83,13 @@ class EpsilonController:
         return self.epsilon if block in self.chosen else 0.0
 
     def observe(
-        self, epoch: int, records: Iterable[GateRecord], *, kept: int, accuracy: float
+        self,
+        epoch: int,
+        records: Iterable[GateRecord],
+        *,
+        kept: int,
+        accuracy: float,
+        scores: Mapping[str, float] | None = None,
     ) -> None:
         """Record the 0-based `epoch` that ended, and decide on the next one.
 
@@ -92,6 +98,8 @@ class EpsilonController:
             records: of all gates, after it.
             kept: parameters of the network now, without its dead blocks.
             accuracy: on validation data, 0..1.
+            scores: importance of every live block; the least important is chosen first. Without
+                it, that is the block with the smallest response.
         """
         self._accuracies.append(accuracy)
         live = [record for record in records if record.death is None]
@@ -100,7 +108,7 @@ class EpsilonController:
             return
         self.chosen &= {record.block for record in live}
         if self.start <= epoch + 1 < self.end:
-            self._choose(live, kept - self._wanted(epoch + 1))
+            self._choose(live, kept - self._wanted(epoch + 1), scores)
         peaks = [record.peak for record in live if record.block in self.chosen]
         # Never below what it was: the responses of closed blocks shrink, and must stay below it.
         self.epsilon = max([self.epsilon, *(MARGIN * peak for peak in peaks)])
@@ -127,14 +135,17 @@ class EpsilonController:
         done = min(1.0, (epoch + 1 - self.start) / (last + 1 - self.start))
         return self.whole - done * (self.whole - self.target)
 
-    def _choose(self, live: list[GateRecord], excess: float) -> None:
+    def _choose(
+        self, live: list[GateRecord], excess: float, scores: Mapping[str, float] | None
+    ) -> None:
         """Choose the weakest blocks until `excess` parameters are to be removed."""
         excess -= sum(self.sizes[block] for block in self.chosen)
         if excess > 0 and self._harmed():
             self.held += 1
             return
-        free = {record.block: record for record in live if record.block not in self.chosen}
-        for block in removable(sorted(free, key=lambda block: free[block].peak), free, self.stages):
+        importance = {record.block: record.peak for record in live} if scores is None else scores
+        free = [record.block for record in live if record.block not in self.chosen]
+        for block in removable(sorted(free, key=importance.__getitem__), free, self.stages):
             if excess <= 0:
                 return
             self.chosen |= {block}

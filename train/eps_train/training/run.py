@@ -20,6 +20,7 @@ from eps_train.models.spec import cost
 from eps_train.schedule import Steps
 from eps_train.training import run_checks
 from eps_train.training.checkpoint import Checkpoint, CheckpointRotation, load_weights
+from eps_train.training.distillation import Teacher
 from eps_train.training.distributed import ALONE, Group, StopRequest
 from eps_train.training.evaluate import EpochMetrics
 from eps_train.training.paths import RunPaths
@@ -133,6 +134,7 @@ class Run:
         device: where to train.
         resume: continue from `files.last` if it exists.
         weights: a state dict to start from.
+        teacher: a checkpoint to distil from; not for a baseline that is trained beside.
         keep: number of the last epochs whose checkpoints are kept (:class:`CheckpointRotation`).
         tensorboard: whether to write TensorBoard's event files.
         group: the processes that train together; only their leader writes and prints.
@@ -151,6 +153,7 @@ class Run:
         device: torch.device,
         resume: bool,
         weights: Path | None,
+        teacher: Path | None = None,
         keep: int = 0,
         tensorboard: bool = False,
         group: Group = ALONE,
@@ -176,6 +179,7 @@ class Run:
             rotation=self._rotation,
             group=group,
             cuda_graph=cuda_graph,
+            teacher=None if teacher is None else Teacher.load(teacher, data.identity, device),
         )
         if cuda_graph == "auto" and device.type == "cuda":
             reason = cuda_graph_obstacle(config, group, device)

@@ -15,6 +15,7 @@ from eps_train.data.images import ImageSet
 from eps_train.gating import rewriting
 from eps_train.models.cifar import Normalize, SideHead
 from eps_train.models.spec import NetworkSpec
+from eps_train.training.distillation import Teacher, distillation_loss
 from eps_train.training.distributed import Group
 from eps_train.training.forward import (
     MEMORY_FORMAT,
@@ -92,6 +93,9 @@ def keep_only(optimizer: torch.optim.SGD, parameters: Iterable[nn.Parameter]) ->
 class TrainingStep:
     """Turns a batch of raw images into a step of the optimizer.
 
+    With a teacher, the loss is `(1 - w) cross-entropy + w distillation`, on the same augmented
+    images.
+
     Attributes:
         precision: of the forward and backward pass.
         optimizer: takes the step.
@@ -105,7 +109,10 @@ class TrainingStep:
         config: TrainingConfig,
         group: Group,
         device: torch.device,
+        teacher: Teacher | None = None,
     ) -> None:
+        self._teacher = teacher if config.distillation_weight else None
+        self._distillation = (config.distillation_weight, config.temperature)
         self.precision = TrainingPrecision(config.precision, device)
         self.optimizer = optimizer
         self._network, self._normalize = network, normalize
@@ -119,7 +126,12 @@ class TrainingStep:
         images = self._normalize(batch.images).contiguous(memory_format=self._memory_format)
         with self.precision.autocast():
             logits, side = self._forward(images)
+            expected = None if self._teacher is None else self._teacher(batch.images)
         loss = F.cross_entropy(logits.float(), batch.labels)
+        if expected is not None:
+            weight, temperature = self._distillation
+            distilled = distillation_loss(logits, expected, temperature)
+            loss = (1 - weight) * loss + weight * distilled
         if side is not None:
             loss = loss + self._aux_loss_weight * F.cross_entropy(side.float(), batch.labels)
         self.optimizer.zero_grad()

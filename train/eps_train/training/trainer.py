@@ -18,6 +18,7 @@ from eps_train.data.batches import Batches, make
 from eps_train.data.dataset import Data, Outline
 from eps_train.gating import rewriting
 from eps_train.gating.controller import EpsilonController
+from eps_train.gating.criteria import BlockScores
 from eps_train.gating.pruning_state import BlockTracker
 from eps_train.models.cifar import Normalize, SideHead
 from eps_train.models.spec import NetworkSpec
@@ -29,6 +30,7 @@ from eps_train.training.checkpoint import (
     require_same_run,
     resume_changes,
 )
+from eps_train.training.distillation import Teacher
 from eps_train.training.distributed import ALONE, Group, running_statistics
 from eps_train.training.evaluate import EpochMetrics, Score, score
 from eps_train.training.forward import wide_float
@@ -64,6 +66,7 @@ class Trainer:
         group: the processes that train together.
         start: a network to continue with, and its tensors, instead of a new one as in `config`.
         cuda_graph: `auto`, `on` or `off`; see :func:`step.use_cuda_graph`.
+        teacher: a network whose logits the training follows as well.
     """
 
     def __init__(
@@ -79,8 +82,9 @@ class Trainer:
         group: Group = ALONE,
         start: tuple[NetworkSpec, Mapping[str, Tensor]] | None = None,
         cuda_graph: str = "auto",
+        teacher: Teacher | None = None,
     ) -> None:
-        self._stop, self.group = stop, group
+        self._stop, self.group, self._teacher = stop, group, teacher
         self.config, self.data, self.device = config, data, device
         self.best_path, self.last_path, self.rotation = best_path, last_path, rotation
         identity = data.identity
@@ -96,7 +100,7 @@ class Trainer:
         self.stages = rewriting.stages(self.model, identity.input_shape)
         self.optimizer = make_sgd(self.network, config)
         self.take_step: TrainingStep | GraphedStep = TrainingStep(
-            self.network, self.normalize, self.optimizer, config, group, device
+            self.network, self.normalize, self.optimizer, config, group, device, teacher
         )
         if use_cuda_graph(cuda_graph, config, group, device):
             required = cuda_graph == "on"
@@ -112,6 +116,9 @@ class Trainer:
                 decay_epoch=self.schedule.decay_epoch,
                 stages=self.stages,
             )
+        self.scores: BlockScores | None = None
+        if config.criterion != "response":
+            self.scores = BlockScores(self.model, config.criterion, seed=config.seed)
         self.removed_tensors: dict[str, Tensor] = {}  # of removed blocks, for the checkpoints
         self.epoch = 0  # epochs done
         self.saved = 0  # epochs that `last_path` holds
@@ -143,6 +150,7 @@ class Trainer:
         lr, thresholds = self.schedule.lr(epoch), self.thresholds(epoch)
         loss, accuracy, images = self._train_epoch(epoch, lr, thresholds)
         self.group.share(running_statistics(self.network))
+        scores = None if self.scores is None else self.scores.read(self.group.add)
         discarded = self.tracker.record_epoch(self.gates, thresholds, self.group)
         self.schedule.observe(epoch, discarded)
         with self._chosen_blocks_shut():
@@ -156,6 +164,7 @@ class Trainer:
                 self.tracker.records.values(),
                 kept=self.parameters(),
                 accuracy=validation.accuracy,
+                scores=scores,
             )
         best = bool(died) or self.best is None or self._better(validation, self.best)
         if best:
@@ -288,6 +297,8 @@ class Trainer:
         """Continue with `model`, which is the network so far without some of its blocks."""
         self.take_step.replace_model(model)
         self.gates = rewriting.gates(model)
+        if self.scores is not None:
+            self.scores.observe(model)
 
     # -- Saving and resuming
 
@@ -305,6 +316,7 @@ class Trainer:
                 "test": None,
                 "seconds": self.seconds,
                 "started_from": self.started_from,
+                "teacher": self._teacher and self._teacher.digest,
             },
             side_head=None if self.side_head is None else dict(self.side_head.state_dict()),
         )
@@ -321,6 +333,7 @@ class Trainer:
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(self.device) if on_gpu else None,
             "gates": {b: {n: t.cpu().clone() for n, t in s.items()} for b, s in gates.items()},
+            "scores": self.scores and self.scores.state_dict(),
         }
         return {
             "processes": self.group.gather(own),
@@ -366,6 +379,8 @@ class Trainer:
         self._rng = (own["rng"], own["cuda_rng"])
         for block, gate in self.gates.items():
             gate.load_state_dict(own["gates"][block])
+        if self.scores is not None:
+            self.scores.load_state_dict(own["scores"])
 
     def save(self, metrics: EpochMetrics | None) -> None:
         """Write `last_path` at the end of an epoch, or in the middle of one if `metrics` is None.
@@ -401,6 +416,12 @@ class Trainer:
         last = Checkpoint.load(self.last_path)
         require_same_run(self.last_path, last, self.config, self.data)
         assert last.resume is not None
+        if last.metrics.get("teacher") != (self._teacher and self._teacher.digest):
+            remedy = "name its teacher with" if last.metrics.get("teacher") else "leave out"
+            raise ConfigError(
+                f"{self.last_path}: belongs to a run with another teacher, or none; {remedy}"
+                " --teacher"
+            )
         processes = len(last.resume["processes"])
         if processes != self.group.size:
             # Each has its own share of the batch, and draws random numbers of its own.
