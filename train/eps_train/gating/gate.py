@@ -1,4 +1,4 @@
-"""The ε-gate: a residual addition that a block has to earn (Yu et al., CVPR 2018, 1804.01661)."""
+"""The ε-gate: a thresholded residual addition (Yu et al., CVPR 2018, arXiv 1804.01661)."""
 
 from __future__ import annotations
 
@@ -21,26 +21,27 @@ _RECORD = ("peak", "_counts", "_limits")
 
 
 class EpsilonGate(nn.Module):
-    """Residual addition behind a threshold: `shortcut + S(branch)` (paper, section 3).
+    """Thresholded residual addition: `shortcut + S(branch)` (paper, section 3).
 
     `S(F)` is 0 when `max |F_i| <= epsilon` over the whole tensor (batch, channels, height, width:
     one decision per call) and `F` otherwise. In evaluation mode a live gate is a plain addition,
-    which is what ships; a dead gate is shut in both modes.
+    as in the deployed network; a dead gate is closed in both modes.
 
-    The decision is made in float32 and never leaves an accelerator. A non-finite response is never
-    hidden: infinity opens the gate, NaN passes a shut one too (`0 * NaN`), and `finite_steps` stops
-    counting at that step.
+    The decision is computed in float32, on the device of the branch, without a transfer to the
+    host. Non-finite responses are never hidden: infinity opens the gate, NaN passes a closed gate
+    too (`0 * NaN`), and `finite_steps` does not count the step.
 
-    The state dict holds, 0-dim, to be read once an epoch: `epsilon` float32; `dead` bool; and the
-    training record `steps`, `closed_steps`, `finite_steps` int64, `peak` float32 (largest
-    `max |F_i|`; infinite from the first response on that was not finite). A gate updates its record
-    in every call, unless a :class:`GateRecords` does so for all gates of a network.
+    The state dict holds 0-dim tensors: `epsilon` float32; `dead` bool; and the training record of
+    the epoch, `steps`, `closed_steps`, `finite_steps` int64 and `peak` float32 (largest
+    `max |F_i|`; infinite after a non-finite response). A gate updates its record in every call,
+    unless a :class:`GateRecords` updates the records of all gates of a network.
 
     Attributes:
-        process_group: where several processes train on parts of one batch, each gate judges its
-            own part, as in the paper; given a group, it judges (and records) the largest response
-            in that group. Then every member must call its gates in the same order. The group is a
-            handle of this process, not owned: the state dict, copies and pickles do not have it.
+        process_group: in distributed training, a gate without a group decides by the response of
+            its own process's part of the batch, as in the paper; with a group, it decides by (and
+            records) the largest response in that group. Every member must then call its gates in
+            the same order. The group is a weak reference that the state dict, copies and pickles
+            do not contain.
     """
 
     epsilon: Tensor
@@ -49,8 +50,8 @@ class EpsilonGate(nn.Module):
     _counts: Tensor
     _limits: Tensor
     _threshold: Tensor
-    _response: Tensor | None = None  # where a GateRecords finds the response of the last call
-    # Weak: a group that outlives `destroy_process_group()` aborts the process at its exit (gloo).
+    _response: Tensor | None = None  # set by GateRecords: receives the response of each call
+    # Weak, since a gloo group that outlives `destroy_process_group()` aborts the process at exit.
     _group: weakref.ref[ProcessGroup] | None = None
 
     def __init__(self, epsilon: float = 0.0) -> None:
@@ -58,11 +59,11 @@ class EpsilonGate(nn.Module):
         self.register_buffer("epsilon", torch.tensor(0.0))
         self.register_buffer("dead", torch.tensor(False))
         self.register_buffer("peak", torch.tensor(0.0))
-        # The counters in one tensor, and what a response is held against to step them: on a GPU
-        # every operation counts, however small.
+        # All counters in one tensor, and the limit of each, so that one comparison and one addition
+        # update them: on a GPU each operation costs a kernel launch.
         self.register_buffer("_counts", torch.zeros(len(_COUNTERS), dtype=torch.int64))
         self.register_buffer("_limits", torch.zeros(len(_COUNTERS)), persistent=False)
-        # A training step is decided by one comparison: a response above this opens the gate.
+        # A response above the threshold opens the gate.
         self.register_buffer("_threshold", torch.tensor(-1.0), persistent=False)
         self.set_epsilon(epsilon)
 
@@ -82,7 +83,7 @@ class EpsilonGate(nn.Module):
 
     @property
     def closed_steps(self) -> Tensor:
-        """Training steps in which the response was within epsilon; a view of the record."""
+        """Training steps in which the response was at most epsilon; a view of the record."""
         return self._counts[0]
 
     @property
@@ -96,81 +97,83 @@ class EpsilonGate(nn.Module):
         return self._counts[2]
 
     def set_epsilon(self, epsilon: float) -> None:
-        """Set the threshold, in units of the branch's output; 0 opens the gate for good."""
+        """Set the threshold, in units of the branch's output; at 0 the gate is always open."""
         if not (math.isfinite(epsilon) and epsilon >= 0):
             raise ValueError(f"epsilon must be finite and at least 0, not {epsilon}")
         self.epsilon.fill_(epsilon)
         self._set_limits()
 
     def latch(self) -> None:
-        """Shut the gate for good, in training and in evaluation."""
+        """Mark the gate as dead: closed in training and in evaluation, whatever the response."""
         self.dead.fill_(True)
         self._set_limits()
 
     def unlatch(self) -> None:
-        """Undo :meth:`latch`: epsilon decides again."""
+        """Undo :meth:`latch`."""
         self.dead.fill_(False)
         self._set_limits()
 
     def reset_record(self) -> None:
-        """Forget the training record; called at the start of an epoch."""
+        """Reset the training record; called at the start of an epoch."""
         self._counts.zero_()
         self.peak.zero_()
 
     def forward(self, shortcut: Tensor, branch: Tensor) -> Tensor:
         """Return `shortcut + S(branch)`; both `[N, ...]`, same shape and dtype."""
-        opened = self._judge(branch.detach()) if self.training else self.dead.logical_not()
-        if _host_knows(opened) and opened:
-            return shortcut + branch  # hands the gradient on as it is, where a factor copies it
-        if torch.compiler.is_compiling():  # which fuses operations by itself
+        opened = self._decide(branch.detach()) if self.training else self.dead.logical_not()
+        if torch.compiler.is_compiling():  # the compiler fuses the operations
             return torch.addcmul(shortcut, branch, opened)
+        # Only a decision on the CPU can be read without waiting; a traced one has no value.
+        if type(opened) is Tensor and opened.device.type == "cpu" and opened:
+            return shortcut + branch  # its backward pass makes no copy of the gradient
         out: Tensor = _GatedAddition.apply(shortcut, branch, opened)  # type: ignore[no-untyped-call]
         return out
 
-    def _judge(self, branch: Tensor) -> Tensor:
-        """Decide on a detached branch, whether the gate opens; keep the record, or leave it."""
+    def _decide(self, branch: Tensor) -> Tensor:
+        """Return whether the gate opens, a 0-dim bool, and record the response of `branch`."""
         peak = response(branch, out=self._response)
         if (group := self.process_group) is not None:
-            peak.nan_to_num_(nan=math.inf, posinf=math.inf)  # NaN would get lost on the way
+            peak.nan_to_num_(nan=math.inf, posinf=math.inf)  # a maximum over processes may drop NaN
             torch.distributed.all_reduce(peak, op=torch.distributed.ReduceOp.MAX, group=group)
         if self._response is None:
             _record(peak, self._limits, self._counts, self.peak)
         return peak > self._threshold
 
     def _set_limits(self) -> None:
-        """The largest response that counts as closed, as finite and as a step, in this order.
+        """Compute the limits of the counters and the threshold from `epsilon` and `dead`.
 
-        Whether the gate is dead decides with them, but does not count.
+        A limit is the largest response that its counter counts, in the order of `_COUNTERS`. A dead
+        gate has an infinite threshold, but its limits and hence its record follow `epsilon`.
         """
         if self.epsilon.is_meta:
-            return  # set when the network gets its numbers
-        # At epsilon 0 even an all-zero branch (zero-initialised, say) must stay open.
+            return  # computed when the state dict is loaded
+        # At epsilon 0 the gate stays open even for an all-zero branch (zero-initialised weights).
         closed = torch.where(self.epsilon > 0, self.epsilon, -1.0)
         finite = torch.full_like(closed, torch.finfo(torch.float32).max)
-        endless = torch.full_like(closed, math.inf)
-        limits = torch.stack([closed, finite, endless])
-        threshold = torch.where(self.dead, endless, closed)
+        infinite = torch.full_like(closed, math.inf)
+        limits = torch.stack([closed, finite, infinite])
+        threshold = torch.where(self.dead, infinite, closed)
         if self._limits.device == limits.device:
-            self._limits.copy_(limits)  # in place: a CUDA graph knows a tensor by its address
+            self._limits.copy_(limits)  # in place: a CUDA graph refers to a tensor by its address
             self._threshold.copy_(threshold)
         else:
             self._limits, self._threshold = limits, threshold
 
     def _join(self, response: Tensor, **record: Tensor) -> None:
-        """Keep the record in these tensors, and leave it to their owner to update it."""
+        """Use these tensors as the record; their owner updates it."""
         self._response = response
         for name, tensor in record.items():
             setattr(self, name, tensor)
 
     def _leave(self) -> None:
-        """Keep the record alone again; a no-op for a gate that does."""
+        """Own the record again; does nothing for a gate that already does."""
         if self._response is not None:
             self._response = None
             for name in _RECORD:
                 setattr(self, name, getattr(self, name).clone())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EpsilonGate:
-        """Follow the network to a device, but not to half precision, where epsilon would round."""
+        """Apply moves between devices, but not casts: epsilon would round in half precision."""
         self._leave()
         before = {name: getattr(self, name) for name in _FLOATS}
         nn.Module._apply(self, fn, recurse)
@@ -212,7 +215,7 @@ class EpsilonGate(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         state = {n: v for n, v in self.__dict__.items() if n not in ("_group", "_response")}
-        if self._response is not None:  # a copy keeps its record alone
+        if self._response is not None:  # a copy owns its record
             own = {name: getattr(self, name).clone() for name in _RECORD}
             state["_buffers"] = {**self._buffers, **own}
         return state
@@ -223,14 +226,14 @@ class EpsilonGate(nn.Module):
 
 
 class GateRecords:
-    """The training records of many gates in a few tensors, updated by four operations in all.
+    """Training records of many gates in shared tensors, updated by four operations in total.
 
-    From then on the gates keep their records here, as views, and do not update them in a call:
-    :meth:`update` does, once after each forward pass in training mode. A gate that is moved to
-    another device, is loaded into by assignment, or is copied, keeps its own record again.
+    The gates' records become views of these tensors, and a call no longer updates them; call
+    :meth:`update` once after each forward pass in training mode. A gate that is moved to another
+    device, copied, or loaded with `assign=True` owns its record again.
 
     Args:
-        gates: those that are called exactly once in every pass; all on one device.
+        gates: gates that are called exactly once in every forward pass; all on one device.
     """
 
     def __init__(self, gates: Sequence[EpsilonGate]) -> None:
@@ -246,7 +249,7 @@ class GateRecords:
             gate._join(found, peak=peak, _counts=counts, _limits=limits)
 
     def update(self) -> None:
-        """Add the responses of the pass that was just made; nothing waits for the device."""
+        """Record the responses of the last forward pass, without waiting for the device."""
         if self._size:
             _record(self._responses, self._limits, self._counts, self._peaks)
 
@@ -255,8 +258,9 @@ def _record(responses: Tensor, limits: Tensor, counts: Tensor, peaks: Tensor) ->
     """Add one step to the records of gates, in place.
 
     Args:
-        responses, peaks: float32 `[...]`, of the step, and the largest so far.
+        responses: float32 `[...]`, of this step.
         limits, counts: float32 and int64 `[..., 3]`, in the order of `_COUNTERS`.
+        peaks: float32 `[...]`, the largest response so far.
     """
     found = responses.nan_to_num(nan=math.inf, posinf=math.inf)
     counts.add_(found.unsqueeze(-1) <= limits)
@@ -264,9 +268,10 @@ def _record(responses: Tensor, limits: Tensor, counts: Tensor, peaks: Tensor) ->
 
 
 class _GatedAddition(torch.autograd.Function):
-    """`shortcut + opened * branch` in one pass over each, forward and backward.
+    """Fused `shortcut + opened * branch`: one pass over each tensor, forward and backward.
 
-    A shut gate's branch gets a gradient of zeros, not none: weight decay has to act on it.
+    The branch of a closed gate receives a gradient of zeros rather than none, so that weight decay
+    applies to its parameters.
     """
 
     @staticmethod
@@ -283,25 +288,15 @@ class _GatedAddition(torch.autograd.Function):
         return gradient, gradient * opened if ctx.needs_input_grad[1] else None, None
 
 
-def _host_knows(decision: Tensor) -> bool:
-    """Whether Python may look at a decision: it is a number in the host's own memory.
-
-    An accelerator would have to be waited for; where a graph is compiled there is no number yet.
-    """
-    if torch.compiler.is_compiling():
-        return False
-    return type(decision) is Tensor and decision.device.type == "cpu"
-
-
 def response(branch: Tensor, *, out: Tensor | None = None) -> Tensor:
     """Largest magnitude in `branch`, a float32 scalar on its device; NaN when any element is NaN.
 
-    One read of the tensor (`abs().max()` writes a temporary). The norm, one kernel on GPUs, is
-    twenty times slower on CPUs than the range.
+    Reads the tensor once, while `abs().max()` writes a temporary. The norm is one kernel on GPUs,
+    but twenty times slower on CPUs than the minimum and maximum.
 
     Args:
-        branch: any shape and floating-point type; not part of a graph when `out` is given.
-        out: float32 scalar to put the result into.
+        branch: any shape and floating-point type; must not require grad when `out` is given.
+        out: float32 scalar that receives the result.
     """
     by_norm = branch.is_cuda or branch.is_meta
     return _largest_by_norm(branch, out) if by_norm else _largest_by_range(branch, out)
@@ -313,7 +308,7 @@ def _largest_by_norm(branch: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def _largest_by_range(branch: Tensor, out: Tensor | None = None) -> Tensor:
-    # `aminmax` is slow on a strided view; hence the detour over memory order for channels-last.
+    # `aminmax` is slow on strided views: reorder the axes of channels-last to memory order.
     if branch.dim() == 4 and branch.is_contiguous(memory_format=torch.channels_last):
         branch = branch.permute(0, 2, 3, 1)
     low, high = torch.aminmax(branch)
@@ -321,10 +316,10 @@ def _largest_by_range(branch: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def relu_gate(branch: Tensor, epsilon: float) -> Tensor:
-    """`S(branch)` as the paper builds it from four ReLUs; the reference for the tests.
+    """Compute `S(branch)` by the paper's construction from four ReLUs; a reference for the tests.
 
     `s = max_i(relu(F_i - eps) + relu(-F_i - eps))`, `w = relu(1 - L relu(1 - L s))`, `S(F) = w F`.
-    It equals the threshold except for a response within (epsilon, epsilon + 1/L), where `w` ramps.
+    Equal to the threshold except for responses in (epsilon, epsilon + 1/L), where `w` is a ramp.
     """
     excess = (torch.relu(branch.float() - epsilon) + torch.relu(-branch.float() - epsilon)).amax()
     weight = torch.relu(1 - RELU_SCALE * torch.relu(1 - RELU_SCALE * excess))

@@ -1,9 +1,9 @@
-"""A network with open gates beside the network that it was made of: both must do the same.
+"""Parity check of a gated network against the network that it was made from.
 
-What tracing loses cannot be told from the graph alone. So both networks run: two batches in
-training and two in evaluation, forward and backward, from the same random state. Outputs,
-gradients, buffers and the set of trained parameters must be equal. Where a sum is only written in
-another order, the results differ by rounding; in float64 that is far below any other difference.
+The graph alone does not show what tracing lost, so both networks run, with open gates: two batches
+in training and two in evaluation mode, forward and backward, from the same random state. Outputs,
+gradients, buffers and the set of trained parameters must be equal. Additions in another order may
+differ by rounding; networks that are not equal are compared again in float64, within a tolerance.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ from eps_core.errors import GraphError
 from eps_train.gating.gate import EpsilonGate
 from eps_train.gating.tracing import unmoved_random
 
-Same = Callable[[Tensor, Tensor, float], bool]  # the last: a magnitude that is rounding
+Same = Callable[[Tensor, Tensor, float], bool]  # expected, found, floor of the magnitude
 
-BATCH = 2  # images; batch norm in training needs more than one
-SIDE = 48  # of the images that are tried first: what differs there differs everywhere
-_TOLERANCE = 1e-7  # in float64, of the largest magnitude
-_TOLERANCE_32 = 1e-3  # where a network cannot be run in float64
-_FLOOR = 1e-6  # share of the largest gradient below which one is rounding (a bias before a norm)
-_REMEDY = "torch.fx loses something of its forward(); move that into a module of its own"
+BATCH = 2  # batch norm in training needs more than one sample
+SIDE = 48  # pixels; a difference does not depend on the image size, and small images are fast
+_TOLERANCE = 1e-7  # in float64, relative to the largest magnitude of a tensor
+_TOLERANCE_32 = 1e-3  # for networks that do not run in float64
+_FLOOR = 1e-6  # of the largest gradient; a gradient below it is rounding (a bias before a norm)
+_REMEDY = "torch.fx loses part of its forward(); move that part into a module of its own"
 
 
 def refuse_difference(model: nn.Module, gated: fx.GraphModule, example: Tensor) -> None:
-    """Raise GraphError, in one line, with the first difference between the two networks.
+    """Raise GraphError with the first difference between a network and its gated graph.
 
     Args:
-        model: the network as it was written, with real tensors; it is left as it was.
-        gated: what was made of it; compared with its gates open.
-        example: a batch of at least 2 of its inputs; of floats only shape and type count.
+        model: the original network, not on the meta device; not modified.
+        gated: the graph with gates; compared with its gates open, and not modified.
+        example: a batch of at least 2 inputs; floating-point values are replaced by random ones.
     """
     name = type(model).__name__
     try:
         found = _difference(*_copies(model, gated), example, _equal)
         if found is not None:
             found = _beyond_rounding(model, gated, example)
-    except _Fails as error:
+    except _DoesNotRun as error:
         raise GraphError(f"{name}: {error}") from error.__cause__
     if found is not None:
         raise GraphError(f"{name}: with open gates, {found}; {_REMEDY}")
@@ -68,7 +68,7 @@ def _beyond_rounding(model: nn.Module, gated: fx.GraphModule, example: Tensor) -
             return _difference(
                 wide.double(), opened.double(), example.double(), _within(_TOLERANCE)
             )
-        except _Fails:  # it computes in float32 by name
+        except _DoesNotRun:  # its code casts to float32
             pass
     return _difference(*_copies(model, gated), example, _within(_TOLERANCE_32))
 
@@ -91,9 +91,10 @@ def _within(tolerance: float) -> Same:
 
 
 def example_for(model: nn.Module, shape: tuple[int, ...] | None = None) -> Tensor | None:
-    """A batch that `model` takes: small images where it can, `shape` otherwise; None if not known.
+    """Return a batch of zeros on which `model` runs, or None where none is found.
 
-    Without `shape` (of one image or other input), it is guessed from the first layer.
+    Images of at most `SIDE` pixels are tried first, then `shape`, the shape of one input. Without
+    `shape`, shapes are guessed from the first layer.
     """
     if any(p.is_meta for p in model.parameters()):
         return None
@@ -104,7 +105,7 @@ def example_for(model: nn.Module, shape: tuple[int, ...] | None = None) -> Tenso
     )
     for guess in dict.fromkeys(shapes):
         example = torch.zeros((BATCH, *guess))
-        with suppress(Exception):  # whatever the user's forward() raises; the next one may do
+        with suppress(Exception):  # the user's forward() may raise anything; try the next shape
             dry_run(model, example)
             return example
     return None
@@ -117,9 +118,12 @@ def dry_run(
     *,
     training: bool = True,
 ) -> Any:
-    """What a copy of `model`, once prepared, answers to blank inputs of `example`'s shape.
+    """Return the output of a copy of `model` for zeros of `example`'s shape.
 
-    What its forward pass raises is not caught.
+    Exceptions of the forward pass are not caught.
+
+    Args:
+        prepare: called with the copy before it runs; registers hooks, for example.
     """
     network = copy.deepcopy(model).train(training)
     prepare(network)
@@ -139,47 +143,47 @@ def _guesses(model: nn.Module) -> list[tuple[int, ...]]:
     return []
 
 
-class _Fails(Exception):
+class _DoesNotRun(Exception):
     """One of the networks does not run."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Pass:
-    """What one pass, forward and backward, left behind."""
+    """Results of one forward and backward pass."""
 
     mode: str
     modes: dict[str, bool]
     outputs: list[Tensor]
-    trains: bool  # whether it went backward too
+    trains: bool  # whether the backward pass was made
     gradients: dict[str, Tensor | None]  # by the first name of each parameter
     buffers: dict[str, Tensor]
 
 
 def _difference(model: nn.Module, gated: fx.GraphModule, example: Tensor, same: Same) -> str | None:
-    """The first difference in words, of two networks that are used up by it."""
+    """Describe the first difference between two networks, both of which are modified."""
     known = _Names(model)
     present = {name for name, _ in gated.named_parameters(remove_duplicate=False)}
-    theirs, ours = _passes(model, known, example), _passes(gated, known, example)
+    original, rewritten = _passes(model, known, example), _passes(gated, known, example)
     while True:
         try:
-            expected = next(theirs, None)
-        except Exception as error:  # whatever the user's forward() raises
+            expected = next(original, None)
+        except Exception as error:  # the user's forward() may raise anything
             shape = "x".join(map(str, example.shape[1:]))
-            raise _Fails(f"does not run on inputs of {shape} ({_line(error)})") from error
+            raise _DoesNotRun(f"does not run on inputs of {shape} ({_line(error)})") from error
         if expected is None:
             return None
         try:
-            found = next(ours)
+            found = next(rewritten)
         except Exception as error:
-            raise _Fails(
-                f"its graph does not run where it does ({_line(error)}); {_REMEDY}"
+            raise _DoesNotRun(
+                f"its graph does not run on these inputs ({_line(error)}); {_REMEDY}"
             ) from error
         if reason := _compare(expected, found, known, present, same):
             return f"{reason} in {expected.mode}"
 
 
 class _Names:
-    """All names of each parameter and buffer, and what the buffers were."""
+    """All names of each parameter and buffer of a network, and the buffers' initial values."""
 
     def __init__(self, model: nn.Module) -> None:
         self.parameters: dict[int, list[str]] = {}
@@ -210,15 +214,15 @@ def _passes(network: nn.Module, known: _Names, example: Tensor) -> Iterator[_Pas
                 source = example.to(device)
                 if example.is_floating_point():
                     source = torch.randn(example.shape).to(device, example.dtype).requires_grad_()
-                answer = network(source.clone())
-                outputs = [x for x in tree_leaves(answer) if isinstance(x, Tensor)]
+                result = network(source.clone())
+                outputs = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
                 _seed(batch)
                 parts = [(x * torch.randn_like(x)).sum() for x in outputs if x.requires_grad]
                 trains = (training or not batch) and _backward(parts)
             gradients = {"the input": source.grad}
             for names in known.parameters.values():
-                there = next((parameters[name] for name in names if name in parameters), None)
-                gradients[names[0]] = None if there is None else there.grad
+                parameter = next((parameters[name] for name in names if name in parameters), None)
+                gradients[names[0]] = None if parameter is None else parameter.grad
             yield _Pass(
                 mode="training" if training else "evaluation",
                 modes={name: module.training for name, module in network.named_modules()},
@@ -242,34 +246,35 @@ def _compare(
     expected: _Pass, found: _Pass, known: _Names, present: set[str], same: Same
 ) -> str | None:
     for name, mode in found.modes.items():
-        # What a graph has in the place of a module that was followed has no mode.
+        # The modules that were traced through have no mode of their own in the graph.
         if name in expected.modes and expected.modes[name] != mode and name in known.layers:
-            return f"{name} is in the other mode, which your own train() sets,"
+            return f"{name} has another mode, because your network overrides train(),"
     if len(expected.outputs) != len(found.outputs):
-        return "it has another number of outputs"
-    for index, (mine, theirs) in enumerate(zip(expected.outputs, found.outputs, strict=True)):
-        if mine.shape != theirs.shape or not same(mine, theirs, 0.0):
-            return f"output {index} differs{_amount(mine, theirs)}"
-    several = [g for g in expected.gradients.values() if g is not None and g.numel()]
-    floor = _FLOOR * max((g.abs().max().item() for g in several), default=0.0)
-    followed = [["the input"], *known.parameters.values()] if expected.trains else []
+        return "the number of outputs differs"
+    for index, (output, other) in enumerate(zip(expected.outputs, found.outputs, strict=True)):
+        if output.shape != other.shape or not same(output, other, 0.0):
+            return f"output {index} differs{_amount(output, other)}"
+    gradients = [g for g in expected.gradients.values() if g is not None and g.numel()]
+    floor = _FLOOR * max((g.abs().max().item() for g in gradients), default=0.0)
+    compared = [["the input"], *known.parameters.values()] if expected.trains else []
     if expected.trains and not found.trains:
         return "a tensor that autograd needs is overwritten"
-    for names in followed:
+    for names in compared:
         wanted, got = expected.gradients[names[0]], found.gradients[names[0]]
         if wanted is not None and got is None:
             if names[0] == "the input" or present.intersection(names):
-                return f"{names[0]} gets no gradient, as it does in your network,"
+                return f"{names[0]} receives no gradient, unlike in your network,"
             return (
-                f"{names[0]} is not trained, as it is in your network, because its module is only"
+                f"{names[0]} is not trained, unlike in your network, because its module is only"
                 " reached through a closure or a list,"
             )
         if got is not None and wanted is None:
-            return f"{names[0]} gets a gradient, which it does not in your network,"
+            return f"{names[0]} receives a gradient, unlike in your network,"
         if wanted is not None and got is not None and not same(wanted, got, floor):
             return f"the gradient of {names[0]} differs{_amount(wanted, got)}"
     for name, buffer in expected.buffers.items():
         here = next((n for n in known.buffers.get(name, [name]) if n in found.buffers), None)
+        # A buffer that the graph does not have must have kept its initial value.
         other = known.before.get(name, buffer) if here is None else found.buffers[here]
         if buffer.shape != other.shape or not same(buffer, other, 0.0):
             return f"the buffer {name} differs{_amount(buffer, other)}"

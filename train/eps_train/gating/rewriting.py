@@ -1,7 +1,8 @@
-"""Rewriting a gated network: one mechanism for live removal in training and for `eps-compact`.
+"""Rewrite networks as `torch.fx` graphs: insert ε-gates, remove blocks and gates.
 
-Networks are `torch.fx` graphs. A block is known by the qualified name of its gate, less a trailing
-``.gate``: the gate ``stages.0.3.gate`` belongs to the block ``stages.0.3``.
+Training and `eps-compact` remove blocks by the same functions. The name of a block is the qualified
+name of its gate without the trailing ``.gate``: the gate ``stages.0.3.gate`` belongs to the block
+``stages.0.3``.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ from eps_train.gating.tracing import (
     owner,
     written_into,
 )
-from eps_train.gating.tracing import trace as trace  # the first step of every rewriting
+from eps_train.gating.tracing import trace as trace  # re-exported: each rewriting starts with it
 from eps_train.models.cifar import Tap
 
-# -- Finding the residual additions in a traced network, and which operand is the branch
+# -- Detection of residual additions
 
 _ATEN = torch.ops.aten
 _ADD = (
@@ -51,7 +52,7 @@ _ADD_PRODUCT = (torch.addcmul, "addcmul", "addcmul_")
 _INTERPOLATE = (torch.lerp, "lerp", "lerp_")
 _IN_PLACE = (operator.iadd, operator.isub, "__iadd__", "__isub__")
 _SIZES = ("shape", "size", "dim", "ndim", "numel", "__len__")
-_FILLS = (  # a new tensor of the size of another
+_FILLS = (  # new tensors that depend on no values of their operand, only on its size
     *("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like"),
     *("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor"),
 )
@@ -61,10 +62,10 @@ Build = Callable[[fx.Graph], fx.Node]
 
 @dataclass(frozen=True, slots=True)
 class Residual:
-    """One residual addition.
+    """Residual addition.
 
     Attributes:
-        node: what adds; with `whole` a module that does so inside, to what it is given.
+        node: the addition, or with `whole` a module that adds its branch to its input.
         swapped: whether the shortcut is the second operand.
     """
 
@@ -73,7 +74,7 @@ class Residual:
     whole: bool = False
 
     def operands(self, graph: fx.Graph) -> tuple[fx.Node, fx.Node]:
-        """Shortcut and branch; what has to be computed for that is added to the graph here."""
+        """Return shortcut and branch; adds the operations that compute the branch to `graph`."""
         if self.whole:
             (shortcut,) = self.node.all_input_nodes
             return shortcut, graph.call_function(operator.sub, (self.node, shortcut))
@@ -85,17 +86,17 @@ class Residual:
 
     @property
     def overwritten(self) -> fx.Node | None:
-        """The operand that the result is written into; None when it is a new tensor."""
+        """Operand that an in-place addition writes to, or None if the result is a new tensor."""
         return self.node.all_input_nodes[0] if _writes(self.node) else None
 
 
 @dataclass(frozen=True, slots=True)
 class Ungated:
-    """A part of a network that gets no gate, and why.
+    """Part of a network that has no gate, and the reason.
 
     Attributes:
         place: qualified name of a module; "" for the network itself.
-        reason: in words that follow the place.
+        reason: clause that follows the place and a colon in messages.
     """
 
     place: str
@@ -104,29 +105,29 @@ class Ungated:
 
 @dataclass(frozen=True, slots=True)
 class _Sum:
-    """A node that adds to `first` a second term, which is computed from `other` by `branch`."""
+    """Sum of `first` and a second term, which `branch` computes from `other`."""
 
     first: fx.Node
     other: tuple[fx.Node, ...]
     branch: Build
-    commutes: bool = False  # the second term is a tensor as it stands: it may be the shortcut
+    commutes: bool = False  # the second term is a node itself, so it may be the shortcut
 
 
 def residuals(model: fx.GraphModule) -> Iterator[Residual | fx.Node]:
-    """The residual additions of a network, in the order of computation.
+    """Yield the residual additions of a network in the order of computation.
 
-    An addition (`+`, with or without a factor `alpha`, `-`, `addcmul`, `lerp`) is residual when
-    both operands are computed from one input of the network and one of them, the branch, has
-    weighted layers outside the two operands' common ancestors. Which one is the branch is decided
-    by the first of these that tells the operands apart:
+    An addition (`+`, with or without a factor `alpha`, `-`, `addcmul`, `lerp`) is residual if both
+    operands are computed from one input of the network and one of them, the branch, has weighted
+    layers outside the two operands' common ancestors. The first of these criteria that tells the
+    operands apart decides which one is the branch:
 
-    1. the other reaches a common ancestor past no weighted layer (an identity shortcut);
-    2. it has more weighted layers outside the common ancestors;
+    1. the other operand reaches a common ancestor without a weighted layer (identity shortcut);
+    2. the branch has more weighted layers outside the common ancestors;
     3. these layers have more parameters.
 
-    Where nothing does, neither operand is a shortcut of the other, and the node itself comes in
-    the place of a `Residual`. Additions of constants, of learned tensors and of sizes are none, and
-    what is computed from nothing of the input but its size is not computed from the input.
+    If none does, neither operand is a shortcut, and the node itself is yielded in place of a
+    `Residual`. Additions of constants, of learned tensors and of sizes are not residual. A tensor
+    that depends only on the size of the input does not count as computed from it.
     """
     weights = _Weights(model)
     ancestors = _ancestors(model.graph)
@@ -143,7 +144,7 @@ def residuals(model: fx.GraphModule) -> Iterator[Residual | fx.Node]:
 
 
 class _Weights:
-    """How many parameters each node of a network brings in."""
+    """Number of parameters that each node of a network uses."""
 
     def __init__(self, model: fx.GraphModule) -> None:
         self._modules = dict(model.named_modules())
@@ -158,7 +159,7 @@ class _Weights:
 
 
 def _sum(node: fx.Node) -> _Sum | None:
-    """What a node adds; None when it does not add tensors."""
+    """Return the terms of an addition; None for a node that does not add tensors."""
     if node.op not in ("call_function", "call_method") or node.kwargs.get("out") is not None:
         return None
     names = ("input", "other", "tensor1", "tensor2", "end", "weight")
@@ -211,7 +212,7 @@ def _is_tensor(value: Any) -> TypeGuard[fx.Node]:
 
 
 def is_size(node: fx.Node) -> bool:
-    """Whether a node holds a shape, or what is computed from one, and no value of a tensor."""
+    """Whether a node's value is computed from shapes only, not from values of a tensor."""
     if node.target is getattr:
         return node.args[1] in _SIZES
     if node.op == "call_method":
@@ -224,7 +225,7 @@ def is_size(node: fx.Node) -> bool:
 
 
 def _ancestors(graph: fx.Graph) -> dict[fx.Node, set[fx.Node]]:
-    """For each node all that it is computed from, itself included, but for sizes."""
+    """Return for each node all nodes that it is computed from, including itself, without sizes."""
     found: dict[fx.Node, set[fx.Node]] = {}
     for node in graph.nodes:
         sources = [source for source in node.all_input_nodes if not is_size(source)]
@@ -235,14 +236,18 @@ def _ancestors(graph: fx.Graph) -> dict[fx.Node, set[fx.Node]]:
 def _measures(
     found: _Sum, ancestors: dict[fx.Node, set[fx.Node]], weights: _Weights
 ) -> list[tuple[bool, int, int]]:
-    """Of both terms: detour, weighted layers of its own, their parameters; [] if never residual."""
+    """Measure both terms by the criteria of :func:`residuals`; [] if the sum is not residual.
+
+    Each measure is: no path to a common ancestor without a weighted layer; number of weighted
+    layers outside the common ancestors; number of their parameters.
+    """
     terms = [(found.first,), found.other]
-    above = [set().union(*(ancestors[node] for node in term)) for term in terms]
-    common = above[0] & above[1]
+    upstream = [set().union(*(ancestors[node] for node in term)) for term in terms]
+    common = upstream[0] & upstream[1]
     if not any(ancestor.op == "placeholder" for ancestor in common):
         return []
     measures = []
-    for term, sources in zip(terms, above, strict=True):
+    for term, sources in zip(terms, upstream, strict=True):
         own = [w for n in sources - common if (w := weights[n])]
         detour = not _reaches_unweighted(term, common, weights)
         measures.append((detour, len(own), sum(own)))
@@ -250,7 +255,7 @@ def _measures(
 
 
 def _reaches_unweighted(term: tuple[fx.Node, ...], goal: set[fx.Node], weights: _Weights) -> bool:
-    """Whether a path leads from a term back to one of `goal` past no weighted layer."""
+    """Whether a path without a weighted layer leads from a term back to a node of `goal`."""
     queue = list(term)
     seen = set(queue)
     while queue:
@@ -265,27 +270,33 @@ def _reaches_unweighted(term: tuple[fx.Node, ...], goal: set[fx.Node], weights: 
     return False
 
 
-_GATE_NAME = re.compile(r"[._]gate(\d*)$")  # `_gate` beside a module that is kept whole
-UNGATED = "ungated"  # key of `GraphModule.meta`
+# -- Blocks, their gates and their stages
+
+_GATE_NAME = re.compile(r"[._]gate(\d*)$")  # `layer_gate` is the gate of `layer`, kept whole
+UNGATED = "ungated"  # key of `GraphModule.meta`: a list of Ungated
 BROADCAST = "its shortcut is broadcast over the sum"
 
 
 def block_name(gate_name: str) -> str:
-    """`a.gate` belongs to the block `a`; further gates of its module, `a.gate2`, to `a:2`."""
+    """Return the name of a gate's block: `a` for `a.gate`, and `a:2` for `a.gate2`."""
     return _GATE_NAME.sub(lambda match: match[1] and f":{match[1]}", gate_name)
 
 
 def stage_name(block: str) -> str:
-    """The group that a block belongs to: its name up to the last dot."""
+    """Return the name of a block up to its last dot."""
     return block.rpartition(".")[0]
 
 
 def removable(ranked: Iterable[str], live: Iterable[str], stages: Mapping[str, str]) -> list[str]:
-    """Those of the blocks `ranked` that may go one after another, in that order.
+    """Return the blocks of `ranked` that may be removed one after another, in that order.
 
-    A stage keeps one of its `live` blocks: without any it is a step in width and nothing more,
-    which a network seldom recovers from. Training to a target and the sweep both go by this;
-    `stages` is as :func:`stages` has them.
+    Each stage keeps at least one of its `live` blocks, since networks seldom recover from the loss
+    of a whole stage. Training to a target and the sweep both use this rule.
+
+    Args:
+        ranked: block names, in the order of removal.
+        live: names of all blocks that are not removed yet.
+        stages: stage of each block, from :func:`stages`.
     """
     left = Counter(stages[block] for block in live)
     found = []
@@ -297,7 +308,7 @@ def removable(ranked: Iterable[str], live: Iterable[str], stages: Mapping[str, s
 
 
 def gates(model: nn.Module) -> dict[str, EpsilonGate]:
-    """The network's gates by block name, in the order in which they are computed."""
+    """Return the gates of a network by block name, in the order of computation."""
     traced = trace(model)
     found = {}
     for node, block in gate_nodes(traced).items():
@@ -308,7 +319,7 @@ def gates(model: nn.Module) -> dict[str, EpsilonGate]:
 
 
 def gate_nodes(model: fx.GraphModule) -> dict[fx.Node, str]:
-    """The nodes of the gates and the names of their blocks, in the order of computation."""
+    """Return the nodes of the gates with the names of their blocks, in the order of computation."""
     modules = dict(model.named_modules())
     return {
         node: block_name(str(node.target))
@@ -321,29 +332,33 @@ def taps(model: nn.Module) -> list[Tap]:
     return [module for module in model.modules() if isinstance(module, Tap)]
 
 
+# -- Insertion of gates
+
+
 def insert_gates(
     model: nn.Module, epsilon: float = 0.0, *, example: Tensor | None = None
 ) -> fx.GraphModule:
-    """Return the network with an ε-gate in the place of each residual addition.
+    """Return the network as a graph with an ε-gate in place of each residual addition.
 
-    Which additions are residual, and which operand is the branch: see `residual.residuals`. The
-    gate of an addition in the `forward()` of module `layer1.0` becomes `layer1.0.gate`; further
-    ones of the same module `layer1.0.gate2` and so on. Modules and tensors are shared with `model`,
-    which is left as it was. What gets no gate, and why, tells :func:`ungated`.
+    :func:`residuals` defines which additions are residual, and which operand is the branch. The
+    gate of an addition in the `forward()` of module `layer1.0` is named `layer1.0.gate`; further
+    gates of that module are `layer1.0.gate2` and so on. Modules and tensors are shared with
+    `model`, which does not change. :func:`ungated` lists the parts without a gate.
 
-    Both networks are run on random inputs: with open gates outputs, gradients and buffers are those
-    of `model`, in training and in evaluation, or it is refused.
+    Both networks run on random inputs: with open gates, outputs, gradients and buffers must equal
+    those of `model`, in training and in evaluation mode.
 
     Args:
-        model: any network that torch.fx can trace; a graph that fx made already is taken as it is,
-            so trace in this call rather than before it (fx alone freezes the mode).
+        model: any network that torch.fx can trace. A graph is used unchanged; pass the untraced
+            network where possible, since `fx.symbolic_trace` freezes the mode.
         epsilon: threshold of every new gate, in units of its branch's output.
-        example: a batch of at least 2 inputs for the comparison; of floats only shape and type
-            count. Without it one is made up from the first layer; where none fits, as for a
-            network on the meta device, nothing is compared.
+        example: a batch of at least 2 inputs for the comparison; floating-point values are replaced
+            by random ones. By default its shape is derived from the first layer; if no such shape
+            fits, or `model` is a graph or on the meta device, the networks are not compared.
 
     Raises:
-        GraphError: it cannot be traced, has no residual addition, or would not do the same.
+        GraphError: the network cannot be traced, has no residual addition, or the gated network
+            differs from it.
     """
     gated = add_gates(model, epsilon)
     if isinstance(model, fx.GraphModule) and example is None:
@@ -358,20 +373,20 @@ def insert_gates(
 
 
 def add_gates(model: nn.Module, epsilon: float = 0.0) -> fx.GraphModule:
-    """As :func:`insert_gates`, without running anything."""
+    """Insert gates like :func:`insert_gates`, but without running the network."""
     source = trace(model)
     gated = _module(source, _copy(source))
     device = next((parameter.device for parameter in model.parameters()), None)
     found = [*residuals(gated), *_whole_blocks(gated)]
-    left = _kept_whole(gated, {str(r.node.target) for r in found if isinstance(r, Residual)})
+    skipped = _kept_whole(gated, {str(r.node.target) for r in found if isinstance(r, Residual)})
     for each in found:
         if isinstance(each, fx.Node):
-            left.append(Ungated(owner(each), "neither operand of an addition is a shortcut"))
+            skipped.append(Ungated(owner(each), "neither operand of an addition is a shortcut"))
         elif _is_shared(each, dict(gated.named_modules())):
-            left.append(Ungated(owner(each.node), "adds into a tensor that is used elsewhere"))
+            skipped.append(Ungated(owner(each.node), "adds into a tensor that is used elsewhere"))
         else:
             _insert_gate(gated, each, EpsilonGate(epsilon).to(device).train(source.training))
-    gated.meta[UNGATED] = left
+    gated.meta[UNGATED] = skipped
     refuse_none(gated)
     gated.delete_all_unused_submodules()
     gated.recompile()
@@ -379,28 +394,28 @@ def add_gates(model: nn.Module, epsilon: float = 0.0) -> fx.GraphModule:
 
 
 def refuse_none(model: fx.GraphModule) -> None:
-    """Raise GraphError for a network without gates, with what got none."""
+    """Raise GraphError if a network has no gates; the message lists the ungated parts."""
     if not gate_nodes(model):
-        left = "; ".join(told(ungated(model)))
+        skipped = "; ".join(told(ungated(model)))
         raise GraphError(
             f"{model._get_name()}: has no residual addition (shortcut + branch), so there is"
-            f" nothing that an ε-gate could take out{left and f' ({left})'}"
+            f" nothing that an ε-gate could take out{skipped and f' ({skipped})'}"
         )
 
 
 def ungated(model: fx.GraphModule) -> tuple[Ungated, ...]:
-    """The parts of a network from :func:`insert_gates` that got no gate, and why.
+    """Return the parts of a network from :func:`insert_gates` without a gate, with the reasons.
 
-    They are modules that are kept whole, because a graph would lose something of their code, and
-    additions that are not residual or whose shortcut cannot stand for the sum.
+    These are modules kept whole, because a graph would lose part of their code, and additions that
+    are not residual or whose shortcut cannot replace the sum.
     """
     return tuple(model.meta.get(UNGATED, ()))
 
 
-def told(left: Iterable[Ungated]) -> list[str]:
-    """One line for each reason, with the first place that it holds for and how many there are."""
+def told(parts: Iterable[Ungated]) -> list[str]:
+    """Format ungated parts: one line per reason, with its first place and the number of others."""
     places: dict[str, list[str]] = {}
-    for part in left:
+    for part in parts:
         places.setdefault(part.reason, []).append(part.place or "the network itself")
     return [
         f"{each[0]}{f' and {len(each) - 1} more' if len(each) > 1 else ''}: {reason}"
@@ -409,44 +424,44 @@ def told(left: Iterable[Ungated]) -> list[str]:
 
 
 def broadcasts(model: fx.GraphModule, example: Tensor) -> tuple[str, ...]:
-    """The blocks whose shortcut has another shape than their sum, and so cannot stand for it."""
+    """Return the blocks whose shortcut differs in shape from the sum, so cannot replace it."""
     shapes = gate_shapes(model, example)
     return tuple(block for block, (shortcut, result) in shapes.items() if shortcut != result)
 
 
 def without_gates(model: fx.GraphModule, blocks: Iterable[str], reason: str) -> fx.GraphModule:
-    """Plain additions in place of these gates; :func:`ungated` gives the reason."""
-    if not (gone := list(blocks)):
+    """Replace the gates of `blocks` by plain additions, and add them to :func:`ungated`."""
+    if not (dropped := list(blocks)):
         return model
-    plain = drop_gates(model, keep=gates(model).keys() - set(gone))
-    plain.meta[UNGATED] = [*ungated(model), *(Ungated(block, reason) for block in gone)]
+    plain = drop_gates(model, keep=gates(model).keys() - set(dropped))
+    plain.meta[UNGATED] = [*ungated(model), *(Ungated(block, reason) for block in dropped)]
     return plain
 
 
 def gate_shapes(model: fx.GraphModule, example: Tensor) -> dict[str, tuple[torch.Size, torch.Size]]:
-    """Shapes of shortcut and result of each gate for a batch of `example`'s shape, by block.
+    """Return the shapes of shortcut and result of each gate, by block, for inputs like `example`.
 
-    What its forward pass raises is not caught.
+    Exceptions of the forward pass are not caught.
     """
     found: dict[str, tuple[torch.Size, torch.Size]] = {}
     if not gate_nodes(model):
         return found
 
-    def watch(network: fx.GraphModule) -> None:
+    def register_hooks(network: fx.GraphModule) -> None:
         for block, gate in gates(network).items():
-            gate.register_forward_hook(partial(note, block))
+            gate.register_forward_hook(partial(record, block))
 
-    def note(block: str, gate: nn.Module, operands: Any, result: Tensor) -> None:
+    def record(block: str, gate: nn.Module, operands: Any, result: Tensor) -> None:
         found[block] = operands[0].shape, result.shape
 
-    parity.dry_run(model, example, watch, training=False)
+    parity.dry_run(model, example, register_hooks, training=False)
     return {block: found[block] for block in gates(model)}
 
 
 def stages(model: fx.GraphModule, input_shape: tuple[int, int, int]) -> dict[str, str]:
-    """The stage of each gated block: neighbours in a row whose results have one shape.
+    """Return the stage of each gated block: consecutive blocks with results of the same shape.
 
-    A stage is called by what the names of its blocks have in common, or by its first block.
+    The name of a stage is the common prefix of its blocks' names, or the name of its first block.
     """
     example = torch.zeros((1, *input_shape))
     results = {block: result for block, (_, result) in gate_shapes(model, example).items()}
@@ -461,7 +476,7 @@ def stages(model: fx.GraphModule, input_shape: tuple[int, int, int]) -> dict[str
 
 
 def _kept_whole(model: fx.GraphModule, gated: set[str]) -> list[Ungated]:
-    """Modules with weights whose inside is not followed, but for those with a gate beside them."""
+    """Return the modules with weights that are kept whole, except those in `gated`."""
     called = {str(node.target) for node in model.graph.nodes if node.op == "call_module"} - gated
     return [
         Ungated(path, f"kept whole, for it {reason}")
@@ -471,10 +486,10 @@ def _kept_whole(model: fx.GraphModule, gated: set[str]) -> list[Ungated]:
 
 
 def _whole_blocks(model: fx.GraphModule) -> Iterator[Residual]:
-    """Modules kept whole that are a residual block all the same: stochastic depth by hand, say.
+    """Yield the modules kept whole that are residual blocks (hand-written stochastic depth, say).
 
-    In evaluation such a module returns its input plus a branch; in training it returns whatever
-    its code decides, and what that is more than its input is its branch.
+    In evaluation such a module returns its input plus a branch. In training its code decides, and
+    the branch is the difference between its result and its input.
     """
     kept = model.meta.get(KEPT, {})
     for node in model.graph.nodes:
@@ -495,7 +510,7 @@ def _whole_blocks(model: fx.GraphModule) -> Iterator[Residual]:
 
 
 def _is_shared(found: Residual, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether an addition in place is seen through another name of the tensor that it writes to."""
+    """Whether an in-place addition is read later through an alias of the operand it writes to."""
     if found.overwritten is None:
         return False
     later = set(_after(found.node))
@@ -513,7 +528,7 @@ def _after(node: fx.Node) -> Iterator[fx.Node]:
 def _insert_gate(model: fx.GraphModule, residual: Residual, gate: EpsilonGate) -> None:
     node = residual.node
     place, name = owner(node), "gate"
-    if residual.whole:  # the module itself is the user's
+    if residual.whole:  # the gate goes beside the user's module, not into it
         place, _, last = str(node.target).rpartition(".")
         name = f"{last}_gate"
     path = free_name(model, place, name)
@@ -523,7 +538,7 @@ def _insert_gate(model: fx.GraphModule, residual: Residual, gate: EpsilonGate) -
         addition = model.graph.call_module(path, residual.operands(model.graph))
     addition.meta = node.meta
     if residual.overwritten is not None:
-        # An addition in place was also seen by whoever read its operand afterwards.
+        # Later readers of the operand of an in-place addition read its result.
         later = set(_after(node))
         for same in one_tensor(residual.overwritten, dict(model.named_modules())):
             for user in later.intersection(same.users):
@@ -534,18 +549,21 @@ def _insert_gate(model: fx.GraphModule, residual: Residual, gate: EpsilonGate) -
         model.graph.erase_node(node)
 
 
-def remove_blocks(model: nn.Module, names: Iterable[str]) -> fx.GraphModule:
-    """Return the network without the named blocks: each gate becomes its shortcut.
+# -- Removal of blocks and gates
 
-    Whatever only those branches used goes with them. Modules and tensors that stay are shared with
-    `model`, which is left as it was; so are hooks and the training mode.
+
+def remove_blocks(model: nn.Module, names: Iterable[str]) -> fx.GraphModule:
+    """Return the network without the named blocks: each gate is replaced by its shortcut.
+
+    Modules and tensors that only the removed branches used are removed too. The others are shared
+    with `model`, which does not change; hooks and the training mode are kept.
 
     Args:
         model: a network with gates, an `nn.Module` or a graph.
         names: names of blocks that :func:`gates` lists; their order does not matter.
 
     Raises:
-        GraphError: a name that is no gated block of this network.
+        GraphError: a name is not that of a gated block of this network.
     """
     source = trace(model)
     wanted = set(names)
@@ -556,13 +574,13 @@ def remove_blocks(model: nn.Module, names: Iterable[str]) -> fx.GraphModule:
         raise GraphError(
             f"no gated block named {', '.join(unknown)}; the gated blocks are: {known}"
         )
-    doomed = {id(present[name]) for name in wanted}
-    return _rewrite(source, lambda m: id(m) in doomed, _shortcut)
+    removed = {id(present[name]) for name in wanted}
+    return _rewrite(source, lambda m: id(m) in removed, _shortcut)
 
 
 def drop_gates(model: nn.Module, keep: Iterable[str] = ()) -> fx.GraphModule:
-    """Return the network with plain additions in place of its gates, but for those in `keep`."""
-    names = set(keep)  # once: an iterator would be empty after the first look
+    """Return the network with plain additions in place of its gates, except those in `keep`."""
+    names = set(keep)  # an iterator can be read only once
     kept = {id(gate) for name, gate in gates(model).items() if name in names}
     return _rewrite(
         trace(model), lambda m: isinstance(m, EpsilonGate) and id(m) not in kept, _plain_addition
@@ -570,14 +588,14 @@ def drop_gates(model: nn.Module, keep: Iterable[str] = ()) -> fx.GraphModule:
 
 
 def drop_taps(model: nn.Module) -> fx.GraphModule:
-    """Return the network without its taps (identities that only training looks at)."""
+    """Return the network without its taps, the identities whose outputs only training reads."""
     return _rewrite(
         trace(model), lambda m: isinstance(m, Tap), lambda graph, node, modules: _first(node)
     )
 
 
 def without_assertions(model: nn.Module) -> fx.GraphModule:
-    """Return the network without what nothing uses, and what only `torch._assert` looks at."""
+    """Return the network without unused nodes and those that only `torch._assert` uses."""
     return _rewrite(trace(model), lambda m: False, _plain_addition)
 
 
@@ -588,10 +606,10 @@ def _first(node: fx.Node) -> fx.Node:
 
 
 def _shortcut(graph: fx.Graph, node: fx.Node, modules: Mapping[str, nn.Module]) -> fx.Node:
-    """What stands for a removed gate: its shortcut, or a copy of it.
+    """Return the node that replaces a removed gate: its shortcut, or a clone of it.
 
-    A gate's result was a new tensor. Where the next step overwrites it, the shortcut must not be
-    handed over: others may read it, and autograd does.
+    The result of a gate is a new tensor. If a later node overwrites it, the shortcut must be
+    cloned, since other nodes or autograd may read it.
     """
     if not written_into(node, modules):
         return _first(node)
@@ -605,10 +623,10 @@ def _plain_addition(graph: fx.Graph, node: fx.Node, modules: object) -> fx.Node:
 
 
 def _copy(source: fx.GraphModule) -> fx.Graph:
-    """Another graph over the same modules and tensors."""
+    """Return a copy of the graph over the same modules and tensors."""
     graph = fx.Graph()
     graph.output(graph.graph_copy(source.graph, {}))
-    graph.owning_module = source  # which tells what may be swept out
+    graph.owning_module = source  # dead code elimination looks up modules in it
     return graph
 
 
@@ -617,14 +635,14 @@ def _rewrite(
     matches: Callable[[nn.Module], bool],
     replacement: Callable[[fx.Graph, fx.Node, Mapping[str, nn.Module]], fx.Node],
 ) -> fx.GraphModule:
-    """Replace each module call that `matches`, then sweep out all that nothing uses any more."""
+    """Replace each module call for which `matches` is true, then eliminate dead code."""
     graph = _copy(source)
     modules = dict(source.named_modules())
     for node in list(graph.nodes):
         if node.op == "call_module" and matches(modules[str(node.target)]):
             node.replace_all_uses_with(replacement(graph, node, modules))
             graph.erase_node(node)
-    # An assertion computes nothing, and must not keep what it looks at.
+    # An assertion must not keep the nodes that it checks.
     graph.eliminate_dead_code(
         lambda node: (
             node.target is not torch._assert and (node.is_impure() or acts_on_others(node, modules))
@@ -634,20 +652,20 @@ def _rewrite(
 
 
 def _module(source: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
-    """A graph as a module, with what it calls of `source` and what is known of that."""
+    """Return `graph` as a module, with the modules that it calls and the metadata of `source`."""
     model = fx.GraphModule(source, graph, source._get_name())
     model.meta |= source.meta
     return model
 
 
-# -- What each residual branch is worth: the parameters that leave the network with it
+# -- Parameters of branches
 
 
 def branch_parameters(model: nn.Module) -> dict[str, int]:
-    """Learned parameters by block that :func:`remove_blocks` takes out with that block alone.
+    """Return the number of parameters that :func:`remove_blocks` removes with each single block.
 
-    Blocks are in the order of computation. Parameters that anything else uses too do not count;
-    those that two blocks share leave only when both do, and count for neither.
+    Blocks are in the order of computation. Parameters that other parts of the network use as well,
+    another block included, are not counted.
     """
     traced = without_assertions(model)
     modules = dict(traced.named_modules())
@@ -669,16 +687,16 @@ def branch_parameters(model: nn.Module) -> dict[str, int]:
 
 
 def branch_nodes(gate: fx.Node) -> list[fx.Node]:
-    """The nodes that nothing but the branch of this gate needs, last ones first."""
+    """Return the nodes that only the branch of this gate uses, last ones first."""
     _, branch = gate.all_input_nodes
     members: dict[fx.Node, None] = {}
-    waiting = [branch]
-    while waiting:
-        node = waiting.pop()
+    queue = [branch]
+    while queue:
+        node = queue.pop()
         needed = {gate} if node is branch else members.keys()
         if node not in members and node.op != "placeholder" and node.users.keys() <= needed:
             members[node] = None
-            waiting += node.all_input_nodes
+            queue += node.all_input_nodes
     return list(members)
 
 

@@ -1,11 +1,11 @@
-"""From a network's forward pass to a `torch.fx` graph that still switches between its two modes.
+"""Trace a network to a `torch.fx` graph that supports both training and evaluation mode.
 
 Tracing runs `forward()` once, so whatever is not an operation on tensors is frozen into the graph
-or lost. A module whose forward pass would lose something that way is kept whole: it stays a step of
-the graph that runs its own code. What gives a module away is seen while it is traced: an exception,
-a random number drawn in Python, a buffer or a counter that changes, `torch.no_grad`, autocast, an
-`autograd.Function`, other steps in training than in evaluation. A constant that differs between the
-modes (`training=` of `F.dropout`, say) becomes a :class:`ByMode`.
+or lost. A module whose code would lose something that way is kept whole: it is one step of the
+graph and runs its own code. Such modules are detected during the trace: they raise an exception,
+draw a random number in Python, change a buffer or a counter, enter `torch.no_grad` or autocast,
+call an `autograd.Function`, or take other steps in training than in evaluation. A call whose
+constants differ between the modes (`training=` of `F.dropout`) becomes a :class:`ByMode`.
 """
 
 from __future__ import annotations
@@ -30,18 +30,21 @@ from eps_core.errors import GraphError
 from eps_train.gating.gate import EpsilonGate
 from eps_train.models.cifar import Tap
 
-# -- The two modes of a network, training and evaluation, in one graph
+# -- Training and evaluation mode in one graph
 
 
 class ModesDiffer(Exception):
-    """The two modes' graphs have different structures; its argument is the first node that does."""
+    """The graphs of the two modes differ in structure; the argument is the first such node."""
 
 
 class ByMode(nn.Module):
-    """A function whose constant arguments depend on the mode, in the place of its call.
+    """Function call whose constant arguments depend on the mode.
 
-    Calls `function(*args, **kwargs)` with `training` or with `evaluating`, each a pair of args and
-    kwargs in which a :class:`Slot` stands for an operand.
+    Args:
+        function: a function, or the name of a method of the first argument.
+        training: pair of args and kwargs of the call in training mode, with a :class:`Slot` in the
+            place of each operand.
+        evaluating: the same for evaluation mode.
     """
 
     def __init__(self, function: Any, training: Any, evaluating: Any) -> None:
@@ -53,7 +56,7 @@ class ByMode(nn.Module):
         args, kwargs = map_aggregate(
             self.calls[self.training], lambda x: operands[x.index] if isinstance(x, Slot) else x
         )
-        if isinstance(self.function, str):  # a method of the first argument
+        if isinstance(self.function, str):
             return getattr(args[0], self.function)(*args[1:], **kwargs)
         return self.function(*args, **kwargs)
 
@@ -73,7 +76,7 @@ class Slot:
 
 @contextmanager
 def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """All modules in one mode, and afterwards as they were: their own `train()` is not asked."""
+    """Set all modules to one mode inside the block, without calling their own `train()`."""
     before = {module: module.training for module in model.modules()}
     try:
         for module in before:
@@ -85,23 +88,24 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 
 def differing_calls(training: fx.Graph, evaluating: fx.Graph) -> dict[fx.Node, fx.Node]:
-    """The calls whose constants differ between the modes, each with its twin."""
-    twins: dict[fx.Node, fx.Node] = {}
+    """Return the calls whose constants differ between the modes, each with its counterpart."""
+    counterparts: dict[fx.Node, fx.Node] = {}
     differing: dict[fx.Node, fx.Node] = {}
-    for node, twin in zip(training.nodes, evaluating.nodes, strict=True):
-        twins[node] = twin
-        same_inputs = [twins[n] for n in node.all_input_nodes] == twin.all_input_nodes
-        if (node.op, node.target) != (twin.op, twin.target) or not same_inputs:
+    for node, counterpart in zip(training.nodes, evaluating.nodes, strict=True):
+        counterparts[node] = counterpart
+        inputs = [counterparts[n] for n in node.all_input_nodes]
+        same_step = (node.op, node.target) == (counterpart.op, counterpart.target)
+        if not same_step or inputs != counterpart.all_input_nodes:
             raise ModesDiffer(node)
-        if _arguments(node) != _arguments(twin):
+        if _arguments(node) != _arguments(counterpart):
             if node.op not in ("call_function", "call_method"):
                 raise ModesDiffer(node)
-            differing[node] = twin
+            differing[node] = counterpart
     return differing
 
 
 def _arguments(node: fx.Node) -> tuple[Any, list[int]]:
-    """Constants of a call in their places, and which operand stands where."""
+    """Return the constants of a call in their places, and the order of its operands."""
     order: list[int] = []
 
     def blank(value: fx.Node) -> Any:
@@ -112,12 +116,8 @@ def _arguments(node: fx.Node) -> tuple[Any, list[int]]:
     return constants, order
 
 
-def by_mode(node: fx.Node, twin: fx.Node) -> ByMode:
-    """What calls `node` of the training graph or its `twin` of the other, as the mode demands."""
-    return ByMode(node.target, _call(node), _call(twin))
-
-
 def _call(node: fx.Node) -> Any:
+    """Return the arguments of a node as :class:`ByMode` takes them."""
     slots = {n: Slot(i) for i, n in enumerate(node.all_input_nodes)}
 
     def slot(value: Any) -> Any:
@@ -127,11 +127,11 @@ def _call(node: fx.Node) -> Any:
 
 
 _CONTAINERS = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict)
-KEPT = "kept whole"  # key of `GraphModule.meta`: modules that are not followed, and why
-OWN = "state"  # key of `GraphModule.meta`: names in the state dict of the network as it was written
+KEPT = "kept whole"  # key of `GraphModule.meta`: names of the modules kept whole, and the reasons
+OWN = "state"  # key of `GraphModule.meta`: names in the state dict of the original network
 OTHER_STEPS = "takes other steps in training than in evaluation"
 DRAWS = "draws random numbers in Python"
-_REASON = 120  # characters of an exception's message
+_REASON = 120  # most characters of an exception's message
 
 
 class _Unfaithful(Exception):
@@ -139,9 +139,9 @@ class _Unfaithful(Exception):
 
 
 class _Proxy(fx.Proxy):
-    """Records `x += y` as the step in place that it is: fx's own takes it for `x = x + y`.
+    """Proxy that records `x += y` as an in-place operation; that of fx records `x = x + y`.
 
-    Whoever else holds that tensor sees the difference.
+    The two differ for other readers of the tensor.
     """
 
     def __iadd__(self, other: Any) -> Any:
@@ -161,24 +161,24 @@ class _Proxy(fx.Proxy):
 
 
 class InPlaceTracer(fx.Tracer):
-    """Records what is done in place as that; for the rest, fx's own."""
+    """Tracer of fx that also records in-place operators."""
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
 
 
 class _Tracer(InPlaceTracer):
-    """Follows each module that it can.
+    """Traces through each module whose code a graph can represent.
 
     Attributes:
-        kept: modules that are not to be followed, by name, and why; those that turn out so during a
-            trace are added, and the trace is then good for nothing but that.
-        calls: what was recorded: a step as its kind and target, a module that was followed as its
-            name and its own list.
+        kept: reasons of the modules kept whole, by name. A trace that adds one is not usable and
+            must be repeated.
+        calls: the recorded steps: kind and target of an operation, or the name of a module that was
+            traced through and its own list.
     """
 
     def __init__(self, kept: dict[str, str]) -> None:
-        layers = sys.modules.get("timm.layers._fx")  # timm names what fx cannot follow
+        layers = sys.modules.get("timm.layers._fx")  # timm lists what fx cannot trace
         functions = layers.get_notrace_functions() if layers else ()
         super().__init__(autowrap_functions=tuple(filter(callable, functions)))
         self._untraceable = tuple(layers.get_notrace_modules()) if layers else ()
@@ -211,15 +211,15 @@ class _Tracer(InPlaceTracer):
             result = super().call_module(m, forward, args, kwargs)
             self._refuse_change(m, before)
             return result
-        except Exception as error:  # whatever the user's forward() raises on a proxy
+        except Exception as error:  # the user's forward() may raise anything on a proxy
             self.kept[path] = _reason(error)
             self.module_stack = stack
             return self.create_proxy("call_module", path, args, kwargs)
         finally:
             self.calls = outer
 
-    def follow(self, model: nn.Module) -> fx.Graph:
-        """The graph of `model`, a copy that is not used for anything else afterwards."""
+    def trace_model(self, model: nn.Module) -> fx.Graph:
+        """Return the graph of `model`, whose state the trace may change."""
         fixed = {
             name: parameter.default
             for name, parameter in inspect.signature(model.forward).parameters.items()
@@ -230,18 +230,18 @@ class _Tracer(InPlaceTracer):
         with _refusing_contexts():
             graph = self.trace(model, concrete_args=fixed or None)
         self._refuse_change(model, before)
-        # fx keeps an input for each fixed argument, and a check of its value: neither is needed.
+        # Erase the inputs that fx keeps for the fixed arguments, and the checks of their values.
         for node in [n for n in graph.nodes if n.op == "placeholder" and n.args]:
             if str(node.target).rpartition("_")[0] in fixed:
-                doomed = [node]
-                for member in doomed:
-                    doomed += member.users
-                for member in reversed(doomed):
+                unused = [node]
+                for member in unused:
+                    unused += member.users
+                for member in reversed(unused):
                     graph.erase_node(member)
         return graph
 
     def _refuse_change(self, module: nn.Module, before: list[Any]) -> None:
-        """Raise when a module's own code drew random numbers or changed the module's state."""
+        """Raise _Unfaithful if a module drew random numbers or changed its own state."""
         drawn, self._random = self._random, _random_states()
         if drawn != self._random:
             raise _Unfaithful(DRAWS)
@@ -251,15 +251,17 @@ class _Tracer(InPlaceTracer):
 
 
 def trace(model: nn.Module, *, one_mode: bool = False) -> fx.GraphModule:
-    """Return `model` as a graph over the same modules and tensors; a graph comes back as it is.
+    """Return `model` as a graph over the same modules and tensors; a graph is returned unchanged.
 
-    What is traced is a copy: `model` and its state are left as they were. Optional arguments of
-    its `forward()` are fixed at their defaults. With `one_mode` the graph need only be true in the
-    mode that `model` is in.
+    A copy is traced: `model` and its state do not change. Optional arguments of `forward()` are
+    fixed at their defaults.
+
+    Args:
+        one_mode: trace only the mode that `model` is in; the graph is not valid in the other.
 
     Raises:
         GraphError: the forward pass of the network itself cannot be traced, or depends on the mode
-            in a way that a graph cannot follow.
+            in a way that a graph cannot represent.
     """
     if isinstance(model, fx.GraphModule):
         return model
@@ -285,22 +287,22 @@ def trace(model: nn.Module, *, one_mode: bool = False) -> fx.GraphModule:
             f"{name}: its forward() {error}, which torch.fx cannot follow; move that into a module"
             " of its own"
         ) from None
-    except Exception as error:  # whatever the user's forward() raises on a proxy
+    except Exception as error:  # the user's forward() may raise anything on a proxy
         raise GraphError(
             f"{name}: torch.fx cannot trace it ({_reason(error)}); remove control"
             " flow that depends on tensor values from its forward()"
         ) from error
     traced = fx.GraphModule(_Origins(model, first.constants), first.graph, name)
     traced.meta |= {KEPT: kept, OWN: frozenset(model.state_dict())}
-    for node, twin in switched.items():
-        _switch(traced, node, twin)
+    for node, counterpart in switched.items():
+        _insert_by_mode(traced, node, counterpart)
     if switched:
         traced.recompile()
     return traced
 
 
 class _Origins(nn.Module):
-    """The modules and tensors of a network, and the constants that its trace came upon."""
+    """Root of a graph: the modules and tensors of a network, and the constants of its trace."""
 
     def __init__(self, model: nn.Module, constants: dict[str, Any]) -> None:
         super().__init__()
@@ -313,8 +315,8 @@ class _Origins(nn.Module):
 @dataclass(frozen=True, slots=True)
 class _Trace:
     graph: fx.Graph
-    calls: list[Any]  # as `_Tracer.calls`
-    constants: dict[str, Any]  # tensors that it came upon, by the names that fx gave them
+    calls: list[Any]  # see _Tracer
+    constants: dict[str, Any]  # tensors that are no attributes of the network, by their names in fx
 
 
 def _trace_once(model: nn.Module, kept: dict[str, str], training: bool) -> _Trace:
@@ -322,14 +324,14 @@ def _trace_once(model: nn.Module, kept: dict[str, str], training: bool) -> _Trac
     for module in copied.modules():
         module.training = training
     tracer = _Tracer(kept)
-    graph = tracer.follow(copied)
+    graph = tracer.trace_model(copied)
     targets = [str(node.target) for node in graph.nodes if node.op == "get_attr"]
     constants = {n: getattr(copied, n) for n in targets if "." not in n and not hasattr(model, n)}
     return _Trace(graph, tracer.calls, constants)
 
 
 def _copy(model: nn.Module) -> nn.Module:
-    """A deep copy, also of what the network's lambdas have hold of."""
+    """Return a deep copy, including the closures of functions among the modules' attributes."""
     memo: dict[int, Any] = {}
     copied = copy.deepcopy(model, memo)
     for module in copied.modules():
@@ -347,7 +349,7 @@ def _copy(model: nn.Module) -> nn.Module:
 def _differences(
     training: _Trace, evaluating: _Trace, kept: dict[str, str]
 ) -> dict[fx.Node, fx.Node]:
-    """The calls whose constants differ in evaluation; modules that do other things go to `kept`."""
+    """Return the calls whose constants differ; add modules that take other steps to `kept`."""
     others = list(_other_calls("", training.calls, evaluating.calls))
     if not others:
         try:
@@ -361,26 +363,26 @@ def _differences(
 
 
 def _other_calls(path: str, one: list[Any], other: list[Any]) -> Iterator[str]:
-    """Names of the innermost modules that were followed to other steps."""
-    mine, theirs = (
-        [step[0] if isinstance(step[1], list) else step for step in steps] for steps in (one, other)
+    """Names of the innermost modules whose recorded steps differ between two traces."""
+    steps, others = (
+        [call[0] if isinstance(call[1], list) else call for call in calls] for calls in (one, other)
     )
-    if mine != theirs:
+    if steps != others:
         yield path
         return
-    for (name, inner), (_, twin) in zip(one, other, strict=True):
+    for (name, inner), (_, counterpart) in zip(one, other, strict=True):
         if isinstance(inner, list):
-            yield from _other_calls(name, inner, twin)
+            yield from _other_calls(name, inner, counterpart)
 
 
 def _is_layer(module: nn.Module) -> bool:
-    """Whether it is a kind of torch's own layers (BatchNorm with an activation, say)."""
+    """Whether a module is or derives from a layer of torch (BatchNorm with an activation)."""
     bases = (base for base in type(module).__mro__ if base not in _CONTAINERS)
     return any(base.__module__.startswith("torch.nn.modules") for base in bases)
 
 
 def _state(module: nn.Module) -> list[Any]:
-    """What a forward pass may change of a module without a trace of it in the graph."""
+    """State of a module that its code may change without a step in the graph."""
     tensors = [(n, id(t), t._version) for n, t in module.named_buffers(recurse=False)]
     tensors += [(n, id(p), p._version) for n, p in module.named_parameters(recurse=False)]
     return tensors + [(n, v) for n, v in vars(module).items() if type(v) in (bool, int, float)]
@@ -394,7 +396,7 @@ def _random_states() -> list[Any]:
 
 @contextmanager
 def unmoved_random() -> Iterator[None]:
-    """Whatever is drawn inside, the CPU's random number generators go on where they stood."""
+    """Restore the random states of torch (CPU), Python and NumPy on exit."""
     numpy = sys.modules.get("numpy.random")
     python, legacy = random.getstate(), numpy.get_state() if numpy else None
     with torch.random.fork_rng(devices=[]):
@@ -408,7 +410,7 @@ def unmoved_random() -> Iterator[None]:
 
 @contextmanager
 def _refusing_contexts() -> Iterator[None]:
-    """Have raise what would be run through without leaving a trace in the graph."""
+    """Make `autograd.Function` and autocast raise, which a trace would not record."""
 
     def refuse(reason: str) -> Callable[..., Any]:
         def raises(*_: Any, **__: Any) -> Any:
@@ -416,9 +418,8 @@ def _refusing_contexts() -> Iterator[None]:
 
         return raises
 
-    function = "calls an autograd.Function"
     with (
-        mock.patch.object(torch.autograd.Function, "apply", refuse(function)),
+        mock.patch.object(torch.autograd.Function, "apply", refuse("calls an autograd.Function")),
         mock.patch.object(torch.autocast, "__enter__", refuse("runs under torch.autocast")),
     ):
         yield
@@ -429,8 +430,9 @@ def _reason(error: Exception) -> str:
     return line if len(line) <= _REASON else line[: _REASON - 3] + "..."
 
 
-def _switch(traced: fx.GraphModule, node: fx.Node, twin: fx.Node) -> None:
-    module = by_mode(node, twin)
+def _insert_by_mode(traced: fx.GraphModule, node: fx.Node, counterpart: fx.Node) -> None:
+    """Replace a call of the training graph by a `ByMode` of it and its call in evaluation."""
+    module = ByMode(node.target, _call(node), _call(counterpart))
     path = free_name(traced, owner(node), "by_mode")
     module.training = traced.training
     traced.add_submodule(path, module)
@@ -442,14 +444,14 @@ def _switch(traced: fx.GraphModule, node: fx.Node, twin: fx.Node) -> None:
 
 
 def owner(node: fx.Node) -> str:
-    """Qualified name of the module whose `forward()` made the node; "" for the network itself."""
+    """Qualified name of the module whose `forward()` recorded `node`; "" for the network itself."""
     stack = node.meta.get("nn_module_stack") or {}
     path = next((entry[0] for entry in reversed(list(stack.values()))), "")
     return str(path)
 
 
 def free_name(model: nn.Module, place: str, name: str) -> str:
-    """`place.name`, or the first of `place.name2`, `place.name3`, ... that `model` has not got."""
+    """Return the first of `place.name`, `place.name2`, ... that is no attribute of `model`."""
     try:
         inner = model.get_submodule(place)
     except AttributeError:
@@ -461,9 +463,9 @@ def free_name(model: nn.Module, place: str, name: str) -> str:
     return f"{place}.{candidate}" if place else candidate
 
 
-# -- Which steps of a network write into their operand, and would spoil it for its other readers
+# -- In-place operations and aliases
 
-# Steps whose result may be their operand itself, or a view of it.
+# Operations whose result may be their operand or a view of it.
 _PASSING_MODULES = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd, ByMode)
 _PASSING_NAMES = (
     *("view", "reshape", "flatten", "unflatten", "permute", "transpose", "movedim", "expand"),
@@ -476,7 +478,7 @@ _WRITING_OPERATORS = frozenset(
 
 
 def written_into(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether some later step may overwrite what `node` holds: `ReLU(inplace=True)`, say."""
+    """Whether a later operation may overwrite the value of `node`: `ReLU(inplace=True)`, say."""
     queue, seen = [node], {node}
     while queue:
         here = queue.pop()
@@ -490,10 +492,10 @@ def written_into(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
 
 
 def acts_on_others(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether `node` writes into a tensor that other steps read: it counts even if unused itself.
+    """Whether `node` writes into a tensor that other nodes read, so that it is needed if unused.
 
-    `x.add_(1)` as a statement is of that kind, or a `ReLU(inplace=True)` that a branch begins with,
-    which rectifies the shortcut as well.
+    Examples are the statement `x.add_(1)`, and a `ReLU(inplace=True)` at the start of a branch,
+    which also rectifies the shortcut.
     """
     path = node
     if not (path.args and isinstance(path.args[0], fx.Node)):
@@ -511,23 +513,23 @@ def acts_on_others(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
 
 
 def one_tensor(node: fx.Node, modules: Mapping[str, nn.Module]) -> list[fx.Node]:
-    """The nodes that hold the very tensor that `node` holds: it, and what identities hand on."""
+    """Return the nodes whose value is the same tensor as that of `node`: it, and its identities."""
 
-    def hands_on(step: object) -> TypeGuard[fx.Node]:
+    def is_identity(step: object) -> TypeGuard[fx.Node]:
         if not isinstance(step, fx.Node) or step.op != "call_module":
             return False
         return isinstance(modules[str(step.target)], nn.Identity)
 
-    while hands_on(node) and isinstance(source := node.args[0], fx.Node):
+    while is_identity(node) and isinstance(source := node.args[0], fx.Node):
         node = source
     found = [node]
     for member in found:
-        found += [user for user in member.users if hands_on(user)]
+        found += [user for user in member.users if is_identity(user)]
     return found
 
 
 def aliases(node: fx.Node, modules: Mapping[str, nn.Module]) -> set[fx.Node]:
-    """The nodes that may hold the memory that `node` holds, or a part of it."""
+    """Return the nodes whose value may share memory with that of `node`."""
     found, queue = {node}, [node]
     while queue:
         here = queue.pop()
@@ -556,7 +558,7 @@ def _writes(user: fx.Node, operand: object, modules: Mapping[str, nn.Module]) ->
     name = _name(user)
     if name.startswith("__"):
         return name.startswith("__i")
-    # `F.relu(x, True)`: no function of this kind has another flag in that place.
+    # `F.relu(x, True)`: the only positional flag of relu-like functions is `inplace`.
     positional = user.op == "call_function" and True in user.args[1:] and "relu" in name
     return name.endswith("_") or positional
 
@@ -572,13 +574,13 @@ def _module_writes(module: nn.Module) -> bool:
 
 
 def _code_writes(module: nn.Module) -> bool:
-    """Whether the code of somebody's own layer overwrites what it is given, in either mode."""
+    """Whether the code of a user's layer overwrites its input, in either mode."""
     for training in (True, False):
-        copied = copy.deepcopy(module)  # its code runs, and may change its state
+        copied = copy.deepcopy(module)  # tracing runs its code, which may change its state
         try:
             with in_mode(copied, training), unmoved_random():
                 steps = InPlaceTracer().trace(copied)
-        except Exception:  # fx cannot follow it; whatever its code raises on a proxy
+        except Exception:  # fx cannot trace it; its code may raise anything on a proxy
             continue
         inner = dict(copied.named_modules())
         if any(written_into(node, inner) for node in steps.nodes if node.op == "placeholder"):
@@ -590,7 +592,7 @@ def _passes(user: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     if user.op == "call_module":
         module = modules[str(user.target)]
         if isinstance(module, EpsilonGate):
-            return False  # its result is a tensor of its own
+            return False  # its result is a new tensor
         own = not type(module).__module__.startswith("torch.")  # DropPath and the like
         plain = own and not any(True for _ in module.parameters())
         return isinstance(module, _PASSING_MODULES) or plain
