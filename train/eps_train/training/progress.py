@@ -21,7 +21,7 @@ from eps_train.gating.rewriting import stage_name
 from eps_train.training.checkpoint import GateRecord
 from eps_train.training.evaluate import EpochMetrics
 
-LEGEND = "█ alive  ▒ flickering  ░ closed all epoch  · dead"
+LEGEND = "█ alive  ▒ sometimes closed  ░ closed all epoch  · dead"
 _NAMES_WIDTH = 60  # columns for the names of the blocks that died
 RECENT = 5  # epochs that predict the time left: an epoch gets shorter when blocks are removed
 
