@@ -85,7 +85,10 @@ class Api:
 
     def routes(self) -> list[tuple[str, str, str, Handler]]:
         """Path, method, endpoint name and handler of each route."""
+        models = ("/v2/models/{model}", "/v2/models/{model}/versions/{version}")
+        # The paths of inference first: they are compared one after another, for every request.
         table: list[tuple[str, str, str, Handler]] = [
+            *((f"{prefix}/infer", "POST", "infer", self.infer) for prefix in models),
             ("/v1/classify", "POST", "classify", self.classify),
             ("/v2/health/live", "GET", "live", self.live),
             ("/v2/health/ready", "GET", "ready", self.ready),
@@ -100,9 +103,8 @@ class Api:
             ("/", "GET", "page", self.page),
             ("/favicon.ico", "GET", "icon", self.icon),
         ]
-        for prefix in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
+        for prefix in models:
             table += [
-                (f"{prefix}/infer", "POST", "infer", self.infer),
                 (prefix, "GET", "model", self.model),
                 (f"{prefix}/ready", "GET", "model-ready", self.model_ready),
                 (f"{prefix}/config", "GET", "config", self.config),
