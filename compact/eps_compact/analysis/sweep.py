@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 import torch
+from torch import fx
 
 from eps_compact.analysis.importance import (
     CPU,
+    Predictions,
     Timer,
     TorchTimer,
     accuracy_drop,
@@ -334,9 +336,8 @@ def sweep(
     whole = cost(checkpoint.network.skeleton(), shape)
     first = predict(model, normalize, measuring)
 
-    def point_without(removed: tuple[str, ...]) -> Point:
-        network = rewriting.remove_blocks(model, removed)
-        size, found = cost(network, shape), predict(network, normalize, measuring)
+    def point(network: fx.GraphModule, removed: tuple[str, ...], found: Predictions) -> Point:
+        size = cost(network, shape)
         report(
             f"sweep: {len(removed)} of {removable} blocks removed: accuracy {found.accuracy:.2%},"
             f" loss {found.mean_loss:.3f}"
@@ -359,16 +360,16 @@ def sweep(
         f" measured on {len(measuring):,} others"
     )
     at_once = math.ceil(removable / STEPS)
-    curve = [point_without(())]
+    network, curve = model, [point(model, (), first)]
     while len(curve[-1].removed) < removable:
-        removed = curve[-1].removed
-        network = rewriting.remove_blocks(model, removed)
         predictions = leave_one_out(network, normalize, choosing)
         loss = predictions.pop(None).mean_loss
         rises = {block: said.mean_loss - loss for block, said in predictions.items() if block}
         ranked = sorted(rises, key=lambda block: cheapness(rises[block], saved[block]))
         gone = rewriting.removable(ranked, rises, stages)[:at_once]
-        curve.append(point_without((*removed, *gone)))
+        network = rewriting.remove_blocks(network, gone)
+        found = predict(network, normalize, measuring)
+        curve.append(point(network, (*curve[-1].removed, *gone), found))
     for _ in range(BISECTIONS):
         index = goal.overshoot(curve) if goal else None
         if index is None:
@@ -376,17 +377,19 @@ def sweep(
         before, after = curve[index - 1].removed, curve[index].removed
         if len(after) - len(before) == 1:
             break
-        curve.insert(index, point_without(after[: (len(before) + len(after)) // 2]))
+        removed = after[: (len(before) + len(after)) // 2]
+        network = rewriting.remove_blocks(model, removed)
+        curve.insert(index, point(network, removed, predict(network, normalize, measuring)))
 
     report(f"sweep: timing {len(curve)} networks")
-    times = measure([point.removed for point in curve])
-    found = tuple(
-        replace(point, ms=median(runs), speedup=ratio_of_medians(times[0], runs))
-        for point, runs in zip(curve, times, strict=True)
+    times = measure([each.removed for each in curve])
+    points = tuple(
+        replace(each, ms=median(runs), speedup=ratio_of_medians(times[0], runs))
+        for each, runs in zip(curve, times, strict=True)
     )
     return Sweep(
-        points=found,
-        knee=knee([(point.parameters, point.accuracy) for point in found]),
+        points=points,
+        knee=knee([(each.parameters, each.accuracy) for each in points]),
         weight=weight,
         chosen_on=len(choosing),
         measured_on=len(measuring),

@@ -15,7 +15,8 @@ from xml.etree import ElementTree
 
 from markupsafe import Markup
 
-from eps_deploy.report.formatting import milliseconds, ratio, signed
+from eps_core.formatting import milliseconds
+from eps_deploy.report.formatting import ratio, signed
 from eps_deploy.report.schema import ComparisonEntry, LatencyEntry, Report
 
 if TYPE_CHECKING:

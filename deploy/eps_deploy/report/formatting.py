@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from eps_core.formatting import interval
+from eps_core.stats import Interval
 from eps_deploy.report.schema import (
     BlockEntry,
     ComparisonEntry,
@@ -60,13 +62,6 @@ def removed(old: int, new: int) -> str:
     return f"{100 * (1 - new / old):.1f} %" if old else "0.0 %"
 
 
-def milliseconds(value: float) -> str:
-    """Three decimals below 10 ms, fewer above."""
-    if value < 10:
-        return f"{value:.3f}"
-    return f"{value:.2f}" if value < 100 else f"{value:,.1f}"
-
-
 def throughput(images: float) -> str:
     return f"{images:,.0f}" if images >= 100 else f"{images:.3g}"
 
@@ -84,7 +79,7 @@ def short(number: int) -> str:
 
 
 def ratio(speedup: SpeedupEntry) -> str:
-    return f"{speedup.median:.2f} ({speedup.low:.2f} to {speedup.high:.2f})"
+    return interval(Interval(speedup.median, speedup.low, speedup.high))
 
 
 def difference(value: float | None) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from eps_core.formatting import milliseconds
 from eps_deploy.bench.latency import LEAST
 from eps_deploy.report import charts, formatting
 from eps_deploy.report.schema import Report, parse
@@ -28,7 +29,7 @@ _FILTERS = (
     formatting.difference,
     formatting.integer,
     formatting.limit,
-    formatting.milliseconds,
+    milliseconds,
     formatting.outcome,
     formatting.percent,
     formatting.ratio,

@@ -124,6 +124,8 @@ def test_every_route_is_documented(document: Document) -> None:
         for method in item.keys() - {"parameters"}
     }
     assert documented == routes - {("/favicon.ico", "get")}
+    # Routes are compared in order, for every request: those of inference come first.
+    assert all(path.endswith("/infer") for path, *_ in api.routes()[:2])
 
 
 @pytest.mark.parametrize("most", [None, 1, 3])

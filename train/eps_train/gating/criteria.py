@@ -55,7 +55,7 @@ class BlockScores:
         for handle in self._handles:
             handle.remove()
         self._model, gates = model, rewriting.gates(model)
-        sums = {block: gate.peak.new_zeros(2) for block, gate in gates.items()}  # sum, steps
+        sums = {block: gate.peak.new_zeros(()) for block, gate in gates.items()}
         self._sums = {block: self._sums.get(block, fresh) for block, fresh in sums.items()}
         measure = _MEASURES.get(self.criterion)
         self._handles = [
@@ -64,17 +64,19 @@ class BlockScores:
             if measure is not None
         ]
 
-    def state_dict(self) -> dict[str, list[float]]:
-        """Sum and number of the measurements of this epoch, by block."""
-        return {block: total.tolist() for block, total in self._sums.items()}
+    def state_dict(self) -> dict[str, float]:
+        """Sum of the measurements of this epoch, by block; the gates count the steps."""
+        return {block: total.item() for block, total in self._sums.items()}
 
-    def load_state_dict(self, state: Mapping[str, list[float]]) -> None:
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
         """Continue with the measurements of :meth:`state_dict`."""
         for block, total in self._sums.items():
-            total.copy_(torch.tensor(state[block]))
+            total.fill_(state[block])
 
     def read(self, group_sum: Callable[[Tensor], Tensor] = lambda total: total) -> dict[str, float]:
-        """Return every block's score, and start anew. Waits for the device.
+        """Return every block's score, and start anew; before the gates reset their records.
+
+        Waits for the device.
 
         Args:
             group_sum: sums a tensor over all processes of a run.
@@ -87,22 +89,22 @@ class BlockScores:
             return _mean_weights(self._model)
         if not self._sums:
             return {}
+        gates = rewriting.gates(self._model)
+        steps = group_sum(torch.stack([gates[block].steps for block in self._sums]))
         totals = group_sum(torch.stack(list(self._sums.values())))
         for total in self._sums.values():
             total.zero_()
-        means = (totals[:, 0] / totals[:, 1].clamp(min=1)).tolist()
-        return dict(zip(self._sums, means, strict=True))
+        return dict(zip(self._sums, (totals / steps.clamp(min=1)).tolist(), strict=True))
 
 
 Measure = Callable[[Tensor, Tensor, Tensor, Callable[[Tensor], None]], None]
 
 
 def _hook(measure: Measure, total: Tensor) -> Callable[..., None]:
-    """A forward hook of a gate that adds what `measure` finds to `total`, `[2]`."""
+    """A forward hook of a gate that adds what `measure` finds to `total`, a scalar."""
 
     def add(found: Tensor) -> None:
-        total[0].add_(found.to(total.dtype))
-        total[1].add_(1)
+        total.add_(found.to(total.dtype))
 
     def hook(gate: nn.Module, operands: tuple[Tensor, Tensor], result: Tensor) -> None:
         if gate.training:

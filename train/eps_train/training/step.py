@@ -118,12 +118,11 @@ class TrainingStep:
         self._network, self._normalize = network, normalize
         self._forward = Forward(network, config, group, device)
         self._aux_loss_weight = config.aux_loss_weight
-        self._memory_format = MEMORY_FORMAT
         self._result = wide_float(device)
 
     def __call__(self, batch: ImageSet) -> Tensor:
         """Take one step; returns (loss, correct answers) of this process, `[2]`, on the device."""
-        images = self._normalize(batch.images).contiguous(memory_format=self._memory_format)
+        images = self._normalize(batch.images).contiguous(memory_format=MEMORY_FORMAT)
         with self.precision.autocast():
             logits, side = self._forward(images)
             expected = None if self._teacher is None else self._teacher(batch.images)
