@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import io
+import itertools
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -39,6 +41,19 @@ LINES = [
     line(3, {"s.0": 5.0, "t.0": 50.0}),
     line(4, {"s.0": 5.0, "t.0": 50.0}),
 ]
+
+
+@pytest.fixture(autouse=True)
+def distinct_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock by which each event file is written in a second of its own.
+
+    TensorBoard reads event files in the order of their names, which hold the second, the process
+    and a count without leading zeros: 10 comes before 9. A run and its resumption, processes that
+    import torch, never start in the same second.
+    """
+    seconds = itertools.count(1_800_000_000)
+    clock = SimpleNamespace(time=lambda: float(next(seconds)))
+    monkeypatch.setattr("tensorboard.summary.writer.event_file_writer.time", clock)
 
 
 def write(files: RunPaths, *, first: int, last: int, epochs: int = 4) -> TensorBoardLog:
@@ -172,8 +187,8 @@ def test_a_full_disk_names_the_folder(tmp_path: Path) -> None:
     files = RunPaths.of(tmp_path)
     log = TensorBoardLog(files, epochs=4, before=[])
     (path,) = files.event_files()
-    path.unlink()
-    path.symlink_to("/dev/full")
+    (tmp_path / "full").symlink_to("/dev/full")
+    (tmp_path / "full").replace(path)  # at once: SummaryWriter's thread opens it again and again
     with pytest.raises(OSError, match="No space left on device") as raised:
         log.add(LINES[0], lambda: LINES[:1])
     assert raised.value.filename == str(files.tensorboard)
