@@ -52,6 +52,8 @@ class Request:
             files["pareto"] = self.output.with_name("pareto.png")
         if self.live_blocks.finetune_epochs:
             files["tuned"] = self.output.with_name("tuned.pt")
+        if self.live_blocks.selects:
+            files["cut"] = self.output.with_name("cut.pt")
         return files
 
     def check(self) -> None:
@@ -260,8 +262,8 @@ def _compact(request: Request, log: Console) -> tuple[Compaction, Selection]:
 
             timer = make_timer(options.timer, checkpoint.data, report)
         selection = select(checkpoint, data, options, timer, device, report)
-    if selection.tuned is not None:  # the checkpoint that the certificate names
-        path = request.files["tuned"]
+    if selection.checkpoint is not checkpoint:  # the one that the certificate names
+        path = request.files["cut" if selection.tuned is None else "tuned"]
         if not request.dry_run:
             selection.checkpoint.save(path)
     try:
@@ -349,6 +351,8 @@ def _write(request: Request, done: Compaction, selection: Selection) -> dict[str
         replace_file(files["pareto"], plots.draw_pareto(selection.sweep, title, selection.point))
     if selection.tuned is None:  # not asked for, or discarded
         files.pop("tuned", None)
+    if selection.nested is None or selection.tuned is not None:
+        files.pop("cut", None)
     return {what: str(path) for what, path in files.items()}
 
 
@@ -400,6 +404,13 @@ def _show(done: Compaction, log: Console) -> None:
 def _statements(certificate: dict[str, Any]) -> Iterator[str]:
     """Yield what the certificate states, a line each: losses, live gates, proofs."""
     # What was removed although it is not dead, and what that costs.
+    if nested := certificate.get("nested"):
+        accuracy = f"accuracy on {nested['samples']:,} held-out images: {nested['whole']:.2%} whole"
+        yield (
+            f"cut from a nested run: {len(nested['removed'])} blocks removed, batch norms estimated"
+            f" again; {accuracy}, {nested['cut']:.2%} cut;"
+            f" {nested['test']['accuracy']:.2%} of {nested['test']['samples']:,} test images"
+        )
     if tuned := certificate.get("finetune"):
         yield (
             f"NOT lossless: fine-tuned for {tuned['epochs']} epochs; live blocks removed:"

@@ -134,12 +134,19 @@ class TrainingConfig:
             metavar="FRACTION",
         ),
     )
+    nested: bool = field(
+        default=False,
+        metadata=_pruning(
+            "Train sub-networks of every depth together with the network, with open gates;"
+            " eps-compact then cuts any of them from the checkpoint."
+        ),
+    )
     criterion: str = field(
         default="response",
         metadata=_pruning(
-            "With --target-parameters: prune first the blocks with the smallest response, response"
-            " relative to the block's input, gradient of the gate, change of the block's input, or"
-            " weights; or in random order.",
+            "With --target-parameters or --nested: prune first the blocks with the smallest"
+            " response, response relative to the block's input, gradient of the gate, change of the"
+            " block's input, or weights; or in random order.",
             ("response", "relative", "gradient", "influence", "l1", "random"),
         ),
     )
@@ -262,14 +269,26 @@ class TrainingConfig:
                 raise ConfigError(f"{name} {value}: must be {among}")
         if not self.lr_schedule or self.lr_schedule[0][0] != 0:
             raise ConfigError("--lr-schedule must start at epoch 0")
-        if self.epsilon is None and self.target_parameters is None:
-            raise ConfigError("--epsilon is missing; give it, or --target-parameters instead")
+        if self.nested and (self.epsilon is not None or self.target_parameters is not None):
+            other = "--target-parameters" if self.epsilon is None else "--epsilon"
+            raise ConfigError(
+                f"--nested and {other} contradict each other: a nested run keeps every block, and"
+                " eps-compact cuts one size from its checkpoint; leave one of them out"
+            )
+        if self.nested and self.compile:
+            raise ConfigError("--nested: not with --compile; leave one of them out")
+        if self.epsilon is None and self.target_parameters is None and not self.nested:
+            raise ConfigError(
+                "--epsilon is missing; give it, or --target-parameters or --nested instead"
+            )
         if self.epsilon is not None and self.target_parameters is not None:
             raise ConfigError(
                 "--epsilon and --target-parameters contradict each other: the target sets epsilon"
             )
-        if self.criterion != "response" and self.target_parameters is None:
-            raise ConfigError("--criterion only applies to --target-parameters; give that too")
+        if self.criterion != "response" and self.target_parameters is None and not self.nested:
+            raise ConfigError(
+                "--criterion only applies to --target-parameters and --nested; give one of them too"
+            )
         if self.criterion in ("relative", "gradient", "influence") and self.compile:
             raise ConfigError(
                 f"--criterion {self.criterion}: not with --compile, which hides the gates; leave"
@@ -291,6 +310,7 @@ class TrainingConfig:
             self,
             epsilon=0.0,
             target_parameters=None,
+            nested=False,
             criterion="response",
             max_accuracy_drop=None,
         )
@@ -421,14 +441,18 @@ def read(path: Path) -> TrainingConfig:
 def override(base: TrainingConfig, given: Mapping[str, Any]) -> TrainingConfig:
     """`base` with the options that were given (those that are not None).
 
-    An epsilon replaces a target, and the other way round. Raises ConfigError for values that
+    An epsilon, a target and `nested` replace each other. Raises ConfigError for values that
     contradict each other.
     """
     values = {name: value for name, value in given.items() if value is not None}
-    if "target_parameters" in values:
+    if values.get("nested") or "target_parameters" in values:
         values.setdefault("epsilon", None)
+        values.setdefault("target_parameters", None)
+        values.setdefault("nested", False)
     elif "epsilon" in values:
         values["target_parameters"] = None
-        values.setdefault("max_accuracy_drop", None)
+        values.setdefault("nested", False)
         values.setdefault("criterion", "response")
+    if values.get("target_parameters", base.target_parameters) is None:
+        values.setdefault("max_accuracy_drop", None)
     return replace(base, **values)

@@ -89,13 +89,14 @@ def finetune(
     *,
     epochs: int,
     device: torch.device = CPU,
+    teacher: Checkpoint | None = None,
     report: Callable[[EpochMetrics], None] = lambda epoch: None,
 ) -> Finetuned:
     """Fine-tune the checkpoint's network without its dead blocks and without those in `removed`.
 
     Data, augmentation, batches, decay and seed are those of the checkpoint's own run. The learning
     rate is a tenth of that run's first, and a hundredth in the last third of the epochs; there is
-    no side head. The network is distilled from the checkpoint's own, without its dead blocks.
+    no side head. The network is distilled from the teacher's, without its dead blocks.
 
     Args:
         checkpoint: as eps-train wrote it.
@@ -103,6 +104,7 @@ def finetune(
         removed: live blocks to remove, as a point of a sweep names them.
         epochs: to train for, 1 or more.
         device: where to train.
+        teacher: by default the checkpoint itself.
         report: called after every epoch.
 
     Raises:
@@ -122,7 +124,7 @@ def finetune(
             last_path=Path(folder) / "last.pt",
             device=device,
             start=(spec, checkpoint.state),
-            teacher=Teacher(checkpoint, device),
+            teacher=Teacher(teacher or checkpoint, device),
         )
         tuned = trainer.run(report)
     normalize = Normalize.of(data.identity).to(device)

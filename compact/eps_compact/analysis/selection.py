@@ -80,7 +80,9 @@ class Selection:
     """The network to be compacted.
 
     Attributes:
-        checkpoint: the given one, or the fine-tuned one.
+        checkpoint: the given one, the one that was cut from a nested run, or the fine-tuned one.
+        nested: how that one was cut: `removed` blocks, and the accuracy of the `whole` and of the
+            `cut` network on `samples` held-out images; None: it was not.
         also: its live blocks to remove besides the dead ones.
         sweep, goal, point: the curve, the goal, and the point that was selected.
         tuned: record of the fine-tuning; None without.
@@ -88,6 +90,7 @@ class Selection:
 
     checkpoint: Checkpoint
     also: tuple[str, ...] = ()
+    nested: dict[str, Any] | None = None
     sweep: Sweep | None = None
     goal: Goal | None = None
     point: Point | None = None
@@ -101,6 +104,8 @@ class Selection:
             if self.goal is not None and self.point is not None:
                 goal = {"asked": asdict(self.goal), "point": self.sweep.points.index(self.point)}
             entries["sweep"] = {**self.sweep.to_dict(), "goal": goal}
+        if self.nested is not None:
+            entries["nested"] = self.nested
         if self.tuned is not None:
             entries["finetune"] = self.tuned.to_dict()
         return entries
@@ -127,7 +132,7 @@ def select(
         TrainingError: the loss did not stay finite in fine-tuning.
     """
     from eps_compact.analysis.finetune import finetune
-    from eps_compact.analysis.sweep import Goal, pick, sweep
+    from eps_compact.analysis.sweep import Goal, cut, pick, sweep
 
     selection = Selection(checkpoint=checkpoint)
     if options.sweeps:
@@ -143,6 +148,7 @@ def select(
             checkpoint,
             data.validation,
             samples=options.samples or SAMPLES,
+            train=data.train,
             goal=goal,
             weight="flops" if by_flops else "parameters",
             device=device,
@@ -154,6 +160,16 @@ def select(
             point = pick(swept, goal)
             report(goal.describe(point))
             selection = replace(selection, point=point, also=point.removed)
+            if swept.nested and point.removed:
+                smaller = cut(checkpoint, data, point.removed, device)
+                nested = {
+                    "removed": list(point.removed),
+                    "whole": checkpoint.metrics["validation"]["accuracy"],
+                    "cut": smaller.metrics["validation"]["accuracy"],
+                    "samples": smaller.metrics["validation"]["samples"],
+                    "test": smaller.metrics["test"],
+                }
+                selection = replace(selection, checkpoint=smaller, also=(), nested=nested)
     if not options.finetune_epochs:
         return selection
 
@@ -164,11 +180,12 @@ def select(
         )
 
     tuned = finetune(
-        checkpoint,
+        selection.checkpoint,
         data,
         selection.also,
         epochs=options.finetune_epochs,
         device=device,
+        teacher=checkpoint,
         report=progress,
     )
     if tuned.after < tuned.before:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 import torch
-from torch import fx
+from torch import fx, nn
 
 from eps_compact.analysis.importance import (
     CPU,
@@ -31,11 +32,14 @@ from eps_core import cli
 from eps_core.cli import Log
 from eps_core.errors import ConfigError
 from eps_core.stats import Interval, median, ratio_of_medians
-from eps_train.data.images import Part
+from eps_train.data.dataset import Data
+from eps_train.data.images import ImageSet, Part
 from eps_train.gating import rewriting
+from eps_train.gating.nested import reestimate_batchnorm, smallest_size
 from eps_train.models.cifar import Normalize
 from eps_train.models.spec import cost
 from eps_train.training.checkpoint import Checkpoint
+from eps_train.training.evaluate import BATCH, score
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -81,6 +85,7 @@ class Sweep:
     """Networks from the compact one down to one block a stage.
 
     Attributes:
+        nested: whether the blocks went in the order of a nested training.
         points: the first has lost only the dead blocks, each other at least one block more than the
             one before. A stage keeps its last block.
         knee: index of the point where the curve bends: see `KNEE_RULE`.
@@ -91,6 +96,7 @@ class Sweep:
         seconds: of all the work, once the timer was ready.
     """
 
+    nested: bool
     points: tuple[Point, ...]
     knee: int
     weight: Weight
@@ -236,9 +242,12 @@ def pick(found: Sweep, goal: Goal) -> Point:
 
 def table(found: Sweep) -> Table:
     """Return a table with one row a point, the knee marked."""
+    chosen = f"chosen by loss per {found.weight} on {found.chosen_on:,} held-out images"
+    if found.nested:
+        chosen = "in the order of the nested training"
     title = (
-        f"Sweep: chosen by loss per {found.weight} on {found.chosen_on:,} held-out images, accuracy"
-        f" on {found.measured_on:,} others; times: {found.timer}"
+        f"Sweep: {chosen}, accuracy on {found.measured_on:,}{'' if found.nested else ' others'};"
+        f" times: {found.timer}"
     )
     columns = ("removed", "parameters", "", "FLOPs", "", "ms", "faster", "accuracy", "points lost")
     rows = []
@@ -276,6 +285,7 @@ def sweep(
     validation: Part,
     *,
     samples: int,
+    train: Part | None = None,
     goal: Goal | None = None,
     weight: Weight = "parameters",
     device: torch.device = CPU,
@@ -284,6 +294,8 @@ def sweep(
 ) -> Sweep:
     """Remove the live blocks of a checkpoint's network one after another.
 
+    Blocks of a nested run go in the order of its training, and all samples measure the accuracies,
+    each network's with batch-norm statistics of its own (:func:`nested_network`). Otherwise:
     At each step every remaining block is left out in turn. The next to go is the one with the least
     rise in cross-entropy for what its removal saves; of those whose loss does not rise, the one
     that saves most. Half of the samples choose the blocks, the other half measure the accuracies.
@@ -295,6 +307,7 @@ def sweep(
         checkpoint: gated, or plain: then all of its residual blocks take part.
         validation: its validation part.
         samples: images of it to use, 2 or more; see `importance.evaluation_samples`.
+        train: the training part; a nested run needs it.
         goal: the network wanted; None: only the curve is.
         weight: what a block saves: `parameters`, `flops`, or `ms`.
         device: where to compute.
@@ -313,7 +326,10 @@ def sweep(
     shape = checkpoint.data.input_shape
     costs, stages = branch_costs(model, shape), rewriting.stages(model, shape)
     blocks = [found.block for found in costs]
+    nested = checkpoint.order
     removable = len(rewriting.removable(blocks, blocks, stages))
+    if nested:
+        removable = len(nested) - smallest_size(stages)
     if not blocks:
         raise ConfigError("every block is dead: there is none left for a sweep to remove")
     if not removable:
@@ -325,6 +341,15 @@ def sweep(
     if not half:
         raise ConfigError(f"a sweep needs at least 2 held-out images, not {len(images)}")
     choosing, measuring = images[torch.arange(half)], images[torch.arange(half, len(images))]
+    if nested:
+        measuring = images
+        assert train is not None
+        statistics = evaluation_samples(train, STATISTICS, device)
+
+    def without(removed: Collection[str]) -> fx.GraphModule:
+        if nested and removed:
+            return nested_network(model, normalize, removed, statistics)
+        return rewriting.remove_blocks(model, removed)
 
     report(f"sweep: preparing to time the networks ({timer.name})")
     measure = timer.load(model, images.images[:1])
@@ -355,21 +380,30 @@ def sweep(
             speedup=_UNTIMED,
         )
 
-    report(
-        f"sweep: {len(blocks)} blocks, chosen on {len(choosing):,} held-out images, accuracy"
-        f" measured on {len(measuring):,} others"
-    )
+    if nested:
+        report(
+            f"sweep: {len(blocks)} blocks in the order of the nested training, statistics of"
+            f" {len(statistics):,} training images, accuracy on {len(measuring):,} held-out images"
+        )
+    else:
+        report(
+            f"sweep: {len(blocks)} blocks, chosen on {len(choosing):,} held-out images, accuracy"
+            f" measured on {len(measuring):,} others"
+        )
     at_once = math.ceil(removable / STEPS)
     network, curve = model, [point(model, (), first)]
-    while len(curve[-1].removed) < removable:
-        predictions = leave_one_out(network, normalize, choosing)
-        loss = predictions.pop(None).mean_loss
-        rises = {block: said.mean_loss - loss for block, said in predictions.items() if block}
-        ranked = sorted(rises, key=lambda block: cheapness(rises[block], saved[block]))
-        gone = rewriting.removable(ranked, rises, stages)[:at_once]
-        network = rewriting.remove_blocks(network, gone)
-        found = predict(network, normalize, measuring)
-        curve.append(point(network, (*curve[-1].removed, *gone), found))
+    while (done := len(curve[-1].removed)) < removable:
+        if nested:
+            gone = list(nested[::-1][done : min(done + at_once, removable)])
+        else:
+            predictions = leave_one_out(network, normalize, choosing)
+            loss = predictions.pop(None).mean_loss
+            rises = {block: said.mean_loss - loss for block, said in predictions.items() if block}
+            ranked = sorted(rises, key=lambda block: cheapness(rises[block], saved[block]))
+            gone = rewriting.removable(ranked, rises, stages)[:at_once]
+        removed = (*curve[-1].removed, *gone)
+        network = without(removed)
+        curve.append(point(network, removed, predict(network, normalize, measuring)))
     for _ in range(BISECTIONS):
         index = goal.overshoot(curve) if goal else None
         if index is None:
@@ -378,7 +412,7 @@ def sweep(
         if len(after) - len(before) == 1:
             break
         removed = after[: (len(before) + len(after)) // 2]
-        network = rewriting.remove_blocks(model, removed)
+        network = without(removed)
         curve.insert(index, point(network, removed, predict(network, normalize, measuring)))
 
     report(f"sweep: timing {len(curve)} networks")
@@ -388,13 +422,76 @@ def sweep(
         for each, runs in zip(curve, times, strict=True)
     )
     return Sweep(
+        nested=bool(nested),
         points=points,
         knee=knee([(each.parameters, each.accuracy) for each in points]),
         weight=weight,
-        chosen_on=len(choosing),
+        chosen_on=0 if nested else len(choosing),
         measured_on=len(measuring),
         timer=timer.name,
         seconds=time.perf_counter() - began,
+    )
+
+
+# -- Networks of a nested run
+
+STATISTICS = 4096  # training images that batch-norm statistics are estimated on
+
+
+def nested_network(
+    model: fx.GraphModule, normalize: nn.Module, removed: Collection[str], images: ImageSet
+) -> fx.GraphModule:
+    """Return a copy of `model` without some blocks, its batch norms estimated again.
+
+    Args:
+        model, normalize: a gated network of a nested run, in evaluation mode.
+        removed: its blocks to remove.
+        images: training images, on the network's device.
+    """
+    network = copy.deepcopy(rewriting.remove_blocks(model, removed))
+    size = min(BATCH, len(images))
+    full = len(images) - len(images) % size
+    batches = images.images[:full].split(size)
+    reestimate_batchnorm(network, (normalize(batch) for batch in batches))
+    return network
+
+
+def cut(
+    checkpoint: Checkpoint, data: Data, removed: Collection[str], device: torch.device = CPU
+) -> Checkpoint:
+    """Return the checkpoint of a nested run without some of its blocks.
+
+    It is a gated network of its own: the blocks that are left keep their gates and records, batch
+    norms are estimated again on training images, and its metrics are those of this network.
+
+    Args:
+        checkpoint: of a nested run.
+        data: the data it was trained on.
+        removed: blocks to remove; those of a sweep's point.
+        device: where to compute.
+    """
+    normalize = Normalize.of(checkpoint.data).to(device)
+    images = evaluation_samples(data.train, STATISTICS, device)
+    network = nested_network(checkpoint.build_gated().eval().to(device), normalize, removed, images)
+    gone = set(removed)
+    scores = {
+        name: asdict(score(network, normalize, part.to(device)))
+        for name, part in (("validation", data.validation), ("test", data.test))
+    }
+    return replace(
+        checkpoint,
+        network=replace(
+            checkpoint.network,
+            gated=tuple(block for block in checkpoint.network.gated if block not in gone),
+            removed=tuple(b for b in checkpoint.network.all_blocks() if b in gone),
+        ),
+        state=dict(network.cpu().state_dict()),
+        gates=[record for record in checkpoint.gates if record.block not in gone],
+        order=tuple(block for block in checkpoint.order if block not in gone),
+        metrics={**checkpoint.metrics, **scores},
+        side_head=None,
+        resume=None,
+        digest="",
     )
 
 

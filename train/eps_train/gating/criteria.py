@@ -52,8 +52,7 @@ class BlockScores:
 
     def observe(self, model: fx.GraphModule) -> None:
         """Continue with `model`, the network so far without some of its blocks."""
-        for handle in self._handles:
-            handle.remove()
+        self.close()
         self._model, gates = model, rewriting.gates(model)
         sums = {block: gate.peak.new_zeros(()) for block, gate in gates.items()}
         self._sums = {block: self._sums.get(block, fresh) for block, fresh in sums.items()}
@@ -63,6 +62,12 @@ class BlockScores:
             for block, gate in gates.items()
             if measure is not None
         ]
+
+    def close(self) -> None:
+        """Observe no longer."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
 
     def state_dict(self) -> dict[str, float]:
         """Sum of the measurements of this epoch, by block; the gates count the steps."""

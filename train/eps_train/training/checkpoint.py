@@ -85,6 +85,7 @@ class Checkpoint:
         gates: one record for each gated block, in the order of computation; empty for a baseline.
         data: identity of the data it was trained on.
         config: the whole training configuration.
+        order: blocks of a nested run from the first to stay to the first to go; else empty.
         metrics: `epoch`, `validation`, at the end of the run `test`, and `started_from`: None, or
             `file` and `sha256` of the weights that `--weights` named.
         side_head: tensors of the side head; None without one.
@@ -100,6 +101,7 @@ class Checkpoint:
     data: DataIdentity
     config: dict[str, Any]
     metrics: dict[str, Any]
+    order: tuple[str, ...] = ()
     side_head: dict[str, Tensor] | None = None
     resume: dict[str, Any] | None = None
     versions: dict[str, str] = field(default_factory=lambda: current_versions())
@@ -129,6 +131,7 @@ class Checkpoint:
             "data": self.data.to_dict(),
             "config": self.config,
             "metrics": self.metrics,
+            "order": list(self.order),
             "side_head": None if self.side_head is None else _on_cpu(self.side_head),
             "resume": self.resume,
             "versions": self.versions,
@@ -148,6 +151,7 @@ class Checkpoint:
                 data=DataIdentity.from_dict(payload["data"]),
                 config=payload["config"],
                 metrics=payload["metrics"],
+                order=tuple(payload.get("order", ())),
                 side_head=payload["side_head"],
                 resume=payload["resume"] if payload["version"] == VERSION else None,
                 versions=payload["versions"],

@@ -95,6 +95,8 @@ def show_plan(chosen: TrainingConfig, data: Outline) -> None:
     start = f" from epoch {chosen.epsilon_warmup + 1} on" if chosen.epsilon_warmup else ""
     if chosen.plain:
         epsilon = "none: baseline"
+    elif chosen.nested:
+        epsilon = "none: gates stay open, and sub-networks of every depth are trained too"
     elif chosen.epsilon is None:
         epsilon = f"adjusted to keep {chosen.target_parameters:.0%} of the parameters{start}"
     else:

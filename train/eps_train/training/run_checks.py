@@ -37,7 +37,7 @@ IMAGES = 32  # passed through the network to find such branches
 
 def schedule_warning(config: TrainingConfig, *, steps: int) -> str | None:
     """Why few blocks or none can die in a run of `steps` steps an epoch; None if they can."""
-    if config.plain:
+    if config.plain or config.nested:
         return None
     active = len(_active_epochs(config))
     if active < config.patience:

@@ -13,6 +13,7 @@ from eps_core.errors import ConfigError, TrainingError
 from eps_train.config import TrainingConfig
 from eps_train.data.images import ImageSet
 from eps_train.gating import rewriting
+from eps_train.gating.nested import SubNetworks
 from eps_train.models.cifar import Normalize, SideHead
 from eps_train.models.spec import NetworkSpec
 from eps_train.training.distillation import Teacher, distillation_loss
@@ -94,9 +95,11 @@ class TrainingStep:
     """Turns a batch of raw images into a step of the optimizer.
 
     With a teacher, the loss is `(1 - w) cross-entropy + w distillation`, on the same augmented
-    images.
+    images. With sub-networks, one of them is trained in the same step, on the logits of the whole
+    network.
 
     Attributes:
+        sub_networks: those of the network; None: the whole network alone is trained.
         precision: of the forward and backward pass.
         optimizer: takes the step.
     """
@@ -119,6 +122,7 @@ class TrainingStep:
         self._forward = Forward(network, config, group, device)
         self._aux_loss_weight = config.aux_loss_weight
         self._result = wide_float(device)
+        self.sub_networks: SubNetworks | None = None
 
     def __call__(self, batch: ImageSet) -> Tensor:
         """Take one step; returns (loss, correct answers) of this process, `[2]`, on the device."""
@@ -126,6 +130,7 @@ class TrainingStep:
         with self.precision.autocast():
             logits, side = self._forward(images)
             expected = None if self._teacher is None else self._teacher(batch.images)
+            nested = None if self.sub_networks is None else self.sub_networks(images)
         loss = F.cross_entropy(logits.float(), batch.labels)
         if expected is not None:
             weight, temperature = self._distillation
@@ -133,6 +138,8 @@ class TrainingStep:
             loss = (1 - weight) * loss + weight * distilled
         if side is not None:
             loss = loss + self._aux_loss_weight * F.cross_entropy(side.float(), batch.labels)
+        if nested is not None:
+            loss = loss + distillation_loss(nested, logits, 1.0)
         self.optimizer.zero_grad()
         self.precision.step(loss, self.optimizer)
         correct = (logits.detach().argmax(dim=1) == batch.labels).sum()
@@ -172,6 +179,8 @@ def cuda_graph_obstacle(config: TrainingConfig, group: Group, device: torch.devi
         return "not with several processes"
     if config.compile:
         return "not with --compile"
+    if config.nested:
+        return "not with --nested, whose steps differ"
     if config.precision == "fp16":
         return "not with the loss scale of --precision fp16"
     return None

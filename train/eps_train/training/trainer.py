@@ -19,6 +19,7 @@ from eps_train.data.dataset import Data, Outline
 from eps_train.gating import rewriting
 from eps_train.gating.controller import EpsilonController
 from eps_train.gating.criteria import BlockScores
+from eps_train.gating.nested import SubNetworks, nested_order, smallest_size
 from eps_train.gating.pruning_state import BlockTracker
 from eps_train.models.cifar import Normalize, SideHead
 from eps_train.models.spec import NetworkSpec
@@ -43,6 +44,7 @@ from eps_train.training.step import (
     use_cuda_graph,
 )
 
+NESTED_AFTER = 0.1  # share of a nested run after which the order of its blocks is fixed
 CHECK_EVERY = 50  # steps between two checks that the loss is finite (each one synchronises)
 
 
@@ -116,6 +118,9 @@ class Trainer:
                 decay_epoch=self.schedule.decay_epoch,
                 stages=self.stages,
             )
+        self.order: tuple[str, ...] = ()  # of a nested run, from its first epochs on
+        if config.nested:
+            self._require_nestable()
         self.scores: BlockScores | None = None
         if config.criterion != "response":
             self.scores = BlockScores(self.model, config.criterion, seed=config.seed)
@@ -166,7 +171,10 @@ class Trainer:
                 accuracy=validation.accuracy,
                 scores=scores,
             )
-        best = bool(died) or self.best is None or self._better(validation, self.best)
+        ordered = self.config.nested and not self.order and self.epoch >= self._nested_after
+        if ordered:
+            self._fix_order(scores)
+        best = bool(died) or ordered or self.best is None or self._better(validation, self.best)
         if best:
             self.best = validation
         seconds = time.perf_counter() - started
@@ -191,6 +199,8 @@ class Trainer:
         """Epsilon of every gate in the running network in the 0-based `epoch`; 0 holds it open."""
         if self.controller is not None:
             return {block: self.controller.threshold(block) for block in self.gates}
+        if self.config.nested:
+            return dict.fromkeys(self.gates, 0.0)
         epsilon, frozen_at = self.config.epsilon, self.config.freeze_gates_at * self.config.epochs
         assert epsilon is not None
         active = self.config.epsilon_warmup <= epoch < round(frozen_at)
@@ -300,6 +310,40 @@ class Trainer:
         if self.scores is not None:
             self.scores.observe(model)
 
+    # -- Nested sub-networks
+
+    @property
+    def _nested_after(self) -> int:
+        """Epochs of the whole network alone, after which its blocks are ordered."""
+        return max(1, self.config.epsilon_warmup, round(NESTED_AFTER * self.config.epochs))
+
+    def _require_nestable(self) -> None:
+        """Raise ConfigError when no sub-network of this network can be trained."""
+        if self.group.world is not None:
+            raise ConfigError(
+                "--nested: not with several processes; train one seed on each GPU instead"
+            )
+        if smallest_size(self.stages) >= len(self.gates):
+            raise ConfigError(
+                f"--nested: {self.config.model} has no block that a sub-network could leave out,"
+                " as every stage keeps one; choose a deeper network"
+            )
+
+    def _fix_order(self, scores: Mapping[str, float] | None) -> None:
+        """Order the blocks by importance; sub-networks are trained from the next epoch on."""
+        if scores is None:
+            scores = {block: self.tracker.records[block].peak for block in self.gates}
+        self.order = nested_order(scores, self.stages)
+        self._train_nested()
+
+    def _train_nested(self) -> None:
+        if self.scores is not None:
+            self.scores.close()
+            self.scores = None
+        smallest = smallest_size(self.stages)
+        assert isinstance(self.take_step, TrainingStep)
+        self.take_step.sub_networks = SubNetworks(self.model, self.order, smallest=smallest)
+
     # -- Saving and resuming
 
     def checkpoint(self) -> Checkpoint:
@@ -310,6 +354,7 @@ class Trainer:
             gates=list(self.tracker.records.values()),
             data=self.data.identity,
             config=self.config.to_dict(),
+            order=self.order,
             metrics={
                 "epoch": self.epoch,
                 "validation": self.validated and asdict(self.validated),
@@ -374,6 +419,9 @@ class Trainer:
         self.best = state["best"] and Score(**state["best"])
         self.validated = last.metrics["validation"] and Score(**last.metrics["validation"])
         self.started_from = last.metrics["started_from"]
+        self.order = last.order
+        if self.order:
+            self._train_nested()
         own = state["processes"][self.group.rank]
         self.totals.copy_(torch.tensor(own["totals"], dtype=self.totals.dtype))
         self._rng = (own["rng"], own["cuda_rng"])
