@@ -37,6 +37,7 @@ def point(index: int) -> Point:
 
 
 SWEEP = Sweep(
+    nested=False,
     points=tuple(point(i) for i in range(6)),
     knee=3,
     weight="parameters",
