@@ -14,7 +14,7 @@ from eps_compact import compact
 from eps_train.gating import rewriting
 from tests.compact.random_networks import Network, Plan, images, plans, silenced
 
-EXAMPLES = settings(max_examples=60, derandomize=True)
+EXAMPLES = settings(max_examples=40, derandomize=True)
 
 
 @st.composite

@@ -41,13 +41,13 @@ def network(num_classes, in_channels=3):
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes),
     )
 """
-SHORT = ("--epochs", "2", "--epsilon", "0.001")
+SHORT = ("--epochs", "1", "--batch-size", "256", "--epsilon", "0.001")
 
 
 def bury(path: Path, block: str) -> None:
     """Have a short run's checkpoint say that a block died."""
     checkpoint = Checkpoint.load(path)
-    death = PruneRecord(epoch=2, epsilon=2.5, steps=40, peak=1.0, heldout_peak=1.0, samples=143)
+    death = PruneRecord(epoch=1, epsilon=2.5, steps=5, peak=1.0, heldout_peak=1.0, samples=143)
     checkpoint.gates = [
         replace(record, death=death) if record.block == block else record
         for record in checkpoint.gates

@@ -470,7 +470,7 @@ def test_training_is_that_of_the_former_gate_to_the_last_bit(
         list(run.gates.values())[4].latch()
         run.network.train()
         batches = run.batches.epoch(0, first=0)
-        for _ in range(15):
+        for _ in range(12):
             run.take_step(next(batches))
         states.append(run.network.state_dict())
     assert any(name.endswith("closed_steps") for name in states[0]), "the records are among them"

@@ -154,12 +154,12 @@ def test_gradients_that_no_scale_keeps_finite_stop_the_run(tmp_path: Path) -> No
     set_scale(run, 2.0**-20)
     parameter = run.model.get_parameter("classifier.weight")
     parameter.register_hook(lambda gradient: gradient * float("nan"))
-    with pytest.raises(TrainingError, match=r"epoch 1, step 40: gradients are not finite in fp16"):
+    with pytest.raises(TrainingError, match=r"epoch 1, step 13: gradients are not finite in fp16"):
         run.run_epoch()
 
 
 @needs_fp16
-@pytest.mark.parametrize("stop_after", [20, 60])
+@pytest.mark.parametrize("stop_after", [5, 20])
 def test_a_resumed_run_has_the_scale_that_it_had(tmp_path: Path, stop_after: int) -> None:
     def fresh(folder: Path, **more: Any) -> Trainer:
         made = trainer(folder, precision="fp16", epochs=2, **more)

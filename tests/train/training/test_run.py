@@ -192,7 +192,7 @@ def test_a_run_that_goes_well_is_not_warned_of(
 ) -> None:
     """Blocks die in it, and the decay acts in full."""
     monkeypatch.setattr(run_module, "Trainer", PruningTrainer)
-    run(tmp_path, PRUNING).train()
+    run(tmp_path, replace(PRUNING, weight_decay=2e-2)).train()
     told = capsys.readouterr().err
     assert "died:" in told
     assert "params" in told

@@ -8,6 +8,7 @@ import sys
 import zlib
 from collections.abc import Callable
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,17 +29,17 @@ _DIGITS = tuple("0123456789")
 
 def read_digits() -> RawDataset:
     """The digits of scikit-learn, scaled to 0..255."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
+    package = find_spec("sklearn")
+    if package is None or not package.submodule_search_locations:
         raise DataError(
             "data set digits: scikit-learn is not installed; pip install 'eps-resnet[train]'"
-        ) from None
-    digits = load_digits()
-    pixels = torch.from_numpy(digits.images)  # 0..16
-    images = (pixels * (255 / 16)).round().to(torch.uint8)[:, None]
+        )
+    # The file that `sklearn.datasets.load_digits` reads; importing the package takes seconds.
+    file = Path(package.submodule_search_locations[0], "datasets", "data", "digits.csv.gz")
+    table = torch.from_numpy(np.loadtxt(file, delimiter=","))
+    pixels, labels = table[:, :-1].reshape(-1, 1, 8, 8), table[:, -1]  # 0..16, 0..9
     return RawDataset(
-        train=ImageSet(images, torch.from_numpy(digits.target).to(torch.int64)),
+        train=ImageSet((pixels * (255 / 16)).round().to(torch.uint8), labels.to(torch.int64)),
         classes=_DIGITS,
         preprocessing=Preprocessing(resize=(8, 8), crop=(8, 8), color="grey"),
     )

@@ -1,9 +1,10 @@
 """Parity check of a gated network against the network that it was made from.
 
 The graph alone does not show what tracing lost, so both networks run, with open gates: two batches
-in training and two in evaluation mode, forward and backward, from the same random state. Outputs,
-gradients, buffers and the set of trained parameters must be equal. Additions in another order may
-differ by rounding; networks that are not equal are compared again in float64, within a tolerance.
+in training and two in evaluation mode, and one backward pass in each mode, from the same random
+state. Outputs, gradients, buffers and the set of trained parameters must be equal. Additions in
+another order may differ by rounding; networks that are not equal are compared again in float64,
+within a tolerance.
 """
 
 from __future__ import annotations
@@ -34,17 +35,25 @@ _FLOOR = 1e-6  # of the largest gradient; a gradient below it is rounding (a bia
 _REMEDY = "torch.fx loses part of its forward(); move that part into a module of its own"
 
 
-def refuse_difference(model: nn.Module, gated: fx.GraphModule, example: Tensor) -> None:
+def refuse_difference(
+    model: nn.Module,
+    gated: fx.GraphModule,
+    example: Tensor,
+    prepare: Callable[[fx.GraphModule], None] = lambda gated: None,
+) -> None:
     """Raise GraphError with the first difference between a network and its gated graph.
 
     Args:
         model: the original network, not on the meta device; not modified.
         gated: the graph with gates; compared with its gates open, and not modified.
         example: a batch of at least 2 inputs; floating-point values are replaced by random ones.
+        prepare: called with the copy of `gated` before it runs; registers hooks, for example.
     """
     name = type(model).__name__
     try:
-        found = _difference(*_copies(model, gated), example, _equal)
+        original, opened = _copies(model, gated)
+        prepare(opened)
+        found = _difference(original, opened, example, _equal)
         if found is not None:
             found = _beyond_rounding(model, gated, example)
     except _DoesNotRun as error:
@@ -218,7 +227,7 @@ def _passes(network: nn.Module, known: _Names, example: Tensor) -> Iterator[_Pas
                 outputs = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
                 _seed(batch)
                 parts = [(x * torch.randn_like(x)).sum() for x in outputs if x.requires_grad]
-                trains = (training or not batch) and _backward(parts)
+                trains = training == (not batch) and _backward(parts)
             gradients = {"the input": source.grad}
             for names in known.parameters.values():
                 parameter = next((parameters[name] for name in names if name in parameters), None)
@@ -288,7 +297,10 @@ def _amount(one: Tensor, other: Tensor) -> str:
 
 
 def _seed(seed: int) -> None:
-    torch.manual_seed(seed)
+    # `torch.manual_seed` takes milliseconds on a machine without a GPU.
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
     random.seed(seed)
     if numpy := sys.modules.get("numpy.random"):
         numpy.seed(seed)

@@ -58,6 +58,7 @@ _FILLS = (  # new tensors that depend on no values of their operand, only on its
 )
 
 Build = Callable[[fx.Graph], fx.Node]
+Shapes = dict[str, tuple[torch.Size, torch.Size]]  # of shortcut and result, by block
 
 
 @dataclass(frozen=True, slots=True)
@@ -366,8 +367,9 @@ def insert_gates(
     if example is None:
         example = parity.example_for(model)
     if example is not None:
-        parity.refuse_difference(model, gated, example)
-        gated = without_gates(gated, broadcasts(gated, example), BROADCAST)
+        shapes: Shapes = {}
+        parity.refuse_difference(model, gated, example, partial(_record_shapes, shapes))
+        gated = without_gates(gated, _broadcasts(shapes), BROADCAST)
         refuse_none(gated)
     return gated
 
@@ -425,7 +427,10 @@ def told(parts: Iterable[Ungated]) -> list[str]:
 
 def broadcasts(model: fx.GraphModule, example: Tensor) -> tuple[str, ...]:
     """Return the blocks whose shortcut differs in shape from the sum, so cannot replace it."""
-    shapes = gate_shapes(model, example)
+    return _broadcasts(gate_shapes(model, example))
+
+
+def _broadcasts(shapes: Shapes) -> tuple[str, ...]:
     return tuple(block for block, (shortcut, result) in shapes.items() if shortcut != result)
 
 
@@ -438,24 +443,25 @@ def without_gates(model: fx.GraphModule, blocks: Iterable[str], reason: str) -> 
     return plain
 
 
-def gate_shapes(model: fx.GraphModule, example: Tensor) -> dict[str, tuple[torch.Size, torch.Size]]:
+def gate_shapes(model: fx.GraphModule, example: Tensor) -> Shapes:
     """Return the shapes of shortcut and result of each gate, by block, for inputs like `example`.
 
     Exceptions of the forward pass are not caught.
     """
-    found: dict[str, tuple[torch.Size, torch.Size]] = {}
-    if not gate_nodes(model):
-        return found
+    found: Shapes = {}
+    if gate_nodes(model):
+        parity.dry_run(model, example, partial(_record_shapes, found), training=False)
+    return {block: found[block] for block in gates(model)}
 
-    def register_hooks(network: fx.GraphModule) -> None:
-        for block, gate in gates(network).items():
-            gate.register_forward_hook(partial(record, block))
+
+def _record_shapes(found: Shapes, model: fx.GraphModule) -> None:
+    """Have the gates of `model` write their shapes into `found` whenever they run."""
 
     def record(block: str, gate: nn.Module, operands: Any, result: Tensor) -> None:
         found[block] = operands[0].shape, result.shape
 
-    parity.dry_run(model, example, register_hooks, training=False)
-    return {block: found[block] for block in gates(model)}
+    for block, gate in gates(model).items():
+        gate.register_forward_hook(partial(record, block))
 
 
 def stages(model: fx.GraphModule, input_shape: tuple[int, int, int]) -> dict[str, str]:

@@ -151,7 +151,7 @@ class Checkpoint:
                 data=DataIdentity.from_dict(payload["data"]),
                 config=payload["config"],
                 metrics=payload["metrics"],
-                order=tuple(payload.get("order", ())),
+                order=tuple(payload["order"]) if payload["version"] == VERSION else (),
                 side_head=payload["side_head"],
                 resume=payload["resume"] if payload["version"] == VERSION else None,
                 versions=payload["versions"],
