@@ -30,6 +30,8 @@ def test_the_verdict_comes_first() -> None:
     assert [line for line in lines if line.startswith("## ")] == [
         "## Size",
         "## Accuracy",
+        "## Classes",
+        "## Changed answers",
         "## Latency",
         "## Blocks",
         "## Parity",
