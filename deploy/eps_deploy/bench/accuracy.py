@@ -89,11 +89,12 @@ class Answers:
 
     @property
     def correct(self) -> Correct:
-        return self.ranks == 0
+        return self.top(1)
 
     def top(self, count: int) -> Correct:
         """Whether the label is among the `count` highest logits."""
-        return self.ranks < count
+        found: Correct = self.ranks < count
+        return found
 
 
 def answers(infer: Infer, images: Images, labels: Classes, batch: int) -> Answers:
@@ -109,10 +110,10 @@ def answers(infer: Infer, images: Images, labels: Classes, batch: int) -> Answer
 def _answers(
     logits: Logits, labels: Classes
 ) -> tuple[Classes, npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-    known = np.isfinite(logits).all(axis=1)
-    values = np.where(known[:, None], logits, 0).astype(np.float64)
-    own = np.take_along_axis(values, labels[:, None], axis=1)
-    first = np.arange(values.shape[1]) < labels[:, None]
+    known: Correct = np.logical_and.reduce(np.isfinite(logits), axis=1)
+    values = np.where(known[:, np.newaxis], logits, 0).astype(np.float64)
+    own = np.take_along_axis(values, labels[:, np.newaxis], axis=1)
+    first = np.arange(values.shape[1]) < labels[:, np.newaxis]
     ranks = ((values > own) | ((values == own) & first)).sum(axis=1)
     highest = values.max(axis=1, keepdims=True)
     confidence = 1 / np.exp(values - highest).sum(axis=1)

@@ -75,9 +75,9 @@ def class_check(answers: AnswersEntry, limit: float) -> Check:
 
     A class with few images loses many points by chance, and of many classes one always does. So the
     check judges the lower ends of intervals that hold for all classes at once (Bonferroni), not the
-    measured drops. If every class lost `limit` points, the probability that a class fails would be
-    at most 5 %: computed exactly for 1 to 60 images a class, 1 to 1,000 classes, and limits of 0 to
-    10 points.
+    measured drops. If every class had lost exactly `limit` points, the probability that any fails
+    would be at most 4 % with ten classes or more, and 7 % with fewer: exact, for 1 to 60 images a
+    class and limits of 0 to 20 points, whatever else the networks get wrong.
     """
     compared = most_lost(answers)
     failed = over_limit(answers, limit)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import json
 import re
 from functools import cache
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from eps_deploy.report.render import render_html
 from tests.deploy.report.reports import (
@@ -174,6 +176,84 @@ def test_without_a_trained_baseline_nothing_is_said_of_a_drop() -> None:
     assert "the drop in accuracy is not known" in text
     assert "no baseline.pt beside the checkpoint" in text
     assert "percentage points (to the left" not in text
+    assert "Changed answers" not in text
+    assert "Accuracy by class" in text
+
+
+def rows(found: Page) -> int:
+    return len([th for th in found.all("th") if th.get("scope") == "row"])
+
+
+def test_the_classes_that_lost_most_come_first() -> None:
+    found = make_report(classes=["kept", "lost"], lost=0, won=0)
+    text = Page(render_html(found)).text
+    assert "Accuracy by class" in text
+    assert "more classes are in report.json" not in text
+    drops = found["answers"]["classes"][1]["drop"]
+    drops.update(points=12.0, low=9.0, high=15.0)
+    text = Page(render_html(found)).text
+    assert "lost: +12.00 (+9.00 to +15.00) kept: +0.00 (−0.08 to +0.08)" in text
+
+
+def test_a_thousand_classes_stay_readable() -> None:
+    found = page("thousand")
+    assert rows(found) < 80
+    assert "20 of 1,000 classes: those that lost most" in found.text
+    assert "980 more classes are in report.json." in found.text
+    (label,) = (s["aria-label"] for s in found.all("svg") if "classes" in s.get("aria-label", ""))
+    assert len(label) < 250
+    assert "top-5 accuracy" in found.text
+    assert "top-5 accuracy" not in page("plain").text
+
+
+def test_a_class_without_images_is_named() -> None:
+    found = make_report(classes=["some", "others", "none"])
+    for key in ("baseline", "judged", "drop"):
+        found["answers"]["classes"][2][key] = None
+    found["answers"]["classes"][2]["samples"] = 0
+    assert "Without test images: none." in Page(render_html(found)).text
+
+
+def test_a_class_that_fails_is_in_the_verdict() -> None:
+    found = make_report(lost=900, won=0, limit=100, classes=["a", "b"], class_limit=1.0)
+    text = Page(render_html(found)).text
+    assert "1 of 6 checks failed: accuracy by class. Classes that lost too much: a, b." in text
+    assert "at most 1 in any class" in text
+    assert 'column "at least"' in text
+
+
+def png(size: tuple[int, int]) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", size, "teal").save(file, "PNG")
+    return file.getvalue()
+
+
+def test_the_gallery_shows_the_images_of_the_report() -> None:
+    found = make_report(lost=3, won=2)
+    names = [entry["image"] for entry in found["answers"]["changed"]]
+    assert len(names) == 5
+    sizes = [(8, 8), (32, 16), (160, 160), (640, 320), (90, 1000)]
+    images = {name: png(size) for name, size in zip(names, sizes, strict=True)}
+    shown = Page(render_html(found, images))
+    expected = [(8, 8), (32, 16), (160, 160), (160, 80), (14, 160)]
+    for image, entry, size in zip(
+        shown.all("img"), found["answers"]["changed"], expected, strict=True
+    ):
+        assert image["alt"] == f"Test image {entry['index']}"
+        assert (int(image["width"]), int(image["height"])) == size
+        content = base64.b64decode(image["src"].removeprefix("data:image/png;base64,"))
+        with Image.open(io.BytesIO(content)) as decoded:
+            assert decoded.size == size
+        assert (image.get("class") == "coarse") == (max(size) < 80)
+    assert "only the unpruned network right 3, only the compact network right 2." in shown.text
+    assert "Only the compact network right" in shown.text
+    assert "unpruned: 0, 95 % compact: 1, 60 %" in shown.text
+
+
+def test_equal_answers_leave_no_gallery() -> None:
+    shown = Page(render_html(make_report(lost=0, won=0)))
+    assert "Both networks predict the same class for all 10,000 test images." in shown.text
+    assert shown.all("img") == []
 
 
 def test_every_block_is_on_the_map() -> None:
