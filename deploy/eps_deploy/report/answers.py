@@ -66,7 +66,7 @@ def most_lost(answers: AnswersEntry) -> list[ClassEntry]:
 
 
 def over_limit(answers: AnswersEntry, limit: float) -> list[ClassEntry]:
-    """The classes that lost more than `limit` points for sure."""
+    """The classes that lost significantly more than `limit` points."""
     return [c for c in most_lost(answers) if c.drop and c.drop.at_least > limit + 1e-9]
 
 
