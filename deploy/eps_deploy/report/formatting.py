@@ -262,6 +262,9 @@ def class_notes(report: Report) -> list[str]:
             f'The check fails for a class that lost more than {limit:g} points by the column "at'
             ' least": the lower end when the intervals of all classes hold at once with 95 %.'
         )
+    top5 = report.answers.top5
+    if top5 and top5.drop:
+        notes.append(f"Drop in top-5 accuracy: {paired(top5.drop)} percentage points.")
     empty = [found for found in classes if not found.samples]
     if empty:
         notes.append(f"Without test images: {_names(empty)}.")
@@ -342,8 +345,7 @@ def answer_rows(report: Report) -> list[tuple[str, str, str]]:
     judged = getattr(report.accuracy, report.accuracy.judged)
     rows = [("top-1 accuracy", percent(report.accuracy.baseline), percent(judged))]
     if top5:
-        drop = f"; drop {paired(top5.drop)} points" if top5.drop else ""
-        rows.append(("top-5 accuracy", percent(top5.baseline), percent(top5.judged) + drop))
+        rows.append(("top-5 accuracy", percent(top5.baseline), percent(top5.judged)))
     for title, key in (("mean confidence", "mean"), ("calibration error (ECE)", "ece")):
         rows.append((title, percent(getattr(before, key, None)), percent(getattr(after, key))))
     return rows

@@ -203,7 +203,20 @@ def test_a_thousand_classes_stay_readable() -> None:
     (label,) = (s["aria-label"] for s in found.all("svg") if "classes" in s.get("aria-label", ""))
     assert len(label) < 250
     assert "top-5 accuracy" in found.text
+    assert "Drop in top-5 accuracy: +0.00 (" in found.text
     assert "top-5 accuracy" not in page("plain").text
+
+
+def test_without_a_baseline_the_least_accurate_classes_are_listed() -> None:
+    found = without_baseline()
+    few = found["answers"]["classes"]
+    found["answers"]["classes"] = [
+        {**few[0], "name": f"c{index}", "judged": 1 - index / 100} for index in range(25)
+    ]
+    text = Page(render_html(found)).text
+    assert "20 of 25 classes: the least accurate" in text
+    assert "c24 1,000 not measured 76.00 % c23" in text
+    assert "c4 " not in text
 
 
 def test_a_class_without_images_is_named() -> None:
