@@ -283,6 +283,7 @@ def _compact(request: Request, log: Console) -> tuple[Compaction, Selection]:
         from eps_compact.analysis import sweep
 
         log.print(sweep.table(selection.sweep))
+        log.print(sweep.class_table(selection.sweep))
     if options.importance and data is not None:
         from eps_compact.analysis import importance
 

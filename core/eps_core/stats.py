@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
+from statistics import NormalDist
 
 import numpy as np
 import numpy.typing as npt
@@ -27,31 +29,57 @@ class Interval:
     high: float
 
 
-def paired_difference(only_first: int, only_second: int, total: int) -> Interval:
+def paired_difference(
+    only_first: int, only_second: int, total: int, *, together: int = 1
+) -> Interval:
     """Difference of two success rates measured on the same `total` samples, each in 0..1.
 
     Only the discordant pairs count: `only_first` samples that the first got right and the second
     got wrong, and `only_second` the other way round. The value is `(only_first - only_second) /
     total`; the interval is Tango's score interval (Statistics in Medicine 17:891-908, 1998), which
     keeps its coverage with few or no discordant pairs: with none it is ±z²/(total + z²).
+
+    With `together` intervals, all of them hold at once with 95 % (Bonferroni).
     """
     assert total > 0
     assert min(only_first, only_second) >= 0
     assert only_first + only_second <= total
     value = (only_first - only_second) / total
+    z = Z_95 if together == 1 else NormalDist().inv_cdf(1 - _TAIL / together)
+    low = _tango_bound(only_first, only_second, total, z)
+    high = _tango_bound(only_first, only_second, total, -z)
+    return Interval(value, min(value, low), max(value, high))
 
-    def bound(z: float) -> float:
-        # The statistic falls from +inf to -inf as delta runs from -1 to 1: bisection finds z.
-        low, high = -1.0, 1.0
-        for _ in range(60):
-            middle = (low + high) / 2
-            if _tango_statistic(middle, only_first, only_second, total) > z:
-                low = middle
-            else:
-                high = middle
-        return (low + high) / 2
 
-    return Interval(value, min(value, bound(Z_95)), max(value, bound(-Z_95)))
+def paired_counts(
+    first: npt.NDArray[np.bool_],
+    second: npt.NDArray[np.bool_],
+    groups: npt.NDArray[np.int64],
+    count: int,
+) -> list[tuple[int, int, int]]:
+    """Arguments of :func:`paired_difference` for each of `count` groups of samples.
+
+    Args:
+        first, second: which of the same samples each got right, `[N]`.
+        groups: group of each sample, 0 to `count` - 1, `[N]`.
+    """
+    masks = (first & ~second, second & ~first, np.ones(len(groups), dtype=bool))
+    columns = [np.bincount(groups[mask], minlength=count).tolist() for mask in masks]
+    return list(zip(*columns, strict=True))
+
+
+@lru_cache(maxsize=10_000)  # many classes share few combinations of counts
+def _tango_bound(b: int, c: int, n: int, z: float) -> float:
+    """The difference at which the statistic is `z`."""
+    # The statistic falls from +inf to -inf as delta runs from -1 to 1: bisection finds z.
+    low, high = -1.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        if _tango_statistic(middle, b, c, n) > z:
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2
 
 
 def _tango_statistic(delta: float, b: int, c: int, n: int) -> float:

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import fx, nn
 
@@ -31,7 +33,13 @@ from eps_compact.analysis.importance import (
 from eps_core import cli
 from eps_core.cli import Log
 from eps_core.errors import ConfigError
-from eps_core.stats import Interval, median, ratio_of_medians
+from eps_core.stats import (
+    Interval,
+    median,
+    paired_counts,
+    paired_difference,
+    ratio_of_medians,
+)
 from eps_train.data.dataset import Data
 from eps_train.data.images import ImageSet, Part
 from eps_train.gating import rewriting
@@ -55,6 +63,21 @@ Weight = Literal["parameters", "flops", "ms"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ClassLoss:
+    """What one class lost.
+
+    Attributes:
+        name: of the class.
+        samples: its images.
+        drop: points of accuracy lost against the first point, with Tango's 95 % interval.
+    """
+
+    name: str
+    samples: int
+    drop: Interval
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Point:
     """One network of the sweep.
 
@@ -66,6 +89,8 @@ class Point:
         drop: points of accuracy lost against the first point, with Tango's 95 % interval.
         ms: median time of a call with one image, with its 95 % interval.
         speedup: the first point's median time over this one's, with its 95 % interval.
+        worst: the class that lost most, by the lower end of its interval, as a class with few
+            images loses many points by chance; None where no class lost.
     """
 
     removed: tuple[str, ...]
@@ -78,6 +103,7 @@ class Point:
     drop: Interval
     ms: Interval
     speedup: Interval
+    worst: ClassLoss | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -273,6 +299,21 @@ def table(found: Sweep) -> Table:
     return cli.table(title, columns, rows)
 
 
+def class_table(found: Sweep) -> Table:
+    """Return a table of the class that lost most at each point after the first."""
+    rows = [
+        (
+            f"{len(point.removed)}",
+            point.worst.name if point.worst else "none",
+            f"{point.worst.samples:,}" if point.worst else "",
+            points(point.worst.drop) if point.worst else "",
+        )
+        for point in found.points[1:]
+    ]
+    title = "Sweep: the class that lost most"
+    return cli.table(title, ("removed", "class", "its images", "points lost"), rows)
+
+
 # -- The sweep itself
 
 STEPS = 24  # at most, so that deep networks end in a bearable time
@@ -359,7 +400,7 @@ def sweep(
     else:
         saved = {found.block: getattr(found, weight) for found in costs}
     whole = cost(checkpoint.network.skeleton(), shape)
-    first = predict(model, normalize, measuring)
+    first, labels = predict(model, normalize, measuring), measuring.labels.cpu().numpy()
 
     def point(network: fx.GraphModule, removed: tuple[str, ...], found: Predictions) -> Point:
         size = cost(network, shape)
@@ -378,6 +419,7 @@ def sweep(
             drop=accuracy_drop(first, found),
             ms=_UNTIMED,
             speedup=_UNTIMED,
+            worst=worst_class(first, found, labels, checkpoint.data.classes),
         )
 
     if nested:
@@ -493,6 +535,20 @@ def cut(
         resume=None,
         digest="",
     )
+
+
+def worst_class(
+    before: Predictions, after: Predictions, labels: npt.NDArray[np.int64], names: Sequence[str]
+) -> ClassLoss | None:
+    """Return the class that lost most accuracy, on the same images; None if none lost any."""
+    counts = paired_counts(before.correct, after.correct, labels, len(names))
+    losses = []
+    for name, (lost, won, total) in zip(names, counts, strict=True):
+        if lost > won:
+            share = paired_difference(lost, won, total)
+            drop = Interval(100 * share.value, 100 * share.low, 100 * share.high)
+            losses.append(ClassLoss(name=name, samples=total, drop=drop))
+    return max(losses, key=lambda loss: loss.drop.low, default=None)
 
 
 def cheapness(rise: float, saved: float) -> tuple[float, float]:

@@ -70,13 +70,58 @@ def passes(infer: Infer, images: Images, batches: Sequence[int]) -> list[Logits]
     ]
 
 
-def classes(infer: Infer, images: Images, batch: int) -> Classes:
-    """Return the predicted class of each image (uint8 `[N, C, H, W]`), int64 `[N]`.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answers:
+    """What a network predicts for N labelled images.
 
-    -1 where a logit is not finite: no class is predicted, and none can be correct.
+    Attributes:
+        classes: predicted class, int64 `[N]`; -1 where a logit is not finite: no class is
+            predicted, and none can be correct.
+        ranks: number of classes with a higher logit than the label's, int64 `[N]`; of equal logits
+            the first counts as higher, as in the prediction. Where a logit is not finite, the
+            number of classes.
+        confidence: softmax probability of the predicted class, `[N]`; 0 where there is none.
     """
-    (logits,) = passes(infer, images, [batch])
-    return np.where(np.isfinite(logits).all(axis=1), logits.argmax(axis=1), -1)
+
+    classes: Classes
+    ranks: npt.NDArray[np.int64]
+    confidence: npt.NDArray[np.float64]
+
+    @property
+    def correct(self) -> Correct:
+        return self.top(1)
+
+    def top(self, count: int) -> Correct:
+        """Whether the label is among the `count` highest logits."""
+        found: Correct = self.ranks < count
+        return found
+
+
+def answers(infer: Infer, images: Images, labels: Classes, batch: int) -> Answers:
+    """Run a network on labelled images, uint8 `[N, C, H, W]`, `batch` at a time."""
+    found = [
+        _answers(infer(images[at : at + batch]), labels[at : at + batch])
+        for at in range(0, len(images), batch)
+    ]
+    classes, ranks, confidence = (np.concatenate(column) for column in zip(*found, strict=True))
+    return Answers(classes=classes, ranks=ranks, confidence=confidence)
+
+
+def _answers(
+    logits: Logits, labels: Classes
+) -> tuple[Classes, npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    known: Correct = np.logical_and.reduce(np.isfinite(logits), axis=1)
+    values = np.where(known[:, np.newaxis], logits, 0).astype(np.float64)
+    own = np.take_along_axis(values, labels[:, np.newaxis], axis=1)
+    first = np.arange(values.shape[1]) < labels[:, np.newaxis]
+    ranks = ((values > own) | ((values == own) & first)).sum(axis=1)
+    highest = values.max(axis=1, keepdims=True)
+    confidence = 1 / np.exp(values - highest).sum(axis=1)
+    return (
+        np.where(known, values.argmax(axis=1), -1),
+        np.where(known, ranks, values.shape[1]),
+        np.where(known, confidence, 0.0),
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -75,7 +75,7 @@ def _option(record: type, field: Field[Any]) -> click.Option:
     elif field.metadata["limits"]:
         settings["type"] = click.IntRange(*field.metadata["limits"])
     else:
-        settings["type"] = kind
+        settings["type"] = float if float in get_args(kind) else kind
     if field.name == "engine":
         return click.Option(flags, required=True, **settings)
     show = field.default is not None

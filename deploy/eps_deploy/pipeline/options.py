@@ -69,6 +69,14 @@ class Options:
             "Accuracy check: largest drop from the baseline, in percentage points.", "POINTS"
         ),
     )
+    max_class_drop: float | None = field(
+        default=None,
+        metadata=option(
+            "Class accuracy check: largest drop of any class, in percentage points, judged by the"
+            " lower end of its interval.  [default: not checked]",
+            "POINTS",
+        ),
+    )
     min_speedup: float = field(
         default=1.0,
         metadata=option(
@@ -103,9 +111,9 @@ class Options:
             check_name(self.name)
         except ConfigError as error:
             raise ConfigError(f"--name: {error}") from None
-        for name in ("max_accuracy_drop", "min_speedup", "time_budget"):
+        for name in ("max_accuracy_drop", "max_class_drop", "min_speedup", "time_budget"):
             value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
+            if value is not None and not (math.isfinite(value) and value >= 0):
                 flag = name.replace("_", "-")
                 raise ConfigError(f"--{flag} {value}: give a number of at least 0")
         if self.repair and self.precision.name in ("fp32", "tf32"):

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -22,11 +23,11 @@ from eps_deploy.bench import latency
 from eps_deploy.bench.accuracy import (
     AGREEMENT_LIMITS,
     PARITY_LIMITS,
-    Classes,
+    Answers,
     Correct,
     Infer,
     accuracy_drop,
-    classes,
+    answers,
 )
 from eps_deploy.bench.latency import Latency, Workload
 from eps_deploy.engines.base import Images, Logits
@@ -39,6 +40,7 @@ from eps_deploy.pipeline.inputs import Inputs, find_inputs
 from eps_deploy.pipeline.options import Options
 from eps_deploy.pipeline.write import BundleWriter
 from eps_deploy.report import report
+from eps_deploy.report.answers import answers_entry, class_check
 from eps_deploy.report.render import render_html, render_markdown
 from eps_train.data.dataset import load_again
 from eps_train.training.forward import cpu_threads
@@ -129,11 +131,15 @@ def _read(options: Options, log: Log) -> tuple[Inputs, TestSet, Images | None]:
     """The input files, the test images, and for int8 the images to calibrate on."""
     inputs = find_inputs(options.model, options.checkpoint, options.baseline)
     log(f"baseline: {inputs.baseline_path or 'none trained; full depth, for latency only'}")
-    if options.repair and inputs.baseline is None:
-        raise ConfigError(
-            "--repair: there is no trained baseline whose accuracy could be missed; name one with"
-            " --baseline, or leave --repair out"
-        )
+    for option, given in (
+        ("--repair", options.repair),
+        ("--max-class-drop", options.max_class_drop is not None),
+    ):
+        if given and inputs.baseline is None:
+            raise ConfigError(
+                f"{option}: there is no trained baseline whose accuracy could be missed; name one"
+                f" with --baseline, or leave {option} out"
+            )
     data = load_again(inputs.compact.data, options.data_root)
     test = TestSet(images=data.test.images.numpy(), labels=data.test.labels.numpy())
     quantized = options.precision.quantized
@@ -169,8 +175,7 @@ class Deployment:
         options, inputs, networks = self.options, self.inputs, self.networks
 
         def correct(infer: Infer) -> Correct:
-            right: Correct = self._predicted(infer) == self.test.labels
-            return right
+            return self._answers(infer).correct
 
         def attempt(kept: tuple[str, ...]) -> Trial:
             model = builder.export_compact(options, inputs, networks, calibration, kept)
@@ -203,7 +208,7 @@ class Deployment:
             _timed(log, f"measured the accuracy on {len(test.labels)} test images"),
             builder.on_gpu(options.device, self.networks.compact, self.networks.baseline),
         ):
-            accuracy, accuracy_checks = self.accuracy(variants)
+            accuracy, by_class, accuracy_checks = self.accuracy(variants)
             checks += accuracy_checks
         if options.precision.float == "float16":
             with _timed(log, "measured the headroom of float16"):
@@ -232,12 +237,14 @@ class Deployment:
             "precision": write.precision_entry(options, models, variants, repairs),
             "goals": {
                 "max_accuracy_drop": options.max_accuracy_drop,
+                "max_class_drop": options.max_class_drop,
                 "min_speedup": options.min_speedup,
             },
             "checks": [report.check_entry(check) for check in checks],
             **builder.size(inputs, self.networks),
             "blocks": report.blocks_entry(network.all_blocks(), network.removed, live),
             "accuracy": accuracy,
+            "answers": by_class,
             "parity": [report.parity_entry(stage) for stage in chain],
             "latency": [report.latency_entry(timing) for timing in timings],
             "latency_baseline": (
@@ -283,46 +290,53 @@ class Deployment:
                 chain.append(compare(stage, reference, passes(variant.engine.infer)))
         return chain
 
-    def accuracy(self, variants: Variants) -> tuple[dict[str, Any], list[Check]]:
-        """Accuracy of each form of the compact network, and its drop from the baseline.
+    def accuracy(self, variants: Variants) -> tuple[dict[str, Any], dict[str, Any], list[Check]]:
+        """Accuracy of each form of the compact network, and what it lost against the baseline.
 
-        Returns the entry of `report.json` and its checks.
+        Returns the entries `accuracy` and `answers` of `report.json`, and their checks.
         """
-        labels, compact = self.test.labels, variants.compact
+        compact, options = variants.compact, self.options
         by_form = {
-            "compact": self._predicted(compact.torch.infer),
-            "onnx": self._predicted(compact.reference),
+            "compact": self._answers(compact.torch.infer),
+            "onnx": self._answers(compact.reference),
         }
         if compact.same:
             by_form["engine"] = by_form["onnx"]
         elif compact.engine is not None:
-            by_form["engine"] = self._predicted(compact.engine.infer)
+            by_form["engine"] = self._answers(compact.engine.infer)
         # A CPU may compute int8 and float16 with another arithmetic than the file's and a GPU's:
         # both must be accurate enough.
         shipped = [form for form in ("engine", "onnx") if form in by_form]
-        judged = min(shipped, key=lambda form: (by_form[form] == labels).sum())
-        agreement = min(float((by_form[form] == by_form["compact"]).mean()) for form in shipped)
-        share = {form: float((found == labels).mean()) for form, found in by_form.items()}
+        judged = min(shipped, key=lambda form: by_form[form].correct.sum())
+        in_torch = by_form["compact"].classes
+        agreement = min(float((by_form[form].classes == in_torch).mean()) for form in shipped)
+        share = {form: float(found.correct.mean()) for form, found in by_form.items()}
+        samples = len(self.test.labels)
         found: dict[str, Any] = {
             "baseline": None,
             **{form: share.get(form) for form in ("compact", "onnx", "engine")},
-            "samples": len(labels),
+            "samples": samples,
             "judged": judged,
             "agreement": agreement,
             "drop": None,
         }
-        limit = AGREEMENT_LIMITS[self.options.precision.name]
-        checks = [report.agreement_check(agreement, limit, len(labels))]
+        limit = AGREEMENT_LIMITS[options.precision.name]
+        checks = [report.agreement_check(agreement, limit, samples)]
+        baseline = None
         if self.inputs.baseline is not None:
-            correct = self._predicted(variants.baseline.torch.infer) == labels
-            limit = self.options.max_accuracy_drop
-            drop = accuracy_drop(correct, by_form[judged] == labels, limit)
+            baseline = self._answers(variants.baseline.torch.infer)
+            correct = baseline.correct
+            drop = accuracy_drop(correct, by_form[judged].correct, options.max_accuracy_drop)
             found |= {"baseline": float(correct.mean()), "drop": report.drop_entry(drop)}
             checks.append(report.accuracy_check(drop))
-        return found, checks
+        names = self.inputs.compact.data.classes
+        answered = answers_entry(self.test.labels, names, baseline, by_form[judged])
+        if options.max_class_drop is not None:
+            checks.append(class_check(answered, options.max_class_drop))
+        return found, msgspec.to_builtins(answered), checks
 
-    def _predicted(self, infer: Infer) -> Classes:
-        return classes(infer, self.test.images, self.options.max_batch)
+    def _answers(self, infer: Infer) -> Answers:
+        return answers(infer, self.test.images, self.test.labels, self.options.max_batch)
 
     def latency(self, variants: Variants) -> list[Latency]:
         """Latency of both engines, interleaved, at batch 1 and 16 or the largest that they take."""
@@ -371,6 +385,7 @@ class Deployment:
             logits=self.networks.compact.infer(images),
         )
         write.write_examples(folder / "examples", test.images, test.labels, data.classes)
+        gallery = write.write_gallery(folder, test.images, found["answers"]["changed"] or ())
         if timings:
             latency.save_samples(folder / "latency.npz", timings)
         served = write.served(options, data, variants)
@@ -378,7 +393,7 @@ class Deployment:
         report.write_json(folder / "report.json", dict(found))
         for name, text in (
             ("report.md", render_markdown(found)),
-            ("report.html", render_html(found)),
+            ("report.html", render_html(found, gallery)),
             ("reproduce.sh", write.reproduce_script(options, self.inputs, found)),
         ):
             (folder / name).write_text(text, encoding="utf-8")

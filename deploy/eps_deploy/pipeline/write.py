@@ -59,6 +59,17 @@ def write_examples(
     return written
 
 
+def write_gallery(
+    folder: Path, images: Images, changed: Sequence[Mapping[str, Any]]
+) -> dict[str, bytes]:
+    """Write the images that a report's `changed` names; return the files by their name there."""
+    files = {e["image"]: png(images[e["index"]]) for e in changed if e["image"] is not None}
+    for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
+    return files
+
+
 def png(pixels: npt.NDArray[np.uint8]) -> bytes:
     """Encode raw pixels, uint8 `[C, H, W]`, as a PNG file."""
     file = io.BytesIO()

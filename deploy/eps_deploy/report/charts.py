@@ -16,8 +16,8 @@ from xml.etree import ElementTree
 from markupsafe import Markup
 
 from eps_core.formatting import milliseconds
-from eps_deploy.report.formatting import ratio, signed
-from eps_deploy.report.schema import ComparisonEntry, LatencyEntry, Report
+from eps_deploy.report.formatting import paired, ratio, signed
+from eps_deploy.report.schema import ClassEntry, ComparisonEntry, LatencyEntry, Report
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,6 +27,8 @@ _WIDTH = 440
 _MARGIN = 22  # on both sides, for the labels of the outermost ticks
 _FOOT = 24  # below, for the labels of the ticks
 _FAR = 3.0  # a limit is drawn up to so many times the span of the measured values away
+_ROW = 40  # of one class
+_NAME = 32  # characters of a class's name
 _TAIL = 3.0  # in times of the longer median; a longer scale would leave no room for the medians
 _CLASS = "chart-"
 _TONES = {"faster": "passed", "slower": "failed", "cannot tell": "waiting"}
@@ -59,6 +61,39 @@ def drop_chart(report: Report, tone: str) -> Markup | None:
     _text(axes, drop.points, 48, text, "strong")
     _interval(axes, drop.low, drop.points, drop.high, 66, tone)
     return _svg(axes, label)
+
+
+def class_chart(report: Report, classes: Sequence[ClassEntry]) -> Markup | None:
+    """Draw the drop of each class with its interval, in percentage points; None without drops.
+
+    With a limit for classes, a thin line leads to the lower end that the check judges.
+    """
+    rows = [(found.name, found.drop) for found in classes if found.drop]
+    if not rows:
+        return None
+    limit = report.goals.max_class_drop
+    values = [0.0, *(end for _, drop in rows for end in (drop.low, drop.high))]
+    if limit is not None:
+        values += [limit, *(drop.at_least for _, drop in rows)]
+    top = 6 if limit is None else 22
+    axes = _axes(top + _ROW * len(rows) + _FOOT, values, top=top)
+    _vertical(axes, 0.0, "zero", top=top)
+    if limit is not None:
+        _vertical(axes, limit, "goal", top=top)
+        _text(axes, limit, 15, f"limit {limit:g}", "goal")
+    for index, (name, drop) in enumerate(rows):
+        y = top + _ROW * index
+        shown = name if len(name) <= _NAME else f"{name[: _NAME - 1]}…"
+        _text(axes, axes.get_xlim()[0], y + 16, f"{shown}: {paired(drop)}", "label")
+        tone = "reported"
+        if limit is not None:
+            _line(axes, (drop.at_least, drop.low), (y + 29, y + 29), "whisker")
+            doubt = "waiting" if drop.high > limit else "passed"
+            tone = "failed" if drop.at_least > limit else doubt
+        _interval(axes, drop.low, drop.points, drop.high, y + 29, tone)
+    name, drop = rows[0]
+    label = f"Drop in accuracy of {len(rows)} classes, in percentage points; most: {name},"
+    return _svg(axes, f"{label} {paired(drop)}. The table has all numbers.")
 
 
 def speedup_chart(report: Report, rows: Sequence[tuple[str, ComparisonEntry]]) -> Markup | None:

@@ -7,10 +7,15 @@ from typing import Any, NamedTuple
 
 from eps_core.formatting import interval
 from eps_core.stats import Interval
+from eps_deploy.report.answers import most_lost, over_limit
 from eps_deploy.report.schema import (
     BlockEntry,
+    ChangedEntry,
+    ClassEntry,
     ComparisonEntry,
+    ConfusionEntry,
     LatencyEntry,
+    PairedEntry,
     Report,
     SpeedupEntry,
 )
@@ -29,7 +34,14 @@ ACCURACIES = {
     "engine": "deployed engine",
 }
 PERCENTILES = ("p50", "p90", "p95", "p99")
-_CHECKS = {"speedup": "speed-up", "builder": "TensorRT's builder accepts model.onnx"}
+CLASSES = 20  # in a table, at most
+CONFUSIONS = 10
+_NAMED = 3  # classes in a sentence
+_CHECKS = {
+    "class-accuracy": "accuracy by class",
+    "speedup": "speed-up",
+    "builder": "TensorRT's builder accepts model.onnx",
+}
 _RUNTIMES = {"onnxruntime": "ONNX Runtime", "tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
 
 # -- Names and numbers
@@ -56,6 +68,15 @@ def percent(share: float | None) -> str:
 
 def signed(points: float) -> str:
     return f"{round(points, 2) + 0.0:+.2f}".replace("-", "−")  # no minus before 0.00
+
+
+def paired(drop: PairedEntry) -> str:
+    """A drop with its interval: `+5.56 (−1.20 to +14.31)`."""
+    return f"{signed(drop.points)} ({signed(drop.low)} to {signed(drop.high)})"
+
+
+def predicted(name: str | None) -> str:
+    return "none: not finite" if name is None else name
 
 
 def removed(old: int, new: int) -> str:
@@ -118,7 +139,8 @@ def verdict_line(report: Report) -> str:
     failed = [check.name for check in report.checks if not check.passed]
     total = len(report.checks)
     if failed:
-        return f"FAILED: {', '.join(failed)} ({len(failed)} of {total} checks)"
+        line = f"FAILED: {', '.join(failed)} ({len(failed)} of {total} checks)"
+        return line + (f"; classes: {classes}" if (classes := _failed_classes(report)) else "")
     if not total:
         line = "NOT JUDGED: nothing could be checked"
     elif report.passed is None:
@@ -139,6 +161,8 @@ def verdict_sentences(report: Report) -> str:
     if failed:
         titles = "; ".join(title.removeprefix("parity: ") for title in failed)
         sentences = [f"{len(failed)} of {total} checks failed: {titles}."]
+        if classes := _failed_classes(report):
+            sentences.append(f"Classes that lost too much: {classes}.")
     elif total:
         could = " that could run" if report.passed is None else ""
         sentences = [f"All {total} checks{could} passed."]
@@ -152,9 +176,25 @@ def verdict_sentences(report: Report) -> str:
 
 def _doubts(report: Report) -> list[str]:
     """Why checks that passed may be wrong."""
-    unsure = {check.name for check in report.checks if check.passed and not check.conclusive}
-    causes = {"accuracy": "too few images", "speedup": "the machine was too busy"}
-    return [f"{cause} to be sure: {name}" for name, cause in causes.items() if name in unsure]
+    unsure = [check.name for check in report.checks if check.passed and not check.conclusive]
+    causes = {
+        "too few images to be sure": ("accuracy", "class-accuracy"),
+        "the machine was too busy to be sure": ("speedup",),
+    }
+    found = {cause: [name for name in names if name in unsure] for cause, names in causes.items()}
+    return [f"{cause}: {', '.join(names)}" for cause, names in found.items() if names]
+
+
+def _failed_classes(report: Report) -> str:
+    limit = report.goals.max_class_drop
+    return "" if limit is None else _names(over_limit(report.answers, limit))
+
+
+def _names(classes: Sequence[ClassEntry]) -> str:
+    """The names of the first classes, and how many more there are."""
+    names = ", ".join(found.name for found in classes[:_NAMED])
+    more = len(classes) - _NAMED
+    return f"{names} and {more:,} more" if more > 0 else names
 
 
 def subtitle(report: Report) -> str:
@@ -170,9 +210,13 @@ def subtitle(report: Report) -> str:
 def goals(report: Report) -> str:
     least = report.goals.min_speedup
     fast = "as fast" if least == 1 else f"{least:g} times as fast"
+    whole = f"Goals: at most {report.goals.max_accuracy_drop:g} percentage points less accuracy,"
+    limit = report.goals.max_class_drop
+    if limit is None:
+        return f"{whole} and at batch 1 at least {fast}, judged by the lower end of the interval."
     return (
-        f"Goals: at most {report.goals.max_accuracy_drop:g} percentage points less accuracy, and at"
-        f" batch 1 at least {fast}, judged by the lower end of the interval."
+        f"{whole} at most {limit:g} in any class, and at batch 1 at least {fast}; the last two are"
+        " judged by the lower end of the interval."
     )
 
 
@@ -198,6 +242,54 @@ def drop_sentences(report: Report) -> list[str]:
         sentences.append(
             "The limit is inside the interval: there are too few images to tell for sure, and the"
             " check judges the measured drop."
+        )
+    return sentences
+
+
+def class_notes(report: Report) -> list[str]:
+    """How the classes are ordered and judged, and which were left out."""
+    classes = report.answers.classes
+    listed = len(listed_classes(report))
+    notes = []
+    if report.accuracy.drop:
+        notes.append(
+            "Drop in percentage points with its 95 % interval, paired image by image. The classes"
+            " are ordered by its lower end, as classes with few images lose many points by chance."
+        )
+    limit = report.goals.max_class_drop
+    if limit is not None:
+        notes.append(
+            f'The check fails for a class that lost more than {limit:g} points by the column "at'
+            ' least": the lower end when the intervals of all classes hold at once with 95 %.'
+        )
+    top5 = report.answers.top5
+    if top5 and top5.drop:
+        notes.append(f"Drop in top-5 accuracy: {paired(top5.drop)} percentage points.")
+    empty = [found for found in classes if not found.samples]
+    if empty:
+        notes.append(f"Without test images: {_names(empty)}.")
+    if hidden := len(classes) - len(empty) - listed:
+        notes.append(f"{hidden:,} more classes are in report.json.")
+    return notes
+
+
+def changed_sentences(report: Report) -> list[str]:
+    """How many answers changed, which way, and how many images are shown."""
+    changed = report.answers.changed
+    if changed is None:
+        return []
+    samples = report.accuracy.samples
+    if not changed:
+        return [f"Both networks predict the same class for all {samples:,} test images."]
+    counts = {title: len(found) for title, found in gallery(changed).items()}
+    parts = ", ".join(f"{title} {count:,}" for title, count in counts.items())
+    sentences = [
+        f"The predicted class differs for {len(changed):,} of {samples:,} test images: {parts}."
+    ]
+    shown = sum(found.image is not None for found in changed)
+    if shown < len(changed):
+        sentences.append(
+            f"{shown} of them are shown, from all classes in turn; the others are in report.json."
         )
     return sentences
 
@@ -233,6 +325,44 @@ def sizes(report: Report) -> list[tuple[str, int, int]]:
         ("parameters", report.parameters.baseline, report.parameters.compact),
         ("FLOPs for one image", report.flops.baseline, report.flops.compact),
     ]
+
+
+def listed_classes(report: Report) -> list[ClassEntry]:
+    """The classes of the table: those that lost most, or without a baseline the least accurate."""
+    known = [found for found in report.answers.classes if found.judged is not None]
+    least = sorted(known, key=lambda found: found.judged or 0.0)
+    return (most_lost(report.answers) or least)[:CLASSES]
+
+
+def listed_confusions(report: Report) -> list[ConfusionEntry]:
+    return (report.answers.confusions or [])[:CONFUSIONS]
+
+
+def answer_rows(report: Report) -> list[tuple[str, str, str]]:
+    """Title, and value of the unpruned network and of the judged one."""
+    answers = report.answers
+    top5, before, after = answers.top5, answers.confidence.baseline, answers.confidence.judged
+    judged = getattr(report.accuracy, report.accuracy.judged)
+    rows = [("top-1 accuracy", percent(report.accuracy.baseline), percent(judged))]
+    if top5:
+        rows.append(("top-5 accuracy", percent(top5.baseline), percent(top5.judged)))
+    for title, key in (("mean confidence", "mean"), ("calibration error (ECE)", "ece")):
+        rows.append((title, percent(getattr(before, key, None)), percent(getattr(after, key))))
+    return rows
+
+
+def gallery(changed: Sequence[ChangedEntry]) -> dict[str, list[ChangedEntry]]:
+    """Changed answers by which of the networks was right."""
+    groups: dict[str, list[ChangedEntry]] = {
+        "only the unpruned network right": [],
+        "only the compact network right": [],
+        "both wrong": [],
+    }
+    lost, won, neither = groups.values()
+    for found in changed:
+        right = lost if found.baseline == found.label else neither
+        (won if found.judged == found.label else right).append(found)
+    return {title: found for title, found in groups.items() if found}
 
 
 def facts(report: Report) -> list[tuple[str, str, str]]:

@@ -1,25 +1,29 @@
 """`report.md` and `report.html`, rendered from the data of `report.json`.
 
 Both templates get the same rows and filters. Names and messages from outside (classes, blocks, the
-command line) are escaped in both. The page needs no network, and its own content security policy
-lets it run and load nothing.
+command line) are escaped in both. The page needs no network: its own content security policy lets
+it run nothing, and load nothing but the images that it contains.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
+import io
 from collections.abc import Mapping
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
+from PIL import Image
 
 from eps_core.formatting import milliseconds
 from eps_deploy.bench.latency import LEAST
 from eps_deploy.report import charts, formatting
 from eps_deploy.report.schema import Report, parse
 
+_LARGEST = 160  # pixels of an image on the page, in width and height
 _STATES = {True: "passed", False: "failed", None: "waiting"}
 _HEADLINES = {True: "Passed", False: "Failed", None: "Not judged yet"}
 _FILTERS = (
@@ -31,8 +35,11 @@ _FILTERS = (
     formatting.limit,
     milliseconds,
     formatting.outcome,
+    formatting.paired,
     formatting.percent,
+    formatting.predicted,
     formatting.ratio,
+    formatting.signed,
     formatting.stage_name,
     formatting.throughput,
 )
@@ -49,11 +56,14 @@ def render_markdown(report: Mapping[str, Any]) -> str:
     return template.render(_context(found), verdict=formatting.verdict_line(found), least=LEAST)
 
 
-def render_html(report: Mapping[str, Any]) -> str:
-    """Render `report.html`, one page with its style and charts inside.
+def render_html(
+    report: Mapping[str, Any], images: Mapping[str, bytes] = MappingProxyType({})
+) -> str:
+    """Render `report.html`, one page with its style, charts and images inside.
 
     Args:
         report: the data of `report.json`.
+        images: the PNG files that `changed` names; an image that is missing is not shown.
     """
     found = parse(report)
     environment = _environment(autoescape=True)
@@ -74,6 +84,8 @@ def render_html(report: Mapping[str, Any]) -> str:
         headline=_HEADLINES[found.passed],
         sentence=formatting.verdict_sentences(found),
         facts=formatting.facts(found),
+        thumbnails={name: _thumbnail(content) for name, content in images.items()},
+        class_chart=charts.class_chart(found, formatting.listed_classes(found)),
         drop_chart=charts.drop_chart(found, _drop_tone(found)),
         speedup_chart=charts.speedup_chart(found, speedups),
         times_charts=[(e.batch, title, charts.times_chart(e, title, c)) for e, title, c in timed],
@@ -94,12 +106,40 @@ def _context(report: Report) -> dict[str, Any]:
         "removed": formatting.removed,
         "accuracies": formatting.ACCURACIES,
         "percentiles": formatting.PERCENTILES,
+        "answer_rows": formatting.answer_rows(report),
+        "classes": formatting.listed_classes(report),
+        "class_notes": formatting.class_notes(report),
+        "confusions": formatting.listed_confusions(report),
+        "gallery": formatting.gallery(report.answers.changed or []),
+        "changed_sentences": formatting.changed_sentences(report),
         "drop_sentences": formatting.drop_sentences(report),
         "latency_notes": formatting.latency_notes(report),
         "strips": formatting.stage_strips(report),
         "precision_rows": formatting.precision_rows(report),
         "environment_rows": formatting.environment_rows(report),
     }
+
+
+class _Thumbnail(NamedTuple):
+    """An image of the page: its `data:` URL, its size, and whether its pixels are to be seen."""
+
+    url: str
+    width: int
+    height: int
+    coarse: bool
+
+
+def _thumbnail(content: bytes) -> _Thumbnail:
+    """A PNG file, reduced where it is large."""
+    with Image.open(io.BytesIO(content)) as image:
+        if max(image.size) > _LARGEST:
+            image.thumbnail((_LARGEST, _LARGEST))
+            file = io.BytesIO()
+            image.save(file, "PNG")
+            content = file.getvalue()
+        width, height = image.size
+    url = f"data:image/png;base64,{base64.b64encode(content).decode()}"
+    return _Thumbnail(url, width, height, max(width, height) < _LARGEST / 2)
 
 
 def _environment(**options: Any) -> Environment:

@@ -91,6 +91,9 @@ class GoalsEntry(_Entry):
     """Limits of the checks that the user can set."""
 
     max_accuracy_drop: Annotated[Points, doc("Largest drop in accuracy that passes.")]
+    max_class_drop: Annotated[
+        Points | None, doc("Largest drop of a class that passes; null: not judged.")
+    ]
     min_speedup: Annotated[Ratio, doc("Smallest lower end of the interval at batch 1.")]
 
 
@@ -100,9 +103,10 @@ class CheckEntry(_Entry):
     name: Annotated[
         str,
         doc(
-            "`parity-STAGE`, `agreement`, `accuracy`, `headroom` (largest activation of the float16"
-            " part, on up to 512 test images, against float16's largest number), `speedup` or"
-            " `builder` (TensorRT's own parser and builder accept model.onnx)."
+            "`parity-STAGE`, `agreement`, `accuracy`, `class-accuracy` (largest `at_least` of all"
+            " classes), `headroom` (largest activation of the float16 part, on up to 512 test"
+            " images, against float16's largest number), `speedup` or `builder` (TensorRT's own"
+            " parser and builder accept model.onnx)."
         ),
     ]
     passed: Annotated[bool, doc("Whether the value is within the limit.")]
@@ -110,8 +114,9 @@ class CheckEntry(_Entry):
         Annotated[
             float,
             unit(
-                "parity: share of the largest logit; agreement: share; accuracy: percentage points;"
-                " headroom: that of activations; speedup: ratio; builder: rejections"
+                "parity: share of the largest logit; agreement: share; accuracy and class-accuracy:"
+                " percentage points; headroom: that of activations; speedup: ratio; builder:"
+                " rejections"
             ),
         ]
         | None,
@@ -152,14 +157,19 @@ class BlocksEntry(_Entry):
     map: Annotated[list[BlockEntry], doc("All blocks in the order of computation.")]
 
 
-class DropEntry(_Entry):
-    """Drop in accuracy, paired image by image."""
+class PairedEntry(_Entry):
+    """Drop from the unpruned network to the judged one, paired image by image."""
 
     points: Annotated[Points, doc("The drop; positive if the unpruned network is better.")]
     low: Annotated[Points, doc("Lower end of its 95 % interval.")]
     high: Annotated[Points, doc("Upper end of its 95 % interval.")]
     only_baseline_right: Annotated[Images, doc("Images only the unpruned one gets right.")]
     only_engine_right: Annotated[Images, doc("Images only the judged one gets right.")]
+
+
+class DropEntry(PairedEntry):
+    """Drop in accuracy, paired image by image."""
+
     conclusive: Annotated[bool, doc("Whether the whole interval is on one side of the limit.")]
     method: Annotated[str, doc("Method of the interval.")]
 
@@ -184,6 +194,96 @@ class AccuracyEntry(_Entry):
         doc("Images with the class of the compact network in torch, in `onnx` or `engine`."),
     ]
     drop: Annotated[DropEntry | None, doc("Drop to the judged network; null without a baseline.")]
+
+
+# -- Answers: what both networks predict for each class and image of the test part
+
+Predicted = Annotated[str | None, doc("Predicted class; null: logits are not finite.")]
+
+
+class ClassDropEntry(PairedEntry):
+    """Drop in the accuracy of one class."""
+
+    at_least: Annotated[
+        Points,
+        doc("Lower end of the interval when those of all classes hold at once with 95 %."),
+    ]
+
+
+class ClassEntry(_Entry):
+    """Accuracy on the test images of one class; null without any."""
+
+    name: Annotated[str, doc("Name of the class.")]
+    samples: Annotated[Images, doc("Its test images.")]
+    baseline: Annotated[Share | None, doc("Trained unpruned network; null without one too.")]
+    judged: Annotated[Share | None, doc("The judged network.")]
+    drop: Annotated[ClassDropEntry | None, doc("Drop from the first to the second.")]
+
+
+class TopFiveEntry(_Entry):
+    """Images whose class is among the five highest logits."""
+
+    baseline: Annotated[Share | None, doc("Trained unpruned network; null without one.")]
+    judged: Annotated[Share, doc("The judged network.")]
+    drop: Annotated[PairedEntry | None, doc("Drop from the first to the second.")]
+
+
+class ConfidenceEntry(_Entry):
+    """Softmax probability of the predicted class, against how often that class is right."""
+
+    mean: Annotated[Share, doc("Mean over all test images.")]
+    ece: Annotated[
+        Share,
+        doc("Expected calibration error: 15 bins of equal width, weighted by their images."),
+    ]
+
+
+class ConfidencesEntry(_Entry):
+    """Calibration of both networks."""
+
+    baseline: Annotated[ConfidenceEntry | None, doc("Trained unpruned network.")]
+    judged: Annotated[ConfidenceEntry, doc("The judged network.")]
+
+
+class ConfusionEntry(_Entry):
+    """A class that the judged network takes for another more often than the unpruned one."""
+
+    label: Annotated[str, doc("Class of the images.")]
+    predicted: Predicted
+    baseline: Annotated[Images, doc("Images that the unpruned network confuses.")]
+    judged: Annotated[Images, doc("Images that the judged network confuses.")]
+
+
+class ChangedEntry(_Entry):
+    """A test image for which the two networks predict different classes."""
+
+    index: Annotated[int, unit("index in the test part", ge=0), doc("Which image it is.")]
+    label: Annotated[str, doc("Its class.")]
+    baseline: Annotated[Predicted, doc("Class that the unpruned network predicts.")]
+    judged: Annotated[Predicted, doc("Class that the judged network predicts.")]
+    baseline_confidence: Annotated[Share, doc("Softmax probability of `baseline`.")]
+    judged_confidence: Annotated[Share, doc("Softmax probability of `judged`.")]
+    image: Annotated[str | None, doc("Its PNG file in the bundle; null: beyond the gallery.")]
+
+
+class AnswersEntry(_Entry):
+    """Predictions of the trained unpruned network and the judged one, class by class."""
+
+    classes: Annotated[list[ClassEntry], doc("All classes, by index.")]
+    top5: Annotated[TopFiveEntry | None, doc("Top-5 accuracy; null with ten classes or fewer.")]
+    confidence: Annotated[ConfidencesEntry, doc("Calibration of both networks.")]
+    confusions: Annotated[
+        list[ConfusionEntry] | None,
+        doc("Confusions that became more frequent, by how much; null without a baseline."),
+    ]
+    changed: Annotated[
+        list[ChangedEntry] | None,
+        doc(
+            "Images whose predicted class differs: only the unpruned network right, only the judged"
+            " one right, both wrong; in each, classes take turns, the surest of the judged network"
+            " first. Null without a baseline."
+        ),
+    ]
 
 
 class ParityEntry(_Entry):
@@ -352,6 +452,7 @@ class Report(_Entry):
     flops: Annotated[SizesEntry, doc("Floating-point operations for one image.")]
     blocks: Annotated[BlocksEntry, doc("Residual blocks.")]
     accuracy: Annotated[AccuracyEntry, doc("Accuracy on the whole test part.")]
+    answers: Annotated[AnswersEntry, doc("Predictions on the whole test part, by class.")]
     parity: Annotated[list[ParityEntry], doc("Logits of each stage against the stage before.")]
     latency: Annotated[
         list[LatencyEntry],

@@ -10,7 +10,16 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from eps_compact.analysis.sweep import Goal, Point, Sweep, knee, pick, table
+from eps_compact.analysis.sweep import (
+    ClassLoss,
+    Goal,
+    Point,
+    Sweep,
+    class_table,
+    knee,
+    pick,
+    table,
+)
 from eps_compact.plots import draw_pareto
 from eps_core.errors import ConfigError
 from eps_core.stats import Interval
@@ -133,6 +142,19 @@ def test_targets_that_no_point_meets_together_are_refused() -> None:
 )
 def test_the_step_that_passes_a_goal(goal: Goal, place: int | None) -> None:
     assert goal.overshoot(SWEEP.points) == place
+
+
+def test_the_class_that_lost_most_at_each_point() -> None:
+    cat = ClassLoss(name="cat", samples=12, drop=Interval(25.0, 3.0, 51.0))
+    points = (SWEEP.points[0], replace(SWEEP.points[1], worst=cat), SWEEP.points[2])
+    found = replace(SWEEP, points=points)
+    console = Console(width=80, file=io.StringIO(), record=True)
+    console.print(class_table(found))
+    lines = console.export_text().splitlines()
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if "│" in line]
+    assert rows == [["1", "cat", "12", "+25.0 (+3.0..+51.0)"], ["2", "none", "", ""]]
+    assert found.to_dict()["points"][1]["worst"]["name"] == "cat"
+    assert found.to_dict()["points"][2]["worst"] is None
 
 
 def test_as_data_and_as_a_table() -> None:

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from eps_compact.analysis import sweep as module
-from eps_compact.analysis.importance import evaluation_samples, predict
-from eps_compact.analysis.sweep import BISECTIONS, Goal, Weight, cheapness, pick, sweep
+from eps_compact.analysis.importance import Predictions, evaluation_samples, predict
+from eps_compact.analysis.sweep import (
+    BISECTIONS,
+    Goal,
+    Weight,
+    cheapness,
+    pick,
+    sweep,
+    worst_class,
+)
 from eps_compact.compaction import compact
 from eps_core.errors import ConfigError
 from eps_train.data import dataset
@@ -54,6 +65,54 @@ def test_every_point_is_the_network_without_its_blocks() -> None:
     assert [p.ms.value for p in found.points] == sorted(
         (p.ms.value for p in found.points), reverse=True
     )
+
+
+def test_every_point_names_the_class_that_lost_most() -> None:
+    """Counted image by image; by the lower end of the interval, not by the measured drop."""
+    checkpoint = make_checkpoint(dead=DEAD)
+    found = sweep(checkpoint, DIGITS.validation, timer=LayerTimer(), samples=143)
+    samples = evaluation_samples(DIGITS.validation, 143)
+    others = samples[torch.arange(found.chosen_on, 143)]
+    gated = checkpoint.build_gated().eval()
+    normalize = Normalize.of(checkpoint.data)
+
+    def right(removed: tuple[str, ...]) -> list[bool]:
+        network = compact(gated, dead=[*DEAD, *removed])
+        found: list[bool] = predict(network, normalize, others).correct.tolist()
+        return found
+
+    first = right(())
+    named = 0
+    for point in found.points:
+        lost: Counter[int] = Counter()
+        for label, was, now in zip(
+            others.labels.tolist(), first, right(point.removed), strict=True
+        ):
+            lost[label] += was - now
+        if point.worst is None:
+            assert max(lost.values()) <= 0
+            continue
+        named += 1
+        label = checkpoint.data.classes.index(point.worst.name)
+        assert point.worst.samples == others.labels.tolist().count(label)
+        assert lost[label] > 0
+        assert point.worst.drop.value == pytest.approx(100 * lost[label] / point.worst.samples)
+        assert point.worst.drop.low < point.worst.drop.value <= point.worst.drop.high
+    assert found.points[0].worst is None
+    assert named
+
+
+def test_a_class_of_one_image_is_not_the_one_that_lost_most() -> None:
+    before, after = Predictions(), Predictions()
+    labels = torch.tensor([0] * 40 + [1])
+    wrong = torch.tensor([1] * 20 + [0] * 20 + [0])
+    before.add(F.one_hot(labels, 3).float(), labels)
+    after.add(F.one_hot(wrong, 3).float(), labels)
+    names = ("many", "one", "without images")
+    worst = worst_class(before, after, labels.numpy(), names)
+    assert worst is not None
+    assert (worst.name, worst.samples, worst.drop.value) == ("many", 40, 50)
+    assert worst_class(before, before, labels.numpy(), names) is None
 
 
 def test_the_first_to_go_costs_least_loss_for_what_it_saves() -> None:

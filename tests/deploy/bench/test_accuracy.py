@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from eps_deploy.bench.accuracy import Correct, accuracy_drop, classes, passes, pick_samples
+from eps_deploy.bench.accuracy import Correct, accuracy_drop, answers, passes, pick_samples
 from eps_deploy.engines.base import Images, Logits
 
 
@@ -45,7 +45,7 @@ def test_every_image_counts_once_also_in_the_last_batch() -> None:
         guess[batch[:, 0, 0, 0] == 149] = 0  # 149 % 3 is 2
         return np.eye(3, dtype=np.float32)[guess]
 
-    assert np.flatnonzero(classes(infer, images, 128) != labels).tolist() == [149]
+    assert np.flatnonzero(~answers(infer, images, labels, 128).correct).tolist() == [149]
 
 
 def test_the_drop_is_paired() -> None:

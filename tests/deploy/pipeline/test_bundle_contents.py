@@ -13,6 +13,7 @@ from eps_deploy import load_bundle
 from eps_deploy.engines.ort import OrtEngine
 from eps_deploy.export.export import Deployed
 from eps_deploy.pipeline.write import write_examples
+from eps_deploy.report.answers import GALLERY
 from eps_train.data import dataset
 
 
@@ -42,6 +43,30 @@ def test_the_examples_are_one_test_image_a_class(deployed: Path) -> None:
         assert (named, int(test.labels[int(index)])) == (str(label), label)
         # The file gives back the very pixels: predictions on it are those of the test image.
         assert (bundle.preprocessing.read(path) == test.images[int(index)].numpy()).all()
+
+
+def test_the_gallery_is_the_images_whose_answer_changed(deployed: Path) -> None:
+    """By both networks' own files, and with the very pixels of the test part."""
+    bundle = load_bundle(deployed / "bundle")
+    test = dataset.load("digits").test
+    images, labels = test.images.numpy(), test.labels.numpy()
+    classes = []
+    for name in ("baseline.onnx", "model.onnx"):
+        with OrtEngine(bundle.read(name)) as engine:
+            found = [engine.infer(images[at : at + 32]) for at in range(0, len(images), 32)]
+        classes.append(np.concatenate(found).argmax(axis=1))
+    before, after = classes
+    changed = json.loads(bundle.read("report.json"))["answers"]["changed"]
+    assert {entry["index"] for entry in changed} == set(np.flatnonzero(before != after).tolist())
+    for entry in changed:
+        found = [labels[entry["index"]], before[entry["index"]], after[entry["index"]]]
+        assert [entry["label"], entry["baseline"], entry["judged"]] == [*map(str, found)]
+    shown = {entry["image"]: entry["index"] for entry in changed if entry["image"]}
+    assert 0 < len(shown) <= 3 * GALLERY
+    written = {name for name in bundle.manifest["files"] if name.startswith("changed/")}
+    assert written == set(shown)
+    for name, index in shown.items():
+        assert (bundle.preprocessing.read(bundle.root / name) == images[index]).all()
 
 
 def test_colours_and_strange_labels(tmp_path: Path) -> None:

@@ -191,3 +191,12 @@ def test_the_plan_runs_on_the_gpu_asked_for(options: Any, machine: Any) -> None:
     asked = options("--engine", "trt", "--device", 3)
     assert machine(Builder(), asked).named["cuda"].device == 3
     assert asked.gpu == 3
+
+
+@pytest.mark.parametrize("value", ["-1", "nan", "inf"])
+def test_a_limit_is_a_number_of_at_least_0(value: str, tmp_path: Path) -> None:
+    for option in ("--max-accuracy-drop", "--max-class-drop", "--min-speedup"):
+        result = run("eps-deploy", main, "--engine", "ort", option, value, cwd=tmp_path)
+        assert result.code == 1
+        assert result.error.startswith(f"eps-deploy: error: {option} ")
+        assert result.error.endswith(": give a number of at least 0")

@@ -128,11 +128,42 @@ def test_repair_keeps_the_blocks_that_int8_harms_and_no_other(tmp_path: Path) ->
     assert f"kept in higher precision: {SPOILED}\n" in told.replace(".\n", "\n")
 
 
-def test_repair_wants_something_to_measure_against(workshop: Path) -> None:
+@pytest.mark.parametrize(
+    "flags", [("--repair", "--int8"), ("--max-class-drop", "5")], ids=["repair", "class"]
+)
+def test_what_wants_something_to_measure_against(workshop: Path, flags: tuple[str, ...]) -> None:
     (workshop / "baseline.pt").unlink()
-    result = deploy(workshop, "--engine", "ort", "--int8", "--repair")
+    before = files_in(workshop)
+    result = deploy(workshop, "--engine", "ort", *flags)
     assert result.code == 1
-    assert "--repair: there is no trained baseline" in result.error
+    assert f"{flags[0]}: there is no trained baseline" in result.error
+    assert files_in(workshop) == before
+
+
+def test_a_class_that_is_forgotten_fails_its_check(tmp_path: Path) -> None:
+    """The baseline answers 3 to every image, the compact network 5: on average nothing is lost."""
+    for name, gated, answer in (("ckpt.pt", True, 5), ("baseline.pt", False, 3)):
+        made = make_checkpoint(depth=8, gated=gated)
+        made.state["classifier.bias"] = 50.0 * torch.nn.functional.one_hot(torch.tensor(answer), 10)
+        made.save(tmp_path / name)
+    assert run("eps-compact", compact_main, "ckpt.pt", "--no-data", cwd=tmp_path).code == 0
+    flags = ("--engine", "ort", "--max-accuracy-drop", "2", "--max-class-drop")
+    result = deploy(tmp_path, *flags, "30")
+    assert result.code == 3, result.stderr
+    assert "Verdict: FAILED: class-accuracy (1 of 7 checks); classes: 3" in result.stderr
+    report = report_of(tmp_path)
+    assert report["goals"]["max_class_drop"] == 30
+    checks = {check["name"]: check for check in report["checks"]}
+    assert checks["accuracy"]["passed"]
+    assert not checks["class-accuracy"]["passed"]
+    three, five = (report["answers"]["classes"][index] for index in (3, 5))
+    assert (three["baseline"], three["judged"], three["drop"]["points"]) == (1, 0, 100)
+    assert (five["baseline"], five["judged"], five["drop"]["points"]) == (0, 1, -100)
+    assert checks["class-accuracy"]["value"] == three["drop"]["at_least"] > 30
+    for page in ("report.md", "report.html"):
+        text = (tmp_path / "bundle" / page).read_text()
+        assert "class 3: drop +100.00 points on 37 images" in text
+    assert deploy(tmp_path, *flags, "90", "--force").code == 0
 
 
 def test_fp16_on_the_processor_is_a_check_of_accuracy_alone(workshop: Path) -> None:

@@ -6,17 +6,20 @@ The numbers are those of a Fashion-MNIST network of 27 blocks; what differs is p
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from eps_core.checks import Parity
 from eps_core.stats import Interval
-from eps_deploy.bench.accuracy import accuracy_drop
+from eps_deploy.bench.accuracy import Answers, Classes, Correct, accuracy_drop
 from eps_deploy.bench.latency import Latency, Times
 from eps_deploy.bench.machine import Conditions, GpuReading, Range
 from eps_deploy.precision import PRECISIONS
 from eps_deploy.report import report
+from eps_deploy.report.answers import answers_entry, class_check
 
 BLOCKS = [f"stages.{stage}.{index}" for stage in range(3) for index in range(9)]
 DEAD = [
@@ -114,6 +117,15 @@ def on_gpu() -> Conditions:
     )
 
 
+def answered(labels: Classes, correct: Correct, classes: int = 10) -> Answers:
+    """Answers that are wrong by one class where they are wrong, and less sure there."""
+    return Answers(
+        classes=np.where(correct, labels, (labels + 1) % classes),
+        ranks=(~correct).astype(np.int64),
+        confidence=np.where(correct, 0.95, 0.6),
+    )
+
+
 def make_report(
     *,
     lost: int = 222,
@@ -121,6 +133,8 @@ def make_report(
     samples: int = 10_000,
     limit: float = 0.5,
     goal: float = 1.0,
+    classes: Sequence[str] = tuple("0123456789"),
+    class_limit: float | None = None,
     parities: list[Parity] | None = None,
     timings: list[Latency] | None = None,
     precision: dict[str, Any] | None = None,
@@ -150,6 +164,15 @@ def make_report(
     drop = accuracy_drop(baseline, engine, limit)
     checks = [check for check in map(report.parity_check, parities) if check is not None]
     checks.append(report.accuracy_check(drop))
+    labels = np.arange(samples) % len(classes)
+    answers = answers_entry(
+        labels,
+        classes,
+        answered(labels, baseline, len(classes)),
+        answered(labels, engine, len(classes)),
+    )
+    if class_limit is not None:
+        checks.append(class_check(answers, class_limit))
     if timings:
         checks.append(report.speedup_check(timings[0], goal))
     found = {
@@ -161,7 +184,11 @@ def make_report(
         or report.precision_entry(
             PRECISIONS["fp32"], graph={"float32": 24}, executed={"float32": 24}
         ),
-        "goals": {"max_accuracy_drop": limit, "min_speedup": goal},
+        "goals": {
+            "max_accuracy_drop": limit,
+            "max_class_drop": class_limit,
+            "min_speedup": goal,
+        },
         "checks": [report.check_entry(check) for check in checks],
         "parameters": {"baseline": 214_402, "compact": 89_762},
         "flops": {"baseline": 13_205_440, "compact": 5_549_248},
@@ -176,6 +203,7 @@ def make_report(
             "agreement": 1.0,
             "drop": report.drop_entry(drop),
         },
+        "answers": msgspec.to_builtins(answers),
         "parity": [report.parity_entry(stage) for stage in parities],
         "latency": [report.latency_entry(timing) for timing in timings],
         "latency_baseline": "trained plain network",
@@ -205,6 +233,10 @@ def make_report(
 def without_baseline() -> dict[str, Any]:
     found = make_report(not_run=(NO_BASELINE,))
     found["accuracy"].update(baseline=None, drop=None)
+    for entry in found["answers"]["classes"]:
+        entry.update(baseline=None, drop=None)
+    found["answers"]["confidence"]["baseline"] = None
+    found["answers"].update(confusions=None, changed=None)
     found["checks"] = [check for check in found["checks"] if check["name"] != "accuracy"]
     found["latency_baseline"] = "full depth of the ε-network"
     return found
@@ -276,6 +308,12 @@ def on_a_gpu() -> dict[str, Any]:
     return found
 
 
+def thousand() -> dict[str, Any]:
+    """A thousand classes, ten images each, judged by class."""
+    names = tuple(f"n{index:08d} a class with a rather long name" for index in range(1000))
+    return make_report(classes=names, class_limit=20.0)
+
+
 def deep() -> dict[str, Any]:
     """375 blocks, some of them removed alive."""
     blocks = [f"stages.{stage}.{index}" for stage in range(3) for index in range(125)]
@@ -289,6 +327,8 @@ HOSTILE = '<script>alert("1")</script>|`*&\n'
 def hostile() -> dict[str, Any]:
     """Names and messages that try to be markup."""
     found = make_report(
+        classes=[f"{HOSTILE}{index}" for index in range(12)],
+        class_limit=0.0,
         blocks=[f"{HOSTILE}.{index}" for index in range(3)],
         dead=[f"{HOSTILE}.1"],
         not_run=({"what": HOSTILE, "why": HOSTILE},),
@@ -317,5 +357,6 @@ PROVOKED = {
     "deferred": deferred,
     "gpu": on_a_gpu,
     "deep": deep,
+    "thousand": thousand,
     "hostile": hostile,
 }

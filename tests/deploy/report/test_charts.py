@@ -10,8 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eps_deploy.report.charts import drop_chart, speedup_chart, times_chart
-from eps_deploy.report.formatting import comparisons, number_ranges, stage_strips
+from eps_deploy.report.charts import class_chart, drop_chart, speedup_chart, times_chart
+from eps_deploy.report.formatting import (
+    comparisons,
+    listed_classes,
+    number_ranges,
+    stage_strips,
+)
 from eps_deploy.report.schema import parse
 from tests.deploy.report.reports import deep, deferred, make_report, on_a_gpu, without_baseline
 
@@ -44,6 +49,11 @@ class Chart:
 
 def drop(found: dict[str, Any]) -> Chart:
     return Chart(drop_chart(parse(found), "passed"))
+
+
+def by_class(found: dict[str, Any]) -> Chart:
+    report = parse(found)
+    return Chart(class_chart(report, listed_classes(report)))
 
 
 def speedups(found: dict[str, Any]) -> Chart:
@@ -90,6 +100,31 @@ def test_a_limit_far_away_does_not_squeeze_the_interval() -> None:
 def test_nothing_to_draw() -> None:
     assert drop_chart(parse(without_baseline()), "waiting") is None
     assert speedup_chart(parse(deferred()), []) is None
+
+
+def test_each_class_has_its_interval() -> None:
+    chart = by_class(make_report(classes=["a", "b" * 50], lost=50, won=0))
+    for (low, high), (dot, _) in zip(chart.spans("range"), chart.spans("dot"), strict=True):
+        assert low < dot <= high
+    assert len(chart.spans("range")) == 2
+    assert chart.texts("label")[0].startswith("a: +0.50 (")
+    assert chart.texts("label")[1].startswith("b" * 31 + "…: ")
+    assert chart.spans("goal") == chart.spans("whisker") == []
+    assert len(chart.spans("reported")) == 2 * 4
+    assert class_chart(parse(without_baseline()), []) is None
+
+
+@pytest.mark.parametrize(
+    ("lost", "limit", "tone"), [(9000, 20.0, "failed"), (0, 20.0, "passed"), (450, 5.0, "waiting")]
+)
+def test_a_class_is_judged_by_the_end_of_its_thin_line(lost: int, limit: float, tone: str) -> None:
+    found = make_report(classes=["a", "b"], lost=lost, won=0, samples=9000, class_limit=limit)
+    chart = by_class(found)
+    assert len(chart.spans(tone)) == 2 * 4
+    goal, _ = chart.spans("goal")[0]
+    for left, right in chart.spans("whisker"):
+        assert left < right
+        assert (left > goal) == (tone == "failed")
 
 
 def test_the_ratio_of_the_flops_and_the_goal_are_drawn() -> None:

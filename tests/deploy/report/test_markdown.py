@@ -30,6 +30,8 @@ def test_the_verdict_comes_first() -> None:
     assert [line for line in lines if line.startswith("## ")] == [
         "## Size",
         "## Accuracy",
+        "## Classes",
+        "## Changed answers",
         "## Latency",
         "## Blocks",
         "## Parity",
@@ -64,6 +66,34 @@ def test_a_failed_check_leads() -> None:
         "cannot tell",
     ):
         assert said in text
+
+
+def test_the_first_of_the_classes_that_fail_are_in_the_verdict() -> None:
+    found = make_report(lost=900, won=0, limit=100, class_limit=1.0)
+    line = verdict_line(found)
+    assert line == "FAILED: class-accuracy (1 of 6 checks); classes: 0, 1, 2 and 7 more"
+    assert "| class-accuracy | **FAILED** | class 0: drop +9.00 points" in render_markdown(found)
+
+
+def test_too_few_images_for_every_class_is_a_doubt() -> None:
+    line = verdict_line(make_report(limit=0.45, class_limit=1.0))
+    assert "(too few images to be sure: accuracy, class-accuracy)" in line
+
+
+def test_classes_confusions_and_changed_answers_are_told() -> None:
+    text = render_markdown(make_report(lost=30, won=0))
+    assert "| 0 | 1,000 | 90.70 % | 90.40 % | +0.30 (" in text
+    assert "Confusions that became more frequent, 10 of 10:" in text
+    assert "| 0 | 1 | 93 | 96 |" in text
+    assert "| [0](changed/test-0000.png) | 0 | 0 (95.00 %) | 1 (60.00 %) |" in text
+    assert text.count("](changed/") == 24
+    assert "24 of them are shown, from all classes in turn" in text
+
+
+def test_a_thousand_classes_stay_readable() -> None:
+    found = PROVOKED["thousand"]()
+    assert len(found["answers"]["classes"]) == 1000
+    assert len(render_markdown(found).splitlines()) < 250
 
 
 def test_a_deferred_engine_is_not_called_passed() -> None:
