@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 
-from eps_compact.analysis import importance
 from eps_compact.cli import main
+from eps_train.gating import costs
 from tests.checkpoints import make_checkpoint
 from tests.commands import run
 
 
 @pytest.fixture(autouse=True)
 def little_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importance, "SECONDS_EACH", 0.02)
+    monkeypatch.setattr(costs, "SECONDS_EACH", 0.02)
 
 
 def certificate(folder: Path, *args: object) -> dict[str, Any]:

@@ -2,61 +2,75 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-
-import numpy as np
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from eps_compact.analysis import importance
-from eps_compact.analysis.importance import (
-    Measure,
+from eps_core.timing import MIN_BLOCKS
+from eps_train.data import dataset
+from eps_train.gating import costs, rewriting
+from eps_train.gating.costs import (
     TorchTimer,
     block_times,
     branch_costs,
+    count_costs,
+    latency_share,
+    measure_costs,
     plain,
 )
-from eps_core.timing import MIN_BLOCKS, Runs
-from eps_train.data import dataset
-from eps_train.gating import rewriting
 from eps_train.gating.gate import EpsilonGate
+from eps_train.gating.targets import Currency
 from eps_train.models.cifar import CifarResNet
-
-
-class LayerTimer:
-    """A millisecond for each convolution, and as much again for one of more than 8 channels."""
-
-    name = "a millisecond a convolution"
-
-    def __init__(self) -> None:
-        self.calls: list[Sequence[Collection[str]]] = []
-
-    def load(self, model: fx.GraphModule, image: Tensor) -> Measure:
-        assert image.dtype == torch.uint8
-
-        def measure(without: Sequence[Collection[str]]) -> list[Runs]:
-            self.calls.append(without)
-            return [np.full((4, 3), self._time(plain(model, blocks))) for blocks in without]
-
-        return measure
-
-    def _time(self, network: nn.Module) -> float:
-        convolutions = [m for m in network.modules() if isinstance(m, nn.Conv2d)]
-        return sum(1.0 + (m.out_channels > 8) for m in convolutions)
+from eps_train.models.spec import cost
+from tests.train.gating.timers import LayerTimer
 
 
 def test_each_kind_is_timed_once_and_shared_out() -> None:
     model = rewriting.trace(CifarResNet(depth=20, width=4).eval())
     timer = LayerTimer()
     measure = timer.load(model, torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
-    times = block_times(branch_costs(model, (3, 32, 32)), measure)
+    whole, times = block_times(branch_costs(model, (3, 32, 32)), measure)
     (without,) = timer.calls
     assert len(without) == 1 + 6, "the whole network, and one without each kind"
+    assert whole.value == 1 + 6 * 2.0 + 3 * 4.0
     assert {b: t.value for b, t in times.items()} == {
         b: 4.0 if b.startswith("stages.2") else 2.0 for b in rewriting.gates(model)
     }
     assert all(t.low == t.value == t.high for t in times.values())
+
+
+def test_the_costs_of_a_latency_are_the_times_of_call_and_blocks() -> None:
+    model = rewriting.trace(CifarResNet(depth=8, width=4).eval())
+    found = measure_costs(model, torch.zeros(1, 3, 32, 32, dtype=torch.uint8), LayerTimer())
+    blocks = {"stages.0.0": 2.0, "stages.1.0": 2.0, "stages.2.0": 4.0}
+    assert (found.currency, found.whole, found.blocks) == ("latency", 9.0, blocks)
+    assert found.timer == LayerTimer.name
+
+
+def test_a_block_whose_time_is_lost_in_the_noise_saves_nothing() -> None:
+    class Noise(LayerTimer):
+        def _time(self, network: nn.Module) -> float:
+            return 20.0 - super()._time(network)
+
+    model = rewriting.trace(CifarResNet(depth=8, width=4).eval())
+    found = measure_costs(model, torch.zeros(1, 3, 32, 32, dtype=torch.uint8), Noise())
+    assert set(found.blocks.values()) == {0.0}
+
+
+@pytest.mark.parametrize("currency", ["parameters", "flops"])
+def test_what_is_counted_is_what_the_network_has(currency: Currency) -> None:
+    model = rewriting.trace(CifarResNet(depth=14, width=4))
+    found = count_costs(model, (3, 16, 16), currency)
+    assert found.whole == getattr(cost(model, (3, 16, 16)), currency)
+    gone = ["stages.0.1", "stages.2.1"]
+    less = cost(rewriting.remove_blocks(model, gone), (3, 16, 16))
+    assert found.without(gone) == getattr(less, currency)
+
+
+def test_the_share_of_a_latency() -> None:
+    model = rewriting.trace(CifarResNet(depth=8, width=4).eval())
+    measure = LayerTimer().load(model, torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+    assert latency_share(measure, ["stages.2.0"]).value == pytest.approx(5 / 9)
 
 
 def test_what_is_timed_is_what_ships() -> None:
@@ -69,7 +83,7 @@ def test_what_is_timed_is_what_ships() -> None:
 
 def test_torch_times_every_network_as_often_as_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """Even without any time, a few blocks are made; threads and network are as before."""
-    monkeypatch.setattr(importance, "SECONDS_EACH", 0.0)
+    monkeypatch.setattr(costs, "SECONDS_EACH", 0.0)
     threads = torch.get_num_threads()
     model = rewriting.trace(CifarResNet(depth=8, width=4, in_channels=1).eval())
     before = dict(model.named_modules())
