@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -34,9 +34,8 @@ from eps_train.gating import rewriting
 from eps_train.gating.costs import (
     Timer,
     TorchTimer,
-    block_times,
     branch_costs,
-    latency_share,
+    measure_costs,
 )
 from eps_train.gating.nested import reestimate_batchnorm, smallest_size
 from eps_train.gating.targets import TARGETS, Currency, Target, cheapness
@@ -394,12 +393,14 @@ def sweep(
     dead = tuple(block for block in rewriting.gates(built) if block not in blocks)
     measure = timer.load(built, images.images[:1])
     began = time.perf_counter()
-    ms: dict[str, float] = {}
+    latency = None
     if weight == "ms" or (goal is not None and goal.by_latency):
-        live, times = block_times(costs, measure, dead)
-        ms = {block: max(found.value, 0.0) for block, found in times.items()}
-        live_share = latency_share(measure, dead).value if dead else 1.0
-    saved = ms if weight == "ms" else {found.block: getattr(found, weight) for found in costs}
+        latency = measure_costs(branch_costs(built, shape), measure, timer.name)
+    saved: Mapping[str, float] = {}
+    if weight != "ms":
+        saved = {found.block: getattr(found, weight) for found in costs}
+    elif latency is not None:
+        saved = latency.blocks
     whole = cost(checkpoint.network.skeleton(), shape)
     first = predict(model, normalize, measuring)
 
@@ -416,9 +417,7 @@ def sweep(
             parameters_share=size.parameters / whole.parameters,
             flops_share=size.flops / whole.flops,
             latency_share=_UNTIMED,
-            latency_predicted=(
-                live_share * (1 - sum(ms[block] for block in removed) / live.value) if ms else None
-            ),
+            latency_predicted=(latency and latency.without((*dead, *removed)) / latency.whole),
             accuracy=found.accuracy,
             loss=found.mean_loss,
             drop=accuracy_drop(first, found),

@@ -24,27 +24,45 @@ from eps_train.models.cifar import CifarResNet
 from eps_train.models.spec import cost
 from tests.train.gating.timers import LayerTimer
 
+IMAGE = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+
 
 def test_each_kind_is_timed_once_and_shared_out() -> None:
     model = rewriting.trace(CifarResNet(depth=20, width=4).eval())
     timer = LayerTimer()
-    measure = timer.load(model, torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+    measure = timer.load(model, IMAGE)
     whole, times = block_times(branch_costs(model, (3, 32, 32)), measure)
     (without,) = timer.calls
     assert len(without) == 1 + 6, "the whole network, and one without each kind"
     assert whole.value == 1 + 6 * 2.0 + 3 * 4.0
-    assert {b: t.value for b, t in times.items()} == {
-        b: 4.0 if b.startswith("stages.2") else 2.0 for b in rewriting.gates(model)
-    }
+    assert {b: t.value for b, t in times.items()} == pytest.approx(
+        {b: 4.0 if b.startswith("stages.2") else 2.0 for b in rewriting.gates(model)}
+    )
     assert all(t.low == t.value == t.high for t in times.values())
 
 
 def test_the_costs_of_a_latency_are_the_times_of_call_and_blocks() -> None:
     model = rewriting.trace(CifarResNet(depth=8, width=4).eval())
-    found = measure_costs(model, torch.zeros(1, 3, 32, 32, dtype=torch.uint8), LayerTimer())
+    measure = LayerTimer().load(model, IMAGE)
+    found = measure_costs(branch_costs(model, (3, 32, 32)), measure, LayerTimer.name)
     blocks = {"stages.0.0": 2.0, "stages.1.0": 2.0, "stages.2.0": 4.0}
-    assert (found.currency, found.whole, found.blocks) == ("latency", 9.0, blocks)
+    assert (found.currency, found.whole) == ("latency", 9.0)
+    assert found.blocks == pytest.approx(blocks)
     assert found.timer == LayerTimer.name
+
+
+def test_blocks_add_up_to_what_all_of_them_save() -> None:
+    """Here a block saves more beside others than alone."""
+
+    class Cached(LayerTimer):
+        def _time(self, network: nn.Module) -> float:
+            return super()._time(network) ** 2
+
+    model = rewriting.trace(CifarResNet(depth=14, width=4).eval())
+    measure = Cached().load(model, IMAGE)
+    found = measure_costs(branch_costs(model, (3, 32, 32)), measure, Cached.name)
+    assert found.without(found.blocks) == pytest.approx(1.0)
+    assert found.blocks["stages.2.1"] > found.blocks["stages.1.1"] > 0
 
 
 def test_a_block_whose_time_is_lost_in_the_noise_saves_nothing() -> None:
@@ -53,7 +71,8 @@ def test_a_block_whose_time_is_lost_in_the_noise_saves_nothing() -> None:
             return 20.0 - super()._time(network)
 
     model = rewriting.trace(CifarResNet(depth=8, width=4).eval())
-    found = measure_costs(model, torch.zeros(1, 3, 32, 32, dtype=torch.uint8), Noise())
+    measure = Noise().load(model, IMAGE)
+    found = measure_costs(branch_costs(model, (3, 32, 32)), measure, Noise.name)
     assert set(found.blocks.values()) == {0.0}
 
 
@@ -69,7 +88,7 @@ def test_what_is_counted_is_what_the_network_has(currency: Currency) -> None:
 
 def test_the_share_of_a_latency() -> None:
     model = rewriting.trace(CifarResNet(depth=8, width=4).eval())
-    measure = LayerTimer().load(model, torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+    measure = LayerTimer().load(model, IMAGE)
     assert latency_share(measure, ["stages.2.0"]).value == pytest.approx(5 / 9)
 
 

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from eps_core.cli import Log, missing_package
 from eps_core.errors import ConfigError
-from eps_core.stats import Interval, difference_of_medians, median, ratio_of_medians
+from eps_core.stats import Interval, median, ratio_of_medians
 from eps_core.timing import Runs, interleave, wall_clock
 from eps_train.data.dataset import DataIdentity
 from eps_train.gating import rewriting
@@ -203,48 +203,47 @@ def interleaved(calls: Sequence[Callable[[], object]]) -> list[Runs]:
 
 
 def block_times(
-    costs: Iterable[BranchCost], measure: Measure, without: Collection[str] = ()
+    costs: Iterable[BranchCost], measure: Measure
 ) -> tuple[Interval, dict[str, Interval]]:
     """Return the milliseconds of a call, and those that each block takes, with 95 % intervals.
 
-    Each kind of block is timed once: the whole network against the one without all blocks of that
-    kind, divided by their number.
+    Each kind of block is timed once: the network without all blocks of that kind, as a share of
+    the whole network beside it. What is saved is divided by their number.
 
     Args:
-        costs: of the blocks to be timed; `measure` was loaded with a network that has them.
-        without: other blocks of that network, left out of everything that is timed.
+        costs: of all blocks of the network that `measure` was loaded with.
     """
     kinds: dict[str, list[str]] = {}
     for found in costs:
         kinds.setdefault(found.kind, []).append(found.block)
-    whole, *less = measure([tuple(without), *((*without, *kind) for kind in kinds.values())])
+    whole, *less = measure([(), *kinds.values()])
+    call = median(whole)
     times: dict[str, Interval] = {}
     for blocks, runs in zip(kinds.values(), less, strict=True):
-        joint = difference_of_medians(whole, runs)
-        count = len(blocks)
-        each = Interval(joint.value / count, joint.low / count, joint.high / count)
+        left, unit = ratio_of_medians(runs, whole), call.value / len(blocks)
+        each = Interval((1 - left.value) * unit, (1 - left.high) * unit, (1 - left.low) * unit)
         times |= dict.fromkeys(blocks, each)
-    return median(whole), times
+    return call, times
 
 
-def measure_costs(model: fx.GraphModule, image: Tensor, timer: Timer) -> BlockCosts:
-    """Measure the latency of a network with gates and of its blocks.
+def measure_costs(costs: Collection[BranchCost], measure: Measure, timer: str) -> BlockCosts:
+    """Measure the latency of a network and of its blocks.
 
-    A block whose time is lost in the noise saves nothing.
+    The network without any block is timed too, and the times of the blocks are scaled so that they
+    add up to what it saves: alone, a block may save more or less than beside others. A block whose
+    time is lost in the noise saves nothing.
 
     Args:
-        model: a network with gates.
-        image: one raw image, uint8 `[1, C, H, W]`, on the network's device.
-        timer: measures the times.
-
-    Raises:
-        GraphError: `timer` cannot run the network.
+        costs: of all blocks of the network that `measure` was loaded with.
+        measure: times it without some of its blocks.
+        timer: name of the timer.
     """
-    measure = timer.load(model, image)
-    _, channels, height, width = image.shape
-    whole, times = block_times(branch_costs(model, (channels, height, width)), measure)
-    blocks = {block: max(found.value, 0.0) for block, found in times.items()}
-    return BlockCosts(currency="latency", whole=whole.value, blocks=blocks, timer=timer.name)
+    whole, times = block_times(costs, measure)
+    saved = {block: max(found.value, 0.0) for block, found in times.items()}
+    together = max(1 - latency_share(measure, list(saved)).value, 0.0) * whole.value
+    scale = together / max(sum(saved.values()), 1e-9)
+    blocks = {block: scale * found for block, found in saved.items()}
+    return BlockCosts(currency="latency", whole=whole.value, blocks=blocks, timer=timer)
 
 
 def latency_share(measure: Measure, removed: Collection[str]) -> Interval:

@@ -19,7 +19,7 @@ from eps_train.data.batches import Batches, make
 from eps_train.data.dataset import Data, Outline
 from eps_train.gating import rewriting
 from eps_train.gating.controller import EpsilonController
-from eps_train.gating.costs import count_costs, make_timer, measure_costs
+from eps_train.gating.costs import branch_costs, count_costs, make_timer, measure_costs
 from eps_train.gating.criteria import BlockScores
 from eps_train.gating.nested import SubNetworks, nested_order, smallest_size
 from eps_train.gating.pruning_state import BlockTracker
@@ -160,11 +160,13 @@ class Trainer:
         if self.config.target is None or self.controller is not None:
             return
 
-        def measure() -> BlockCosts:
+        def measured() -> BlockCosts:
             timer = make_timer(self.config.timer, self.data.identity, report)
-            return measure_costs(self.model, self.image, timer)
+            measure = timer.load(self.model, self.image)
+            costs = branch_costs(self.model, self.data.identity.input_shape)
+            return measure_costs(costs, measure, timer.name)
 
-        self._follow_target(self.group.lead(measure))
+        self._follow_target(self.group.lead(measured))
 
     def _follow_target(self, costs: BlockCosts) -> None:
         """Have a controller prune to the target; `costs` are in its currency."""
