@@ -440,6 +440,24 @@ def test_a_latency_that_turns_out_longer_is_warned_of(
     assert "; eps-compact ckpt.pt --target-latency 0.8 prunes further" in told
 
 
+@pytest.mark.usefixtures("certain_deaths")
+def test_a_run_ends_well_where_its_latency_cannot_be_measured_again(train: Train) -> None:
+    """As where it is resumed on another machine."""
+    long = ("--epochs", 6, "--final-decay", "none", "--model", "cifar:14x4")
+    target = ("--target-latency", 0.8, "--timer", "ort")
+    train(*target, *long)
+    with timed_by(NO_ORT):
+        told = train(*target, *long, "--resume", "--json").result
+    assert "% predicted, not measured (--timer ort: onnxruntime is not installed" in told.stderr
+    assert json.loads(told.stdout)["runs"][0]["target"]["measured"] is None
+
+
+def test_a_nested_run_orders_its_blocks(train: Train) -> None:
+    trained = train("--nested", "--model", "cifar:14x4")
+    assert sorted(trained.best.order) == sorted(trained.best.network.gated)
+    assert set(trained.epochs("epsilon")) == {0}
+
+
 def test_a_target_that_no_run_reaches_is_said_with_its_deviation(train: Train) -> None:
     with timed_by(LAYERS):
         told = train("--target-speedup", 9).result.stderr

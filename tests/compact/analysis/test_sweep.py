@@ -157,6 +157,33 @@ def test_latency_is_a_share_of_the_network_with_its_dead_blocks() -> None:
     assert point.latency_share.value <= 0.6 < before.latency_share.value
 
 
+def test_a_nested_run_is_cut_by_latency_in_its_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twelve blocks go at once; the cut is within a block of what was asked for."""
+    monkeypatch.setattr(module, "STEPS", 1)
+    monkeypatch.setattr(module, "STATISTICS", 64)
+    checkpoint = make_checkpoint(depth=32)
+    blocks = checkpoint.network.gated
+    first = [block for block in blocks if block.endswith(".0")]
+    checkpoint.order = (*first, *(block for block in blocks if block not in first))
+    goal = Goal(target_speedup=1.3)
+    found = sweep(
+        checkpoint,
+        DIGITS.validation,
+        train=DIGITS.train,
+        goal=goal,
+        weight="ms",
+        timer=LayerTimer(),
+        samples=20,
+    )
+    point = pick(found, goal)
+    assert found.nested
+    assert point.removed == checkpoint.order[::-1][: len(point.removed)]
+    before = found.points[found.points.index(point) - 1]
+    assert len(before.removed) == len(point.removed) - 1
+    assert point.latency_share.value <= 1 / 1.3 < before.latency_share.value
+    assert point.latency_predicted == pytest.approx(point.latency_share.value)
+
+
 def test_a_prediction_that_is_wrong_is_corrected_by_the_times_of_the_networks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from eps_core import cli
-from eps_core.errors import ConfigError, DataError, Interrupted
+from eps_core.errors import ConfigError, DataError, EpsError, Interrupted
 from eps_core.files import replace_file
 from eps_train.config import TrainingConfig
 from eps_train.data.dataset import Data, Outline
@@ -61,7 +61,8 @@ def show(summaries: list[dict[str, Any]]) -> None:
 
     def latency(summary: dict[str, Any]) -> str:
         target = summary.get("target", {})
-        return f"{target['measured']:.0%}" if target.get("currency") == "latency" else "–"
+        timed = target.get("currency") == "latency" and target["measured"] is not None
+        return f"{target['measured']:.0%}" if timed else "–"
 
     timed = any(latency(summary) != "–" for summary in summaries)
     rows = [
@@ -332,7 +333,7 @@ class Run:
 
         Returns:
             The entry `target` of the summary: shares of the cost asked for, predicted and measured,
-            a latency's with its 95 % interval.
+            a latency's with its 95 % interval; None for a latency that could not be measured.
         """
         trainer = self.trainer
         assert trainer.controller is not None
@@ -340,25 +341,31 @@ class Run:
         predicted = costs.without(best.dead) / costs.whole
         found: dict[str, Any] = {"option": str(target), "currency": target.currency}
         found |= {"asked": target.share, "predicted": predicted}
-        how = ""
+        measured: float | None = None
         if target.currency == "latency":
-            timer = make_timer(self.config.timer, best.data)
-            model = best.build_gated().to(trainer.device)
-            share = latency_share(timer.load(model, trainer.image), best.dead)
-            measured = share.value
-            found |= {"measured": measured, "low": share.low, "high": share.high}
-            found["timer"] = timer.name
-            how = f" ({share.low:.1%} to {share.high:.1%}; {timer.name})"
+            try:
+                timer = make_timer(self.config.timer, best.data)
+                model = best.build_gated().to(trainer.device)
+                share = latency_share(timer.load(model, trainer.image), best.dead)
+            except EpsError as error:  # a run may be resumed where its runtime is not installed
+                how = f"not measured ({error})"
+            else:
+                measured = share.value
+                found |= {"low": share.low, "high": share.high, "timer": timer.name}
+                how = f"{measured:.1%} measured"
+                how += f" ({share.low:.1%} to {share.high:.1%}; {timer.name})"
         else:
             counts = summary[target.currency]
-            measured = found["measured"] = counts["kept"] / counts["total"]
+            measured = counts["kept"] / counts["total"]
+            how = f"{measured:.1%} measured"
+        found["measured"] = measured
         self._log.print(
             f"{target.unit}: {target.share:.1%} asked for ({target}), {predicted:.1%}"
-            f" predicted, {measured:.1%} measured{how}",
+            f" predicted, {how}",
             markup=False,
         )
         missed = trainer.controller.shortfall(trainer.kept_cost())
-        if missed is None and measured > target.share:
+        if missed is None and measured is not None and measured > target.share:
             live = [record.block for record in best.gates if record.death is None]
             missed = (
                 f"the measured {target.unit} is {100 * (measured - target.share):.1f} points above"
