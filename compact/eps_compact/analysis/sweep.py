@@ -417,7 +417,9 @@ def sweep(
             parameters_share=size.parameters / whole.parameters,
             flops_share=size.flops / whole.flops,
             latency_share=_UNTIMED,
-            latency_predicted=(latency and latency.without((*dead, *removed)) / latency.whole),
+            latency_predicted=(
+                None if latency is None else latency.without((*dead, *removed)) / latency.whole
+            ),
             accuracy=found.accuracy,
             loss=found.mean_loss,
             drop=accuracy_drop(first, found),

@@ -162,7 +162,7 @@ class Trainer:
 
         def measured() -> BlockCosts:
             timer = make_timer(self.config.timer, self.data.identity, report)
-            measure = timer.load(self.model, self.image)
+            measure = timer.load(rewriting.drop_taps(self.model), self.image)
             costs = branch_costs(self.model, self.data.identity.input_shape)
             return measure_costs(costs, measure, timer.name)
 
