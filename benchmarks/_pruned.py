@@ -12,10 +12,9 @@ import torch
 from _steps import random_images
 from torch import nn
 
-from eps_compact import folding
 from eps_deploy.export.export import Deployed
 from eps_train.data.dataset import DataIdentity
-from eps_train.gating import rewriting
+from eps_train.gating import folding, rewriting
 from eps_train.models.spec import NetworkSpec, cost
 from eps_train.recipes import cifar
 

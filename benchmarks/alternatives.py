@@ -47,7 +47,7 @@ from typing import Any
 import click
 import torch
 
-from eps_compact.analysis.importance import branch_costs, interleaved, live_network, plain
+from eps_compact.analysis.importance import live_network
 from eps_core.files import replace_file
 from eps_core.stats import ratio_of_medians
 from eps_deploy.engines.ort import OrtEngine
@@ -55,6 +55,7 @@ from eps_deploy.export.export import export_onnx
 from eps_train.data import dataset
 from eps_train.data.dataset import Data
 from eps_train.gating import rewriting
+from eps_train.gating.costs import branch_costs, interleaved, plain
 from eps_train.models.cifar import Normalize
 from eps_train.models.spec import NetworkSpec, cost
 from eps_train.training.checkpoint import Checkpoint

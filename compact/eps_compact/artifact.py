@@ -10,13 +10,12 @@ from typing import Any
 import msgspec
 from torch import Tensor, fx
 
-from eps_compact import folding
 from eps_compact.certificate import difference
-from eps_compact.folding import Pair
 from eps_core import checksummed
 from eps_core.errors import ConfigError, FileFormatError, GraphError
 from eps_train.data.dataset import DataIdentity
-from eps_train.gating import rewriting
+from eps_train.gating import folding, rewriting
+from eps_train.gating.folding import Pair
 from eps_train.models.spec import NetworkSpec
 from eps_train.training.checkpoint import Checkpoint, current_versions
 

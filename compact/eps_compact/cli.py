@@ -131,6 +131,18 @@ class Request:
     " lossless.",
 )
 @click.option(
+    "--target-latency",
+    metavar="SHARE",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    help="Prune live blocks along the sweep to this share of the measured latency: not lossless.",
+)
+@click.option(
+    "--target-speedup",
+    metavar="FACTOR",
+    type=click.FloatRange(1, min_open=True),
+    help="Prune live blocks along the sweep to 1/FACTOR of the measured latency: not lossless.",
+)
+@click.option(
     "--max-accuracy-drop",
     metavar="POINTS",
     type=click.FloatRange(0, 100),
@@ -258,7 +270,7 @@ def _compact(request: Request, log: Console) -> tuple[Compaction, Selection]:
         except DataError as error:
             raise DataError(f"{error}; or add --no-data") from error
         if options.measures:
-            from eps_compact.analysis.importance import make_timer
+            from eps_train.gating.costs import make_timer
 
             timer = make_timer(options.timer, checkpoint.data, report)
         selection = select(checkpoint, data, options, timer, device, report)

@@ -13,12 +13,12 @@ from eps_compact import certificate, evidence
 from eps_compact.artifact import CompactArtifact
 from eps_compact.certificate import fingerprint
 from eps_compact.evidence import ActivationStatistics, BlockEvidence
-from eps_compact.folding import fold
 from eps_compact.plots import Block, block_map
 from eps_core.checks import Parity
 from eps_core.cli import Log
 from eps_train.data.images import Part
 from eps_train.gating import rewriting
+from eps_train.gating.folding import fold
 from eps_train.models.cifar import Normalize
 from eps_train.models.spec import NetworkSpec, cost
 from eps_train.training.checkpoint import Checkpoint

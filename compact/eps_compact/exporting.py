@@ -16,13 +16,12 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx
 
 from eps_compact.artifact import CompactArtifact
 from eps_core.errors import ConfigError, GraphError
 from eps_core.files import replace_file
-from eps_train.data.dataset import DataIdentity
-from eps_train.models.cifar import Normalize
+from eps_train.models.cifar import FromPixels
 
 KINDS = ("pt2", "safetensors")
 # Name of the description: of an extra file inside a pt2 archive, of an entry of the metadata of a
@@ -33,20 +32,6 @@ DESCRIPTION_VERSION = 1
 INPUT, OUTPUT = "images", "logits"
 # Where a recorded step was written: paths of the machine that exported it, of no use to others.
 _WHEREABOUTS = ("stack_trace", "from_node", "custom")
-
-
-class FromPixels(nn.Module):
-    """A network behind its normalisation: uint8 `[N, C, H, W]` to logits float32 `[N, classes]`."""
-
-    def __init__(self, network: nn.Module, identity: DataIdentity) -> None:
-        super().__init__()
-        self.normalize = Normalize.of(identity)
-        self.network = network
-        self.eval()
-
-    def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.network(self.normalize(images))
-        return logits
 
 
 def export(artifact: CompactArtifact, path: Path, kind: str, *, force: bool = False) -> None:

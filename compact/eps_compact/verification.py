@@ -12,12 +12,12 @@ from eps_compact import certificate
 from eps_compact.artifact import CompactArtifact, read_certificate
 from eps_compact.certificate import ProofError, failure
 from eps_compact.compaction import compact, counts, folded_counts, proof_images
-from eps_compact.folding import fold
 from eps_core.checks import Check, Parity, Verification
 from eps_core.cli import Log
 from eps_core.errors import ConfigError, DataError, FileFormatError
 from eps_train.data.dataset import load_again
 from eps_train.data.images import Part
+from eps_train.gating.folding import fold
 from eps_train.models.cifar import Normalize
 from eps_train.training.checkpoint import Checkpoint
 

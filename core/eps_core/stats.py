@@ -111,7 +111,7 @@ def paired_mean(differences: Floats) -> Interval:
 # Times are measured in blocks, `[blocks, runs]` or one array a block; see `eps_core.timing`. Runs
 # within a block share whatever the machine was doing then, and so do blocks of two calls that were
 # measured side by side. What counts as independent is therefore one number a block, its median, or
-# one ratio or difference for each pair of blocks.
+# one ratio for each pair of blocks.
 
 
 def median(blocks: Iterable[Floats]) -> Interval:
@@ -122,11 +122,6 @@ def median(blocks: Iterable[Floats]) -> Interval:
 def ratio_of_medians(numerator: Iterable[Floats], denominator: Iterable[Floats]) -> Interval:
     """Median over pairs of blocks of the ratio of their medians."""
     return _median_interval(_medians(numerator) / _medians(denominator))
-
-
-def difference_of_medians(first: Iterable[Floats], second: Iterable[Floats]) -> Interval:
-    """Median over pairs of blocks of the difference of their medians."""
-    return _median_interval(_medians(first) - _medians(second))
 
 
 def _medians(blocks: Iterable[Floats]) -> Floats:

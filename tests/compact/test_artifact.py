@@ -13,11 +13,11 @@ from torch import Tensor
 
 import eps_compact
 from eps_compact.artifact import FORMAT, VERSION, CompactArtifact
-from eps_compact.folding import fold
 from eps_core import checksummed
 from eps_core.errors import FileFormatError
 from eps_train.data import dataset
 from eps_train.gating import rewriting
+from eps_train.gating.folding import fold
 from tests.checkpoints import make_checkpoint
 
 DEAD = ("stages.1.0", "stages.2.2")

@@ -14,9 +14,9 @@ import pytest
 
 from eps_compact.artifact import FORMAT, VERSION, CompactArtifact
 from eps_compact.cli import main as compact_main
-from eps_compact.folding import fold
 from eps_core import checksummed
 from eps_deploy.cli.verify import main
+from eps_train.gating.folding import fold
 from eps_train.training.checkpoint import Checkpoint
 from tests.checkpoints import make_checkpoint
 from tests.commands import Result, run

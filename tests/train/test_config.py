@@ -21,6 +21,8 @@ def test_baseline_differs_in_epsilon_alone() -> None:
     baseline = digits().baseline()
     assert baseline.plain
     assert replace(baseline, epsilon=digits().epsilon) == digits()
+    timed = replace(digits(), epsilon=None, target_latency=0.5, timer="ort", max_accuracy_drop=1.0)
+    assert timed.baseline() == baseline
 
 
 @pytest.mark.parametrize(
@@ -34,14 +36,26 @@ def test_baseline_differs_in_epsilon_alone() -> None:
         ({"momentum": 1.0}, "--momentum 1.0: must be 0 to 0.9999$"),
         ({"weight_decay": float("nan")}, "--weight-decay nan: must be finite and at least 0"),
         ({"precision": "fp8"}, "--precision fp8: must be one of fp32, tf32, bf16, fp16"),
-        ({"epsilon": None}, "--epsilon is missing; give it, or --target-parameters"),
+        (
+            {"epsilon": None},
+            "--epsilon is missing; give it, or a target such as --target-parameters",
+        ),
         ({"target_parameters": 0.3}, "--epsilon and --target-parameters contradict"),
         (
             {"target_parameters": 1.0, "epsilon": None},
             "--target-parameters 1.0: must be 0 to 1, both excluded",
         ),
+        (
+            {"target_speedup": 1.0, "epsilon": None},
+            "--target-speedup 1.0: must be finite and above 1",
+        ),
+        (
+            {"target_flops": 0.3, "target_speedup": 2.0, "epsilon": None},
+            "--target-flops and --target-speedup contradict each other: a run has one target",
+        ),
+        ({"timer": "ort"}, "--timer only applies to --target-latency and --target-speedup"),
         ({"seed": 2**32}, "--seed 4294967296: must be 0 to 4294967295"),
-        ({"max_accuracy_drop": 1.0}, "--max-accuracy-drop only applies to --target-parameters"),
+        ({"max_accuracy_drop": 1.0}, "--max-accuracy-drop only applies to targets"),
     ],
 )
 def test_impossible_configurations_are_refused(changes: dict[str, object], message: str) -> None:

@@ -15,6 +15,10 @@ from tests.commands import Result, run
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
+TARGETS = {"target_parameters", "target_flops", "target_latency", "target_speedup"}
+TARGET = ("--target-parameters", "0.3")
+TOGETHER = {"criterion": TARGET, "max_accuracy_drop": TARGET, "timer": ("--target-speedup", "2")}
+
 # One option, its value, and the field's value that comes of it, for every field but `recipe`.
 GIVEN = {
     "dataset": ("--dataset", "mnist", "mnist"),
@@ -25,6 +29,11 @@ GIVEN = {
     "seed": ("--seed", "5", 5),
     "epsilon": ("--epsilon", "1.5", 1.5),
     "target_parameters": ("--target-parameters", "0.3", 0.3),
+    "target_flops": ("--target-flops", "0.3", 0.3),
+    "target_latency": ("--target-latency", "0.3", 0.3),
+    "target_speedup": ("--target-speedup", "2", 2.0),
+    "timer": ("--timer", "torch", "torch"),
+    "nested": ("--nested", None, True),
     "criterion": ("--criterion", "gradient", "gradient"),
     "max_accuracy_drop": ("--max-accuracy-drop", "1", 1.0),
     "epsilon_warmup": ("--epsilon-warmup", "2", 2),
@@ -65,13 +74,12 @@ def test_every_field_has_an_option() -> None:
 @pytest.mark.parametrize("field", GIVEN)
 def test_an_option_overrides_its_field_and_no_other(field: str, tmp_path: Path) -> None:
     option, text, value = GIVEN[field]
-    together = ("--target-parameters", "0.3") if field in ("max_accuracy_drop", "criterion") else ()
-    result = show(tmp_path, option, *([text] if text else []), *together)
+    result = show(tmp_path, option, *([text] if text else []), *TOGETHER.get(field, ()))
     assert result.code == 0, result.stderr
     shown, plain = json.loads(result.stdout), digits().to_dict()
     assert shown.pop(field) == value
     changed = {name for name, entry in shown.items() if entry != plain[name]}
-    assert changed <= {"epsilon", "target_parameters"}
+    assert changed <= {"epsilon", *TARGETS}
 
 
 def test_a_target_and_a_threshold_replace_each_other(tmp_path: Path) -> None:
@@ -84,6 +92,20 @@ def test_a_target_and_a_threshold_replace_each_other(tmp_path: Path) -> None:
     assert fixed["target_parameters"] is None
     assert fixed["criterion"] == "response"
     assert fixed["max_accuracy_drop"] is None
+
+
+def test_one_target_replaces_another(tmp_path: Path) -> None:
+    timed = show(tmp_path, "--target-speedup", 2, "--timer", "torch", "--max-accuracy-drop", 1)
+    (tmp_path / "timed.json").write_text(timed.stdout)
+    base = ("--config", "timed.json")
+    latency = json.loads(show(tmp_path, *base, "--target-latency", 0.3).stdout)
+    assert (latency["target_latency"], latency["target_speedup"]) == (0.3, None)
+    assert (latency["timer"], latency["max_accuracy_drop"]) == ("torch", 1)
+    flops = json.loads(show(tmp_path, *base, "--target-flops", 0.3).stdout)
+    assert (flops["target_flops"], flops["target_speedup"]) == (0.3, None)
+    assert (flops["timer"], flops["max_accuracy_drop"]) == (None, 1)
+    nested = json.loads(show(tmp_path, *base, "--nested").stdout)
+    assert {nested[name] for name in (*TARGETS, "timer", "max_accuracy_drop")} == {None}
 
 
 def test_config_reads_back_what_show_recipe_prints(tmp_path: Path) -> None:

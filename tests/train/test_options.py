@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from eps_core.stats import Interval
 from eps_train.cli import main
 from eps_train.data import dataset
+from eps_train.gating import controller, costs
+from eps_train.gating.costs import branch_costs, count_costs, measure_costs
 from eps_train.gating.criteria import BlockScores
 from eps_train.training import forward, trainer
 from eps_train.training.checkpoint import Checkpoint
@@ -26,6 +29,7 @@ from eps_train.training.evaluate import Score
 from eps_train.training.step import TrainingStep
 from eps_train.training.trainer import Trainer
 from tests.commands import Result, run
+from tests.train.gating.timers import LAYERS, NO_ORT, LayerTimer, timed_by
 
 EPOCHS = 2
 NEVER_DEAD = ("--patience", 99)
@@ -374,6 +378,141 @@ def test_a_target_leads_the_threshold(train: Train) -> None:
     weakest = min(gate["peak"] for gate in trained.epochs("gates")[0].values())
     assert first == 0
     assert second >= 1.05 * weakest * (1 - 1e-6)
+
+
+@pytest.fixture
+def certain_deaths(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Whatever is chosen dies; a block costs a millisecond or two for each of its convolutions."""
+    monkeypatch.setattr(controller, "MARGIN", 1e6)
+    with timed_by(LAYERS):
+        yield
+
+
+@pytest.mark.usefixtures("certain_deaths")
+@pytest.mark.parametrize(
+    ("option", "value", "unit"),
+    [
+        ("--target-parameters", 0.6, "parameters"),
+        ("--target-flops", 0.6, "FLOPs"),
+        ("--target-latency", 0.6, "latency"),
+        ("--target-speedup", 1.5, "latency"),
+    ],
+)
+def test_a_target_is_met_within_the_cost_of_a_block(
+    train: Train, option: str, value: float, unit: str
+) -> None:
+    long = ("--epochs", 6, "--final-decay", "none", "--json")
+    trained = train(option, value, "--model", "cifar:14x4", *long)
+    (summary,) = json.loads(trained.result.stdout)["runs"]
+    found = summary["target"]
+    asked = 1 / value if value > 1 else value
+    assert (found["option"], found["asked"]) == (f"{option} {value:g}", asked)
+    assert found["measured"] == pytest.approx(found["predicted"])
+    network = trained.best.network.skeleton()
+    if unit == "latency":
+        measure = LayerTimer().load(network, torch.zeros(1, 3, 9, 9, dtype=torch.uint8))
+        costed = measure_costs(branch_costs(network, (3, 9, 9)), measure, LayerTimer.name)
+        assert found["timer"] == LayerTimer.name
+    else:
+        costed = count_costs(network, (3, 9, 9), found["currency"])
+    assert found["predicted"] == costed.without(trained.best.dead) / costed.whole
+    largest = max(costed.blocks.values()) / costed.whole
+    assert asked - largest < found["predicted"] <= asked
+    told = trained.result.stderr
+    assert f"target: {asked:.1%} of the {unit} ({option} {value:g}), " in told
+    line = f"{unit}: {asked:.1%} asked for ({option} {value:g}), {found['predicted']:.1%} predicted"
+    assert line in told
+    assert "cannot be reached" not in told
+    assert ("latency" in told[told.index("Trained") :]) is (unit == "latency")
+
+
+@pytest.mark.usefixtures("certain_deaths")
+def test_a_latency_that_turns_out_longer_is_warned_of(
+    train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    longer = Interval(0.9, 0.89, 0.91)
+    monkeypatch.setattr("eps_train.training.run.latency_share", lambda *_: longer)
+    long = ("--epochs", 6, "--final-decay", "none")
+    trained = train("--target-latency", 0.8, "--model", "cifar:14x4", *long)
+    told = " ".join(trained.result.stderr.split())
+    assert "% predicted, 90.0% measured (89.0% to 91.0%; a millisecond a convolution)" in told
+    assert "warning: the measured latency is 10.0 points above the target; eps-comp" in told
+    assert "; eps-compact ckpt.pt --target-latency 0.8 prunes further" in told
+
+
+@pytest.mark.usefixtures("certain_deaths")
+def test_a_run_ends_well_where_its_latency_cannot_be_measured_again(train: Train) -> None:
+    """As where it is resumed on another machine."""
+    long = ("--epochs", 6, "--final-decay", "none", "--model", "cifar:14x4")
+    target = ("--target-latency", 0.8, "--timer", "ort")
+    train(*target, *long)
+    with timed_by(NO_ORT):
+        told = train(*target, *long, "--resume", "--json").result
+    assert "% predicted, not measured (--timer ort: onnxruntime is not installed" in told.stderr
+    assert json.loads(told.stdout)["runs"][0]["target"]["measured"] is None
+
+
+def test_a_nested_run_orders_its_blocks(train: Train) -> None:
+    trained = train("--nested", "--model", "cifar:14x4")
+    assert sorted(trained.best.order) == sorted(trained.best.network.gated)
+    assert set(trained.epochs("epsilon")) == {0}
+
+
+def test_a_target_that_no_run_reaches_is_said_with_its_deviation(train: Train) -> None:
+    with timed_by(LAYERS):
+        told = train("--target-speedup", 9).result.stderr
+    assert "warning: --target-speedup 9 cannot be reached: every stage keeps a block" in told
+    assert "leaves 100% of the latency" in told
+    assert "warning: 100% of the latency is left, not 11%" in told
+
+
+def test_blocks_are_timed_in_the_runtime_that_is_named(
+    train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(costs, "SECONDS_EACH", 0.0)
+    with timed_by(LAYERS):
+        trained = train("--target-latency", 0.6, "--timer", "torch", "--json")
+    (summary,) = json.loads(trained.result.stdout)["runs"]
+    assert summary["target"]["timer"].startswith("torch ")
+    assert "ms a block (torch " in trained.result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (
+            ("--target-flops", 0.5, "--target-latency", 0.5),
+            1,
+            "--target-flops and --target-latency contradict each other: a run has one target",
+        ),
+        (
+            ("--target-latency", 0.5, "--target-speedup", 2),
+            1,
+            "--target-latency and --target-speedup contradict each other",
+        ),
+        (("--target-speedup", 2, "--epsilon", 1), 1, "--epsilon and --target-speedup contradict"),
+        (("--target-flops", 0.5, "--nested"), 1, "--nested and --target-flops contradict"),
+        (("--target-flops", 0), 2, "--target-flops"),
+        (("--target-latency", 1), 2, "--target-latency"),
+        (("--target-speedup", 1), 2, "--target-speedup"),
+        (("--target-speedup", "inf"), 1, "--target-speedup inf: must be finite and above 1"),
+        (("--target-latency", "nan"), 1, "--target-latency nan: must be 0 to 1, both excluded"),
+        (("--target-latency", 0.5, "--timer", "sun"), 2, "'sun' is not one of 'ort', 'torch'"),
+        (("--timer", "ort"), 1, "--timer only applies to --target-latency and --target-speedup"),
+        (("--target-flops", 0.5, "--timer", "ort"), 1, "--timer only applies to --target-latency"),
+        (("--target-latency", 0.5, "--timer", "ort"), 1, "pip install 'eps-resnet[ort]'"),
+    ],
+)
+def test_targets_and_timers_that_are_refused(
+    tmp_path: Path, options: tuple[object, ...], code: int, message: str
+) -> None:
+    small = ("--epochs", 1, "--model", "cifar:8x4")
+    with timed_by(NO_ORT):
+        result = run("eps-train", main, *options, *small, cwd=tmp_path)
+    assert result.code == code
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_criterion_chooses_the_block(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ import click
 import msgspec
 
 from eps_core.errors import ConfigError
+from eps_train.gating.targets import TARGETS, Target
 from eps_train.schedule import Steps
 
 T = TypeVar("T")
@@ -59,7 +60,7 @@ class Bounds:
 
     def __str__(self) -> str:
         if self.high is None:
-            return f"finite and at least {self.low}"
+            return f"finite and {'above' if self.open else 'at least'} {self.low}"
         return f"{self.low} to {self.high}" + (", both excluded" if self.open else "")
 
 
@@ -134,6 +135,40 @@ class TrainingConfig:
             metavar="FRACTION",
         ),
     )
+    target_flops: float | None = field(
+        default=None,
+        metadata=_pruning(
+            "Adjust epsilon during training to reach this fraction of the floating-point"
+            " operations.",
+            Bounds(0, 1, open=True),
+            metavar="FRACTION",
+        ),
+    )
+    target_latency: float | None = field(
+        default=None,
+        metadata=_pruning(
+            "Adjust epsilon during training to reach this fraction of the latency; each kind of"
+            " block is timed before the first epoch.",
+            Bounds(0, 1, open=True),
+            metavar="FRACTION",
+        ),
+    )
+    target_speedup: float | None = field(
+        default=None,
+        metadata=_pruning(
+            "Adjust epsilon during training to reach 1/FACTOR of the latency.",
+            Bounds(1, open=True),
+            metavar="FACTOR",
+        ),
+    )
+    timer: str | None = field(
+        default=None,
+        metadata=_pruning(
+            "With --target-latency or --target-speedup: runtime that blocks are timed in, on one"
+            " thread: ONNX Runtime or PyTorch.  [default: ort where it is installed]",
+            ("ort", "torch"),
+        ),
+    )
     nested: bool = field(
         default=False,
         metadata=_pruning(
@@ -144,7 +179,7 @@ class TrainingConfig:
     criterion: str = field(
         default="response",
         metadata=_pruning(
-            "With --target-parameters or --nested: prune first the blocks with the smallest"
+            "With a target or --nested: prune first the blocks with the smallest"
             " response, response relative to the block's input, gradient of the gate, change of the"
             " block's input, or weights; or in random order.",
             ("response", "relative", "gradient", "influence", "l1", "random"),
@@ -153,7 +188,7 @@ class TrainingConfig:
     max_accuracy_drop: float | None = field(
         default=None,
         metadata=_pruning(
-            "With --target-parameters: raise epsilon only while validation accuracy is at most"
+            "With a target: raise epsilon only while validation accuracy is at most"
             " POINTS below its best.",
             Bounds(0, 100),
             metavar="POINTS",
@@ -269,35 +304,59 @@ class TrainingConfig:
                 raise ConfigError(f"{name} {value}: must be {among}")
         if not self.lr_schedule or self.lr_schedule[0][0] != 0:
             raise ConfigError("--lr-schedule must start at epoch 0")
-        if self.nested and (self.epsilon is not None or self.target_parameters is not None):
-            other = "--target-parameters" if self.epsilon is None else "--epsilon"
+        targets = [name for name in TARGETS if getattr(self, name) is not None]
+        given = [f"--{name.replace('_', '-')}" for name in targets]
+        if len(given) > 1:
+            raise ConfigError(
+                f"{given[0]} and {given[1]} contradict each other: a run has one target; leave one"
+                " of them out"
+            )
+        if self.nested and (self.epsilon is not None or given):
+            other = given[0] if given else "--epsilon"
             raise ConfigError(
                 f"--nested and {other} contradict each other: a nested run keeps every block, and"
                 " eps-compact cuts one size from its checkpoint; leave one of them out"
             )
         if self.nested and self.compile:
             raise ConfigError("--nested: not with --compile; leave one of them out")
-        if self.epsilon is None and self.target_parameters is None and not self.nested:
+        if self.epsilon is None and not given and not self.nested:
             raise ConfigError(
-                "--epsilon is missing; give it, or --target-parameters or --nested instead"
+                "--epsilon is missing; give it, or a target such as --target-parameters, or"
+                " --nested instead"
             )
-        if self.epsilon is not None and self.target_parameters is not None:
+        if self.epsilon is not None and given:
             raise ConfigError(
-                "--epsilon and --target-parameters contradict each other: the target sets epsilon"
+                f"--epsilon and {given[0]} contradict each other: the target sets epsilon"
             )
-        if self.criterion != "response" and self.target_parameters is None and not self.nested:
+        if self.criterion != "response" and not given and not self.nested:
             raise ConfigError(
-                "--criterion only applies to --target-parameters and --nested; give one of them too"
+                "--criterion only applies to targets such as --target-parameters, and to --nested;"
+                " give one of them too"
             )
         if self.criterion in ("relative", "gradient", "influence") and self.compile:
             raise ConfigError(
                 f"--criterion {self.criterion}: not with --compile, which hides the gates; leave"
                 " one of them out"
             )
-        if self.max_accuracy_drop is not None and self.target_parameters is None:
+        if self.max_accuracy_drop is not None and not given:
             raise ConfigError(
-                "--max-accuracy-drop only applies to --target-parameters; give that too"
+                "--max-accuracy-drop only applies to targets such as --target-parameters; give one"
+                " of them too"
             )
+        if self.timer is not None and not {"target_latency", "target_speedup"} & {*targets}:
+            raise ConfigError(
+                "--timer only applies to --target-latency and --target-speedup; give one of them"
+                " too"
+            )
+
+    @property
+    def target(self) -> Target | None:
+        """What the run is pruned to; None for a fixed epsilon, a baseline or a nested run."""
+        for name in TARGETS:
+            value: float | None = getattr(self, name)
+            if value is not None:
+                return Target.of(name, value)
+        return None
 
     @property
     def plain(self) -> bool:
@@ -310,6 +369,10 @@ class TrainingConfig:
             self,
             epsilon=0.0,
             target_parameters=None,
+            target_flops=None,
+            target_latency=None,
+            target_speedup=None,
+            timer=None,
             nested=False,
             criterion="response",
             max_accuracy_drop=None,
@@ -441,18 +504,17 @@ def read(path: Path) -> TrainingConfig:
 def override(base: TrainingConfig, given: Mapping[str, Any]) -> TrainingConfig:
     """`base` with the options that were given (those that are not None).
 
-    An epsilon, a target and `nested` replace each other. Raises ConfigError for values that
-    contradict each other.
+    An epsilon, a target of any currency and `nested` replace each other. Raises ConfigError for
+    values that contradict each other.
     """
     values = {name: value for name, value in given.items() if value is not None}
-    if values.get("nested") or "target_parameters" in values:
-        values.setdefault("epsilon", None)
-        values.setdefault("target_parameters", None)
-        values.setdefault("nested", False)
+    if values.get("nested") or TARGETS.keys() & values.keys():
+        values = {"epsilon": None, "nested": False, **dict.fromkeys(TARGETS), **values}
     elif "epsilon" in values:
-        values["target_parameters"] = None
-        values.setdefault("nested", False)
-        values.setdefault("criterion", "response")
-    if values.get("target_parameters", base.target_parameters) is None:
+        values = {"criterion": "response", "nested": False, **values, **dict.fromkeys(TARGETS)}
+    kept = {name for name in TARGETS if values.get(name, getattr(base, name)) is not None}
+    if not kept:
         values.setdefault("max_accuracy_drop", None)
+    if not kept & {"target_latency", "target_speedup"}:
+        values.setdefault("timer", None)
     return replace(base, **values)

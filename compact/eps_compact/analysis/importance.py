@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
-from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
@@ -16,65 +14,44 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from eps_compact.evidence import BlockEvidence
-from eps_compact.exporting import FromPixels
-from eps_compact.folding import fold
 from eps_core import cli
-from eps_core.cli import Log, missing_package
+from eps_core.cli import Log
 from eps_core.errors import ConfigError
-from eps_core.stats import Interval, difference_of_medians, paired_difference, paired_mean
-from eps_core.timing import Runs, interleave, wall_clock
-from eps_train.data.dataset import DataIdentity
+from eps_core.stats import Interval, paired_difference, paired_mean
 from eps_train.data.images import ImageSet, Part
 from eps_train.gating import rewriting
+from eps_train.gating.costs import Timer, TorchTimer, block_times, branch_costs
 from eps_train.gating.gate import EpsilonGate
-from eps_train.gating.rewriting import branch_nodes, branch_parameters
 from eps_train.models.cifar import Normalize
 from eps_train.training.checkpoint import Checkpoint
 from eps_train.training.evaluate import BATCH, logits
-from eps_train.training.forward import cpu_threads
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 CPU = torch.device("cpu")
 
-# -- The cost of each residual branch: what removing that block alone saves
+# -- The networks that are measured
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BranchCost:
-    """Cost of one block's branch, for one float32 image.
-
-    Attributes:
-        block: its name.
-        parameters: learned parameters that the removal of this block alone saves.
-        flops: as `eps_train.models.spec` counts them: what the removal saves.
-        activation_bytes: size of all tensors that the branch computes.
-        kind: equal for blocks of the same layers on the same shapes, which take the same time.
-    """
-
-    block: str
-    parameters: int
-    flops: int
-    activation_bytes: int
-    kind: str
-
-
-def live_network(checkpoint: Checkpoint) -> fx.GraphModule:
+def live_network(checkpoint: Checkpoint, *, dead: bool = False) -> fx.GraphModule:
     """Build a checkpoint's network without its dead blocks, in evaluation mode, other gates open.
 
     A network without gates gets open ones at all its residual additions, so that its blocks can be
     measured and removed too. Nothing is shared with `checkpoint`.
+
+    Args:
+        checkpoint: gated or plain.
+        dead: keep the dead blocks too, with open gates.
     """
     network = checkpoint.network
-    removed = {*network.removed, *checkpoint.dead}
+    removed = (*network.removed, *(() if dead else checkpoint.dead))
     spec = replace(
         network,
         gated=tuple(b for b in network.gated or network.all_blocks() if b not in removed),
-        removed=(*network.removed, *checkpoint.dead),
+        removed=removed,
     )
     state = checkpoint.state
     if not network.gated:
@@ -82,63 +59,6 @@ def live_network(checkpoint: Checkpoint) -> fx.GraphModule:
         gates = [n for n, m in spec.skeleton().named_modules() if isinstance(m, EpsilonGate)]
         state = {f"{gate}.{name}": fresh[name] for gate in gates for name in fresh} | state
     return spec.build(state).eval()
-
-
-def branch_costs(model: fx.GraphModule, input_shape: tuple[int, int, int]) -> list[BranchCost]:
-    """Return every gated block's cost, in the order of computation, from a run on the meta device.
-
-    Args:
-        model: a network with gates.
-        input_shape: `[C, H, W]` of an image.
-    """
-    skeleton = copy.deepcopy(model).to("meta").eval()
-    shapes = _ShapeRecorder(skeleton)
-    with torch.no_grad(), shapes.counter:
-        shapes.run(torch.empty((1, *input_shape), device="meta"))
-    parameters = branch_parameters(model)
-    costs = []
-    for node, block in rewriting.gate_nodes(skeleton).items():
-        branch = branch_nodes(node)
-        layers = [*branch, *node.all_input_nodes]
-        costs.append(
-            BranchCost(
-                block=block,
-                parameters=parameters[block],
-                flops=sum(shapes.flops[member] for member in branch),
-                activation_bytes=sum(shapes.bytes[member] for member in branch),
-                kind="; ".join(f"{shapes.layer(n)}@{shapes.shape[n]}" for n in layers),
-            )
-        )
-    return costs
-
-
-class _ShapeRecorder(fx.Interpreter):
-    """Records every node's FLOPs, bytes and shapes."""
-
-    def __init__(self, model: fx.GraphModule) -> None:
-        super().__init__(model)
-        self.counter = FlopCounterMode(display=False)
-        self.flops: dict[fx.Node, int] = {}
-        self.bytes: dict[fx.Node, int] = {}
-        self.shape: dict[fx.Node, str] = {}
-
-    def run_node(self, n: fx.Node) -> object:
-        before = self.counter.get_total_flops()
-        result: object = super().run_node(n)
-        self.flops[n] = self.counter.get_total_flops() - before
-        # Tuples of tensors are unpacked by nodes of their own, which are counted instead. A step
-        # that returns its input (an identity, an in-place operation) takes no memory.
-        same = any(result is self.env.get(node) for node in n.all_input_nodes)
-        tensors = [result] if isinstance(result, Tensor) else []
-        self.bytes[n] = 0 if same else sum(tensor.nbytes for tensor in tensors)
-        self.shape[n] = ",".join("x".join(map(str, tensor.shape)) for tensor in tensors)
-        return result
-
-    def layer(self, node: fx.Node) -> str:
-        """What the node computes, as far as its time depends on it."""
-        if node.op == "call_module":
-            return repr(self.submodules[str(node.target)])
-        return getattr(node.target, "__name__", str(node.target))
 
 
 # -- Evaluation samples, and what a network predicts for them
@@ -265,150 +185,6 @@ def leave_one_out_logits(
     yield None, result.float()
 
 
-# -- Timing: networks without some of their blocks, interleaved, one image a call
-#
-# What is timed is what ships: folded, behind its normalisation, without gates and taps.
-
-SECONDS_EACH = 0.5  # of timing for each network
-# Takes, of each network, the blocks that it lacks; returns each one's milliseconds, see Timings.
-Measure = Callable[[Sequence[Collection[str]]], list[Runs]]
-
-
-class Timer(Protocol):
-    """Times a network against what is left of it without some of its blocks.
-
-    Attributes:
-        name: runtime and conditions, for reports.
-    """
-
-    name: str
-
-    def load(self, model: fx.GraphModule, image: Tensor) -> Measure:
-        """Prepare what does not depend on the blocks to be left out.
-
-        Args:
-            model: a network with gates at all blocks that may be left out.
-            image: one raw image, uint8 `[1, C, H, W]`, on the network's device.
-
-        Raises:
-            GraphError: the runtime cannot run this network.
-        """
-
-
-class TorchTimer:
-    """Times networks in PyTorch: eager, channels-last, one thread, one image a call.
-
-    Args:
-        identity: the data that the networks were trained on.
-    """
-
-    name = f"torch {torch.__version__} eager, one thread, batch 1"
-
-    def __init__(self, identity: DataIdentity) -> None:
-        self._identity = identity
-
-    def load(self, model: fx.GraphModule, image: Tensor) -> Measure:
-        """As in :class:`Timer`."""
-        if image.is_cuda:
-            device = torch.cuda.get_device_name(image.device)
-            self.name = f"torch {torch.__version__} eager on {device}, batch 1"
-        folded, _ = fold(model)
-        folded.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-        def call(network: nn.Module) -> None:
-            network(image)
-            if image.is_cuda:
-                torch.cuda.synchronize(image.device)
-
-        @torch.no_grad()
-        def measure(without: Sequence[Collection[str]]) -> list[Runs]:
-            networks = [
-                FromPixels(plain(folded, blocks), self._identity).to(image.device)
-                for blocks in without
-            ]
-            with cpu_threads(1):
-                return interleaved([partial(call, network) for network in networks])
-
-        return measure
-
-
-def interleaved(calls: Sequence[Callable[[], object]]) -> list[Runs]:
-    """Time calls that return when their work is done, in turns; `SECONDS_EACH` for each of them.
-
-    Returns each call's milliseconds, `[blocks, runs]`.
-    """
-    return interleave([wall_clock(call) for call in calls], budget=SECONDS_EACH * len(calls)).times
-
-
-def block_times(costs: Iterable[BranchCost], measure: Measure) -> dict[str, Interval]:
-    """Return the milliseconds that each block takes, by name, with 95 % intervals.
-
-    Each kind of block is timed once: the whole network against the one without all blocks of that
-    kind, divided by their number.
-
-    Args:
-        costs: of all blocks of the network that `measure` was loaded with.
-    """
-    kinds: dict[str, list[str]] = {}
-    for cost in costs:
-        kinds.setdefault(cost.kind, []).append(cost.block)
-    whole, *less = measure([(), *kinds.values()])
-    found: dict[str, Interval] = {}
-    for blocks, runs in zip(kinds.values(), less, strict=True):
-        joint = difference_of_medians(whole, runs)
-        count = len(blocks)
-        each = Interval(joint.value / count, joint.low / count, joint.high / count)
-        found |= dict.fromkeys(blocks, each)
-    return found
-
-
-def plain(model: fx.GraphModule, without: Iterable[str] = ()) -> fx.GraphModule:
-    """Return the network as it ships, without these blocks; it shares its tensors with `model`."""
-    return rewriting.drop_taps(rewriting.drop_gates(rewriting.remove_blocks(model, without))).eval()
-
-
-# The engines of `eps_deploy` serve the networks, so their times count. That package imports this
-# one and not the other way round: its timer is found by entry point.
-
-GROUP = "eps_resnet.block_timers"  # entry points: callables from a DataIdentity to a Timer
-PREFERRED = "ort"
-
-
-def make_timer(name: str | None, identity: DataIdentity, report: Log = lambda line: None) -> Timer:
-    """Return the timer of `--timer`; by default ONNX Runtime's if it is installed.
-
-    Args:
-        name: `ort`, `torch`, or None.
-        identity: the data that the networks were trained on.
-        report: receives one line that says why torch is used instead.
-
-    Raises:
-        ConfigError: the named runtime is not installed; the line names the extra.
-    """
-    if name == "torch":
-        return TorchTimer(identity)
-    wanted = name or PREFERRED
-    try:
-        entry = next(iter(entry_points(group=GROUP, name=wanted)), None)
-        if entry is None:
-            raise ConfigError(
-                f"--timer {wanted}: this installation of eps-resnet does not offer it; install it"
-                " again, or give --timer torch"
-            )
-        try:
-            timer: Callable[[DataIdentity], Timer] = entry.load()
-        except ModuleNotFoundError as error:
-            raise ConfigError(
-                f"--timer {wanted}: {missing_package(error)}, or give --timer torch"
-            ) from error
-        return timer(identity)
-    except ConfigError as error:
-        if name is not None:
-            raise
-        report(f"times are torch's: {error}")
-        return TorchTimer(identity)
-
-
 # -- Importance: cost, time and leave-one-out of every live block
 
 ROWS = 40  # blocks that the table shows
@@ -515,7 +291,7 @@ def measure_importance(
     report(f"importance: timing {len(costs)} blocks of {kinds} kinds ({timer.name})")
     measure = timer.load(model, images.images[:1])
     began = time.perf_counter()
-    times = block_times(costs, measure)
+    _, times = block_times(costs, measure)
     report(
         f"importance: leaving out each of {len(costs)} blocks on {len(images):,} held-out images"
     )

@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 from eps_core.cli import Log
 from eps_core.errors import ConfigError
+from eps_train.gating.targets import TARGETS
 
 if TYPE_CHECKING:
     import torch
 
     from eps_compact.analysis.finetune import Finetuned
-    from eps_compact.analysis.importance import Timer
-    from eps_compact.analysis.sweep import Goal, Point, Sweep
+    from eps_compact.analysis.sweep import Goal, Point, Sweep, Weight
     from eps_train.data.dataset import Data
+    from eps_train.gating.costs import Timer
+    from eps_train.gating.targets import Currency
     from eps_train.training.checkpoint import Checkpoint
     from eps_train.training.evaluate import EpochMetrics
 
@@ -29,6 +31,8 @@ class PruneOptions:
     sweep: bool = False
     target_parameters: float | None = None
     target_flops: float | None = None
+    target_latency: float | None = None
+    target_speedup: float | None = None
     max_accuracy_drop: float | None = None
     finetune_epochs: int = 0
     samples: int | None = None
@@ -38,8 +42,7 @@ class PruneOptions:
     @property
     def selects(self) -> bool:
         """Whether a point of a sweep is to be selected."""
-        limits = (self.target_parameters, self.target_flops, self.max_accuracy_drop)
-        return any(limit is not None for limit in limits)
+        return any(getattr(self, name) is not None for name in (*TARGETS, "max_accuracy_drop"))
 
     @property
     def sweeps(self) -> bool:
@@ -57,12 +60,19 @@ class PruneOptions:
             "--sweep": self.sweep,
             "--target-parameters": self.target_parameters is not None,
             "--target-flops": self.target_flops is not None,
+            "--target-latency": self.target_latency is not None,
+            "--target-speedup": self.target_speedup is not None,
             "--max-accuracy-drop": self.max_accuracy_drop is not None,
             "--finetune-epochs": bool(self.finetune_epochs),
         }
         given = [option for option, wanted in named.items() if wanted]
         if no_data and given:
             raise ConfigError(f"--no-data: {given[0]} needs the held-out images; leave one out")
+        if self.target_latency is not None and self.target_speedup is not None:
+            raise ConfigError(
+                "--target-latency and --target-speedup contradict each other: both set the latency;"
+                " leave one of them out"
+            )
         for option in ("samples", "timer"):
             if getattr(self, option) is not None and not self.measures:
                 raise ConfigError(
@@ -141,16 +151,19 @@ def select(
             goal = Goal(
                 target_parameters=options.target_parameters,
                 target_flops=options.target_flops,
+                target_latency=options.target_latency,
+                target_speedup=options.target_speedup,
                 max_accuracy_drop=options.max_accuracy_drop,
             )
-        by_flops = options.target_flops and not options.target_parameters
+        weights: dict[Currency, Weight] = {"flops": "flops", "latency": "ms"}
+        first = goal.targets[0].currency if goal is not None and goal.targets else "parameters"
         swept = sweep(
             checkpoint,
             data.validation,
             samples=options.samples or SAMPLES,
             train=data.train,
             goal=goal,
-            weight="flops" if by_flops else "parameters",
+            weight=weights.get(first, "parameters"),
             device=device,
             timer=timer,
             report=report,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,11 +18,7 @@ from torch import fx, nn
 from eps_compact.analysis.importance import (
     CPU,
     Predictions,
-    Timer,
-    TorchTimer,
     accuracy_drop,
-    block_times,
-    branch_costs,
     evaluation_samples,
     leave_one_out,
     live_network,
@@ -43,7 +39,14 @@ from eps_core.stats import (
 from eps_train.data.dataset import Data
 from eps_train.data.images import ImageSet, Part
 from eps_train.gating import rewriting
+from eps_train.gating.costs import (
+    Timer,
+    TorchTimer,
+    branch_costs,
+    measure_costs,
+)
 from eps_train.gating.nested import reestimate_batchnorm, smallest_size
+from eps_train.gating.targets import TARGETS, Currency, Target, cheapness
 from eps_train.models.cifar import Normalize
 from eps_train.models.spec import cost
 from eps_train.training.checkpoint import Checkpoint
@@ -85,6 +88,10 @@ class Point:
         removed: blocks removed beyond the dead ones, in order of removal.
         parameters, flops: of the network; FLOPs of one image.
         parameters_share, flops_share: of the network as it was built, at full depth (0..1).
+        latency_share: median time over that of the network with its dead blocks, as long as the
+            checkpoint has their tensors; with its 95 % interval.
+        latency_predicted: the same share, from the times of single blocks; None where they were not
+            measured.
         accuracy, loss: on the samples that choose no block (0..1; cross-entropy).
         drop: points of accuracy lost against the first point, with Tango's 95 % interval.
         ms: median time of a call with one image, with its 95 % interval.
@@ -98,12 +105,25 @@ class Point:
     flops: int
     parameters_share: float
     flops_share: float
+    latency_share: Interval
+    latency_predicted: float | None
     accuracy: float
     loss: float
     drop: Interval
     ms: Interval
     speedup: Interval
     worst: ClassLoss | None = None
+
+    def share(self, currency: Currency) -> float:
+        """Share of the cost; of the latency as predicted, until it is measured."""
+        if currency == "parameters":
+            return self.parameters_share
+        if currency == "flops":
+            return self.flops_share
+        if math.isnan(self.latency_share.value):
+            assert self.latency_predicted is not None
+            return self.latency_predicted
+        return self.latency_share.value
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -162,7 +182,9 @@ class Goal:
     smallest within it. Drops are judged as measured, not by their intervals.
 
     Attributes:
-        target_parameters, target_flops: share to keep of the network as it was built, 0..1.
+        target_parameters, target_flops, target_latency: share to keep of the network as it was
+            built, 0..1.
+        target_speedup: the same as a latency of 1 / `target_speedup`.
         max_accuracy_drop: points of accuracy that may be lost against the first point.
 
     Raises:
@@ -171,32 +193,37 @@ class Goal:
 
     target_parameters: float | None = None
     target_flops: float | None = None
+    target_latency: float | None = None
+    target_speedup: float | None = None
     max_accuracy_drop: float | None = None
 
     def __post_init__(self) -> None:
         if self.max_accuracy_drop is None and not self.targets:
             raise ConfigError(
-                "nothing to select by: give --target-parameters, --target-flops or"
-                " --max-accuracy-drop"
+                "nothing to select by: give --target-parameters, --target-flops, --target-latency,"
+                " --target-speedup or --max-accuracy-drop"
             )
-        for (option, _), share in self.targets.items():
-            if not 0 < share < 1:
-                raise ConfigError(f"{option} {share:g}: must be between 0 and 1, the share to keep")
         drop = self.max_accuracy_drop
         if drop is not None and not 0 <= drop <= 100:
             raise ConfigError(f"--max-accuracy-drop {drop:g}: must be 0 to 100 points")
 
     @property
-    def targets(self) -> dict[tuple[str, str], float]:
-        """The given shares, by option and attribute of a point."""
-        shares = {
-            ("--target-parameters", "parameters_share"): self.target_parameters,
-            ("--target-flops", "flops_share"): self.target_flops,
-        }
-        return {names: share for names, share in shares.items() if share is not None}
+    def targets(self) -> list[Target]:
+        """The shares to keep, in the order of the options."""
+        found = []
+        for name in TARGETS:
+            value: float | None = getattr(self, name)
+            if value is not None:
+                found.append(Target.of(name, value))
+        return found
+
+    @property
+    def by_latency(self) -> bool:
+        """Whether a share of the latency is asked for."""
+        return any(target.currency == "latency" for target in self.targets)
 
     def small_enough(self, point: Point) -> bool:
-        return all(getattr(point, name) <= share for (_, name), share in self.targets.items())
+        return all(point.share(target.currency) <= target.share for target in self.targets)
 
     def accurate_enough(self, point: Point) -> bool:
         # Rounding must not fail a drop of exactly the limit.
@@ -229,14 +256,20 @@ class Goal:
 
     def describe(self, point: Point) -> str:
         """Return one line: what was asked for, and what was selected."""
-        asked = [f"{option} {share:g}" for (option, _), share in self.targets.items()]
+        asked = [str(target) for target in self.targets]
         if self.max_accuracy_drop is not None:
             asked.append(f"--max-accuracy-drop {self.max_accuracy_drop:g}")
         count = len(point.removed)
+        latency = ""
+        if self.by_latency:
+            latency = (
+                f", {point.latency_share.value:.1%} of the latency measured"
+                f" ({point.latency_predicted:.1%} predicted)"
+            )
         return (
             f"asked for {', '.join(asked)}; found {point.parameters_share:.1%} of the parameters"
-            f" and {point.flops_share:.1%} of the FLOPs, {point.drop.value:+.1f} points lost,"
-            f" {count} live block{'' if count == 1 else 's'} removed"
+            f" and {point.flops_share:.1%} of the FLOPs{latency}, {point.drop.value:+.1f} points"
+            f" lost, {count} live block{'' if count == 1 else 's'} removed"
         )
 
 
@@ -254,15 +287,14 @@ def pick(found: Sweep, goal: Goal) -> Point:
             f" {best.parameters_share:.1%} of the parameters; allow that, or ask for a larger share"
         )
     smallest = found.points[-1]
-    option, share, reached = next(
-        (option, share, getattr(smallest, name))
-        for (option, name), share in goal.targets.items()
-        if share < getattr(smallest, name)
-    )
-    what = "parameters" if option == "--target-parameters" else "FLOPs"
+    target = next(t for t in goal.targets if t.share < smallest.share(t.currency))
+    reached = smallest.share(target.currency)
+    remedy = f"ask for at least {math.ceil(1000 * reached) / 1000:g}"
+    if goal.target_speedup is not None and target.currency == "latency":
+        remedy = f"ask for at most {math.floor(1000 / reached) / 1000:g}"
     raise ConfigError(
-        f"{option} {share:g}: the smallest network of the sweep keeps {reached:.1%} of the {what},"
-        f" as every stage keeps a block; ask for at least {math.ceil(1000 * reached) / 1000:g}"
+        f"{target}: the smallest network of the sweep keeps {reached:.1%} of the"
+        f" {target.unit}, as every stage keeps a block; {remedy}"
     )
 
 
@@ -275,7 +307,10 @@ def table(found: Sweep) -> Table:
         f"Sweep: {chosen}, accuracy on {found.measured_on:,}{'' if found.nested else ' others'};"
         f" times: {found.timer}"
     )
-    columns = ("removed", "parameters", "", "FLOPs", "", "ms", "faster", "accuracy", "points lost")
+    columns = (
+        *("removed", "parameters", "", "FLOPs", "", "ms", ""),
+        *("faster", "accuracy", "points lost"),
+    )
     rows = []
     before = 0
     for index, point in enumerate(found.points):
@@ -291,6 +326,7 @@ def table(found: Sweep) -> Table:
                 scaled(point.flops),
                 f"{point.flops_share:.1%}",
                 f"{point.ms.value:.3f}",
+                f"{point.latency_share.value:.1%}",
                 f"{point.speedup.value:.2f}x",
                 f"{point.accuracy:.2%}",
                 points(point.drop),
@@ -341,7 +377,8 @@ def sweep(
     rise in cross-entropy for what its removal saves; of those whose loss does not rise, the one
     that saves most. Half of the samples choose the blocks, the other half measure the accuracies.
     A network with more than `STEPS` blocks to remove loses several in one step; the step that
-    passes `goal` is then bisected. A stage keeps its last block, as in training
+    passes `goal` is then bisected: towards a latency first by the times of single blocks, then by
+    the times of the networks. A stage keeps its last block, as in training
     (`rewriting.removable`).
 
     Args:
@@ -393,12 +430,18 @@ def sweep(
         return rewriting.remove_blocks(model, removed)
 
     report(f"sweep: preparing to time the networks ({timer.name})")
-    measure = timer.load(model, images.images[:1])
+    built = live_network(checkpoint, dead=True).to(device)
+    dead = tuple(block for block in rewriting.gates(built) if block not in blocks)
+    measure = timer.load(built, images.images[:1])
     began = time.perf_counter()
-    if weight == "ms":
-        saved = {block: found.value for block, found in block_times(costs, measure).items()}
-    else:
+    latency = None
+    if weight == "ms" or (goal is not None and goal.by_latency):
+        latency = measure_costs(branch_costs(built, shape), measure, timer.name)
+    saved: Mapping[str, float] = {}
+    if weight != "ms":
         saved = {found.block: getattr(found, weight) for found in costs}
+    elif latency is not None:
+        saved = latency.blocks
     whole = cost(checkpoint.network.skeleton(), shape)
     first, labels = predict(model, normalize, measuring), measuring.labels.cpu().numpy()
 
@@ -414,6 +457,10 @@ def sweep(
             flops=size.flops,
             parameters_share=size.parameters / whole.parameters,
             flops_share=size.flops / whole.flops,
+            latency_share=_UNTIMED,
+            latency_predicted=(
+                None if latency is None else latency.without((*dead, *removed)) / latency.whole
+            ),
             accuracy=found.accuracy,
             loss=found.mean_loss,
             drop=accuracy_drop(first, found),
@@ -421,6 +468,36 @@ def sweep(
             speedup=_UNTIMED,
             worst=worst_class(first, found, labels, checkpoint.data.classes),
         )
+
+    def timed(points: Sequence[Point]) -> list[Point]:
+        """Time networks beside the network as it was built and the first of them."""
+        removed = [(*dead, *each.removed) for each in points]
+        distinct = list(dict.fromkeys([(), *removed]))
+        runs = dict(zip(distinct, measure(distinct), strict=True))
+        first = runs[removed[0]]
+        return [
+            replace(
+                each,
+                ms=median(runs[key]),
+                speedup=ratio_of_medians(first, runs[key]),
+                latency_share=ratio_of_medians(runs[key], runs[()]),
+            )
+            for each, key in zip(points, removed, strict=True)
+        ]
+
+    def bisect(finish: Callable[[Point], Point]) -> None:
+        """Try networks within the step that passes the goal."""
+        for _ in range(BISECTIONS):
+            index = goal.overshoot(curve) if goal else None
+            if index is None:
+                return
+            before, after = curve[index - 1].removed, curve[index].removed
+            if len(after) - len(before) == 1:
+                return
+            removed = after[: (len(before) + len(after)) // 2]
+            network = without(removed)
+            found = predict(network, normalize, measuring)
+            curve.insert(index, finish(point(network, removed, found)))
 
     if nested:
         report(
@@ -446,23 +523,12 @@ def sweep(
         removed = (*curve[-1].removed, *gone)
         network = without(removed)
         curve.append(point(network, removed, predict(network, normalize, measuring)))
-    for _ in range(BISECTIONS):
-        index = goal.overshoot(curve) if goal else None
-        if index is None:
-            break
-        before, after = curve[index - 1].removed, curve[index].removed
-        if len(after) - len(before) == 1:
-            break
-        removed = after[: (len(before) + len(after)) // 2]
-        network = without(removed)
-        curve.insert(index, point(network, removed, predict(network, normalize, measuring)))
-
+    bisect(lambda new: new)
     report(f"sweep: timing {len(curve)} networks")
-    times = measure([each.removed for each in curve])
-    points = tuple(
-        replace(each, ms=median(runs), speedup=ratio_of_medians(times[0], runs))
-        for each, runs in zip(curve, times, strict=True)
-    )
+    curve = timed(curve)
+    if goal is not None and goal.by_latency:  # times that were predicted are measured now
+        bisect(lambda new: timed([curve[0], new])[1])
+    points = tuple(curve)
     return Sweep(
         nested=bool(nested),
         points=points,
@@ -549,12 +615,3 @@ def worst_class(
             drop = Interval(100 * share.value, 100 * share.low, 100 * share.high)
             losses.append(ClassLoss(name=name, samples=total, drop=drop))
     return max(losses, key=lambda loss: loss.drop.low, default=None)
-
-
-def cheapness(rise: float, saved: float) -> tuple[float, float]:
-    """Sort key of blocks by how cheap it is to lose them, the next to go first.
-
-    `rise` is that of the loss, `saved` what the removal saves. A loss that falls ranks as one that
-    stays: a gain below the noise is no reason to prefer a block that saves little.
-    """
-    return max(rise, 0.0) / max(saved, 1e-9), -saved

@@ -1,4 +1,4 @@
-"""Block times on ONNX Runtime, for block importance and the sweep of `eps_compact`.
+"""Block times on ONNX Runtime, for training to a latency, block importance and sweeps.
 
 An export may take seconds, so the network is exported once with every block, and blocks are removed
 from the ONNX graph: the residual addition becomes its shortcut, and unused nodes are dropped. The
@@ -23,14 +23,14 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor, fx
 
-from eps_compact.analysis.importance import Measure, interleaved
-from eps_compact.folding import fold
 from eps_core.errors import GraphError
 from eps_core.timing import Runs
 from eps_deploy.engines.ort import THREADS, OrtEngine
 from eps_deploy.export.export import export_onnx
 from eps_train.data.dataset import DataIdentity
 from eps_train.gating import rewriting
+from eps_train.gating.costs import Measure, interleaved
+from eps_train.gating.folding import fold
 
 # Markers are float32 numbers that no network has by chance, far from 1 and from each other, as
 # exporters merge constants that are close.
@@ -39,7 +39,7 @@ _STEP = 2.0**-12
 
 
 class OrtTimer:
-    """Block timer plug-in (`eps_compact.analysis.importance.Timer`) that runs `OrtEngine`.
+    """Block timer plug-in (`eps_train.gating.costs.Timer`) that runs `OrtEngine`.
 
     Args:
         identity: the data that the networks were trained on.

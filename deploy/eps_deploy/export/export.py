@@ -11,8 +11,7 @@ import onnx
 import torch
 from torch import Tensor, fx, nn
 
-from eps_compact import folding
-from eps_compact.exporting import FromPixels, quiet
+from eps_compact.exporting import quiet
 from eps_core.errors import GraphError
 from eps_deploy.engines.base import INPUT_NAME, OUTPUT_NAME, Images, Logits
 from eps_deploy.export import writer
@@ -21,6 +20,8 @@ from eps_deploy.export.types import check_types
 from eps_deploy.export.writer import BATCH, cast_network
 from eps_deploy.precision import PRECISIONS, Precision
 from eps_train.data.dataset import DataIdentity
+from eps_train.gating import folding
+from eps_train.models.cifar import FromPixels
 
 # The precision of a file before quantization, by the type of its weights.
 _FLOATS: dict[str, Precision] = {

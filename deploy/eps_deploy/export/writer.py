@@ -20,12 +20,11 @@ import torch.nn.functional as F
 from onnx import TensorProto, helper
 from torch import Tensor, fx, nn
 
-from eps_compact import folding
 from eps_core.errors import GraphError
 from eps_deploy.engines.base import INPUT_NAME, OUTPUT_NAME
 from eps_deploy.export.types import belongs
 from eps_train.data.dataset import DataIdentity
-from eps_train.gating import rewriting
+from eps_train.gating import folding, rewriting
 from eps_train.gating.tracing import acts_on_others
 from eps_train.models.cifar import Downsample, Normalize
 

@@ -29,7 +29,7 @@ from eps_train.models.cifar import Normalize
 from eps_train.training.checkpoint import Checkpoint
 from eps_train.training.evaluate import score
 from tests.checkpoints import EPSILON, make_checkpoint
-from tests.compact.analysis.test_timing import LayerTimer
+from tests.train.gating.timers import LayerTimer
 
 DEAD = ("stages.1.1", "stages.2.2")
 DIGITS = dataset.load("digits")

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import eps_compact
-from eps_compact.analysis import importance
 from eps_compact.cli import main
 from eps_deploy.cli import verify
+from eps_train.gating import costs
 from eps_train.training.checkpoint import Checkpoint
 from tests.checkpoints import make_checkpoint
 from tests.commands import Result, run
@@ -33,7 +33,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def little_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importance, "SECONDS_EACH", 0.02)
+    monkeypatch.setattr(costs, "SECONDS_EACH", 0.02)
 
 
 def compact(folder: Path, *args: object) -> Result:

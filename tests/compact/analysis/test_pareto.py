@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -37,6 +38,8 @@ def point(index: int) -> Point:
         flops=1000 * (9 - index),
         parameters_share=parameters / 1000,
         flops_share=(9 - index) / 10,
+        latency_share=Interval(0.8 - 0.1 * index, 0.7 - 0.1 * index, 0.9 - 0.1 * index),
+        latency_predicted=0.82 - 0.1 * index,
         accuracy=accuracy,
         loss=2 - accuracy,
         drop=Interval(drop, drop - 1, drop + 1),
@@ -78,6 +81,9 @@ def test_the_knee(curve: list[tuple[float, float]], expected: int) -> None:
         ({"target_parameters": 0.6}, 2),
         ({"target_flops": 0.75}, 2),
         ({"target_parameters": 0.6, "target_flops": 0.65}, 3),
+        ({"target_latency": 0.71}, 1),
+        ({"target_speedup": 1.6}, 2),
+        ({"target_parameters": 0.6, "target_latency": 0.45}, 4),
         ({"max_accuracy_drop": 0.0}, 1),
         ({"max_accuracy_drop": 1.0}, 2),
         ({"max_accuracy_drop": 3.0}, 3),
@@ -95,7 +101,7 @@ def test_the_point_that_meets_what_is_asked(wanted: dict[str, float], index: int
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [
-        ({}, "nothing to select by: give --target-parameters, --target-flops or"),
+        ({}, "nothing to select by: give --target-parameters, .*--target-speedup or"),
         ({"target_parameters": 1.5}, r"^--target-parameters 1\.5: must be between 0 and 1"),
         ({"target_flops": 0.0}, r"^--target-flops 0: must be between 0 and 1"),
         ({"max_accuracy_drop": -1.0}, r"^--max-accuracy-drop -1: must be 0 to 100 points"),
@@ -104,6 +110,14 @@ def test_the_point_that_meets_what_is_asked(wanted: dict[str, float], index: int
             r"^--target-parameters 0\.05: the smallest network of the sweep keeps 10\.0% of the"
             r" parameters, as every stage keeps a block; ask for at least 0\.1$",
         ),
+        ({"target_speedup": 1.0}, r"^--target-speedup 1: must be finite and above 1$"),
+        ({"target_speedup": float("nan")}, r"^--target-speedup nan: must be finite and above 1$"),
+        (
+            {"target_latency": 0.2},
+            r"^--target-latency 0\.2: the smallest network of the sweep keeps 30\.0% of the"
+            r" latency, as every stage keeps a block; ask for at least 0\.301$",
+        ),
+        ({"target_speedup": 5}, r"^--target-speedup 5: .* 30\.0% .*; ask for at most 3\.333$"),
         ({"target_flops": 0.05}, r"keeps 40\.0% of the FLOPs, .* at least 0\.4$"),
         (
             {"target_parameters": 0.3, "max_accuracy_drop": 1.0},
@@ -155,6 +169,21 @@ def test_the_class_that_lost_most_at_each_point() -> None:
     assert rows == [["1", "cat", "12", "+25.0 (+3.0..+51.0)"], ["2", "none", "", ""]]
     assert found.to_dict()["points"][1]["worst"]["name"] == "cat"
     assert found.to_dict()["points"][2]["worst"] is None
+
+
+def test_a_latency_is_told_as_asked_predicted_and_measured() -> None:
+    said = Goal(target_speedup=1.6).describe(SWEEP.points[2])
+    assert said == (
+        "asked for --target-speedup 1.6; found 58.0% of the parameters and 70.0% of the FLOPs,"
+        " 60.0% of the latency measured (62.0% predicted), +1.0 points lost, 2 live blocks removed"
+    )
+
+
+def test_until_it_is_measured_a_latency_is_the_predicted_one() -> None:
+    nothing = Interval(math.nan, math.nan, math.nan)
+    goal = Goal(target_latency=0.61)
+    assert goal.small_enough(SWEEP.points[2])
+    assert not goal.small_enough(replace(SWEEP.points[2], latency_share=nothing))
 
 
 def test_as_data_and_as_a_table() -> None:

@@ -12,10 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from eps_compact.analysis import importance
 from eps_compact.artifact import CompactArtifact
 from eps_compact.cli import main
 from eps_deploy.cli import verify
+from eps_train.gating import costs
 from eps_train.training import forward
 from tests.checkpoints import make_checkpoint
 from tests.commands import Result, files_in, run
@@ -47,7 +47,7 @@ def certificate(folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(autouse=True)
 def little_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importance, "SECONDS_EACH", 0.02)
+    monkeypatch.setattr(costs, "SECONDS_EACH", 0.02)
 
 
 def test_the_importance_of_every_live_block(folder: Path) -> None:

@@ -3,33 +3,29 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection, Sequence
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, fx
 
 from eps_compact.analysis import sweep as module
 from eps_compact.analysis.importance import Predictions, evaluation_samples, predict
-from eps_compact.analysis.sweep import (
-    BISECTIONS,
-    Goal,
-    Weight,
-    cheapness,
-    pick,
-    sweep,
-    worst_class,
-)
+from eps_compact.analysis.sweep import BISECTIONS, Goal, Weight, pick, sweep, worst_class
 from eps_compact.compaction import compact
 from eps_core.errors import ConfigError
+from eps_core.timing import Runs
 from eps_train.data import dataset
 from eps_train.data.images import ImageSet
 from eps_train.gating import rewriting
+from eps_train.gating.costs import Measure
 from eps_train.gating.rewriting import branch_parameters
+from eps_train.gating.targets import cheapness
 from eps_train.models.cifar import Normalize
 from eps_train.models.spec import cost
 from tests.checkpoints import make_checkpoint
-from tests.compact.analysis.test_timing import LayerTimer
+from tests.train.gating.timers import LayerTimer
 
 DEAD = ("stages.1.1",)
 DIGITS = dataset.load("digits")
@@ -131,14 +127,6 @@ def test_the_first_to_go_costs_least_loss_for_what_it_saves() -> None:
     assert found.points[1].removed == (best,)
 
 
-def test_the_next_to_go() -> None:
-    blocks = {"gain": (-0.3, 10.0), "big gain": (-0.1, 500.0), "dear": (0.2, 10.0)}
-    blocks |= {"worth it": (0.2, 400.0), "free": (0.1, 0.0)}
-    assert sorted(blocks, key=lambda name: cheapness(*blocks[name])) == [
-        "big gain", "gain", "worth it", "dear", "free",
-    ]  # fmt: skip
-
-
 @pytest.mark.parametrize("weight", ["flops", "ms"])
 def test_it_can_be_weighed_by_something_else(weight: Weight) -> None:
     found = sweep(
@@ -157,8 +145,12 @@ def test_of_many_blocks_several_go_at_once(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize(
     "goal",
-    [Goal(target_flops=0.5), Goal(target_parameters=0.5, max_accuracy_drop=100)],
-    ids=["flops", "parameters and drop"],
+    [
+        Goal(target_flops=0.5),
+        Goal(target_latency=0.5),
+        Goal(target_parameters=0.5, max_accuracy_drop=100),
+    ],
+    ids=["flops", "latency", "parameters and drop"],
 )
 def test_the_step_that_passes_the_goal_is_bisected(
     goal: Goal, monkeypatch: pytest.MonkeyPatch
@@ -195,6 +187,79 @@ def test_each_network_is_timed_beside_the_first() -> None:
     assert [p.speedup.value for p in found.points] == [
         found.points[0].ms.value / p.ms.value for p in found.points
     ]
+
+
+def test_latency_is_a_share_of_the_network_with_its_dead_blocks() -> None:
+    checkpoint = make_checkpoint(dead=DEAD)
+    timer = LayerTimer()
+    goal = Goal(target_latency=0.6)
+    found = sweep(checkpoint, DIGITS.validation, goal=goal, weight="ms", timer=timer, samples=20)
+    whole = 1 + 6 * 2.0 + 3 * 4.0  # `LayerTimer`: the stem, and the blocks of three stages
+    assert found.points[0].latency_share.value == pytest.approx((whole - 2) / whole)
+    for point in found.points:
+        saved = sum(
+            4.0 if block.startswith("stages.2") else 2.0 for block in (*DEAD, *point.removed)
+        )
+        assert point.latency_share.value == pytest.approx((whole - saved) / whole)
+        assert point.latency_predicted == pytest.approx((whole - saved) / whole)
+    point = pick(found, goal)
+    before = found.points[found.points.index(point) - 1]
+    assert point.latency_share.value <= 0.6 < before.latency_share.value
+
+
+def test_a_nested_run_is_cut_by_latency_in_its_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twelve blocks go at once; the cut is within a block of what was asked for."""
+    monkeypatch.setattr(module, "STEPS", 1)
+    monkeypatch.setattr(module, "STATISTICS", 64)
+    checkpoint = make_checkpoint(depth=32)
+    blocks = checkpoint.network.gated
+    first = [block for block in blocks if block.endswith(".0")]
+    checkpoint.order = (*first, *(block for block in blocks if block not in first))
+    goal = Goal(target_speedup=1.3)
+    found = sweep(
+        checkpoint,
+        DIGITS.validation,
+        train=DIGITS.train,
+        goal=goal,
+        weight="ms",
+        timer=LayerTimer(),
+        samples=20,
+    )
+    point = pick(found, goal)
+    assert found.nested
+    assert point.removed == checkpoint.order[::-1][: len(point.removed)]
+    before = found.points[found.points.index(point) - 1]
+    assert len(before.removed) == len(point.removed) - 1
+    assert point.latency_share.value <= 1 / 1.3 < before.latency_share.value
+    assert point.latency_predicted == pytest.approx(point.latency_share.value)
+
+
+def test_a_prediction_that_is_wrong_is_corrected_by_the_times_of_the_networks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Blocks seem to save a third of what they do when they are timed alone."""
+
+    class Optimistic(LayerTimer):
+        def load(self, model: fx.GraphModule, image: Tensor) -> Measure:
+            measure = super().load(model, image)
+            whole = measure([()])[0]
+
+            def slower(without: Sequence[Collection[str]]) -> list[Runs]:
+                times = measure(without)
+                early = len(self.calls) <= 3
+                return [whole - (whole - runs) / 3 for runs in times] if early else times
+
+            return slower
+
+    monkeypatch.setattr(module, "STEPS", 2)
+    goal, checkpoint = Goal(target_latency=0.7), make_checkpoint(depth=32)
+    found = sweep(checkpoint, DIGITS.validation, goal=goal, timer=Optimistic(), samples=20)
+    point = pick(found, goal)
+    before = found.points[found.points.index(point) - 1]
+    assert len(before.removed) == len(point.removed) - 1
+    assert point.latency_share.value <= 0.7 < before.latency_share.value
+    assert point.latency_predicted is not None
+    assert point.latency_predicted > 0.7
 
 
 def test_a_single_image_is_refused() -> None:

@@ -1,38 +1,55 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.metadata import EntryPoint
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, fx, nn
 
+from eps_core.errors import ConfigError
 from eps_train.gating import controller as module
 from eps_train.gating.controller import EpsilonController
+from eps_train.gating.costs import GROUP, Measure
 from eps_train.gating.rewriting import removable
+from eps_train.gating.targets import BlockCosts, Flops, Latency, Parameters, Target
 from eps_train.training.checkpoint import Checkpoint, GateRecord, PruneRecord
 from eps_train.training.distillation import Teacher
 from eps_train.training.trainer import Stopped, Trainer
 from tests.checkpoints import make_checkpoint
+from tests.train.gating.timers import LayerTimer, timed_by
 from tests.train.runs import PRUNING, trainer
 
 TARGET = replace(PRUNING, epsilon=None, target_parameters=0.5, epsilon_warmup=1, epochs=8)
 
 
-def controller(max_drop: float | None = None) -> EpsilonController:
-    """Four blocks of 10 parameters in a network of 50, of which 20 are to stay."""
-    sizes = dict.fromkeys("abcd", 10)
-    return EpsilonController(
-        target=20,
-        sizes=sizes,
-        whole=50,
+TO_40 = Parameters(0.4)
+
+
+def controller(
+    max_drop: float | None = None,
+    *,
+    target: Target = TO_40,
+    blocks: Mapping[str, float] | None = None,
+    **changes: Any,
+) -> EpsilonController:
+    """By default four blocks of 10 parameters in a network of 50, of which 20 are to stay."""
+    blocks = blocks or dict.fromkeys("abcd", 10)
+    made = EpsilonController(
+        target=target,
+        costs=BlockCosts(currency=target.currency, whole=50, blocks=blocks),
         start=1,
         end=9,
         patience=2,
         max_drop=max_drop,
-        stages=dict.fromkeys("abcd", "all"),
+        stages=dict.fromkeys(blocks, "all"),
+        per_cost=target.currency != "parameters",
     )
+    return replace(made, **changes)
 
 
 def records(peaks: dict[str, float], dead: str = "") -> list[GateRecord]:
@@ -107,18 +124,54 @@ def test_in_the_final_decay_none_is_chosen_but_the_chosen_die() -> None:
 
 
 def test_every_stage_keeps_a_block() -> None:
-    made = EpsilonController(
-        target=10,
-        sizes=dict.fromkeys(("one.0", "one.1", "two.0"), 10),
-        whole=50,
-        start=1,
-        end=6,
-        patience=2,
-        max_drop=None,
+    made = controller(
+        target=Parameters(0.2),
+        blocks=dict.fromkeys(("one.0", "one.1", "two.0"), 10),
         stages={"one.0": "one", "one.1": "one", "two.0": "two"},
     )
     made.observe(3, records({"one.0": 1.0, "one.1": 2.0, "two.0": 0.1}), kept=50, accuracy=0.8)
     assert made.chosen == {"one.0"}, "the target asks for more"
+
+
+def test_towards_a_latency_the_block_goes_that_costs_least_importance_for_a_millisecond() -> None:
+    blocks = {"a": 20.0, "b": 4.0, "c": 1.0, "d": 5.0}  # 4/20, 1/4, 3/1 and 2/5
+    made = controller(target=Latency(0.9), blocks=blocks)
+    made.observe(0, records(PEAKS), kept=50, accuracy=0.8)
+    assert made.chosen == {"a"}, "the strongest response, and most of the time"
+    plain = controller(target=Latency(0.9), blocks=blocks, per_cost=False)
+    plain.observe(0, records(PEAKS), kept=50, accuracy=0.8)
+    assert plain.chosen == {"b"}
+
+
+def test_of_equal_importance_the_block_goes_that_costs_most() -> None:
+    made = controller(target=Flops(0.9), blocks={"a": 5, "b": 8, "c": 6, "d": 7})
+    made.observe(0, records(dict.fromkeys("abcd", 0.0)), kept=50, accuracy=0.8)
+    assert made.chosen == {"b"}
+
+
+def test_a_block_that_saves_nothing_is_never_chosen() -> None:
+    """Not even where the target cannot be reached; it is what its stage keeps."""
+    made = controller(target=Latency(0.1), blocks={"a": 10, "b": 0.0, "c": 10, "d": 0.0})
+    made.observe(7, records(PEAKS), kept=50, accuracy=0.8)
+    assert made.chosen == {"a", "c"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "per_cost"),
+    [
+        ({"target_parameters": 0.5}, False),
+        ({"target_flops": 0.5}, True),
+        ({"target_speedup": 2.0}, True),
+        ({"target_latency": 0.5, "criterion": "gradient"}, True),
+        ({"target_latency": 0.5, "criterion": "random"}, False),
+    ],
+)
+def test_what_is_chosen_by_importance_per_cost(changes: dict[str, Any], per_cost: bool) -> None:
+    config = replace(PRUNING, epsilon=None, **changes)
+    assert config.target is not None
+    costs = BlockCosts(currency=config.target.currency, whole=2, blocks={"a": 1})
+    made = EpsilonController.of(config, costs, decay_epoch=5, stages={"a": "all"})
+    assert made.per_cost == per_cost
 
 
 def test_the_guard_chooses_none_until_accuracy_is_back() -> None:
@@ -140,6 +193,8 @@ def test_a_target_that_was_missed_is_told_with_its_reason() -> None:
         "50% of the parameters are left, not 40%: the run was too short, or every stage is down"
         " to a block; give more --epochs"
     )
+    latency = controller(target=Latency(0.4))
+    assert str(latency.shortfall(25)).startswith("50% of the latency is left, not 40%: ")
     made.held = 2
     assert "in 2 epochs accuracy was too low" in str(made.shortfall(25))
 
@@ -219,3 +274,52 @@ def test_a_random_criterion_prunes_in_the_order_of_its_seed(tmp_path: Path) -> N
     ranked = removable(sorted(order, key=order.__getitem__), order, run.stages)
     assert run.controller.chosen
     assert run.controller.chosen == set(ranked[: len(run.controller.chosen)])
+
+
+class Unsteady(LayerTimer):
+    """Each time it is loaded, blocks take other times."""
+
+    loaded = 0
+
+    def load(self, model: fx.GraphModule, image: Tensor) -> Measure:
+        type(self).loaded += 1
+        return super().load(model, image)
+
+    def _time(self, network: nn.Module) -> float:
+        time = super()._time(network)
+        return time + time * time * self.loaded
+
+
+def test_a_run_towards_a_latency_resumes_exactly_with_the_times_it_began_with(
+    tmp_path: Path,
+) -> None:
+    """Stopped in the middle of its second epoch, and resumed where nothing can be timed."""
+    timer = EntryPoint("ort", f"{__name__}:{Unsteady.__name__}", GROUP)
+    run = replace(TARGET, target_parameters=None, target_latency=0.6, timer="ort")
+    run = replace(run, model="cifar:14x4", batch_size=256, epochs=6)
+    with certain_deaths(), timed_by(timer):
+        Unsteady.loaded = 0
+        whole = trainer(tmp_path / "whole", run)
+        whole.run(lambda report: None)
+        assert Unsteady.loaded == 1
+        Unsteady.loaded = 0
+        calls = iter(range(10_000))
+        middle = whole.batches.steps + whole.batches.steps // 2
+        first = trainer(tmp_path / "stopped", run, stop=lambda: next(calls) == middle)
+        with pytest.raises(Stopped):
+            first.run(lambda report: None)
+        assert first.epoch == 1
+    with certain_deaths(), timed_by():
+        again = trainer(tmp_path / "stopped", run)
+        with pytest.raises(ConfigError, match=r"^--timer ort: this installation"):
+            again.measure_latency()
+        again.resume()
+        again.measure_latency()
+        again.run(lambda report: None)
+    assert whole.controller is not None
+    assert again.controller is not None
+    assert again.controller.costs == whole.controller.costs
+    assert again.tracker.dead == whole.tracker.dead != ()
+    theirs = whole.model.state_dict()
+    assert again.model.state_dict().keys() == theirs.keys()
+    assert all(torch.equal(t, theirs[name]) for name, t in again.model.state_dict().items())

@@ -54,7 +54,7 @@ def test_a_run_stopped_in_the_middle_of_an_epoch_goes_on_exactly(tmp_path: Path)
         folder = tmp_path / str(steps)
 
         def stop(calls: Any = calls, last: int = steps) -> bool:
-            return next(calls) == last
+            return bool(next(calls) == last)
 
         with pytest.raises(Stopped):
             trainer(folder, config, stop=stop).run(lambda report: None)

@@ -225,12 +225,20 @@ def test_a_lost_stage_is_told_once_even_when_all_is_well() -> None:
     assert watch.observe(report(3, loss=0.1, dead=lost)) == []
 
 
-def test_the_remedy_with_a_target_is_to_raise_it() -> None:
-    config = replace(recipes.digits(), epsilon=None, target_parameters=0.3)
+@pytest.mark.parametrize(
+    ("target", "remedy"),
+    [
+        ({"target_parameters": 0.3}, "raise --target-parameters"),
+        ({"target_latency": 0.3}, "raise --target-latency"),
+        ({"target_speedup": 3.0}, "lower --target-speedup"),
+    ],
+)
+def test_the_remedy_with_a_target_is_to_ask_for_less(target: dict[str, Any], remedy: str) -> None:
+    config = replace(recipes.digits(), epsilon=None, **target)
     watch = PruneLog(config, LABELS, STAGES)
     lost = ("stages.1.0", "stages.1.1")
     (warning,) = watch.observe(report(2, loss=0.1, dead=lost, died=lost))
-    assert "raise --target-parameters" in warning
+    assert f"; {remedy}, or let it" in warning or f", {remedy}, or let it" in warning
 
 
 def test_a_resumed_run_does_not_repeat_itself() -> None:

@@ -1,21 +1,29 @@
-"""Epsilon controller: adjusts epsilon during training to reach a share of the parameters.
+"""Epsilon controller: adjusts epsilon during training to reach a target.
 
 The paper fixes epsilon for the whole run; which value removes how much depends on width, data and
-length. Here the target is given. Between epochs the blocks with the smallest responses are chosen,
-as many as the target requires by then; epsilon rises to just above their largest recorded response,
-and all other gates stay open. Otherwise an epsilon that closes the weakest block on every step
-would close its neighbours on most of theirs: responses vary by half from step to step, and by less
-from block to block. The criterion for a dead block is the same as with a fixed epsilon.
+length. Here the target is given: a share of the parameters, FLOPs or latency. Between epochs the
+least important blocks are chosen, as many as the target requires by then; epsilon rises to just
+above their largest recorded response, and all other gates stay open. Otherwise an epsilon that
+closes the weakest block on every step would close its neighbours on most of theirs: responses vary
+by half from step to step, and by less from block to block. The criterion for a dead block is the
+same as with a fixed epsilon.
+
+Towards a share of the FLOPs or of the latency, the block with the least importance per cost goes
+first. Towards a share of the parameters it is the least important block: the parameters of a block
+grow with the square of its width, 16-fold from the first to the last stage of the paper's networks,
+while FLOPs stay the same. Importance per parameter would empty the last stage first, whatever the
+importance.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from eps_train.config import TrainingConfig
 from eps_train.gating.rewriting import removable
+from eps_train.gating.targets import BlockCosts, Target, cheapness
 from eps_train.training.checkpoint import GateRecord
 
 MARGIN = 1.05  # above the largest response of the last epoch, which the next may exceed a little
@@ -28,27 +36,28 @@ class EpsilonController:
     """Chooses the blocks to prune next, and the epsilon that closes their gates.
 
     Attributes:
-        target: parameters to keep at most.
-        sizes: parameters that are removed with each block (`rewriting.branch_parameters`).
-        whole: parameters of the network with all blocks.
-        start, end: 0-based epochs between which the wanted count falls linearly from `whole` to
-            `target`; from `end` on no block is chosen, so that the rest of the network can settle.
+        target: share to keep.
+        costs: of the network and its blocks, in the currency of `target`.
+        start, end: 0-based epochs between which the wanted cost falls linearly from that of the
+            whole network to the target; from `end` on no block is chosen, so that the rest of the
+            network can settle.
         stages: the stage of each block (`rewriting.stages`); each keeps one block.
         patience: epochs that a gate has to be closed for its block to be dead.
         max_drop: accuracy (0..1) that may be lost before no further block is chosen; None: any.
+        per_cost: choose by importance per cost; otherwise by importance alone.
         epsilon: threshold of the chosen blocks' gates; all others are open.
         chosen: live blocks that are being pruned.
         held: epochs in which accuracy was too low to choose more blocks.
     """
 
-    target: float
-    sizes: Mapping[str, int]
-    whole: int
+    target: Target
+    costs: BlockCosts
     start: int
     end: int
     stages: Mapping[str, str]
     patience: int
     max_drop: float | None
+    per_cost: bool
     epsilon: float = 0.0
     chosen: frozenset[str] = frozenset()
     held: int = 0
@@ -58,24 +67,23 @@ class EpsilonController:
     def of(
         cls,
         config: TrainingConfig,
-        sizes: Mapping[str, int],
-        whole: int,
+        costs: BlockCosts,
         *,
         decay_epoch: int,
         stages: Mapping[str, str],
     ) -> EpsilonController:
         """The controller of a run whose final decay begins with the 0-based `decay_epoch`."""
-        assert config.target_parameters is not None
+        assert config.target is not None
         drop = config.max_accuracy_drop
         return cls(
-            target=config.target_parameters * whole,
-            sizes=sizes,
-            whole=whole,
+            target=config.target,
+            costs=costs,
             stages=stages,
             start=max(config.epsilon_warmup, 1, round(LEARN_FIRST * config.epochs)),
             end=decay_epoch,
             patience=config.patience,
             max_drop=None if drop is None else drop / 100,
+            per_cost=costs.currency != "parameters" and config.criterion != "random",
         )
 
     def threshold(self, block: str) -> float:
@@ -87,7 +95,7 @@ class EpsilonController:
         epoch: int,
         records: Iterable[GateRecord],
         *,
-        kept: int,
+        kept: float,
         accuracy: float,
         scores: Mapping[str, float] | None = None,
     ) -> None:
@@ -96,14 +104,13 @@ class EpsilonController:
         Args:
             epoch: the epoch that ended.
             records: of all gates, after it.
-            kept: parameters of the network now, without its dead blocks.
+            kept: cost of the network now, without its dead blocks.
             accuracy: on validation data, 0..1.
-            scores: importance of every live block; the least important is chosen first. Without
-                it, that is the block with the smallest response.
+            scores: importance of every live block; without it, that is its largest response.
         """
         self._accuracies.append(accuracy)
         live = [record for record in records if record.death is None]
-        if kept <= self.target:
+        if kept <= self._limit:
             self.chosen, self.epsilon = frozenset(), 0.0
             return
         self.chosen &= {record.block for record in live}
@@ -113,12 +120,13 @@ class EpsilonController:
         # Never below what it was: the responses of closed blocks shrink, and must stay below it.
         self.epsilon = max([self.epsilon, *(MARGIN * peak for peak in peaks)])
 
-    def shortfall(self, kept: int) -> str | None:
-        """One line for a run that ended with `kept` parameters; None when the target is met."""
-        if kept <= self.target:
+    def shortfall(self, kept: float) -> str | None:
+        """One line for a run that ended at a cost of `kept`; None when the target is met."""
+        if kept <= self._limit:
             return None
-        share, wanted = kept / self.whole, self.target / self.whole
-        left = f"{share:.0%} of the parameters are left, not {wanted:.0%}"
+        unit = self.target.unit
+        share = f"{kept / self.costs.whole:.0%} of the {unit} {'is' if unit[-1] == 'y' else 'are'}"
+        left = f"{share} left, not {self.target.share:.0%}"
         if self.held:
             epochs = "1 epoch" if self.held == 1 else f"{self.held} epochs"
             return (
@@ -129,27 +137,42 @@ class EpsilonController:
             f"{left}: the run was too short, or every stage is down to a block; give more --epochs"
         )
 
+    @property
+    def _limit(self) -> float:
+        """Cost to keep at most."""
+        return self.target.share * self.costs.whole
+
     def _wanted(self, epoch: int) -> float:
-        """Parameters that should be left, chosen blocks not counted, in the 0-based `epoch`."""
+        """Cost that should be left, chosen blocks not counted, in the 0-based `epoch`."""
         last = max(self.end - self.patience - 1, self.start)  # the last ones need time to die
         done = min(1.0, (epoch + 1 - self.start) / (last + 1 - self.start))
-        return self.whole - done * (self.whole - self.target)
+        return self.costs.whole - done * (self.costs.whole - self._limit)
 
     def _choose(
         self, live: list[GateRecord], excess: float, scores: Mapping[str, float] | None
     ) -> None:
-        """Choose the weakest blocks until `excess` parameters are to be removed."""
-        excess -= sum(self.sizes[block] for block in self.chosen)
+        """Choose the least important blocks until a cost of `excess` is to be removed.
+
+        A block that saves nothing is never chosen.
+        """
+        saved = self.costs.blocks
+        excess -= sum(saved[block] for block in self.chosen)
         if excess > 0 and self._harmed():
             self.held += 1
             return
         importance = {record.block: record.peak for record in live} if scores is None else scores
+
+        def rank(block: str) -> tuple[float, float]:
+            cost = saved[block] / self.costs.whole if self.per_cost else 1.0
+            return cheapness(importance[block], cost)
+
         free = [record.block for record in live if record.block not in self.chosen]
-        for block in removable(sorted(free, key=importance.__getitem__), free, self.stages):
+        ranked = sorted((block for block in free if saved[block]), key=rank)
+        for block in removable(ranked, free, self.stages):
             if excess <= 0:
                 return
             self.chosen |= {block}
-            excess -= self.sizes[block]
+            excess -= saved[block]
 
     def _harmed(self) -> bool:
         """Whether accuracy is further below its best than `max_drop`, in all recent epochs."""
@@ -163,6 +186,7 @@ class EpsilonController:
             "chosen": sorted(self.chosen),
             "held": self.held,
             "accuracies": list(self._accuracies),
+            "costs": asdict(self.costs),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -201,5 +201,19 @@ class Normalize(nn.Module):
         return (images.to(torch.float32) - self.mean) / self.std
 
 
+class FromPixels(nn.Module):
+    """A network behind its normalisation: uint8 `[N, C, H, W]` to logits float32 `[N, classes]`."""
+
+    def __init__(self, network: nn.Module, identity: DataIdentity) -> None:
+        super().__init__()
+        self.normalize = Normalize.of(identity)
+        self.network = network
+        self.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.network(self.normalize(images))
+        return logits
+
+
 def _by_channel(values: Tensor) -> Tensor:
     return values.view(1, -1, 1, 1)

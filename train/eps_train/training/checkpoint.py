@@ -234,7 +234,7 @@ def resume_changes(path: Path, last: Checkpoint, config: TrainingConfig, data: D
     if config.freeze_gates_at < 1:
         old, new = (round(config.freeze_gates_at * n) + 1 for n in (before, config.epochs))
         changes.append(f"live gates stay open from epoch {new} on, not {old}")
-    if config.target_parameters is not None:
+    if config.target is not None:
         changes.append("epsilon is adjusted to the target over the longer run")
     return changes
 

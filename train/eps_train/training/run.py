@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 from eps_core import cli
-from eps_core.errors import ConfigError, DataError, Interrupted
+from eps_core.errors import ConfigError, DataError, EpsError, Interrupted
 from eps_core.files import replace_file
 from eps_train.config import TrainingConfig
 from eps_train.data.dataset import Data, Outline
 from eps_train.gating import rewriting
+from eps_train.gating.costs import count_costs, latency_share, make_timer
 from eps_train.models.spec import cost
 from eps_train.schedule import Steps
 from eps_train.training import run_checks
@@ -58,12 +59,19 @@ def show(summaries: list[dict[str, Any]]) -> None:
     def share(cost: dict[str, int]) -> float:
         return cost["kept"] / cost["total"]
 
+    def latency(summary: dict[str, Any]) -> str:
+        target = summary.get("target", {})
+        timed = target.get("currency") == "latency" and target["measured"] is not None
+        return f"{target['measured']:.0%}" if timed else "–"
+
+    timed = any(latency(summary) != "–" for summary in summaries)
     rows = [
         (
             summary["model"],
             f"{summary['blocks']['kept']}/{summary['blocks']['total']}",
             f"{summary['parameters']['kept']:,} ({share(summary['parameters']):.0%})",
             f"{share(summary['flops']):.0%}",
+            *([latency(summary)] if timed else []),
             f"{summary['validation']['accuracy']:.2%}",
             f"{summary['test']['accuracy']:.2%} of {summary['test']['samples']}",
             f"{summary['seconds']:.0f} s",
@@ -71,7 +79,8 @@ def show(summaries: list[dict[str, Any]]) -> None:
         )
         for summary in summaries
     ]
-    columns = ("network", "blocks", "parameters", "FLOPs", "validation", "test", "time", "written")
+    columns = ["network", "blocks", "parameters", "FLOPs"]
+    columns += [*(["latency"] if timed else []), "validation", "test", "time", "written"]
     log = cli.log()
     table = cli.table("Trained", columns, rows)
     unbounded = log.options.update(width=10_000)
@@ -98,7 +107,8 @@ def show_plan(chosen: TrainingConfig, data: Outline) -> None:
     elif chosen.nested:
         epsilon = "none: gates stay open, and sub-networks of every depth are trained too"
     elif chosen.epsilon is None:
-        epsilon = f"adjusted to keep {chosen.target_parameters:.0%} of the parameters{start}"
+        assert chosen.target is not None
+        epsilon = f"adjusted to keep {chosen.target.share:.0%} of the {chosen.target.unit}{start}"
     else:
         epsilon = f"{chosen.epsilon:g}{start}"
     size = "x".join(map(str, data.shape))
@@ -119,10 +129,15 @@ def show_plan(chosen: TrainingConfig, data: Outline) -> None:
         return
     for line in rewriting.told(rewriting.ungated(skeleton)):
         log.print(f"not gated: {line}")
-    stages = rewriting.stages(skeleton, data.shape)
-    sizes = rewriting.branch_parameters(skeleton)
-    warnings = run_checks.size_warnings(chosen, sizes, total.parameters, stages)
-    for warning in [run_checks.schedule_warning(chosen, steps=steps), *warnings]:
+    warnings = [
+        run_checks.schedule_warning(chosen, steps=steps),
+        *run_checks.size_warnings(rewriting.branch_parameters(skeleton)),
+    ]
+    target, stages = chosen.target, rewriting.stages(skeleton, data.shape)
+    if target is not None and target.currency != "latency":  # which a run measures first
+        costs = count_costs(skeleton, data.shape, target.currency)
+        warnings.append(run_checks.unreachable_warning(target, costs, stages))
+    for warning in warnings:
         if warning:
             log.print(f"warning: {warning}")
 
@@ -202,6 +217,7 @@ class Run:
             )
         if resume:
             self._rotation.adopt(config, data, epochs_done=trainer.epoch)
+        trainer.measure_latency(lambda line: self._log.print(line, markup=False))
         if weights and here == (0, 0):
             skipped = load_weights(weights, trainer.model, self._log.print)
             fresh = f"; for other classes, or not in it: {', '.join(skipped)}" if skipped else ""
@@ -242,6 +258,8 @@ class Run:
             assert self._stop.signal is not None
             raise Interrupted(self._stop.signal)
         summary = summarize(best, self.files.best, trainer.seconds)
+        if trainer.controller is not None:
+            summary["target"] = self._group.lead(lambda: self._compare_with_target(best, summary))
         return summary if self._group.world is None else summary | {"processes": self._group.size}
 
     def _open(self) -> None:
@@ -277,10 +295,15 @@ class Run:
         if not self.config.plain:
             for line in rewriting.told(rewriting.ungated(trainer.model)):
                 self._log.print(f"not gated: {line}")
-        sizes = rewriting.branch_parameters(trainer.model)
+        unreachable = None
+        if trainer.controller is not None:
+            target, costs = trainer.controller.target, trainer.controller.costs
+            self._log.print(costs.describe(target), markup=False)
+            unreachable = run_checks.unreachable_warning(target, costs, trainer.stages)
         self._warn(
             run_checks.schedule_warning(self.config, steps=trainer.batches.steps),
-            *run_checks.size_warnings(self.config, sizes, self._parameters, trainer.stages),
+            *run_checks.size_warnings(rewriting.branch_parameters(trainer.model)),
+            unreachable,
             run_checks.zero_branches_warning(
                 trainer.model,
                 trainer.normalize,
@@ -299,14 +322,61 @@ class Run:
             self._tensorboard_log.add(line, self._metrics.read)
 
     def _close(self) -> None:
-        """On the leader, after training: warn of a missed target, and plot the run."""
-        trainer = self.trainer
-        if trainer.controller is not None:
-            self._warn(trainer.controller.shortfall(trainer.parameters()))
+        """On the leader, after training: plot the run."""
         if self._tensorboard_log is not None:
             self._tensorboard_log.close()
         title = f"{self._title}: {self.config.dataset}, {self.config.model}"
         replace_file(self.files.plot, draw(self._metrics.read(), title))
+
+    def _compare_with_target(self, best: Checkpoint, summary: dict[str, Any]) -> dict[str, Any]:
+        """On the leader, after training: measure the cost that is left, and say what was asked for.
+
+        Returns:
+            The entry `target` of the summary: shares of the cost asked for, predicted and measured,
+            a latency's with its 95 % interval; None for a latency that could not be measured.
+        """
+        trainer = self.trainer
+        assert trainer.controller is not None
+        target, costs = trainer.controller.target, trainer.controller.costs
+        predicted = costs.without(best.dead) / costs.whole
+        found: dict[str, Any] = {"option": str(target), "currency": target.currency}
+        found |= {"asked": target.share, "predicted": predicted}
+        measured: float | None = None
+        if target.currency == "latency":
+            try:
+                timer = make_timer(self.config.timer, best.data)
+                model = best.build_gated().to(trainer.device)
+                share = latency_share(timer.load(model, trainer.image), best.dead)
+            except EpsError as error:  # a run may be resumed where its runtime is not installed
+                how = f"not measured ({error})"
+            else:
+                measured = share.value
+                found |= {"low": share.low, "high": share.high, "timer": timer.name}
+                how = f"{measured:.1%} measured"
+                how += f" ({share.low:.1%} to {share.high:.1%}; {timer.name})"
+        else:
+            counts = summary[target.currency]
+            measured = counts["kept"] / counts["total"]
+            how = f"{measured:.1%} measured"
+        found["measured"] = measured
+        self._log.print(
+            f"{target.unit}: {target.share:.1%} asked for ({target}), {predicted:.1%}"
+            f" predicted, {how}",
+            markup=False,
+        )
+        missed = trainer.controller.shortfall(trainer.kept_cost())
+        if missed is None and measured is not None and measured > target.share:
+            live = [record.block for record in best.gates if record.death is None]
+            missed = (
+                f"the measured {target.unit} is {100 * (measured - target.share):.1f} points above"
+                " the target"
+            )
+            if rewriting.removable(live, live, trainer.stages):
+                missed += f"; eps-compact {self.files.best} {target} prunes further"
+            else:
+                missed += ", and every stage is down to a block"
+        self._warn(missed)
+        return found
 
     def _warn(self, *warnings: str | None) -> None:
         for warning in warnings:

@@ -16,6 +16,7 @@ from eps_train.config import TrainingConfig
 from eps_train.data.images import Part
 from eps_train.gating.gate import EpsilonGate, response
 from eps_train.gating.pruning_state import watch_branches
+from eps_train.gating.targets import BlockCosts, Target
 from eps_train.schedule import LearningRateSchedule
 from eps_train.training.checkpoint import GateRecord
 from eps_train.training.distributed import ALONE, Group
@@ -45,7 +46,7 @@ def schedule_warning(config: TrainingConfig, *, steps: int) -> str | None:
             f"no block can die: epsilon acts in {active} epochs, and a gate has to be closed"
             f" for {config.patience}; give more --epochs"
         )
-    if config.target_parameters is not None:
+    if config.target is not None:
         return None  # the controller raises epsilon to blocks that do not shrink
     left = math.exp(-decay_exponent(config, steps=steps))
     if left <= LASTING:
@@ -79,37 +80,38 @@ def _active_epochs(config: TrainingConfig) -> range:
     return range(config.epsilon_warmup, round(config.freeze_gates_at * config.epochs))
 
 
-def size_warnings(
-    config: TrainingConfig, sizes: Mapping[str, int], whole: int, stages: Mapping[str, str]
-) -> list[str]:
-    """Warnings of blocks without parameters, and of a target that no run can reach.
+def size_warnings(sizes: Mapping[str, int]) -> list[str]:
+    """Warnings of blocks without parameters.
 
     Args:
-        config: of the run.
         sizes: parameters that are removed with each block (`rewriting.branch_parameters`).
-        whole: parameters of the whole network.
-        stages: the stage of each block (`rewriting.stages`).
     """
-    warnings = []
     free = [block for block, size in sizes.items() if not size]
     if free and len(free) == len(sizes):
-        warnings.append("no block of this network frees a parameter when it is removed")
-    elif free:
-        warnings.append(
+        return ["no block of this network frees a parameter when it is removed"]
+    if free:
+        return [
             f"{len(free)} of {len(sizes)} blocks free no parameter when they are removed, the first"
             f" {free[0]}"
-        )
-    if config.target_parameters is not None:
-        kept: dict[str, int] = {}
-        for block, size in sizes.items():
-            kept[stages[block]] = min(size, kept.get(stages[block], size))
-        least = (whole - sum(sizes.values()) + sum(kept.values())) / whole
-        if least > config.target_parameters:
-            warnings.append(
-                f"--target-parameters {config.target_parameters:g} cannot be reached: every stage"
-                f" keeps a block, and that leaves {least:.0%} of the parameters"
-            )
-    return warnings
+        ]
+    return []
+
+
+def unreachable_warning(target: Target, costs: BlockCosts, stages: Mapping[str, str]) -> str | None:
+    """Warning of a target that no run can reach; None if it can be reached.
+
+    Args:
+        target: of the run.
+        costs: of the network's blocks, in the target's currency.
+        stages: the stage of each block (`rewriting.stages`).
+    """
+    least = costs.least(stages)
+    if least <= target.share:
+        return None
+    return (
+        f"{target} cannot be reached: every stage keeps a block, and that leaves"
+        f" {least:.0%} of the {target.unit}"
+    )
 
 
 def zero_branches_warning(
@@ -262,8 +264,7 @@ class PruneLog:
         self._died_before = any(line["died"] for line in before)
         self._stages = stages
         self._lost = set(dead_stages(records, stages))
-        has_target = config.target_parameters is not None
-        first = "raise --target-parameters" if has_target else "lower --epsilon"
+        first = "lower --epsilon" if config.target is None else config.target.relax
         self._remedy = f"{first}, or let it act later with --epsilon-warmup"
 
     def observe(self, metrics: EpochMetrics) -> list[str]:

@@ -12,15 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from eps_core.cli import Log
 from eps_core.errors import ConfigError
 from eps_train.config import TrainingConfig
 from eps_train.data.batches import Batches, make
 from eps_train.data.dataset import Data, Outline
 from eps_train.gating import rewriting
 from eps_train.gating.controller import EpsilonController
+from eps_train.gating.costs import branch_costs, count_costs, make_timer, measure_costs
 from eps_train.gating.criteria import BlockScores
 from eps_train.gating.nested import SubNetworks, nested_order, smallest_size
 from eps_train.gating.pruning_state import BlockTracker
+from eps_train.gating.targets import BlockCosts
 from eps_train.models.cifar import Normalize, SideHead
 from eps_train.models.spec import NetworkSpec
 from eps_train.schedule import LearningRateSchedule
@@ -110,14 +113,9 @@ class Trainer:
         self.schedule = LearningRateSchedule.of(config)
         self.tracker = BlockTracker(self.spec.gated, patience=config.patience)
         self.controller: EpsilonController | None = None
-        if config.target_parameters is not None:
-            self.controller = EpsilonController.of(
-                config,
-                rewriting.branch_parameters(self.model),
-                self.parameters(),
-                decay_epoch=self.schedule.decay_epoch,
-                stages=self.stages,
-            )
+        if config.target is not None and config.target.currency != "latency":
+            shape = identity.input_shape
+            self._follow_target(count_costs(self.model, shape, config.target.currency))
         self.order: tuple[str, ...] = ()  # of a nested run, from its first epochs on
         if config.nested:
             self._require_nestable()
@@ -139,6 +137,7 @@ class Trainer:
 
     def run(self, report: Callable[[EpochMetrics], None]) -> Checkpoint:
         """Train to the last epoch, then evaluate the best checkpoint on the test part, once."""
+        self.measure_latency()
         while self.epoch < self.config.epochs:
             metrics = self.run_epoch()
             # Reported first: an epoch that is saved and then lost to a kill would go unreported.
@@ -147,6 +146,33 @@ class Trainer:
             if self._stop() and self.epoch < self.config.epochs:
                 raise Stopped
         return self._finish()
+
+    def measure_latency(self, report: Log = lambda line: None) -> None:
+        """Time the blocks, if a target asks for it, unless the run has their times already.
+
+        Args:
+            report: receives one line when another runtime than ONNX Runtime's is used.
+
+        Raises:
+            ConfigError: the runtime of `--timer` is not installed.
+            GraphError: it cannot run the network.
+        """
+        if self.config.target is None or self.controller is not None:
+            return
+
+        def measured() -> BlockCosts:
+            timer = make_timer(self.config.timer, self.data.identity, report)
+            measure = timer.load(rewriting.drop_taps(self.model), self.image)
+            costs = branch_costs(self.model, self.data.identity.input_shape)
+            return measure_costs(costs, measure, timer.name)
+
+        self._follow_target(self.group.lead(measured))
+
+    def _follow_target(self, costs: BlockCosts) -> None:
+        """Have a controller prune to the target; `costs` are in its currency."""
+        self.controller = EpsilonController.of(
+            self.config, costs, decay_epoch=self.schedule.decay_epoch, stages=self.stages
+        )
 
     def run_epoch(self) -> EpochMetrics:
         """Train one epoch, remove the blocks that died, and validate; :meth:`save` comes next."""
@@ -167,7 +193,7 @@ class Trainer:
             self.controller.observe(
                 epoch,
                 self.tracker.records.values(),
-                kept=self.parameters(),
+                kept=self.kept_cost(),
                 accuracy=validation.accuracy,
                 scores=scores,
             )
@@ -412,7 +438,11 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.take_step.precision.load_state_dict(state["precision"])
         self.schedule.load_state_dict(state["schedule"])
-        if self.controller is not None:
+        if state["controller"] is not None:
+            # As the run began, and not measured again. Earlier versions only counted parameters.
+            if costs := state["controller"].get("costs"):
+                self._follow_target(BlockCosts(**costs))
+            assert self.controller is not None
             self.controller.load_state_dict(state["controller"])
         self.epoch = self.saved = state["epoch"]
         self.step, self.seconds = state["step"], state["seconds"]
@@ -515,6 +545,18 @@ class Trainer:
         if not self.config.live_removal:
             model = rewriting.remove_blocks(model, self.tracker.dead)
         return sum(parameter.numel() for parameter in model.parameters())
+
+    def kept_cost(self) -> float:
+        """Cost of that network in the currency of the target; of a latency, as predicted."""
+        assert self.controller is not None
+        if self.controller.costs.currency == "parameters":
+            return self.parameters()
+        return self.controller.costs.without(self.tracker.dead)
+
+    @property
+    def image(self) -> Tensor:
+        """A raw image to time networks on, uint8 `[1, C, H, W]`."""
+        return next(iter(self.validation.batches(1))).images
 
 
 def network_spec(config: TrainingConfig, data: Outline) -> NetworkSpec:

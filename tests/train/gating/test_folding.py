@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from eps_compact import compact
-from eps_compact.folding import BatchNorms, Pair, fold, refold, unfolded_state
 from eps_train.data.downloads import import_torchvision
 from eps_train.gating import rewriting
+from eps_train.gating.folding import BatchNorms, Pair, fold, refold, unfolded_state
 from tests.checkpoints import make_checkpoint
 
 BOUND = 2e-6  # of these networks, which are shallow

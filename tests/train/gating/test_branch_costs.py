@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import fx
 
-from eps_compact.analysis.importance import branch_costs, live_network
+from eps_compact.analysis.importance import live_network
 from eps_train.data.downloads import import_torchvision
 from eps_train.gating import rewriting
+from eps_train.gating.costs import branch_costs
 from eps_train.models.cifar import CifarResNet
 from eps_train.models.spec import cost
 from tests.checkpoints import make_checkpoint
