@@ -13,7 +13,7 @@ import numpy as np
 from eps_core.checks import Parity
 from eps_core.stats import Interval
 from eps_deploy.bench.accuracy import accuracy_drop
-from eps_deploy.bench.latency import Latency, Times
+from eps_deploy.bench.latency import LatencyResult, Times
 from eps_deploy.bench.machine import Conditions, GpuReading, Range
 from eps_deploy.precision import PRECISIONS
 from eps_deploy.report import report
@@ -69,7 +69,7 @@ def latency(
     shape: tuple[int, int] = (20, 200),
     others: dict[str, list[Times]] | None = None,
     **changes: Any,
-) -> Latency:
+) -> LatencyResult:
     fields: dict[str, Any] = {
         "batch": batch,
         "times": {"call": pair(baseline, ratio, batch, shape), **(others or {})},
@@ -87,7 +87,7 @@ def latency(
             gpu=None,
         ),
     }
-    return Latency(**{**fields, **changes})
+    return LatencyResult(**{**fields, **changes})
 
 
 def on_gpu() -> Conditions:
@@ -122,7 +122,7 @@ def make_report(
     limit: float = 0.5,
     goal: float = 1.0,
     parities: list[Parity] | None = None,
-    timings: list[Latency] | None = None,
+    timings: list[LatencyResult] | None = None,
     precision: dict[str, Any] | None = None,
     blocks: list[str] = BLOCKS,
     dead: list[str] = DEAD,

@@ -213,9 +213,9 @@ def test_a_run_resumes_exactly_with_a_criterion_and_a_teacher(tmp_path: Path) ->
 def test_a_random_criterion_prunes_in_the_order_of_its_seed(tmp_path: Path) -> None:
     run = trainer(tmp_path, TARGET, criterion="random", seed=5)
     run.run_epoch()
-    assert run.controller is not None
-    assert run.scores is not None
-    order = run.scores.read()
-    ranked = removable(sorted(order, key=order.__getitem__), order, run.stages)
-    assert run.controller.chosen
-    assert run.controller.chosen == set(ranked[: len(run.controller.chosen)])
+    assert run.pruner.controller is not None
+    assert run.pruner.scores is not None
+    order = run.pruner.scores.read()
+    ranked = removable(sorted(order, key=order.__getitem__), order, run.pruner.stages)
+    assert run.pruner.controller.chosen
+    assert run.pruner.controller.chosen == set(ranked[: len(run.pruner.controller.chosen)])

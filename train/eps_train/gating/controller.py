@@ -42,8 +42,8 @@ class EpsilonController:
     """
 
     target: float
-    sizes: Mapping[str, int]
-    whole: int
+    sizes: Mapping[str, float]
+    whole: float
     start: int
     end: int
     stages: Mapping[str, str]
@@ -87,7 +87,7 @@ class EpsilonController:
         epoch: int,
         records: Iterable[GateRecord],
         *,
-        kept: int,
+        kept: float,
         accuracy: float,
         scores: Mapping[str, float] | None = None,
     ) -> None:

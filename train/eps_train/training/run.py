@@ -261,9 +261,9 @@ class Run:
         self._prune_log = PruneLog(
             self.config,
             trainer.data.validation.labels,
-            trainer.stages,
+            trainer.pruner.stages,
             before=before,
-            records=trainer.tracker.records.values(),
+            records=trainer.pruner.tracker.records.values(),
         )
         self._tensorboard_log: TensorBoardLog | None = None
         if self._tensorboard:
@@ -280,13 +280,13 @@ class Run:
         sizes = rewriting.branch_parameters(trainer.model)
         self._warn(
             run_checks.schedule_warning(self.config, steps=trainer.batches.steps),
-            *run_checks.size_warnings(self.config, sizes, self._parameters, trainer.stages),
+            *run_checks.size_warnings(self.config, sizes, self._parameters, trainer.pruner.stages),
             run_checks.zero_branches_warning(
                 trainer.model,
                 trainer.normalize,
-                trainer.gates,
+                trainer.pruner.gates,
                 trainer.validation,
-                epsilon=max(trainer.thresholds(0).values(), default=0.0),
+                epsilon=max(trainer.pruner.thresholds(0).values(), default=0.0),
             ),
         )
 
@@ -301,8 +301,8 @@ class Run:
     def _close(self) -> None:
         """On the leader, after training: warn of a missed target, and plot the run."""
         trainer = self.trainer
-        if trainer.controller is not None:
-            self._warn(trainer.controller.shortfall(trainer.parameters()))
+        if trainer.pruner.controller is not None:
+            self._warn(trainer.pruner.controller.shortfall(trainer.parameters()))
         if self._tensorboard_log is not None:
             self._tensorboard_log.close()
         title = f"{self._title}: {self.config.dataset}, {self.config.model}"
