@@ -266,9 +266,9 @@ class BlockPruner:
         """:meth:`end_epoch` without the thresholds of the next epoch."""
         optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
         ships = self.model if averaged is None else self._copy_in(averaged)
-        self._refuse_disorder(heldout, optimizers)
         if isinstance(heldout, Iterator):
             heldout = list(heldout)  # it is read more than once
+        self._refuse_disorder(heldout, optimizers)
         group, epoch = self.group, self.epoch
         scores = None if self.scores is None else self.scores.read(group.add)
         thresholds = self.thresholds(epoch)

@@ -24,10 +24,7 @@ def _callback_class() -> Any:
     raise ConfigError(f"{__name__}: Lightning is not installed; pip install lightning")
 
 
-Callback = _callback_class()
-
-
-class BlockPruning(Callback):  # type: ignore[misc]
+class BlockPruning(_callback_class()):  # type: ignore[misc]
     """Steps a pruner, and ends its epochs with those of the trainer.
 
     The `LightningModule` holds `pruner.model` as an attribute. Checkpoints contain the state of the
@@ -41,7 +38,8 @@ class BlockPruning(Callback):  # type: ignore[misc]
 
     Args:
         pruner: of the network in the module.
-        heldout: batches that are not trained on; by default the validation loader of the trainer.
+        heldout: batches that are not trained on; by default the (first) validation loader of the
+            trainer.
         averaged: an average of the weights that ships; see `BlockPruner.end_epoch`.
     """
 

@@ -26,10 +26,7 @@ def _callback_class() -> Any:
     raise ConfigError(f"{__name__}: transformers is not installed; pip install transformers")
 
 
-TrainerCallback = _callback_class()
-
-
-class BlockPruningCallback(TrainerCallback):  # type: ignore[misc]
+class BlockPruningCallback(_callback_class()):  # type: ignore[misc]
     """Steps a pruner, and ends its epochs with those of the Trainer.
 
     The model of the Trainer holds `pruner.model`. With each checkpoint the state of the pruner is
