@@ -5,8 +5,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import fx
+from torch.utils.flop_counter import FlopCounterMode
 
 from eps_core.errors import ConfigError
 from eps_train.gating import rewriting
@@ -90,6 +93,34 @@ class Flops(Target):
 
     def measure(self, model: fx.GraphModule, input_shape: tuple[int, int, int]) -> float:
         return cost(model, input_shape).flops
+
+    def costs(self, model: fx.GraphModule, input_shape: tuple[int, int, int]) -> BlockCosts:
+        skeleton = copy.deepcopy(model).to("meta").eval()
+        counted = _FlopsByStep(skeleton)
+        with counted.counter, torch.no_grad():
+            counted.run(torch.empty((1, *input_shape), device="meta"))
+        return BlockCosts(
+            whole=sum(counted.flops.values()),
+            blocks={
+                block: sum(counted.flops[node] for node in rewriting.branch_nodes(gate))
+                for gate, block in rewriting.gate_nodes(skeleton).items()
+            },
+        )
+
+
+class _FlopsByStep(fx.Interpreter):
+    """Runs a graph, and counts the FLOPs of each of its steps."""
+
+    def __init__(self, model: fx.GraphModule) -> None:
+        super().__init__(model)
+        self.counter = FlopCounterMode(display=False)
+        self.flops: dict[fx.Node, int] = {}
+
+    def run_node(self, node: fx.Node) -> Any:
+        before = self.counter.get_total_flops()
+        result = super().run_node(node)
+        self.flops[node] = self.counter.get_total_flops() - before
+        return result
 
 
 @dataclass(frozen=True, slots=True)
