@@ -111,7 +111,7 @@ def closed(monkeypatch: pytest.MonkeyPatch) -> str:
     block = "stages.1.1"
 
     def thresholds(self: Trainer, epoch: int) -> dict[str, float]:
-        return {name: 1e9 if name == block else 0.0 for name in self.gates}
+        return {name: 1e9 if name == block else 0.0 for name in self.pruner.gates}
 
     monkeypatch.setattr(Trainer, "thresholds", thresholds)
     return block
