@@ -61,8 +61,8 @@ def _one_run(config: TrainingConfig, images: Data, options: Options) -> dict[str
             "seed": config.seed,
             "seconds": seconds,
             "ratio": seconds["epsilon"] / seconds["plain"],
-            "removed": len(sides["epsilon"].tracker.dead),
-            "blocks": len(sides["epsilon"].tracker.records),
+            "removed": len(sides["epsilon"].pruner.tracker.dead),
+            "blocks": len(sides["epsilon"].pruner.tracker.records),
             "test_accuracy": {s: best.metrics["test"]["accuracy"] for s, best in tested.items()},
         }
 

@@ -98,7 +98,7 @@ class _Stepper:
         assert len(self._batch) == options.batch_size
         trainer.model.train()
         set_lr(trainer.optimizer, 0.0)
-        for gate in trainer.gates.values():
+        for gate in trainer.pruner.gates.values():
             gate.set_epsilon(OPEN)
 
     def __call__(self) -> None:

@@ -11,16 +11,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from eps_compact.artifact import CompactArtifact, load
     from eps_compact.certificate import ProofError
-    from eps_compact.compaction import compact
+    from eps_compact.compaction import Compaction, compact, compact_pruner
 
 _HOMES = {
     "CompactArtifact": "artifact",
+    "Compaction": "compaction",
     "ProofError": "certificate",
     "compact": "compaction",
+    "compact_pruner": "compaction",
     "load": "artifact",
 }
 
-__all__ = ["CompactArtifact", "ProofError", "compact", "load"]
+__all__ = ["CompactArtifact", "Compaction", "ProofError", "compact", "compact_pruner", "load"]
 
 
 def __getattr__(name: str) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -17,8 +18,10 @@ from eps_compact.plots import Block, block_map
 from eps_core.checks import Parity
 from eps_core.cli import Log
 from eps_train.data.images import Part
+from eps_train.data.inputs import Batch, pixels
 from eps_train.gating import rewriting
 from eps_train.gating.folding import fold
+from eps_train.gating.pruner import BlockPruner
 from eps_train.models.cifar import Normalize
 from eps_train.models.spec import NetworkSpec, cost
 from eps_train.training.checkpoint import Checkpoint
@@ -34,15 +37,26 @@ class Compaction:
 
     Attributes:
         artifact: what is to be saved; its network has passed every proof.
+        checkpoint: what was compacted.
         blocks: the block map of the network as it was built.
         proofs: the comparisons behind the certificate.
         statistics: measurements on held-out images.
     """
 
     artifact: CompactArtifact
+    checkpoint: Checkpoint
     blocks: tuple[Block, ...]
     proofs: tuple[Parity, ...]
     statistics: ActivationStatistics
+
+    @property
+    def certificate(self) -> dict[str, Any]:
+        """Evidence for every removed block and proof of equal logits, as plain data."""
+        return self.artifact.certificate
+
+    def build(self) -> fx.GraphModule:
+        """Build the compact network, in evaluation mode, on the CPU: plain layers, no gates."""
+        return self.artifact.build()
 
     @property
     def removed(self) -> tuple[str, ...]:
@@ -88,6 +102,34 @@ def compact(model: nn.Module, dead: Iterable[str] | None = None) -> fx.GraphModu
     plain = copy.deepcopy(rewriting.drop_taps(rewriting.drop_gates(less))).eval()
     plain.zero_grad(set_to_none=True)  # the gradients of the last step are no part of a network
     return plain
+
+
+def compact_pruner(
+    pruner: BlockPruner,
+    heldout: Iterable[Batch] | None = None,
+    *,
+    averaged: nn.Module | None = None,
+    folding: bool = True,
+    report: Log = lambda line: None,
+) -> Compaction:
+    """Compact the network of a `BlockPruner`, without any file: :func:`compact_checkpoint`.
+
+    Args:
+        heldout: batches for the proof and the statistics, normalised as in training: inputs, or
+            inputs and labels; None: random images only.
+        averaged: an average of the weights that ships in place of the trained ones.
+
+    Raises:
+        DataError: `heldout` is empty, or its images are not normalised as the pruner was told.
+    """
+    checkpoint = pruner.checkpoint(averaged)
+    return compact_checkpoint(
+        checkpoint,
+        None if heldout is None else pixels(heldout, checkpoint.data),
+        checkpoint_path="",
+        folding=folding,
+        report=report,
+    )
 
 
 def compact_checkpoint(
@@ -163,6 +205,7 @@ def compact_checkpoint(
     )
     return Compaction(
         artifact=artifact,
+        checkpoint=checkpoint,
         blocks=block_map(checkpoint, statistics.live, removed=removed),
         proofs=proofs,
         statistics=statistics,

@@ -17,12 +17,35 @@ _TESTS = "tests put their own in its place"
 _FACTORY = "called through FAMILIES with what the network's name says"
 _OPTION = "the option of eps-train sets it"
 _SECTION = "called as _run, _pruning and so on, one for each section of the help"
+_LIBRARY = "public API: the loop or notebook of a user passes it"
 _FX = "torch.fx passes what the network's own call passed"
 
 EXCEPTIONS = {
     "insert_gates(epsilon)": "public API; eps-train sets its thresholds epoch by epoch",
-    "insert_gates(example)": "public API; eps-train compares the networks where it knows the data",
     "compact(dead)": "public API; eps-compact latches gates instead",
+    "BlockPruner(classes)": _LIBRARY,
+    "BlockPruner(live_removal)": _LIBRARY,
+    "BlockPruner(patience)": _LIBRARY,
+    "BlockPruner(target)": _LIBRARY,
+    "BlockPruning(averaged)": _LIBRARY,
+    "BlockPruning(heldout)": _LIBRARY,
+    "BlockPruningCallback(averaged)": _LIBRARY,
+    "BlockPruningCallback(inputs)": _LIBRARY,
+    "compact_pruner(averaged)": _LIBRARY,
+    "compact_pruner(folding)": _LIBRARY,
+    "compact_pruner(heldout)": _LIBRARY,
+    "compact_pruner(report)": _LIBRARY,
+    "deploy(engine)": _LIBRARY,
+    "deploy(log)": _LIBRARY,
+    "deploy(output)": _LIBRARY,
+    "deploy(precision)": _LIBRARY,
+    "end_epoch(metric)": _LIBRARY,
+    "load_state_dict(averaged)": _LIBRARY,
+    "on_epoch_end(optimizer)": _LIBRARY,
+    "on_train_begin(model)": _LIBRARY,
+    "save(averaged)": _LIBRARY,
+    "save(data)": _LIBRARY,
+    "save(data_root)": _LIBRARY,
     "TrainingConfig(distillation_weight)": _OPTION,
     "TrainingConfig(live_removal)": _OPTION,
     "TrainingConfig(momentum)": _OPTION,

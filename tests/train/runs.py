@@ -14,6 +14,7 @@ from eps_train import recipes
 from eps_train.config import TrainingConfig
 from eps_train.data import dataset
 from eps_train.data.dataset import Data
+from eps_train.gating.pruner import BlockPruner
 from eps_train.training.distillation import Teacher
 from eps_train.training.distributed import ALONE, Group
 from eps_train.training.evaluate import EpochMetrics
@@ -36,18 +37,22 @@ PRUNED = {"stages.0.1": 4, "stages.1.1": 6, "stages.2.2": 6}  # block -> its las
 SHUT = 1e9  # epsilon above every response that is finite
 
 
-class PruningTrainer(Trainer):
-    """A trainer in whose run the blocks of PRUNED die, at the end of these epochs, and no others.
+class ForcedPruner(BlockPruner):
+    """A pruner by which the blocks of PRUNED die, at the end of these epochs, and no others.
 
     Their gates are shut for `patience` epochs before, and all other gates are open.
-    Counting, confirmation on held-out images, removal and saving are the trainer's own.
+    Counting, confirmation on held-out images, removal and saving are the pruner's own.
     """
 
     def thresholds(self, epoch: int) -> dict[str, float]:
-        first = {block: last - self.config.patience for block, last in PRUNED.items()}
+        first = {block: last - self.tracker.patience for block, last in PRUNED.items()}
         return {
             block: SHUT if epoch >= first.get(block, epoch + 1) else 0.0 for block in self.gates
         }
+
+
+class PruningTrainer(Trainer):
+    pruner_type = ForcedPruner
 
 
 @cache
@@ -84,6 +89,12 @@ def trainer(
 def pruned_blocks(reports: Iterable[EpochMetrics]) -> dict[str, int]:
     """The blocks that died, with the 1-based epoch; PRUNED for a whole run of `pruning_trainer`."""
     return {block: report.epoch for report in reports for block in report.died}
+
+
+def remove(run: Trainer, *blocks: str) -> None:
+    """Take blocks out of a running network between two steps."""
+    run.pruner._remove(blocks, [run.optimizer])
+    run.take_step.rewrap()
 
 
 def pruning_trainer(folder: Path, run: TrainingConfig = PRUNING, **options: Any) -> Trainer:

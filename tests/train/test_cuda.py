@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from eps_train.gating import rewriting
 from eps_train.gating.gate import EpsilonGate, relu_gate
 from eps_train.training.checkpoint import Checkpoint
 from eps_train.training.distributed import Group
@@ -17,7 +16,7 @@ from eps_train.training.evaluate import EpochMetrics, logits, score
 from eps_train.training.step import WARM_UP, GraphedStep, set_lr
 from eps_train.training.trainer import Stopped, Trainer
 from tests.train import processes
-from tests.train.runs import PRUNED, digits, pruned_blocks, pruning_trainer
+from tests.train.runs import PRUNED, digits, pruned_blocks, pruning_trainer, remove
 
 pytestmark = [
     pytest.mark.gpu,
@@ -39,7 +38,7 @@ def test_blocks_die_and_the_checkpoint_answers_alike_on_the_cpu(tmp_path: Path) 
     run.run(reports.append)
     assert pruned_blocks(reports) == PRUNED
     assert all(parameter.is_cuda for parameter in run.model.parameters())
-    assert not any(tensor.is_cuda for tensor in run.removed_tensors.values())
+    assert not any(tensor.is_cuda for tensor in run.pruner.removed_tensors.values())
     checkpoint = Checkpoint.load(tmp_path / "ckpt.pt")
     stored = [*checkpoint.state.values(), *(checkpoint.side_head or {}).values()]
     assert not any(tensor.is_cuda for tensor in stored)
@@ -56,9 +55,9 @@ def test_a_resumed_run_goes_on(tmp_path: Path) -> None:
     again = trainer(tmp_path)
     again.resume()
     assert again.epoch == 5
-    assert again.tracker.dead == first.tracker.dead != ()
+    assert again.pruner.tracker.dead == first.pruner.tracker.dead != ()
     again.run(lambda report: None)
-    assert set(again.tracker.dead) == set(PRUNED)
+    assert set(again.pruner.tracker.dead) == set(PRUNED)
 
 
 def test_the_gate_waits_for_nothing() -> None:
@@ -144,8 +143,8 @@ def test_a_step_waits_for_nothing(tmp_path: Path, precision: str) -> None:
 def two_epochs(run: Trainer) -> dict[str, torch.Tensor]:
     """Two epochs with a removal between them; the weights after that."""
     run.run_epoch()
-    block = next(iter(run.gates))
-    run.replace_model(rewriting.remove_blocks(run.model, [block]))
+    block = next(iter(run.pruner.gates))
+    remove(run, block)
     run.run_epoch()
     return {name: tensor.clone() for name, tensor in run.network.state_dict().items()}
 
@@ -183,7 +182,7 @@ def test_a_replayed_step_waits_for_nothing(tmp_path: Path, precision: str) -> No
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert bool(run.totals.isfinite().all())
-    assert {int(gate.steps) for gate in run.gates.values()} == {WARM_UP + 4}
+    assert {int(gate.steps) for gate in run.pruner.gates.values()} == {WARM_UP + 4}
 
 
 # -- resuming --------------------------------------------------------------------------------------
@@ -222,7 +221,7 @@ def test_memory_falls_when_blocks_leave(tmp_path: Path, compiled: bool) -> None:
     run.take_step(next(batches))
     run.optimizer.zero_grad()
     before, weights = torch.cuda.memory_allocated(), run.parameters()
-    run.replace_model(rewriting.remove_blocks(run.model, ["stages.2.1", "stages.2.2"]))
+    remove(run, "stages.2.1", "stages.2.2")
     gc.collect()
     freed = before - torch.cuda.memory_allocated()
     assert freed >= 2 * 4 * (weights - run.parameters()), "parameters and their momentum, float32"
@@ -234,18 +233,18 @@ def test_the_compiled_network_is_one_graph_and_counts_alike(tmp_path: Path, prec
     counted, losses = [], []
     for compiled in (False, True):
         run = trainer(tmp_path, precision=precision, epochs=1)
-        for gate, epsilon in zip(run.gates.values(), (0.0, 1e9) * 5, strict=False):
+        for gate, epsilon in zip(run.pruner.gates.values(), (0.0, 1e9) * 5, strict=False):
             gate.set_epsilon(epsilon)
         run.network.train()
         if compiled:
             explained = torch._dynamo.explain(run.network)(torch.randn(32, 1, 8, 8, device="cuda"))
             assert explained.graph_break_count == 0
-            for gate in run.gates.values():
+            for gate in run.pruner.gates.values():
                 gate.reset_record()
             run = _rebuilt(run, tmp_path)
         batches = run.batches.epoch(0, first=0)
         losses.append([float(run.take_step(next(batches))[0]) for _ in range(3)])
-        counted.append([(int(g.steps), int(g.closed_steps)) for g in run.gates.values()])
+        counted.append([(int(g.steps), int(g.closed_steps)) for g in run.pruner.gates.values()])
     assert counted[0] == counted[1]
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
 
@@ -253,8 +252,8 @@ def test_the_compiled_network_is_one_graph_and_counts_alike(tmp_path: Path, prec
 def _rebuilt(run: Trainer, folder: Path) -> Trainer:
     """The same run from its start, compiled; its gates as they were set."""
     made = trainer(folder, precision=run.config.precision, epochs=1, compile=True)
-    for block, gate in made.gates.items():
-        gate.set_epsilon(float(run.gates[block].epsilon))
+    for block, gate in made.pruner.gates.items():
+        gate.set_epsilon(float(run.pruner.gates[block].epsilon))
     made.network.train()
     return made
 

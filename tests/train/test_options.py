@@ -22,6 +22,7 @@ from eps_train.data import dataset
 from eps_train.gating import controller, costs
 from eps_train.gating.costs import branch_costs, count_costs, measure_costs
 from eps_train.gating.criteria import BlockScores
+from eps_train.gating.pruner import BlockPruner
 from eps_train.training import forward, trainer
 from eps_train.training.checkpoint import Checkpoint
 from eps_train.training.distributed import Group
@@ -114,10 +115,10 @@ def closed(monkeypatch: pytest.MonkeyPatch) -> str:
     """A block of cifar:14x4 whose gate is closed on every step, whatever it answers."""
     block = "stages.1.1"
 
-    def thresholds(self: Trainer, epoch: int) -> dict[str, float]:
+    def thresholds(self: BlockPruner, epoch: int) -> dict[str, float]:
         return {name: 1e9 if name == block else 0.0 for name in self.gates}
 
-    monkeypatch.setattr(Trainer, "thresholds", thresholds)
+    monkeypatch.setattr(BlockPruner, "thresholds", thresholds)
     return block
 
 

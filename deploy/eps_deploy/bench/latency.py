@@ -148,7 +148,7 @@ class Times:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Latency:
+class LatencyResult:
     """Times of several workloads of one batch size; the first is the reference.
 
     Attributes:
@@ -210,7 +210,7 @@ def measure(
     budget: float,
     gpu: int | None = None,
     clock: Clock = time.perf_counter,
-) -> Latency:
+) -> LatencyResult:
     """Time `workloads` in turns.
 
     Args:
@@ -249,7 +249,7 @@ def measure(
             Times.of(reference, batch),
             *(Times.of(samples, batch, reference) for samples in others),
         ]
-    return Latency(
+    return LatencyResult(
         batch=batch,
         times=times,
         warm=timings.warm,
@@ -294,7 +294,7 @@ def noise(conditions: Conditions, spread: float, *, alone: bool = False) -> str:
     return f"Noisy: {'; '.join(found)}. {advice}."
 
 
-def save_samples(path: Path, latencies: Sequence[Latency]) -> None:
+def save_samples(path: Path, latencies: Sequence[LatencyResult]) -> None:
     """Write every run of a baseline and a compact engine to an `.npz` file.
 
     Arrays: `batch-N.baseline`, `batch-N.compact`, and the same with `_device` or `_end_to_end`

@@ -16,7 +16,7 @@ from eps_core import cli as console
 from eps_core.formatting import interval, milliseconds
 
 if TYPE_CHECKING:
-    from eps_deploy.bench.latency import Attempt, Latency, ModelFile, Times
+    from eps_deploy.bench.latency import Attempt, LatencyResult, ModelFile, Times
     from eps_deploy.engines.ort import Provider
 
 _FILE = click.Path(path_type=Path)
@@ -212,7 +212,7 @@ def about(files: Sequence[ModelFile], unlike: dict[str, list[str]]) -> Iterator[
 
 
 def tables(
-    files: Sequence[ModelFile], unlike: dict[str, list[str]], found: Latency
+    files: Sequence[ModelFile], unlike: dict[str, list[str]], found: LatencyResult
 ) -> Iterator[Table]:
     """A table for each way of timing."""
     columns = ["file", *unlike, *(f"{p} ms" for p in _PERCENTILES), "images/s"]

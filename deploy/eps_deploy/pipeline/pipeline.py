@@ -29,7 +29,7 @@ from eps_deploy.bench.accuracy import (
     accuracy_drop,
     answers,
 )
-from eps_deploy.bench.latency import Latency, Workload
+from eps_deploy.bench.latency import LatencyResult, Workload
 from eps_deploy.engines.base import Images, Logits
 from eps_deploy.export import half
 from eps_deploy.export.mixed_precision import Repair, Trial, repair, units
@@ -77,6 +77,22 @@ def deploy(options: Options, log: Log) -> dict[str, Any]:
     writer = _writer(options)
     builder.require(options)
     inputs, test, calibration = _read(options, log)
+    return make_bundle(options, writer, inputs, test, calibration, log)
+
+
+def make_bundle(
+    options: Options,
+    writer: BundleWriter,
+    inputs: Inputs,
+    test: TestSet,
+    calibration: Images | None,
+    log: Log,
+) -> dict[str, Any]:
+    """Write the bundle of these inputs and return its report.
+
+    Args:
+        calibration: images for int8, uint8 `[N, C, H, W]`.
+    """
     with writer:
         networks = builder.build_networks(inputs)
         deployment = Deployment(
@@ -196,7 +212,7 @@ class Deployment:
 
     def measure(
         self, models: Models, variants: Variants, repairs: Repair | None
-    ) -> tuple[dict[str, Any], list[Latency]]:
+    ) -> tuple[dict[str, Any], list[LatencyResult]]:
         """Run every check and measurement: the report, and the latency samples behind it."""
         options, inputs, test, log = self.options, self.inputs, self.test, self.log
         not_run = [*builder.not_run(options), *([] if inputs.baseline else [_NO_BASELINE])]
@@ -220,7 +236,7 @@ class Deployment:
                 tried = builder.rehearse(options, models)
             checks += [tried] if tried else []
             not_run += [] if tried else [builder.NO_REHEARSAL]
-        timings: list[Latency] = []
+        timings: list[LatencyResult] = []
         if why := builder.why_no_latency(options):
             not_run.append({"what": "latency", "why": why})
         else:
@@ -338,7 +354,7 @@ class Deployment:
     def _answers(self, infer: Infer) -> Answers:
         return answers(infer, self.test.images, self.test.labels, self.options.max_batch)
 
-    def latency(self, variants: Variants) -> list[Latency]:
+    def latency(self, variants: Variants) -> list[LatencyResult]:
         """Latency of both engines, interleaved, at batch 1 and 16 or the largest that they take."""
         options, test = self.options, self.test
         baseline, compact = variants.baseline.engine, variants.compact.engine
@@ -368,7 +384,7 @@ class Deployment:
         models: Models,
         variants: Variants,
         found: Mapping[str, Any],
-        timings: Sequence[Latency],
+        timings: Sequence[LatencyResult],
     ) -> None:
         """Write everything in the bundle but its manifest."""
         options, data, test = self.options, self.inputs.compact.data, self.test
@@ -391,9 +407,11 @@ class Deployment:
         served = write.served(options, data, variants)
         triton.write_repository(folder, served, images, name=options.name)
         report.write_json(folder / "report.json", dict(found))
-        for name, text in (
-            ("report.md", render_markdown(found)),
-            ("report.html", render_html(found, gallery)),
-            ("reproduce.sh", write.reproduce_script(options, self.inputs, found)),
-        ):
+        texts = {
+            "report.md": render_markdown(found),
+            "report.html": render_html(found, gallery),
+        }
+        if self.inputs.compact.digest:  # made from files
+            texts["reproduce.sh"] = write.reproduce_script(options, self.inputs, found)
+        for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8")

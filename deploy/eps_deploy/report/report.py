@@ -16,7 +16,7 @@ from typing import Any
 
 from eps_core.checks import Check, Parity
 from eps_deploy.bench.accuracy import METHOD, Drop
-from eps_deploy.bench.latency import CALL, DEVICE, END_TO_END, Latency
+from eps_deploy.bench.latency import CALL, DEVICE, END_TO_END, LatencyResult
 from eps_deploy.bench.machine import machine
 from eps_deploy.export.half import LARGEST, Peak
 from eps_deploy.export.mixed_precision import Repair
@@ -122,7 +122,7 @@ def accuracy_check(drop: Drop) -> Check:
     )
 
 
-def speedup_check(latency: Latency, limit: float) -> Check:
+def speedup_check(latency: LatencyResult, limit: float) -> Check:
     """The speed-up of whole calls; its whole interval must reach the limit."""
     speedup = latency.times[CALL][1].speedup
     assert speedup is not None, "of the compact engine"
@@ -221,7 +221,7 @@ def drop_entry(drop: Drop) -> dict[str, Any]:
     }
 
 
-def latency_entry(latency: Latency) -> dict[str, Any]:
+def latency_entry(latency: LatencyResult) -> dict[str, Any]:
     """Latency of a baseline and a compact engine, in this order."""
     return {
         "batch": latency.batch,
@@ -238,7 +238,7 @@ def latency_entry(latency: Latency) -> dict[str, Any]:
     }
 
 
-def _comparison(latency: Latency, way: str) -> dict[str, Any] | None:
+def _comparison(latency: LatencyResult, way: str) -> dict[str, Any] | None:
     if way not in latency.times:
         return None
     baseline, compact = latency.times[way]

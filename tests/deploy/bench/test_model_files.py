@@ -12,7 +12,7 @@ import pytest
 from eps_deploy.bench.latency import (
     Attempt,
     BenchError,
-    Latency,
+    LatencyResult,
     ModelFile,
     best,
     choose_batches,
@@ -79,7 +79,7 @@ def made(
     return ModelFile(name=name, engine=fake, **{**fields, **changes})
 
 
-def compare(files: list[ModelFile], batch: int, clock: Clock) -> Latency:
+def compare(files: list[ModelFile], batch: int, clock: Clock) -> LatencyResult:
     return measure([file.workload(batch) for file in files], budget=5, clock=clock)
 
 

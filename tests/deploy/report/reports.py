@@ -15,7 +15,7 @@ import numpy as np
 from eps_core.checks import Parity
 from eps_core.stats import Interval
 from eps_deploy.bench.accuracy import Answers, Classes, Correct, accuracy_drop
-from eps_deploy.bench.latency import Latency, Times
+from eps_deploy.bench.latency import LatencyResult, Times
 from eps_deploy.bench.machine import Conditions, GpuReading, Range
 from eps_deploy.precision import PRECISIONS
 from eps_deploy.report import report
@@ -72,7 +72,7 @@ def latency(
     shape: tuple[int, int] = (20, 200),
     others: dict[str, list[Times]] | None = None,
     **changes: Any,
-) -> Latency:
+) -> LatencyResult:
     fields: dict[str, Any] = {
         "batch": batch,
         "times": {"call": pair(baseline, ratio, batch, shape), **(others or {})},
@@ -90,7 +90,7 @@ def latency(
             gpu=None,
         ),
     }
-    return Latency(**{**fields, **changes})
+    return LatencyResult(**{**fields, **changes})
 
 
 def on_gpu() -> Conditions:
@@ -136,7 +136,7 @@ def make_report(
     classes: Sequence[str] = tuple("0123456789"),
     class_limit: float | None = None,
     parities: list[Parity] | None = None,
-    timings: list[Latency] | None = None,
+    timings: list[LatencyResult] | None = None,
     precision: dict[str, Any] | None = None,
     blocks: list[str] = BLOCKS,
     dead: list[str] = DEAD,

@@ -268,12 +268,12 @@ def test_a_run_resumes_exactly_with_a_criterion_and_a_teacher(tmp_path: Path) ->
 def test_a_random_criterion_prunes_in_the_order_of_its_seed(tmp_path: Path) -> None:
     run = trainer(tmp_path, TARGET, criterion="random", seed=5)
     run.run_epoch()
-    assert run.controller is not None
-    assert run.scores is not None
-    order = run.scores.read()
-    ranked = removable(sorted(order, key=order.__getitem__), order, run.stages)
-    assert run.controller.chosen
-    assert run.controller.chosen == set(ranked[: len(run.controller.chosen)])
+    assert run.pruner.controller is not None
+    assert run.pruner.scores is not None
+    order = run.pruner.scores.read()
+    ranked = removable(sorted(order, key=order.__getitem__), order, run.pruner.stages)
+    assert run.pruner.controller.chosen
+    assert run.pruner.controller.chosen == set(ranked[: len(run.pruner.controller.chosen)])
 
 
 class Unsteady(LayerTimer):
@@ -316,10 +316,10 @@ def test_a_run_towards_a_latency_resumes_exactly_with_the_times_it_began_with(
         again.resume()
         again.measure_latency()
         again.run(lambda report: None)
-    assert whole.controller is not None
-    assert again.controller is not None
-    assert again.controller.costs == whole.controller.costs
-    assert again.tracker.dead == whole.tracker.dead != ()
+    assert whole.pruner.controller is not None
+    assert again.pruner.controller is not None
+    assert again.pruner.controller.costs == whole.pruner.controller.costs
+    assert again.pruner.tracker.dead == whole.pruner.tracker.dead != ()
     theirs = whole.model.state_dict()
     assert again.model.state_dict().keys() == theirs.keys()
     assert all(torch.equal(t, theirs[name]) for name, t in again.model.state_dict().items())

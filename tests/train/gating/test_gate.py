@@ -463,11 +463,11 @@ def test_training_is_that_of_the_former_gate_to_the_last_bit(
         run = trainer(tmp_path)
         if former:
             monkeypatch.setattr(run.network, "join_records", lambda: None)
-            for gate in run.gates.values():
+            for gate in run.pruner.gates.values():
                 gate.__class__ = FormerGate
-        for gate, epsilon in zip(run.gates.values(), (0.0, 1e9, 3.0) * 3, strict=True):
+        for gate, epsilon in zip(run.pruner.gates.values(), (0.0, 1e9, 3.0) * 3, strict=True):
             gate.set_epsilon(epsilon)
-        list(run.gates.values())[4].latch()
+        list(run.pruner.gates.values())[4].latch()
         run.network.train()
         batches = run.batches.epoch(0, first=0)
         for _ in range(12):

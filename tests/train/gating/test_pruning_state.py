@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from eps_train.gating.gate import EpsilonGate, response
 from eps_train.gating.pruning_state import BlockTracker, watch_branches
+from eps_train.training.evaluate import logits
 
 EPSILON = 2.0
 BLOCKS = ("a", "b")
@@ -40,7 +41,11 @@ def epoch(model: TwoBlocks, tracker: BlockTracker, steps: int = 3) -> float:
 
 def latch(model: TwoBlocks, tracker: BlockTracker, at: int) -> tuple[str, ...]:
     images = torch.zeros(5, 1, 2, 2)
-    return tracker.latch(gates_of(model), model, nn.Identity(), images, epoch=at)
+
+    def evaluate() -> int:
+        return len(logits(model, nn.Identity(), images))
+
+    return tracker.latch(gates_of(model), evaluate, epoch=at)
 
 
 def test_a_block_dies_after_k_whole_closed_epochs_and_not_before() -> None:

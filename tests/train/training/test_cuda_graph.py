@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from eps_core.errors import ConfigError, TrainingError
-from eps_train.gating import rewriting
 from eps_train.training import step
 from eps_train.training.distributed import ALONE, Group
 from eps_train.training.step import WARM_UP, GraphedStep, TrainingStep, cuda_graph_obstacle
 from eps_train.training.trainer import Stopped, Trainer
-from tests.train.runs import PRUNING, trainer
+from tests.train.runs import PRUNING, remove, trainer
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 GONE = "stages.0.1"
@@ -49,7 +48,7 @@ def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
 def epochs_with_a_removal(run: Trainer) -> dict[str, Tensor]:
     """Two epochs at different rates; a block is taken out between them."""
     run.run_epoch()
-    run.replace_model(rewriting.remove_blocks(run.model, [GONE]))
+    remove(run, GONE)
     run.run_epoch()
     return state(run)
 
@@ -92,11 +91,11 @@ def test_a_new_threshold_needs_no_new_capture(tmp_path: Path) -> None:
     run.network.train()
     batches = run.batches.epoch(0, first=0)
     for epsilon, closed in ((0.0, 0), (1e9, 1), (0.0, 1)):
-        for gate in run.gates.values():
+        for gate in run.pruner.gates.values():
             gate.set_epsilon(epsilon)
         for _ in range(WARM_UP + 1):
             steps(next(batches))
-        assert {int(g.closed_steps) for g in run.gates.values()} == {closed * (WARM_UP + 1)}
+        assert {int(g.closed_steps) for g in run.pruner.gates.values()} == {closed * (WARM_UP + 1)}
     assert steps.captures == 1
 
 

@@ -57,7 +57,7 @@ class Outcome:
 def outcome(run: Trainer, reports: list[EpochMetrics]) -> Outcome:
     state = dict(run.network.state_dict())
     momentum = [run.optimizer.state[p]["momentum_buffer"] for p in run.network.parameters()]
-    return Outcome(reports, state, momentum, run.tracker.dead)
+    return Outcome(reports, state, momentum, run.pruner.tracker.dead)
 
 
 def whole_run(
@@ -212,7 +212,7 @@ def test_gates_of_a_replica_judge_its_own_part(tmp_path: Path) -> None:
     # The weights stay as they are, so that both runs judge the same responses.
     still = replace(SMOOTH, epochs=1, lr_schedule=((0, 1e-12),), final_decay=(), weight_decay=0.0)
     run = trainer(tmp_path, still)
-    with watch_branches(run.gates, response) as seen:
+    with watch_branches(run.pruner.gates, response) as seen:
         run.run_epoch()
     middle = torch.stack(seen["gate"]).sort().values[len(seen["gate"]) // 2 - 1 :][:2]
     config = replace(still, epsilon=float(middle.mean()))
@@ -232,7 +232,7 @@ def gradients(group: Group, open_on: int) -> list[Tensor]:
     torch.manual_seed(0)
     run = trainer(Path("nowhere"), config, group=group)
     assert run.spec == spec
-    for gate in run.gates.values():
+    for gate in run.pruner.gates.values():
         gate.set_epsilon(0.0 if group.rank == open_on else 1e9)
     run.network.train()
     batches = run.batches.epoch(0, first=0)
@@ -240,7 +240,7 @@ def gradients(group: Group, open_on: int) -> list[Tensor]:
         run.take_step(next(batches))
     weight = run.model.get_parameter("two.weight").grad
     assert weight is not None
-    assert int(run.gates["gate"].closed_steps) == (0 if group.rank == open_on else 3)
+    assert int(run.pruner.gates["gate"].closed_steps) == (0 if group.rank == open_on else 3)
     return [p.grad for p in run.network.parameters() if p.grad is not None]
 
 

@@ -21,7 +21,7 @@ from eps_train.training import forward
 from eps_train.training.distributed import ALONE, Group
 from eps_train.training.forward import TrainedNetwork
 from eps_train.training.step import build
-from tests.train.runs import PRUNING, pruning_trainer, trainer
+from tests.train.runs import PRUNING, pruning_trainer, remove, trainer
 
 CPU = torch.device("cpu")
 
@@ -135,7 +135,7 @@ def test_a_removal_leaves_compiled_what_it_does_not_touch_and_forgets_the_rest(
         if gone is not None:
             weight = weakref.ref(made.model.get_parameter(f"{gone}.conv1.weight"))
             for run in (plain, made):
-                run.replace_model(rewriting.remove_blocks(run.model, [gone]))
+                remove(run, gone)
             gc.collect()
             assert weight() is None, "its memory is still held"
         for run in (plain, made):
@@ -144,7 +144,7 @@ def test_a_removal_leaves_compiled_what_it_does_not_touch_and_forgets_the_rest(
     assert compiled == [10, 10, 11]
     assert copy.deepcopy(made.network)(some_images())[0].shape == (8, 10)
     assert count == 11, "a copy passes images through its own model"
-    assert made.gates.keys() == plain.gates.keys()
+    assert made.pruner.gates.keys() == plain.pruner.gates.keys()
     for name, tensor in plain.network.state_dict().items():
         assert torch.allclose(tensor, made.network.state_dict()[name], rtol=1e-3, atol=1e-4), name
 

@@ -71,9 +71,9 @@ def test_blocks_die_of_themselves(tmp_path: Path) -> None:
             tmp_path, model="cifar:14x4", epsilon=4.5, epochs=12, seed=seed, batch_size=32
         )
         with suppress(TrainingError):  # a whole stage at once
-            while not run.tracker.dead and run.epoch < run.config.epochs:
+            while not run.pruner.tracker.dead and run.epoch < run.config.epochs:
                 run.run_epoch()
-        found += [record.death for record in run.tracker.records.values() if record.death]
+        found += [record.death for record in run.pruner.tracker.records.values() if record.death]
     assert found
     for death in found:
         assert 0 < death.peak <= death.epsilon == 4.5
@@ -109,7 +109,7 @@ def test_checkpoint_is_the_best_since_the_last_block_was_lost(
     since = [report for report in reports if report.epoch >= last_loss]
     checkpoint = Checkpoint.load(folder / "ckpt.pt")
     assert checkpoint.metrics["validation"]["accuracy"] == max(r.validation.accuracy for r in since)
-    assert checkpoint.dead == finished.tracker.dead
+    assert checkpoint.dead == finished.pruner.tracker.dead
 
 
 def test_checkpoint_reproduces_its_recorded_accuracies(
@@ -185,7 +185,7 @@ def test_a_state_of_an_older_version_is_refused_and_its_network_is_read(
     checksummed.write(tmp_path / "last.pt", {**payload, "version": 1})
     with pytest.raises(ConfigError, match=r"last\.pt: .* of an older eps-resnet .* start anew"):
         pruning_trainer(tmp_path).resume()
-    assert Checkpoint.load(tmp_path / "last.pt").dead == finished.tracker.dead
+    assert Checkpoint.load(tmp_path / "last.pt").dead == finished.pruner.tracker.dead
 
 
 def test_epsilon_zero_trains_a_network_without_gates(tmp_path: Path) -> None:
@@ -267,7 +267,7 @@ def test_a_stage_that_dies_before_learning_stops_the_run(tmp_path: Path) -> None
 
 def test_epsilon_acts_from_its_epoch_until_the_network_settles(tmp_path: Path) -> None:
     scheduled = trainer(tmp_path, epochs=10, epsilon_warmup=2, freeze_gates_at=0.8)
-    thresholds = [set(scheduled.thresholds(epoch).values()) for epoch in range(10)]
+    thresholds = [set(scheduled.pruner.thresholds(epoch).values()) for epoch in range(10)]
     assert thresholds == [{0.0}] * 2 + [{3.0}] * 6 + [{0.0}] * 2
 
 
@@ -280,17 +280,17 @@ def test_no_block_dies_while_epsilon_does_not_act(tmp_path: Path) -> None:
 
 def test_candidate_that_held_out_images_contradict_stays_alive(tmp_path: Path) -> None:
     """A closed training record is not enough: the held-out response must be below epsilon too."""
-    built = trainer(tmp_path, replace(PRUNING, patience=2))
+    built = trainer(tmp_path, replace(PRUNING, epsilon=1e-6))
     built.run_epoch()
-    block = "stages.1.1"
-    gate = built.gates[block]
-    for _ in range(2):
-        gate.steps.fill_(20)
-        gate.closed_steps.fill_(20)
-        gate.peak.fill_(1.0)
-        built.tracker.record_epoch(built.gates, dict.fromkeys(built.gates, 1e-6))
-    assert built._remove_dead(2) == ()
-    assert not bool(gate.dead)
+    pruner, block = built.pruner, "stages.1.1"
+    for _ in range(PRUNING.patience):
+        pruner.step()
+        for gate in pruner.gates.values():
+            gate.steps.fill_(20)
+        pruner.gates[block].closed_steps.fill_(20)
+        judged = pruner.judge_epoch([built.normalize(built.validation.images)])
+        assert judged.died == ()
+    assert not bool(pruner.gates[block].dead)
     assert block in rewriting.gates(built.model)
 
 

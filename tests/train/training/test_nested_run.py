@@ -37,8 +37,8 @@ def test_the_order_is_fixed_after_the_first_epochs_and_trained_from_then_on(tmp_
             theirs = alone.model.state_dict()
             for name, parameter in nested.model.named_parameters():
                 assert torch.equal(parameter, theirs[name]), name
-    assert sorted(nested.order) == sorted(nested.gates)
-    peaks = [nested.tracker.records[block].peak for block in nested.order[3:]]
+    assert sorted(nested.order) == sorted(nested.pruner.gates)
+    peaks = [nested.pruner.tracker.records[block].peak for block in nested.order[3:]]
     assert peaks == sorted(peaks, reverse=True) or len(set(nested.order[:3])) == 3
     networks = sub_networks(nested)
     assert networks is not None

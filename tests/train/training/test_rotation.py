@@ -80,7 +80,7 @@ def test_one_of_them_as_last_pt_takes_the_run_back(folder: Path) -> None:
     shutil.copy(folder / "epoch-0003.pt", folder / "last.pt")
     again = keeping(folder, 2, resume=True)
     assert again.epoch == 3
-    assert not again.tracker.dead
+    assert not again.pruner.tracker.dead
     train(again, 1)
     repeated = Checkpoint.load(folder / "last.pt")
     assert repeated.dead == whole.dead == died != ()

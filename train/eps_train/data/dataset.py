@@ -319,6 +319,10 @@ def outline(
 
 def load_again(identity: DataIdentity, root: Path | None = None) -> Data:
     """Load the data that a checkpoint was trained on. Raises DataError when it has changed."""
+    if not identity.name:
+        raise DataError(
+            "the checkpoint names no data set; name one with BlockPruner.save(..., data=)"
+        )
     data = load(
         identity.name,
         root,

@@ -162,6 +162,9 @@ _MEASURES: Mapping[str, Measure] = {
 }
 
 
+CRITERIA = ("response", *_MEASURES, "l1", "random")
+
+
 def _mean_weights(model: fx.GraphModule) -> dict[str, float]:
     """Mean magnitude of the weights of each block's branch."""
     modules, found = dict(model.named_modules()), {}

@@ -11,11 +11,9 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
-from eps_train.data.images import Part
 from eps_train.gating.gate import EpsilonGate, response
 from eps_train.training.checkpoint import GateRecord, PruneRecord
 from eps_train.training.distributed import ALONE, Group
-from eps_train.training.evaluate import logits
 
 
 @dataclass(slots=True)
@@ -48,7 +46,10 @@ class BlockTracker:
         return tuple(b for b, record in self.records.items() if record.death is not None)
 
     def record_epoch(
-        self, gates: dict[str, EpsilonGate], thresholds: Mapping[str, float], group: Group = ALONE
+        self,
+        gates: Mapping[str, EpsilonGate],
+        thresholds: Mapping[str, float],
+        group: Group = ALONE,
     ) -> float:
         """Read and reset the counters of the live gates, once an epoch.
 
@@ -91,23 +92,21 @@ class BlockTracker:
 
     def latch(
         self,
-        gates: dict[str, EpsilonGate],
-        model: nn.Module,
-        normalize: nn.Module,
-        heldout: Tensor | Part,
+        gates: Mapping[str, EpsilonGate],
+        evaluate: Callable[[], int],
         *,
         epoch: int,
         group: Group = ALONE,
     ) -> tuple[str, ...]:
         """Latch every gate that was closed long enough, if held-out images confirm it.
 
-        The leader of `group` passes the images through the network in evaluation mode as training
-        had it, with the candidates shut; a block is dead when its largest response is below
-        epsilon.
+        A block is dead when the largest response of its branch on held-out images, with the
+        candidates shut, is below epsilon. The leader of `group` measures it.
 
         Args:
-            gates, model, normalize: the running network.
-            heldout: uint8 `[N, C, H, W]`, or a part of a data set that is read batch by batch.
+            gates: of the network that ships: the one that is trained, or an average of it.
+            evaluate: passes the held-out images through that network in evaluation mode, and
+                returns their number.
             epoch: 0-based.
             group: the processes of the run.
 
@@ -124,12 +123,13 @@ class BlockTracker:
         for gate in candidates.values():
             gate.latch()
 
-        def measure() -> dict[str, float]:
+        def measure() -> tuple[dict[str, float], int]:
             with watch_branches(candidates, response) as found:
-                logits(model, normalize, heldout)
-            return {block: torch.stack(peaks).max().item() for block, peaks in found.items()}
+                samples = evaluate()
+            peaks = {block: torch.stack(peaks).max().item() for block, peaks in found.items()}
+            return peaks, samples
 
-        heldout_peaks = group.lead(measure)
+        heldout_peaks, samples = group.lead(measure)
         died = []
         for block, gate in candidates.items():
             record, streak = self.records[block], self._streaks[block]
@@ -140,7 +140,7 @@ class BlockTracker:
                     steps=streak.steps,
                     peak=streak.peak,
                     heldout_peak=heldout_peaks[block],
-                    samples=len(heldout),
+                    samples=samples,
                 )
                 self.records[block] = replace(record, death=death)
                 died.append(block)

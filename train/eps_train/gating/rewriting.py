@@ -584,6 +584,19 @@ def remove_blocks(model: nn.Module, names: Iterable[str]) -> fx.GraphModule:
     return _rewrite(source, lambda m: id(m) in removed, _shortcut)
 
 
+def remove_blocks_in_place(model: fx.GraphModule, names: Iterable[str]) -> None:
+    """Remove blocks like :func:`remove_blocks`, from `model` itself.
+
+    What holds `model` (a loop's variable, a module around it, `torch.compile`) runs what is left.
+    Modules and tensors of the removed branches are no longer part of it.
+    """
+    less = remove_blocks(model, names)
+    model._modules, model._parameters = less._modules, less._parameters
+    model._buffers = less._buffers
+    model._non_persistent_buffers_set = less._non_persistent_buffers_set
+    model.graph = less.graph  # which recompiles
+
+
 def drop_gates(model: nn.Module, keep: Iterable[str] = ()) -> fx.GraphModule:
     """Return the network with plain additions in place of its gates, except those in `keep`."""
     names = set(keep)  # an iterator can be read only once

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -196,6 +196,29 @@ class NetworkSpec:
                 {name: state[name].clone() for name in needed}, assign=self.family in FAMILIES
             )
         return built
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GraphSpec(NetworkSpec):
+    """A network in memory, which is rebuilt by copying its graph; no file can hold it.
+
+    Attributes:
+        graph: the network with all gates, on the CPU; never modified.
+    """
+
+    graph: fx.GraphModule = field(compare=False, repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        raise ConfigError(
+            "this network is known as an object alone, and cannot be written to a file;"
+            " give BlockPruner.save() a network= that builds it"
+        )
+
+    def skeleton(self) -> fx.GraphModule:
+        return self._whole()
+
+    def _whole(self) -> fx.GraphModule:
+        return copy.deepcopy(self.graph)
 
 
 def _size(text: str) -> dict[str, int]:

@@ -98,6 +98,14 @@ class Group:
     def leads(self) -> bool:
         return self.rank == 0
 
+    @property
+    def _object_device(self) -> torch.device | None:
+        """Where objects are sent from: the CPU, so that no GPU is kept waiting, or torch's choice.
+
+        eps-train's own group can send from the CPU; that of a user's loop may have NCCL alone.
+        """
+        return _CPU if "cpu" in dist.get_backend_config(self.world) else None
+
     # -- what the leader does for all
 
     def lead(self, work: Callable[[], T]) -> T:
@@ -112,7 +120,7 @@ class Group:
             if self.leads:
                 outcome = [work(), True]
         finally:
-            dist.broadcast_object_list(outcome, src=0, device=_CPU)
+            dist.broadcast_object_list(outcome, src=0, device=self._object_device)
         if not outcome[1]:
             raise PeerError(f"process {self.rank} ends because process 0 failed")
         result: T = outcome[0]
@@ -172,11 +180,10 @@ class Group:
         """Collect the picklable `value` of each process, in the order of their ranks."""
         if self.world is None:
             return [value]
-        # On the CPU: the objects are few and small, and a GPU is not kept waiting.
         values: list[Any] = [None] * self.size
         for rank in range(self.size):
             holder = [value]
-            dist.broadcast_object_list(holder, src=rank, device=_CPU)
+            dist.broadcast_object_list(holder, src=rank, device=self._object_device)
             values[rank] = holder[0]
         return values
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from eps_core.errors import DataError
 from eps_train.data.images import Part
+from eps_train.data.inputs import Batch
 from eps_train.training.checkpoint import GateRecord
 
 BATCH = 256
@@ -58,6 +60,35 @@ class EpochMetrics:
 
 
 @torch.no_grad()
+def answers(model: nn.Module, batches: Iterable[Batch]) -> tuple[Tensor, Tensor | None]:
+    """Run `model` on batches in evaluation mode; its mode is restored.
+
+    Args:
+        model: from inputs to logits.
+        batches: one or more; moved to the device of the model.
+
+    Returns:
+        Logits float32 `[N, classes]`, and labels int64 `[N]` where the batches have them.
+
+    Raises:
+        DataError: there is no batch.
+    """
+    device = next((parameter.device for parameter in model.parameters()), None)
+    training = model.training
+    model.eval()
+    found, labels = [], []
+    try:
+        for batch in batches:
+            inputs, *rest = [batch] if isinstance(batch, Tensor) else batch
+            found.append(model(inputs.to(device)).float())
+            labels += [label.to(device) for label in rest[:1]]
+    finally:
+        model.train(training)
+    if not found:
+        raise DataError("heldout: yields no batch; give it images to judge blocks by")
+    return torch.cat(found), torch.cat(labels) if labels else None
+
+
 def logits(model: nn.Module, normalize: nn.Module, images: Tensor | Part) -> Tensor:
     """Logits float32 `[N, classes]` in evaluation mode; the model's mode is restored.
 
@@ -65,21 +96,20 @@ def logits(model: nn.Module, normalize: nn.Module, images: Tensor | Part) -> Ten
         model, normalize: from images to logits, both on one device.
         images: uint8 `[N, C, H, W]`, or a part of a data set, read batch by batch; on that device.
     """
+    return answers(model, normalized(normalize, images))[0]
+
+
+def normalized(normalize: nn.Module, images: Tensor | Part) -> Iterator[Tensor]:
+    """Yield images as `normalize` returns them, in batches; arguments as for :func:`logits`."""
     if isinstance(images, Tensor):
-        pixels: Iterable[Tensor] = images.split(BATCH)
+        yield from (normalize(batch) for batch in images.split(BATCH))
     else:
-        pixels = (batch.images for batch in images.batches(BATCH))
-    training = model.training
-    model.eval()
-    try:
-        return torch.cat([model(normalize(batch)).float() for batch in pixels])
-    finally:
-        model.train(training)
+        yield from (normalize(batch.images) for batch in images.batches(BATCH))
 
 
 def score(model: nn.Module, normalize: nn.Module, data: Part) -> Score:
     """Accuracy and loss of `model` on `data`, which is on the model's device or on disk."""
-    answers = logits(model, normalize, data)
-    labels = data.labels.to(answers.device)
-    correct = int((answers.argmax(dim=1) == labels).sum())
-    return Score(correct / len(data), F.cross_entropy(answers, labels).item(), len(data))
+    found = logits(model, normalize, data)
+    labels = data.labels.to(found.device)
+    correct = int((found.argmax(dim=1) == labels).sum())
+    return Score(correct / len(data), F.cross_entropy(found, labels).item(), len(data))

@@ -91,20 +91,19 @@ class Forward:
         if config.compile:
             require_compiler(device)
         self._call: Callable[[Tensor], Logits] | None = None
-        self.replace_model(network.model)
+        self.rewrap()
 
     def __call__(self, images: Tensor) -> Logits:
         if self._call is None:
             self._call = self._wrap()
         return self._call(images)
 
-    def replace_model(self, model: fx.GraphModule) -> None:
-        """Continue with `model`, which shares its modules with the one before.
+    def rewrap(self) -> None:
+        """Continue after blocks were removed from the network's model.
 
-        Only compiled parts that are the same in both are kept: the hooks of the previous DDP would
+        Only compiled parts that they leave unchanged are kept: the hooks of the previous DDP would
         hold the memory of removed blocks, and would run beside the new ones.
         """
-        self._network.model = model
         if self._compile:
             self._network.replace_forward(self._compiled())
         self._call = None

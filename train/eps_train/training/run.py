@@ -258,7 +258,7 @@ class Run:
             assert self._stop.signal is not None
             raise Interrupted(self._stop.signal)
         summary = summarize(best, self.files.best, trainer.seconds)
-        if trainer.controller is not None:
+        if trainer.pruner.controller is not None:
             summary["target"] = self._group.lead(lambda: self._compare_with_target(best, summary))
         return summary if self._group.world is None else summary | {"processes": self._group.size}
 
@@ -279,9 +279,9 @@ class Run:
         self._prune_log = PruneLog(
             self.config,
             trainer.data.validation.labels,
-            trainer.stages,
+            trainer.pruner.stages,
             before=before,
-            records=trainer.tracker.records.values(),
+            records=trainer.pruner.tracker.records.values(),
         )
         self._tensorboard_log: TensorBoardLog | None = None
         if self._tensorboard:
@@ -296,10 +296,10 @@ class Run:
             for line in rewriting.told(rewriting.ungated(trainer.model)):
                 self._log.print(f"not gated: {line}")
         unreachable = None
-        if trainer.controller is not None:
-            target, costs = trainer.controller.target, trainer.controller.costs
+        if trainer.pruner.controller is not None:
+            target, costs = trainer.pruner.controller.target, trainer.pruner.controller.costs
             self._log.print(costs.describe(target), markup=False)
-            unreachable = run_checks.unreachable_warning(target, costs, trainer.stages)
+            unreachable = run_checks.unreachable_warning(target, costs, trainer.pruner.stages)
         self._warn(
             run_checks.schedule_warning(self.config, steps=trainer.batches.steps),
             *run_checks.size_warnings(rewriting.branch_parameters(trainer.model)),
@@ -307,9 +307,9 @@ class Run:
             run_checks.zero_branches_warning(
                 trainer.model,
                 trainer.normalize,
-                trainer.gates,
+                trainer.pruner.gates,
                 trainer.validation,
-                epsilon=max(trainer.thresholds(0).values(), default=0.0),
+                epsilon=max(trainer.pruner.thresholds(0).values(), default=0.0),
             ),
         )
 
@@ -336,8 +336,8 @@ class Run:
             a latency's with its 95 % interval; None for a latency that could not be measured.
         """
         trainer = self.trainer
-        assert trainer.controller is not None
-        target, costs = trainer.controller.target, trainer.controller.costs
+        assert trainer.pruner.controller is not None
+        target, costs = trainer.pruner.controller.target, trainer.pruner.controller.costs
         predicted = costs.without(best.dead) / costs.whole
         found: dict[str, Any] = {"option": str(target), "currency": target.currency}
         found |= {"asked": target.share, "predicted": predicted}
@@ -364,14 +364,14 @@ class Run:
             f" predicted, {how}",
             markup=False,
         )
-        missed = trainer.controller.shortfall(trainer.kept_cost())
+        missed = trainer.pruner.controller.shortfall(trainer.pruner.cost())
         if missed is None and measured is not None and measured > target.share:
             live = [record.block for record in best.gates if record.death is None]
             missed = (
                 f"the measured {target.unit} is {100 * (measured - target.share):.1f} points above"
                 " the target"
             )
-            if rewriting.removable(live, live, trainer.stages):
+            if rewriting.removable(live, live, trainer.pruner.stages):
                 missed += f"; eps-compact {self.files.best} {target} prunes further"
             else:
                 missed += ", and every stage is down to a block"

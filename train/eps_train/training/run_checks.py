@@ -40,7 +40,7 @@ def schedule_warning(config: TrainingConfig, *, steps: int) -> str | None:
     """Why few blocks or none can die in a run of `steps` steps an epoch; None if they can."""
     if config.plain or config.nested:
         return None
-    active = len(_active_epochs(config))
+    active = len(active_epochs(config))
     if active < config.patience:
         return (
             f"no block can die: epsilon acts in {active} epochs, and a gate has to be closed"
@@ -71,11 +71,11 @@ def decay_exponent(config: TrainingConfig, *, steps: int) -> float:
     (paper.md, "Tried on small data"). Restarts only add to it.
     """
     schedule = LearningRateSchedule.of(config)
-    lrs = sum(schedule.lr(epoch) for epoch in _active_epochs(config))
+    lrs = sum(schedule.lr(epoch) for epoch in active_epochs(config))
     return lrs * steps * config.weight_decay / (1 - config.momentum)
 
 
-def _active_epochs(config: TrainingConfig) -> range:
+def active_epochs(config: TrainingConfig) -> range:
     """The 0-based epochs in which a fixed epsilon acts."""
     return range(config.epsilon_warmup, round(config.freeze_gates_at * config.epochs))
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from eps_core.errors import ConfigError, TrainingError
 from eps_train.config import TrainingConfig
@@ -81,16 +81,6 @@ def set_lr(optimizer: torch.optim.SGD, lr: float) -> None:
         group["lr"] = torch.tensor(lr, dtype=torch.float32).item()
 
 
-def keep_only(optimizer: torch.optim.SGD, parameters: Iterable[nn.Parameter]) -> None:
-    """Drop every parameter that is not among `parameters`, with its momentum."""
-    kept = {id(parameter) for parameter in parameters}
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if id(parameter) not in kept:
-                optimizer.state.pop(parameter, None)
-        group["params"] = [p for p in group["params"] if id(p) in kept]
-
-
 class TrainingStep:
     """Turns a batch of raw images into a step of the optimizer.
 
@@ -145,10 +135,9 @@ class TrainingStep:
         correct = (logits.detach().argmax(dim=1) == batch.labels).sum()
         return torch.stack([loss.detach().to(self._result), correct.to(self._result)])
 
-    def replace_model(self, model: fx.GraphModule) -> None:
-        """Continue with `model`, which is the network so far without some of its blocks."""
-        self._forward.replace_model(model)
-        keep_only(self.optimizer, self._network.parameters())
+    def rewrap(self) -> None:
+        """Continue after blocks were removed from the network."""
+        self._forward.rewrap()
 
 
 # -- The step as one CUDA graph: the host launches one graph instead of a thousand kernels
@@ -237,12 +226,12 @@ class GraphedStep:
         assert self._result is not None
         return self._result
 
-    def replace_model(self, model: fx.GraphModule) -> None:
-        """Continue with `model`; the previous graph is dropped with the memory that it holds."""
+    def rewrap(self) -> None:
+        """Continue after a removal; the previous graph is dropped with the memory that it holds."""
         self._replay = self._result = None
         self._step.optimizer.zero_grad()  # the gradients are part of that memory
         self._warm_up = WARM_UP
-        self._step.replace_model(model)
+        self._step.rewrap()
 
     def _hold(self, batch: ImageSet) -> ImageSet:
         """Copy the batch and the learning rate into the buffers that the graph reads.

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from eps_core.cli import Log
 from eps_core.errors import ConfigError
 from eps_train.config import TrainingConfig
 from eps_train.data.batches import Batches, make
 from eps_train.data.dataset import Data, Outline
+from eps_train.data.images import Part
 from eps_train.gating import rewriting
 from eps_train.gating.controller import EpsilonController
 from eps_train.gating.costs import branch_costs, count_costs, make_timer, measure_costs
-from eps_train.gating.criteria import BlockScores
 from eps_train.gating.nested import SubNetworks, nested_order, smallest_size
-from eps_train.gating.pruning_state import BlockTracker
+from eps_train.gating.pruner import BlockPruner
 from eps_train.gating.targets import BlockCosts
 from eps_train.models.cifar import Normalize, SideHead
 from eps_train.models.spec import NetworkSpec
@@ -36,7 +35,7 @@ from eps_train.training.checkpoint import (
 )
 from eps_train.training.distillation import Teacher
 from eps_train.training.distributed import ALONE, Group, running_statistics
-from eps_train.training.evaluate import EpochMetrics, Score, score
+from eps_train.training.evaluate import EpochMetrics, Score, normalized, score
 from eps_train.training.forward import wide_float
 from eps_train.training.step import (
     GraphedStep,
@@ -74,6 +73,8 @@ class Trainer:
         teacher: a network whose logits the training follows as well.
     """
 
+    pruner_type = BlockPruner
+
     def __init__(
         self,
         config: TrainingConfig,
@@ -101,8 +102,6 @@ class Trainer:
         self.normalize = Normalize.of(identity).to(device)
         self.batches: Batches = make(data, config, device, group.part)
         self.validation = data.validation.to(device)
-        self.gates = rewriting.gates(self.model)
-        self.stages = rewriting.stages(self.model, identity.input_shape)
         self.optimizer = make_sgd(self.network, config)
         self.take_step: TrainingStep | GraphedStep = TrainingStep(
             self.network, self.normalize, self.optimizer, config, group, device, teacher
@@ -111,27 +110,42 @@ class Trainer:
             required = cuda_graph == "on"
             self.take_step = GraphedStep(self.take_step, device, required=required)
         self.schedule = LearningRateSchedule.of(config)
-        self.tracker = BlockTracker(self.spec.gated, patience=config.patience)
-        self.controller: EpsilonController | None = None
+        self.pruner = self._make_pruner()
         if config.target is not None and config.target.currency != "latency":
             shape = identity.input_shape
             self._follow_target(count_costs(self.model, shape, config.target.currency))
         self.order: tuple[str, ...] = ()  # of a nested run, from its first epochs on
         if config.nested:
             self._require_nestable()
-        self.scores: BlockScores | None = None
-        if config.criterion != "response":
-            self.scores = BlockScores(self.model, config.criterion, seed=config.seed)
-        self.removed_tensors: dict[str, Tensor] = {}  # of removed blocks, for the checkpoints
-        self.epoch = 0  # epochs done
         self.saved = 0  # epochs that `last_path` holds
-        self.step = 0  # steps done of the current epoch, and their total loss and correct answers
+        # Total loss and correct answers of the current epoch.
         self.totals = torch.zeros(2, dtype=wide_float(device), device=device)
         self._rng: tuple[Tensor, Tensor | None] | None = None  # of the step to resume at
         self.validated: Score | None = None  # of the last epoch
         self.best: Score | None = None  # of the current structure
         self.seconds = 0.0
         self.started_from: dict[str, str] | None = None  # name and SHA-256 of a file of weights
+
+    def _make_pruner(self) -> BlockPruner:
+        config, shape = self.config, self.data.identity.input_shape
+        stages = rewriting.stages(self.model, shape)
+        active = run_checks.active_epochs(config)
+
+        def epsilon(epoch: int) -> float:
+            return config.epsilon or 0.0 if epoch in active and not config.nested else 0.0
+
+        return self.pruner_type.of_graph(
+            self.model,
+            self.spec,
+            stages=stages,
+            controller=None,
+            epsilon=epsilon,
+            patience=config.patience,
+            criterion=config.criterion,
+            seed=config.seed,
+            live_removal=config.live_removal,
+            group=self.group,
+        )
 
     # -- Epochs
 
@@ -157,7 +171,7 @@ class Trainer:
             ConfigError: the runtime of `--timer` is not installed.
             GraphError: it cannot run the network.
         """
-        if self.config.target is None or self.controller is not None:
+        if self.config.target is None or self.pruner.controller is not None:
             return
 
         def measured() -> BlockCosts:
@@ -170,36 +184,38 @@ class Trainer:
 
     def _follow_target(self, costs: BlockCosts) -> None:
         """Have a controller prune to the target; `costs` are in its currency."""
-        self.controller = EpsilonController.of(
-            self.config, costs, decay_epoch=self.schedule.decay_epoch, stages=self.stages
+        self.pruner.controller = EpsilonController.of(
+            self.config,
+            costs,
+            decay_epoch=self.schedule.decay_epoch,
+            stages=self.pruner.stages,
         )
 
     def run_epoch(self) -> EpochMetrics:
         """Train one epoch, remove the blocks that died, and validate; :meth:`save` comes next."""
         started = time.perf_counter()
         epoch = self.epoch
-        lr, thresholds = self.schedule.lr(epoch), self.thresholds(epoch)
-        loss, accuracy, images = self._train_epoch(epoch, lr, thresholds)
+        lr = self.schedule.lr(epoch)
+        loss, accuracy, images = self._train_epoch(epoch, lr)
         self.group.share(running_statistics(self.network))
-        scores = None if self.scores is None else self.scores.read(self.group.add)
-        discarded = self.tracker.record_epoch(self.gates, thresholds, self.group)
-        self.schedule.observe(epoch, discarded)
-        with self._chosen_blocks_shut():
-            died = self._remove_dead(epoch)
-            validation = self.group.lead(lambda: self._validate(died))
-        self.epoch, self.step = epoch + 1, 0
+        found: list[Score] = []
+
+        def validate(model: nn.Module) -> float:
+            found.append(score(model, self.normalize, self.validation))
+            return found[0].accuracy
+
+        judged = self.pruner.judge_epoch(
+            _Normalized(self.normalize, self.validation), optimizer=self.optimizer, metric=validate
+        )
+        died = judged.died
+        self.schedule.observe(epoch, judged.discarded)
+        if died and self.config.live_removal:
+            self.take_step.rewrap()
+        validation = self.group.lead(lambda: self._require_no_collapse(died, found[0]))
         self.validated = validation
-        if self.controller is not None:
-            self.controller.observe(
-                epoch,
-                self.tracker.records.values(),
-                kept=self.kept_cost(),
-                accuracy=validation.accuracy,
-                scores=scores,
-            )
         ordered = self.config.nested and not self.order and self.epoch >= self._nested_after
         if ordered:
-            self._fix_order(scores)
+            self._fix_order(judged.scores)
         best = bool(died) or ordered or self.best is None or self._better(validation, self.best)
         if best:
             self.best = validation
@@ -208,33 +224,20 @@ class Trainer:
         return EpochMetrics(
             epoch=self.epoch,
             lr=lr,
-            epsilon=max(thresholds.values(), default=0.0),
+            epsilon=judged.epsilon,
             loss=loss,
             train_accuracy=accuracy,
             validation=validation,
-            discarded=discarded,
+            discarded=judged.discarded,
             died=died,
-            gates=tuple(self.tracker.records.values()),
+            gates=tuple(self.pruner.tracker.records.values()),
             parameters=self.parameters(),
             best=best,
             seconds=seconds,
             images=images,
         )
 
-    def thresholds(self, epoch: int) -> dict[str, float]:
-        """Epsilon of every gate in the running network in the 0-based `epoch`; 0 holds it open."""
-        if self.controller is not None:
-            return {block: self.controller.threshold(block) for block in self.gates}
-        if self.config.nested:
-            return dict.fromkeys(self.gates, 0.0)
-        epsilon, frozen_at = self.config.epsilon, self.config.freeze_gates_at * self.config.epochs
-        assert epsilon is not None
-        active = self.config.epsilon_warmup <= epoch < round(frozen_at)
-        return dict.fromkeys(self.gates, epsilon if active else 0.0)
-
-    def _train_epoch(
-        self, epoch: int, lr: float, thresholds: Mapping[str, float]
-    ) -> tuple[float, float, int]:
+    def _train_epoch(self, epoch: int, lr: float) -> tuple[float, float, int]:
         """Loss, accuracy and number of images of the epoch, or of what is left of it."""
         # Networks with dropout draw from torch's own generators.
         torch.manual_seed(
@@ -248,14 +251,13 @@ class Trainer:
                 torch.cuda.set_rng_state(self._rng[1], self.device)
         self._rng = None
         set_lr(self.optimizer, lr)
-        for block, gate in self.gates.items():
-            gate.set_epsilon(thresholds[block])
+        self.pruner.begin_epoch()
         self.network.train()
         steps = self.batches.steps
         with self.take_step.precision.training():
             for batch in self.batches.epoch(epoch, first=self.step):
                 self.totals += self.take_step(batch)
-                self.step += 1
+                self.pruner.step()
                 if self.step % CHECK_EVERY == 0 or self.step == steps:
                     self._require_finite()
                 elif self._stop():
@@ -271,70 +273,29 @@ class Trainer:
         kept = f"; {self.last_path} keeps the epoch before" if self.epoch else ""
         now: Any = {"epoch": self.epoch + 1, "step": self.step, "kept": kept}
         if bool(self.group.largest(self.totals[0].isfinite().logical_not().int())):
-            self.group.fail(run_checks.nonfinite_error(self.gates, **now, group=self.group))
+            self.group.fail(run_checks.nonfinite_error(self.pruner.gates, **now, group=self.group))
         if self.take_step.precision.collapsed():
             self.group.fail(run_checks.loss_scale_error(**now))
 
-    def _validate(self, died: tuple[str, ...]) -> Score:
-        validation = score(self.model, self.normalize, self.validation)
+    def _require_no_collapse(self, died: tuple[str, ...], validation: Score) -> Score:
         if died:
             run_checks.require_no_collapse(
-                self.tracker.records.values(),
+                self.pruner.tracker.records.values(),
                 validation,
                 self.data.validation.labels,
-                epoch=self.epoch + 1,
-                stages=self.stages,
+                epoch=self.epoch,
+                stages=self.pruner.stages,
             )
         return validation
-
-    @contextmanager
-    def _chosen_blocks_shut(self) -> Iterator[None]:
-        """Evaluate the blocks that the controller prunes as they are trained: shut."""
-        chosen = self.controller.chosen if self.controller is not None else ()
-        gates = {block: self.gates[block] for block in chosen}
-        for gate in gates.values():
-            gate.latch()
-        try:
-            yield
-        finally:
-            for block, gate in gates.items():
-                if block not in self.tracker.dead:
-                    gate.unlatch()
 
     def _better(self, new: Score, old: Score) -> bool:
         """Higher accuracy; at equal accuracy (small validation parts tie often) the lower loss.
 
         Never while chosen blocks are still live, because they would ship with their branches.
         """
-        pending = self.controller is not None and self.controller.chosen
+        controller = self.pruner.controller
+        pending = controller is not None and controller.chosen
         return not pending and (new.accuracy, -new.loss) > (old.accuracy, -old.loss)
-
-    def _remove_dead(self, epoch: int) -> tuple[str, ...]:
-        """Latch the blocks that died and remove them from the running network."""
-        died = self.tracker.latch(
-            self.gates,
-            self.model,
-            self.normalize,
-            self.validation,
-            epoch=epoch,
-            group=self.group,
-        )
-        if died and self.config.live_removal:
-            before = self.model.state_dict()
-            self.replace_model(rewriting.remove_blocks(self.model, died))
-            gone = before.keys() - self.model.state_dict().keys()
-            # On the CPU: on a GPU they would keep the memory that their removal frees.
-            self.removed_tensors |= {
-                name: tensor.to("cpu", copy=True) for name, tensor in before.items() if name in gone
-            }
-        return died
-
-    def replace_model(self, model: fx.GraphModule) -> None:
-        """Continue with `model`, which is the network so far without some of its blocks."""
-        self.take_step.replace_model(model)
-        self.gates = rewriting.gates(model)
-        if self.scores is not None:
-            self.scores.observe(model)
 
     # -- Nested sub-networks
 
@@ -349,7 +310,7 @@ class Trainer:
             raise ConfigError(
                 "--nested: not with several processes; train one seed on each GPU instead"
             )
-        if smallest_size(self.stages) >= len(self.gates):
+        if smallest_size(self.pruner.stages) >= len(self.pruner.gates):
             raise ConfigError(
                 f"--nested: {self.config.model} has no block that a sub-network could leave out,"
                 " as every stage keeps one; choose a deeper network"
@@ -357,16 +318,17 @@ class Trainer:
 
     def _fix_order(self, scores: Mapping[str, float] | None) -> None:
         """Order the blocks by importance; sub-networks are trained from the next epoch on."""
+        pruner = self.pruner
         if scores is None:
-            scores = {block: self.tracker.records[block].peak for block in self.gates}
-        self.order = nested_order(scores, self.stages)
+            scores = {block: pruner.tracker.records[block].peak for block in pruner.gates}
+        self.order = nested_order(scores, pruner.stages)
         self._train_nested()
 
     def _train_nested(self) -> None:
-        if self.scores is not None:
-            self.scores.close()
-            self.scores = None
-        smallest = smallest_size(self.stages)
+        if self.pruner.scores is not None:
+            self.pruner.scores.close()
+            self.pruner.scores = None
+        smallest = smallest_size(self.pruner.stages)
         assert isinstance(self.take_step, TrainingStep)
         self.take_step.sub_networks = SubNetworks(self.model, self.order, smallest=smallest)
 
@@ -376,8 +338,8 @@ class Trainer:
         """The network and its records, without the state to resume from."""
         return Checkpoint(
             network=self.spec,
-            state={**self.removed_tensors, **self.model.state_dict()},
-            gates=list(self.tracker.records.values()),
+            state={**self.pruner.removed_tensors, **self.model.state_dict()},
+            gates=list(self.pruner.tracker.records.values()),
             data=self.data.identity,
             config=self.config.to_dict(),
             order=self.order,
@@ -398,13 +360,13 @@ class Trainer:
         Every process has its part in it, so all of them must call this.
         """
         on_gpu = self.device.type == "cuda"
-        gates = {block: gate.state_dict() for block, gate in self.gates.items()}
+        pruner = self.pruner.state_dict()
         own = {
             "totals": self.totals.tolist(),
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(self.device) if on_gpu else None,
-            "gates": {b: {n: t.cpu().clone() for n, t in s.items()} for b, s in gates.items()},
-            "scores": self.scores and self.scores.state_dict(),
+            "gates": pruner["gates"],
+            "scores": pruner["scores"],
         }
         return {
             "processes": self.group.gather(own),
@@ -413,8 +375,8 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "precision": self.take_step.precision.state_dict(),
             "schedule": self.schedule.state_dict(),
-            "tracker": self.tracker.state_dict(),
-            "controller": self.controller and self.controller.state_dict(),
+            "tracker": pruner["tracker"],
+            "controller": pruner["controller"],
             "best": self.best and asdict(self.best),
             "seconds": self.seconds,
         }
@@ -423,42 +385,33 @@ class Trainer:
         """Load what :meth:`checkpoint` and :meth:`state_dict` (its `resume`) gave, in a new run."""
         state = last.resume
         assert state is not None
-        self.tracker.load_state_dict(state["tracker"])
-        dead = self.tracker.dead
-        for block in dead:
-            self.gates[block].latch()
-        if dead and self.config.live_removal:
-            self.replace_model(rewriting.remove_blocks(self.model, dead))
+        self.order = last.order
+        if self.order:
+            self._train_nested()
+        own = state["processes"][self.group.rank]
+        if (controller := state["controller"]) is not None and "costs" in controller:
+            # As the run began, and not measured again. Earlier versions only counted parameters.
+            self._follow_target(BlockCosts(**controller["costs"]))
+        pruner = {**state, **own, "steps": state["step"], "removed": {}}
+        self.pruner.load_state_dict(pruner, optimizer=self.optimizer)
+        self.take_step.rewrap()
         names = self.model.state_dict().keys()
-        self.removed_tensors = {n: t for n, t in last.state.items() if n not in names}
+        self.pruner.removed_tensors = {n: t for n, t in last.state.items() if n not in names}
         self.model.load_state_dict({name: last.state[name] for name in names})
+        for block, gate in self.pruner.gates.items():
+            gate.load_state_dict(own["gates"][block])  # the checkpoint has those of the leader
         if self.side_head is not None:
             assert last.side_head is not None
             self.side_head.load_state_dict(last.side_head)
         self.optimizer.load_state_dict(state["optimizer"])
         self.take_step.precision.load_state_dict(state["precision"])
         self.schedule.load_state_dict(state["schedule"])
-        if state["controller"] is not None:
-            # As the run began, and not measured again. Earlier versions only counted parameters.
-            if costs := state["controller"].get("costs"):
-                self._follow_target(BlockCosts(**costs))
-            assert self.controller is not None
-            self.controller.load_state_dict(state["controller"])
-        self.epoch = self.saved = state["epoch"]
-        self.step, self.seconds = state["step"], state["seconds"]
+        self.saved, self.seconds = state["epoch"], state["seconds"]
         self.best = state["best"] and Score(**state["best"])
         self.validated = last.metrics["validation"] and Score(**last.metrics["validation"])
         self.started_from = last.metrics["started_from"]
-        self.order = last.order
-        if self.order:
-            self._train_nested()
-        own = state["processes"][self.group.rank]
         self.totals.copy_(torch.tensor(own["totals"], dtype=self.totals.dtype))
         self._rng = (own["rng"], own["cuda_rng"])
-        for block, gate in self.gates.items():
-            gate.load_state_dict(own["gates"][block])
-        if self.scores is not None:
-            self.scores.load_state_dict(own["scores"])
 
     def save(self, metrics: EpochMetrics | None) -> None:
         """Write `last_path` at the end of an epoch, or in the middle of one if `metrics` is None.
@@ -528,7 +481,7 @@ class Trainer:
         self.group.lead(test)
         return Checkpoint.load(self.best_path)
 
-    # -- Parameters
+    # -- The network
 
     @property
     def model(self) -> fx.GraphModule:
@@ -539,24 +492,38 @@ class Trainer:
     def side_head(self) -> SideHead | None:
         return self.network.side_head
 
+    @property
+    def epoch(self) -> int:
+        """Epochs done."""
+        return self.pruner.epoch
+
+    @property
+    def step(self) -> int:
+        """Steps done of the current epoch."""
+        return self.pruner.steps
+
     def parameters(self) -> int:
         """Number of learned parameters of the network that would ship now, without dead blocks."""
-        model = self.model
-        if not self.config.live_removal:
-            model = rewriting.remove_blocks(model, self.tracker.dead)
-        return sum(parameter.numel() for parameter in model.parameters())
-
-    def kept_cost(self) -> float:
-        """Cost of that network in the currency of the target; of a latency, as predicted."""
-        assert self.controller is not None
-        if self.controller.costs.currency == "parameters":
-            return self.parameters()
-        return self.controller.costs.without(self.tracker.dead)
+        return count_parameters(self.pruner.shipped())
 
     @property
     def image(self) -> Tensor:
         """A raw image to time networks on, uint8 `[1, C, H, W]`."""
         return next(iter(self.validation.batches(1))).images
+
+
+class _Normalized:
+    """Held-out images as batches of the network's inputs, read anew in every pass."""
+
+    def __init__(self, normalize: Normalize, images: Part) -> None:
+        self._normalize, self._images = normalize, images
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return normalized(self._normalize, self._images)
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def network_spec(config: TrainingConfig, data: Outline) -> NetworkSpec:
