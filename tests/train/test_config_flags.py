@@ -25,12 +25,18 @@ GIVEN = {
     "seed": ("--seed", "5", 5),
     "epsilon": ("--epsilon", "1.5", 1.5),
     "target_parameters": ("--target-parameters", "0.3", 0.3),
+    "nested": ("--nested", None, True),
     "criterion": ("--criterion", "gradient", "gradient"),
     "max_accuracy_drop": ("--max-accuracy-drop", "1", 1.0),
     "epsilon_warmup": ("--epsilon-warmup", "2", 2),
     "freeze_gates_at": ("--freeze-gates-at", "0.8", 0.8),
     "patience": ("--patience", "3", 3),
     "live_removal": ("--no-live-removal", None, False),
+    "optimizer": ("--optimizer", "adamw", "adamw"),
+    "lr_warmup": ("--lr-warmup", "0.5", 0.5),
+    "clip_grad_norm": ("--clip-grad-norm", "1", 1.0),
+    "label_smoothing": ("--label-smoothing", "0.1", 0.1),
+    "ema": ("--ema", "0.99", 0.99),
     "lr_schedule": ("--lr-schedule", "0:0.2,5:0.02", [[0, 0.2], [5, 0.02]]),
     "lr_restart": ("--lr-restart", "0:0.2", [[0, 0.2]]),
     "final_decay": ("--final-decay", "none", []),
@@ -129,3 +135,19 @@ def test_a_config_that_is_none_is_refused_in_one_line(
 def test_steps_that_are_none_are_refused(text: str) -> None:
     with pytest.raises(click.BadParameter):
         config.steps(text)
+
+
+@pytest.mark.parametrize("text", ["cosine:", "cosine:fast", "cosine:-1", "cosine:inf", "cosine"])
+def test_cosines_that_are_none_are_refused(text: str) -> None:
+    with pytest.raises(click.BadParameter):
+        config.lr_schedule(text)
+
+
+def test_a_cosine_replaces_restarts_and_final_decay(tmp_path: Path) -> None:
+    args = ("--recipe", "cifar10-110", "--lr-schedule", "cosine:0.1")
+    printed = show(tmp_path, *args).stdout
+    shown = json.loads(printed)
+    assert shown["lr_schedule"] == {"cosine": 0.1}
+    assert shown["lr_restart"] == shown["final_decay"] == []
+    (tmp_path / "mine.json").write_text(printed)
+    assert show(tmp_path, "--config", "mine.json").stdout == printed

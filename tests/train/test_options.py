@@ -143,6 +143,10 @@ def test_two_runs_alike_give_the_same_tensors(train: Train, reference: Trained) 
         ("--momentum", 0.5),
         ("--nesterov",),
         ("--aux-loss-weight", 0.9),
+        ("--optimizer", "adamw"),
+        ("--clip-grad-norm", 0.1),
+        ("--label-smoothing", 0.2),
+        ("--ema", 0.5),
     ],
     ids=lambda option: str(option[0]),
 )
@@ -261,13 +265,62 @@ def test_batch_norm_is_synchronised(train: Train, monkeypatch: pytest.MonkeyPatc
             ),
             [0.05, 0.02],
         ),
+        (("--lr-schedule", "cosine:0.1"), [0.0853553, 0.0146447]),  # half-way through each epoch
+        (("--lr-schedule", "0:0.05", "--final-decay", "none", "--lr-warmup", 2), [0.0125, 0.0375]),
     ],
-    ids=["--lr-schedule", "--final-decay", "--lr-restart"],
+    ids=["--lr-schedule", "--final-decay", "--lr-restart", "cosine", "--lr-warmup"],
 )
 def test_the_rate_of_every_epoch(
     train: Train, options: tuple[object, ...], lr_schedule: list[float]
 ) -> None:
-    assert train(*options, *NEVER_DEAD).epochs("rate") == lr_schedule
+    assert train(*options, *NEVER_DEAD).epochs("rate") == pytest.approx(lr_schedule)
+
+
+def test_adamw_is_torchs_with_decay_on_weights_alone(
+    train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[torch.optim.Optimizer] = []
+    adamw = torch.optim.AdamW
+
+    def watched(*args: Any, **options: Any) -> torch.optim.Optimizer:
+        made.append(adamw(*args, **options))
+        return made[-1]
+
+    monkeypatch.setattr(torch.optim, "AdamW", watched)
+    train("--optimizer", "adamw", "--momentum", 0.8, "--weight-decay", 0.05, "--epochs", 1)
+    (optimizer,) = made
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.05, 0.0]
+    assert {group["betas"] for group in optimizer.param_groups} == {(0.8, 0.999)}
+
+
+def test_gradients_are_clipped_before_the_step(
+    train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    norms: list[float] = []
+    step = torch.optim.SGD.step
+
+    def watched(self: torch.optim.SGD, *args: Any) -> Any:
+        found = [p.grad for group in self.param_groups for p in group["params"]]
+        norms.append(float(torch.nn.utils.get_total_norm([g for g in found if g is not None])))
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", watched)
+    train("--clip-grad-norm", 0.05)
+    assert norms == pytest.approx([0.05] * len(norms), rel=1e-3)
+
+
+def test_labels_are_smoothed_in_both_losses(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[float] = []
+    loss = torch.nn.functional.cross_entropy
+
+    def watched(*args: Any, label_smoothing: float = 0.0, **rest: Any) -> Tensor:
+        seen.append(label_smoothing)
+        return loss(*args, label_smoothing=label_smoothing, **rest)
+
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", watched)
+    train("--label-smoothing", 0.2, "--epochs", 1)
+    assert seen.count(0.2) == 4  # two steps, network and side head
+    assert seen.count(0.0) == 2  # validation and test
 
 
 def test_weights_decay(train: Train, reference: Trained) -> None:

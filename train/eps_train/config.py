@@ -7,6 +7,7 @@ section. The options of `eps-train`, the checks and `--show-recipe` follow from 
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields, replace
@@ -18,7 +19,7 @@ import click
 import msgspec
 
 from eps_core.errors import ConfigError
-from eps_train.schedule import Steps
+from eps_train.schedule import CosineDecay, LrSchedule, Steps
 
 T = TypeVar("T")
 
@@ -59,7 +60,7 @@ class Bounds:
 
     def __str__(self) -> str:
         if self.high is None:
-            return f"finite and at least {self.low}"
+            return f"finite and {'above' if self.open else 'at least'} {self.low}"
         return f"{self.low} to {self.high}" + (", both excluded" if self.open else "")
 
 
@@ -186,7 +187,22 @@ class TrainingConfig:
         ),
     )
 
-    lr_schedule: Steps = field(metadata=_optimizer("Learning rate by epoch, e.g. 0:0.1,60:0.01."))
+    optimizer: str = field(
+        default="sgd",
+        metadata=_optimizer("torch's SGD, or AdamW (decoupled weight decay).", ("sgd", "adamw")),
+    )
+    lr_schedule: LrSchedule = field(
+        metadata=_optimizer(
+            "Learning rate by epoch, e.g. 0:0.1,60:0.01; or cosine:LR, which falls from LR to 0"
+            " over the run, without restarts."
+        )
+    )
+    lr_warmup: float = field(
+        default=0.0,
+        metadata=_optimizer(
+            "Epochs in which the learning rate rises linearly from 0.", Bounds(0), metavar="EPOCHS"
+        ),
+    )
     lr_restart: Steps = field(
         default=(),
         metadata=_optimizer(
@@ -199,10 +215,35 @@ class TrainingConfig:
             " ends all restarts; none: no limits."
         )
     )
-    momentum: float = field(default=0.9, metadata=_optimizer("SGD momentum.", Bounds(0, 0.9999)))
+    momentum: float = field(
+        default=0.9, metadata=_optimizer("SGD momentum; beta1 of AdamW.", Bounds(0, 0.9999))
+    )
     nesterov: bool = field(default=False, metadata=_optimizer("Use Nesterov momentum."))
     weight_decay: float = field(
         metadata=_optimizer("Weight decay of convolutions and linear layers.", Bounds(0))
+    )
+    clip_grad_norm: float | None = field(
+        default=None,
+        metadata=_optimizer(
+            "Scale gradients down to this norm, taken over all parameters, where it is larger.",
+            Bounds(0, open=True),
+            metavar="NORM",
+        ),
+    )
+    label_smoothing: float = field(
+        default=0.0,
+        metadata=_optimizer(
+            "Share of each label that is spread evenly over all classes.", Bounds(0, 1)
+        ),
+    )
+    ema: float = field(
+        default=0.0,
+        metadata=_optimizer(
+            "Validate and save an exponential moving average of the weights with this decay per"
+            " step; gates judge the trained weights; 0: none.",
+            Bounds(0, 0.999999),
+            metavar="DECAY",
+        ),
     )
     aux_loss_weight: float = field(
         default=0.1,
@@ -267,8 +308,18 @@ class TrainingConfig:
             if values is not None and value is not None and value not in values:
                 among = f"one of {', '.join(values)}" if isinstance(values, tuple) else values
                 raise ConfigError(f"{name} {value}: must be {among}")
-        if not self.lr_schedule or self.lr_schedule[0][0] != 0:
+        if isinstance(self.lr_schedule, CosineDecay):
+            if not 0 <= self.lr_schedule.cosine < math.inf:
+                raise ConfigError("--lr-schedule cosine:LR: LR must be finite and not negative")
+            if self.lr_restart:
+                raise ConfigError(
+                    "--lr-restart only applies to a schedule of steps, not to cosine:LR; give"
+                    " --lr-restart none"
+                )
+        elif not self.lr_schedule or self.lr_schedule[0][0] != 0:
             raise ConfigError("--lr-schedule must start at epoch 0")
+        if self.optimizer == "adamw" and self.nesterov:
+            raise ConfigError("--nesterov only applies to --optimizer sgd; leave it out")
         if self.nested and (self.epsilon is not None or self.target_parameters is not None):
             other = "--target-parameters" if self.epsilon is None else "--epsilon"
             raise ConfigError(
@@ -374,6 +425,20 @@ def steps(text: str) -> Steps:
     return found
 
 
+def lr_schedule(text: str) -> LrSchedule:
+    """Read `cosine:LR`, or a step function as :func:`steps`. Raises click.BadParameter."""
+    kind, _, value = text.partition(":")
+    if kind != "cosine":
+        return steps(text)
+    try:
+        found = float(value)
+    except ValueError:
+        found = math.nan
+    if not 0 <= found < math.inf:
+        raise click.BadParameter(f"{text}: write cosine:LR, for example cosine:0.1")
+    return CosineDecay(found)
+
+
 class SectionedCommand(click.Command):
     """A command whose help lists its options by section."""
 
@@ -415,7 +480,8 @@ def _click_type(item: Field[Any]) -> Any:
         return click.FloatRange(values.low, values.high, values.open, values.open)
     if values:
         return click.Choice(values)
-    return {"Steps": steps, "tuple[int, int]": image_size, "bool": bool, "str": str}[kind]
+    plain = {"bool": bool, "str": str}
+    return {"LrSchedule": lr_schedule, "Steps": steps, "tuple[int, int]": image_size, **plain}[kind]
 
 
 def read(path: Path) -> TrainingConfig:
@@ -441,8 +507,8 @@ def read(path: Path) -> TrainingConfig:
 def override(base: TrainingConfig, given: Mapping[str, Any]) -> TrainingConfig:
     """`base` with the options that were given (those that are not None).
 
-    An epsilon, a target and `nested` replace each other. Raises ConfigError for values that
-    contradict each other.
+    An epsilon, a target and `nested` replace each other; a cosine replaces restarts and final
+    decay of the base. Raises ConfigError for values that contradict each other.
     """
     values = {name: value for name, value in given.items() if value is not None}
     if values.get("nested") or "target_parameters" in values:
@@ -455,4 +521,9 @@ def override(base: TrainingConfig, given: Mapping[str, Any]) -> TrainingConfig:
         values.setdefault("criterion", "response")
     if values.get("target_parameters", base.target_parameters) is None:
         values.setdefault("max_accuracy_drop", None)
+    if isinstance(values.get("lr_schedule"), CosineDecay):
+        values.setdefault("lr_restart", ())
+        values.setdefault("final_decay", ())
+    if values.get("optimizer") == "adamw":
+        values.setdefault("nesterov", False)
     return replace(base, **values)

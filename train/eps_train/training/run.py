@@ -17,7 +17,7 @@ from eps_train.config import TrainingConfig
 from eps_train.data.dataset import Data, Outline
 from eps_train.gating import rewriting
 from eps_train.models.spec import cost
-from eps_train.schedule import Steps
+from eps_train.schedule import CosineDecay, Steps
 from eps_train.training import run_checks
 from eps_train.training.checkpoint import Checkpoint, CheckpointRotation, load_weights
 from eps_train.training.distillation import Teacher
@@ -101,6 +101,12 @@ def show_plan(chosen: TrainingConfig, data: Outline) -> None:
         epsilon = f"adjusted to keep {chosen.target_parameters:.0%} of the parameters{start}"
     else:
         epsilon = f"{chosen.epsilon:g}{start}"
+    if isinstance(chosen.lr_schedule, CosineDecay):
+        rates = f"{chosen.lr_schedule.cosine:g}, falling to 0 along a cosine"
+    else:
+        rates = listed(chosen.lr_schedule)
+    warm_up = f", after a warm-up of {chosen.lr_warmup:g} epochs" if chosen.lr_warmup else ""
+    decay = f"{listed(chosen.final_decay)} of the run" if chosen.final_decay else "none"
     size = "x".join(map(str, data.shape))
     rows = [
         ("data", f"{chosen.dataset}: {data.train:,} training images of {size}"),
@@ -108,9 +114,9 @@ def show_plan(chosen: TrainingConfig, data: Outline) -> None:
         ("parameters", f"{total.parameters:,}"),
         ("FLOPs an image", f"{total.flops:,}"),
         ("epochs", f"{chosen.epochs} of {steps} steps of {chosen.batch_size} images"),
-        ("learning rate", listed(chosen.lr_schedule)),
+        ("learning rate", rates + warm_up),
         ("restart", listed(chosen.lr_restart) if chosen.lr_restart else "none"),
-        ("final decay", f"{listed(chosen.final_decay)} of the run"),
+        ("final decay", decay),
         ("epsilon", epsilon),
     ]
     log = cli.log()

@@ -67,11 +67,13 @@ def decay_exponent(config: TrainingConfig, *, steps: int) -> float:
     """Exponent by which weight decay shrinks a closed branch over the run, without restarts.
 
     The sum of `lr * weight_decay / (1 - momentum)` over all steps on which epsilon acts
-    (paper.md, "Tried on small data"). Restarts only add to it.
+    (paper.md, "Tried on small data"); without the divisor for AdamW, whose decay does not pass
+    through the momentum. Restarts only add to it.
     """
     schedule = LearningRateSchedule.of(config)
     lrs = sum(schedule.lr(epoch) for epoch in _active_epochs(config))
-    return lrs * steps * config.weight_decay / (1 - config.momentum)
+    momentum = config.momentum if config.optimizer == "sgd" else 0.0
+    return lrs * steps * config.weight_decay / (1 - momentum)
 
 
 def _active_epochs(config: TrainingConfig) -> range:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from eps_train.models.cifar import Normalize, SideHead
 from eps_train.models.spec import NetworkSpec
 from eps_train.schedule import LearningRateSchedule
 from eps_train.training import run_checks
+from eps_train.training.averaging import AveragedWeights
 from eps_train.training.checkpoint import (
     Checkpoint,
     CheckpointRotation,
@@ -39,7 +41,7 @@ from eps_train.training.step import (
     GraphedStep,
     TrainingStep,
     build,
-    make_sgd,
+    make_optimizer,
     set_lr,
     use_cuda_graph,
 )
@@ -100,9 +102,17 @@ class Trainer:
         self.validation = data.validation.to(device)
         self.gates = rewriting.gates(self.model)
         self.stages = rewriting.stages(self.model, identity.input_shape)
-        self.optimizer = make_sgd(self.network, config)
+        self.optimizer = make_optimizer(self.network, config, device)
+        self.averaged = AveragedWeights(self.model, config.ema) if config.ema else None
         self.take_step: TrainingStep | GraphedStep = TrainingStep(
-            self.network, self.normalize, self.optimizer, config, group, device, teacher
+            self.network,
+            self.normalize,
+            self.optimizer,
+            config,
+            group,
+            device,
+            teacher,
+            averaged=self.averaged,
         )
         if use_cuda_graph(cuda_graph, config, group, device):
             required = cuda_graph == "on"
@@ -153,7 +163,7 @@ class Trainer:
         started = time.perf_counter()
         epoch = self.epoch
         lr, thresholds = self.schedule.lr(epoch), self.thresholds(epoch)
-        loss, accuracy, images = self._train_epoch(epoch, lr, thresholds)
+        loss, accuracy, images = self._train_epoch(epoch, thresholds)
         self.group.share(running_statistics(self.network))
         scores = None if self.scores is None else self.scores.read(self.group.add)
         discarded = self.tracker.record_epoch(self.gates, thresholds, self.group)
@@ -206,9 +216,7 @@ class Trainer:
         active = self.config.epsilon_warmup <= epoch < round(frozen_at)
         return dict.fromkeys(self.gates, epsilon if active else 0.0)
 
-    def _train_epoch(
-        self, epoch: int, lr: float, thresholds: Mapping[str, float]
-    ) -> tuple[float, float, int]:
+    def _train_epoch(self, epoch: int, thresholds: Mapping[str, float]) -> tuple[float, float, int]:
         """Loss, accuracy and number of images of the epoch, or of what is left of it."""
         # Networks with dropout draw from torch's own generators.
         torch.manual_seed(
@@ -221,13 +229,14 @@ class Trainer:
             if self._rng[1] is not None:
                 torch.cuda.set_rng_state(self._rng[1], self.device)
         self._rng = None
-        set_lr(self.optimizer, lr)
         for block, gate in self.gates.items():
             gate.set_epsilon(thresholds[block])
         self.network.train()
-        steps = self.batches.steps
+        steps, lr = self.batches.steps, math.nan
         with self.take_step.precision.training():
             for batch in self.batches.epoch(epoch, first=self.step):
+                if lr != (lr := self.schedule.lr(epoch, (self.step + 0.5) / steps)):
+                    set_lr(self.optimizer, lr)
                 self.totals += self.take_step(batch)
                 self.step += 1
                 if self.step % CHECK_EVERY == 0 or self.step == steps:
@@ -250,7 +259,8 @@ class Trainer:
             self.group.fail(run_checks.loss_scale_error(**now))
 
     def _validate(self, died: tuple[str, ...]) -> Score:
-        validation = score(self.model, self.normalize, self.validation)
+        with self._averaged_in_place():
+            validation = score(self.model, self.normalize, self.validation)
         if died:
             run_checks.require_no_collapse(
                 self.tracker.records.values(),
@@ -260,6 +270,10 @@ class Trainer:
                 stages=self.stages,
             )
         return validation
+
+    def _averaged_in_place(self) -> AbstractContextManager[None]:
+        """Evaluate the averaged weights, where there are any, in place of the trained ones."""
+        return nullcontext() if self.averaged is None else self.averaged.applied()
 
     @contextmanager
     def _chosen_blocks_shut(self) -> Iterator[None]:
@@ -348,9 +362,10 @@ class Trainer:
 
     def checkpoint(self) -> Checkpoint:
         """The network and its records, without the state to resume from."""
+        averaged = {} if self.averaged is None else self.averaged.tensors
         return Checkpoint(
             network=self.spec,
-            state={**self.removed_tensors, **self.model.state_dict()},
+            state={**self.removed_tensors, **self.model.state_dict(), **averaged},
             gates=list(self.tracker.records.values()),
             data=self.data.identity,
             config=self.config.to_dict(),
@@ -385,6 +400,7 @@ class Trainer:
             "epoch": self.epoch,
             "step": self.step,
             "optimizer": self.optimizer.state_dict(),
+            "trained": self.averaged and self.averaged.trained(),
             "precision": self.take_step.precision.state_dict(),
             "schedule": self.schedule.state_dict(),
             "tracker": self.tracker.state_dict(),
@@ -406,6 +422,8 @@ class Trainer:
         names = self.model.state_dict().keys()
         self.removed_tensors = {n: t for n, t in last.state.items() if n not in names}
         self.model.load_state_dict({name: last.state[name] for name in names})
+        if self.averaged is not None:
+            self.averaged.load(state["trained"], last.state)
         if self.side_head is not None:
             assert last.side_head is not None
             self.side_head.load_state_dict(last.side_head)
