@@ -27,7 +27,7 @@ def test_baseline_differs_in_epsilon_alone() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"epochs": 0}, "--epochs 0: must be finite and at least 1"),
+        ({"epochs": -1}, "--epochs -1: must be finite and at least 0"),
         ({"batch_size": 1}, "--batch-size 1: must be finite and at least 2"),
         ({"epsilon": -1.0}, "--epsilon -1.0: must be finite and at least 0"),
         ({"patience": 1}, "--patience 1: must be finite and at least 2"),
@@ -38,6 +38,15 @@ def test_baseline_differs_in_epsilon_alone() -> None:
             "--lr-restart only applies to a schedule of steps",
         ),
         ({"optimizer": "adamw", "nesterov": True}, "--nesterov only applies to --optimizer sgd"),
+        (
+            {"head_epochs": 1},
+            "--head-epochs 1: gates would act .*; give --epsilon-warmup 1",
+        ),
+        ({"self_distillation": True}, "a network that has not learned yet; give --epsilon-warmup"),
+        (
+            {"self_distillation": True, "epsilon": 0.0},
+            "--self-distillation only applies to runs that prune",
+        ),
         ({"clip_grad_norm": 0.0}, "--clip-grad-norm 0.0: must be finite and above 0"),
         ({"ema": 1.0}, "--ema 1.0: must be 0 to 0.999999"),
         ({"momentum": 1.0}, "--momentum 1.0: must be 0 to 0.9999$"),

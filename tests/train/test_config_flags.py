@@ -22,6 +22,7 @@ GIVEN = {
     "model": ("--model", "cifar:20", "cifar:20"),
     "epochs": ("--epochs", "3", 3),
     "batch_size": ("--batch-size", "32", 32),
+    "head_epochs": ("--head-epochs", "2", 2),
     "seed": ("--seed", "5", 5),
     "epsilon": ("--epsilon", "1.5", 1.5),
     "target_parameters": ("--target-parameters", "0.3", 0.3),
@@ -43,6 +44,7 @@ GIVEN = {
     "momentum": ("--momentum", "0.5", 0.5),
     "nesterov": ("--nesterov", None, True),
     "weight_decay": ("--weight-decay", "0.001", 0.001),
+    "self_distillation": ("--self-distillation", None, True),
     "distillation_weight": ("--distillation-weight", "0.9", 0.9),
     "temperature": ("--temperature", "2", 2.0),
     "aux_loss_weight": ("--aux-loss-weight", "0", 0.0),
@@ -71,13 +73,17 @@ def test_every_field_has_an_option() -> None:
 @pytest.mark.parametrize("field", GIVEN)
 def test_an_option_overrides_its_field_and_no_other(field: str, tmp_path: Path) -> None:
     option, text, value = GIVEN[field]
-    together = ("--target-parameters", "0.3") if field in ("max_accuracy_drop", "criterion") else ()
+    together: tuple[str, ...] = ()
+    if field in ("max_accuracy_drop", "criterion"):
+        together = ("--target-parameters", "0.3")
+    if field in ("head_epochs", "self_distillation"):
+        together = ("--epsilon-warmup", "2")
     result = show(tmp_path, option, *([text] if text else []), *together)
     assert result.code == 0, result.stderr
     shown, plain = json.loads(result.stdout), digits().to_dict()
     assert shown.pop(field) == value
     changed = {name for name, entry in shown.items() if entry != plain[name]}
-    assert changed <= {"epsilon", "target_parameters"}
+    assert changed <= {"epsilon", "target_parameters", "epsilon_warmup"}
 
 
 def test_a_target_and_a_threshold_replace_each_other(tmp_path: Path) -> None:
@@ -151,3 +157,26 @@ def test_a_cosine_replaces_restarts_and_final_decay(tmp_path: Path) -> None:
     assert shown["lr_restart"] == shown["final_decay"] == []
     (tmp_path / "mine.json").write_text(printed)
     assert show(tmp_path, "--config", "mine.json").stdout == printed
+
+
+def test_without_pruning_nothing_is_distilled(tmp_path: Path) -> None:
+    for instead in (("--epsilon", 0), ("--nested",)):
+        shown = json.loads(show(tmp_path, "--recipe", "finetune", *instead).stdout)
+        assert shown["self_distillation"] is False
+    assert json.loads(show(tmp_path, "--recipe", "finetune").stdout)["self_distillation"] is True
+
+
+def test_pretrained_weights_bring_their_normalization(tmp_path: Path) -> None:
+    shown = json.loads(show(tmp_path, "--pretrained").stdout)
+    assert shown["normalization"] == "pretrained"
+    kept = json.loads(show(tmp_path, "--pretrained", "--normalization", "channel").stdout)
+    assert kept["normalization"] == "channel"
+
+
+@pytest.mark.parametrize(
+    "args", [("--pretrained", "--weights", "w.pt"), ("--self-distillation", "--teacher", "t.pt")]
+)
+def test_two_sources_contradict_each_other(tmp_path: Path, args: tuple[str, ...]) -> None:
+    result = show(tmp_path, *args)
+    assert result.code == 2
+    assert "contradict each other" in result.stderr

@@ -273,7 +273,7 @@ def test_batch_norm_is_synchronised(train: Train, monkeypatch: pytest.MonkeyPatc
 def test_the_rate_of_every_epoch(
     train: Train, options: tuple[object, ...], lr_schedule: list[float]
 ) -> None:
-    assert train(*options, *NEVER_DEAD).epochs("rate") == pytest.approx(lr_schedule)
+    assert train(*options, *NEVER_DEAD).epochs("rate") == pytest.approx(lr_schedule, rel=1e-4)
 
 
 def test_adamw_is_torchs_with_decay_on_weights_alone(
@@ -451,6 +451,40 @@ def test_a_teacher_is_followed(reference: Trained, train: Train) -> None:
     trained = train("--teacher", teacher)
     assert trained.best.metrics["teacher"] == reference.best.digest
     assert not same(trained, reference)
+
+
+def test_the_network_teaches_itself_once_pruning_begins(train: Train, reference: Trained) -> None:
+    assert not same(train("--self-distillation", "--epsilon-warmup", 1), reference)
+
+
+def test_the_head_is_trained_first(train: Train, reference: Trained) -> None:
+    start = ("--weights", reference.folder / "ckpt.pt")
+    trained = train(*start, "--head-epochs", 1, "--epsilon-warmup", 1, "--epochs", 1)
+    before, after = reference.best.state, trained.last
+    moved = {name for name in before if before[name].dim() > 1} & {
+        name for name in after if not torch.equal(after[name], before[name])
+    }
+    assert moved == {"classifier.weight"}
+    assert "a learning rate of 0.1 destroys pretrained weights" in trained.result.stderr
+    assert "the last layer alone was trained; eps-compact ckpt.pt --sweep" in trained.result.stderr
+
+
+def test_zero_epochs_evaluate_the_weights_as_they_are(train: Train, reference: Trained) -> None:
+    checkpoint = reference.folder / "ckpt.pt"
+    trained = train("--weights", checkpoint, "--epochs", 0, "--normalization", "pretrained")
+    before, after = reference.best, trained.best
+    assert all(torch.equal(after.state[n], t) for n, t in before.state.items() if t.dim() > 1)
+    assert after.metrics["test"] == before.metrics["test"]
+    assert (after.data.mean, after.data.std) == (before.data.mean, before.data.std)
+    assert "nothing was trained; eps-compact ckpt.pt --sweep" in trained.result.stderr
+
+
+def test_zero_epochs_and_a_head_first_need_weights(images: Path, tmp_path: Path) -> None:
+    args = ("--dataset", f"folder:{images}", "--model", "cifar:8x4")
+    for option in (("--epochs", 0), ("--head-epochs", 1, "--epsilon-warmup", 1)):
+        result = run("eps-train", main, *args, *option, cwd=tmp_path)
+        assert result.code == 1
+        assert "only applies to a network with weights; give --pretrained or" in result.error
 
 
 @pytest.mark.parametrize("temperature", [1, 10])

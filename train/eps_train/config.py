@@ -107,8 +107,19 @@ class TrainingConfig:
             " timm:NAME[,ARGUMENT=VALUE], or package.module:factory."
         )
     )
-    epochs: int = field(metadata=_run("Number of epochs.", Bounds(1)))
+    epochs: int = field(
+        metadata=_run("Number of epochs; 0 evaluates the weights as they are.", Bounds(0))
+    )
     batch_size: int = field(metadata=_run("Images per step, over all processes.", Bounds(2)))
+    head_epochs: int = field(
+        default=0,
+        metadata=_run(
+            "Of these epochs, train only the last layer in so many at the start; for --pretrained"
+            " and --weights.",
+            Bounds(0),
+            metavar="EPOCHS",
+        ),
+    )
     seed: int = field(default=0, metadata=_run("Random seed.", Bounds(0, 2**32 - 1)))
 
     epsilon: float | None = field(
@@ -250,23 +261,31 @@ class TrainingConfig:
         metadata=_optimizer("Weight of the side head's loss; 0: no side head.", Bounds(0)),
     )
 
+    self_distillation: bool = field(
+        default=False,
+        metadata=_optimizer(
+            "Once pruning may begin, distil from the network as it is then, whole; --teacher names"
+            " another."
+        ),
+    )
     distillation_weight: float = field(
         default=0.5,
         metadata=_optimizer(
-            "With --teacher: weight of the distillation loss; the labels' loss has the rest.",
+            "With a teacher: weight of the distillation loss; the labels' loss has the rest.",
             Bounds(0, 1),
         ),
     )
     temperature: float = field(
         default=4.0,
-        metadata=_optimizer("With --teacher: softmax temperature of both networks.", Bounds(0.01)),
+        metadata=_optimizer("With a teacher: softmax temperature of both networks.", Bounds(0.01)),
     )
 
     normalization: str = field(
         default="channel",
         metadata=_input(
-            "Normalize by mean and std of each channel, or by the mean image and 128.",
-            ("channel", "pixel"),
+            "Normalize by mean and std of each channel; by the mean image and 128; or as the images"
+            " were that --pretrained or --weights was trained on.",
+            ("channel", "pixel", "pretrained"),
         ),
     )
     augmentation: str = field(
@@ -326,6 +345,21 @@ class TrainingConfig:
                 f"--nested and {other} contradict each other: a nested run keeps every block, and"
                 " eps-compact cuts one size from its checkpoint; leave one of them out"
             )
+        if self.self_distillation and (self.nested or self.plain):
+            raise ConfigError(
+                "--self-distillation only applies to runs that prune, neither to --nested nor to"
+                " --epsilon 0; leave it out"
+            )
+        if self.self_distillation and self.epsilon is not None and not self.epsilon_warmup:
+            raise ConfigError(
+                "--self-distillation: the teacher would be a network that has not learned yet; give"
+                " --epsilon-warmup 1 or more"
+            )
+        if self.head_epochs > self.epsilon_warmup and self.epsilon != 0 and not self.nested:
+            raise ConfigError(
+                f"--head-epochs {self.head_epochs}: gates would act on layers that are not trained"
+                f" yet; give --epsilon-warmup {self.head_epochs} or more"
+            )
         if self.nested and self.compile:
             raise ConfigError("--nested: not with --compile; leave one of them out")
         if self.epsilon is None and self.target_parameters is None and not self.nested:
@@ -355,6 +389,11 @@ class TrainingConfig:
         """Whether this run trains the baseline, a network without gates."""
         return self.epsilon == 0
 
+    @property
+    def first_look(self) -> bool:
+        """Whether this run trains nothing, or the last layer alone."""
+        return self.epochs <= self.head_epochs
+
     def baseline(self) -> TrainingConfig:
         """The same run for the baseline."""
         return replace(
@@ -364,6 +403,7 @@ class TrainingConfig:
             nested=False,
             criterion="response",
             max_accuracy_drop=None,
+            self_distillation=False,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -515,10 +555,14 @@ def override(base: TrainingConfig, given: Mapping[str, Any]) -> TrainingConfig:
         values.setdefault("epsilon", None)
         values.setdefault("target_parameters", None)
         values.setdefault("nested", False)
+        if values["nested"]:
+            values.setdefault("self_distillation", False)
     elif "epsilon" in values:
         values["target_parameters"] = None
         values.setdefault("nested", False)
         values.setdefault("criterion", "response")
+        if values["epsilon"] == 0:
+            values.setdefault("self_distillation", False)
     if values.get("target_parameters", base.target_parameters) is None:
         values.setdefault("max_accuracy_drop", None)
     if isinstance(values.get("lr_schedule"), CosineDecay):

@@ -159,6 +159,7 @@ def finetune_config(config: TrainingConfig, epochs: int, device: torch.device) -
     return replace(
         config.baseline(),
         epochs=epochs,
+        head_epochs=0,
         epsilon_warmup=0,
         freeze_gates_at=1.0,
         lr_schedule=((0, first),),

@@ -16,10 +16,16 @@ from eps_core.files import replace_file
 from eps_train.config import TrainingConfig
 from eps_train.data.dataset import Data, Outline
 from eps_train.gating import rewriting
+from eps_train.models import registry
 from eps_train.models.spec import cost
 from eps_train.schedule import CosineDecay, Steps
 from eps_train.training import run_checks
-from eps_train.training.checkpoint import Checkpoint, CheckpointRotation, load_weights
+from eps_train.training.checkpoint import (
+    Checkpoint,
+    CheckpointRotation,
+    load_state,
+    load_weights,
+)
 from eps_train.training.distillation import Teacher
 from eps_train.training.distributed import ALONE, Group, StopRequest
 from eps_train.training.evaluate import EpochMetrics
@@ -133,6 +139,10 @@ def show_plan(chosen: TrainingConfig, data: Outline) -> None:
             log.print(f"warning: {warning}")
 
 
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
 class Run:
     """A training run, prepared: all checks of its input have passed when this exists.
 
@@ -142,6 +152,7 @@ class Run:
         device: where to train.
         resume: continue from `files.last` if it exists.
         weights: a state dict to start from.
+        pretrained: start from the weights that the network's library publishes.
         teacher: a checkpoint to distil from; not for a baseline that is trained beside.
         keep: number of the last epochs whose checkpoints are kept (:class:`CheckpointRotation`).
         tensorboard: whether to write TensorBoard's event files.
@@ -161,6 +172,7 @@ class Run:
         device: torch.device,
         resume: bool,
         weights: Path | None,
+        pretrained: bool = False,
         teacher: Path | None = None,
         keep: int = 0,
         tensorboard: bool = False,
@@ -208,12 +220,41 @@ class Run:
             )
         if resume:
             self._rotation.adopt(config, data, epochs_done=trainer.epoch)
-        if weights and here == (0, 0):
-            skipped = load_weights(weights, trainer.model, self._log.print)
-            fresh = f"; for other classes, or not in it: {', '.join(skipped)}" if skipped else ""
-            digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-            trainer.started_from = {"file": weights.name, "sha256": digest}
-            self._log.print(f"starting from {weights}{fresh}")
+        if here == (0, 0):
+            self._load_weights(weights, pretrained=pretrained)
+
+    def _load_weights(self, weights: Path | None, *, pretrained: bool) -> None:
+        """Start from a file, or from the published weights; one line says what was not loaded."""
+        model, report = self.trainer.model, self._log.print
+        if weights is not None:
+            source = str(weights)
+            skipped = load_weights(weights, model, report)
+            started_from = {"file": weights.name, "sha256": _sha256(weights.read_bytes())}
+        elif pretrained:
+            published = registry.pretrained(self.config.model)
+            source = published.source
+            self._group.lead(lambda: report(f"reading the published weights {source}"))
+            state = self._group.first(lambda: published.state(self.config.model))
+            skipped = load_state(state, model, source=f"--pretrained: {source}", report=report)
+            tensors = (tensor.numpy().tobytes() for tensor in state.values())
+            started_from = {"file": source, "sha256": _sha256(b"".join(tensors))}
+        elif self.config.head_epochs or not self.config.epochs:
+            option = "--head-epochs" if self.config.epochs else "--epochs 0"
+            raise ConfigError(
+                f"{option} only applies to a network with weights; give --pretrained or --weights"
+                " FILE"
+            )
+        else:
+            return
+        self.trainer.started_from = started_from
+        fresh = f"; for other classes, or not in it: {', '.join(skipped)}" if skipped else ""
+        report(f"starting from {source}{fresh}")
+        self._warn(run_checks.weights_warning(self.config))
+        if skipped and not self.config.epochs:
+            self._warn(
+                "the last layer is not trained, so that no accuracy means anything; give --epochs 1"
+                " --head-epochs 1 --epsilon-warmup 1, which train it alone"
+            )
 
     def train(self) -> dict[str, Any]:
         """Train to the end; returns the summary as plain data.
@@ -261,7 +302,7 @@ class Run:
         self._rotation.rotate(trainer.epoch)  # the run may have been killed before it
         if not self.config.plain:
             self._log.print(f"block map: {LEGEND}")
-        if not (trainer.epoch or trainer.step):
+        if not (self.config.first_look or trainer.epoch or trainer.step):
             self._preflight()
         before = self._metrics.read()
         self._prune_log = PruneLog(
@@ -286,6 +327,7 @@ class Run:
         sizes = rewriting.branch_parameters(trainer.model)
         self._warn(
             run_checks.schedule_warning(self.config, steps=trainer.batches.steps),
+            run_checks.average_warning(self.config, steps=trainer.batches.steps),
             *run_checks.size_warnings(self.config, sizes, self._parameters, trainer.stages),
             run_checks.zero_branches_warning(
                 trainer.model,
@@ -305,14 +347,19 @@ class Run:
             self._tensorboard_log.add(line, self._metrics.read)
 
     def _close(self) -> None:
-        """On the leader, after training: warn of a missed target, and plot the run."""
+        """On the leader, after training: warn of a missed target and plot, or say what is next."""
         trainer = self.trainer
-        if trainer.controller is not None:
+        if self.config.first_look and not self.config.plain:
+            trained = "the last layer alone" if self.config.epochs else "nothing"
+            command = f"eps-compact {self.files.best} --sweep --dry-run"
+            self._log.print(f"{trained} was trained; {command} shows which blocks can go")
+        elif trainer.controller is not None:
             self._warn(trainer.controller.shortfall(trainer.parameters()))
         if self._tensorboard_log is not None:
             self._tensorboard_log.close()
         title = f"{self._title}: {self.config.dataset}, {self.config.model}"
-        replace_file(self.files.plot, draw(self._metrics.read(), title))
+        if self.config.epochs:
+            replace_file(self.files.plot, draw(self._metrics.read(), title))
 
     def _warn(self, *warnings: str | None) -> None:
         for warning in warnings:

@@ -81,6 +81,39 @@ def _active_epochs(config: TrainingConfig) -> range:
     return range(config.epsilon_warmup, round(config.freeze_gates_at * config.epochs))
 
 
+# Largest learning rates that leave pretrained weights what they are worth; above them, a few steps
+# undo them. Usual for fine-tuning are 0.001 to 0.02 (SGD with momentum 0.9) and 1e-5 to 1e-3.
+GENTLE = {"sgd": 0.03, "adamw": 2e-3}
+
+
+def weights_warning(config: TrainingConfig) -> str | None:
+    """Why a run destroys the weights that it starts from; None if it does not."""
+    schedule = LearningRateSchedule.of(config)
+    highest = max((schedule.lr(epoch) for epoch in range(config.epochs)), default=0.0)
+    limit = GENTLE[config.optimizer]
+    if config.optimizer == "sgd":
+        limit *= (1 - config.momentum) / 0.1
+    if highest <= limit:
+        return None
+    gentle = "0.02" if config.optimizer == "sgd" else "0.0005"
+    return (
+        f"a learning rate of {highest:.2g} destroys pretrained weights in the first steps; give"
+        f" --recipe finetune, or --lr-schedule cosine:{gentle}"
+    )
+
+
+def average_warning(config: TrainingConfig, *, steps: int) -> str | None:
+    """Why the average of the weights lags behind in a run of `steps` steps an epoch."""
+    span = 1 / (1 - config.ema) if config.ema else 0.0
+    total = steps * config.epochs
+    if span <= total / 5:
+        return None
+    return (
+        f"--ema {config.ema:g} averages over about {span:,.0f} of the run's {total:,} steps, so"
+        f" that early weights stay in it; give --ema {max(0.0, 1 - 20 / total):.3g} or less"
+    )
+
+
 def size_warnings(
     config: TrainingConfig, sizes: Mapping[str, int], whole: int, stages: Mapping[str, str]
 ) -> list[str]:

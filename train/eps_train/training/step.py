@@ -110,6 +110,7 @@ class TrainingStep:
 
     Attributes:
         sub_networks: those of the network; None: the whole network alone is trained.
+        teacher: the network to distil from; None: the labels alone are learned.
         precision: of the forward and backward pass.
         optimizer: takes the step.
     """
@@ -127,7 +128,7 @@ class TrainingStep:
     ) -> None:
         self._averaged = averaged
         self._label_smoothing, self._clip = config.label_smoothing, config.clip_grad_norm
-        self._teacher = teacher if config.distillation_weight else None
+        self.teacher = teacher
         self._distillation = (config.distillation_weight, config.temperature)
         self.precision = TrainingPrecision(config.precision, device)
         self.optimizer = optimizer
@@ -142,7 +143,8 @@ class TrainingStep:
         images = self._normalize(batch.images).contiguous(memory_format=MEMORY_FORMAT)
         with self.precision.autocast():
             logits, side = self._forward(images)
-            expected = None if self._teacher is None else self._teacher(batch.images)
+            teacher = self.teacher if self._distillation[0] else None
+            expected = None if teacher is None else teacher(batch.images)
             nested = None if self.sub_networks is None else self.sub_networks(images)
         loss = self._cross_entropy(logits, batch.labels)
         if expected is not None:
@@ -239,6 +241,15 @@ class GraphedStep:
     @property
     def precision(self) -> TrainingPrecision:
         return self._step.precision
+
+    @property
+    def teacher(self) -> Teacher | None:
+        return self._step.teacher
+
+    @teacher.setter
+    def teacher(self, teacher: Teacher) -> None:
+        """Call :meth:`replace_model` too, so that the graph is captured anew."""
+        self._step.teacher = teacher
 
     def __call__(self, batch: ImageSet) -> Tensor:
         """Take one step, as :class:`TrainingStep`; the result is valid until the next call.

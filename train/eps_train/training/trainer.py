@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from eps_core.errors import ConfigError
 from eps_train.config import TrainingConfig
@@ -30,6 +30,7 @@ from eps_train.training.averaging import AveragedWeights
 from eps_train.training.checkpoint import (
     Checkpoint,
     CheckpointRotation,
+    first_and_last_layers,
     require_same_run,
     resume_changes,
 )
@@ -117,6 +118,9 @@ class Trainer:
         if use_cuda_graph(cuda_graph, config, group, device):
             required = cuda_graph == "on"
             self.take_step = GraphedStep(self.take_step, device, required=required)
+        self._head = self._require_head() if config.head_epochs else set()
+        self._frozen: list[nn.Parameter] = []  # while the head alone is trained
+        self.own_teacher: Teacher | None = None  # of a run with self-distillation
         self.schedule = LearningRateSchedule.of(config)
         self.tracker = BlockTracker(self.spec.gated, patience=config.patience)
         self.controller: EpsilonController | None = None
@@ -149,6 +153,10 @@ class Trainer:
 
     def run(self, report: Callable[[EpochMetrics], None]) -> Checkpoint:
         """Train to the last epoch, then evaluate the best checkpoint on the test part, once."""
+        if not self.config.epochs:
+            self.validated = self.group.lead(lambda: self._validate(()))
+            checkpoint = self.checkpoint()
+            self.group.lead(lambda: checkpoint.save(self.best_path))
         while self.epoch < self.config.epochs:
             metrics = self.run_epoch()
             # Reported first: an epoch that is saved and then lost to a kill would go unreported.
@@ -165,6 +173,8 @@ class Trainer:
         lr, thresholds = self.schedule.lr(epoch), self.thresholds(epoch)
         loss, accuracy, images = self._train_epoch(epoch, thresholds)
         self.group.share(running_statistics(self.network))
+        if self.averaged is not None:
+            self.group.share(self.averaged.tensors.values())
         scores = None if self.scores is None else self.scores.read(self.group.add)
         discarded = self.tracker.record_epoch(self.gates, thresholds, self.group)
         self.schedule.observe(epoch, discarded)
@@ -231,6 +241,7 @@ class Trainer:
         self._rng = None
         for block, gate in self.gates.items():
             gate.set_epsilon(thresholds[block])
+        self._enter_phase(epoch)
         self.network.train()
         steps, lr = self.batches.steps, math.nan
         with self.take_step.precision.training():
@@ -324,6 +335,38 @@ class Trainer:
         if self.scores is not None:
             self.scores.observe(model)
 
+    # -- Phases of fine-tuning: the head alone, the whole network, pruning with a teacher
+
+    def _enter_phase(self, epoch: int) -> None:
+        """Freeze or unfreeze all but the head, and become one's own teacher, when it is time."""
+        head_only = epoch < self.config.head_epochs
+        if head_only != bool(self._frozen):
+            if head_only:
+                named = self.network.model.named_parameters()
+                self._frozen = [p for n, p in named if n not in self._head and p.requires_grad]
+            for parameter in self._frozen:
+                parameter.requires_grad_(not head_only)
+            if not head_only:
+                self._frozen = []
+            self.take_step.replace_model(self.model)  # what is built from it is built anew
+        start = self.controller.start if self.controller else self.config.epsilon_warmup
+        if self.config.self_distillation and self.own_teacher is None and epoch >= start:
+            self._distil_from(Teacher(replace(self.checkpoint(), gates=[]), self.device))
+
+    def _distil_from(self, teacher: Teacher) -> None:
+        self.own_teacher = self.take_step.teacher = teacher
+        self.take_step.replace_model(self.model)
+
+    def _require_head(self) -> set[str]:
+        """Names of the last layers' tensors. Raises ConfigError where there are none."""
+        head, _ = first_and_last_layers(self.model)
+        if not head:
+            raise ConfigError(
+                f"--head-epochs: {self.config.model} does not end in a linear layer or a"
+                " convolution that could be trained first; give --head-epochs 0"
+            )
+        return head
+
     # -- Nested sub-networks
 
     @property
@@ -401,6 +444,7 @@ class Trainer:
             "step": self.step,
             "optimizer": self.optimizer.state_dict(),
             "trained": self.averaged and self.averaged.trained(),
+            "own_teacher": self.own_teacher and self.own_teacher.state,
             "precision": self.take_step.precision.state_dict(),
             "schedule": self.schedule.state_dict(),
             "tracker": self.tracker.state_dict(),
@@ -427,6 +471,9 @@ class Trainer:
         if self.side_head is not None:
             assert last.side_head is not None
             self.side_head.load_state_dict(last.side_head)
+        if state["own_teacher"] is not None:
+            taught = replace(last, state=state["own_teacher"], gates=[])
+            self._distil_from(Teacher(taught, self.device))
         self.optimizer.load_state_dict(state["optimizer"])
         self.take_step.precision.load_state_dict(state["precision"])
         self.schedule.load_state_dict(state["schedule"])
