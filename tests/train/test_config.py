@@ -40,7 +40,7 @@ def test_baseline_differs_in_epsilon_alone() -> None:
         ({"optimizer": "adamw", "nesterov": True}, "--nesterov only applies to --optimizer sgd"),
         (
             {"head_epochs": 1},
-            "--head-epochs 1: gates would act .*; give --epsilon-warmup 1",
+            "--head-epochs 1: gates would act .*; give --epsilon-warmup 2",
         ),
         ({"self_distillation": True}, "a network that has not learned yet; give --epsilon-warmup"),
         (

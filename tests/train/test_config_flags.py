@@ -77,7 +77,7 @@ def test_an_option_overrides_its_field_and_no_other(field: str, tmp_path: Path) 
     if field in ("max_accuracy_drop", "criterion"):
         together = ("--target-parameters", "0.3")
     if field in ("head_epochs", "self_distillation"):
-        together = ("--epsilon-warmup", "2")
+        together = ("--epsilon-warmup", "3")
     result = show(tmp_path, option, *([text] if text else []), *together)
     assert result.code == 0, result.stderr
     shown, plain = json.loads(result.stdout), digits().to_dict()

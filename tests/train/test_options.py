@@ -459,7 +459,7 @@ def test_the_network_teaches_itself_once_pruning_begins(train: Train, reference:
 
 def test_the_head_is_trained_first(train: Train, reference: Trained) -> None:
     start = ("--weights", reference.folder / "ckpt.pt")
-    trained = train(*start, "--head-epochs", 1, "--epsilon-warmup", 1, "--epochs", 1)
+    trained = train(*start, "--head-epochs", 1, "--epsilon-warmup", 2, "--epochs", 1)
     before, after = reference.best.state, trained.last
     moved = {name for name in before if before[name].dim() > 1} & {
         name for name in after if not torch.equal(after[name], before[name])
@@ -471,7 +471,8 @@ def test_the_head_is_trained_first(train: Train, reference: Trained) -> None:
 
 def test_zero_epochs_evaluate_the_weights_as_they_are(train: Train, reference: Trained) -> None:
     checkpoint = reference.folder / "ckpt.pt"
-    trained = train("--weights", checkpoint, "--epochs", 0, "--normalization", "pretrained")
+    as_before = ("--epochs", 0, "--normalization", "pretrained")
+    trained = train("--weights", checkpoint, *as_before, "--ema", 0.9)
     before, after = reference.best, trained.best
     assert all(torch.equal(after.state[n], t) for n, t in before.state.items() if t.dim() > 1)
     assert after.metrics["test"] == before.metrics["test"]
@@ -481,7 +482,7 @@ def test_zero_epochs_evaluate_the_weights_as_they_are(train: Train, reference: T
 
 def test_zero_epochs_and_a_head_first_need_weights(images: Path, tmp_path: Path) -> None:
     args = ("--dataset", f"folder:{images}", "--model", "cifar:8x4")
-    for option in (("--epochs", 0), ("--head-epochs", 1, "--epsilon-warmup", 1)):
+    for option in (("--epochs", 0), ("--head-epochs", 1, "--epsilon-warmup", 2)):
         result = run("eps-train", main, *args, *option, cwd=tmp_path)
         assert result.code == 1
         assert "only applies to a network with weights; give --pretrained or" in result.error

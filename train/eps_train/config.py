@@ -355,10 +355,11 @@ class TrainingConfig:
                 "--self-distillation: the teacher would be a network that has not learned yet; give"
                 " --epsilon-warmup 1 or more"
             )
-        if self.head_epochs > self.epsilon_warmup and self.epsilon != 0 and not self.nested:
+        gated = self.epsilon != 0 and not self.nested
+        if gated and self.head_epochs and self.epsilon_warmup <= self.head_epochs:
             raise ConfigError(
                 f"--head-epochs {self.head_epochs}: gates would act on layers that are not trained"
-                f" yet; give --epsilon-warmup {self.head_epochs} or more"
+                f" yet; give --epsilon-warmup {self.head_epochs + 1} or more"
             )
         if self.nested and self.compile:
             raise ConfigError("--nested: not with --compile; leave one of them out")

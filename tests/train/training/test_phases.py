@@ -95,4 +95,4 @@ def test_with_a_target_it_is_taught_from_the_epoch_that_may_choose(tmp_path: Pat
 
 def test_a_network_without_a_last_layer_has_no_head(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--head-epochs: tests\.train\.smooth:Headless does not"):
-        trainer(tmp_path, model="tests.train.smooth:Headless", head_epochs=1, epsilon_warmup=1)
+        trainer(tmp_path, model="tests.train.smooth:Headless", head_epochs=1, epsilon_warmup=2)

@@ -58,6 +58,10 @@ class AveragedWeights:
         """The tensors of the network that are averaged, as the last step left them; copies."""
         return {name: tensor.clone() for name, tensor in self._trained.items()}
 
+    def restart(self) -> None:
+        """Begin again from the tensors of the network, which were loaded."""
+        _copy(self._trained, self.tensors)
+
     def load(self, trained: Mapping[str, Tensor], average: Mapping[str, Tensor]) -> None:
         """Inverse of :meth:`trained` and `tensors`."""
         _copy(trained, self._trained)

@@ -247,13 +247,15 @@ class Run:
         else:
             return
         self.trainer.started_from = started_from
+        if self.trainer.averaged is not None:
+            self.trainer.averaged.restart()
         fresh = f"; for other classes, or not in it: {', '.join(skipped)}" if skipped else ""
         report(f"starting from {source}{fresh}")
         self._warn(run_checks.weights_warning(self.config))
         if skipped and not self.config.epochs:
             self._warn(
                 "the last layer is not trained, so that no accuracy means anything; give --epochs 1"
-                " --head-epochs 1 --epsilon-warmup 1, which train it alone"
+                " --head-epochs 1 --epsilon-warmup 2, which train it alone"
             )
 
     def train(self) -> dict[str, Any]:
