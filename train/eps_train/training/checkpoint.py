@@ -25,7 +25,7 @@ from eps_train.data.dataset import Data, DataIdentity
 from eps_train.gating import rewriting
 from eps_train.gating.tracing import OWN
 from eps_train.models.spec import NetworkSpec
-from eps_train.schedule import LearningRateSchedule
+from eps_train.schedule import CosineDecay, LearningRateSchedule
 from eps_train.training.paths import RunPaths
 
 FORMAT = "eps-resnet-checkpoint"
@@ -232,6 +232,8 @@ def resume_changes(path: Path, last: Checkpoint, config: TrainingConfig, data: D
             for epochs in (before, config.epochs)
         )
         changes.append(f"the final decay of the learning rate begins in epoch {new}, not {old}")
+    elif isinstance(config.lr_schedule, CosineDecay):
+        changes.append("the learning rate follows the cosine of the longer run, and so rises again")
     if config.freeze_gates_at < 1:
         old, new = (round(config.freeze_gates_at * n) + 1 for n in (before, config.epochs))
         changes.append(f"live gates stay open from epoch {new} on, not {old}")
