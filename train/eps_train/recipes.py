@@ -83,7 +83,6 @@ def finetune() -> TrainingConfig:
         aux_loss_weight=0.0,
         self_distillation=True,
         normalization="pretrained",
-        shift=4,
         flip=True,
     )
 

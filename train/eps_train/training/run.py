@@ -233,7 +233,7 @@ class Run:
         elif pretrained:
             published = registry.pretrained(self.config.model)
             source = published.source
-            self._group.lead(lambda: report(f"reading the published weights {source}"))
+            report(f"reading the published weights {source}")
             state = self._group.first(lambda: published.state(self.config.model))
             skipped = load_state(state, model, source=f"--pretrained: {source}", report=report)
             tensors = (tensor.numpy().tobytes() for tensor in state.values())
