@@ -397,7 +397,7 @@ class Plain(nn.Module):
         ({"example": torch.zeros(2, 3, 8, 8)}, "OwnNet: does not run on inputs of 3x8x8"),
         (
             {"epsilon": None, "target": eps_train.Parameters(0.1)},
-            r"Parameters\(share=0\.1\) cannot be met: every stage keeps a block, and that leaves",
+            r"Parameters\(0\.1\) cannot be met: every stage keeps a block, and that leaves",
         ),
         (
             {"epsilon": None, "target": eps_train.Latency(0.5)},
