@@ -46,3 +46,15 @@ class ReZero(Smooth):
         x = x + self.second * torch.relu(self.two(x))
         logits: Tensor = self.head(nn.functional.avg_pool2d(x, 2).flatten(1))
         return logits
+
+
+class Headless(Smooth):
+    """Its logits are normalised, so that no linear layer computes them last."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.norm = nn.LayerNorm(num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.norm(super().forward(x))
+        return logits

@@ -8,6 +8,7 @@ import pytest
 from eps_core.errors import ConfigError
 from eps_train.config import TrainingConfig
 from eps_train.recipes import RECIPES, digits, recipe
+from eps_train.schedule import CosineDecay
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -28,11 +29,28 @@ def test_baseline_differs_in_epsilon_alone() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"epochs": 0}, "--epochs 0: must be finite and at least 1"),
+        ({"epochs": -1}, "--epochs -1: must be finite and at least 0"),
         ({"batch_size": 1}, "--batch-size 1: must be finite and at least 2"),
         ({"epsilon": -1.0}, "--epsilon -1.0: must be finite and at least 0"),
         ({"patience": 1}, "--patience 1: must be finite and at least 2"),
         ({"lr_schedule": ((1, 0.1),)}, "--lr-schedule must start at epoch 0"),
+        ({"lr_schedule": CosineDecay(-1.0)}, "--lr-schedule cosine:LR: LR must be finite"),
+        (
+            {"lr_schedule": CosineDecay(0.1), "lr_restart": ((0, 0.1),)},
+            "--lr-restart only applies to a schedule of steps",
+        ),
+        ({"optimizer": "adamw", "nesterov": True}, "--nesterov only applies to --optimizer sgd"),
+        (
+            {"head_epochs": 1},
+            "--head-epochs 1: gates would act .*; give --epsilon-warmup 2",
+        ),
+        ({"self_distillation": True}, "a network that has not learned yet; give --epsilon-warmup"),
+        (
+            {"self_distillation": True, "epsilon": 0.0},
+            "--self-distillation only applies to runs that prune",
+        ),
+        ({"clip_grad_norm": 0.0}, "--clip-grad-norm 0.0: must be finite and above 0"),
+        ({"ema": 1.0}, "--ema 1.0: must be 0 to 0.999999"),
         ({"momentum": 1.0}, "--momentum 1.0: must be 0 to 0.9999$"),
         ({"weight_decay": float("nan")}, "--weight-decay nan: must be finite and at least 0"),
         ({"precision": "fp8"}, "--precision fp8: must be one of fp32, tf32, bf16, fp16"),

@@ -17,7 +17,13 @@ pytestmark = pytest.mark.usefixtures("undrawn")
 
 TARGETS = {"target_parameters", "target_flops", "target_latency", "target_speedup"}
 TARGET = ("--target-parameters", "0.3")
-TOGETHER = {"criterion": TARGET, "max_accuracy_drop": TARGET, "timer": ("--target-speedup", "2")}
+TOGETHER = {
+    "criterion": TARGET,
+    "max_accuracy_drop": TARGET,
+    "timer": ("--target-speedup", "2"),
+    "head_epochs": ("--epsilon-warmup", "3"),
+    "self_distillation": ("--epsilon-warmup", "3"),
+}
 
 # One option, its value, and the field's value that comes of it, for every field but `recipe`.
 GIVEN = {
@@ -26,6 +32,7 @@ GIVEN = {
     "model": ("--model", "cifar:20", "cifar:20"),
     "epochs": ("--epochs", "3", 3),
     "batch_size": ("--batch-size", "32", 32),
+    "head_epochs": ("--head-epochs", "2", 2),
     "seed": ("--seed", "5", 5),
     "epsilon": ("--epsilon", "1.5", 1.5),
     "target_parameters": ("--target-parameters", "0.3", 0.3),
@@ -40,12 +47,18 @@ GIVEN = {
     "freeze_gates_at": ("--freeze-gates-at", "0.8", 0.8),
     "patience": ("--patience", "3", 3),
     "live_removal": ("--no-live-removal", None, False),
+    "optimizer": ("--optimizer", "adamw", "adamw"),
+    "lr_warmup": ("--lr-warmup", "0.5", 0.5),
+    "clip_grad_norm": ("--clip-grad-norm", "1", 1.0),
+    "label_smoothing": ("--label-smoothing", "0.1", 0.1),
+    "ema": ("--ema", "0.99", 0.99),
     "lr_schedule": ("--lr-schedule", "0:0.2,5:0.02", [[0, 0.2], [5, 0.02]]),
     "lr_restart": ("--lr-restart", "0:0.2", [[0, 0.2]]),
     "final_decay": ("--final-decay", "none", []),
     "momentum": ("--momentum", "0.5", 0.5),
     "nesterov": ("--nesterov", None, True),
     "weight_decay": ("--weight-decay", "0.001", 0.001),
+    "self_distillation": ("--self-distillation", None, True),
     "distillation_weight": ("--distillation-weight", "0.9", 0.9),
     "temperature": ("--temperature", "2", 2.0),
     "aux_loss_weight": ("--aux-loss-weight", "0", 0.0),
@@ -79,7 +92,7 @@ def test_an_option_overrides_its_field_and_no_other(field: str, tmp_path: Path) 
     shown, plain = json.loads(result.stdout), digits().to_dict()
     assert shown.pop(field) == value
     changed = {name for name, entry in shown.items() if entry != plain[name]}
-    assert changed <= {"epsilon", *TARGETS}
+    assert changed <= {"epsilon", "epsilon_warmup", *TARGETS}
 
 
 def test_a_target_and_a_threshold_replace_each_other(tmp_path: Path) -> None:
@@ -151,3 +164,42 @@ def test_a_config_that_is_none_is_refused_in_one_line(
 def test_steps_that_are_none_are_refused(text: str) -> None:
     with pytest.raises(click.BadParameter):
         config.steps(text)
+
+
+@pytest.mark.parametrize("text", ["cosine:", "cosine:fast", "cosine:-1", "cosine:inf", "cosine"])
+def test_cosines_that_are_none_are_refused(text: str) -> None:
+    with pytest.raises(click.BadParameter):
+        config.lr_schedule(text)
+
+
+def test_a_cosine_replaces_restarts_and_final_decay(tmp_path: Path) -> None:
+    args = ("--recipe", "cifar10-110", "--lr-schedule", "cosine:0.1")
+    printed = show(tmp_path, *args).stdout
+    shown = json.loads(printed)
+    assert shown["lr_schedule"] == {"cosine": 0.1}
+    assert shown["lr_restart"] == shown["final_decay"] == []
+    (tmp_path / "mine.json").write_text(printed)
+    assert show(tmp_path, "--config", "mine.json").stdout == printed
+
+
+def test_without_pruning_nothing_is_distilled(tmp_path: Path) -> None:
+    for instead in (("--epsilon", 0), ("--nested",)):
+        shown = json.loads(show(tmp_path, "--recipe", "finetune", *instead).stdout)
+        assert shown["self_distillation"] is False
+    assert json.loads(show(tmp_path, "--recipe", "finetune").stdout)["self_distillation"] is True
+
+
+def test_pretrained_weights_bring_their_normalization(tmp_path: Path) -> None:
+    shown = json.loads(show(tmp_path, "--pretrained").stdout)
+    assert shown["normalization"] == "pretrained"
+    kept = json.loads(show(tmp_path, "--pretrained", "--normalization", "channel").stdout)
+    assert kept["normalization"] == "channel"
+
+
+@pytest.mark.parametrize(
+    "args", [("--pretrained", "--weights", "w.pt"), ("--self-distillation", "--teacher", "t.pt")]
+)
+def test_two_sources_contradict_each_other(tmp_path: Path, args: tuple[str, ...]) -> None:
+    result = show(tmp_path, *args)
+    assert result.code == 2
+    assert "contradict each other" in result.stderr

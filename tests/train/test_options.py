@@ -148,6 +148,10 @@ def test_two_runs_alike_give_the_same_tensors(train: Train, reference: Trained) 
         ("--momentum", 0.5),
         ("--nesterov",),
         ("--aux-loss-weight", 0.9),
+        ("--optimizer", "adamw"),
+        ("--clip-grad-norm", 0.1),
+        ("--label-smoothing", 0.2),
+        ("--ema", 0.5),
     ],
     ids=lambda option: str(option[0]),
 )
@@ -266,13 +270,62 @@ def test_batch_norm_is_synchronised(train: Train, monkeypatch: pytest.MonkeyPatc
             ),
             [0.05, 0.02],
         ),
+        (("--lr-schedule", "cosine:0.1"), [0.0853553, 0.0146447]),  # half-way through each epoch
+        (("--lr-schedule", "0:0.05", "--final-decay", "none", "--lr-warmup", 2), [0.0125, 0.0375]),
     ],
-    ids=["--lr-schedule", "--final-decay", "--lr-restart"],
+    ids=["--lr-schedule", "--final-decay", "--lr-restart", "cosine", "--lr-warmup"],
 )
 def test_the_rate_of_every_epoch(
     train: Train, options: tuple[object, ...], lr_schedule: list[float]
 ) -> None:
-    assert train(*options, *NEVER_DEAD).epochs("rate") == lr_schedule
+    assert train(*options, *NEVER_DEAD).epochs("rate") == pytest.approx(lr_schedule, rel=1e-4)
+
+
+def test_adamw_is_torchs_with_decay_on_weights_alone(
+    train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[torch.optim.Optimizer] = []
+    adamw = torch.optim.AdamW
+
+    def watched(*args: Any, **options: Any) -> torch.optim.Optimizer:
+        made.append(adamw(*args, **options))
+        return made[-1]
+
+    monkeypatch.setattr(torch.optim, "AdamW", watched)
+    train("--optimizer", "adamw", "--momentum", 0.8, "--weight-decay", 0.05, "--epochs", 1)
+    (optimizer,) = made
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.05, 0.0]
+    assert {group["betas"] for group in optimizer.param_groups} == {(0.8, 0.999)}
+
+
+def test_gradients_are_clipped_before_the_step(
+    train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    norms: list[float] = []
+    step = torch.optim.SGD.step
+
+    def watched(self: torch.optim.SGD, *args: Any) -> Any:
+        found = [p.grad for group in self.param_groups for p in group["params"]]
+        norms.append(float(torch.nn.utils.get_total_norm([g for g in found if g is not None])))
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", watched)
+    train("--clip-grad-norm", 0.05)
+    assert norms == pytest.approx([0.05] * len(norms), rel=1e-3)
+
+
+def test_labels_are_smoothed_in_both_losses(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[float] = []
+    loss = torch.nn.functional.cross_entropy
+
+    def watched(logits: Tensor, labels: Tensor, **rest: Any) -> Tensor:
+        seen.append(rest.get("label_smoothing", 0.0))
+        return loss(logits, labels, **rest)
+
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", watched)
+    train("--label-smoothing", 0.2, "--epochs", 1)
+    assert seen.count(0.2) == 4  # two steps, network and side head
+    assert seen.count(0.0) == 2  # validation and test
 
 
 def test_weights_decay(train: Train, reference: Trained) -> None:
@@ -538,6 +591,41 @@ def test_a_teacher_is_followed(reference: Trained, train: Train) -> None:
     trained = train("--teacher", teacher)
     assert trained.best.metrics["teacher"] == reference.best.digest
     assert not same(trained, reference)
+
+
+def test_the_network_teaches_itself_once_pruning_begins(train: Train, reference: Trained) -> None:
+    assert not same(train("--self-distillation", "--epsilon-warmup", 1), reference)
+
+
+def test_the_head_is_trained_first(train: Train, reference: Trained) -> None:
+    start = ("--weights", reference.folder / "ckpt.pt")
+    trained = train(*start, "--head-epochs", 1, "--epsilon-warmup", 2, "--epochs", 1)
+    before, after = reference.best.state, trained.last
+    moved = {name for name in before if before[name].dim() > 1} & {
+        name for name in after if not torch.equal(after[name], before[name])
+    }
+    assert moved == {"classifier.weight"}
+    assert "a learning rate of 0.1 destroys pretrained weights" in trained.result.stderr
+    assert "the last layer alone was trained; eps-compact ckpt.pt --sweep" in trained.result.stderr
+
+
+def test_zero_epochs_evaluate_the_weights_as_they_are(train: Train, reference: Trained) -> None:
+    checkpoint = reference.folder / "ckpt.pt"
+    as_before = ("--epochs", 0, "--normalization", "pretrained")
+    trained = train("--weights", checkpoint, *as_before, "--ema", 0.9)
+    before, after = reference.best, trained.best
+    assert all(torch.equal(after.state[n], t) for n, t in before.state.items() if t.dim() > 1)
+    assert after.metrics["test"] == before.metrics["test"]
+    assert (after.data.mean, after.data.std) == (before.data.mean, before.data.std)
+    assert "nothing was trained; eps-compact ckpt.pt --sweep" in trained.result.stderr
+
+
+def test_zero_epochs_and_a_head_first_need_weights(images: Path, tmp_path: Path) -> None:
+    args = ("--dataset", f"folder:{images}", "--model", "cifar:8x4")
+    for option in (("--epochs", 0), ("--head-epochs", 1, "--epsilon-warmup", 2)):
+        result = run("eps-train", main, *args, *option, cwd=tmp_path)
+        assert result.code == 1
+        assert "only applies to a network with weights; give --pretrained or" in result.error
 
 
 @pytest.mark.parametrize("temperature", [1, 10])

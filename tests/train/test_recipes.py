@@ -52,9 +52,10 @@ def test_there_is_a_recipe_for_every_network_of_the_paper() -> None:
     depths = ("110", "200", "500", "752")
     expected = {f"{name}-{depth}" for name in ("cifar10", "cifar100") for depth in depths}
     expected |= {"svhn-110", "svhn-200", "imagenet-101", "imagenet-152", "digits", "fashion-mnist"}
+    expected |= {"finetune"}
     assert set(RECIPES) == expected
     assert all(recipe(name).recipe == name for name in RECIPES)
-    assert all(recipe(name).dataset in DATASETS for name in RECIPES)
+    assert all(recipe(name).dataset in DATASETS for name in RECIPES if name != "finetune")
 
 
 @pytest.mark.parametrize("name", CIFAR)
@@ -109,6 +110,7 @@ def test_the_last_descent_ends_on_the_papers_lowest_rate(name: str) -> None:
     lr_schedule = [plan.lr(epoch) for epoch in range(plan.decay_epoch, plan.epochs)]
     assert lr_schedule == sorted(lr_schedule, reverse=True)
     assert lr_schedule[0] <= 0.01
+    assert isinstance(run.lr_schedule, tuple)
     assert lr_schedule[-1] == run.lr_schedule[-1][1]
     assert len(lr_schedule) >= 0.1 * plan.epochs
 
@@ -149,11 +151,26 @@ def test_the_rest_is_the_papers_too(name: str) -> None:
     assert run.augmentation == ("svhn" if name in SVHN else "shift")
 
 
-@pytest.mark.parametrize("name", RECIPES)
+def test_finetune_prunes_to_a_target_after_a_tenth_of_the_run() -> None:
+    run = recipe("finetune")
+    assert (run.epsilon, run.target_parameters) == (None, 0.5)
+    assert run.head_epochs < run.epsilon_warmup == run.epochs // 10
+    assert (run.self_distillation, run.aux_loss_weight) == (True, 0.0)
+    plan = LearningRateSchedule.of(run)
+    assert plan.lr(0, 0.0) == 0.02
+    assert plan.lr(run.epochs - 1, 1.0) == pytest.approx(0.0)
+    assert plan.decay_epoch == 12
+
+
+STEPPED = [name for name in RECIPES if isinstance(recipe(name).lr_schedule, tuple)]
+
+
+@pytest.mark.parametrize("name", STEPPED)
 def test_every_recipe_ends_on_its_lowest_rate_even_after_a_late_loss(name: str) -> None:
     run = recipe(name)
     plan = schedule(run)
     plan.observe(plan.decay_epoch - 2, 9.0)
+    assert isinstance(run.lr_schedule, tuple)
     lowest = min(
         value for steps in (run.lr_schedule, run.lr_restart, run.final_decay) for _, value in steps
     )

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from eps_train.schedule import LearningRateSchedule, value_at
+from eps_train.schedule import CosineDecay, LearningRateSchedule, value_at
 
 RATES = ((0, 0.1), (4, 0.01))
 RESTART = ((0, 0.1), (3, 0.01), (5, 0.001))
@@ -67,3 +67,20 @@ def test_restored_schedule_goes_on_alike() -> None:
     again.load_state_dict(plan.state_dict())
     assert [again.lr(epoch) for epoch in range(7, 20)] == [plan.lr(epoch) for epoch in range(7, 20)]
     assert again.observe(8, 3.4) == plan.observe(8, 3.4)
+
+
+def test_a_cosine_falls_to_zero_over_the_run_and_pruning_ends_at_three_fifths() -> None:
+    plan = schedule(lr_schedule=CosineDecay(0.2), lr_restart=(), final_decay=())
+    assert plan.lr(0, 0.0) == 0.2
+    assert plan.lr(10, 0.0) == pytest.approx(0.1)
+    assert plan.lr(19, 1.0) == pytest.approx(0.0)
+    assert plan.decay_epoch == 12
+    plan.observe(6, 9.0)
+    assert plan.lr(10, 0.0) == pytest.approx(0.1), "no restart"
+    assert schedule(lr_schedule=CosineDecay(0.2), lr_restart=()).decay_epoch == 16
+
+
+def test_the_warm_up_rises_from_zero_step_by_step() -> None:
+    plan = schedule(lr_warmup=1.5)
+    assert [plan.lr(0, done) for done in (0.0, 0.75)] == pytest.approx([0.0, 0.05])
+    assert [plan.lr(1, done) for done in (0.2, 0.5)] == pytest.approx([0.08, 0.1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from eps_core import cli as console
-from eps_core.errors import ConfigError, DamagedImages
+from eps_core.errors import ConfigError, DamagedImages, FileFormatError
 from eps_core.files import held
 from eps_train import config, recipes
 from eps_train.config import SectionedCommand, config_options
@@ -19,7 +20,7 @@ from eps_train.training.paths import RunPaths
 
 if TYPE_CHECKING:
     from eps_train.config import TrainingConfig
-    from eps_train.data.dataset import Data, DataIdentity
+    from eps_train.data.dataset import Data, DataIdentity, Statistics
 
 Runs = dict[RunPaths, "TrainingConfig"]
 """What to train, one run after another, by the files that each writes."""
@@ -45,6 +46,11 @@ Runs = dict[RunPaths, "TrainingConfig"]
     "--weights",
     type=click.Path(path_type=Path, dir_okay=False),
     help="State dict (.pt, .pth, .safetensors) to start from instead of random weights.",
+)
+@click.option(
+    "--pretrained",
+    is_flag=True,
+    help="Start from the weights that torchvision or timm publishes; downloaded once.",
 )
 @click.option(
     "--teacher",
@@ -85,6 +91,7 @@ def cli(
     download: bool,
     skip_damaged: bool,
     weights: Path | None,
+    pretrained: bool,
     teacher: Path | None,
     output: Path,
     keep: int,
@@ -113,6 +120,14 @@ def cli(
         raise click.UsageError("--resume and --force contradict each other")
     if recipe and config_file:
         raise click.UsageError("--recipe and --config contradict each other")
+    if weights and pretrained:
+        raise click.UsageError("--weights and --pretrained contradict each other")
+    if teacher and fields["self_distillation"]:
+        raise click.UsageError("--teacher and --self-distillation contradict each other")
+    if teacher:
+        fields["self_distillation"] = False
+    if pretrained and fields["normalization"] is None:
+        fields["normalization"] = "pretrained"
     base = config.read(config_file) if config_file else recipes.recipe(recipe or "digits")
     chosen = config.override(base, fields)
     if with_baseline and chosen.plain:
@@ -128,14 +143,18 @@ def cli(
         _check_output(output, runs, resume=resume, force=force)
 
     from eps_train.data import dataset
+    from eps_train.models import registry
     from eps_train.training import run as summary
 
+    if pretrained:
+        registry.pretrained(chosen.model)  # refused now rather than after the images were read
     load = partial(
         dataset.load,
         chosen.dataset,
         data_root,
         image_size=chosen.image_size,
         normalization=chosen.normalization,
+        statistics=_statistics(chosen, weights),
         skip_damaged=skip_damaged,
     )
     if dry_run:
@@ -154,6 +173,7 @@ def cli(
         force=force,
         resume=resume,
         weights=weights,
+        pretrained=pretrained,
         teacher=teacher,
         keep=keep,
         tensorboard=tensorboard,
@@ -179,6 +199,25 @@ def _check_output(output: Path, runs: Runs, *, resume: bool, force: bool) -> Non
     for file in files:
         if file.is_dir():
             raise ConfigError(f"{file}: is a folder; move it away or choose another --output")
+
+
+def _statistics(chosen: TrainingConfig, weights: Path | None) -> Statistics | None:
+    """Mean and std of the images that the weights were trained on, if the run normalizes by them.
+
+    A checkpoint of eps-train has its own, and torchvision and timm name theirs; otherwise those of
+    ImageNet are taken.
+    """
+    if chosen.normalization != "pretrained":
+        return None
+    from eps_train.models import registry
+    from eps_train.training.checkpoint import Checkpoint
+
+    if weights is not None:
+        with suppress(FileFormatError):
+            identity = Checkpoint.load(weights).data
+            return identity.mean, identity.std
+    mean, std = registry.normalization(chosen.model)
+    return tuple(255 * value for value in mean), tuple(255 * value for value in std)
 
 
 def _train(

@@ -7,6 +7,7 @@ section. The options of `eps-train`, the checks and `--show-recipe` follow from 
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields, replace
@@ -19,7 +20,7 @@ import msgspec
 
 from eps_core.errors import ConfigError
 from eps_train.gating.targets import TARGETS, Target
-from eps_train.schedule import Steps
+from eps_train.schedule import CosineDecay, LrSchedule, Steps
 
 T = TypeVar("T")
 
@@ -107,8 +108,19 @@ class TrainingConfig:
             " timm:NAME[,ARGUMENT=VALUE], or package.module:factory."
         )
     )
-    epochs: int = field(metadata=_run("Number of epochs.", Bounds(1)))
+    epochs: int = field(
+        metadata=_run("Number of epochs; 0 evaluates the weights as they are.", Bounds(0))
+    )
     batch_size: int = field(metadata=_run("Images per step, over all processes.", Bounds(2)))
+    head_epochs: int = field(
+        default=0,
+        metadata=_run(
+            "Of these epochs, train only the last layer in so many at the start; for --pretrained"
+            " and --weights.",
+            Bounds(0),
+            metavar="EPOCHS",
+        ),
+    )
     seed: int = field(default=0, metadata=_run("Random seed.", Bounds(0, 2**32 - 1)))
 
     epsilon: float | None = field(
@@ -221,7 +233,22 @@ class TrainingConfig:
         ),
     )
 
-    lr_schedule: Steps = field(metadata=_optimizer("Learning rate by epoch, e.g. 0:0.1,60:0.01."))
+    optimizer: str = field(
+        default="sgd",
+        metadata=_optimizer("torch's SGD, or AdamW (decoupled weight decay).", ("sgd", "adamw")),
+    )
+    lr_schedule: LrSchedule = field(
+        metadata=_optimizer(
+            "Learning rate by epoch, e.g. 0:0.1,60:0.01; or cosine:LR, which falls from LR to 0"
+            " over the run, without restarts."
+        )
+    )
+    lr_warmup: float = field(
+        default=0.0,
+        metadata=_optimizer(
+            "Epochs in which the learning rate rises linearly from 0.", Bounds(0), metavar="EPOCHS"
+        ),
+    )
     lr_restart: Steps = field(
         default=(),
         metadata=_optimizer(
@@ -234,33 +261,66 @@ class TrainingConfig:
             " ends all restarts; none: no limits."
         )
     )
-    momentum: float = field(default=0.9, metadata=_optimizer("SGD momentum.", Bounds(0, 0.9999)))
+    momentum: float = field(
+        default=0.9, metadata=_optimizer("SGD momentum; beta1 of AdamW.", Bounds(0, 0.9999))
+    )
     nesterov: bool = field(default=False, metadata=_optimizer("Use Nesterov momentum."))
     weight_decay: float = field(
         metadata=_optimizer("Weight decay of convolutions and linear layers.", Bounds(0))
+    )
+    clip_grad_norm: float | None = field(
+        default=None,
+        metadata=_optimizer(
+            "Scale gradients down to this norm, taken over all parameters, where it is larger.",
+            Bounds(0, open=True),
+            metavar="NORM",
+        ),
+    )
+    label_smoothing: float = field(
+        default=0.0,
+        metadata=_optimizer(
+            "Share of each label that is spread evenly over all classes.", Bounds(0, 1)
+        ),
+    )
+    ema: float = field(
+        default=0.0,
+        metadata=_optimizer(
+            "Validate and save an exponential moving average of the weights with this decay per"
+            " step; gates judge the trained weights; 0: none.",
+            Bounds(0, 0.999999),
+            metavar="DECAY",
+        ),
     )
     aux_loss_weight: float = field(
         default=0.1,
         metadata=_optimizer("Weight of the side head's loss; 0: no side head.", Bounds(0)),
     )
 
+    self_distillation: bool = field(
+        default=False,
+        metadata=_optimizer(
+            "Once pruning may begin, distil from the network as it is then, whole; --teacher names"
+            " another."
+        ),
+    )
     distillation_weight: float = field(
         default=0.5,
         metadata=_optimizer(
-            "With --teacher: weight of the distillation loss; the labels' loss has the rest.",
+            "With a teacher: weight of the distillation loss; the labels' loss has the rest.",
             Bounds(0, 1),
         ),
     )
     temperature: float = field(
         default=4.0,
-        metadata=_optimizer("With --teacher: softmax temperature of both networks.", Bounds(0.01)),
+        metadata=_optimizer("With a teacher: softmax temperature of both networks.", Bounds(0.01)),
     )
 
     normalization: str = field(
         default="channel",
         metadata=_input(
-            "Normalize by mean and std of each channel, or by the mean image and 128.",
-            ("channel", "pixel"),
+            "Normalize by mean and std of each channel; by the mean image and 128; or as the images"
+            " were that --pretrained or --weights was trained on.",
+            ("channel", "pixel", "pretrained"),
         ),
     )
     augmentation: str = field(
@@ -302,8 +362,18 @@ class TrainingConfig:
             if values is not None and value is not None and value not in values:
                 among = f"one of {', '.join(values)}" if isinstance(values, tuple) else values
                 raise ConfigError(f"{name} {value}: must be {among}")
-        if not self.lr_schedule or self.lr_schedule[0][0] != 0:
+        if isinstance(self.lr_schedule, CosineDecay):
+            if not 0 <= self.lr_schedule.cosine < math.inf:
+                raise ConfigError("--lr-schedule cosine:LR: LR must be finite and not negative")
+            if self.lr_restart:
+                raise ConfigError(
+                    "--lr-restart only applies to a schedule of steps, not to cosine:LR; give"
+                    " --lr-restart none"
+                )
+        elif not self.lr_schedule or self.lr_schedule[0][0] != 0:
             raise ConfigError("--lr-schedule must start at epoch 0")
+        if self.optimizer == "adamw" and self.nesterov:
+            raise ConfigError("--nesterov only applies to --optimizer sgd; leave it out")
         targets = [name for name in TARGETS if getattr(self, name) is not None]
         given = [f"--{name.replace('_', '-')}" for name in targets]
         if len(given) > 1:
@@ -316,6 +386,22 @@ class TrainingConfig:
             raise ConfigError(
                 f"--nested and {other} contradict each other: a nested run keeps every block, and"
                 " eps-compact cuts one size from its checkpoint; leave one of them out"
+            )
+        if self.self_distillation and (self.nested or self.plain):
+            raise ConfigError(
+                "--self-distillation only applies to runs that prune, neither to --nested nor to"
+                " --epsilon 0; leave it out"
+            )
+        if self.self_distillation and self.epsilon is not None and not self.epsilon_warmup:
+            raise ConfigError(
+                "--self-distillation: the teacher would be a network that has not learned yet; give"
+                " --epsilon-warmup 1 or more"
+            )
+        gated = self.epsilon != 0 and not self.nested
+        if gated and self.head_epochs and self.epsilon_warmup <= self.head_epochs:
+            raise ConfigError(
+                f"--head-epochs {self.head_epochs}: gates would act on layers that are not trained"
+                f" yet; give --epsilon-warmup {self.head_epochs + 1} or more"
             )
         if self.nested and self.compile:
             raise ConfigError("--nested: not with --compile; leave one of them out")
@@ -363,6 +449,11 @@ class TrainingConfig:
         """Whether this run trains the baseline, a network without gates."""
         return self.epsilon == 0
 
+    @property
+    def first_look(self) -> bool:
+        """Whether this run trains nothing, or the last layer alone."""
+        return self.epochs <= self.head_epochs
+
     def baseline(self) -> TrainingConfig:
         """The same run for the baseline."""
         return replace(
@@ -376,6 +467,7 @@ class TrainingConfig:
             nested=False,
             criterion="response",
             max_accuracy_drop=None,
+            self_distillation=False,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -437,6 +529,20 @@ def steps(text: str) -> Steps:
     return found
 
 
+def lr_schedule(text: str) -> LrSchedule:
+    """Read `cosine:LR`, or a step function as :func:`steps`. Raises click.BadParameter."""
+    kind, _, value = text.partition(":")
+    if kind != "cosine":
+        return steps(text)
+    try:
+        found = float(value)
+    except ValueError:
+        found = math.nan
+    if not 0 <= found < math.inf:
+        raise click.BadParameter(f"{text}: write cosine:LR, for example cosine:0.1")
+    return CosineDecay(found)
+
+
 class SectionedCommand(click.Command):
     """A command whose help lists its options by section."""
 
@@ -478,7 +584,8 @@ def _click_type(item: Field[Any]) -> Any:
         return click.FloatRange(values.low, values.high, values.open, values.open)
     if values:
         return click.Choice(values)
-    return {"Steps": steps, "tuple[int, int]": image_size, "bool": bool, "str": str}[kind]
+    plain = {"bool": bool, "str": str}
+    return {"LrSchedule": lr_schedule, "Steps": steps, "tuple[int, int]": image_size, **plain}[kind]
 
 
 def read(path: Path) -> TrainingConfig:
@@ -504,17 +611,24 @@ def read(path: Path) -> TrainingConfig:
 def override(base: TrainingConfig, given: Mapping[str, Any]) -> TrainingConfig:
     """`base` with the options that were given (those that are not None).
 
-    An epsilon, a target of any currency and `nested` replace each other. Raises ConfigError for
-    values that contradict each other.
+    An epsilon, a target of any currency and `nested` replace each other; a cosine replaces restarts
+    and final decay of the base. Raises ConfigError for values that contradict each other.
     """
     values = {name: value for name, value in given.items() if value is not None}
     if values.get("nested") or TARGETS.keys() & values.keys():
         values = {"epsilon": None, "nested": False, **dict.fromkeys(TARGETS), **values}
     elif "epsilon" in values:
         values = {"criterion": "response", "nested": False, **values, **dict.fromkeys(TARGETS)}
+    if values.get("nested") or values.get("epsilon") == 0:
+        values.setdefault("self_distillation", False)
     kept = {name for name in TARGETS if values.get(name, getattr(base, name)) is not None}
     if not kept:
         values.setdefault("max_accuracy_drop", None)
     if not kept & {"target_latency", "target_speedup"}:
         values.setdefault("timer", None)
+    if isinstance(values.get("lr_schedule"), CosineDecay):
+        values.setdefault("lr_restart", ())
+        values.setdefault("final_decay", ())
+    if values.get("optimizer") == "adamw":
+        values.setdefault("nesterov", False)
     return replace(base, **values)

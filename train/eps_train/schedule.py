@@ -1,7 +1,8 @@
-"""Learning-rate schedule: steps, restarts after epochs that lost a block, and a final decay."""
+"""Learning-rate schedule: steps with restarts and a final decay, or a cosine; linear warm-up."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,31 @@ if TYPE_CHECKING:
 
 Steps = tuple[tuple[int | float, float], ...]
 """(from, value) pairs in ascending order: a step function."""
+
+SETTLE_AT = 0.6  # share of a cosine run at which pruning to a target ends, as in the digits recipe
+
+
+@dataclass(frozen=True, slots=True)
+class CosineDecay:
+    """Cosine decay over the whole run (Loshchilov and Hutter, 2017, 1608.03983, no restarts).
+
+    Attributes:
+        cosine: learning rate at the start; it falls to 0 along half a period of the cosine.
+    """
+
+    cosine: float
+
+    def at(self, share: float) -> float:
+        """Learning rate when `share` (0..1) of the run is done."""
+        return self.cosine * (1 + math.cos(math.pi * share)) / 2
+
+
+LrSchedule = Steps | CosineDecay
+
+
+def initial_lr(schedule: LrSchedule) -> float:
+    """The learning rate that a schedule starts with, without warm-up."""
+    return schedule.cosine if isinstance(schedule, CosineDecay) else schedule[0][1]
 
 
 def value_at(steps: Steps, position: float) -> float:
@@ -20,19 +46,20 @@ def value_at(steps: Steps, position: float) -> float:
 
 @dataclass(kw_only=True, slots=True)
 class LearningRateSchedule:
-    """Learning rate per epoch (paper, section 4.1, and the authors' code).
+    """Learning rate of every step (paper, section 4.1, and the authors' code; or a cosine).
 
     The learning rate follows `lr_schedule` from the start, and `lr_restart` after every epoch that
     lost a block: one in which the count of discarded blocks, averaged over the epoch's steps, rose
     by at least 1 above its value at the last such epoch. From the first share of the run named in
     `final_decay` on, the learning rate is capped and restarts are ignored, so that no run ends on a
-    high learning rate.
+    high learning rate. Steps begin with an epoch; a cosine and the warm-up change every step.
     """
 
     epochs: int
-    lr_schedule: Steps
+    lr_schedule: LrSchedule
     lr_restart: Steps
     final_decay: Steps
+    lr_warmup: float = 0.0
     restarted_at: int | None = None
     discarded: float = 0.0
 
@@ -43,21 +70,37 @@ class LearningRateSchedule:
             lr_schedule=config.lr_schedule,
             lr_restart=config.lr_restart,
             final_decay=config.final_decay,
+            lr_warmup=config.lr_warmup,
         )
 
     @property
     def decay_epoch(self) -> int:
-        """0-based epoch at which the final decay begins; `epochs` when there is none."""
-        return round(self.final_decay[0][0] * self.epochs) if self.final_decay else self.epochs
+        """0-based epoch from which the network settles: no restart, and no block is chosen.
 
-    def lr(self, epoch: int) -> float:
-        """Learning rate of the 0-based `epoch`, which is after every epoch observed so far."""
-        if self.restarted_at is None:
+        It is where the final decay begins; without one, 60 % of a cosine, or the end of the run.
+        """
+        if self.final_decay:
+            return round(self.final_decay[0][0] * self.epochs)
+        if isinstance(self.lr_schedule, CosineDecay):
+            return round(SETTLE_AT * self.epochs)
+        return self.epochs
+
+    def lr(self, epoch: int, done: float = 0.5) -> float:
+        """Learning rate in the 0-based `epoch`, which is after every epoch observed so far.
+
+        Args:
+            epoch: the epoch.
+            done: share of it that is done (0..1).
+        """
+        if isinstance(self.lr_schedule, CosineDecay):
+            lr = self.lr_schedule.at((epoch + done) / self.epochs)
+        elif self.restarted_at is None:
             lr = value_at(self.lr_schedule, epoch)
         else:
             lr = value_at(self.lr_restart, epoch - self.restarted_at)
         caps = [cap for share, cap in self.final_decay if round(share * self.epochs) <= epoch]
-        return min([lr, *caps])
+        lr = min([lr, *caps])
+        return lr * (epoch + done) / self.lr_warmup if epoch + done < self.lr_warmup else lr
 
     def observe(self, epoch: int, discarded: float) -> bool:
         """Record an epoch's mean count of discarded blocks; True when the epoch lost a block."""

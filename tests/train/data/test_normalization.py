@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from eps_core.errors import DataError
+from eps_core.errors import ConfigError, DataError
 from eps_train.data import dataset
 from eps_train.data.images import ImageSet
 from eps_train.models.cifar import Normalize
@@ -57,3 +57,21 @@ def test_normalised_training_images_are_centred(kind: str) -> None:
     assert found.shape == images.shape
     assert found.dtype == torch.float32
     assert float(found.mean().abs()) < 1e-5
+
+
+def test_statistics_of_other_images_are_made_to_fit() -> None:
+    rgb = ((10.0, 20.0, 60.0), (1.0, 2.0, 3.0))
+    assert dataset.fitting(rgb, (3, 8, 8)) == rgb
+    assert dataset.fitting(rgb, (1, 8, 8)) == ((30.0,), (2.0,))
+    image = ((((1.0, 3.0), (5.0, 7.0)),), (128.0,))
+    assert dataset.fitting(image, (1, 2, 2)) == image
+    assert dataset.fitting(image, (1, 9, 9)) == ((4.0,), (128.0,))
+    with pytest.raises(ConfigError, match="the weights are for images of 1 channels, the data has"):
+        dataset.fitting(image, (3, 2, 2))
+
+
+def test_a_set_that_is_loaded_again_keeps_its_statistics() -> None:
+    identity = dataset.load("digits", statistics=((100.0,), (50.0,))).identity
+    assert (identity.mean, identity.std) == ((100.0,), (50.0,))
+    again = dataset.load_again(identity).identity
+    assert (again.mean, again.std) == ((100.0,), (50.0,))

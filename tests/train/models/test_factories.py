@@ -121,9 +121,9 @@ def test_unknown_names_list_near_ones(name: str, near: str) -> None:
 
 
 @pytest.mark.usefixtures("timm_models")
-def test_libraries_take_classes_and_timm_channels() -> None:
-    assert arguments_for("torchvision:resnet18", in_channels=1, classes=7) == {"num_classes": 7}
-    found = arguments_for("timm:resnet26d", in_channels=1, classes=7)
+@pytest.mark.parametrize("name", ["torchvision:resnet18", "timm:resnet26d"])
+def test_libraries_take_classes_and_channels(name: str) -> None:
+    found = arguments_for(name, in_channels=1, classes=7)
     assert found == {"num_classes": 7, "in_chans": 1}
 
 

@@ -31,7 +31,7 @@ from tests.train.runs import (
     trainer,
 )
 
-RUN = replace(PRUNING, epochs=6)
+RUN = replace(PRUNING, epochs=6, head_epochs=1, epsilon_warmup=2, self_distillation=True, ema=0.9)
 SMOOTH = replace(
     PRUNING,
     model="tests.train.smooth:Smooth",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from eps_core import checksummed
 from eps_core.errors import ConfigError, TrainingError
 from eps_train.gating import rewriting
+from eps_train.schedule import CosineDecay
 from eps_train.training.checkpoint import FORMAT, VERSION, Checkpoint
 from eps_train.training.evaluate import EpochMetrics, score
 from eps_train.training.trainer import Stopped, Trainer
@@ -175,6 +176,14 @@ def test_resume_refuses_another_run(tmp_path: Path) -> None:
         ConfigError, match=r"last\.pt: belongs to a run with epsilon 3\.0, not 2\.5"
     ):
         trainer(tmp_path, epochs=1, epsilon=2.5).resume()
+
+
+def test_a_longer_run_follows_a_longer_cosine(tmp_path: Path) -> None:
+    cosine: dict[str, Any] = {"lr_schedule": CosineDecay(0.1), "final_decay": ()}
+    first = trainer(tmp_path, epochs=1, **cosine)
+    first.save(first.run_epoch())
+    told = trainer(tmp_path, epochs=3, **cosine).resume()
+    assert told[-1].startswith("the learning rate follows the cosine of the longer run")
 
 
 def test_a_state_of_an_older_version_is_refused_and_its_network_is_read(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from eps_train.training.plots import draw
+from eps_train.training.plots import _lr, draw
 
 
 def line(epoch: int, gates: dict[str, int], died: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -82,6 +83,15 @@ def test_a_log_of_an_older_version_can_be_drawn() -> None:
     for epoch in made:
         del epoch["parameters"]
     assert draw(made, "old")
+
+
+@pytest.mark.parametrize(("lrs", "scale"), [([0.1, 0.1, 0.01], "log"), (range(1, 9), "linear")])
+def test_a_cosine_is_drawn_on_a_linear_axis(lrs: Sequence[float], scale: str) -> None:
+    from matplotlib.figure import Figure
+
+    axis = Figure().subplots()
+    _lr(axis, [line(epoch, {}) | {"rate": lr} for epoch, lr in enumerate(lrs, 1)])
+    assert axis.get_yscale() == scale
 
 
 def test_a_rate_of_zero_can_be_drawn() -> None:

@@ -15,14 +15,17 @@ from eps_train.data.images import ImageSet
 from eps_train.gating import rewriting
 from eps_train.gating.gate import EpsilonGate
 from eps_train.models.spec import NetworkSpec
+from eps_train.schedule import CosineDecay
 from eps_train.training.checkpoint import GateRecord, PruneRecord
 from eps_train.training.evaluate import EpochMetrics, Score
 from eps_train.training.run_checks import (
     PruneLog,
+    average_warning,
     decay_exponent,
     nonfinite_block,
     require_no_collapse,
     schedule_warning,
+    weights_warning,
     zero_branches_warning,
 )
 
@@ -47,6 +50,47 @@ def test_no_recipe_is_warned_of(name: str) -> None:
     if config.dataset in DATASETS:
         assert plan(config) is None
     assert plan(replace(config, dataset="cifar10").baseline()) is None
+    if name == "finetune":
+        assert weights_warning(config) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "warned"),
+    [
+        ({}, True),  # the recipe's 0.1
+        ({"lr_schedule": ((0, 0.02),)}, False),
+        ({"lr_schedule": CosineDecay(0.02)}, False),
+        ({"lr_schedule": ((0, 0.1),), "momentum": 0.0}, False),
+        ({"lr_schedule": CosineDecay(0.02), "optimizer": "adamw"}, True),
+        ({"lr_schedule": CosineDecay(5e-4), "optimizer": "adamw"}, False),
+        ({"epochs": 0}, False),
+    ],
+)
+def test_a_learning_rate_that_destroys_pretrained_weights(
+    changes: dict[str, Any], warned: bool
+) -> None:
+    found = weights_warning(replace(recipes.digits(), **changes))
+    assert (found is not None) is warned
+    if found is not None:
+        assert "destroys pretrained weights" in found
+        assert "--recipe finetune, or --lr-schedule cosine:0.0" in found
+
+
+def test_an_average_over_most_of_the_run_is_warned_of() -> None:
+    run = replace(recipes.digits(), epochs=10, ema=0.999)
+    found = average_warning(run, steps=20)
+    assert found == (
+        "--ema 0.999 averages over about 1,000 of the run's 200 steps, so that early weights stay"
+        " in it; give --ema 0.9 or less"
+    )
+    assert average_warning(replace(run, ema=0.9), steps=20) is None
+    assert average_warning(replace(run, ema=0.0), steps=20) is None
+
+
+def test_the_decay_of_adamw_is_not_amplified_by_momentum() -> None:
+    sgd, adamw = (replace(recipes.digits(), optimizer=name) for name in ("sgd", "adamw"))
+    found = decay_exponent(adamw, steps=20)
+    assert found == pytest.approx(0.1 * decay_exponent(sgd, steps=20))
 
 
 def test_the_exponent_is_the_sum_over_the_schedule() -> None:

@@ -138,6 +138,31 @@ def test_prefixes_of_wrappers(prefix: str, tmp_path: Path) -> None:
     assert torch.equal(model.get_parameter("stem.0.weight"), state["stem.0.weight"])
 
 
+@pytest.mark.parametrize("prefix", ["net.", "student.encoder."])
+def test_what_lightning_saves_beside_the_network_is_left_out(prefix: str, tmp_path: Path) -> None:
+    state = plain(trained())
+    saved = {f"{prefix}{name}": tensor for name, tensor in state.items()}
+    saved |= {"criterion.weight": torch.ones(3), "accuracy.tp": torch.ones(1)}
+    content = {"state_dict": saved, "epoch": 3, "hyper_parameters": {"lr": 0.1}, "loops": {}}
+    torch.save(content, tmp_path / "last.ckpt")
+    model, told = SPEC.build(), list[str]()
+    assert load_weights(tmp_path / "last.ckpt", model, told.append) == ()
+    assert torch.equal(model.get_parameter("stem.0.weight"), state["stem.0.weight"])
+    assert told == [
+        f"taking the tensors below {prefix}, and not the 2, first criterion.weight, beside them"
+    ]
+
+
+def test_of_two_copies_the_averaged_one_is_taken(tmp_path: Path) -> None:
+    state = plain(trained())
+    both = {f"model.{name}": tensor for name, tensor in state.items()}
+    both |= {f"ema.module.{name}": tensor + 1 for name, tensor in state.items()}
+    torch.save({"state_dict": both}, tmp_path / "both.ckpt")
+    model = SPEC.build()
+    assert load_weights(tmp_path / "both.ckpt", model) == ()
+    assert torch.equal(model.get_parameter("stem.0.weight"), state["stem.0.weight"] + 1)
+
+
 @pytest.mark.parametrize("key", ["state_dict_ema", "model_ema", "ema"])
 def test_averaged_weights_are_taken_and_named(key: str, tmp_path: Path) -> None:
     state = plain(trained())

@@ -38,7 +38,8 @@ def make(data: Data, config: TrainingConfig, device: torch.device, share: Share 
         share: from the number of images in a batch to those that are this process's; all by
             default. What it raises is passed on.
     """
-    assert data.identity.normalization == config.normalization, "load the data as config says"
+    as_configured = ("pretrained", data.identity.normalization)
+    assert config.normalization in as_configured, "load the data as config says"
     if isinstance(data.train, FileSet):
         return LoaderBatches(data.train, config, device, share)
     assert isinstance(data.train, ImageSet)

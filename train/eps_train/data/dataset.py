@@ -29,6 +29,9 @@ from eps_train.data.images import FileSet, ImageSet, Part, RawDataset, ScanStati
 Mean = tuple[float | tuple[tuple[float, ...], ...], ...]
 """Per channel `[C]`, or a mean image `[C][H][W]`, as plain data that every file can hold."""
 
+Statistics = tuple[Mean, tuple[float, ...]]
+"""Mean and std, in pixel units 0..255."""
+
 PIXEL_SCALE = 128.0  # what the paper divides small images by
 _SAMPLE = 1_000  # images that represent a part on disk
 _BATCH = 100
@@ -76,6 +79,27 @@ def summary(mean: Mean, std: tuple[float, ...]) -> dict[str, Any]:
         image = torch.tensor(mean, dtype=torch.float64)
         return {"kind": "pixel", "mean": image.mean(dim=(1, 2)).tolist(), "std": list(std)}
     return {"kind": "channel", "mean": list(mean), "std": list(std)}
+
+
+def fitting(statistics: Statistics, shape: tuple[int, int, int]) -> Statistics:
+    """`statistics` of other images for images of `shape` `[C, H, W]`.
+
+    A mean image of another size becomes its mean per channel, and those of RGB images the mean of
+    the three channels for grayscale images. Raises ConfigError for other channels.
+    """
+    mean, std = (torch.tensor(values, dtype=torch.float64) for values in statistics)
+    if mean.shape == shape:
+        return statistics
+    if mean.dim() == 3:
+        mean = mean.mean(dim=(1, 2))
+    if shape[0] == 1:
+        mean, std = mean.mean()[None], std.mean()[None]
+    if len(mean) != shape[0]:
+        raise ConfigError(
+            f"--normalization pretrained: the weights are for images of {len(mean)} channels, the"
+            f" data has {shape[0]}; use channel"
+        )
+    return tuple(mean.tolist()), tuple(std.tolist())
 
 
 def _channels(parts: Iterable[ImageSet]) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -263,6 +287,7 @@ def load(
     *,
     image_size: tuple[int, int] | None = None,
     normalization: str = "channel",
+    statistics: Statistics | None = None,
     download: bool = False,
     like: DataIdentity | None = None,
     room: int | None = None,
@@ -277,8 +302,10 @@ def load(
             PATH (on a machine where the images are elsewhere).
         image_size: height and width to resize the images to; None: as they are.
         normalization: `channel` or `pixel`, as :func:`measure` takes it.
+        statistics: mean and std to normalize by instead, for images of any size.
         download: download missing files, of the sets that torchvision can download.
-        like: the set as it was loaded before; image files are read and kept as they were then.
+        like: the set as it was loaded before; image files are read and kept as they were then, and
+            mean and std are the same.
         room: bytes of pixels that this process may hold; None: :func:`room_for_images`.
         check: decode every image once, also of a set that stays on disk.
         skip_damaged: leave out the images that cannot be decoded.
@@ -297,8 +324,15 @@ def load(
             size = sum(like.sizes.values()) * math.prod(like.input_shape)
             held = name != "imagenet" and size <= _MEMORY
         raw = replace(_without(raw, like.skipped), held=held)
+    if like is not None and like.input_shape == raw.preprocessing.shape:
+        statistics = (like.mean, like.std)
     return split(
-        raw, name=name, normalization=normalization, check=check, skip_damaged=skip_damaged
+        raw,
+        name=name,
+        normalization=normalization,
+        statistics=statistics,
+        check=check,
+        skip_damaged=skip_damaged,
     )
 
 
@@ -389,13 +423,14 @@ def split(
     *,
     name: str,
     normalization: str = "channel",
+    statistics: Statistics | None = None,
     check: bool = False,
     skip_damaged: bool = False,
 ) -> Data:
     """Split off, class by class, the parts that `raw` lacks, and read what is to be in memory.
 
     A fifth becomes the test part; a tenth of the rest, but at most 10,000 images in all, the
-    validation part; seeded, and the same for every run. `check` and `skip_damaged` are those of
+    validation part; seeded, and the same for every run. The other arguments are those of
     :func:`load`. Raises DataError when a class has too few images for all three parts, and
     DamagedImages.
     """
@@ -419,11 +454,20 @@ def split(
         assert raw.folder is not None
         bad = [os.path.relpath(path, raw.folder) for path in sorted(found.problems)]
         # Split again without them: as if they had not been there.
-        return split(_without(raw, bad), name=name, normalization=normalization, check=check)
-    try:
-        mean, std = measure(parts["train"], normalization)
-    except DataError as error:
-        raise DataError(f"data set {name}: {error}") from None
+        return split(
+            _without(raw, bad),
+            name=name,
+            normalization=normalization,
+            statistics=statistics,
+            check=check,
+        )
+    if statistics is not None:
+        mean, std = fitting(statistics, raw.preprocessing.shape)
+    else:
+        try:
+            mean, std = measure(parts["train"], normalization)
+        except DataError as error:
+            raise DataError(f"data set {name}: {error}") from None
     digest, digests = hashlib.sha256(), {}  # up to and with each part
     for part, contents in parts.items():
         contents.update(digest)

@@ -17,11 +17,13 @@ import difflib
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from typing import Any
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, hub, nn
 
 from eps_core.errors import ConfigError
 from eps_train.data.downloads import import_torchvision
@@ -200,9 +202,21 @@ def _from_library(name: str, library: str, member: str) -> Factory:
     return factory
 
 
-def _torchvision_model(models: Any, member: str, *, num_classes: int) -> nn.Module:
+def _torchvision_model(
+    models: Any, member: str, *, num_classes: int, in_chans: int = 3
+) -> nn.Module:
     model: nn.Module = models.get_model(member, weights=None, num_classes=num_classes)
+    if in_chans != 3:
+        _take_grayscale(model, in_chans)
     return model
+
+
+def _take_grayscale(model: nn.Module, in_chans: int) -> None:
+    """Have the first convolution of a network take fewer channels; torchvision has no argument."""
+    first = next(layer for layer in model.modules() if isinstance(layer, nn.Conv2d))
+    with torch.no_grad():
+        first.weight = nn.Parameter(first.weight[:, :in_chans].clone())
+    first.in_channels = in_chans
 
 
 def _timm_model(
@@ -212,6 +226,109 @@ def _timm_model(
         member, pretrained=False, num_classes=num_classes, in_chans=in_chans, **further
     )
     return model
+
+
+# -- Pretrained weights: the libraries' own download and cache
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # what most weights are trained with
+
+
+class NoWeightsError(ConfigError):
+    """The library has no weights for this network."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PretrainedWeights:
+    """The weights that a library publishes for a network, not read yet.
+
+    Attributes:
+        source: the file, or the repository, that the library fetches.
+        mean, std: per channel (RGB, 0..1), by which images were normalized in training.
+        fetch: returns the network with these weights, for the classes it was trained on; from the
+            library's cache where they are there.
+        remedy: what to do without a network.
+    """
+
+    source: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    fetch: Callable[[], nn.Module]
+    remedy: str
+
+    def state(self, name: str) -> dict[str, Tensor]:
+        """Read the tensors of the network `name`. Raises ConfigError where it is impossible."""
+        try:
+            return dict(self.fetch().state_dict())
+        except Exception as error:  # each library, and each server, raises others
+            line = " ".join(str(error).split()) or type(error).__name__
+            raise ConfigError(
+                f"--pretrained: {name}: cannot fetch {self.source} ({line}); {self.remedy}"
+            ) from error
+
+
+def pretrained(text: str) -> PretrainedWeights:
+    """The published weights of `--model text`. Raises ConfigError when there are none."""
+    name, further = split_arguments(text)
+    library, _, member = name.partition(":")
+    if library not in ("torchvision", "timm"):
+        raise ConfigError(
+            f"--pretrained: {name}: only networks of torchvision and timm have published weights;"
+            " give a file with --weights"
+        )
+    find(name)
+    return _of_timm(name, member, further) if library == "timm" else _of_torchvision(member)
+
+
+def normalization(text: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std (0..1, per channel) for weights of `--model text`: the library's or ImageNet's.
+
+    Raises ConfigError when there is no such network.
+    """
+    if text.partition(":")[0] not in ("torchvision", "timm"):
+        return IMAGENET
+    try:
+        found = pretrained(text)
+    except NoWeightsError:
+        return IMAGENET
+    return found.mean, found.std
+
+
+def _of_torchvision(member: str) -> PretrainedWeights:
+    models = import_module("torchvision.models")
+    weights = models.get_model_weights(member).DEFAULT
+    how = weights.transforms()
+    return PretrainedWeights(
+        source=weights.url,
+        mean=tuple(how.mean),
+        std=tuple(how.std),
+        fetch=lambda: models.get_model(member, weights=weights),
+        remedy=(
+            f"fetch it where there is a network, and put it into {hub.get_dir()}/checkpoints or"
+            " give it with --weights"
+        ),
+    )
+
+
+def _of_timm(name: str, member: str, further: Mapping[str, Any]) -> PretrainedWeights:
+    timm = import_module("timm")
+    found = timm.get_pretrained_cfg(member)
+    if found is None or not found.has_weights:
+        known = timm.list_pretrained(f"{member.partition('.')[0]}*")[:5]
+        near = f"; it has some for {', '.join(known)}" if known else ""
+        raise NoWeightsError(f"--pretrained: {name}: timm publishes no weights for it{near}")
+
+    def fetch() -> nn.Module:
+        import_module("huggingface_hub").logging.set_verbosity_error()  # a line for every retry
+        model: nn.Module = timm.create_model(member, pretrained=True, **further)
+        return model
+
+    return PretrainedWeights(
+        source=f"{found.hf_hub_id}/model.safetensors" if found.hf_hub_id else found.url,
+        mean=tuple(found.mean),
+        std=tuple(found.std),
+        fetch=fetch,
+        remedy="fetch it where there is a network, and give it with --weights",
+    )
 
 
 def _own(name: str, module_name: str, member: str) -> Factory:

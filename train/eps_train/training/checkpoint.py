@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import platform
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version as package_version
 from pathlib import Path
@@ -24,7 +25,7 @@ from eps_train.data.dataset import Data, DataIdentity
 from eps_train.gating import rewriting
 from eps_train.gating.tracing import OWN
 from eps_train.models.spec import NetworkSpec
-from eps_train.schedule import LearningRateSchedule
+from eps_train.schedule import CosineDecay, LearningRateSchedule
 from eps_train.training.paths import RunPaths
 
 FORMAT = "eps-resnet-checkpoint"
@@ -231,6 +232,8 @@ def resume_changes(path: Path, last: Checkpoint, config: TrainingConfig, data: D
             for epochs in (before, config.epochs)
         )
         changes.append(f"the final decay of the learning rate begins in epoch {new}, not {old}")
+    elif isinstance(config.lr_schedule, CosineDecay):
+        changes.append("the learning rate follows the cosine of the longer run, and so rises again")
     if config.freeze_gates_at < 1:
         old, new = (round(config.freeze_gates_at * n) + 1 for n in (before, config.epochs))
         changes.append(f"live gates stay open from epoch {new} on, not {old}")
@@ -296,8 +299,6 @@ class CheckpointRotation:
 # Keys under which state dicts are nested: averaged ones first, as timm takes them.
 _AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
 _NESTED = (*_AVERAGED, "state_dict", "model_state_dict", "state", "model")
-# Of DataParallel, torch.compile, Lightning, and what trains a network as part of another.
-_PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")
 _COUNTER = re.compile(r"(^|\.)(num_batches_tracked|n_averaged)$")  # absent in older files; of EMA
 _GATE_STATE = re.compile(r"(^|\.)gate\d*\.(epsilon|dead|steps|closed_steps|finite_steps|peak)$")
 
@@ -307,29 +308,54 @@ def load_weights(
 ) -> tuple[str, ...]:
     """Load the tensors of a file into a freshly built network; the state of its gates is kept.
 
-    Prefixes of wrappers are removed from the names. A first convolution for RGB images is summed
-    over its channels where the network takes grey ones.
-
     Args:
         path: `.safetensors`, or what `torch.save` wrote: a state dict, bare or under `state_dict`,
             `model`, `model_state_dict` or `state` (as in a checkpoint of eps-train), or an averaged
             one under `state_dict_ema`, `model_ema` or `ema`. No pickled code is run.
-        model: with gates or without.
-        report: called with a line for each choice or change.
-
-    Returns:
-        Names of the tensors that were not loaded: those of the last layers, when the file has
-        them for another number of classes or has none.
+        model, report: as :func:`load_state` takes them, which has the rest.
 
     Raises:
         FileFormatError: no such file, or not of one of these kinds.
         ConfigError: its tensors are not those of `model`.
     """
+    return load_state(_read(path, report), model, source=f"--weights {path}", report=report)
+
+
+def load_state(
+    state: Mapping[str, Tensor],
+    model: fx.GraphModule,
+    *,
+    source: str,
+    report: Log = lambda line: None,
+) -> tuple[str, ...]:
+    """Load the tensors of a state dict into a freshly built network; its gates keep their state.
+
+    The prefix of a wrapper is removed from the names (`module.` of DataParallel, `_orig_mod.` of
+    torch.compile, the attribute that holds the network in a module of Lightning); tensors beside
+    the network, as metrics have them, are left out. A first convolution for RGB images is summed
+    over its channels where the network takes gray ones.
+
+    Args:
+        state: tensors by name.
+        model: with gates or without.
+        source: where they are from; begins errors.
+        report: called with a line for each choice or change.
+
+    Returns:
+        Names of the tensors that were not loaded: those of the last layers, when the state dict has
+        them for another number of classes or has none.
+
+    Raises:
+        ConfigError: the tensors are not those of `model`.
+    """
     needed = {name: t for name, t in model.state_dict().items() if not _GATE_STATE.search(name)}
     own = model.meta.get(OWN, needed.keys())
-    found = {name: t for name, t in _read(path, report).items() if not _GATE_STATE.search(name)}
-    given = _without_prefixes(found, needed)
-    head, first = _first_and_last_layers(model)
+    found = {name: t for name, t in state.items() if not _GATE_STATE.search(name)}
+    prefix = _wrapper_prefix(found, needed)
+    given = {n.removeprefix(prefix): t for n, t in found.items() if n.startswith(prefix)}
+    if beside := [n for n in found if not (n.startswith(prefix) or _COUNTER.search(n))]:
+        report(f"taking the tensors below {prefix}, and not the {_counted(beside)}, beside them")
+    head, first = first_and_last_layers(model)
     skipped = {name for name in needed if name in head and name not in given}
     # A tensor that the network as it was written does not save is a constant of its code.
     missing = [n for n in needed if n in own and n not in given and not _COUNTER.search(n)]
@@ -338,9 +364,9 @@ def load_weights(
     surplus = [n for n in given if n not in needed and n not in own and not _COUNTER.search(n)]
     if missing or surplus:
         parts = (("it lacks", missing), ("it has others:", surplus))
-        difference = "; ".join(f"{what} {len(n)}, first {n[0]}" for what, n in parts if n)
+        difference = "; ".join(f"{what} {_counted(n)}" for what, n in parts if n)
         raise ConfigError(
-            f"--weights {path}: not of this network ({difference}); --model must name the one that"
+            f"{source}: not of this network ({difference}); --model must name the one that"
             " the file is of"
         )
     fitting = {}
@@ -355,13 +381,15 @@ def load_weights(
             skipped.add(name)
         else:
             theirs, ours = ("x".join(map(str, t.shape)) or "a scalar" for t in (tensor, here))
-            raise ConfigError(
-                f"--weights {path}: {name} is {theirs} in the file, {ours} in the network"
-            )
+            raise ConfigError(f"{source}: {name} is {theirs} in the file, {ours} in the network")
     with torch.no_grad():
         for name, tensor in fitting.items():
             needed[name].copy_(tensor)
     return tuple(name for name in needed if name in skipped)
+
+
+def _counted(names: list[str]) -> str:
+    return f"{len(names)}, first {names[0]}"
 
 
 def _read(path: Path, report: Log) -> Mapping[str, Tensor]:
@@ -407,20 +435,21 @@ def _read(path: Path, report: Log) -> Mapping[str, Tensor]:
     return {str(name): tensor for name, tensor in found.items()}
 
 
-def _without_prefixes(
-    given: Mapping[str, Tensor], needed: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """The tensors by the names that the network has for them."""
-    found = dict(given)
-    while not found.keys() & needed.keys():
-        prefix = next((p for p in _PREFIXES if any(name.startswith(p) for name in found)), None)
-        if prefix is None:
-            return dict(given)
-        found = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
-    return found
+def _wrapper_prefix(given: Iterable[str], needed: Mapping[str, Tensor]) -> str:
+    """What stands before the network's names in a state dict: the prefix of most of them.
+
+    Of several copies of the network, the averaged one is taken, as timm does, or the first.
+    """
+    counts = Counter[str]()
+    for name in given:
+        parts = name.split(".")
+        for start in range(len(parts)):
+            if ".".join(parts[start:]) in needed:
+                counts["".join(f"{part}." for part in parts[:start])] += 1
+    return max(counts, key=lambda prefix: (counts[prefix], "ema" in prefix), default="")
 
 
-def _first_and_last_layers(model: fx.GraphModule) -> tuple[set[str], str | None]:
+def first_and_last_layers(model: fx.GraphModule) -> tuple[set[str], str | None]:
     """Tensors of the layers that compute the output; the weight of the first convolution."""
     modules = dict(model.named_modules())
     layers = {

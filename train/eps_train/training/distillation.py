@@ -67,6 +67,11 @@ class Teacher:
             )
         return cls(checkpoint, device)
 
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """All tensors of its network."""
+        return dict(self._model.state_dict())
+
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """Return logits `[N, classes]` for raw images uint8 `[N, C, H, W]`."""

@@ -355,12 +355,18 @@ class TrainingPrecision:
             return torch.autocast(self._device.type, enabled=False)
         return torch.autocast(self._device.type, dtype=dtype)
 
-    def step(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
-        """Run the backward pass and the optimizer step.
+    def step(
+        self, loss: Tensor, optimizer: torch.optim.Optimizer, *, clip_norm: float | None = None
+    ) -> None:
+        """Run the backward pass and the optimizer step, with gradients scaled down to `clip_norm`.
 
         In fp16 the optimizer step is skipped when a gradient overflows, and the scale is halved.
         """
         self._scaler.scale(loss).backward()
+        if clip_norm is not None:
+            self._scaler.unscale_(optimizer)
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            nn.utils.clip_grad_norm_(parameters, clip_norm)
         self._scaler.step(optimizer)
         self._scaler.update()
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 OPEN, CLOSED, DEAD = "#0b3c6f", "#e8922a", "#d0d0d0"
 _VALIDATION, _TRAINING = OPEN, CLOSED
 _GRID = "#e4e4e4"
+FEW = 6  # learning rates, so that each gets a label on a logarithmic axis
 
 Metrics = Sequence[Mapping[str, Any]]
 
@@ -106,11 +107,13 @@ def _loss(axis: Axes, metrics: Metrics) -> None:
 def _lr(axis: Axes, metrics: Metrics) -> None:
     lrs = [line["rate"] for line in metrics]
     _step_line(axis, metrics, lrs)
-    if min(lrs) > 0:
+    used = sorted(set(lrs))
+    if len(used) > FEW:  # a cosine
+        axis.set_ylim(0, max(lrs) * 1.08)
+    elif used[0] > 0:
         axis.set_yscale("log")
         axis.minorticks_off()
-        axis.set_ylim(min(lrs) / 1.6, max(lrs) * 1.6)
-        used = sorted(set(lrs))  # a few steps, so that each gets a label
+        axis.set_ylim(used[0] / 1.6, used[-1] * 1.6)
         axis.set_yticks(used, [f"{lr:g}" for lr in used])
     axis.set_ylabel("lr")
 

@@ -186,7 +186,7 @@ class EpochPrinter(Progress):
             f"epoch {metrics.epoch:>{len(str(self._epochs))}}/{self._epochs}",
             f"loss {metrics.loss:.3f}",
             f"val {metrics.validation.accuracy:.2%}",
-            f"lr {metrics.lr:g}",
+            f"lr {metrics.lr:.3g}",
         ]
         if metrics.gates and metrics.epsilon != self._epsilon:
             parts.append(f"ε {metrics.epsilon:.3g}")

@@ -17,10 +17,16 @@ from eps_train.config import TrainingConfig
 from eps_train.data.dataset import Data, Outline
 from eps_train.gating import rewriting
 from eps_train.gating.costs import count_costs, latency_share, make_timer
+from eps_train.models import registry
 from eps_train.models.spec import cost
-from eps_train.schedule import Steps
+from eps_train.schedule import CosineDecay, Steps
 from eps_train.training import run_checks
-from eps_train.training.checkpoint import Checkpoint, CheckpointRotation, load_weights
+from eps_train.training.checkpoint import (
+    Checkpoint,
+    CheckpointRotation,
+    load_state,
+    load_weights,
+)
 from eps_train.training.distillation import Teacher
 from eps_train.training.distributed import ALONE, Group, StopRequest
 from eps_train.training.evaluate import EpochMetrics
@@ -111,6 +117,12 @@ def show_plan(chosen: TrainingConfig, data: Outline) -> None:
         epsilon = f"adjusted to keep {chosen.target.share:.0%} of the {chosen.target.unit}{start}"
     else:
         epsilon = f"{chosen.epsilon:g}{start}"
+    if isinstance(chosen.lr_schedule, CosineDecay):
+        rates = f"{chosen.lr_schedule.cosine:g}, falling to 0 along a cosine"
+    else:
+        rates = listed(chosen.lr_schedule)
+    warm_up = f", after a warm-up of {chosen.lr_warmup:g} epochs" if chosen.lr_warmup else ""
+    decay = f"{listed(chosen.final_decay)} of the run" if chosen.final_decay else "none"
     size = "x".join(map(str, data.shape))
     rows = [
         ("data", f"{chosen.dataset}: {data.train:,} training images of {size}"),
@@ -118,9 +130,9 @@ def show_plan(chosen: TrainingConfig, data: Outline) -> None:
         ("parameters", f"{total.parameters:,}"),
         ("FLOPs an image", f"{total.flops:,}"),
         ("epochs", f"{chosen.epochs} of {steps} steps of {chosen.batch_size} images"),
-        ("learning rate", listed(chosen.lr_schedule)),
+        ("learning rate", rates + warm_up),
         ("restart", listed(chosen.lr_restart) if chosen.lr_restart else "none"),
-        ("final decay", f"{listed(chosen.final_decay)} of the run"),
+        ("final decay", decay),
         ("epsilon", epsilon),
     ]
     log = cli.log()
@@ -142,6 +154,10 @@ def show_plan(chosen: TrainingConfig, data: Outline) -> None:
             log.print(f"warning: {warning}")
 
 
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
 class Run:
     """A training run, prepared: all checks of its input have passed when this exists.
 
@@ -151,6 +167,7 @@ class Run:
         device: where to train.
         resume: continue from `files.last` if it exists.
         weights: a state dict to start from.
+        pretrained: start from the weights that the network's library publishes.
         teacher: a checkpoint to distil from; not for a baseline that is trained beside.
         keep: number of the last epochs whose checkpoints are kept (:class:`CheckpointRotation`).
         tensorboard: whether to write TensorBoard's event files.
@@ -170,6 +187,7 @@ class Run:
         device: torch.device,
         resume: bool,
         weights: Path | None,
+        pretrained: bool = False,
         teacher: Path | None = None,
         keep: int = 0,
         tensorboard: bool = False,
@@ -218,12 +236,43 @@ class Run:
         if resume:
             self._rotation.adopt(config, data, epochs_done=trainer.epoch)
         trainer.measure_latency(lambda line: self._log.print(line, markup=False))
-        if weights and here == (0, 0):
-            skipped = load_weights(weights, trainer.model, self._log.print)
-            fresh = f"; for other classes, or not in it: {', '.join(skipped)}" if skipped else ""
-            digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-            trainer.started_from = {"file": weights.name, "sha256": digest}
-            self._log.print(f"starting from {weights}{fresh}")
+        if here == (0, 0):
+            self._load_weights(weights, pretrained=pretrained)
+
+    def _load_weights(self, weights: Path | None, *, pretrained: bool) -> None:
+        """Start from a file, or from the published weights; one line says what was not loaded."""
+        model, report = self.trainer.model, self._log.print
+        if weights is not None:
+            source = str(weights)
+            skipped = load_weights(weights, model, report)
+            started_from = {"file": weights.name, "sha256": _sha256(weights.read_bytes())}
+        elif pretrained:
+            published = registry.pretrained(self.config.model)
+            source = published.source
+            report(f"reading the published weights {source}")
+            state = self._group.first(lambda: published.state(self.config.model))
+            skipped = load_state(state, model, source=f"--pretrained: {source}", report=report)
+            tensors = (tensor.numpy().tobytes() for tensor in state.values())
+            started_from = {"file": source, "sha256": _sha256(b"".join(tensors))}
+        elif self.config.head_epochs or not self.config.epochs:
+            option = "--head-epochs" if self.config.epochs else "--epochs 0"
+            raise ConfigError(
+                f"{option} only applies to a network with weights; give --pretrained or --weights"
+                " FILE"
+            )
+        else:
+            return
+        self.trainer.started_from = started_from
+        if self.trainer.averaged is not None:
+            self.trainer.averaged.restart()
+        fresh = f"; for other classes, or not in it: {', '.join(skipped)}" if skipped else ""
+        report(f"starting from {source}{fresh}")
+        self._warn(run_checks.weights_warning(self.config))
+        if skipped and not self.config.epochs:
+            self._warn(
+                "the last layer is not trained, so that no accuracy means anything; give --epochs 1"
+                " --head-epochs 1 --epsilon-warmup 2, which train it alone"
+            )
 
     def train(self) -> dict[str, Any]:
         """Train to the end; returns the summary as plain data.
@@ -258,7 +307,7 @@ class Run:
             assert self._stop.signal is not None
             raise Interrupted(self._stop.signal)
         summary = summarize(best, self.files.best, trainer.seconds)
-        if trainer.pruner.controller is not None:
+        if trainer.pruner.controller is not None and not self.config.first_look:
             summary["target"] = self._group.lead(lambda: self._compare_with_target(best, summary))
         return summary if self._group.world is None else summary | {"processes": self._group.size}
 
@@ -273,7 +322,7 @@ class Run:
         self._rotation.rotate(trainer.epoch)  # the run may have been killed before it
         if not self.config.plain:
             self._log.print(f"block map: {LEGEND}")
-        if not (trainer.epoch or trainer.step):
+        if not (self.config.first_look or trainer.epoch or trainer.step):
             self._preflight()
         before = self._metrics.read()
         self._prune_log = PruneLog(
@@ -302,6 +351,7 @@ class Run:
             unreachable = run_checks.unreachable_warning(target, costs, trainer.pruner.stages)
         self._warn(
             run_checks.schedule_warning(self.config, steps=trainer.batches.steps),
+            run_checks.average_warning(self.config, steps=trainer.batches.steps),
             *run_checks.size_warnings(rewriting.branch_parameters(trainer.model)),
             unreachable,
             run_checks.zero_branches_warning(
@@ -322,11 +372,16 @@ class Run:
             self._tensorboard_log.add(line, self._metrics.read)
 
     def _close(self) -> None:
-        """On the leader, after training: plot the run."""
+        """On the leader, after training: plot the run, or say what is next."""
+        if self.config.first_look and not self.config.plain:
+            trained = "the last layer alone" if self.config.epochs else "nothing"
+            command = f"eps-compact {self.files.best} --sweep --dry-run"
+            self._log.print(f"{trained} was trained; {command} shows which blocks can go")
         if self._tensorboard_log is not None:
             self._tensorboard_log.close()
         title = f"{self._title}: {self.config.dataset}, {self.config.model}"
-        replace_file(self.files.plot, draw(self._metrics.read(), title))
+        if self.config.epochs:
+            replace_file(self.files.plot, draw(self._metrics.read(), title))
 
     def _compare_with_target(self, best: Checkpoint, summary: dict[str, Any]) -> dict[str, Any]:
         """On the leader, after training: measure the cost that is left, and say what was asked for.

@@ -68,16 +68,51 @@ def decay_exponent(config: TrainingConfig, *, steps: int) -> float:
     """Exponent by which weight decay shrinks a closed branch over the run, without restarts.
 
     The sum of `lr * weight_decay / (1 - momentum)` over all steps on which epsilon acts
-    (paper.md, "Tried on small data"). Restarts only add to it.
+    (paper.md, "Tried on small data"); without the divisor for AdamW, whose decay does not pass
+    through the momentum. Restarts only add to it.
     """
     schedule = LearningRateSchedule.of(config)
     lrs = sum(schedule.lr(epoch) for epoch in active_epochs(config))
-    return lrs * steps * config.weight_decay / (1 - config.momentum)
+    momentum = config.momentum if config.optimizer == "sgd" else 0.0
+    return lrs * steps * config.weight_decay / (1 - momentum)
 
 
 def active_epochs(config: TrainingConfig) -> range:
     """The 0-based epochs in which a fixed epsilon acts."""
     return range(config.epsilon_warmup, round(config.freeze_gates_at * config.epochs))
+
+
+# Largest learning rates that leave pretrained weights what they are worth; above them, a few steps
+# undo them. Usual for fine-tuning are 0.001 to 0.02 (SGD with momentum 0.9) and 1e-5 to 1e-3.
+GENTLE = {"sgd": 0.03, "adamw": 2e-3}
+
+
+def weights_warning(config: TrainingConfig) -> str | None:
+    """Why a run destroys the weights that it starts from; None if it does not."""
+    schedule = LearningRateSchedule.of(config)
+    highest = max((schedule.lr(epoch) for epoch in range(config.epochs)), default=0.0)
+    limit = GENTLE[config.optimizer]
+    if config.optimizer == "sgd":
+        limit *= (1 - config.momentum) / 0.1
+    if highest <= limit:
+        return None
+    gentle = "0.02" if config.optimizer == "sgd" else "0.0005"
+    return (
+        f"a learning rate of {highest:.2g} destroys pretrained weights in the first steps; give"
+        f" --recipe finetune, or --lr-schedule cosine:{gentle}"
+    )
+
+
+def average_warning(config: TrainingConfig, *, steps: int) -> str | None:
+    """Why the average of the weights lags behind in a run of `steps` steps an epoch."""
+    span = 1 / (1 - config.ema) if config.ema else 0.0
+    total = steps * config.epochs
+    if span <= total / 5:
+        return None
+    return (
+        f"--ema {config.ema:g} averages over about {span:,.0f} of the run's {total:,} steps, so"
+        f" that early weights stay in it; give --ema {max(0.0, 1 - 20 / total):.3g} or less"
+    )
 
 
 def size_warnings(sizes: Mapping[str, int]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Training step: the network with its side head, SGD, and the step as a CUDA graph."""
+"""Training step: the network with its side head, optimizer, and the step as a CUDA graph."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from eps_train.gating import rewriting
 from eps_train.gating.nested import SubNetworks
 from eps_train.models.cifar import Normalize, SideHead
 from eps_train.models.spec import NetworkSpec
+from eps_train.schedule import initial_lr
+from eps_train.training.averaging import AveragedWeights
 from eps_train.training.distillation import Teacher, distillation_loss
 from eps_train.training.distributed import Group
 from eps_train.training.forward import (
@@ -47,22 +49,30 @@ def build(
     return network
 
 
-def make_sgd(network: nn.Module, config: TrainingConfig) -> torch.optim.SGD:
-    """SGD with weight decay on the weights of convolutions and linear layers only (paper).
+def make_optimizer(
+    network: nn.Module, config: TrainingConfig, device: torch.device
+) -> torch.optim.Optimizer:
+    """SGD or AdamW with weight decay on the weights of convolutions and linear layers only (paper).
 
     All other parameters (biases, scales of norms, a branch's scale without dimensions) are trained
     without decay.
     """
     parameters = list(network.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    lr = initial_lr(config.lr_schedule)
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(
+            groups,
+            lr=lr,
+            betas=(config.momentum, 0.999),
+            fused=True,
+            capturable=device.type == "cuda",  # torch refuses to capture it otherwise
+        )
     optimizer = torch.optim.SGD(
-        [
-            {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
-            {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
-        ],
-        lr=config.lr_schedule[0][1],
-        momentum=config.momentum,
-        nesterov=config.nesterov,
-        fused=True,
+        groups, lr=lr, momentum=config.momentum, nesterov=config.nesterov, fused=True
     )
     for parameter in parameters:
         # The fused kernel leaves its buffers unset when the very first step is one that the loss
@@ -71,7 +81,7 @@ def make_sgd(network: nn.Module, config: TrainingConfig) -> torch.optim.SGD:
     return optimizer
 
 
-def set_lr(optimizer: torch.optim.SGD, lr: float) -> None:
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Set the learning rate of all parameters.
 
     It is rounded to float32, because :class:`GraphedStep` has to keep it in a tensor of that type:
@@ -86,10 +96,11 @@ class TrainingStep:
 
     With a teacher, the loss is `(1 - w) cross-entropy + w distillation`, on the same augmented
     images. With sub-networks, one of them is trained in the same step, on the logits of the whole
-    network.
+    network. Averaged weights are updated at the end of the step.
 
     Attributes:
         sub_networks: those of the network; None: the whole network alone is trained.
+        teacher: the network to distil from; None: the labels alone are learned.
         precision: of the forward and backward pass.
         optimizer: takes the step.
     """
@@ -98,13 +109,16 @@ class TrainingStep:
         self,
         network: TrainedNetwork,
         normalize: Normalize,
-        optimizer: torch.optim.SGD,
+        optimizer: torch.optim.Optimizer,
         config: TrainingConfig,
         group: Group,
         device: torch.device,
         teacher: Teacher | None = None,
+        averaged: AveragedWeights | None = None,
     ) -> None:
-        self._teacher = teacher if config.distillation_weight else None
+        self._averaged = averaged
+        self._label_smoothing, self._clip = config.label_smoothing, config.clip_grad_norm
+        self.teacher = teacher
         self._distillation = (config.distillation_weight, config.temperature)
         self.precision = TrainingPrecision(config.precision, device)
         self.optimizer = optimizer
@@ -119,25 +133,33 @@ class TrainingStep:
         images = self._normalize(batch.images).contiguous(memory_format=MEMORY_FORMAT)
         with self.precision.autocast():
             logits, side = self._forward(images)
-            expected = None if self._teacher is None else self._teacher(batch.images)
+            teacher = self.teacher if self._distillation[0] else None
+            expected = None if teacher is None else teacher(batch.images)
             nested = None if self.sub_networks is None else self.sub_networks(images)
-        loss = F.cross_entropy(logits.float(), batch.labels)
+        loss = self._cross_entropy(logits, batch.labels)
         if expected is not None:
             weight, temperature = self._distillation
             distilled = distillation_loss(logits, expected, temperature)
             loss = (1 - weight) * loss + weight * distilled
         if side is not None:
-            loss = loss + self._aux_loss_weight * F.cross_entropy(side.float(), batch.labels)
+            loss = loss + self._aux_loss_weight * self._cross_entropy(side, batch.labels)
         if nested is not None:
             loss = loss + distillation_loss(nested, logits, 1.0)
         self.optimizer.zero_grad()
-        self.precision.step(loss, self.optimizer)
+        self.precision.step(loss, self.optimizer, clip_norm=self._clip)
+        if self._averaged is not None:
+            self._averaged.update()
         correct = (logits.detach().argmax(dim=1) == batch.labels).sum()
         return torch.stack([loss.detach().to(self._result), correct.to(self._result)])
 
     def rewrap(self) -> None:
-        """Continue after blocks were removed from the network."""
+        """Continue after blocks were removed from the network, or the teacher changed."""
         self._forward.rewrap()
+        if self._averaged is not None:
+            self._averaged.follow(self._network.model)
+
+    def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits.float(), labels, label_smoothing=self._label_smoothing)
 
 
 # -- The step as one CUDA graph: the host launches one graph instead of a thousand kernels
@@ -208,6 +230,15 @@ class GraphedStep:
     @property
     def precision(self) -> TrainingPrecision:
         return self._step.precision
+
+    @property
+    def teacher(self) -> Teacher | None:
+        return self._step.teacher
+
+    @teacher.setter
+    def teacher(self, teacher: Teacher) -> None:
+        """Call :meth:`rewrap` too, so that the graph is captured anew."""
+        self._step.teacher = teacher
 
     def __call__(self, batch: ImageSet) -> Tensor:
         """Take one step, as :class:`TrainingStep`; the result is valid until the next call.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -27,9 +29,11 @@ from eps_train.models.cifar import Normalize, SideHead
 from eps_train.models.spec import NetworkSpec
 from eps_train.schedule import LearningRateSchedule
 from eps_train.training import run_checks
+from eps_train.training.averaging import AveragedWeights
 from eps_train.training.checkpoint import (
     Checkpoint,
     CheckpointRotation,
+    first_and_last_layers,
     require_same_run,
     resume_changes,
 )
@@ -41,7 +45,7 @@ from eps_train.training.step import (
     GraphedStep,
     TrainingStep,
     build,
-    make_sgd,
+    make_optimizer,
     set_lr,
     use_cuda_graph,
 )
@@ -102,13 +106,24 @@ class Trainer:
         self.normalize = Normalize.of(identity).to(device)
         self.batches: Batches = make(data, config, device, group.part)
         self.validation = data.validation.to(device)
-        self.optimizer = make_sgd(self.network, config)
+        self.optimizer = make_optimizer(self.network, config, device)
+        self.averaged = AveragedWeights(self.model, config.ema) if config.ema else None
         self.take_step: TrainingStep | GraphedStep = TrainingStep(
-            self.network, self.normalize, self.optimizer, config, group, device, teacher
+            self.network,
+            self.normalize,
+            self.optimizer,
+            config,
+            group,
+            device,
+            teacher,
+            averaged=self.averaged,
         )
         if use_cuda_graph(cuda_graph, config, group, device):
             required = cuda_graph == "on"
             self.take_step = GraphedStep(self.take_step, device, required=required)
+        self._head = self._require_head() if config.head_epochs else set()
+        self._frozen: list[nn.Parameter] = []  # while the head alone is trained
+        self.own_teacher: Teacher | None = None  # of a run with self-distillation
         self.schedule = LearningRateSchedule.of(config)
         self.pruner = self._make_pruner()
         if config.target is not None and config.target.currency != "latency":
@@ -152,6 +167,10 @@ class Trainer:
     def run(self, report: Callable[[EpochMetrics], None]) -> Checkpoint:
         """Train to the last epoch, then evaluate the best checkpoint on the test part, once."""
         self.measure_latency()
+        if not self.config.epochs:
+            self.validated = self.group.lead(lambda: self._score(self.model))
+            checkpoint = self.checkpoint()
+            self.group.lead(lambda: checkpoint.save(self.best_path))
         while self.epoch < self.config.epochs:
             metrics = self.run_epoch()
             # Reported first: an epoch that is saved and then lost to a kill would go unreported.
@@ -171,7 +190,8 @@ class Trainer:
             ConfigError: the runtime of `--timer` is not installed.
             GraphError: it cannot run the network.
         """
-        if self.config.target is None or self.pruner.controller is not None:
+        known = self.config.target is None or self.pruner.controller is not None
+        if known or self.config.first_look:
             return
 
         def measured() -> BlockCosts:
@@ -196,14 +216,17 @@ class Trainer:
         started = time.perf_counter()
         epoch = self.epoch
         lr = self.schedule.lr(epoch)
-        loss, accuracy, images = self._train_epoch(epoch, lr)
+        loss, accuracy, images = self._train_epoch(epoch)
         self.group.share(running_statistics(self.network))
+        if self.averaged is not None:
+            self.group.share(self.averaged.tensors.values())
         found: list[Score] = []
 
         def validate(model: nn.Module) -> float:
-            found.append(score(model, self.normalize, self.validation))
+            found.append(self._score(model))
             return found[0].accuracy
 
+        # Without `averaged`: blocks are judged by the trained weights, the score is the average's.
         judged = self.pruner.judge_epoch(
             _Normalized(self.normalize, self.validation), optimizer=self.optimizer, metric=validate
         )
@@ -237,7 +260,7 @@ class Trainer:
             images=images,
         )
 
-    def _train_epoch(self, epoch: int, lr: float) -> tuple[float, float, int]:
+    def _train_epoch(self, epoch: int) -> tuple[float, float, int]:
         """Loss, accuracy and number of images of the epoch, or of what is left of it."""
         # Networks with dropout draw from torch's own generators.
         torch.manual_seed(
@@ -250,12 +273,14 @@ class Trainer:
             if self._rng[1] is not None:
                 torch.cuda.set_rng_state(self._rng[1], self.device)
         self._rng = None
-        set_lr(self.optimizer, lr)
         self.pruner.begin_epoch()
+        self._enter_phase(epoch)
         self.network.train()
-        steps = self.batches.steps
+        steps, lr = self.batches.steps, math.nan
         with self.take_step.precision.training():
             for batch in self.batches.epoch(epoch, first=self.step):
+                if lr != (lr := self.schedule.lr(epoch, (self.step + 0.5) / steps)):
+                    set_lr(self.optimizer, lr)
                 self.totals += self.take_step(batch)
                 self.pruner.step()
                 if self.step % CHECK_EVERY == 0 or self.step == steps:
@@ -277,6 +302,11 @@ class Trainer:
         if self.take_step.precision.collapsed():
             self.group.fail(run_checks.loss_scale_error(**now))
 
+    def _score(self, model: nn.Module) -> Score:
+        """Validate the network, by its averaged weights where there are any."""
+        with nullcontext() if self.averaged is None else self.averaged.applied():
+            return score(model, self.normalize, self.validation)
+
     def _require_no_collapse(self, died: tuple[str, ...], validation: Score) -> Score:
         if died:
             run_checks.require_no_collapse(
@@ -296,6 +326,39 @@ class Trainer:
         controller = self.pruner.controller
         pending = controller is not None and controller.chosen
         return not pending and (new.accuracy, -new.loss) > (old.accuracy, -old.loss)
+
+    # -- Phases of fine-tuning: the head alone, the whole network, pruning with a teacher
+
+    def _enter_phase(self, epoch: int) -> None:
+        """Freeze or unfreeze all but the head, and become one's own teacher, when it is time."""
+        head_only = epoch < self.config.head_epochs
+        if head_only != bool(self._frozen):
+            if head_only:
+                named = self.network.model.named_parameters()
+                self._frozen = [p for n, p in named if n not in self._head and p.requires_grad]
+            for parameter in self._frozen:
+                parameter.requires_grad_(not head_only)
+            if not head_only:
+                self._frozen = []
+            self.take_step.rewrap()  # what is built from it is built anew
+        controller = self.pruner.controller
+        start = controller.start if controller else self.config.epsilon_warmup
+        if self.config.self_distillation and self.own_teacher is None and epoch >= start:
+            self._distil_from(Teacher(replace(self.checkpoint(), gates=[]), self.device))
+
+    def _distil_from(self, teacher: Teacher) -> None:
+        self.own_teacher = self.take_step.teacher = teacher
+        self.take_step.rewrap()
+
+    def _require_head(self) -> set[str]:
+        """Names of the last layers' tensors. Raises ConfigError where there are none."""
+        head, _ = first_and_last_layers(self.model)
+        if not head:
+            raise ConfigError(
+                f"--head-epochs: {self.config.model} does not end in a linear layer or a"
+                " convolution that could be trained first; give --head-epochs 0"
+            )
+        return head
 
     # -- Nested sub-networks
 
@@ -336,9 +399,10 @@ class Trainer:
 
     def checkpoint(self) -> Checkpoint:
         """The network and its records, without the state to resume from."""
+        averaged = {} if self.averaged is None else self.averaged.tensors
         return Checkpoint(
             network=self.spec,
-            state={**self.pruner.removed_tensors, **self.model.state_dict()},
+            state={**self.pruner.removed_tensors, **self.model.state_dict(), **averaged},
             gates=list(self.pruner.tracker.records.values()),
             data=self.data.identity,
             config=self.config.to_dict(),
@@ -373,6 +437,8 @@ class Trainer:
             "epoch": self.epoch,
             "step": self.step,
             "optimizer": self.optimizer.state_dict(),
+            "trained": self.averaged and self.averaged.trained(),
+            "own_teacher": self.own_teacher and self.own_teacher.state,
             "precision": self.take_step.precision.state_dict(),
             "schedule": self.schedule.state_dict(),
             "tracker": pruner["tracker"],
@@ -400,9 +466,14 @@ class Trainer:
         self.model.load_state_dict({name: last.state[name] for name in names})
         for block, gate in self.pruner.gates.items():
             gate.load_state_dict(own["gates"][block])  # the checkpoint has those of the leader
+        if self.averaged is not None:
+            self.averaged.load(state["trained"], last.state)
         if self.side_head is not None:
             assert last.side_head is not None
             self.side_head.load_state_dict(last.side_head)
+        if state["own_teacher"] is not None:
+            taught = replace(last, state=state["own_teacher"], gates=[])
+            self._distil_from(Teacher(taught, self.device))
         self.optimizer.load_state_dict(state["optimizer"])
         self.take_step.precision.load_state_dict(state["precision"])
         self.schedule.load_state_dict(state["schedule"])
