@@ -23,7 +23,7 @@ processor time, those of all commands that a network needs. The last line printe
 object.
 
     python benchmarks/alternatives.py --dataset cifar10 --data-root DATA --image-size 16 \\
-        --depth 26 --depths 14,8 --width 16 --epochs 10 --weight-decay 1e-3 --shift 2
+        --depth 26 --depths 14,8 --width 8 --epochs 10 --shift 2 --seeds 0
 """
 
 from __future__ import annotations
@@ -124,6 +124,8 @@ class Benchmark:
             "seed": seed,
         }
         given = [f"--{name}={value}" for name, value in options.items()]
+        if self.dataset == "digits":
+            given.append("--no-flip")
         return ("eps-train", *given, *words)
 
     def step(self, method: str, seed: int, depth: int) -> Step:
@@ -394,16 +396,16 @@ def draw(found: Mapping[str, Any]) -> bytes:
 
 
 @click.command()
-@click.option("--dataset", default="cifar10", show_default=True)
-@click.option("--data-root", type=click.Path(path_type=Path), required=True)
-@click.option("--image-size", type=int, default=16, show_default=True)
+@click.option("--dataset", default="digits", show_default=True)
+@click.option("--data-root", type=click.Path(path_type=Path), default=Path())
+@click.option("--image-size", type=int, default=8, show_default=True)
 @click.option("--depth", type=int, default=26, show_default=True)
 @click.option("--depths", default="14,8", show_default=True, help="Sizes to prune to.")
-@click.option("--width", type=int, default=16, show_default=True)
+@click.option("--width", type=int, default=8, show_default=True)
 @click.option("--epochs", type=int, default=10, show_default=True)
 @click.option("--finetune-epochs", type=int, default=3, show_default=True)
 @click.option("--weight-decay", type=float, default=1e-3, show_default=True)
-@click.option("--shift", type=int, default=2, show_default=True)
+@click.option("--shift", type=int, default=1, show_default=True)
 @click.option("--seeds", default="0,1,2", show_default=True)
 @click.option("--methods", default=",".join(METHODS), show_default=True)
 @click.option("--curves/--no-curves", help="Also sweep without fine-tuning, of the first seed.")

@@ -225,7 +225,7 @@ def test_resume_with_more_epochs_goes_on_and_says_what_changes(folder: Path) -> 
     [
         (
             ("--recipe", "cifat"),
-            "--recipe cifat: unknown; the recipes are: digits, fashion-mnist, cifar10-110",
+            "--recipe cifat: unknown; the recipes are: digits, fashion-mnist, finetune,",
         ),
         (("--dataset", "digit"), "--dataset digit: unknown; the data sets are: digits, mnist"),
         (("--model", "resnet"), "--model resnet: not a model; write cifar:DEPTH"),
@@ -253,7 +253,7 @@ def test_what_the_user_can_repair_is_one_line_and_exit_1(
 @pytest.mark.parametrize(
     "args",
     [
-        ("--epochs", "0"),
+        ("--epochs", "-1"),
         ("--epochs", "many"),
         ("--epsilon", "-1"),
         ("--seed", "-1"),

@@ -284,7 +284,7 @@ def test_a_batch_that_cannot_be_shared_is_refused_once() -> None:
 
 def poisoned(group: Group, folder: Path) -> None:
     """The response of one block is not a number, in step 3 of process 1 alone."""
-    run = trainer(folder, RUN, group=group)
+    run = trainer(folder, PRUNING, group=group)
     calls = 0
 
     def poison(module: Any, arguments: Any, output: Tensor) -> Tensor | None:
