@@ -246,9 +246,12 @@ class Benchmark:
         record = json.loads((self.work / step.key / "step.json").read_text())
         return float(record["seconds"])
 
-    def total_seconds(self, step: Step) -> float:
-        """Processor seconds of a step and of all that it needs."""
-        return self.seconds(step) + sum(self.total_seconds(other) for other in step.needs.values())
+    def costs(self, step: Step) -> dict[str, float]:
+        """Processor seconds of a step and of all that it needs, by their keys."""
+        found = {step.key: self.seconds(step)}
+        for other in step.needs.values():
+            found |= self.costs(other)
+        return found
 
     # -- Measuring
 
@@ -312,7 +315,8 @@ class Benchmark:
                 "seed": seed,
                 **self.evaluate(paths[name]),
                 **times[name],
-                "training_seconds": self.total_seconds(step),
+                "training_seconds": sum(self.costs(step).values()),
+                "steps": self.costs(step),
             }
 
 
@@ -330,12 +334,16 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     groups: dict[tuple[int, str], list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["size_of_depth"], row["method"]), []).append(row)
+    steps: dict[str, dict[str, float]] = {}  # of all sizes, shared ones once
+    for row in rows:
+        steps.setdefault(row["method"], {}).update(row["steps"])
     means = {key: statistics.mean(r["accuracy"] for r in group) for key, group in groups.items()}
     for (size, method), group in groups.items():
         entry = {
             "size_of_depth": size,
             "method": method,
             "seeds": len(group),
+            "seconds_for_all_sizes": sum(steps[method].values()) / len(group),
             "accuracy": means[size, method],
             **{
                 name: statistics.mean(row[name] for row in group)
@@ -358,9 +366,10 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def draw(found: Mapping[str, Any]) -> bytes:
-    """Draw results as PNG: accuracy against latency, training cost, and blocks removed."""
-    figure = new_figure(15, 4.8)
-    by_latency, by_cost, by_blocks = figure.subplots(1, 3)
+    """Draw results as PNG: accuracy against latency, training cost and, if swept, blocks left."""
+    panels = 3 if found["curves"] else 2
+    figure = new_figure(5 * panels, 4.8)
+    by_latency, by_cost, *by_blocks = figure.subplots(1, panels)
     entries: dict[str, list[dict[str, Any]]] = {}
     for entry in found["summary"]:
         entries.setdefault(entry["method"], []).append(entry)
@@ -371,27 +380,23 @@ def draw(found: Mapping[str, Any]) -> bytes:
         by_latency.plot(
             [100 * entry["latency_share"] for entry in sizes], accuracy, label=method, **style
         )
-        cost = max if method in NESTED else sum  # one nested run gives every size
-        seconds = cost(entry["training_seconds"] for entry in sizes)
+        seconds = sizes[0]["seconds_for_all_sizes"]
         by_cost.plot(seconds / 60, min(accuracy), marker=style["marker"], color=style["color"])
         by_cost.annotate(method, (seconds / 60, min(accuracy)), fontsize=7)
-    for method, points in found["curves"].items():
-        by_blocks.plot(
-            [point["blocks"] for point in points],
-            [100 * point["accuracy"] for point in points],
-            "o-",
-            markersize=3,
-            label=method,
-        )
+    for axes in by_blocks:
+        for method, points in found["curves"].items():
+            left = [point["blocks"] for point in points]
+            accuracy = [100 * point["accuracy"] for point in points]
+            axes.plot(left, accuracy, "o-", markersize=3, label=method)
+        axes.set_xlabel("blocks left, without fine-tuning")
+        axes.set_ylabel("held-out accuracy, %")
+        axes.invert_xaxis()
+        axes.legend(frameon=False, fontsize=8)
     by_latency.set_xlabel("latency, % of the baseline's (ONNX Runtime, batch 1, one thread)")
     by_latency.set_ylabel("test accuracy, %")
     by_cost.set_xlabel("processor minutes for all sizes")
     by_cost.set_ylabel("test accuracy of the smallest, %")
-    by_blocks.set_xlabel("blocks left, without fine-tuning")
-    by_blocks.set_ylabel("held-out accuracy, %")
-    by_blocks.invert_xaxis()
     by_latency.legend(frameon=False, fontsize=7)
-    by_blocks.legend(frameon=False, fontsize=8)
     return png(figure)
 
 
