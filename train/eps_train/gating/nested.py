@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from eps_train.gating import rewriting
+from eps_train.gating.costs import plain
 
 SMALLEST = 0.2  # share of the blocks that the smallest sub-network keeps
 SMALLEST_STEPS = 0.25  # share of the steps that train the smallest
@@ -71,8 +72,7 @@ class SubNetworks:
         gives the same object.
         """
         if count not in self._made:
-            less = rewriting.remove_blocks(self._model, self.order[count:])
-            self._made[count] = rewriting.drop_taps(rewriting.drop_gates(less))
+            self._made[count] = plain(self._model, self.order[count:])
         return self._made[count].train(self._model.training)
 
     def draw(self) -> int:
