@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from eps_core.errors import GraphError, TrainingError
 from eps_train.data.images import Part
 from eps_train.gating import rewriting
-from eps_train.gating.pruning_state import watch_branches
+from eps_train.gating.gate import LEAST_RMS, EpsilonGate
+from eps_train.gating.pruning_state import watch_gates
 from eps_train.training.checkpoint import Checkpoint, GateRecord
 from eps_train.training.evaluate import logits
 
@@ -26,9 +27,9 @@ class BlockEvidence:
 
     Attributes:
         block: its name.
-        epsilon: its last threshold, in units of the branch's output; 0: it had none.
-        peak: largest `max |F_i|` on held-out images, in evaluation mode; None: not measured.
-        quiet: share of samples whose own `max |F_i|` is at most epsilon (0..1): those on which a
+        epsilon: its last threshold, in units of the response; 0: it had none.
+        peak: largest response on held-out images, in evaluation mode; None: not measured.
+        quiet: share of samples whose own response is at most epsilon (0..1): those on which a
             plain addition differs from a gate that judges each sample by itself.
         samples: images in that pass.
         closed: share of the last epoch's training steps on which the gate was closed (0..1); None
@@ -96,14 +97,14 @@ def observe(
         images: uint8 `[N, C, H, W]`, or a part of a data set, read in batches.
 
     Returns:
-        Logits float32 `[N, classes]`, and by block each sample's `max |F_i|`, float32 `[N]`.
+        Logits float32 `[N, classes]`, and by block each sample's response, float32 `[N]`.
 
     Raises:
         TrainingError: a response is not finite.
     """
     gates = rewriting.gates(model)
     device = next(iter(model.parameters())).device
-    with watch_branches({block: gates[block] for block in blocks}, _sample_peaks) as peaks:
+    with watch_gates({block: gates[block] for block in blocks}, sample_responses) as peaks:
         answers = logits(model, normalize, images.to(device))
     responses = {block: torch.cat(batches).cpu() for block, batches in peaks.items()}
     for block, response in responses.items():
@@ -114,9 +115,13 @@ def observe(
     return answers.cpu(), responses
 
 
-def _sample_peaks(branch: Tensor) -> Tensor:
-    """Return each sample's `max |F_i|`, float32 `[N]`."""
-    return branch.float().abs().flatten(1).amax(dim=1)
+def sample_responses(gate: EpsilonGate, shortcut: Tensor, branch: Tensor) -> Tensor:
+    """Return each sample's response, float32 `[N]`, as `gate` measures that of a batch."""
+    peaks = branch.float().abs().flatten(1).amax(dim=1)
+    if not gate.relative:
+        return peaks
+    rms = shortcut.float().flatten(1).square().mean(dim=1).sqrt()
+    return peaks / rms.clamp(min=LEAST_RMS)
 
 
 def _share(flags: Tensor) -> float:
@@ -170,10 +175,10 @@ def mode_gap(
     closed: dict[str, list[Tensor]] = {block: [] for block in gates if block in thresholds}
 
     def judge(
-        gate: nn.Module, operands: tuple[Tensor, Tensor], output: Tensor, *, block: str
+        gate: EpsilonGate, operands: tuple[Tensor, Tensor], output: Tensor, *, block: str
     ) -> Tensor:
         shortcut, branch = operands
-        flags = _sample_peaks(branch) <= thresholds[block]
+        flags = sample_responses(gate, shortcut, branch) <= thresholds[block]
         closed[block].append(flags)
         return torch.where(flags.view(-1, *[1] * (branch.dim() - 1)), shortcut, output)
 

@@ -101,6 +101,20 @@ def test_peaks_are_those_of_the_network_that_ships() -> None:
         torch.testing.assert_close(response, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_relative_responses_are_those_of_each_image() -> None:
+    checkpoint, images, block = make_checkpoint(), uint8_images(20), "stages.1.1"
+    plain = responses(checkpoint.build_gated(), normalize(checkpoint), images, [block])[block]
+    checkpoint.config["relative_epsilon"] = True
+    model = checkpoint.build_gated()
+    inputs: list[Tensor] = []
+    rewriting.gates(model)[block].register_forward_hook(
+        lambda gate, operands, out: inputs.append(operands[0])
+    )
+    found = responses(model, normalize(checkpoint), images, [block])[block]
+    rms = torch.cat(inputs).square().mean(dim=(1, 2, 3)).sqrt()
+    torch.testing.assert_close(found, plain / rms)
+
+
 def test_quiet_is_the_share_of_samples_under_epsilon() -> None:
     checkpoint = make_checkpoint()
     model, images = checkpoint.build_gated(), uint8_images(50)

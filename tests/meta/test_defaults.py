@@ -26,6 +26,7 @@ EXCEPTIONS = {
     "BlockPruner(classes)": _LIBRARY,
     "BlockPruner(live_removal)": _LIBRARY,
     "BlockPruner(patience)": _LIBRARY,
+    "BlockPruner(relative)": _LIBRARY,
     "BlockPruner(target)": _LIBRARY,
     "BlockPruning(averaged)": _LIBRARY,
     "BlockPruning(heldout)": _LIBRARY,

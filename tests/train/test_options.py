@@ -425,6 +425,36 @@ def test_a_response_within_epsilon_closes_the_gate(train: Train) -> None:
         assert all(gate["closed"] == gate["steps"] == 2 for gate in gates.values())
 
 
+def test_a_response_relative_to_the_input_is_judged(train: Train) -> None:
+    """With open gates the run is the same; the gates recorded other responses."""
+    open_gates = ("--epsilon", 1e-30, *NEVER_DEAD)
+    trained = train(*open_gates, "--relative-epsilon")
+    relative, records, weights = trained.epochs("gates"), trained.best.gates, norm(trained)
+    trained = train(*open_gates, "--force")
+    absolute = trained.epochs("gates")
+    assert weights == norm(trained)
+    for block in absolute[0]:
+        assert relative[0][block]["peak"] != pytest.approx(absolute[0][block]["peak"], rel=1e-3)
+    assert [relative[1][record.block]["peak"] for record in records] == [r.peak for r in records]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--epsilon", 0), "--relative-epsilon only applies to runs that prune"),
+        (("--nested",), "--relative-epsilon only applies to runs that prune"),
+        ((), "--relative-epsilon: the recipe's epsilon of 2.5 has another unit; give --epsilon"),
+    ],
+)
+def test_a_relative_epsilon_needs_a_threshold(
+    tmp_path: Path, options: tuple[object, ...], message: str
+) -> None:
+    result = run("eps-train", main, "--relative-epsilon", *options, cwd=tmp_path)
+    assert result.code == 1
+    assert message in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_target_leads_the_threshold(train: Train) -> None:
     """It rises to just above the weakest block's response in the epoch before."""
     trained = train("--target-parameters", 0.8, "--model", "cifar:14x4", "--final-decay", "none")

@@ -130,6 +130,13 @@ class TrainingConfig:
             Bounds(0),
         )
     )
+    relative_epsilon: bool = field(
+        default=False,
+        metadata=_pruning(
+            "Divide a branch's response by the RMS of the block's input, so that one epsilon fits"
+            " networks of any width and depth."
+        ),
+    )
     epsilon_warmup: int = field(
         default=0,
         metadata=_pruning(
@@ -414,6 +421,11 @@ class TrainingConfig:
             raise ConfigError(
                 f"--epsilon and {given[0]} contradict each other: the target sets epsilon"
             )
+        if self.relative_epsilon and (self.nested or self.plain):
+            raise ConfigError(
+                "--relative-epsilon only applies to runs that prune, neither to --nested nor to"
+                " --epsilon 0; leave it out"
+            )
         if self.criterion != "response" and not given and not self.nested:
             raise ConfigError(
                 "--criterion only applies to targets such as --target-parameters, and to --nested;"
@@ -465,6 +477,7 @@ class TrainingConfig:
             target_speedup=None,
             timer=None,
             nested=False,
+            relative_epsilon=False,
             criterion="response",
             max_accuracy_drop=None,
             self_distillation=False,
@@ -612,7 +625,8 @@ def override(base: TrainingConfig, given: Mapping[str, Any]) -> TrainingConfig:
     """`base` with the options that were given (those that are not None).
 
     An epsilon, a target of any currency and `nested` replace each other; a cosine replaces restarts
-    and final decay of the base. Raises ConfigError for values that contradict each other.
+    and final decay of the base. An epsilon of the base does not become a relative one. Raises
+    ConfigError for values that contradict each other.
     """
     values = {name: value for name, value in given.items() if value is not None}
     if values.get("nested") or TARGETS.keys() & values.keys():
@@ -621,6 +635,13 @@ def override(base: TrainingConfig, given: Mapping[str, Any]) -> TrainingConfig:
         values = {"criterion": "response", "nested": False, **values, **dict.fromkeys(TARGETS)}
     if values.get("nested") or values.get("epsilon") == 0:
         values.setdefault("self_distillation", False)
+        values.setdefault("relative_epsilon", False)
+    relative = values.get("relative_epsilon", base.relative_epsilon) != base.relative_epsilon
+    if relative and "epsilon" not in values and base.epsilon:
+        raise ConfigError(
+            f"--relative-epsilon: the recipe's epsilon of {base.epsilon:g} has another unit; give"
+            " --epsilon too"
+        )
     kept = {name for name in TARGETS if values.get(name, getattr(base, name)) is not None}
     if not kept:
         values.setdefault("max_accuracy_drop", None)

@@ -78,6 +78,34 @@ def test_gate_is_the_four_relu_form(
     assert got[0].dtype == dtype
 
 
+@pytest.mark.parametrize("shared", [False, True], ids=["own record", "shared records"])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_a_relative_response_is_divided_by_the_rms_of_the_input(scale: float, shared: bool) -> None:
+    shortcut = scale * torch.tensor([[3.0, -4.0]])  # its RMS is 3.5355
+    gate = EpsilonGate(0.5).train()
+    gate.relative = True
+    records = GateRecords([gate]) if shared else None
+    for share, closed in ((0.49, True), (0.51, False)):
+        branch = scale * torch.tensor([[1.0, -share * 12.5**0.5]])
+        out = gate(shortcut, branch)
+        if records is not None:
+            records.update()
+        assert torch.equal(out, shortcut if closed else shortcut + branch)
+    assert gate.peak.item() == pytest.approx(0.51, rel=1e-5)
+    assert (int(gate.closed_steps), int(gate.finite_steps), int(gate.steps)) == (1, 2, 2)
+    assert copy.deepcopy(gate).relative
+    assert "relative" in repr(gate)
+
+
+def test_a_relative_response_to_an_input_of_zeros_is_finite() -> None:
+    gate = EpsilonGate(0.5).train()
+    gate.relative = True
+    assert torch.equal(gate(torch.zeros(1, 2), torch.ones(1, 2)), torch.ones(1, 2))
+    assert int(gate.finite_steps) == 1
+    gate(torch.ones(1, 2), torch.tensor([[math.nan, 0.0]]))
+    assert int(gate.finite_steps) == 1
+
+
 @pytest.mark.parametrize("steps", [3, 25, -1, -25])
 def test_threshold_is_sharp_to_the_last_bit(steps: int) -> None:
     """Representable numbers right beside epsilon; the four ReLUs ramp within 1e-6 above it."""

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from eps_train.gating.gate import EpsilonGate, response
-from eps_train.gating.pruning_state import BlockTracker, watch_branches
+from eps_train.gating.gate import EpsilonGate
+from eps_train.gating.pruning_state import BlockTracker, watch_gates
 from eps_train.training.evaluate import logits
 
 EPSILON = 2.0
@@ -125,7 +125,7 @@ def test_restored_tracker_goes_on_counting() -> None:
 def test_watched_peaks_are_those_of_every_call_and_watching_ends() -> None:
     model = TwoBlocks(1.0, -3.0).eval()
     gates: dict[str, Any] = gates_of(model)
-    with watch_branches(gates, response) as peaks:
+    with watch_gates(gates, EpsilonGate.measure) as peaks:
         model(torch.zeros(2, 1, 2, 2))
         model(torch.zeros(2, 1, 2, 2))
     model(torch.zeros(2, 1, 2, 2))

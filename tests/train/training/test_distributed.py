@@ -12,8 +12,8 @@ from torch import Tensor
 from eps_core.errors import ConfigError, PeerError, TrainingError
 from eps_train.config import TrainingConfig
 from eps_train.gating import rewriting
-from eps_train.gating.gate import EpsilonGate, response
-from eps_train.gating.pruning_state import watch_branches
+from eps_train.gating.gate import EpsilonGate
+from eps_train.gating.pruning_state import watch_gates
 from eps_train.models.spec import NetworkSpec
 from eps_train.training import distributed
 from eps_train.training.checkpoint import Checkpoint, GateRecord
@@ -212,7 +212,7 @@ def test_gates_of_a_replica_judge_its_own_part(tmp_path: Path) -> None:
     # The weights stay as they are, so that both runs judge the same responses.
     still = replace(SMOOTH, epochs=1, lr_schedule=((0, 1e-12),), final_decay=(), weight_decay=0.0)
     run = trainer(tmp_path, still)
-    with watch_branches(run.pruner.gates, response) as seen:
+    with watch_gates(run.pruner.gates, EpsilonGate.measure) as seen:
         run.run_epoch()
     middle = torch.stack(seen["gate"]).sort().values[len(seen["gate"]) // 2 - 1 :][:2]
     config = replace(still, epsilon=float(middle.mean()))

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from eps_train.gating import rewriting
-from eps_train.gating.gate import EpsilonGate, response
+from eps_train.gating.gate import EpsilonGate, relative_response
 
 
 class BlockScores:
@@ -120,17 +120,6 @@ def _hook(measure: Measure, total: Tensor) -> Callable[..., None]:
 
 def _relative(shortcut: Tensor, branch: Tensor, result: Tensor, add: Callable[..., None]) -> None:
     add(relative_response(shortcut, branch))
-
-
-def relative_response(shortcut: Tensor, branch: Tensor) -> Tensor:
-    """`max |branch| / rms(shortcut)`, float32 scalar; 0 for a branch of zeros.
-
-    Args:
-        shortcut, branch: of one shape, any floating-point type.
-    """
-    rms = torch.linalg.vector_norm(shortcut, dtype=torch.float32) / shortcut.numel() ** 0.5
-    ratio: Tensor = response(branch) / rms.clamp(min=torch.finfo(torch.float32).tiny)
-    return ratio
 
 
 def _influence(shortcut: Tensor, branch: Tensor, result: Tensor, add: Callable[..., None]) -> None:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 RELU_SCALE = 1e6  # L in the paper's construction
 
+LEAST_RMS = 1e-12  # of a shortcut in a relative response, so that it is finite
+
 _COUNTERS = ("closed_steps", "finite_steps", "steps")
 _FLOATS = ("epsilon", "peak", "_limits", "_threshold")
 _RECORD = ("peak", "_counts", "_limits")
@@ -37,6 +39,9 @@ class EpsilonGate(nn.Module):
     unless a :class:`GateRecords` updates the records of all gates of a network.
 
     Attributes:
+        relative: whether the response is `max |F_i| / rms(shortcut)` (:func:`relative_response`),
+            so that the same epsilon suits every width, depth and data set; by default it is the
+            paper's `max |F_i|`. An attribute of the object, which the state dict does not contain.
         process_group: in distributed training, a gate without a group decides by the response of
             its own process's part of the batch, as in the paper; with a group, it decides by (and
             records) the largest response in that group. Every member must then call its gates in
@@ -50,6 +55,7 @@ class EpsilonGate(nn.Module):
     _counts: Tensor
     _limits: Tensor
     _threshold: Tensor
+    relative: bool = False
     _response: Tensor | None = None  # set by GateRecords: receives the response of each call
     # Weak, since a gloo group that outlives `destroy_process_group()` aborts the process at exit.
     _group: weakref.ref[ProcessGroup] | None = None
@@ -97,7 +103,7 @@ class EpsilonGate(nn.Module):
         return self._counts[2]
 
     def set_epsilon(self, epsilon: float) -> None:
-        """Set the threshold, in units of the branch's output; at 0 the gate is always open."""
+        """Set the threshold, in units of the response; at 0 the gate is always open."""
         if not (math.isfinite(epsilon) and epsilon >= 0):
             raise ValueError(f"epsilon must be finite and at least 0, not {epsilon}")
         self.epsilon.fill_(epsilon)
@@ -120,7 +126,8 @@ class EpsilonGate(nn.Module):
 
     def forward(self, shortcut: Tensor, branch: Tensor) -> Tensor:
         """Return `shortcut + S(branch)`; both `[N, ...]`, same shape and dtype."""
-        opened = self._decide(branch.detach()) if self.training else self.dead.logical_not()
+        judged = self.training
+        opened = self._decide(shortcut, branch.detach()) if judged else self.dead.logical_not()
         if torch.compiler.is_compiling():  # the compiler fuses the operations
             return torch.addcmul(shortcut, branch, opened)
         # Only a decision on the CPU can be read without waiting; a traced one has no value.
@@ -129,9 +136,20 @@ class EpsilonGate(nn.Module):
         out: Tensor = _GatedAddition.apply(shortcut, branch, opened)  # type: ignore[no-untyped-call]
         return out
 
-    def _decide(self, branch: Tensor) -> Tensor:
-        """Return whether the gate opens, a 0-dim bool, and record the response of `branch`."""
-        peak = response(branch, out=self._response)
+    def measure(self, shortcut: Tensor, branch: Tensor, *, out: Tensor | None = None) -> Tensor:
+        """Return the response that the gate compares with epsilon, a float32 scalar.
+
+        Args:
+            shortcut, branch: of one shape, any floating-point type; `branch` without gradients.
+            out: float32 scalar that receives the result.
+        """
+        if self.relative:
+            return relative_response(shortcut.detach(), branch, out=out)
+        return response(branch, out=out)
+
+    def _decide(self, shortcut: Tensor, branch: Tensor) -> Tensor:
+        """Return whether the gate opens, a 0-dim bool, and record the response."""
+        peak = self.measure(shortcut, branch, out=self._response)
         if (group := self.process_group) is not None:
             peak.nan_to_num_(nan=math.inf, posinf=math.inf)  # a maximum over processes may drop NaN
             torch.distributed.all_reduce(peak, op=torch.distributed.ReduceOp.MAX, group=group)
@@ -222,6 +240,7 @@ class EpsilonGate(nn.Module):
 
     def extra_repr(self) -> str:
         state = "meta" if self.epsilon.is_meta else f"epsilon={float(self.epsilon):g}"
+        state += ", relative" if self.relative else ""
         return state + (", dead" if not self.dead.is_meta and bool(self.dead) else "")
 
 
@@ -300,6 +319,20 @@ def response(branch: Tensor, *, out: Tensor | None = None) -> Tensor:
     """
     by_norm = branch.is_cuda or branch.is_meta
     return _largest_by_norm(branch, out) if by_norm else _largest_by_range(branch, out)
+
+
+def relative_response(shortcut: Tensor, branch: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """`max |branch| / rms(shortcut)`, a float32 scalar; NaN when any element is NaN.
+
+    An RMS below 1e-12 counts as 1e-12.
+
+    Args:
+        shortcut, branch: of one shape, any floating-point type.
+        out: float32 scalar that receives the result.
+    """
+    norm = torch.linalg.vector_norm(shortcut, dtype=torch.float32)
+    rms = (norm * shortcut.numel() ** -0.5).clamp(min=LEAST_RMS)
+    return torch.div(response(branch), rms, out=out)
 
 
 def _largest_by_norm(branch: Tensor, out: Tensor | None = None) -> Tensor:

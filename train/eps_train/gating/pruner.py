@@ -80,13 +80,14 @@ class BlockPruner:
             Its modules and tensors become those of :attr:`model`.
         example: a batch of inputs `[N, C, H, W]`, normalised as in training. Its shape is used.
         target: share of a cost to keep; epsilon is adjusted to reach it.
-        epsilon: threshold of all gates, in units of the branches' outputs, instead of a target; or
+        epsilon: threshold of all gates, in units of the response, instead of a target; or
             a function from the 0-based epoch to it. At 0 all gates are open.
         epochs: length of the training, over which the target is approached.
         max_accuracy_drop: with a target, choose further blocks only while the held-out accuracy is
             at most this many percentage points below its best.
         patience: consecutive epochs that a gate must be closed on every step.
         criterion: with a target, which blocks go first; see `criteria.BlockScores`.
+        relative: whether the response is relative to the block's input (`EpsilonGate.relative`).
         live_removal: remove dead blocks between epochs. Otherwise they stay, closed, until the
             network is compacted: for wrappers that hold on to the parameters.
         mean, std: normalisation of the inputs as of torchvision's `Normalize`, one value or one per
@@ -114,6 +115,7 @@ class BlockPruner:
         max_accuracy_drop: float | None = None,
         patience: int = 2,
         criterion: str = "response",
+        relative: bool = False,
         live_removal: bool = True,
         mean: float | Sequence[float] = 0.0,
         std: float | Sequence[float] = 1.0,
@@ -164,6 +166,7 @@ class BlockPruner:
             epsilon=epsilon if callable(epsilon) else lambda epoch: epsilon or 0.0,
             patience=patience,
             criterion=criterion,
+            relative=relative,
             live_removal=live_removal,
         )
         self.begin_epoch()
@@ -189,6 +192,7 @@ class BlockPruner:
         epsilon: Callable[[int], float],
         patience: int,
         criterion: str,
+        relative: bool,
         live_removal: bool,
         seed: int = 0,
         group: Group | None = None,
@@ -201,7 +205,9 @@ class BlockPruner:
             group: the processes of the run; None: those of torch's default group, if there is one.
         """
         self.model, self.spec, self.stages = graph, spec, stages
-        self.gates = rewriting.gates(graph)
+        self.gates, self._relative = rewriting.gates(graph), relative
+        for gate in self.gates.values():
+            gate.relative = relative
         self.tracker = BlockTracker(spec.gated, patience=patience)
         self.controller, self._epsilon = controller, epsilon
         self.scores: BlockScores | None = None
@@ -508,7 +514,10 @@ class BlockPruner:
             state={name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()},
             gates=list(self.tracker.records.values()),
             data=self.inputs.identity(classes),
-            config={"epsilon": max(self.thresholds(self.epoch).values(), default=0.0)},
+            config={
+                "epsilon": max(self.thresholds(self.epoch).values(), default=0.0),
+                "relative_epsilon": self._relative,
+            },
             metrics={"epoch": self.epoch, "validation": None, "test": None, "started_from": None},
         )
 

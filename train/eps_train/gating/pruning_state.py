@@ -9,9 +9,9 @@ from typing import Any
 
 import msgspec
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from eps_train.gating.gate import EpsilonGate, response
+from eps_train.gating.gate import EpsilonGate
 from eps_train.training.checkpoint import GateRecord, PruneRecord
 from eps_train.training.distributed import ALONE, Group
 
@@ -100,7 +100,7 @@ class BlockTracker:
     ) -> tuple[str, ...]:
         """Latch every gate that was closed long enough, if held-out images confirm it.
 
-        A block is dead when the largest response of its branch on held-out images, with the
+        A block is dead when its largest response on held-out images, with the
         candidates shut, is below epsilon. The leader of `group` measures it.
 
         Args:
@@ -124,7 +124,7 @@ class BlockTracker:
             gate.latch()
 
         def measure() -> tuple[dict[str, float], int]:
-            with watch_branches(candidates, response) as found:
+            with watch_gates(candidates, EpsilonGate.measure) as found:
                 samples = evaluate()
             peaks = {block: torch.stack(peaks).max().item() for block, peaks in found.items()}
             return peaks, samples
@@ -161,18 +161,19 @@ class BlockTracker:
 
 
 @contextmanager
-def watch_branches(
-    gates: Mapping[str, EpsilonGate], measure: Callable[[Tensor], Tensor]
+def watch_gates(
+    gates: Mapping[str, EpsilonGate], measure: Callable[[EpsilonGate, Tensor, Tensor], Tensor]
 ) -> Iterator[dict[str, list[Tensor]]]:
-    """Collect `measure(branch)` for every call of the given gates, by block.
+    """Collect `measure(gate, shortcut, branch)` for every call of the given gates, by block.
 
     The measurements stay on the device, so that nothing waits for it.
     """
     found: dict[str, list[Tensor]] = {block: [] for block in gates}
 
     def watch(block: str) -> Any:
-        def hook(gate: nn.Module, operands: tuple[Tensor, Tensor]) -> None:
-            found[block].append(measure(operands[1].detach()))
+        def hook(gate: EpsilonGate, operands: tuple[Tensor, Tensor]) -> None:
+            shortcut, branch = operands
+            found[block].append(measure(gate, shortcut.detach(), branch.detach()))
 
         return hook
 

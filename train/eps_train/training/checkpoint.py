@@ -40,8 +40,8 @@ class PruneRecord:
         epoch: 1-based epoch at whose end the gate was latched.
         epsilon: threshold then.
         steps: consecutive training steps on which the gate was closed.
-        peak: largest `max |F_i|` over those steps.
-        heldout_peak: largest `max |F_i|` over the validation part, in evaluation mode; below
+        peak: largest response over those steps.
+        heldout_peak: largest response over the validation part, in evaluation mode; below
             epsilon.
         samples: images in that pass.
     """
@@ -58,12 +58,14 @@ class PruneRecord:
 class GateRecord:
     """Activity of one block's gate in its last epoch, and its prune record if it is dead.
 
+    Responses are `max |F_i|`, or relative ones where the configuration says `relative_epsilon`.
+
     Attributes:
         block: name of the block.
         epsilon: threshold in the last epoch (0: the gate was held open).
         steps, closed_steps: training steps of the last epoch in which the gate was judged, and
             those on which it was closed; for a dead block those of its last epoch.
-        peak: largest `max |F_i|` over those steps.
+        peak: largest response over those steps.
         death: None while the gate is live.
     """
 
@@ -117,6 +119,8 @@ class Checkpoint:
         """Build the gated network: every branch in place, dead gates latched, live gates live."""
         model = self.network.build(self.state)
         gates = rewriting.gates(model)
+        for gate in gates.values():
+            gate.relative = bool(self.config.get("relative_epsilon"))
         for block in self.dead:
             gates[block].latch()
         return model

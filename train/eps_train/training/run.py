@@ -116,7 +116,8 @@ def show_plan(chosen: TrainingConfig, data: Outline) -> None:
         assert chosen.target is not None
         epsilon = f"adjusted to keep {chosen.target.share:.0%} of the {chosen.target.unit}{start}"
     else:
-        epsilon = f"{chosen.epsilon:g}{start}"
+        unit = " times the RMS of the block's input" if chosen.relative_epsilon else ""
+        epsilon = f"{chosen.epsilon:g}{unit}{start}"
     if isinstance(chosen.lr_schedule, CosineDecay):
         rates = f"{chosen.lr_schedule.cosine:g}, falling to 0 along a cosine"
     else:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from eps_core.errors import TrainingError
 from eps_train.config import TrainingConfig
 from eps_train.data.images import Part
-from eps_train.gating.gate import EpsilonGate, response
-from eps_train.gating.pruning_state import watch_branches
+from eps_train.gating.gate import EpsilonGate
+from eps_train.gating.pruning_state import watch_gates
 from eps_train.gating.targets import BlockCosts, Target
 from eps_train.schedule import LearningRateSchedule
 from eps_train.training.checkpoint import GateRecord
@@ -165,7 +165,7 @@ def zero_branches_warning(
     """
     if not gates or not epsilon:
         return None
-    with watch_branches(gates, response) as peaks:
+    with watch_gates(gates, EpsilonGate.measure) as peaks:
         logits(model, normalize, next(iter(images.batches(IMAGES))).images)
     silent = [block for block, seen in peaks.items() if max(map(float, seen)) < SILENT * epsilon]
     if not silent:

@@ -157,6 +157,7 @@ class Trainer:
             epsilon=epsilon,
             patience=config.patience,
             criterion=config.criterion,
+            relative=config.relative_epsilon,
             seed=config.seed,
             live_removal=config.live_removal,
             group=self.group,
