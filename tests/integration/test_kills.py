@@ -3,38 +3,43 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from eps_train.cli import main
 from eps_train.training.checkpoint import Checkpoint
+from tests.train.processes import start
 
-COMMAND = [sys.executable, "-c", "from eps_train.cli import main; main()"]
 RUN = ["--model", "cifar:8x4", "--epochs", "8", "--seed", "5", "--keep", "2"]
 CHECKPOINTS = ("ckpt.pt", "last.pt", "epoch-0007.pt", "epoch-0008.pt")
 
-# Dies by its own SIGKILL in the n-th fsync: in the middle of writing one of the files.
-DIES_WHILE_SAVING = """
-import os, signal, sys
-fsync, left = os.fsync, int(sys.argv.pop())
-def deadly(handle):
-    global left
-    left -= 1
-    if not left:
-        os.kill(os.getpid(), signal.SIGKILL)
-    fsync(handle)
-os.fsync = deadly
-from eps_train.cli import main; main()
-"""
+
+def dies_while_saving() -> None:
+    """Train; die by SIGKILL in the n-th fsync, in the middle of writing a file (last argument)."""
+    fsync, left = os.fsync, int(sys.argv.pop())
+
+    def deadly(handle: int) -> None:
+        nonlocal left
+        left -= 1
+        if not left:
+            os.kill(os.getpid(), signal.SIGKILL)
+        fsync(handle)
+
+    os.fsync = deadly  # type: ignore[assignment]
+    main()
 
 
 def train(folder: Path, *args: str) -> None:
-    subprocess.run([*COMMAND, *RUN, *args], cwd=folder, check=True, capture_output=True)
+    log = folder / "log.txt"
+    process = start(main, *RUN, *args, cwd=folder, stderr=log)
+    process.join()
+    assert process.exitcode == 0, log.read_text()
 
 
 @pytest.fixture(scope="module")
@@ -45,32 +50,23 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_five_kills_at_random_moments(undisturbed: Path, tmp_path: Path) -> None:
-    chance = random.Random(0)
+    chance, log = random.Random(0), tmp_path / "log.txt"
     for _ in range(5):
-        try:  # `run` ends a process that outlives its time with SIGKILL
-            subprocess.run(
-                [*COMMAND, *RUN, "--resume"],
-                cwd=tmp_path,
-                timeout=chance.uniform(2, 6),
-                capture_output=True,
-                check=True,
-            )
-        except subprocess.TimeoutExpired:
-            continue
+        process = start(main, *RUN, "--resume", cwd=tmp_path, stderr=log)
+        process.join(chance.uniform(0.3, 2))
+        process.kill()
+        process.join()
+        assert process.exitcode in (0, -signal.SIGKILL), log.read_text()
     train(tmp_path, "--resume")
     assert_same_run(tmp_path, undisturbed)
 
 
 def test_kills_while_saving_lose_nothing(undisturbed: Path, tmp_path: Path) -> None:
-    done = 0
+    done, log = 0, tmp_path / "log.txt"
     for fsyncs in (11, 12):
-        killed = subprocess.run(
-            [sys.executable, "-c", DIES_WHILE_SAVING, *RUN, "--resume", str(fsyncs)],
-            cwd=tmp_path,
-            capture_output=True,
-            check=False,
-        )
-        assert killed.returncode == -9
+        killed = start(dies_while_saving, *RUN, "--resume", fsyncs, cwd=tmp_path, stderr=log)
+        killed.join()
+        assert killed.exitcode == -signal.SIGKILL, log.read_text()
         for path in tmp_path.glob("*.pt"):
             Checkpoint.load(path)
         last = Checkpoint.load(tmp_path / "last.pt")
@@ -100,14 +96,19 @@ def assert_same_run(ours: Path, theirs: Path) -> None:
 def test_a_signal_ends_the_run_after_the_step_and_says_how_to_go_on(
     undisturbed: Path, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
-    with subprocess.Popen([*COMMAND, *RUN], cwd=tmp_path, stderr=subprocess.PIPE, text=True) as run:
-        assert run.stderr is not None
-        for line in run.stderr:
+    pipe = tmp_path / "stderr"
+    os.mkfifo(pipe)
+    run = start(main, *RUN, cwd=tmp_path, stderr=pipe)
+    assert run.pid is not None
+    with pipe.open() as stderr:
+        for line in stderr:
             if line.startswith("epoch 3/8"):
-                run.send_signal(number)
+                os.kill(run.pid, number)
                 break
-        rest = run.stderr.read()
-    assert run.returncode == code
+        rest = stderr.read()
+    run.join()
+    pipe.unlink()
+    assert run.exitcode == code, rest
     assert "--resume goes on from there" in rest
     assert rest.splitlines()[-1].endswith(": interrupted")
     assert "Traceback" not in rest

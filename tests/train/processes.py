@@ -1,4 +1,4 @@
-"""Running a function in several processes that form a group, as torchrun would start them."""
+"""Functions in several processes that form a group, as torchrun would start them, and commands."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import multiprocessing
 import os
 import pickle
 import socket
+import sys
 import traceback
 from collections.abc import Callable
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -46,9 +48,7 @@ def run(
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    with mock.patch.dict(os.environ, PYTHONPATH=path):
-        forkserver.ensure_running()
+    _serve()
     ends, processes = [], []
     for rank in range(size):
         ours, theirs = _context.Pipe()
@@ -69,6 +69,34 @@ def run(
     for answer in answers:
         assert not isinstance(answer, AssertionError), answer
     return answers
+
+
+def start(main: Callable[[], object], *args: object, cwd: Path, stderr: Path) -> BaseProcess:
+    """Start a console script in a process of its own, without the seconds that imports take.
+
+    Args:
+        main: a function that a module has at its top; a test may wrap the script's.
+        stderr: file or named pipe that receives both standard streams.
+    """
+    _serve()
+    process = _context.Process(target=_command, args=(main, [*map(str, args)], cwd, stderr))
+    process.start()
+    return process
+
+
+def _command(main: Callable[[], object], args: list[str], cwd: Path, stderr: Path) -> None:
+    # The streams of before may be files with a position, which a pipe has not.
+    sys.stdout = sys.stderr = stderr.open("w", buffering=1)
+    os.chdir(cwd)
+    torch.set_num_threads(1)
+    sys.argv[:] = ["command", *args]
+    main()
+
+
+def _serve() -> None:
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    with mock.patch.dict(os.environ, PYTHONPATH=path):
+        forkserver.ensure_running()
 
 
 def _main(
