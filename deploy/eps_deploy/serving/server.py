@@ -209,7 +209,13 @@ async def serve(
     loading = asyncio.create_task(_load(service, bundle, server))
     middleware.log(f"listening on http://{_in_url(host)}:{port}")
     started(server)
-    await _run_both(server, listener)
+    try:
+        await _run_both(server, listener)
+    except Exception:
+        # The process would be aborted if it ended while the loading thread is inside C++ code.
+        service.drain()
+        await asyncio.wait([loading], timeout=_DRAIN)
+        raise
     if not loading.done():
         loading.cancel()
         return False
