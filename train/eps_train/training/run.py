@@ -302,6 +302,11 @@ class Run:
             except (KeyboardInterrupt, OSError, DataError, RuntimeError):
                 self._print_saved()
                 raise
+        if trainer.epoch < self.config.epochs:
+            self._log.print(
+                f"stopped after epoch {trainer.epoch} of {self.config.epochs}: validation has not"
+                f" been better for {trainer.stale} epochs (--early-stopping)"
+            )
         self._group.lead(self._close)
         if self._stop.wait():  # a signal too late to stop this run ends the next one
             assert self._stop.signal is not None
