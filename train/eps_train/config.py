@@ -111,7 +111,14 @@ class TrainingConfig:
     epochs: int = field(
         metadata=_run("Number of epochs; 0 evaluates the weights as they are.", Bounds(0))
     )
-    batch_size: int = field(metadata=_run("Images per step, over all processes.", Bounds(2)))
+    batch_size: int = field(
+        metadata=_run(
+            "Images per step, over all processes; auto: the largest power of two that fits in the"
+            " memory of the GPU, with at least 64 steps in an epoch.",
+            Bounds(2),
+            metavar="NUMBER|auto",
+        )
+    )
     early_stopping: int = field(
         default=0,
         metadata=_run(
@@ -352,8 +359,8 @@ class TrainingConfig:
     augmentation: str = field(
         default="shift",
         metadata=_input(
-            "Random shifts and flips; the same after TrivialAugment; or the paper's augmentation for"
-            " SVHN or ImageNet.",
+            "Random shifts and flips; the same after TrivialAugment; or the paper's augmentation"
+            " for SVHN or ImageNet.",
             ("shift", "trivial", "svhn", "imagenet"),
         ),
     )
@@ -546,6 +553,8 @@ class TrainingConfig:
 
 # -- Command-line options: one for every field, and `--config`
 
+AUTO = "auto"  # value of --batch-size
+
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
@@ -632,8 +641,17 @@ def config_options(function: _Function) -> _Function:
     return function
 
 
+class _BatchSize(click.IntRange):
+    """A number of images, or `AUTO`, which the command replaces by a number."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return AUTO if value == AUTO else super().convert(value, param, ctx)
+
+
 def _click_type(item: Field[Any]) -> Any:
     kind, values = str(item.type).removesuffix(" | None"), item.metadata["values"]
+    if item.name == "batch_size":
+        return _BatchSize(min=int(values.low))
     if isinstance(values, Bounds):
         if kind == "int":
             return click.IntRange(

@@ -1,4 +1,4 @@
-"""A step of the training: mixed labels, class weights and parts of a batch; and their resumption."""
+"""A step of the training: mixed labels, class weights, parts of a batch, and resuming with them."""
 
 from __future__ import annotations
 

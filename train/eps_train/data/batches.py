@@ -59,7 +59,7 @@ def make(data: Data, config: TrainingConfig, device: torch.device, share: Share 
 class Batches(ABC):
     """The training part, batch by batch, on the device, augmented, as raw pixels.
 
-    They are uint8 with labels int64, unless they are mixed (:class:`~eps_train.data.mixing.Mixing`).
+    They are uint8 with labels int64, unless mixed (:class:`~eps_train.data.mixing.Mixing`).
 
     Every random choice follows from (seed, epoch) alone, so that an epoch can be entered in its
     middle and goes on exactly as if it had not been left.
@@ -157,9 +157,7 @@ class LoaderBatches(Batches):
             )
             for step in steps
         )
-        answers = load(
-            self._read, requests, pin=self.device.type == "cuda", workers=self._workers
-        )
+        answers = load(self._read, requests, pin=self.device.type == "cuda", workers=self._workers)
         for step, (pixels, labels) in zip(steps, answers, strict=True):
             batch = ImageSet(
                 pixels.to(self.device, non_blocking=True),
