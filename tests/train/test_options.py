@@ -716,11 +716,11 @@ def test_a_run_does_not_stop_before_its_target_is_met(
     """Each removal starts the count again."""
     scores = iter(0.9 - 0.01 * epoch for epoch in range(99))
     monkeypatch.setattr(trainer, "score", lambda *_: Score(next(scores), 1.0, 10))
-    long = ("--epochs", 12, "--final-decay", "none", "--model", "cifar:14x4")
+    long = ("--epochs", 16, "--final-decay", "0.5:0.1", "--model", "cifar:14x4")
     trained = train("--target-flops", 0.6, *long, "--early-stopping", 1)
     died = trained.epochs("died")
     assert [bool(blocks) for blocks in died[-2:]] == [True, False]
-    assert 2 < len(died) < 12
+    assert 2 < len(died) < 16
     assert "cannot be reached" not in trained.result.stderr
     network = trained.best.network.skeleton()
     costed = count_costs(network, (3, 9, 9), "flops")

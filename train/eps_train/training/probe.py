@@ -41,7 +41,8 @@ def step_seconds(
 ) -> float:
     """Seconds of a step of the whole network, from a few steps on noise, without a teacher.
 
-    On a CPU these are of fewer images, and their time is scaled up.
+    On a CPU these are of fewer images, and their processor time is scaled up: that of an idle
+    machine, whatever else runs now.
 
     Args:
         flops: of the network, for one image.
@@ -65,11 +66,14 @@ def step_seconds(
             for _ in range(WARM_UP + 1 if device.type == "cuda" else 1):
                 loss = step(batch)[0]
             float(loss)  # waits for a GPU
-            started, count = time.perf_counter(), TIMED.get(device.type, 1)
+            on_cpu = device.type == "cpu"
+            clock = time.process_time if on_cpu else time.perf_counter
+            started, count = clock(), TIMED.get(device.type, 1)
             for _ in range(count):
                 loss = step(batch)[0]
             float(loss)
-            return (time.perf_counter() - started) / count * config.batch_size / images
+            seconds = (clock() - started) / (torch.get_num_threads() if on_cpu else 1)
+            return seconds / count * config.batch_size / images
 
 
 def largest_batch(
@@ -105,9 +109,8 @@ def _fits(config: TrainingConfig, spec: NetworkSpec, data: Data, device: torch.d
         batch = next(iter(batches.epoch(0, first=0)))
         step = _trial_step(config, spec, data.identity.outline, device)
         with step.precision.training():
-            for _ in range(2):
-                step(batch)
-            torch.cuda.synchronize(device)
+            step(batch)
+            float(step(batch)[0])  # waits for the GPU
     except torch.OutOfMemoryError:
         return False
     return True

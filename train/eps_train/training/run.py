@@ -168,7 +168,7 @@ def _expected_time(
     total = f"{seconds:.0f} s"
     if seconds >= 60:
         total = f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-    return f"about {total} on {device}, at {step:.2g} s a step of the whole network"
+    return f"about {total} on {device}, at {step:.3g} s a step of the whole network"
 
 
 def _sha256(content: bytes) -> str:
