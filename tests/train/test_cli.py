@@ -285,6 +285,28 @@ def test_dry_run_needs_no_data_and_no_torchvision(
     assert result.code == 0, result.stderr
     assert "1,727,962" in result.stderr
     assert "1000 of 351 steps of 128 images" in result.stderr
+    assert re.search(r"time .* about [\d.]+ (s|min|h) on cpu, at [\d.]+ s a step", result.stderr)
+
+
+def test_what_a_cpu_is_too_slow_to_try_is_not_estimated(tmp_path: Path) -> None:
+    result = eps_train(tmp_path, "--recipe", "imagenet-101", "--device", "cpu", "--dry-run")
+    assert result.code == 0, result.stderr
+    assert "GFLOPs an image are too many to try on a CPU" in " ".join(result.stderr.split())
+
+
+def test_the_device_chooses_the_batch_size_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first run has memory for 256 images; the resumed one does not try again."""
+    found = iter([256])
+    monkeypatch.setattr("eps_train.training.probe.largest_batch", lambda *_: next(found))
+    auto = (*TINY, "--device", "cpu", "--batch-size", "auto")
+    for resume in ((), ("--resume",)):
+        result = eps_train(tmp_path, *auto, *resume)
+        assert result.code == 0, result.stderr
+        assert "batch size: 256" in result.stderr
+        assert json.loads((tmp_path / "config.json").read_text())["batch_size"] == 256
+    assert "tried on the device when" in eps_train(tmp_path, *auto, "--dry-run").stderr
 
 
 def test_list_recipes_names_them_all(tmp_path: Path) -> None:

@@ -152,6 +152,10 @@ def test_two_runs_alike_give_the_same_tensors(train: Train, reference: Trained) 
         ("--clip-grad-norm", 0.1),
         ("--label-smoothing", 0.2),
         ("--ema", 0.5),
+        ("--accumulate", 2),
+        ("--random-erasing", 0.5),
+        ("--mixup", 0.2),
+        ("--cutmix", 1),
     ],
     ids=lambda option: str(option[0]),
 )
@@ -386,12 +390,35 @@ def _array(content: bytes) -> np.ndarray[Any, np.dtype[np.uint8]]:
     return np.frombuffer(content, np.uint8).reshape(3, 9, 9)
 
 
-@pytest.mark.parametrize("augmentation", ["svhn", "imagenet"])
+@pytest.mark.parametrize("augmentation", ["svhn", "imagenet", "trivial"])
 def test_images_are_augmented_otherwise(
     train: Train, batches: list[Tensor], originals: set[bytes], augmentation: str
 ) -> None:
     train("--augmentation", augmentation)
-    assert among(batches, originals)[0] == 0
+    found, total = among(batches, originals)
+    assert found < (total / 3 if augmentation == "trivial" else 1)  # one operation is none
+
+
+def test_rare_classes_weigh_more(
+    train: Train, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Tensor] = []
+    loss = torch.nn.functional.cross_entropy
+
+    def watched(logits: Tensor, labels: Tensor, **rest: Any) -> Tensor:
+        if rest.get("weight") is not None:
+            seen.append(rest["weight"])
+        return loss(logits, labels, **rest)
+
+    uneven = tmp_path / "uneven"
+    for name, count in (("dark", 48), ("light", 12)):
+        (uneven / name).mkdir(parents=True)
+        for index in range(count):
+            (uneven / name / f"{index}.png").symlink_to(images / name / f"{index}.png")
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", watched)
+    train("--dataset", f"folder:{uneven}", "--class-weights", "balanced", "--epochs", 1)
+    (dark, light), *_ = seen
+    assert light / dark == pytest.approx(4, rel=0.2)
 
 
 def test_the_mean_image_is_taken_off(train: Train, reference: Trained, images: Path) -> None:
@@ -692,6 +719,42 @@ def test_a_drop_in_accuracy_holds_the_target_back(
     chosen = trained.epochs("epsilon")[4] > 0
     assert chosen is not guarded
     assert ("give a larger --max-accuracy-drop" in trained.result.stderr) is guarded
+
+
+@pytest.mark.parametrize("options", [("--epsilon", 0), ("--epsilon", 1e-9), ("--nested",)])
+def test_a_run_stops_when_validation_gets_no_better(
+    train: Train, monkeypatch: pytest.MonkeyPatch, options: tuple[object, ...]
+) -> None:
+    """The second epoch is the best, or where the order of blocks begins to count."""
+    scores = iter([0.5, 0.8] + [0.7] * 99)
+    monkeypatch.setattr(trainer, "score", lambda *_: Score(next(scores), 1.0, 10))
+    long = ("--epochs", 20, "--model", "cifar:14x4", "--early-stopping", 3)
+    trained = train(*options, *long)
+    assert len(trained.epochs("epoch")) == 5
+    told = " ".join(trained.result.stderr.split())
+    assert "stopped after epoch 5 of 20: validation has not been better for 3 epochs" in told
+    assert "Trained" in told
+    again = train(*options, *long, "--resume")
+    assert len(again.epochs("epoch")) == 5
+    assert "stopped after epoch 5 of 20" in " ".join(again.result.stderr.split())
+
+
+@pytest.mark.usefixtures("certain_deaths")
+def test_a_run_does_not_stop_before_its_target_is_met(
+    train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each removal starts the count again."""
+    scores = iter(0.9 - 0.01 * epoch for epoch in range(99))
+    monkeypatch.setattr(trainer, "score", lambda *_: Score(next(scores), 1.0, 10))
+    long = ("--epochs", 16, "--final-decay", "0.5:0.1", "--model", "cifar:14x4")
+    trained = train("--target-flops", 0.6, *long, "--early-stopping", 1)
+    died = trained.epochs("died")
+    assert [bool(blocks) for blocks in died[-2:]] == [True, False]
+    assert 2 < len(died) < 16
+    assert "cannot be reached" not in trained.result.stderr
+    network = trained.best.network.skeleton()
+    costed = count_costs(network, (3, 9, 9), "flops")
+    assert costed.without(trained.best.dead) <= 0.6 * costed.whole
 
 
 @pytest.mark.parametrize("epochs", [2, 3])

@@ -12,7 +12,7 @@ from eps_train.data.dataset import DATASETS
 from eps_train.recipes import RECIPES, recipe
 from eps_train.schedule import LearningRateSchedule
 
-CIFAR = [name for name in RECIPES if name.startswith("cifar")]
+CIFAR = [name for name in RECIPES if name.startswith("cifar") and name != "cifar10-fast"]
 SVHN = [name for name in RECIPES if name.startswith("svhn")]
 IMAGENET = [name for name in RECIPES if name.startswith("imagenet")]
 
@@ -52,7 +52,7 @@ def test_there_is_a_recipe_for_every_network_of_the_paper() -> None:
     depths = ("110", "200", "500", "752")
     expected = {f"{name}-{depth}" for name in ("cifar10", "cifar100") for depth in depths}
     expected |= {"svhn-110", "svhn-200", "imagenet-101", "imagenet-152", "digits", "fashion-mnist"}
-    expected |= {"finetune"}
+    expected |= {"finetune", "cifar10-fast"}
     assert set(RECIPES) == expected
     assert all(recipe(name).recipe == name for name in RECIPES)
     assert all(recipe(name).dataset in DATASETS for name in RECIPES if name != "finetune")
@@ -160,6 +160,20 @@ def test_finetune_prunes_to_a_target_after_a_tenth_of_the_run() -> None:
     assert plan.lr(0, 0.0) == 0.02
     assert plan.lr(run.epochs - 1, 1.0) == pytest.approx(0.0)
     assert plan.decay_epoch == 12
+
+
+def test_cifar10_fast_is_a_short_run_to_half_the_flops() -> None:
+    run = recipe("cifar10-fast")
+    assert (run.target_flops, run.batch_size) == (0.5, 512)
+    assert 100 <= run.epochs <= 200
+    plan = LearningRateSchedule.of(run)
+    steps = DATASETS[run.dataset].train // run.batch_size
+    rates = [plan.lr(epoch) for epoch in range(run.epochs)]
+    assert max(rates) == pytest.approx(0.4, rel=0.02)
+    assert rates.index(max(rates)) == run.lr_warmup
+    assert rates[-1] < 1e-4
+    assert plan.lr(0, 0.5 / steps) < 0.001
+    assert run.epsilon_warmup == run.epochs // 10 < plan.decay_epoch == 90
 
 
 STEPPED = [name for name in RECIPES if isinstance(recipe(name).lr_schedule, tuple)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -19,6 +20,8 @@ from eps_train.config import SectionedCommand, config_options
 from eps_train.training.paths import RunPaths
 
 if TYPE_CHECKING:
+    import torch
+
     from eps_train.config import TrainingConfig
     from eps_train.data.dataset import Data, DataIdentity, Statistics
 
@@ -128,6 +131,9 @@ def cli(
         fields["self_distillation"] = False
     if pretrained and fields["normalization"] is None:
         fields["normalization"] = "pretrained"
+    auto_batch = fields["batch_size"] == config.AUTO
+    if auto_batch:
+        fields["batch_size"] = None
     base = config.read(config_file) if config_file else recipes.recipe(recipe or "digits")
     chosen = config.override(base, fields)
     if with_baseline and chosen.plain:
@@ -144,6 +150,7 @@ def cli(
 
     from eps_train.data import dataset
     from eps_train.models import registry
+    from eps_train.training import forward
     from eps_train.training import run as summary
 
     if pretrained:
@@ -163,7 +170,9 @@ def cli(
             if chosen.dataset in dataset.DATASETS
             else _describe(load).identity.outline
         )
-        summary.show_plan(chosen, outline)
+        summary.show_plan(chosen, outline, forward.choose(device))
+        if auto_batch:
+            console.log().print("--batch-size auto: tried on the device when the run begins")
         return
     summaries = _train(
         runs,
@@ -175,6 +184,7 @@ def cli(
         weights=weights,
         pretrained=pretrained,
         teacher=teacher,
+        auto_batch=auto_batch,
         keep=keep,
         tensorboard=tensorboard,
         cuda_graph=cuda_graph,
@@ -229,11 +239,14 @@ def _train(
     force: bool,
     resume: bool,
     teacher: Path | None,
+    auto_batch: bool,
     **options: Any,
 ) -> list[dict[str, Any]]:
     """Train one run after another into the folder `output`; returns their summaries.
 
-    The first one follows `teacher`; `options` are those of :class:`~eps_train.training.run.Run`.
+    The first one follows `teacher`. With `auto_batch`, all take the largest batch that the first
+    one has memory for, or had when it was begun. `options` are those of
+    :class:`~eps_train.training.run.Run`.
     """
     from eps_train.data import dataset
     from eps_train.training import distributed, forward
@@ -255,6 +268,14 @@ def _train(
         data = group.first(
             lambda: _describe(partial(load, like=like, room=room, check=like is None))
         )
+        if auto_batch:
+            if group.world is not None:
+                raise ConfigError(
+                    "--batch-size auto: not with several processes; give the number of images"
+                )
+            size = _batch_size(runs, data, place)
+            console.log().print(f"batch size: {size}")
+            runs = {files: replace(chosen, batch_size=size) for files, chosen in runs.items()}
         prepare = partial(Run, data=data, device=place, resume=resume, group=group, **options)
         first, *later = runs
         prepared = prepare(config=runs[first], files=first, teacher=teacher)
@@ -265,6 +286,18 @@ def _train(
                 prepared.train(),
                 *(prepare(config=runs[paths], files=paths).train() for paths in later),
             ]
+
+
+def _batch_size(runs: Runs, data: Data, device: torch.device) -> int:
+    """The batch size of a run that is to be resumed; otherwise what the device has memory for."""
+    from eps_train.training.checkpoint import Checkpoint
+    from eps_train.training.probe import largest_batch
+    from eps_train.training.trainer import network_spec
+
+    files, chosen = next(iter(runs.items()))
+    if files.last.exists():
+        return int(Checkpoint.load(files.last).config["batch_size"])
+    return largest_batch(chosen, network_spec(chosen, data.identity.outline), data, device)
 
 
 def _describe(load: Callable[[], Data]) -> Data:

@@ -111,7 +111,23 @@ class TrainingConfig:
     epochs: int = field(
         metadata=_run("Number of epochs; 0 evaluates the weights as they are.", Bounds(0))
     )
-    batch_size: int = field(metadata=_run("Images per step, over all processes.", Bounds(2)))
+    batch_size: int = field(
+        metadata=_run(
+            "Images per step, over all processes; auto: the largest power of two that fits in the"
+            " memory of the GPU, with at least 64 steps in an epoch.",
+            Bounds(2),
+            metavar="NUMBER|auto",
+        )
+    )
+    early_stopping: int = field(
+        default=0,
+        metadata=_run(
+            "Stop after so many epochs without a better validation accuracy, though not before a"
+            " target is met; 0: never.",
+            Bounds(0),
+            metavar="EPOCHS",
+        ),
+    )
     head_epochs: int = field(
         default=0,
         metadata=_run(
@@ -298,6 +314,23 @@ class TrainingConfig:
             metavar="DECAY",
         ),
     )
+    class_weights: str = field(
+        default="none",
+        metadata=_optimizer(
+            "Weight of each image's loss: all alike, or inversely to the number of training images"
+            " of its class.",
+            ("none", "balanced"),
+        ),
+    )
+    accumulate: int = field(
+        default=1,
+        metadata=_optimizer(
+            "Compute each step in so many parts of the batch, one after the other, and add up their"
+            " gradients; needs the memory of one part.",
+            Bounds(1, 4096),
+            metavar="PARTS",
+        ),
+    )
     aux_loss_weight: float = field(
         default=0.1,
         metadata=_optimizer("Weight of the side head's loss; 0: no side head.", Bounds(0)),
@@ -333,14 +366,41 @@ class TrainingConfig:
     augmentation: str = field(
         default="shift",
         metadata=_input(
-            "Random shifts and flips, or the paper's augmentation for SVHN or ImageNet.",
-            ("shift", "svhn", "imagenet"),
+            "Random shifts and flips; the same after TrivialAugment; or the paper's augmentation"
+            " for SVHN or ImageNet.",
+            ("shift", "trivial", "svhn", "imagenet"),
         ),
     )
     shift: int = field(
         default=0, metadata=_input("Largest random shift, in pixels.", Bounds(0, 1000))
     )
     flip: bool = field(default=False, metadata=_input("Flip images horizontally at random."))
+    random_erasing: float = field(
+        default=0.0,
+        metadata=_input(
+            "Probability that a random rectangle of an image is replaced by the mean color.",
+            Bounds(0, 1),
+            metavar="PROBABILITY",
+        ),
+    )
+    mixup: float = field(
+        default=0.0,
+        metadata=_input(
+            "Blend each image and its label with another's, by a share from Beta(ALPHA, ALPHA); 0:"
+            " never.",
+            Bounds(0),
+            metavar="ALPHA",
+        ),
+    )
+    cutmix: float = field(
+        default=0.0,
+        metadata=_input(
+            "Paste a rectangle of another image into each, of an area from Beta(ALPHA, ALPHA), and"
+            " mix their labels alike; with --mixup, one of the two in each batch; 0: never.",
+            Bounds(0),
+            metavar="ALPHA",
+        ),
+    )
 
     precision: str = field(
         default="fp32",
@@ -379,6 +439,11 @@ class TrainingConfig:
                 )
         elif not self.lr_schedule or self.lr_schedule[0][0] != 0:
             raise ConfigError("--lr-schedule must start at epoch 0")
+        if self.batch_size % self.accumulate or self.batch_size < 2 * self.accumulate:
+            raise ConfigError(
+                f"--accumulate {self.accumulate}: a batch of {self.batch_size} images cannot be"
+                " split into so many equal parts of at least 2; give another --batch-size"
+            )
         if self.optimizer == "adamw" and self.nesterov:
             raise ConfigError("--nesterov only applies to --optimizer sgd; leave it out")
         targets = [name for name in TARGETS if getattr(self, name) is not None]
@@ -501,6 +566,8 @@ class TrainingConfig:
 
 # -- Command-line options: one for every field, and `--config`
 
+AUTO = "auto"  # value of --batch-size
+
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
@@ -587,8 +654,17 @@ def config_options(function: _Function) -> _Function:
     return function
 
 
+class _BatchSize(click.IntRange):
+    """A number of images, or `AUTO`, which the command replaces by a number."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return AUTO if value == AUTO else super().convert(value, param, ctx)
+
+
 def _click_type(item: Field[Any]) -> Any:
     kind, values = str(item.type).removesuffix(" | None"), item.metadata["values"]
+    if item.name == "batch_size":
+        return _BatchSize(min=int(values.low))
     if isinstance(values, Bounds):
         if kind == "int":
             return click.IntRange(

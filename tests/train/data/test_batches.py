@@ -105,7 +105,7 @@ def test_processes_share_the_batches_that_one_would_have(
 
 
 def test_disk_and_memory_give_the_same_batches_in_the_same_order(held: Data, on_disk: Data) -> None:
-    for augmentation in ("shift", "svhn"):
+    for augmentation in ("shift", "svhn", "trivial"):
         run = config(augmentation)
         assert same(
             pixels_of(batches.make(held, run, CPU), 2),
@@ -152,10 +152,10 @@ def test_shifts_and_order_are_what_they_were_in_the_first_release() -> None:
     assert draw.mirrored.tolist() == [False, False, False, False, True, True]
 
 
-def test_the_last_incomplete_batch_is_left_out() -> None:
+def test_the_last_incomplete_batch_is_left_out(held: Data) -> None:
     count = 23
     whole = ImageSet(torch.zeros(count, 1, 4, 4, dtype=torch.uint8), torch.arange(count))
-    made = DeviceBatches(whole, config(), CPU)
+    made = DeviceBatches(whole, config(), held.identity, CPU, slice)
     assert (made.size, made.steps) == (10, 2)
     labels = torch.cat([batch.labels for batch in made.epoch(0, first=0)])
     assert len(set(labels.tolist())) == 20

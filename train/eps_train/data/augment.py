@@ -46,8 +46,18 @@ def step_uniform(*shape: int, seed: int, epoch: int, step: int) -> Tensor:
 
     Drawn step by step, because the numbers of a whole epoch of a large set would fill the memory.
     """
+    return torch.rand(shape, generator=_step_generator(seed, epoch, step))
+
+
+def step_seeds(count: int, *, seed: int, epoch: int, step: int, stream: int) -> Tensor:
+    """Seeds int64 `[count]` for one step of one epoch; other ones in each `stream`, above 0."""
+    mixed = _step_generator(seed, epoch, step).initial_seed() * _PRIME + stream
+    return torch.randint(2**62, (count,), generator=torch.Generator().manual_seed(mixed % 2**63))
+
+
+def _step_generator(seed: int, epoch: int, step: int) -> torch.Generator:
     mixed = ((seed * _PRIME + epoch) * _PRIME + step + 1) % 2**63
-    return torch.rand(shape, generator=torch.Generator().manual_seed(mixed))
+    return torch.Generator().manual_seed(mixed)
 
 
 def like_images(numbers: Tensor, images: Tensor) -> Tensor:

@@ -355,14 +355,15 @@ class TrainingPrecision:
             return torch.autocast(self._device.type, enabled=False)
         return torch.autocast(self._device.type, dtype=dtype)
 
-    def step(
-        self, loss: Tensor, optimizer: torch.optim.Optimizer, *, clip_norm: float | None = None
-    ) -> None:
-        """Run the backward pass and the optimizer step, with gradients scaled down to `clip_norm`.
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a loss to those of the parameters."""
+        self._scaler.scale(loss).backward()
+
+    def step(self, optimizer: torch.optim.Optimizer, *, clip_norm: float | None = None) -> None:
+        """Run the optimizer step, with gradients scaled down to `clip_norm`.
 
         In fp16 the optimizer step is skipped when a gradient overflows, and the scale is halved.
         """
-        self._scaler.scale(loss).backward()
         if clip_norm is not None:
             self._scaler.unscale_(optimizer)
             parameters = [p for group in optimizer.param_groups for p in group["params"]]

@@ -18,7 +18,7 @@ from eps_train.data.dataset import Data, Outline
 from eps_train.gating import rewriting
 from eps_train.gating.costs import count_costs, latency_share, make_timer
 from eps_train.models import registry
-from eps_train.models.spec import cost
+from eps_train.models.spec import NetworkSpec, cost
 from eps_train.schedule import CosineDecay, Steps
 from eps_train.training import run_checks
 from eps_train.training.checkpoint import (
@@ -32,6 +32,7 @@ from eps_train.training.distributed import ALONE, Group, StopRequest
 from eps_train.training.evaluate import EpochMetrics
 from eps_train.training.paths import RunPaths
 from eps_train.training.plots import TensorBoardLog, draw, require_tensorboard
+from eps_train.training.probe import step_seconds
 from eps_train.training.progress import LEGEND, EpochPrinter, MetricsLog
 from eps_train.training.run_checks import PruneLog
 from eps_train.training.step import cuda_graph_obstacle
@@ -97,8 +98,8 @@ def show(summaries: list[dict[str, Any]]) -> None:
     log.print(table)
 
 
-def show_plan(chosen: TrainingConfig, data: Outline) -> None:
-    """Print what a run would train; the network is built without memory for its tensors."""
+def show_plan(chosen: TrainingConfig, data: Outline, device: torch.device) -> None:
+    """Print what a run would train, and about how long it would take on a device."""
 
     def listed(steps: Steps) -> str:
         return ", ".join(f"{value:g} from {start:g}" for start, value in steps)
@@ -135,6 +136,7 @@ def show_plan(chosen: TrainingConfig, data: Outline) -> None:
         ("restart", listed(chosen.lr_restart) if chosen.lr_restart else "none"),
         ("final decay", decay),
         ("epsilon", epsilon),
+        ("time", _expected_time(chosen, spec, data, device, flops=total.flops)),
     ]
     log = cli.log()
     log.print(cli.table(f"Recipe {chosen.recipe} (dry run)", ("", ""), rows))
@@ -153,6 +155,21 @@ def show_plan(chosen: TrainingConfig, data: Outline) -> None:
     for warning in warnings:
         if warning:
             log.print(f"warning: {warning}")
+
+
+def _expected_time(
+    config: TrainingConfig, spec: NetworkSpec, data: Outline, device: torch.device, *, flops: int
+) -> str:
+    """The training time of a whole run if no block were removed, from a few steps on noise."""
+    try:
+        step = step_seconds(config, spec, data, device, flops=flops)
+    except (ConfigError, torch.OutOfMemoryError) as error:
+        return f"not estimated: {str(error).partition(chr(10))[0]}"
+    seconds = step * max(1, data.train // config.batch_size) * config.epochs
+    total = f"{seconds:.0f} s"
+    if seconds >= 60:
+        total = f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    return f"about {total} on {device}, at {step:.3g} s a step of the whole network"
 
 
 def _sha256(content: bytes) -> str:
@@ -303,6 +320,11 @@ class Run:
             except (KeyboardInterrupt, OSError, DataError, RuntimeError):
                 self._print_saved()
                 raise
+        if trainer.epoch < self.config.epochs:
+            self._log.print(
+                f"stopped after epoch {trainer.epoch} of {self.config.epochs}: validation has not"
+                f" been better for {trainer.stale} epochs (--early-stopping)"
+            )
         self._group.lead(self._close)
         if self._stop.wait():  # a signal too late to stop this run ends the next one
             assert self._stop.signal is not None

@@ -181,9 +181,9 @@ def zero_branches_warning(
 
 
 def nonfinite_block(gates: Mapping[str, EpsilonGate]) -> tuple[str, int] | None:
-    """The first block whose response was not finite, and the 1-based step of this epoch; or None.
+    """The first block whose response was not finite, and the 1-based pass of this epoch; or None.
 
-    Within a step the first block in the network's order counts, because all blocks after it have
+    Within a pass the first block in the network's order counts, because all blocks after it have
     non-finite responses too.
     """
     found = []
@@ -198,19 +198,25 @@ def nonfinite_block(gates: Mapping[str, EpsilonGate]) -> tuple[str, int] | None:
 
 
 def nonfinite_error(
-    gates: Mapping[str, EpsilonGate], *, epoch: int, step: int, kept: str, group: Group = ALONE
+    gates: Mapping[str, EpsilonGate],
+    *,
+    epoch: int,
+    step: int,
+    kept: str,
+    passes: int = 1,
+    group: Group = ALONE,
 ) -> TrainingError:
     """The error for a loss that is no longer finite at a 1-based `step` of the 1-based `epoch`.
 
     It names the first block that failed, perhaps some steps earlier, in any process of `group`;
-    `kept` says which checkpoint is left.
+    `kept` says which checkpoint is left. A step is so many `passes` through the gates.
     """
     order = list(gates)
     culprits = [found for found in group.gather(nonfinite_block(gates)) if found is not None]
     culprit = min(culprits, key=lambda found: (found[1], order.index(found[0])), default=None)
-    where = (
-        f"step {step}: the loss" if culprit is None else f"step {culprit[1]}: block {culprit[0]}"
-    )
+    where = f"step {step}: the loss"
+    if culprit is not None:
+        where = f"step {math.ceil(culprit[1] / passes)}: block {culprit[0]}"
     return TrainingError(
         f"epoch {epoch}, {where} is no longer finite; lower the learning rate{kept}"
     )

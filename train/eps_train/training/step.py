@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 
@@ -94,6 +95,11 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 class TrainingStep:
     """Turns a batch of raw images into a step of the optimizer.
 
+    Labels are classes int64 `[N]`, or mixed ones float32 `[N, classes]`, which sum to 1. With
+    `accumulate`, the gradients of the parts of a batch are added: each part is a forward pass of
+    its own, for which batch norms compute their statistics, gates decide and record, and a
+    sub-network is drawn.
+
     With a teacher, the loss is `(1 - w) cross-entropy + w distillation`, on the same augmented
     images. With sub-networks, one of them is trained in the same step, on the logits of the whole
     network. Averaged weights are updated at the end of the step.
@@ -115,8 +121,10 @@ class TrainingStep:
         device: torch.device,
         teacher: Teacher | None = None,
         averaged: AveragedWeights | None = None,
+        class_weights: Tensor | None = None,
     ) -> None:
-        self._averaged = averaged
+        self._averaged, self._class_weights = averaged, class_weights
+        self._accumulate = config.accumulate
         self._label_smoothing, self._clip = config.label_smoothing, config.clip_grad_norm
         self.teacher = teacher
         self._distillation = (config.distillation_weight, config.temperature)
@@ -129,7 +137,31 @@ class TrainingStep:
         self.sub_networks: SubNetworks | None = None
 
     def __call__(self, batch: ImageSet) -> Tensor:
-        """Take one step; returns (loss, correct answers) of this process, `[2]`, on the device."""
+        """Take one step; returns (loss, correct answers) of this process, `[2]`, on the device.
+
+        Of a mixed label, the class with the largest share is the correct answer.
+        """
+        self.optimizer.zero_grad()
+        parts = batch.batches(math.ceil(len(batch) / self._accumulate))
+        found = [self._add_gradients(part, len(part) / len(batch)) for part in parts]
+        self.precision.step(self.optimizer, clip_norm=self._clip)
+        if self._averaged is not None:
+            self._averaged.update()
+        return torch.stack(found).sum(dim=0)
+
+    def rewrap(self) -> None:
+        """Continue after blocks were removed from the network, or the teacher changed."""
+        self._forward.rewrap()
+        if self._averaged is not None:
+            self._averaged.follow(self._network.model)
+
+    def _add_gradients(self, batch: ImageSet, share: float) -> Tensor:
+        """Add the gradients of a part of a batch; returns its part of the result of the step.
+
+        Args:
+            batch: the part.
+            share: of the images of the whole batch.
+        """
         images = self._normalize(batch.images).contiguous(memory_format=MEMORY_FORMAT)
         with self.precision.autocast():
             logits, side = self._forward(images)
@@ -145,21 +177,32 @@ class TrainingStep:
             loss = loss + self._aux_loss_weight * self._cross_entropy(side, batch.labels)
         if nested is not None:
             loss = loss + distillation_loss(nested, logits, 1.0)
-        self.optimizer.zero_grad()
-        self.precision.step(loss, self.optimizer, clip_norm=self._clip)
-        if self._averaged is not None:
-            self._averaged.update()
-        correct = (logits.detach().argmax(dim=1) == batch.labels).sum()
+        loss = share * loss
+        self.precision.backward(loss)
+        mixed = batch.labels.is_floating_point()
+        labels = batch.labels.argmax(dim=1) if mixed else batch.labels
+        correct = (logits.detach().argmax(dim=1) == labels).sum()
         return torch.stack([loss.detach().to(self._result), correct.to(self._result)])
 
-    def rewrap(self) -> None:
-        """Continue after blocks were removed from the network, or the teacher changed."""
-        self._forward.rewrap()
-        if self._averaged is not None:
-            self._averaged.follow(self._network.model)
-
     def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(logits.float(), labels, label_smoothing=self._label_smoothing)
+        logits, smoothing = logits.float(), self._label_smoothing
+        if (weight := self._class_weights) is None:
+            return F.cross_entropy(logits, labels, label_smoothing=smoothing)
+        # Per image, so that mixed labels and parts of a batch count alike: torch's mean of class
+        # labels is one over their weights.
+        total = F.cross_entropy(
+            logits, labels, weight=weight, label_smoothing=smoothing, reduction="sum"
+        )
+        return total / len(labels)
+
+
+def balanced_weights(labels: Tensor, classes: int) -> Tensor:
+    """Weights of the classes, float32, inverse to their frequency in `labels`.
+
+    Their mean over the images is 1. A class without an image counts as having one.
+    """
+    counts = labels.bincount(minlength=classes).clamp(min=1)
+    return len(labels) / (classes * counts.float())
 
 
 # -- The step as one CUDA graph: the host launches one graph instead of a thousand kernels

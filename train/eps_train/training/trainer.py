@@ -44,6 +44,7 @@ from eps_train.training.forward import wide_float
 from eps_train.training.step import (
     GraphedStep,
     TrainingStep,
+    balanced_weights,
     build,
     make_optimizer,
     set_lr,
@@ -117,6 +118,7 @@ class Trainer:
             device,
             teacher,
             averaged=self.averaged,
+            class_weights=self._class_weights(),
         )
         if use_cuda_graph(cuda_graph, config, group, device):
             required = cuda_graph == "on"
@@ -138,8 +140,15 @@ class Trainer:
         self._rng: tuple[Tensor, Tensor | None] | None = None  # of the step to resume at
         self.validated: Score | None = None  # of the last epoch
         self.best: Score | None = None  # of the current structure
+        self.stale = 0  # epochs since then
         self.seconds = 0.0
         self.started_from: dict[str, str] | None = None  # name and SHA-256 of a file of weights
+
+    def _class_weights(self) -> Tensor | None:
+        if self.config.class_weights == "none":
+            return None
+        identity = self.data.identity
+        return balanced_weights(self.data.train.labels, len(identity.classes)).to(self.device)
 
     def _make_pruner(self) -> BlockPruner:
         config, shape = self.config, self.data.identity.input_shape
@@ -172,14 +181,32 @@ class Trainer:
             self.validated = self.group.lead(lambda: self._score(self.model))
             checkpoint = self.checkpoint()
             self.group.lead(lambda: checkpoint.save(self.best_path))
-        while self.epoch < self.config.epochs:
+        while not self.finished:
             metrics = self.run_epoch()
             # Reported first: an epoch that is saved and then lost to a kill would go unreported.
             report(metrics)
             self.save(metrics)
-            if self._stop() and self.epoch < self.config.epochs:
+            if self._stop() and not self.finished:
                 raise Stopped
         return self._finish()
+
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs are done, or no more are worth while (`early_stopping`).
+
+        As long as blocks are still to be chosen the run goes on: until a target is met, until a
+        fixed epsilon has acted for `patience` epochs, or until a nested run has its order.
+        """
+        config = self.config
+        if self.epoch >= config.epochs:
+            return True
+        if not config.early_stopping or self.stale < config.early_stopping:
+            return False
+        if (controller := self.pruner.controller) is not None:
+            return controller.shortfall(self.pruner.cost()) is None
+        if config.nested:
+            return bool(self.order)
+        return config.plain or self.epoch >= config.epsilon_warmup + config.patience
 
     def measure_latency(self, report: Log = lambda line: None) -> None:
         """Time the blocks, if a target asks for it, unless the run has their times already.
@@ -241,8 +268,9 @@ class Trainer:
         if ordered:
             self._fix_order(judged.scores)
         best = bool(died) or ordered or self.best is None or self._better(validation, self.best)
+        self.stale += 1
         if best:
-            self.best = validation
+            self.best, self.stale = validation, 0
         seconds = time.perf_counter() - started
         self.seconds += seconds
         return EpochMetrics(
@@ -299,7 +327,8 @@ class Trainer:
         kept = f"; {self.last_path} keeps the epoch before" if self.epoch else ""
         now: Any = {"epoch": self.epoch + 1, "step": self.step, "kept": kept}
         if bool(self.group.largest(self.totals[0].isfinite().logical_not().int())):
-            self.group.fail(run_checks.nonfinite_error(self.pruner.gates, **now, group=self.group))
+            more: Any = {"passes": self.config.accumulate, "group": self.group}
+            self.group.fail(run_checks.nonfinite_error(self.pruner.gates, **now, **more))
         if self.take_step.precision.collapsed():
             self.group.fail(run_checks.loss_scale_error(**now))
 
@@ -445,6 +474,7 @@ class Trainer:
             "tracker": pruner["tracker"],
             "controller": pruner["controller"],
             "best": self.best and asdict(self.best),
+            "stale": self.stale,
             "seconds": self.seconds,
         }
 
@@ -480,6 +510,7 @@ class Trainer:
         self.schedule.load_state_dict(state["schedule"])
         self.saved, self.seconds = state["epoch"], state["seconds"]
         self.best = state["best"] and Score(**state["best"])
+        self.stale = state.get("stale", 0)  # not in files of earlier versions
         self.validated = last.metrics["validation"] and Score(**last.metrics["validation"])
         self.started_from = last.metrics["started_from"]
         self.totals.copy_(torch.tensor(own["totals"], dtype=self.totals.dtype))
