@@ -19,6 +19,7 @@ import click
 import msgspec
 
 from eps_core.errors import ConfigError
+from eps_core.preprocessing import FITS
 from eps_train.gating.targets import TARGETS, Target
 from eps_train.schedule import CosineDecay, LrSchedule, Steps
 
@@ -101,6 +102,14 @@ class TrainingConfig:
     image_size: tuple[int, int] | None = field(
         default=None,
         metadata=_run("Resize images to SIZE or HEIGHTxWIDTH, in pixels.", metavar="SIZE"),
+    )
+    fit: str = field(
+        default="crop",
+        metadata=_run(
+            "Images of another aspect ratio: crop at the center, or letterbox: show the whole image"
+            " on gray.",
+            FITS,
+        ),
     )
     model: str = field(
         metadata=_run(

@@ -286,6 +286,7 @@ def load(
     root: Path | None = None,
     *,
     image_size: tuple[int, int] | None = None,
+    fit: str = "crop",
     normalization: str = "channel",
     statistics: Statistics | None = None,
     download: bool = False,
@@ -301,6 +302,7 @@ def load(
         root: folder of the set's files, the current folder if None; for ``folder:PATH`` it replaces
             PATH (on a machine where the images are elsewhere).
         image_size: height and width to resize the images to; None: as they are.
+        fit: `crop` or `letterbox`, as in :class:`~eps_core.preprocessing.Preprocessing`.
         normalization: `channel` or `pixel`, as :func:`measure` takes it.
         statistics: mean and std to normalize by instead, for images of any size.
         download: download missing files, of the sets that torchvision can download.
@@ -317,7 +319,7 @@ def load(
     """
     if room is None:
         room = room_for_images()
-    raw = _read(name, root, image_size, download, room, like)
+    raw = _read(name, root, image_size, fit, download, room, like)
     if like is not None and raw.folder is not None:
         held = like.held
         if held is None:
@@ -361,6 +363,7 @@ def load_again(identity: DataIdentity, root: Path | None = None) -> Data:
         identity.name,
         root,
         image_size=identity.preprocessing.crop,
+        fit=identity.preprocessing.fit,
         normalization=identity.normalization,
         like=identity,
     )
@@ -385,6 +388,7 @@ def _read(
     name: str,
     root: Path | None,
     image_size: tuple[int, int] | None,
+    fit: str,
     download: bool,
     room: int,
     like: DataIdentity | None,
@@ -397,7 +401,7 @@ def _read(
             )
         known = like.preprocessing if like is not None else None
         return folder.read_folder(
-            root or Path(path).expanduser(), image_size, room=room, known=known
+            root or Path(path).expanduser(), image_size, fit=fit, room=room, known=known
         )
     if name not in DATASETS:
         raise ConfigError(
@@ -405,16 +409,17 @@ def _read(
         )
     root = root or Path()
     if name == "imagenet":
-        return folder.read_imagenet(root, image_size)
+        return folder.read_imagenet(root, image_size, fit)
     if name == "digits":
         raw = downloads.read_digits()
     elif name in ("mnist", "fashion-mnist"):
         raw = downloads.read_idx(name, root, download=download)
     else:
         raw = downloads.read_archive(name, root, download=download)
-    if image_size in (None, raw.preprocessing.crop):
-        return raw
-    how = replace(raw.preprocessing, resize=image_size, crop=image_size)
+    how = replace(raw.preprocessing, fit=fit)
+    if image_size in (None, how.crop):  # `fit` is for the images of eps-predict and eps-serve
+        return replace(raw, preprocessing=how)
+    how = replace(how, resize=image_size, crop=image_size)
     return replace(raw.map_parts(lambda part: part.preprocessed(how)), preprocessing=how)
 
 

@@ -171,6 +171,7 @@ def read_folder(
     folder: Path,
     size: tuple[int, int] | None = None,
     *,
+    fit: str = "crop",
     room: int = sys.maxsize,
     known: Preprocessing | None = None,
 ) -> RawDataset:
@@ -183,8 +184,9 @@ def read_folder(
     Args:
         folder: class folders, or `train` (and perhaps `val`, `test`) with class folders in each.
         size: height and width to resize the images to; None when they all share one size.
+        fit: how, as in :class:`Preprocessing`.
         room: bytes of pixels that may be in memory.
-        known: how the images were read before, which replaces `size`.
+        known: how the images were read before, which replaces `size` and `fit`.
 
     Raises:
         DataError: names the folder or image that is missing, empty, or of another size.
@@ -194,7 +196,7 @@ def read_folder(
     roots, unused = _roots(folder)
     found = {part: class_files(root) for part, root in roots.items()}
     paths = [path for files in found.values() for path in files.paths]
-    how = known or _preprocessing(folder, paths, size, room)
+    how = known or _preprocessing(folder, paths, size, fit, room)
     classes = tuple(found["train"].by_class)
     parts = {part: files.labelled(classes, how) for part, files in found.items()}
     others = describe_files(sum((files.left_out for files in found.values()), Counter[str]()))
@@ -257,7 +259,7 @@ def _few(names: Sequence[str]) -> str:
 
 
 def _preprocessing(
-    folder: Path, paths: Sequence[Path], size: tuple[int, int] | None, room: int
+    folder: Path, paths: Sequence[Path], size: tuple[int, int] | None, fit: str, room: int
 ) -> Preprocessing:
     """How to read the files: grey when every image is, else RGB; in the given or common size."""
     every = None if size else _sizes(paths)
@@ -275,7 +277,7 @@ def _preprocessing(
     grey = _sizes(few)[1]
     if len(paths) * size[0] * size[1] * (1 if grey else 3) <= room:
         grey = (every or _sizes(paths))[1]
-    return Preprocessing(resize=size, crop=size, color="grey" if grey else "rgb")
+    return Preprocessing(resize=size, crop=size, color="grey" if grey else "rgb", fit=fit)
 
 
 def _sizes(paths: Sequence[Path]) -> tuple[Counter[tuple[int, int]], bool]:
@@ -308,7 +310,7 @@ _WHAT = (
 )
 
 
-def read_imagenet(root: Path, size: tuple[int, int] | None = None) -> RawDataset:
+def read_imagenet(root: Path, size: tuple[int, int] | None = None, fit: str = "crop") -> RawDataset:
     """List the files of both parts; `val`, which has labels, becomes the test part.
 
     The images stay on disk. A subset of the classes in the same layout is read too.
@@ -316,6 +318,7 @@ def read_imagenet(root: Path, size: tuple[int, int] | None = None) -> RawDataset
     Args:
         root: the folder that holds `train` and `val`.
         size: height and width to crop at the centre; None: 224x224.
+        fit: `letterbox` instead of the crop, as in :class:`Preprocessing`.
 
     Raises:
         DataError: one of the folders is missing, or not laid out like this.
@@ -324,8 +327,12 @@ def read_imagenet(root: Path, size: tuple[int, int] | None = None) -> RawDataset
         if not (root / part).is_dir():
             raise DataError(f"data set imagenet: no folder {part} in {root}; {_WHAT}")
     height, width = size or (SIZE, SIZE)
+    cover = _COVER if fit == "crop" else 1.0
     preprocessing = Preprocessing(
-        resize=(round(height * _COVER), round(width * _COVER)), crop=(height, width), color="rgb"
+        resize=(round(height * cover), round(width * cover)),
+        crop=(height, width),
+        color="rgb",
+        fit=fit,
     )
     try:
         train, test = (class_files(root / part) for part in ("train", "val"))

@@ -453,7 +453,8 @@ class FileSet:
         To hash the pixels would take as long as an epoch. So an image that is replaced by another
         of the same size in bytes goes unnoticed.
         """
-        digest.update(repr(self.preprocessing).encode())
+        how = self.preprocessing
+        digest.update((repr(how) + ("" if how.fit == "crop" else how.fit)).encode())
         root, separator = os.fsencode(self.root), os.fsencode(os.sep)
         for name in self.names.tolist():
             size = os.stat(os.path.join(root, name)).st_size
