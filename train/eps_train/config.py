@@ -95,8 +95,8 @@ class TrainingConfig:
     recipe: str
     dataset: str = field(
         metadata=_run(
-            "digits, mnist, fashion-mnist, cifar10, cifar100, svhn, imagenet, or folder:PATH with"
-            " one folder of images per class."
+            "digits, mnist, fashion-mnist, cifar10, cifar100, svhn, imagenet, folder:PATH with one"
+            " folder of images per class, or csv:PATH, a file with the columns path and label."
         )
     )
     image_size: tuple[int, int] | None = field(

@@ -138,7 +138,7 @@ TEST_SHARE = 5  # a fifth of the images, where the data set has no test part of 
 VALIDATION_SHARE = 10  # a tenth of the rest, but
 VALIDATION_MOST = 10_000  # no more than these in all: they tell accuracies half a point apart
 
-FOLDER = "folder:"
+_ELSEWHERE = ("folder:", "csv:")  # names with a path, which differs from machine to machine
 
 _NAMED = 10  # classes that are named before training
 _NAMED_PROBLEMS = 3  # damaged images that an error names
@@ -217,8 +217,10 @@ class DataIdentity:
         return Outline(self.input_shape, len(self.classes), self.sizes["train"])
 
     def may_be(self, name: str) -> bool:
-        """Whether `--dataset name` may mean this set: its name, or another path of a folder."""
-        return self.name == name or (self.name.startswith(FOLDER) and name.startswith(FOLDER))
+        """Whether `--dataset name` may mean this set: its name, or another path of its kind."""
+        return self.name == name or any(
+            self.name.startswith(kind) and name.startswith(kind) for kind in _ELSEWHERE
+        )
 
     def changed_part(self, other: DataIdentity) -> str | None:
         """The first part in which `other` differs; None when they are the same images.
@@ -298,9 +300,10 @@ def load(
     """Load a data set and split it.
 
     Args:
-        name: as `--dataset` takes it: one of `DATASETS`, or ``folder:PATH``.
+        name: as `--dataset` takes it: one of `DATASETS`, ``folder:PATH`` or ``csv:PATH``.
         root: folder of the set's files, the current folder if None; for ``folder:PATH`` it replaces
-            PATH (on a machine where the images are elsewhere).
+            PATH, and for ``csv:PATH`` the folder of PATH (on a machine where the images are
+            elsewhere).
         image_size: height and width to resize the images to; None: as they are.
         fit: `crop` or `letterbox`, as in :class:`~eps_core.preprocessing.Preprocessing`.
         normalization: `channel` or `pixel`, as :func:`measure` takes it.
@@ -393,19 +396,24 @@ def _read(
     room: int,
     like: DataIdentity | None,
 ) -> RawDataset:
-    if name.startswith(FOLDER):
-        path = name.removeprefix(FOLDER)
-        if root is None and not path:
+    known = like.preprocessing if like is not None else None
+    kind, colon, given = name.partition(":")
+    path = Path(given).expanduser()
+    if kind + colon == "folder:":
+        if root is None and not given:
             raise ConfigError(
-                f"--dataset {FOLDER}: names no folder; write {FOLDER}PATH ({FOLDER}. for this one)"
+                "--dataset folder:: names no folder; write folder:PATH (folder:. for this one)"
             )
-        known = like.preprocessing if like is not None else None
-        return folder.read_folder(
-            root or Path(path).expanduser(), image_size, fit=fit, room=room, known=known
-        )
+        return folder.read_folder(root or path, image_size, fit=fit, room=room, known=known)
+    if kind + colon == "csv:":
+        if not path.name:
+            raise ConfigError("--dataset csv:: names no file; write csv:PATH")
+        table = path if root is None else root / path.name
+        return folder.read_csv(table, image_size, fit=fit, room=room, known=known)
     if name not in DATASETS:
         raise ConfigError(
-            f"--dataset {name}: unknown; the data sets are: {', '.join(DATASETS)}, folder:PATH"
+            f"--dataset {name}: unknown; the data sets are: {', '.join(DATASETS)}, folder:PATH,"
+            " csv:PATH"
         )
     root = root or Path()
     if name == "imagenet":

@@ -1,13 +1,14 @@
-"""Data sets of image files: folders with one folder per class, and ImageNet."""
+"""Data sets of image files: one folder per class, a CSV file of paths and labels, and ImageNet."""
 
 from __future__ import annotations
 
+import csv
 import math
 import os
 import random
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -196,7 +197,7 @@ def read_folder(
     roots, unused = _roots(folder)
     found = {part: class_files(root) for part, root in roots.items()}
     paths = [path for files in found.values() for path in files.paths]
-    how = known or _preprocessing(folder, paths, size, fit, room)
+    how = known or preprocessing_of(f"folder:{folder}", paths, size, fit=fit, room=room)
     classes = tuple(found["train"].by_class)
     parts = {part: files.labelled(classes, how) for part, files in found.items()}
     others = describe_files(sum((files.left_out for files in found.values()), Counter[str]()))
@@ -258,18 +259,21 @@ def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
 
 
-def _preprocessing(
-    folder: Path, paths: Sequence[Path], size: tuple[int, int] | None, fit: str, room: int
+def preprocessing_of(
+    name: str, paths: Sequence[Path], size: tuple[int, int] | None, *, fit: str, room: int
 ) -> Preprocessing:
-    """How to read the files: grey when every image is, else RGB; in the given or common size."""
+    """How to read the files: grey when every image is, else RGB; in the given or common size.
+
+    `name` is that of the data set; the other arguments are those of :func:`read_folder`.
+    """
     every = None if size else _sizes(paths)
     if every is not None:
         if not every[0]:
-            raise DataError(f"data set folder:{folder}: none of its images can be read")
+            raise DataError(f"data set {name}: none of its images can be read")
         (size, _), *others = every[0].most_common()
         if others:
             raise DataError(
-                f"data set folder:{folder}: images of {len(every[0])} sizes (most are"
+                f"data set {name}: images of {len(every[0])} sizes (most are"
                 f" {size[0]}x{size[1]}); choose one with --image-size"
             )
     assert size is not None
@@ -297,6 +301,136 @@ def _sizes(paths: Sequence[Path]) -> tuple[Counter[tuple[int, int]], bool]:
         except Exception:  # Pillow raises many types for damaged files
             continue
     return sizes, grey
+
+
+# -- `csv:PATH`: a table with the columns path, label, and perhaps split
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """A line of the table; `file` is relative to the table's folder, `part` a key of `_PARTS`."""
+
+    line: int
+    file: str
+    label: str
+    part: str
+
+
+def read_csv(
+    path: Path,
+    size: tuple[int, int] | None = None,
+    *,
+    fit: str = "crop",
+    room: int = sys.maxsize,
+    known: Preprocessing | None = None,
+) -> RawDataset:
+    """Find every image that a CSV file lists.
+
+    The classes are in alphabetical order, or in numerical order where all labels are numbers. The
+    arguments are those of :func:`read_folder`, but for `path`: a file whose header has the columns
+    `path` (relative to the file's folder), `label` and perhaps `split`.
+
+    Raises:
+        DataError: names the line that is incomplete, or whose file is missing or listed twice, or
+            whose split or label is unknown.
+    """
+    name = f"csv:{path}"
+    rows = list(_rows(path))
+    if not rows:
+        raise DataError(f"data set {name}: no images are listed below its header")
+    first: dict[str, int] = {}
+    for row in rows:
+        line = first.setdefault(os.path.normpath(row.file), row.line)
+        if line != row.line:
+            raise _bad_line(path, row.line, f"{row.file} is in line {line} already; keep one")
+    missing = [row for row in rows if not os.path.isfile(path.parent / row.file)]
+    if missing:
+        more = f"; {len(missing) - 1:,} more lines are like it" if missing[1:] else ""
+        raise _bad_line(
+            path,
+            missing[0].line,
+            f"{missing[0].file}: no such file; paths are relative to {path.parent}{more}",
+        )
+    by_part: dict[str, list[_Row]] = defaultdict(list)
+    for row in rows:
+        by_part[row.part].append(row)
+    if "train" not in by_part:
+        raise DataError(f"data set {name}: no line has the split train")
+    found = {row.label for row in by_part["train"]}
+    classes = tuple(sorted(found, key=int if all(map(str.isdecimal, found)) else None))
+    numbers = {label: number for number, label in enumerate(classes)}
+    for row in rows:
+        if row.label not in numbers:
+            raise _bad_line(path, row.line, f"label {row.label}: no training image has it")
+    paths = [path.parent / row.file for row in rows]
+    how = known or preprocessing_of(name, paths, size, fit=fit, room=room)
+    parts = {
+        part: FileSet.of(
+            path.parent, [row.file for row in listed], [numbers[row.label] for row in listed], how
+        )
+        for part, listed in by_part.items()
+    }
+    return RawDataset(
+        train=parts["train"],
+        validation=parts.get("val"),
+        test=parts.get("test"),
+        classes=classes,
+        preprocessing=how,
+        folder=path.parent,
+        held=len(rows) * math.prod(how.shape) <= room,
+    )
+
+
+def _rows(path: Path) -> Iterator[_Row]:
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            table = csv.DictReader(file, strict=True)
+            header = [column.strip() for column in table.fieldnames or ()]
+            table.fieldnames = header
+            for column in ("path", "label"):
+                if column not in header:
+                    raise _bad_line(
+                        path,
+                        1,
+                        f"no column {column} ({', '.join(header) or 'empty'}); the header must have"
+                        " path and label, and may have split, separated by commas",
+                    )
+            columns = [column for column in ("path", "label", "split") if column in header]
+            for fields in table:
+                values = {column: (fields[column] or "").strip() for column in columns}
+                for column, value in values.items():
+                    if not value:
+                        raise _bad_line(path, table.line_num, f"no {column}; fill it in")
+                if None in fields:
+                    raise _bad_line(
+                        path,
+                        table.line_num,
+                        f"more than the {len(header)} values of the header; put a value that has a"
+                        " comma in quotes",
+                    )
+                split = values.get("split", "train")
+                part = next((p for p, usual in _PARTS.items() if split.lower() in usual), None)
+                if part is None:
+                    raise _bad_line(
+                        path, table.line_num, f"split {split}: write train, val or test"
+                    )
+                yield _Row(table.line_num, values["path"], values["label"], part)
+    except FileNotFoundError:
+        raise DataError(
+            f"data set csv:{path}: no such file; name its folder with --data-root"
+        ) from None
+    except OSError as error:
+        raise DataError(f"data set csv:{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise DataError(
+            f"data set csv:{path}: is not UTF-8 text; save it as CSV in UTF-8"
+        ) from None
+    except csv.Error as error:
+        raise _bad_line(path, table.line_num + 1, f"not CSV: {error}") from None
+
+
+def _bad_line(path: Path, line: int, problem: str) -> DataError:
+    return DataError(f"data set csv:{path}: line {line:,}: {problem}")
 
 
 # -- ImageNet (ILSVRC 2012) in its usual layout: `train` and `val`, each with one folder per class
