@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 import msgspec
 import numpy as np
@@ -176,10 +176,6 @@ class Preprocessing:
         """Read an image file and :meth:`apply`. Raises DataError that names the file."""
         return with_image(path, self.apply)
 
-    def read_crop(self, path: Path, choose: ChooseBox) -> npt.NDArray[np.uint8]:
-        """Read an image file and :meth:`apply_crop`. Raises DataError that names the file."""
-        return with_image(path, lambda image: self.apply_crop(image, choose))
-
     def _padded(self, image: Image.Image, top: int, left: int) -> Image.Image:
         """`image` at `top` and `left` of an image of size `crop`."""
         from PIL import Image
@@ -208,13 +204,18 @@ class Preprocessing:
         return Image.Resampling[self.interpolation.upper()]
 
 
-def with_image(path: Path, use: Callable[[Image.Image], T]) -> T:
-    """Open an image file and return `use(image)`. Raises DataError that names the file."""
+def with_image(
+    path: Path, use: Callable[[Image.Image], T], opened: Callable[[], BinaryIO] | None = None
+) -> T:
+    """Open an image file and return `use(image)`. Raises DataError that names the file.
+
+    `opened` opens an image that `path` only names, such as a row of a table.
+    """
     from PIL import Image, UnidentifiedImageError
 
     try:
         # Not by its path: Pillow would map some TIFF files into memory and ignore their rotation.
-        with path.open("rb") as file, Image.open(file) as image:
+        with opened() if opened else path.open("rb") as file, Image.open(file) as image:
             return use(image)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None

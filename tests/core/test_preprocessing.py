@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import struct
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from PIL import Image
 
 from eps_core.errors import ConfigError, DataError
-from eps_core.preprocessing import PAD_VALUE, Preprocessing
+from eps_core.preprocessing import PAD_VALUE, Preprocessing, with_image
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -319,7 +320,7 @@ def test_a_crop_is_chosen_in_the_rotated_image_and_resized(tmp_path: Path) -> No
         return 4, 7, 21, 14
 
     how = preprocessing((12, 10), (8, 6), color="rgb", interpolation="bilinear")
-    found = how.read_crop(tmp_path / "photo.png", choose)
+    found = with_image(tmp_path / "photo.png", partial(how.apply_crop, choose=choose))
     assert told == [(40, 30)]
     part = Image.fromarray(np.ascontiguousarray(np.rot90(pixels, -1)[4:25, 7:21]))
     expected = np.asarray(part.resize((6, 8), Image.Resampling.BILINEAR)).transpose(2, 0, 1)

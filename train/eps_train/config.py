@@ -96,7 +96,8 @@ class TrainingConfig:
     dataset: str = field(
         metadata=_run(
             "digits, mnist, fashion-mnist, cifar10, cifar100, svhn, imagenet, folder:PATH with one"
-            " folder of images per class, or csv:PATH, a file with the columns path and label."
+            " folder of images per class, csv:PATH, a file with the columns path and label, or"
+            " hf:PATH or hf:NAME, a data set of Hugging Face."
         )
     )
     image_size: tuple[int, int] | None = field(

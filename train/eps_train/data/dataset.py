@@ -21,7 +21,7 @@ from torch import Tensor
 from eps_core.errors import ConfigError, DamagedImages, DataError
 from eps_core.preprocessing import Preprocessing
 from eps_train.config import from_plain_data, plain_data
-from eps_train.data import downloads, folder, images
+from eps_train.data import downloads, folder, huggingface, images
 from eps_train.data.images import FileSet, ImageSet, Part, RawDataset, ScanStatistics
 
 # -- Mean and std of the training part, by which a network's input is normalized
@@ -138,7 +138,7 @@ TEST_SHARE = 5  # a fifth of the images, where the data set has no test part of 
 VALIDATION_SHARE = 10  # a tenth of the rest, but
 VALIDATION_MOST = 10_000  # no more than these in all: they tell accuracies half a point apart
 
-_ELSEWHERE = ("folder:", "csv:")  # names with a path, which differs from machine to machine
+_ELSEWHERE = ("folder:", "csv:", "hf:")  # names with a path, which differs from machine to machine
 
 _NAMED = 10  # classes that are named before training
 _NAMED_PROBLEMS = 3  # damaged images that an error names
@@ -300,10 +300,11 @@ def load(
     """Load a data set and split it.
 
     Args:
-        name: as `--dataset` takes it: one of `DATASETS`, ``folder:PATH`` or ``csv:PATH``.
-        root: folder of the set's files, the current folder if None; for ``folder:PATH`` it replaces
-            PATH, and for ``csv:PATH`` the folder of PATH (on a machine where the images are
-            elsewhere).
+        name: as `--dataset` takes it: one of `DATASETS`, ``folder:PATH``, ``csv:PATH`` or
+            ``hf:PATH``.
+        root: folder of the set's files, the current folder if None. It replaces PATH of
+            ``folder:PATH`` and ``hf:PATH``, and the folder of PATH of ``csv:PATH`` (on a machine
+            where the images are elsewhere).
         image_size: height and width to resize the images to; None: as they are.
         fit: `crop` or `letterbox`, as in :class:`~eps_core.preprocessing.Preprocessing`.
         normalization: `channel` or `pixel`, as :func:`measure` takes it.
@@ -410,10 +411,14 @@ def _read(
             raise ConfigError("--dataset csv:: names no file; write csv:PATH")
         table = path if root is None else root / path.name
         return folder.read_csv(table, image_size, fit=fit, room=room, known=known)
+    if kind + colon == "hf:":
+        if root is None and not given:
+            raise ConfigError("--dataset hf:: names no data set; write hf:PATH or hf:NAME")
+        return huggingface.read(given, root, image_size, fit=fit, room=room, known=known)
     if name not in DATASETS:
         raise ConfigError(
             f"--dataset {name}: unknown; the data sets are: {', '.join(DATASETS)}, folder:PATH,"
-            " csv:PATH"
+            " csv:PATH, hf:PATH"
         )
     root = root or Path()
     if name == "imagenet":

@@ -8,9 +8,11 @@ import os
 import random
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 from eps_core.errors import DataError
 from eps_core.preprocessing import Preprocessing, upright_size
@@ -159,11 +161,12 @@ def _suffix(name: str) -> str:
 
 # -- `folder:PATH`
 
-_PARTS = {  # usual names of the folders of parts in public sets, in any case
+PARTS = {  # usual names of the folders of parts in public sets, in any case
     "train": ("train", "training", "trn", "seg_train"),
     "val": ("val", "valid", "validation", "dev", "eval", "seg_val"),
     "test": ("test", "testing", "tests", "tst", "seg_test", "holdout"),
 }
+OpenFile = Callable[[], BinaryIO]
 _GREY_MODES = ("1", "L", "LA")
 _SAMPLE = 1_000  # files of a large set that are opened
 
@@ -197,7 +200,8 @@ def read_folder(
     roots, unused = _roots(folder)
     found = {part: class_files(root) for part, root in roots.items()}
     paths = [path for files in found.values() for path in files.paths]
-    how = known or preprocessing_of(f"folder:{folder}", paths, size, fit=fit, room=room)
+    opened = [partial(path.open, "rb") for path in paths]
+    how = known or preprocessing_of(f"folder:{folder}", opened, size, fit=fit, room=room)
     classes = tuple(found["train"].by_class)
     parts = {part: files.labelled(classes, how) for part, files in found.items()}
     others = describe_files(sum((files.left_out for files in found.values()), Counter[str]()))
@@ -222,7 +226,7 @@ def _roots(folder: Path) -> tuple[dict[str, Path], list[str]]:
     """
     inner = {name: folders(folder / name) for name in folders(folder)}
     named: dict[str, list[str]] = defaultdict(list)
-    for part, usual in _PARTS.items():
+    for part, usual in PARTS.items():
         named[part] = [name for name, below in inner.items() if below and name.lower() in usual]
         if len(named[part]) > 1:
             raise DataError(
@@ -260,13 +264,14 @@ def _few(names: Sequence[str]) -> str:
 
 
 def preprocessing_of(
-    name: str, paths: Sequence[Path], size: tuple[int, int] | None, *, fit: str, room: int
+    name: str, files: Sequence[OpenFile], size: tuple[int, int] | None, *, fit: str, room: int
 ) -> Preprocessing:
     """How to read the files: grey when every image is, else RGB; in the given or common size.
 
-    `name` is that of the data set; the other arguments are those of :func:`read_folder`.
+    `name` is that of the data set, `files` open the images; the other arguments are those of
+    :func:`read_folder`.
     """
-    every = None if size else _sizes(paths)
+    every = None if size else _sizes(files)
     if every is not None:
         if not every[0]:
             raise DataError(f"data set {name}: none of its images can be read")
@@ -277,14 +282,14 @@ def preprocessing_of(
                 f" {size[0]}x{size[1]}); choose one with --image-size"
             )
     assert size is not None
-    few = random.Random(0).sample(paths, min(len(paths), _SAMPLE))
+    few = random.Random(0).sample(files, min(len(files), _SAMPLE))
     grey = _sizes(few)[1]
-    if len(paths) * size[0] * size[1] * (1 if grey else 3) <= room:
-        grey = (every or _sizes(paths))[1]
+    if len(files) * size[0] * size[1] * (1 if grey else 3) <= room:
+        grey = (every or _sizes(files))[1]
     return Preprocessing(resize=size, crop=size, color="grey" if grey else "rgb", fit=fit)
 
 
-def _sizes(paths: Sequence[Path]) -> tuple[Counter[tuple[int, int]], bool]:
+def _sizes(files: Sequence[OpenFile]) -> tuple[Counter[tuple[int, int]], bool]:
     """Upright sizes (height, width) of images, and whether all are grey; from their headers alone.
 
     Files that cannot be opened are skipped: reading the pixels names them.
@@ -293,9 +298,9 @@ def _sizes(paths: Sequence[Path]) -> tuple[Counter[tuple[int, int]], bool]:
 
     sizes: Counter[tuple[int, int]] = Counter()
     grey = True
-    for path in paths:
+    for opened in files:
         try:
-            with path.open("rb") as file, Image.open(file) as image:
+            with opened() as file, Image.open(file) as image:
                 sizes[upright_size(image)] += 1
                 grey = grey and (image.mode in _GREY_MODES or image.mode.startswith(("I", "F")))
         except Exception:  # Pillow raises many types for damaged files
@@ -308,7 +313,7 @@ def _sizes(paths: Sequence[Path]) -> tuple[Counter[tuple[int, int]], bool]:
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """A line of the table; `file` is relative to the table's folder, `part` a key of `_PARTS`."""
+    """A line of the table; `file` is relative to the table's folder, `part` a key of `PARTS`."""
 
     line: int
     file: str
@@ -362,8 +367,8 @@ def read_csv(
     for row in rows:
         if row.label not in numbers:
             raise _bad_line(path, row.line, f"label {row.label}: no training image has it")
-    paths = [path.parent / row.file for row in rows]
-    how = known or preprocessing_of(name, paths, size, fit=fit, room=room)
+    opened = [partial((path.parent / row.file).open, "rb") for row in rows]
+    how = known or preprocessing_of(name, opened, size, fit=fit, room=room)
     parts = {
         part: FileSet.of(
             path.parent, [row.file for row in listed], [numbers[row.label] for row in listed], how
@@ -409,7 +414,7 @@ def _rows(path: Path) -> Iterator[_Row]:
                         " comma in quotes",
                     )
                 split = values.get("split", "train")
-                part = next((p for p, usual in _PARTS.items() if split.lower() in usual), None)
+                part = next((p for p, usual in PARTS.items() if split.lower() in usual), None)
                 if part is None:
                     raise _bad_line(
                         path, table.line_num, f"split {split}: write train, val or test"
