@@ -200,7 +200,7 @@ def read_folder(
     roots, unused = _roots(folder)
     found = {part: class_files(root) for part, root in roots.items()}
     paths = [path for files in found.values() for path in files.paths]
-    opened = [partial(path.open, "rb") for path in paths]
+    opened = [partial(_open, path) for path in paths]
     how = known or preprocessing_of(f"folder:{folder}", opened, size, fit=fit, room=room)
     classes = tuple(found["train"].by_class)
     parts = {part: files.labelled(classes, how) for part, files in found.items()}
@@ -289,6 +289,10 @@ def preprocessing_of(
     return Preprocessing(resize=size, crop=size, color="grey" if grey else "rgb", fit=fit)
 
 
+def _open(path: Path) -> BinaryIO:
+    return path.open("rb")
+
+
 def _sizes(files: Sequence[OpenFile]) -> tuple[Counter[tuple[int, int]], bool]:
     """Upright sizes (height, width) of images, and whether all are grey; from their headers alone.
 
@@ -367,7 +371,7 @@ def read_csv(
     for row in rows:
         if row.label not in numbers:
             raise _bad_line(path, row.line, f"label {row.label}: no training image has it")
-    opened = [partial((path.parent / row.file).open, "rb") for row in rows]
+    opened = [partial(_open, path.parent / row.file) for row in rows]
     how = known or preprocessing_of(name, opened, size, fit=fit, room=room)
     parts = {
         part: FileSet.of(
