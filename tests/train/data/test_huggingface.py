@@ -38,7 +38,7 @@ def pixels(value: int) -> Image.Image:
 def table(count: int, first: int = 0, **more: Any) -> Any:
     """Images of their own value, labelled in turn, with `more` columns: (feature, values)."""
     hf = pytest.importorskip("datasets")
-    columns = {
+    columns: dict[Any, Any] = {
         "id": (hf.Value("int64"), list(range(count))),
         "photo": (hf.Image(), [pixels(first + 5 * row) for row in range(count)]),
         "animal": (hf.ClassLabel(names=["dog", "cat"]), [row % 2 for row in range(count)]),
@@ -107,7 +107,7 @@ def test_damaged_and_missing_images_are_named_and_skipped(tmp_path: Path) -> Non
 def test_ambiguous_columns(tmp_path: Path, change: tuple[str, Any], message: str) -> None:
     hf = pytest.importorskip("datasets")
     name, kind = change
-    columns = {
+    columns: dict[Any, Any] = {
         "Image": (hf.Image(), [pixels(0)] * 4),
         "ClassLabel": (hf.ClassLabel(names=["a"]), [0] * 4),
         None: (hf.Value("string"), ["x.png"] * 4),
