@@ -37,6 +37,7 @@ Log = Callable[[str], None]
 
 # Packages that an import may lack, and the extra of eps-resnet that installs them.
 _EXTRAS = {
+    "datasets": "hf",
     "torch": "train",
     "sklearn": "train",
     "matplotlib": "train",

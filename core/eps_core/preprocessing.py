@@ -8,9 +8,9 @@ manifest. Imports no torch: the serving image has none.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 import msgspec
 import numpy as np
@@ -26,6 +26,11 @@ T = TypeVar("T")
 COLORS = ("grey", "rgb")
 _MAX_PIXELS = 178_956_970  # of a resized image; Pillow's own limit for decompression bombs
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
+FITS = ("crop", "letterbox")
+
+# The gray around a letterboxed image, in every channel, as Ultralytics and Albumentations pad. Not
+# the mean of the training images: that depends on the padding, and is measured after it.
+PAD_VALUE = 114
 
 _ORIENTATION = 0x0112  # EXIF
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # TIFF
@@ -39,15 +44,19 @@ ChooseBox = Callable[[int, int], tuple[int, int, int, int]]
 class Preprocessing:
     """Conversion of an image of any size to uint8 `[C, height, width]`.
 
-    The image is rotated as its EXIF orientation says, converted to `color`, resized with its aspect
-    ratio kept until it just covers `resize`, and cropped at the centre to `crop`. Of 16-bit pixels
-    the upper 8 bits are kept. Normalisation is part of the exported network, not of this.
+    The image is rotated as its EXIF orientation says, converted to `color`, and resized with its
+    aspect ratio kept. With `fit` `crop` it just covers `resize`, and is cropped at the centre to
+    `crop`. With `letterbox` the whole image just fits into `crop`, which equals `resize`, in the
+    centre of pixels of :data:`PAD_VALUE`. Of 16-bit pixels the upper 8 bits are kept. Normalisation
+    is part of the exported network, not of this.
 
     Attributes:
         resize, crop: height and width in pixels.
         color: `grey` or `rgb`.
         interpolation: one of :data:`INTERPOLATIONS`, as Pillow computes it.
         exif_rotation: whether the EXIF orientation is applied.
+        fit: one of :data:`FITS`. Not in the representation, which is part of digests that are older
+            than this field.
     """
 
     resize: tuple[int, int]
@@ -55,6 +64,7 @@ class Preprocessing:
     color: str
     interpolation: str = "bilinear"
     exif_rotation: bool = True
+    fit: str = field(default="crop", repr=False)
 
     def __post_init__(self) -> None:
         if self.color not in COLORS:
@@ -65,6 +75,10 @@ class Preprocessing:
             )
         if any(not 1 <= c <= r for c, r in zip(self.crop, self.resize, strict=True)):
             raise ConfigError(f"crop {self.crop} must lie within resize {self.resize}")
+        if self.fit not in FITS:
+            raise ConfigError(f"fit {self.fit!r} is not one of {', '.join(FITS)}")
+        if self.fit == "letterbox" and self.crop != self.resize:
+            raise ConfigError(f"letterbox: crop {self.crop} must equal resize {self.resize}")
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -80,11 +94,20 @@ class Preprocessing:
         return self.interpolation != "nearest"
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "resize": list(self.resize), "crop": list(self.crop)}
+        """Plain data for files; without `fit` for `crop`, which readers of version 0.1 imply."""
+        fields = {**asdict(self), "resize": list(self.resize), "crop": list(self.crop)}
+        if self.fit == "crop":
+            del fields["fit"]
+        return fields
 
     def described(self) -> dict[str, Any]:
-        """:meth:`to_dict` with `antialias`, for clients that preprocess images themselves."""
-        return {**self.to_dict(), "antialias": self.antialias}
+        """All fields, `antialias` and `pad_value`, for clients that preprocess images themselves.
+
+        `pad_value` is None where nothing is padded.
+        """
+        pad_value = PAD_VALUE if self.fit == "letterbox" else None
+        added = {"fit": self.fit, "antialias": self.antialias, "pad_value": pad_value}
+        return {**self.to_dict(), **added}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Preprocessing:
@@ -102,37 +125,67 @@ class Preprocessing:
         and thin to resize.
         """
         image = self._upright(image)
-        height, width = self.resize
-        scale = max(height / image.height, width / image.width)
-        covering = (
-            max(width, round(image.width * scale)),
-            max(height, round(image.height * scale)),
-        )
-        if covering[0] * covering[1] > _MAX_PIXELS:
+        height, width = self.scaled(image.height, image.width)
+        if height * width > _MAX_PIXELS:
             raise ValueError(f"{image.width}x{image.height} pixels are too long and thin to scale")
-        if covering != image.size:
-            image = image.resize(covering, self._resampling)
-        top, left = (image.height - self.crop[0]) // 2, (image.width - self.crop[1]) // 2
+        if (width, height) != image.size:
+            image = image.resize((width, height), self._resampling)
+        if self.fit == "letterbox":
+            top, left = (self.crop[0] - height) // 2, (self.crop[1] - width) // 2
+            return _planes(self._padded(image, top, left))
+        top, left = (height - self.crop[0]) // 2, (width - self.crop[1]) // 2
         image = image.crop((left, top, left + self.crop[1], top + self.crop[0]))
         return _planes(image)
+
+    def scaled(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width that :meth:`apply` resizes an image of `height` and `width` to."""
+        rows, columns = self.resize
+        if self.fit == "letterbox":
+            scale = min(rows / height, columns / width)
+            return max(1, round(height * scale)), max(1, round(width * scale))
+        scale = max(rows / height, columns / width)
+        return max(rows, round(height * scale)), max(columns, round(width * scale))
 
     def apply_crop(self, image: Image.Image, choose: ChooseBox) -> npt.NDArray[np.uint8]:
         """Return the crop that `choose` selects, resized to `crop` regardless of its aspect ratio.
 
-        For training. `choose` receives height and width of the rotated image at full size.
+        For training. `choose` receives height and width of the rotated image at full size; with
+        `letterbox`, of that image padded to the aspect ratio of `crop`.
         """
         image = self._upright(image)
-        top, left, height, width = choose(image.height, image.width)
-        image = image.crop((left, top, left + width, top + height))
-        return _planes(image.resize(self.crop[::-1], self._resampling))
+        rows, columns = image.height, image.width
+        if self.fit == "letterbox":
+            scale = max(rows / self.crop[0], columns / self.crop[1])
+            rows = max(rows, round(self.crop[0] * scale))
+            columns = max(columns, round(self.crop[1] * scale))
+        above, before = (rows - image.height) // 2, (columns - image.width) // 2
+        top, left, height, width = choose(rows, columns)
+        # The part of the box that is in the image; its place in the result. The padded image itself
+        # is never made: of a long and thin one it would be huge.
+        first, last = max(top, above), min(top + height, above + image.height)
+        start, end = max(left, before), min(left + width, before + image.width)
+        down, across = self.crop[0] / height, self.crop[1] / width
+        y, x = round((first - top) * down), round((start - left) * across)
+        size = round((end - left) * across) - x, round((last - top) * down) - y
+        if min(size) < 1:
+            return _planes(self._padded(image.crop((0, 0, 0, 0)), 0, 0))
+        inside = image.crop((start - before, first - above, end - before, last - above))
+        return _planes(self._padded(inside.resize(size, self._resampling), y, x))
 
     def read(self, path: Path) -> npt.NDArray[np.uint8]:
         """Read an image file and :meth:`apply`. Raises DataError that names the file."""
         return with_image(path, self.apply)
 
-    def read_crop(self, path: Path, choose: ChooseBox) -> npt.NDArray[np.uint8]:
-        """Read an image file and :meth:`apply_crop`. Raises DataError that names the file."""
-        return with_image(path, lambda image: self.apply_crop(image, choose))
+    def _padded(self, image: Image.Image, top: int, left: int) -> Image.Image:
+        """`image` at `top` and `left` of an image of size `crop`."""
+        from PIL import Image
+
+        if image.size == self.crop[::-1]:
+            return image
+        color = PAD_VALUE if image.mode == "L" else (PAD_VALUE,) * 3
+        padded = Image.new(image.mode, self.crop[::-1], color)
+        padded.paste(image, (left, top))
+        return padded
 
     def _upright(self, image: Image.Image) -> Image.Image:
         from PIL import ImageOps
@@ -151,13 +204,18 @@ class Preprocessing:
         return Image.Resampling[self.interpolation.upper()]
 
 
-def with_image(path: Path, use: Callable[[Image.Image], T]) -> T:
-    """Open an image file and return `use(image)`. Raises DataError that names the file."""
+def with_image(
+    path: Path, use: Callable[[Image.Image], T], opened: Callable[[], BinaryIO] | None = None
+) -> T:
+    """Open an image file and return `use(image)`. Raises DataError that names the file.
+
+    `opened` opens an image that `path` only names, such as a row of a table.
+    """
     from PIL import Image, UnidentifiedImageError
 
     try:
         # Not by its path: Pillow would map some TIFF files into memory and ignore their rotation.
-        with path.open("rb") as file, Image.open(file) as image:
+        with opened() if opened else path.open("rb") as file, Image.open(file) as image:
             return use(image)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import struct
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from PIL import Image
 
 from eps_core.errors import ConfigError, DataError
-from eps_core.preprocessing import Preprocessing
+from eps_core.preprocessing import PAD_VALUE, Preprocessing, with_image
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -71,6 +72,84 @@ def test_crop_within_the_resized_image() -> None:
     # An odd border of 3 leaves one pixel before and two after.
     found = preprocessing((5, 5), (2, 2)).apply(Image.fromarray(numbered(5, 5)))
     assert found[0].tolist() == [[6, 7], [11, 12]]
+
+
+def letterbox(*size: int, **other: Any) -> Preprocessing:
+    return preprocessing((size[0], size[1]), fit="letterbox", **other)
+
+
+@pytest.mark.parametrize(
+    ("given", "size", "place"),
+    [
+        ((2, 4), (4, 4), np.s_[1:3, :]),
+        ((4, 2), (4, 4), np.s_[:, 1:3]),
+        ((2, 4), (5, 4), np.s_[1:3, :]),  # of three rows one is above, two are below
+        ((3, 4), (3, 9), np.s_[:, 2:6]),
+    ],
+)
+def test_a_letterboxed_image_is_whole_in_the_middle_of_gray(
+    given: tuple[int, int], size: tuple[int, int], place: Any
+) -> None:
+    expected = np.full(size, PAD_VALUE)
+    expected[place] = numbered(*given)
+    assert (
+        letterbox(*size).apply(Image.fromarray(numbered(*given)))[0].tolist() == expected.tolist()
+    )
+
+
+def test_a_mark_at_the_edge_is_cropped_but_not_letterboxed() -> None:
+    pixels = np.zeros((8, 32, 3), dtype=np.uint8)
+    pixels[:, :4] = 255, 0, 0
+    image = Image.fromarray(pixels)
+    cropped = preprocessing((8, 8), color="rgb").apply(image)
+    whole = letterbox(8, 8, color="rgb").apply(image)
+    assert not cropped.any()
+    assert whole[:, 3:5, 0].T.tolist() == [[255, 0, 0]] * 2
+    assert whole[:, [2, 5]].min() == whole[:, [2, 5]].max() == PAD_VALUE
+
+
+def test_however_long_and_thin_an_image_is_a_row_is_left_of_it() -> None:
+    found = letterbox(8, 8).apply(Image.new("L", (60_000, 1), 9))
+    assert found[0, 3].tolist() == [9] * 8
+    assert (found == 9).sum() == 8
+
+
+def test_letterbox_is_what_torch_makes_with_antialias_and_padding() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (1, 1, 37, 53), dtype=np.uint8)
+    how = letterbox(16, 20, interpolation="bilinear")
+    rows, columns = how.scaled(37, 53)
+    assert (rows, columns) == (14, 20)
+    scaled = torch.nn.functional.interpolate(
+        torch.from_numpy(pixels).float(), size=(rows, columns), mode="bilinear", antialias=True
+    )
+    theirs = torch.nn.functional.pad(scaled, (0, 0, 1, 1), value=PAD_VALUE).numpy()
+    ours = how.apply(Image.fromarray(pixels[0, 0]))
+    assert np.abs(ours - theirs[0]).max() <= 1
+    assert how.described()["pad_value"] == PAD_VALUE
+
+
+@pytest.mark.parametrize(
+    ("box", "expected"),
+    [
+        ((0, 0, 8, 8), [[114] * 4, [9, 11, 13, 15], [25, 27, 29, 31], [114] * 4]),
+        ((0, 4, 4, 4), [[114] * 4, [114] * 4, [4, 5, 6, 7], [12, 13, 14, 15]]),
+        ((0, 0, 2, 8), [[114] * 4] * 4),
+    ],
+)
+def test_a_crop_of_a_letterboxed_image_is_of_the_padded_one(
+    box: tuple[int, int, int, int], expected: list[list[int]]
+) -> None:
+    told = []
+
+    def choose(height: int, width: int) -> tuple[int, int, int, int]:
+        told.append((height, width))
+        return box
+
+    # 4x8 pixels, with two gray rows above and below; `nearest` takes odd rows and columns.
+    image = Image.fromarray(np.arange(32, dtype=np.uint8).reshape(4, 8))
+    found = letterbox(4, 4).apply_crop(image, choose)
+    assert told == [(8, 8)]
+    assert found[0].tolist() == expected
 
 
 def test_averaging_when_shrinking_is_smooth() -> None:
@@ -241,7 +320,7 @@ def test_a_crop_is_chosen_in_the_rotated_image_and_resized(tmp_path: Path) -> No
         return 4, 7, 21, 14
 
     how = preprocessing((12, 10), (8, 6), color="rgb", interpolation="bilinear")
-    found = how.read_crop(tmp_path / "photo.png", choose)
+    found = with_image(tmp_path / "photo.png", partial(how.apply_crop, choose=choose))
     assert told == [(40, 30)]
     part = Image.fromarray(np.ascontiguousarray(np.rot90(pixels, -1)[4:25, 7:21]))
     expected = np.asarray(part.resize((6, 8), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
@@ -258,6 +337,12 @@ def test_round_trip_through_plain_data() -> None:
     how = preprocessing((9, 7), (8, 6), color="rgb", interpolation="lanczos", exif_rotation=False)
     assert Preprocessing.from_dict(how.to_dict()) == how
     assert how.to_dict()["crop"] == [8, 6]
+    assert "fit" not in how.to_dict(), "earlier versions read it"
+    assert how.described()["fit"] == "crop"
+    assert how.described()["pad_value"] is None
+    boxed = letterbox(9, 7)
+    assert boxed.to_dict()["fit"] == "letterbox"
+    assert Preprocessing.from_dict(boxed.to_dict()) == boxed != preprocessing((9, 7))
 
 
 @pytest.mark.parametrize(
@@ -267,6 +352,8 @@ def test_round_trip_through_plain_data() -> None:
         ({"interpolation": "cubic"}, "interpolation 'cubic' is not one of nearest, "),
         ({"crop": (5, 4)}, "crop .* must lie within resize"),
         ({"crop": (0, 4)}, "crop .* must lie within resize"),
+        ({"fit": "squash"}, "fit 'squash' is not one of crop, letterbox"),
+        ({"fit": "letterbox", "crop": (3, 4)}, "letterbox: crop .* must equal resize"),
     ],
 )
 def test_impossible_descriptions(change: dict[str, Any], message: str) -> None:

@@ -101,8 +101,9 @@ def test_all_three_see_the_same_pixels_or_refuse_them_by_name(
             continue
         path = tmp_path / f"{orientation}.{kind.partition('_')[0]}"
         path.write_bytes(content)
-        for color in ("grey", "rgb"):
-            how = Preprocessing(resize=(9, 7), crop=(8, 7), color=color)
+        for color, fit in (("grey", "crop"), ("rgb", "crop"), ("rgb", "letterbox")):
+            resize = (9, 7) if fit == "crop" else (8, 7)
+            how = Preprocessing(resize=resize, crop=(8, 7), color=color, fit=fit)
             ways = [trained(path, how), predicted(path, how)]
             answer = served(path, how)
             if kind in SERVED:

@@ -94,6 +94,7 @@ def test_what_is_served_is_the_bundle_s_model(loaded: Bundle) -> None:
     assert found.parameters["intra_op_thread_count"].string_value == "1"
     told = json.loads(found.parameters["preprocessing"].string_value)
     assert (told["interpolation"], told["antialias"]) == ("bilinear", True)
+    assert (told["fit"], told["pad_value"]) == ("crop", None)
     assert found.WhichOneof("scheduling_choice") == "dynamic_batching"
 
 

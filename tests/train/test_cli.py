@@ -374,6 +374,25 @@ def test_trains_on_a_folder_of_images(tmp_path: Path) -> None:
     assert made.sizes == {"train": 58, "validation": 6, "test": 16}
 
 
+def test_trains_on_the_images_of_a_csv_file(tmp_path: Path) -> None:
+    write_images(tmp_path / "set")
+    files = sorted((tmp_path / "set").rglob("*.png"))
+    lines = [f"set/{file.relative_to(tmp_path / 'set')},{file.parent.name}" for file in files]
+    (tmp_path / "labels.csv").write_text("\n".join(["path,label", *lines, "set/x.png,dark"]))
+    args = ("--dataset", "csv:labels.csv", "--image-size", 9, "--dry-run")
+    refused = eps_train(tmp_path, *args)
+    assert (refused.code, refused.stdout) == (1, "")
+    assert refused.error == (
+        "eps-train: error: data set csv:labels.csv: line 82: set/x.png: no such file; paths are"
+        " relative to ."
+    )
+    (tmp_path / "labels.csv").write_text("\n".join(["path,label", *lines]))
+    planned = eps_train(tmp_path, *args)
+    assert planned.code == 0, planned.stderr
+    described = "data set csv:labels.csv: 2 classes: dark (40), light (40); train 58, validation 6"
+    assert described in planned.stderr
+
+
 def write_split_images(folder: Path) -> None:
     """Train, Val and Test of two classes each, small and of one size."""
     random_state = np.random.default_rng(0)

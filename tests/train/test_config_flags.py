@@ -29,6 +29,7 @@ TOGETHER = {
 GIVEN = {
     "dataset": ("--dataset", "mnist", "mnist"),
     "image_size": ("--image-size", "14x20", [14, 20]),
+    "fit": ("--fit", "letterbox", "letterbox"),
     "model": ("--model", "cifar:20", "cifar:20"),
     "epochs": ("--epochs", "3", 3),
     "batch_size": ("--batch-size", "32", 32),

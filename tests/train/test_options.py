@@ -177,6 +177,31 @@ def test_data_root_takes_the_place_of_the_folder(images: Path, tmp_path: Path) -
     assert result.code == 0, result.stderr
 
 
+@pytest.mark.parametrize(("fit", "edge"), [("crop", False), ("letterbox", True)])
+def test_the_edges_of_images_are_trained_on(
+    fit: str, edge: bool, tmp_path: Path, batches: list[Tensor]
+) -> None:
+    random = np.random.default_rng(0)
+    for name, value in (("dark", 0), ("light", 255)):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        for index in range(8):
+            pixels = random.integers(90, 140, (8, 32), dtype=np.uint8)
+            pixels[:, :8] = value  # the mark, at the left edge of a wide image
+            Image.fromarray(pixels).save(tmp_path / "set" / name / f"{index}.png")
+    size = ("--image-size", "8", "--batch-size", 4, "--fit", fit)
+    _train(tmp_path / "set", tmp_path, *size)
+    assert (min(int(batch.min()) for batch in batches) < 20) is edge
+    identity = Checkpoint.load(tmp_path / "ckpt.pt").data
+    assert identity.preprocessing.fit == fit
+    assert dataset.load_again(identity).identity == identity
+    resumed = ("--resume", "--epochs", EPOCHS + 1)
+    common = ("--dataset", f"folder:{tmp_path / 'set'}", "--model", "cifar:8x4", "--shift", 0)
+    other = {"crop": "letterbox", "letterbox": "crop"}[fit]
+    result = run("eps-train", main, *common, *size[:-1], other, *resumed, cwd=tmp_path)
+    assert result.code == 1
+    assert "fit" in result.error
+
+
 def test_the_device_is_the_one_named(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

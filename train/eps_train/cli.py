@@ -160,6 +160,7 @@ def cli(
         chosen.dataset,
         data_root,
         image_size=chosen.image_size,
+        fit=chosen.fit,
         normalization=chosen.normalization,
         statistics=_statistics(chosen, weights),
         skip_damaged=skip_damaged,

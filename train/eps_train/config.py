@@ -19,6 +19,7 @@ import click
 import msgspec
 
 from eps_core.errors import ConfigError
+from eps_core.preprocessing import FITS
 from eps_train.gating.targets import TARGETS, Target
 from eps_train.schedule import CosineDecay, LrSchedule, Steps
 
@@ -94,13 +95,22 @@ class TrainingConfig:
     recipe: str
     dataset: str = field(
         metadata=_run(
-            "digits, mnist, fashion-mnist, cifar10, cifar100, svhn, imagenet, or folder:PATH with"
-            " one folder of images per class."
+            "digits, mnist, fashion-mnist, cifar10, cifar100, svhn, imagenet, folder:PATH with one"
+            " folder of images per class, csv:PATH, a file with the columns path and label, or"
+            " hf:PATH or hf:NAME, a data set of Hugging Face."
         )
     )
     image_size: tuple[int, int] | None = field(
         default=None,
         metadata=_run("Resize images to SIZE or HEIGHTxWIDTH, in pixels.", metavar="SIZE"),
+    )
+    fit: str = field(
+        default="crop",
+        metadata=_run(
+            "Images of another aspect ratio: crop at the center, or letterbox: show the whole image"
+            " on gray.",
+            FITS,
+        ),
     )
     model: str = field(
         metadata=_run(

@@ -511,8 +511,7 @@ def _check_size(width: int, height: int, preprocessing: Preprocessing, most: int
     if width * height > most:
         raise ApiError(f"the image has {width} x {height} pixels; at most {most} are accepted")
     for across, down in ((width, height), (height, width)):  # EXIF may rotate it
-        scale = max(preprocessing.resize[0] / down, preprocessing.resize[1] / across)
-        if across * scale * down * scale > most:
+        if math.prod(preprocessing.scaled(down, across)) > most:
             raise ApiError(
                 f"the image has {width} x {height} pixels, too long and thin: scaled for the"
                 f" network it would have more than the {most} that are accepted"

@@ -21,7 +21,8 @@ from tests.train.loops import EXAMPLE, HELDOUT, SHUT, SubsetPruner, own_net, sgd
 
 @pytest.fixture(scope="module")
 def compaction() -> Compaction:
-    made = SubsetPruner(own_net(), example=EXAMPLE, epsilon=SHUT, classes=list("abcdefghij"))
+    classes = list("abcdefghij")
+    made = SubsetPruner(own_net(), example=EXAMPLE, epsilon=SHUT, classes=classes, fit="letterbox")
     optimizer = sgd(made)
     for _ in range(2):
         train_epoch(made, optimizer)
@@ -44,6 +45,7 @@ def test_a_bundle_that_is_verified_and_answers(compaction: Compaction, tmp_path:
     assert any("exported" in step for step in steps)
     bundle = eps_deploy.load_bundle(tmp_path / "bundle")
     assert list(bundle.manifest["labels"]) == list("abcdefghij")
+    assert bundle.preprocessing.fit == bundle.manifest["preprocessing"]["fit"] == "letterbox"
     assert not (tmp_path / "bundle" / "reproduce.sh").exists(), "there is nothing to make it from"
     stored = np.load(tmp_path / "bundle" / "samples.npz")
     pixels = torch.from_numpy(stored["images"]) / 255

@@ -16,6 +16,7 @@ from eps_core.preprocessing import Preprocessing
 from eps_deploy.serving.protocol import ApiError, decode_image
 
 PREPROCESSING = Preprocessing(resize=(16, 16), crop=(8, 8), color="rgb")
+LETTERBOX = Preprocessing(resize=(8, 8), crop=(8, 8), color="rgb", fit="letterbox")
 MOST = 100_000
 
 
@@ -37,12 +38,13 @@ def refused(content: bytes) -> str:
     return str(caught.value)
 
 
+@pytest.mark.parametrize("how", [PREPROCESSING, LETTERBOX], ids=lambda how: how.fit)
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_pixels_equal_those_of_evaluation(kind: str, tmp_path: Path) -> None:
+def test_pixels_equal_those_of_evaluation(kind: str, how: Preprocessing, tmp_path: Path) -> None:
     content = encoded(noise(40, 30), kind)
     (tmp_path / "image").write_bytes(content)
-    found = decode_image(content, PREPROCESSING, MOST)
-    np.testing.assert_array_equal(found[0], PREPROCESSING.read(tmp_path / "image"))
+    found = decode_image(content, how, MOST)
+    np.testing.assert_array_equal(found[0], how.read(tmp_path / "image"))
     assert found.shape == (1, 3, 8, 8)
 
 
@@ -106,3 +108,4 @@ def test_an_image_too_large_after_scaling() -> None:
     assert "too long and thin" in refused(encoded(Image.new("RGB", (1, 5000)), "PNG"))
     assert "too long and thin" in refused(encoded(Image.new("RGB", (5000, 1)), "PNG"))
     assert decode_image(encoded(Image.new("RGB", (1, 300)), "PNG"), PREPROCESSING, MOST).shape
+    assert decode_image(encoded(Image.new("RGB", (1, 5000)), "PNG"), LETTERBOX, MOST).shape

@@ -49,6 +49,8 @@ def test_images_are_scaled_to_256_and_cropped_to_224(tmp_path: Path) -> None:
     assert (source.preprocessing.resize, source.preprocessing.crop) == ((256, 256), (224, 224))
     assert source.train.images.shape == (9, 3, 224, 224)
     assert source.preprocessing.shape == dataset.outline("imagenet").shape
+    boxed = imagenet.read_imagenet(tmp_path, fit="letterbox").preprocessing
+    assert boxed.resize == boxed.crop == (224, 224)
     small = imagenet.read_imagenet(tmp_path, (112, 56)).preprocessing
     assert (small.resize, small.crop) == ((128, 64), (112, 56))
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from eps_core.errors import ConfigError, DamagedImages, DataError
 from eps_core.preprocessing import Preprocessing
 from eps_train.config import from_plain_data, plain_data
-from eps_train.data import downloads, folder, images
+from eps_train.data import downloads, folder, huggingface, images
 from eps_train.data.images import FileSet, ImageSet, Part, RawDataset, ScanStatistics
 
 # -- Mean and std of the training part, by which a network's input is normalized
@@ -138,7 +138,7 @@ TEST_SHARE = 5  # a fifth of the images, where the data set has no test part of 
 VALIDATION_SHARE = 10  # a tenth of the rest, but
 VALIDATION_MOST = 10_000  # no more than these in all: they tell accuracies half a point apart
 
-FOLDER = "folder:"
+_ELSEWHERE = ("folder:", "csv:", "hf:")  # names with a path, which differs from machine to machine
 
 _NAMED = 10  # classes that are named before training
 _NAMED_PROBLEMS = 3  # damaged images that an error names
@@ -217,8 +217,10 @@ class DataIdentity:
         return Outline(self.input_shape, len(self.classes), self.sizes["train"])
 
     def may_be(self, name: str) -> bool:
-        """Whether `--dataset name` may mean this set: its name, or another path of a folder."""
-        return self.name == name or (self.name.startswith(FOLDER) and name.startswith(FOLDER))
+        """Whether `--dataset name` may mean this set: its name, or another path of its kind."""
+        return self.name == name or any(
+            self.name.startswith(kind) and name.startswith(kind) for kind in _ELSEWHERE
+        )
 
     def changed_part(self, other: DataIdentity) -> str | None:
         """The first part in which `other` differs; None when they are the same images.
@@ -286,6 +288,7 @@ def load(
     root: Path | None = None,
     *,
     image_size: tuple[int, int] | None = None,
+    fit: str = "crop",
     normalization: str = "channel",
     statistics: Statistics | None = None,
     download: bool = False,
@@ -297,10 +300,13 @@ def load(
     """Load a data set and split it.
 
     Args:
-        name: as `--dataset` takes it: one of `DATASETS`, or ``folder:PATH``.
-        root: folder of the set's files, the current folder if None; for ``folder:PATH`` it replaces
-            PATH (on a machine where the images are elsewhere).
+        name: as `--dataset` takes it: one of `DATASETS`, ``folder:PATH``, ``csv:PATH`` or
+            ``hf:PATH``.
+        root: folder of the set's files, the current folder if None. It replaces PATH of
+            ``folder:PATH`` and ``hf:PATH``, and the folder of PATH of ``csv:PATH`` (on a machine
+            where the images are elsewhere).
         image_size: height and width to resize the images to; None: as they are.
+        fit: `crop` or `letterbox`, as in :class:`~eps_core.preprocessing.Preprocessing`.
         normalization: `channel` or `pixel`, as :func:`measure` takes it.
         statistics: mean and std to normalize by instead, for images of any size.
         download: download missing files, of the sets that torchvision can download.
@@ -317,7 +323,7 @@ def load(
     """
     if room is None:
         room = room_for_images()
-    raw = _read(name, root, image_size, download, room, like)
+    raw = _read(name, root, image_size, fit, download, room, like)
     if like is not None and raw.folder is not None:
         held = like.held
         if held is None:
@@ -361,6 +367,7 @@ def load_again(identity: DataIdentity, root: Path | None = None) -> Data:
         identity.name,
         root,
         image_size=identity.preprocessing.crop,
+        fit=identity.preprocessing.fit,
         normalization=identity.normalization,
         like=identity,
     )
@@ -385,36 +392,47 @@ def _read(
     name: str,
     root: Path | None,
     image_size: tuple[int, int] | None,
+    fit: str,
     download: bool,
     room: int,
     like: DataIdentity | None,
 ) -> RawDataset:
-    if name.startswith(FOLDER):
-        path = name.removeprefix(FOLDER)
-        if root is None and not path:
+    known = like.preprocessing if like is not None else None
+    kind, colon, given = name.partition(":")
+    path = Path(given).expanduser()
+    if kind + colon == "folder:":
+        if root is None and not given:
             raise ConfigError(
-                f"--dataset {FOLDER}: names no folder; write {FOLDER}PATH ({FOLDER}. for this one)"
+                "--dataset folder:: names no folder; write folder:PATH (folder:. for this one)"
             )
-        known = like.preprocessing if like is not None else None
-        return folder.read_folder(
-            root or Path(path).expanduser(), image_size, room=room, known=known
-        )
+        return folder.read_folder(root or path, image_size, fit=fit, room=room, known=known)
+    if kind + colon == "csv:":
+        if not path.name:
+            raise ConfigError("--dataset csv:: names no file; write csv:PATH")
+        table = path if root is None else root / path.name
+        return folder.read_csv(table, image_size, fit=fit, room=room, known=known)
+    if kind + colon == "hf:":
+        if root is None and not given:
+            raise ConfigError("--dataset hf:: names no data set; write hf:PATH or hf:NAME")
+        return huggingface.read(given, root, image_size, fit=fit, room=room, known=known)
     if name not in DATASETS:
         raise ConfigError(
-            f"--dataset {name}: unknown; the data sets are: {', '.join(DATASETS)}, folder:PATH"
+            f"--dataset {name}: unknown; the data sets are: {', '.join(DATASETS)}, folder:PATH,"
+            " csv:PATH, hf:PATH"
         )
     root = root or Path()
     if name == "imagenet":
-        return folder.read_imagenet(root, image_size)
+        return folder.read_imagenet(root, image_size, fit)
     if name == "digits":
         raw = downloads.read_digits()
     elif name in ("mnist", "fashion-mnist"):
         raw = downloads.read_idx(name, root, download=download)
     else:
         raw = downloads.read_archive(name, root, download=download)
-    if image_size in (None, raw.preprocessing.crop):
-        return raw
-    how = replace(raw.preprocessing, resize=image_size, crop=image_size)
+    how = replace(raw.preprocessing, fit=fit)
+    if image_size in (None, how.crop):  # `fit` is for the images of eps-predict and eps-serve
+        return replace(raw, preprocessing=how)
+    how = replace(how, resize=image_size, crop=image_size)
     return replace(raw.map_parts(lambda part: part.preprocessed(how)), preprocessing=how)
 
 

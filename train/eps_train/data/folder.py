@@ -1,15 +1,18 @@
-"""Data sets of image files: folders with one folder per class, and ImageNet."""
+"""Data sets of image files: one folder per class, a CSV file of paths and labels, and ImageNet."""
 
 from __future__ import annotations
 
+import csv
 import math
 import os
 import random
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 from eps_core.errors import DataError
 from eps_core.preprocessing import Preprocessing, upright_size
@@ -158,11 +161,12 @@ def _suffix(name: str) -> str:
 
 # -- `folder:PATH`
 
-_PARTS = {  # usual names of the folders of parts in public sets, in any case
+PARTS = {  # usual names of the folders of parts in public sets, in any case
     "train": ("train", "training", "trn", "seg_train"),
     "val": ("val", "valid", "validation", "dev", "eval", "seg_val"),
     "test": ("test", "testing", "tests", "tst", "seg_test", "holdout"),
 }
+OpenFile = Callable[[], BinaryIO]
 _GREY_MODES = ("1", "L", "LA")
 _SAMPLE = 1_000  # files of a large set that are opened
 
@@ -171,6 +175,7 @@ def read_folder(
     folder: Path,
     size: tuple[int, int] | None = None,
     *,
+    fit: str = "crop",
     room: int = sys.maxsize,
     known: Preprocessing | None = None,
 ) -> RawDataset:
@@ -183,8 +188,9 @@ def read_folder(
     Args:
         folder: class folders, or `train` (and perhaps `val`, `test`) with class folders in each.
         size: height and width to resize the images to; None when they all share one size.
+        fit: how, as in :class:`Preprocessing`.
         room: bytes of pixels that may be in memory.
-        known: how the images were read before, which replaces `size`.
+        known: how the images were read before, which replaces `size` and `fit`.
 
     Raises:
         DataError: names the folder or image that is missing, empty, or of another size.
@@ -194,7 +200,8 @@ def read_folder(
     roots, unused = _roots(folder)
     found = {part: class_files(root) for part, root in roots.items()}
     paths = [path for files in found.values() for path in files.paths]
-    how = known or _preprocessing(folder, paths, size, room)
+    opened = [partial(_open, path) for path in paths]
+    how = known or preprocessing_of(f"folder:{folder}", opened, size, fit=fit, room=room)
     classes = tuple(found["train"].by_class)
     parts = {part: files.labelled(classes, how) for part, files in found.items()}
     others = describe_files(sum((files.left_out for files in found.values()), Counter[str]()))
@@ -219,7 +226,7 @@ def _roots(folder: Path) -> tuple[dict[str, Path], list[str]]:
     """
     inner = {name: folders(folder / name) for name in folders(folder)}
     named: dict[str, list[str]] = defaultdict(list)
-    for part, usual in _PARTS.items():
+    for part, usual in PARTS.items():
         named[part] = [name for name, below in inner.items() if below and name.lower() in usual]
         if len(named[part]) > 1:
             raise DataError(
@@ -256,29 +263,37 @@ def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
 
 
-def _preprocessing(
-    folder: Path, paths: Sequence[Path], size: tuple[int, int] | None, room: int
+def preprocessing_of(
+    name: str, files: Sequence[OpenFile], size: tuple[int, int] | None, *, fit: str, room: int
 ) -> Preprocessing:
-    """How to read the files: grey when every image is, else RGB; in the given or common size."""
-    every = None if size else _sizes(paths)
+    """How to read the files: grey when every image is, else RGB; in the given or common size.
+
+    `name` is that of the data set, `files` open the images; the other arguments are those of
+    :func:`read_folder`.
+    """
+    every = None if size else _sizes(files)
     if every is not None:
         if not every[0]:
-            raise DataError(f"data set folder:{folder}: none of its images can be read")
+            raise DataError(f"data set {name}: none of its images can be read")
         (size, _), *others = every[0].most_common()
         if others:
             raise DataError(
-                f"data set folder:{folder}: images of {len(every[0])} sizes (most are"
+                f"data set {name}: images of {len(every[0])} sizes (most are"
                 f" {size[0]}x{size[1]}); choose one with --image-size"
             )
     assert size is not None
-    few = random.Random(0).sample(paths, min(len(paths), _SAMPLE))
+    few = random.Random(0).sample(files, min(len(files), _SAMPLE))
     grey = _sizes(few)[1]
-    if len(paths) * size[0] * size[1] * (1 if grey else 3) <= room:
-        grey = (every or _sizes(paths))[1]
-    return Preprocessing(resize=size, crop=size, color="grey" if grey else "rgb")
+    if len(files) * size[0] * size[1] * (1 if grey else 3) <= room:
+        grey = (every or _sizes(files))[1]
+    return Preprocessing(resize=size, crop=size, color="grey" if grey else "rgb", fit=fit)
 
 
-def _sizes(paths: Sequence[Path]) -> tuple[Counter[tuple[int, int]], bool]:
+def _open(path: Path) -> BinaryIO:
+    return path.open("rb")
+
+
+def _sizes(files: Sequence[OpenFile]) -> tuple[Counter[tuple[int, int]], bool]:
     """Upright sizes (height, width) of images, and whether all are grey; from their headers alone.
 
     Files that cannot be opened are skipped: reading the pixels names them.
@@ -287,14 +302,144 @@ def _sizes(paths: Sequence[Path]) -> tuple[Counter[tuple[int, int]], bool]:
 
     sizes: Counter[tuple[int, int]] = Counter()
     grey = True
-    for path in paths:
+    for opened in files:
         try:
-            with path.open("rb") as file, Image.open(file) as image:
+            with opened() as file, Image.open(file) as image:
                 sizes[upright_size(image)] += 1
                 grey = grey and (image.mode in _GREY_MODES or image.mode.startswith(("I", "F")))
         except Exception:  # Pillow raises many types for damaged files
             continue
     return sizes, grey
+
+
+# -- `csv:PATH`: a table with the columns path, label, and perhaps split
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """A line of the table; `file` is relative to the table's folder, `part` a key of `PARTS`."""
+
+    line: int
+    file: str
+    label: str
+    part: str
+
+
+def read_csv(
+    path: Path,
+    size: tuple[int, int] | None = None,
+    *,
+    fit: str = "crop",
+    room: int = sys.maxsize,
+    known: Preprocessing | None = None,
+) -> RawDataset:
+    """Find every image that a CSV file lists.
+
+    The classes are in alphabetical order, or in numerical order where all labels are numbers. The
+    arguments are those of :func:`read_folder`, but for `path`: a file whose header has the columns
+    `path` (relative to the file's folder), `label` and perhaps `split`.
+
+    Raises:
+        DataError: names the line that is incomplete, or whose file is missing or listed twice, or
+            whose split or label is unknown.
+    """
+    name = f"csv:{path}"
+    rows = list(_rows(path))
+    if not rows:
+        raise DataError(f"data set {name}: no images are listed below its header")
+    first: dict[str, int] = {}
+    for row in rows:
+        line = first.setdefault(os.path.normpath(row.file), row.line)
+        if line != row.line:
+            raise _bad_line(path, row.line, f"{row.file} is in line {line} already; keep one")
+    missing = [row for row in rows if not os.path.isfile(path.parent / row.file)]
+    if missing:
+        more = f"; {len(missing) - 1:,} more lines are like it" if missing[1:] else ""
+        raise _bad_line(
+            path,
+            missing[0].line,
+            f"{missing[0].file}: no such file; paths are relative to {path.parent}{more}",
+        )
+    by_part: dict[str, list[_Row]] = defaultdict(list)
+    for row in rows:
+        by_part[row.part].append(row)
+    if "train" not in by_part:
+        raise DataError(f"data set {name}: no line has the split train")
+    found = {row.label for row in by_part["train"]}
+    classes = tuple(sorted(found, key=int if all(map(str.isdecimal, found)) else None))
+    numbers = {label: number for number, label in enumerate(classes)}
+    for row in rows:
+        if row.label not in numbers:
+            raise _bad_line(path, row.line, f"label {row.label}: no training image has it")
+    opened = [partial(_open, path.parent / row.file) for row in rows]
+    how = known or preprocessing_of(name, opened, size, fit=fit, room=room)
+    parts = {
+        part: FileSet.of(
+            path.parent, [row.file for row in listed], [numbers[row.label] for row in listed], how
+        )
+        for part, listed in by_part.items()
+    }
+    return RawDataset(
+        train=parts["train"],
+        validation=parts.get("val"),
+        test=parts.get("test"),
+        classes=classes,
+        preprocessing=how,
+        folder=path.parent,
+        held=len(rows) * math.prod(how.shape) <= room,
+    )
+
+
+def _rows(path: Path) -> Iterator[_Row]:
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            table = csv.DictReader(file, strict=True)
+            header = [column.strip() for column in table.fieldnames or ()]
+            table.fieldnames = header
+            for column in ("path", "label"):
+                if column not in header:
+                    raise _bad_line(
+                        path,
+                        1,
+                        f"no column {column} ({', '.join(header) or 'empty'}); the header must have"
+                        " path and label, and may have split, separated by commas",
+                    )
+            columns = [column for column in ("path", "label", "split") if column in header]
+            for fields in table:
+                values = {column: (fields[column] or "").strip() for column in columns}
+                for column, value in values.items():
+                    if not value:
+                        raise _bad_line(path, table.line_num, f"no {column}; fill it in")
+                if None in fields:
+                    raise _bad_line(
+                        path,
+                        table.line_num,
+                        f"more than the {len(header)} values of the header; put a value that has a"
+                        " comma in quotes",
+                    )
+                split = values.get("split", "train")
+                part = next((p for p, usual in PARTS.items() if split.lower() in usual), None)
+                if part is None:
+                    raise _bad_line(
+                        path, table.line_num, f"split {split}: write train, val or test"
+                    )
+                yield _Row(table.line_num, values["path"], values["label"], part)
+    except FileNotFoundError:
+        raise DataError(
+            f"data set csv:{path}: no such file; name its folder with --data-root"
+        ) from None
+    except OSError as error:
+        raise DataError(f"data set csv:{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise DataError(
+            f"data set csv:{path}: is not UTF-8 text; save it as CSV in UTF-8"
+        ) from None
+    except csv.Error as error:
+        raise _bad_line(path, table.line_num + 1, f"not CSV: {error}") from None
+
+
+def _bad_line(path: Path, line: int, problem: str) -> DataError:
+    return DataError(f"data set csv:{path}: line {line:,}: {problem}")
 
 
 # -- ImageNet (ILSVRC 2012) in its usual layout: `train` and `val`, each with one folder per class
@@ -308,7 +453,7 @@ _WHAT = (
 )
 
 
-def read_imagenet(root: Path, size: tuple[int, int] | None = None) -> RawDataset:
+def read_imagenet(root: Path, size: tuple[int, int] | None = None, fit: str = "crop") -> RawDataset:
     """List the files of both parts; `val`, which has labels, becomes the test part.
 
     The images stay on disk. A subset of the classes in the same layout is read too.
@@ -316,6 +461,7 @@ def read_imagenet(root: Path, size: tuple[int, int] | None = None) -> RawDataset
     Args:
         root: the folder that holds `train` and `val`.
         size: height and width to crop at the centre; None: 224x224.
+        fit: `letterbox` instead of the crop, as in :class:`Preprocessing`.
 
     Raises:
         DataError: one of the folders is missing, or not laid out like this.
@@ -324,8 +470,12 @@ def read_imagenet(root: Path, size: tuple[int, int] | None = None) -> RawDataset
         if not (root / part).is_dir():
             raise DataError(f"data set imagenet: no folder {part} in {root}; {_WHAT}")
     height, width = size or (SIZE, SIZE)
+    cover = _COVER if fit == "crop" else 1.0
     preprocessing = Preprocessing(
-        resize=(round(height * _COVER), round(width * _COVER)), crop=(height, width), color="rgb"
+        resize=(round(height * cover), round(width * cover)),
+        crop=(height, width),
+        color="rgb",
+        fit=fit,
     )
     try:
         train, test = (class_files(root / part) for part in ("train", "val"))

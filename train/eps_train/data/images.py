@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, Generic, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from eps_core.errors import DataError, reader_death
 from eps_core.preprocessing import ChooseBox, Preprocessing, peak_of_sixteen_bits, with_image
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+T = TypeVar("T")
 
 
 class Part(Protocol):
@@ -387,6 +392,13 @@ class FileSet:
     def path(self, index: int) -> Path:
         return self.root / os.fsdecode(self.names[index])
 
+    def open(self, index: int) -> BinaryIO:
+        return self.path(index).open("rb")
+
+    def size(self, index: int) -> int:
+        """Bytes of a file."""
+        return os.stat(self.path(index)).st_size
+
     def read(
         self, index: Sequence[int], crops: Sequence[ChooseBox] | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -398,8 +410,8 @@ class FileSet:
         how = self.preprocessing
         pixels = np.empty((len(index), *how.shape), dtype=np.uint8)
         for row, number in enumerate(index):
-            path = self.path(number)
-            pixels[row] = how.read_crop(path, crops[row]) if crops else how.read(path)
+            use = partial(how.apply_crop, choose=crops[row]) if crops else how.apply
+            pixels[row] = self._with_image(number, use)
         return torch.from_numpy(pixels), self.labels[list(index)]
 
     def batches(self, size: int) -> Iterator[ImageSet]:
@@ -453,11 +465,11 @@ class FileSet:
         To hash the pixels would take as long as an epoch. So an image that is replaced by another
         of the same size in bytes goes unnoticed.
         """
-        digest.update(repr(self.preprocessing).encode())
-        root, separator = os.fsencode(self.root), os.fsencode(os.sep)
-        for name in self.names.tolist():
-            size = os.stat(os.path.join(root, name)).st_size
-            digest.update(name.replace(separator, b"/") + b"\0%d\0" % size)
+        how = self.preprocessing
+        digest.update((repr(how) + ("" if how.fit == "crop" else how.fit)).encode())
+        separator = os.fsencode(os.sep)
+        for index, name in enumerate(self.names.tolist()):
+            digest.update(name.replace(separator, b"/") + b"\0%d\0" % self.size(index))
         digest.update(self.labels.numpy().data)
 
     @property
@@ -473,16 +485,20 @@ class FileSet:
         alone = 0 if len(requests) <= 1 else None  # a single batch is not worth a process
         return load(read, requests, pin=pin, workers=alone, answer_bytes=answer_bytes)
 
+    def _with_image(self, index: int, use: Callable[[Image.Image], T]) -> T:
+        return with_image(self.path(index), use, partial(self.open, index))
+
     def _scan(self, index: range, *, keep: bool) -> tuple[Tensor, ScanStatistics]:
         """Pixels uint8 `[n, C, H, W]`, none unless `keep`, and the statistics of these files."""
         how, found = self.preprocessing, ScanStatistics()
         pixels = np.zeros((len(index) if keep else 0, *how.shape), dtype=np.uint8)
         for row, number in enumerate(index):
-            path = self.path(number)
             try:
-                peak, image = with_image(path, lambda i: (peak_of_sixteen_bits(i), how.apply(i)))
+                peak, image = self._with_image(
+                    number, lambda i: (peak_of_sixteen_bits(i), how.apply(i))
+                )
             except DataError as error:
-                found.problems[str(path)] = str(error)
+                found.problems[str(self.path(number))] = str(error)
                 continue
             found.add(ScanStatistics(deep=int(peak > 0), peak=peak))
             if keep:

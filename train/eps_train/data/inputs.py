@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from eps_core.errors import ConfigError, DataError
-from eps_core.preprocessing import Preprocessing
+from eps_core.preprocessing import FITS, Preprocessing
 from eps_train.data.dataset import SPLIT_SEED, DataIdentity
 from eps_train.data.images import ImageSet
 
@@ -27,12 +27,14 @@ class ImageInputs:
         shape: `[C, H, W]`.
         mean, std: normalisation of pixels 0 to 1, one value per channel.
         classes: names of the classes; None: their numbers.
+        fit: how images of another aspect ratio are made to fit: `crop` or `letterbox`.
     """
 
     shape: tuple[int, int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     classes: tuple[str, ...] | None
+    fit: str = "crop"
 
     @classmethod
     def of(
@@ -42,8 +44,11 @@ class ImageInputs:
         mean: float | Sequence[float],
         std: float | Sequence[float],
         classes: Sequence[str] | None,
+        fit: str,
     ) -> ImageInputs:
         """The inputs that are like `example`, a batch. Raises ConfigError."""
+        if fit not in FITS:
+            raise ConfigError(f"fit={fit!r}: choose one of {', '.join(FITS)}")
         if example.dim() != 4 or not example.is_floating_point():
             raise ConfigError(
                 "example=: must be a batch of normalised images [N, C, H, W], not"
@@ -55,6 +60,7 @@ class ImageInputs:
             mean=_each("mean", mean, channels),
             std=_each("std", std, channels),
             classes=None if classes is None else tuple(map(str, classes)),
+            fit=fit,
         )
 
     def identity(self, count: int) -> DataIdentity:
@@ -76,7 +82,7 @@ class ImageInputs:
             mean=tuple(PIXELS * value for value in self.mean),
             std=tuple(PIXELS * value for value in self.std),
             preprocessing=Preprocessing(
-                resize=crop, crop=crop, color="grey" if channels == 1 else "rgb"
+                resize=crop, crop=crop, color="grey" if channels == 1 else "rgb", fit=self.fit
             ),
             split_seed=SPLIT_SEED,
             sizes={"train": 0, "validation": 0, "test": 0},

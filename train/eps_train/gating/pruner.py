@@ -93,6 +93,8 @@ class BlockPruner:
         mean, std: normalisation of the inputs as of torchvision's `Normalize`, one value or one per
             channel; by default pixels are 0 to 1. Only files and bundles need it.
         classes: names of the classes, for files and bundles; by default their numbers.
+        fit: how your transform makes images of another aspect ratio fit, for files and bundles:
+            `crop` at the center, or `letterbox` on gray (114).
 
     Attributes:
         model: the network with gates; train it as usual.
@@ -120,6 +122,7 @@ class BlockPruner:
         mean: float | Sequence[float] = 0.0,
         std: float | Sequence[float] = 1.0,
         classes: Sequence[str] | None = None,
+        fit: str = "crop",
     ) -> None:
         _refuse_wrapped(model)
         if (target is None) == (epsilon is None):
@@ -130,7 +133,7 @@ class BlockPruner:
             raise ConfigError("BlockPruner: patience= must be at least 2, epochs= at least 1")
         if criterion not in CRITERIA:
             raise ConfigError(f"criterion={criterion!r}: choose one of {', '.join(CRITERIA)}")
-        self.inputs = ImageInputs.of(example, mean=mean, std=std, classes=classes)
+        self.inputs = ImageInputs.of(example, mean=mean, std=std, classes=classes, fit=fit)
         shape = self.inputs.shape
         graph = _with_gates(model, shape)
         stages = rewriting.stages(graph, shape)
@@ -561,7 +564,9 @@ class BlockPruner:
             )
         if data is not None:
             root = None if data_root is None else Path(data_root)
-            found = dataset.load(data, root, image_size=(size[0], size[1])).identity
+            found = dataset.load(
+                data, root, image_size=(size[0], size[1]), fit=self.inputs.fit
+            ).identity
             ours = checkpoint.data
             theirs = found.outline
             if (theirs.shape, theirs.classes) != (ours.input_shape, len(ours.classes)):
