@@ -43,7 +43,7 @@ from eps_train.gating.costs import (
     Timer,
     TorchTimer,
     branch_costs,
-    measure_costs,
+    measure_latency,
 )
 from eps_train.gating.nested import reestimate_batchnorm, smallest_size
 from eps_train.gating.targets import TARGETS, Currency, Target, cheapness
@@ -436,7 +436,7 @@ def sweep(
     began = time.perf_counter()
     latency = None
     if weight == "ms" or (goal is not None and goal.by_latency):
-        latency = measure_costs(branch_costs(built, shape), measure, timer.name)
+        latency = measure_latency(built, images.images[:1], timer, measure)
     saved: Mapping[str, float] = {}
     if weight != "ms":
         saved = {found.block: getattr(found, weight) for found in costs}
