@@ -292,10 +292,10 @@ def _compact(request: Request, log: Console) -> tuple[Compaction, Selection]:
         raise FileFormatError(f"{path}: {error}") from error
     done.artifact.certificate |= selection.to_dict()
     if selection.sweep is not None:
-        from eps_compact.analysis import sweep
+        from eps_compact.analysis import curve
 
-        log.print(sweep.table(selection.sweep))
-        log.print(sweep.class_table(selection.sweep))
+        log.print(curve.table(selection.sweep))
+        log.print(curve.class_table(selection.sweep))
     if options.importance and data is not None:
         from eps_compact.analysis import importance
 

@@ -23,7 +23,7 @@ from eps_train.gating import rewriting
 from eps_train.gating.folding import fold
 from eps_train.gating.pruner import BlockPruner
 from eps_train.models.cifar import Normalize
-from eps_train.models.spec import NetworkSpec, cost
+from eps_train.models.spec import NetworkSpec, cost, count_parameters
 from eps_train.training.checkpoint import Checkpoint
 
 PROOF_IMAGES = 256  # held-out images for the proofs at most, spread over all
@@ -242,8 +242,7 @@ def folded_counts(artifact: CompactArtifact, shipped: nn.Module) -> dict[str, in
     """Count pairs and parameters of a folded artifact's network; None if it is not folded."""
     if not artifact.folded:
         return None
-    parameters = sum(parameter.numel() for parameter in shipped.parameters())
-    return {"pairs": len(artifact.folded), "parameters": parameters}
+    return {"pairs": len(artifact.folded), "parameters": count_parameters(shipped)}
 
 
 def proof_images(heldout: Tensor | Part | None, shape: tuple[int, int, int]) -> Tensor:

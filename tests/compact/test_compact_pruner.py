@@ -13,19 +13,12 @@ from eps_core.errors import ConfigError, DataError
 from eps_deploy.cli.verify import main as verify
 from eps_train.gating.pruner import BlockPruner
 from tests.commands import run
-from tests.train.loops import EXAMPLE, HELDOUT, SHUT, SubsetPruner, own_net, sgd, train_epoch
+from tests.train.loops import EXAMPLE, HELDOUT, SHUT, SubsetPruner, own_net, pruned
 
 
 @pytest.fixture(scope="module")
 def pruner() -> BlockPruner:
-    """One that has removed the middle block of three."""
-    made = SubsetPruner(own_net(), example=EXAMPLE, epsilon=SHUT, classes=list("abcdefghij"))
-    optimizer = sgd(made)
-    for _ in range(2):
-        train_epoch(made, optimizer)
-        made.end_epoch(HELDOUT, optimizer=optimizer)
-    assert made.tracker.dead == ("blocks.1",)
-    return made
+    return pruned()
 
 
 @pytest.mark.parametrize("folding", [True, False])

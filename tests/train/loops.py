@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -93,3 +94,16 @@ def train_epoch(
 
 def sgd(pruner: BlockPruner, lr: float = 0.05) -> torch.optim.SGD:
     return torch.optim.SGD(pruner.model.parameters(), lr=lr, momentum=0.9, weight_decay=1e-3)
+
+
+def pruned(net: nn.Module | None = None, **settings: Any) -> BlockPruner:
+    """A pruner that has removed the middle block of three; classes `a` to `j`."""
+    made = SubsetPruner(
+        net or own_net(), example=EXAMPLE, epsilon=SHUT, classes=list("abcdefghij"), **settings
+    )
+    optimizer = sgd(made)
+    for _ in range(2):
+        train_epoch(made, optimizer)
+        made.end_epoch(HELDOUT, optimizer=optimizer)
+    assert made.tracker.dead == ("blocks.1",)
+    return made

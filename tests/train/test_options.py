@@ -20,7 +20,7 @@ from eps_core.stats import Interval
 from eps_train.cli import main
 from eps_train.data import dataset
 from eps_train.gating import controller, costs
-from eps_train.gating.costs import branch_costs, count_costs, measure_costs
+from eps_train.gating.costs import count_costs, measure_latency
 from eps_train.gating.criteria import BlockScores
 from eps_train.gating.pruner import BlockPruner
 from eps_train.training import forward, trainer
@@ -546,8 +546,8 @@ def test_a_target_is_met_within_the_cost_of_a_block(
     assert found["measured"] == pytest.approx(found["predicted"])
     network = trained.best.network.skeleton()
     if unit == "latency":
-        measure = LayerTimer().load(network, torch.zeros(1, 3, 9, 9, dtype=torch.uint8))
-        costed = measure_costs(branch_costs(network, (3, 9, 9)), measure, LayerTimer.name)
+        image = torch.zeros(1, 3, 9, 9, dtype=torch.uint8)
+        costed = measure_latency(network, image, LayerTimer())
         assert found["timer"] == LayerTimer.name
     else:
         costed = count_costs(network, (3, 9, 9), found["currency"])

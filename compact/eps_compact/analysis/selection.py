@@ -12,8 +12,8 @@ from eps_train.gating.targets import TARGETS
 if TYPE_CHECKING:
     import torch
 
+    from eps_compact.analysis.curve import Goal, Point, Sweep, Weight
     from eps_compact.analysis.finetune import Finetuned
-    from eps_compact.analysis.sweep import Goal, Point, Sweep, Weight
     from eps_train.data.dataset import Data
     from eps_train.gating.costs import Timer
     from eps_train.gating.targets import Currency
@@ -141,8 +141,9 @@ def select(
         ConfigError: no point of the sweep meets the goal, or no block is left to sweep.
         TrainingError: the loss did not stay finite in fine-tuning.
     """
+    from eps_compact.analysis.curve import Goal, pick
     from eps_compact.analysis.finetune import finetune
-    from eps_compact.analysis.sweep import Goal, cut, pick, sweep
+    from eps_compact.analysis.sweep import cut, sweep
 
     selection = Selection(checkpoint=checkpoint)
     if options.sweeps:

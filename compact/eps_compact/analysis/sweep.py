@@ -5,16 +5,15 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import fx, nn
 
+from eps_compact.analysis.curve import ClassLoss, Goal, Point, Sweep, Weight, knee
 from eps_compact.analysis.importance import (
     CPU,
     Predictions,
@@ -22,11 +21,8 @@ from eps_compact.analysis.importance import (
     evaluation_samples,
     leave_one_out,
     live_network,
-    points,
     predict,
-    scaled,
 )
-from eps_core import cli
 from eps_core.cli import Log
 from eps_core.errors import ConfigError
 from eps_core.stats import (
@@ -40,317 +36,19 @@ from eps_train.data.dataset import Data
 from eps_train.data.images import ImageSet, Part
 from eps_train.gating import rewriting
 from eps_train.gating.costs import (
+    BranchCost,
+    Measure,
     Timer,
     TorchTimer,
     branch_costs,
-    measure_costs,
+    measure_latency,
 )
 from eps_train.gating.nested import reestimate_batchnorm, smallest_size
-from eps_train.gating.targets import TARGETS, Currency, Target, cheapness
+from eps_train.gating.targets import BlockCosts, cheapness
 from eps_train.models.cifar import Normalize
-from eps_train.models.spec import cost
+from eps_train.models.spec import Cost, cost
 from eps_train.training.checkpoint import Checkpoint
 from eps_train.training.evaluate import BATCH, score
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-# -- The networks of a sweep, the knee of their curve, and the one that meets a goal
-
-KNEE_RULE = (
-    "the point furthest above the straight line from the first to the last, accuracy over"
-    " parameters, both scaled to 0..1"
-)
-
-Weight = Literal["parameters", "flops", "ms"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ClassLoss:
-    """What one class lost.
-
-    Attributes:
-        name: of the class.
-        samples: its images.
-        drop: points of accuracy lost against the first point, with Tango's 95 % interval.
-    """
-
-    name: str
-    samples: int
-    drop: Interval
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Point:
-    """One network of the sweep.
-
-    Attributes:
-        removed: blocks removed beyond the dead ones, in order of removal.
-        parameters, flops: of the network; FLOPs of one image.
-        parameters_share, flops_share: of the network as it was built, at full depth (0..1).
-        latency_share: median time over that of the network with its dead blocks, as long as the
-            checkpoint has their tensors; with its 95 % interval.
-        latency_predicted: the same share, from the times of single blocks; None where they were not
-            measured.
-        accuracy, loss: on the samples that choose no block (0..1; cross-entropy).
-        drop: points of accuracy lost against the first point, with Tango's 95 % interval.
-        ms: median time of a call with one image, with its 95 % interval.
-        speedup: the first point's median time over this one's, with its 95 % interval.
-        worst: the class that lost most, by the lower end of its interval, as a class with few
-            images loses many points by chance; None where no class lost.
-    """
-
-    removed: tuple[str, ...]
-    parameters: int
-    flops: int
-    parameters_share: float
-    flops_share: float
-    latency_share: Interval
-    latency_predicted: float | None
-    accuracy: float
-    loss: float
-    drop: Interval
-    ms: Interval
-    speedup: Interval
-    worst: ClassLoss | None = None
-
-    def share(self, currency: Currency) -> float:
-        """Share of the cost; of the latency as predicted, until it is measured."""
-        if currency == "parameters":
-            return self.parameters_share
-        if currency == "flops":
-            return self.flops_share
-        if math.isnan(self.latency_share.value):
-            assert self.latency_predicted is not None
-            return self.latency_predicted
-        return self.latency_share.value
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sweep:
-    """Networks from the compact one down to one block a stage.
-
-    Attributes:
-        nested: whether the blocks went in the order of a nested training.
-        points: the first has lost only the dead blocks, each other at least one block more than the
-            one before. A stage keeps its last block.
-        knee: index of the point where the curve bends: see `KNEE_RULE`.
-        weight: what a rise in loss is divided by when the next block is chosen.
-        chosen_on, measured_on: samples that choose the blocks, and samples that the accuracies are
-            measured on; no image serves both.
-        timer: name of the timer.
-        seconds: of all the work, once the timer was ready.
-    """
-
-    nested: bool
-    points: tuple[Point, ...]
-    knee: int
-    weight: Weight
-    chosen_on: int
-    measured_on: int
-    timer: str
-    seconds: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return it as JSON holds it."""
-        return {**msgspec.json.decode(msgspec.json.encode(self)), "knee_rule": KNEE_RULE}
-
-
-def knee(curve: Sequence[tuple[float, float]]) -> int:
-    """Return the index of the knee of a curve of (size, accuracy), largest network first.
-
-    See `KNEE_RULE`. Where accuracy does not fall from the first to the last, it is the last; where
-    the size does not, the first.
-    """
-    (largest, best), (smallest, worst) = curve[0], curve[-1]
-    if smallest >= largest:
-        return 0
-    if worst >= best:
-        return len(curve) - 1
-    heights = [
-        (accuracy - worst) / (best - worst) - (size - smallest) / (largest - smallest)
-        for size, accuracy in curve
-    ]
-    return heights.index(max(heights))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Goal:
-    """The network of a sweep to select.
-
-    With a target, the largest network that is small enough; with a limit to the drop alone, the
-    smallest within it. Drops are judged as measured, not by their intervals.
-
-    Attributes:
-        target_parameters, target_flops, target_latency: share to keep of the network as it was
-            built, 0..1.
-        target_speedup: the same as a latency of 1 / `target_speedup`.
-        max_accuracy_drop: points of accuracy that may be lost against the first point.
-
-    Raises:
-        ConfigError: nothing is given, or a value is out of range.
-    """
-
-    target_parameters: float | None = None
-    target_flops: float | None = None
-    target_latency: float | None = None
-    target_speedup: float | None = None
-    max_accuracy_drop: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.max_accuracy_drop is None and not self.targets:
-            raise ConfigError(
-                "nothing to select by: give --target-parameters, --target-flops, --target-latency,"
-                " --target-speedup or --max-accuracy-drop"
-            )
-        drop = self.max_accuracy_drop
-        if drop is not None and not 0 <= drop <= 100:
-            raise ConfigError(f"--max-accuracy-drop {drop:g}: must be 0 to 100 points")
-
-    @property
-    def targets(self) -> list[Target]:
-        """The shares to keep, in the order of the options."""
-        found = []
-        for name in TARGETS:
-            value: float | None = getattr(self, name)
-            if value is not None:
-                found.append(Target.of(name, value))
-        return found
-
-    @property
-    def by_latency(self) -> bool:
-        """Whether a share of the latency is asked for."""
-        return any(target.currency == "latency" for target in self.targets)
-
-    def small_enough(self, point: Point) -> bool:
-        return all(point.share(target.currency) <= target.share for target in self.targets)
-
-    def accurate_enough(self, point: Point) -> bool:
-        # Rounding must not fail a drop of exactly the limit.
-        limit = self.max_accuracy_drop
-        return limit is None or point.drop.value <= limit + 1e-9
-
-    def find(self, curve: Sequence[Point]) -> int | None:
-        """Return the index of the network to select; a curve goes from largest to smallest."""
-        fitting = [
-            index
-            for index, point in enumerate(curve)
-            if self.small_enough(point) and self.accurate_enough(point)
-        ]
-        if not fitting:
-            return None
-        return fitting[0] if self.targets else fitting[-1]
-
-    def overshoot(self, curve: Sequence[Point]) -> int | None:
-        """Return the index after the step that passes the goal; a network within it may be nearer.
-
-        None where the curve begins or ends before the goal.
-        """
-        index = self.find(curve)
-        if not self.targets:
-            index = None if index is None else index + 1
-        elif index is None:
-            small = (index for index, point in enumerate(curve) if self.small_enough(point))
-            index = next(small, None)
-        return index if index is not None and 0 < index < len(curve) else None
-
-    def describe(self, point: Point) -> str:
-        """Return one line: what was asked for, and what was selected."""
-        asked = [str(target) for target in self.targets]
-        if self.max_accuracy_drop is not None:
-            asked.append(f"--max-accuracy-drop {self.max_accuracy_drop:g}")
-        count = len(point.removed)
-        latency = ""
-        if self.by_latency:
-            latency = (
-                f", {point.latency_share.value:.1%} of the latency measured"
-                f" ({point.latency_predicted:.1%} predicted)"
-            )
-        return (
-            f"asked for {', '.join(asked)}; found {point.parameters_share:.1%} of the parameters"
-            f" and {point.flops_share:.1%} of the FLOPs{latency}, {point.drop.value:+.1f} points"
-            f" lost, {count} live block{'' if count == 1 else 's'} removed"
-        )
-
-
-def pick(found: Sweep, goal: Goal) -> Point:
-    """Return the point that meets all of `goal`. Raises ConfigError when no point does."""
-    index = goal.find(found.points)
-    if index is not None:
-        return found.points[index]
-    fitting = [point for point in found.points if goal.small_enough(point)]
-    if fitting:
-        best = min(fitting, key=lambda point: point.drop.value)
-        raise ConfigError(
-            f"--max-accuracy-drop {goal.max_accuracy_drop:g}: no network of the sweep that is small"
-            f" enough keeps it; the least drop among them is {best.drop.value:.2f} points, at"
-            f" {best.parameters_share:.1%} of the parameters; allow that, or ask for a larger share"
-        )
-    smallest = found.points[-1]
-    target = next(t for t in goal.targets if t.share < smallest.share(t.currency))
-    reached = smallest.share(target.currency)
-    remedy = f"ask for at least {math.ceil(1000 * reached) / 1000:g}"
-    if goal.target_speedup is not None and target.currency == "latency":
-        remedy = f"ask for at most {math.floor(1000 / reached) / 1000:g}"
-    raise ConfigError(
-        f"{target}: the smallest network of the sweep keeps {reached:.1%} of the"
-        f" {target.unit}, as every stage keeps a block; {remedy}"
-    )
-
-
-def table(found: Sweep) -> Table:
-    """Return a table with one row a point, the knee marked."""
-    chosen = f"chosen by loss per {found.weight} on {found.chosen_on:,} held-out images"
-    if found.nested:
-        chosen = "in the order of the nested training"
-    title = (
-        f"Sweep: {chosen}, accuracy on {found.measured_on:,}{'' if found.nested else ' others'};"
-        f" times: {found.timer}"
-    )
-    columns = (
-        *("removed", "parameters", "", "FLOPs", "", "ms", ""),
-        *("faster", "accuracy", "points lost"),
-    )
-    rows = []
-    before = 0
-    for index, point in enumerate(found.points):
-        gone = point.removed[before:]
-        more = f" and {len(gone) - 1} more" if len(gone) > 1 else ""
-        before = len(point.removed)
-        rows.append(
-            (
-                (f"{before}: {gone[0]}{more}" if gone else "dead blocks only")
-                + (" ◄ knee" if index == found.knee else ""),
-                f"{point.parameters:,}",
-                f"{point.parameters_share:.1%}",
-                scaled(point.flops),
-                f"{point.flops_share:.1%}",
-                f"{point.ms.value:.3f}",
-                f"{point.latency_share.value:.1%}",
-                f"{point.speedup.value:.2f}x",
-                f"{point.accuracy:.2%}",
-                points(point.drop),
-            )
-        )
-    return cli.table(title, columns, rows)
-
-
-def class_table(found: Sweep) -> Table:
-    """Return a table of the class that lost most at each point after the first."""
-    rows = [
-        (
-            f"{len(point.removed)}",
-            point.worst.name if point.worst else "none",
-            f"{point.worst.samples:,}" if point.worst else "",
-            points(point.worst.drop) if point.worst else "",
-        )
-        for point in found.points[1:]
-    ]
-    title = "Sweep: the class that lost most"
-    return cli.table(title, ("removed", "class", "its images", "points lost"), rows)
-
-
-# -- The sweep itself
 
 STEPS = 24  # at most, so that deep networks end in a bearable time
 BISECTIONS = 3  # networks at most that are tried within a step that passes a goal
@@ -398,9 +96,106 @@ def sweep(
         GraphError: `timer` cannot run the network.
     """
     timer = timer or TorchTimer(checkpoint.data)
+    subject = _subject(checkpoint, validation, samples=samples, train=train, device=device)
+    report(f"sweep: preparing to time the networks ({timer.name})")
+    times = _Times.of(
+        checkpoint,
+        subject,
+        timer,
+        by_block=weight == "ms" or (goal is not None and goal.by_latency),
+    )
+    began = time.perf_counter()
+    saved: Mapping[str, float] = {}
+    if weight != "ms":
+        saved = {found.block: getattr(found, weight) for found in subject.costs}
+    elif times.latency is not None:
+        saved = times.latency.blocks
+    report(subject.introduction())
+    found = _Curve(subject, times, goal=goal, report=report)
+    found.descend(saved)
+    found.bisect()
+    report(f"sweep: timing {len(found.points)} networks")
+    found.time_all()
+    if goal is not None and goal.by_latency:  # times that were predicted are measured now
+        found.bisect(timed=True)
+    points = tuple(found.points)
+    return Sweep(
+        nested=bool(subject.nested),
+        points=points,
+        knee=knee([(each.parameters, each.accuracy) for each in points]),
+        weight=weight,
+        chosen_on=0 if subject.nested else len(subject.choosing),
+        measured_on=len(subject.measuring),
+        timer=timer.name,
+        seconds=time.perf_counter() - began,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Subject:
+    """The network that a sweep makes shallower, and the images it is judged on.
+
+    Attributes:
+        model: with its live blocks, in evaluation mode.
+        costs: of its blocks.
+        stages: stage by block.
+        removable: how many blocks can go.
+        nested: the order of a nested run; else empty.
+        choosing, measuring: images that choose the blocks, and that measure accuracies.
+        statistics: training images for the batch norms of a nested run's networks.
+        full: cost of the network as it was built.
+        classes: their names.
+    """
+
+    model: fx.GraphModule
+    normalize: Normalize
+    shape: tuple[int, int, int]
+    costs: list[BranchCost]
+    stages: Mapping[str, str]
+    removable: int
+    nested: tuple[str, ...]
+    choosing: ImageSet
+    measuring: ImageSet
+    statistics: ImageSet | None
+    full: Cost
+    classes: Sequence[str]
+
+    def without(self, removed: Collection[str]) -> fx.GraphModule:
+        """The network without some blocks."""
+        if self.statistics is not None and removed:
+            return nested_network(self.model, self.normalize, removed, self.statistics)
+        return rewriting.remove_blocks(self.model, removed)
+
+    def predictions(self, network: fx.GraphModule) -> Predictions:
+        """What a network answers on the images that measure."""
+        return predict(network, self.normalize, self.measuring)
+
+    def introduction(self) -> str:
+        """One line about how blocks are chosen, and on how many images."""
+        measured = f"{len(self.measuring):,}"
+        if self.statistics is not None:
+            return (
+                f"sweep: {len(self.costs)} blocks in the order of the nested training, statistics"
+                f" of {len(self.statistics):,} training images, accuracy on {measured} held-out"
+                " images"
+            )
+        return (
+            f"sweep: {len(self.costs)} blocks, chosen on {len(self.choosing):,} held-out images,"
+            f" accuracy measured on {measured} others"
+        )
+
+
+def _subject(
+    checkpoint: Checkpoint,
+    validation: Part,
+    *,
+    samples: int,
+    train: Part | None,
+    device: torch.device,
+) -> _Subject:
+    """Build the network of a sweep and draw its images; the arguments are those of `sweep`."""
     model = live_network(checkpoint)
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    normalize = Normalize.of(checkpoint.data).to(device)
     shape = checkpoint.data.input_shape
     costs, stages = branch_costs(model, shape), rewriting.stages(model, shape)
     blocks = [found.block for found in costs]
@@ -418,62 +213,65 @@ def sweep(
     half = len(images) // 2
     if not half:
         raise ConfigError(f"a sweep needs at least 2 held-out images, not {len(images)}")
-    choosing, measuring = images[torch.arange(half)], images[torch.arange(half, len(images))]
+    statistics = None
     if nested:
-        measuring = images
         assert train is not None
         statistics = evaluation_samples(train, STATISTICS, device)
+    return _Subject(
+        model=model,
+        normalize=Normalize.of(checkpoint.data).to(device),
+        shape=shape,
+        costs=costs,
+        stages=stages,
+        removable=removable,
+        nested=nested,
+        choosing=images[torch.arange(half)],
+        measuring=images if nested else images[torch.arange(half, len(images))],
+        statistics=statistics,
+        full=cost(checkpoint.network.skeleton(), shape),
+        classes=checkpoint.data.classes,
+    )
 
-    def without(removed: Collection[str]) -> fx.GraphModule:
-        if nested and removed:
-            return nested_network(model, normalize, removed, statistics)
-        return rewriting.remove_blocks(model, removed)
 
-    report(f"sweep: preparing to time the networks ({timer.name})")
-    built = live_network(checkpoint, dead=True).to(device)
-    dead = tuple(block for block in rewriting.gates(built) if block not in blocks)
-    measure = timer.load(built, images.images[:1])
-    began = time.perf_counter()
-    latency = None
-    if weight == "ms" or (goal is not None and goal.by_latency):
-        latency = measure_costs(branch_costs(built, shape), measure, timer.name)
-    saved: Mapping[str, float] = {}
-    if weight != "ms":
-        saved = {found.block: getattr(found, weight) for found in costs}
-    elif latency is not None:
-        saved = latency.blocks
-    whole = cost(checkpoint.network.skeleton(), shape)
-    first, labels = predict(model, normalize, measuring), measuring.labels.cpu().numpy()
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Times:
+    """Times of networks, beside that of the network as it was built.
 
-    def point(network: fx.GraphModule, removed: tuple[str, ...], found: Predictions) -> Point:
-        size = cost(network, shape)
-        report(
-            f"sweep: {len(removed)} of {removable} blocks removed: accuracy {found.accuracy:.2%},"
-            f" loss {found.mean_loss:.3f}"
-        )
-        return Point(
-            removed=removed,
-            parameters=size.parameters,
-            flops=size.flops,
-            parameters_share=size.parameters / whole.parameters,
-            flops_share=size.flops / whole.flops,
-            latency_share=_UNTIMED,
-            latency_predicted=(
-                None if latency is None else latency.without((*dead, *removed)) / latency.whole
-            ),
-            accuracy=found.accuracy,
-            loss=found.mean_loss,
-            drop=accuracy_drop(first, found),
-            ms=_UNTIMED,
-            speedup=_UNTIMED,
-            worst=worst_class(first, found, labels, checkpoint.data.classes),
+    Attributes:
+        dead: blocks that were dead before the sweep.
+        measure: times the network as it was built without some blocks.
+        latency: its latency and that of each block; None where no block is chosen by it.
+    """
+
+    dead: tuple[str, ...]
+    measure: Measure
+    latency: BlockCosts | None
+
+    @classmethod
+    def of(
+        cls, checkpoint: Checkpoint, subject: _Subject, timer: Timer, *, by_block: bool
+    ) -> _Times:
+        image = subject.measuring.images[:1]
+        built = live_network(checkpoint, dead=True).to(image.device)
+        live = {found.block for found in subject.costs}
+        measure = timer.load(built, image)
+        return cls(
+            dead=tuple(block for block in rewriting.gates(built) if block not in live),
+            measure=measure,
+            latency=measure_latency(built, image, timer, measure) if by_block else None,
         )
 
-    def timed(points: Sequence[Point]) -> list[Point]:
+    def predict(self, removed: Sequence[str]) -> float | None:
+        """Share of the latency without some blocks, from those of single blocks."""
+        if self.latency is None:
+            return None
+        return self.latency.without((*self.dead, *removed)) / self.latency.whole
+
+    def time(self, points: Sequence[Point]) -> list[Point]:
         """Time networks beside the network as it was built and the first of them."""
-        removed = [(*dead, *each.removed) for each in points]
+        removed = [(*self.dead, *each.removed) for each in points]
         distinct = list(dict.fromkeys([(), *removed]))
-        runs = dict(zip(distinct, measure(distinct), strict=True))
+        runs = dict(zip(distinct, self.measure(distinct), strict=True))
         first = runs[removed[0]]
         return [
             replace(
@@ -485,60 +283,80 @@ def sweep(
             for each, key in zip(points, removed, strict=True)
         ]
 
-    def bisect(finish: Callable[[Point], Point]) -> None:
-        """Try networks within the step that passes the goal."""
+
+class _Curve:
+    """The networks of a sweep, `points`, from the whole to the smallest."""
+
+    def __init__(self, subject: _Subject, times: _Times, *, goal: Goal | None, report: Log) -> None:
+        self._subject, self._times, self._goal, self._report = subject, times, goal, report
+        self._first = subject.predictions(subject.model)
+        self._labels = subject.measuring.labels.cpu().numpy()
+        self.points = [self._point(subject.model, (), self._first)]
+
+    def descend(self, saved: Mapping[str, float]) -> None:
+        """Remove blocks until none can go; `saved` is what each saves."""
+        subject = self._subject
+        at_once = math.ceil(subject.removable / STEPS)
+        network = subject.model
+        while (done := len(self.points[-1].removed)) < subject.removable:
+            if subject.nested:
+                last = min(done + at_once, subject.removable)
+                gone = list(subject.nested[::-1][done:last])
+            else:
+                predictions = leave_one_out(network, subject.normalize, subject.choosing)
+                loss = predictions.pop(None).mean_loss
+                rises = {
+                    block: said.mean_loss - loss for block, said in predictions.items() if block
+                }
+                ranked = sorted(rises, key=lambda block: cheapness(rises[block], saved[block]))
+                gone = rewriting.removable(ranked, rises, subject.stages)[:at_once]
+            removed = (*self.points[-1].removed, *gone)
+            network = subject.without(removed)
+            self.points.append(self._point(network, removed, subject.predictions(network)))
+
+    def bisect(self, *, timed: bool = False) -> None:
+        """Try networks within the step that passes the goal; with `timed`, time them."""
         for _ in range(BISECTIONS):
-            index = goal.overshoot(curve) if goal else None
+            index = self._goal.overshoot(self.points) if self._goal else None
             if index is None:
                 return
-            before, after = curve[index - 1].removed, curve[index].removed
+            before, after = self.points[index - 1].removed, self.points[index].removed
             if len(after) - len(before) == 1:
                 return
             removed = after[: (len(before) + len(after)) // 2]
-            network = without(removed)
-            found = predict(network, normalize, measuring)
-            curve.insert(index, finish(point(network, removed, found)))
+            network = self._subject.without(removed)
+            new = self._point(network, removed, self._subject.predictions(network))
+            if timed:
+                new = self._times.time([self.points[0], new])[1]
+            self.points.insert(index, new)
 
-    if nested:
-        report(
-            f"sweep: {len(blocks)} blocks in the order of the nested training, statistics of"
-            f" {len(statistics):,} training images, accuracy on {len(measuring):,} held-out images"
+    def time_all(self) -> None:
+        self.points = self._times.time(self.points)
+
+    def _point(
+        self, network: fx.GraphModule, removed: tuple[str, ...], found: Predictions
+    ) -> Point:
+        subject = self._subject
+        size, full = cost(network, subject.shape), subject.full
+        self._report(
+            f"sweep: {len(removed)} of {subject.removable} blocks removed: accuracy"
+            f" {found.accuracy:.2%}, loss {found.mean_loss:.3f}"
         )
-    else:
-        report(
-            f"sweep: {len(blocks)} blocks, chosen on {len(choosing):,} held-out images, accuracy"
-            f" measured on {len(measuring):,} others"
+        return Point(
+            removed=removed,
+            parameters=size.parameters,
+            flops=size.flops,
+            parameters_share=size.parameters / full.parameters,
+            flops_share=size.flops / full.flops,
+            latency_share=_UNTIMED,
+            latency_predicted=self._times.predict(removed),
+            accuracy=found.accuracy,
+            loss=found.mean_loss,
+            drop=accuracy_drop(self._first, found),
+            ms=_UNTIMED,
+            speedup=_UNTIMED,
+            worst=worst_class(self._first, found, self._labels, subject.classes),
         )
-    at_once = math.ceil(removable / STEPS)
-    network, curve = model, [point(model, (), first)]
-    while (done := len(curve[-1].removed)) < removable:
-        if nested:
-            gone = list(nested[::-1][done : min(done + at_once, removable)])
-        else:
-            predictions = leave_one_out(network, normalize, choosing)
-            loss = predictions.pop(None).mean_loss
-            rises = {block: said.mean_loss - loss for block, said in predictions.items() if block}
-            ranked = sorted(rises, key=lambda block: cheapness(rises[block], saved[block]))
-            gone = rewriting.removable(ranked, rises, stages)[:at_once]
-        removed = (*curve[-1].removed, *gone)
-        network = without(removed)
-        curve.append(point(network, removed, predict(network, normalize, measuring)))
-    bisect(lambda new: new)
-    report(f"sweep: timing {len(curve)} networks")
-    curve = timed(curve)
-    if goal is not None and goal.by_latency:  # times that were predicted are measured now
-        bisect(lambda new: timed([curve[0], new])[1])
-    points = tuple(curve)
-    return Sweep(
-        nested=bool(nested),
-        points=points,
-        knee=knee([(each.parameters, each.accuracy) for each in points]),
-        weight=weight,
-        chosen_on=0 if nested else len(choosing),
-        measured_on=len(measuring),
-        timer=timer.name,
-        seconds=time.perf_counter() - began,
-    )
 
 
 # -- Networks of a nested run

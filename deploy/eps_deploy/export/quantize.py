@@ -61,9 +61,9 @@ def pick(data: Data, samples: int) -> Images:
     Raises:
         DataError: too few images.
     """
-    _check_count(samples, f"--calibration-samples {samples}")
+    check_count(samples, f"--calibration-samples {samples}")
     part = data.train
-    _check_count(len(part), f"data set {data.identity.name}: {len(part)} training images")
+    check_count(len(part), f"data set {data.identity.name}: {len(part)} training images")
     order = torch.randperm(len(part), generator=torch.Generator().manual_seed(_SEED))
     images: Images = part[order[:samples].sort().values].images.numpy()
     return images
@@ -76,7 +76,8 @@ def digest(images: Images) -> str:
     return hashed.hexdigest()
 
 
-def _check_count(count: int, what: str) -> None:
+def check_count(count: int, what: str) -> None:
+    """Raise DataError for too few calibration images; `what` begins the line."""
     if count < MIN_SAMPLES:
         raise DataError(
             f"{what}: too few to calibrate int8, whose ranges would be random; at least"
@@ -221,7 +222,7 @@ def quantize(
         DataError: too few images, or a layer gives a number that is not finite on them.
         GraphError: there is nothing to quantize.
     """
-    _check_count(len(images), f"{len(images)} calibration images")
+    check_count(len(images), f"{len(images)} calibration images")
     proto = onnx.load_from_string(model)
     layers = [layer for layer in _layers(proto) if not belongs(layer.node.name, kept)]
     if not layers:

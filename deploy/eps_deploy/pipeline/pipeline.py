@@ -53,6 +53,7 @@ _NO_BASELINE = {
         " or name one with --baseline"
     ),
 }
+_NO_BASELINE_IN_MEMORY = {**_NO_BASELINE, "why": "eps_deploy.deploy() was given no baseline="}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,6 +148,15 @@ def _read(options: Options, log: Log) -> tuple[Inputs, TestSet, Images | None]:
     """The input files, the test images, and for int8 the images to calibrate on."""
     inputs = find_inputs(options.model, options.checkpoint, options.baseline)
     log(f"baseline: {inputs.baseline_path or 'none trained; full depth, for latency only'}")
+    refuse_without_baseline(options, inputs)
+    data = load_again(inputs.compact.data, options.data_root)
+    test = TestSet(images=data.test.images.numpy(), labels=data.test.labels.numpy())
+    quantized = options.precision.quantized
+    return inputs, test, pick(data, options.calibration_samples) if quantized else None
+
+
+def refuse_without_baseline(options: Options, inputs: Inputs) -> None:
+    """Raise ConfigError for an option that compares accuracies, where there is no baseline."""
     for option, given in (
         ("--repair", options.repair),
         ("--max-class-drop", options.max_class_drop is not None),
@@ -156,10 +166,6 @@ def _read(options: Options, log: Log) -> tuple[Inputs, TestSet, Images | None]:
                 f"{option}: there is no trained baseline whose accuracy could be missed; name one"
                 f" with --baseline, or leave {option} out"
             )
-    data = load_again(inputs.compact.data, options.data_root)
-    test = TestSet(images=data.test.images.numpy(), labels=data.test.labels.numpy())
-    quantized = options.precision.quantized
-    return inputs, test, pick(data, options.calibration_samples) if quantized else None
 
 
 @contextmanager
@@ -215,7 +221,9 @@ class Deployment:
     ) -> tuple[dict[str, Any], list[LatencyResult]]:
         """Run every check and measurement: the report, and the latency samples behind it."""
         options, inputs, test, log = self.options, self.inputs, self.test, self.log
-        not_run = [*builder.not_run(options), *([] if inputs.baseline else [_NO_BASELINE])]
+        not_run = builder.not_run(options)
+        if inputs.baseline is None:
+            not_run.append(_NO_BASELINE if inputs.compact.digest else _NO_BASELINE_IN_MEMORY)
         with _timed(log, "compared the logits of every stage"), cpu_threads(1):
             chain = self.parity_chain(variants)
             found = map(report.parity_check, chain)

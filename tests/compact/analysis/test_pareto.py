@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from eps_compact.analysis.sweep import (
+from eps_compact.analysis.curve import (
     ClassLoss,
     Goal,
     Point,

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from eps_compact.analysis import sweep as module
+from eps_compact.analysis.curve import Goal, Weight, pick
 from eps_compact.analysis.importance import Predictions, evaluation_samples, predict
-from eps_compact.analysis.sweep import BISECTIONS, Goal, Weight, pick, sweep, worst_class
+from eps_compact.analysis.sweep import BISECTIONS, sweep, worst_class
 from eps_compact.compaction import compact
 from eps_core.errors import ConfigError
 from eps_core.timing import Runs

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import eps_compact
 import eps_deploy
@@ -16,18 +17,12 @@ from eps_core.errors import ConfigError, DataError
 from eps_deploy.cli.predict import main as predict
 from eps_deploy.cli.verify import main as verify
 from tests.commands import run
-from tests.train.loops import EXAMPLE, HELDOUT, SHUT, SubsetPruner, own_net, sgd, train_epoch
+from tests.train.loops import EXAMPLE, HELDOUT, batches, own_net, pruned
 
 
 @pytest.fixture(scope="module")
 def compaction() -> Compaction:
-    classes = list("abcdefghij")
-    made = SubsetPruner(own_net(), example=EXAMPLE, epsilon=SHUT, classes=classes, fit="letterbox")
-    optimizer = sgd(made)
-    for _ in range(2):
-        train_epoch(made, optimizer)
-        made.end_epoch(HELDOUT, optimizer=optimizer)
-    return eps_compact.compact_pruner(made, HELDOUT)
+    return eps_compact.compact_pruner(pruned(fit="letterbox"), HELDOUT)
 
 
 def test_a_bundle_that_is_verified_and_answers(compaction: Compaction, tmp_path: Path) -> None:
@@ -58,10 +53,59 @@ def test_a_bundle_that_is_verified_and_answers(compaction: Compaction, tmp_path:
     assert answered.code == 0, answered.stderr
 
 
+def test_int8_beside_a_trained_baseline(compaction: Compaction, tmp_path: Path) -> None:
+    baseline = own_net(seed=1).train()
+    before = {name: tensor.clone() for name, tensor in baseline.state_dict().items()}
+    calibration = iter(batches(14, seed=3))
+    report = eps_deploy.deploy(
+        compaction,
+        HELDOUT,
+        precision="int8",
+        calibration=calibration,
+        calibration_samples=100,
+        baseline=baseline,
+        output=tmp_path / "bundle",
+        max_accuracy_drop=100.0,
+        max_class_drop=100.0,
+        min_speedup=0.0,
+        time_budget=0.1,
+        max_batch=2,
+        opt_batch=1,
+    )
+    assert report["precision"]["name"] == "int8"
+    assert report["precision"]["calibration"]["samples"] == 100
+    assert len(list(calibration)) == 1, "no more batches are read than are needed"
+    assert report["latency_baseline"] == "trained plain network"
+    assert "accuracy against a trained baseline" not in [e["what"] for e in report["not_run"]]
+    images = torch.cat([images for images, _ in HELDOUT])
+    labels = torch.cat([labels for _, labels in HELDOUT])
+    with torch.no_grad():
+        right = (own_net(seed=1).eval()(images).argmax(1) == labels).float().mean().item()
+    assert report["accuracy"]["baseline"] == pytest.approx(right)
+    assert {entry["name"] for entry in report["checks"]} >= {"accuracy", "class-accuracy"}
+    assert max(entry["batch"] for entry in report["latency"]) == 2
+    assert baseline.training
+    assert all(torch.equal(t, before[name]) for name, t in baseline.state_dict().items())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"precision": "int8"}, "precision='int8': give fp32, tf32, fp16 or bf16"),
+        ({"precision": "int4"}, "precision='int4': give fp32, tf32, fp16, bf16, int8, int8-fp16"),
+        ({"precision": "int8"}, r"deploy\(precision='int8'\): give calibration=, batches of"),
+        ({"calibration": HELDOUT}, r"deploy\(calibration=\): only applies to int8"),
+        (
+            {"precision": "int8", "calibration": HELDOUT},
+            "calibration: 16 images: too few to calibrate int8",
+        ),
+        (
+            {"precision": "int8", "calibration": [EXAMPLE - 1]},
+            "calibration: its pixels are -1.00 to 0.00, not 0 to 1",
+        ),
+        ({"baseline": nn.Flatten()}, r"deploy\(baseline=\): returns 2x64 for 2 images, not"),
+        ({"baseline": nn.Linear(3, 10)}, r"deploy\(baseline=\): does not run on images of 1x8x8"),
+        ({"max_class_drop": 1.0}, "--max-class-drop: there is no trained baseline"),
+        ({"data_root": "data"}, r"deploy\(data_root=\): only applies to eps-deploy"),
         ({"precision": "bf16"}, "--bf16: ONNX Runtime has no bfloat16 convolutions"),
         ({"colour": "red"}, r"deploy\(\): .*'colour'"),
         ({"heldout": []}, "heldout: yields no batch"),

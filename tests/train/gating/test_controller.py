@@ -170,7 +170,16 @@ def test_what_is_chosen_by_importance_per_cost(changes: dict[str, Any], per_cost
     config = replace(PRUNING, epsilon=None, **changes)
     assert config.target is not None
     costs = BlockCosts(currency=config.target.currency, whole=2, blocks={"a": 1})
-    made = EpsilonController.of(config, costs, decay_epoch=5, stages={"a": "all"})
+    made = EpsilonController.of(
+        config.target,
+        costs,
+        epochs=8,
+        end=5,
+        stages={"a": "all"},
+        patience=2,
+        max_accuracy_drop=None,
+        criterion=config.criterion,
+    )
     assert made.per_cost == per_cost
 
 

@@ -97,13 +97,16 @@ def _each(name: str, values: float | Sequence[float], channels: int) -> tuple[fl
     return each * channels if len(each) < channels else each
 
 
-def pixels(batches: Iterable[Batch], identity: DataIdentity) -> ImageSet | Tensor:
+def pixels(
+    batches: Iterable[Batch], identity: DataIdentity, *, name: str = "heldout"
+) -> ImageSet | Tensor:
     """Return normalised inputs as the images that they were: uint8, on the CPU.
 
     Bundles and proofs take such images, and normalise them themselves.
 
     Args:
         batches: normalised as `identity` says.
+        name: of the argument that they are, for errors.
 
     Returns:
         The images with their labels; where the batches have no labels, the images alone.
@@ -119,12 +122,12 @@ def pixels(batches: Iterable[Batch], identity: DataIdentity) -> ImageSet | Tenso
         low, high = (value.item() / PIXELS for value in raw.aminmax())
         if not (low > -0.01 and high < 1.01):
             raise DataError(
-                f"heldout: its pixels are {low:.2f} to {high:.2f}, not 0 to 1, when the"
+                f"{name}: its pixels are {low:.2f} to {high:.2f}, not 0 to 1, when the"
                 " normalisation is undone; give BlockPruner the mean= and std= of your transform"
             )
         images.append(raw.round().clamp(0, PIXELS).to(torch.uint8))
         labels += [label.detach().cpu() for label in rest[:1]]
     if not images:
-        raise DataError("heldout: yields no batch; give it images to prove and measure with")
+        raise DataError(f"{name}: yields no batch; give it images to prove and measure with")
     found = torch.cat(images)
     return ImageSet(found, torch.cat(labels)) if labels else found

@@ -21,7 +21,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from eps_train.config import TrainingConfig
 from eps_train.gating.rewriting import removable
 from eps_train.gating.targets import BlockCosts, Target, cheapness
 from eps_train.training.checkpoint import GateRecord
@@ -66,24 +65,35 @@ class EpsilonController:
     @classmethod
     def of(
         cls,
-        config: TrainingConfig,
+        target: Target,
         costs: BlockCosts,
         *,
-        decay_epoch: int,
+        epochs: int,
+        end: int,
         stages: Mapping[str, str],
+        patience: int,
+        max_accuracy_drop: float | None,
+        criterion: str,
+        warmup: int = 0,
     ) -> EpsilonController:
-        """The controller of a run whose final decay begins with the 0-based `decay_epoch`."""
-        assert config.target is not None
-        drop = config.max_accuracy_drop
+        """The controller of a run.
+
+        Args:
+            target, costs, end, stages, patience: as the attributes.
+            epochs: of the run.
+            max_accuracy_drop: as `max_drop`, in percentage points.
+            criterion: that orders the blocks; see `criteria.BlockScores`.
+            warmup: epochs before the first block is chosen, at least.
+        """
         return cls(
-            target=config.target,
+            target=target,
             costs=costs,
             stages=stages,
-            start=max(config.epsilon_warmup, 1, round(LEARN_FIRST * config.epochs)),
-            end=decay_epoch,
-            patience=config.patience,
-            max_drop=None if drop is None else drop / 100,
-            per_cost=costs.currency != "parameters" and config.criterion != "random",
+            start=max(warmup, 1, round(LEARN_FIRST * epochs)),
+            end=end,
+            patience=patience,
+            max_drop=None if max_accuracy_drop is None else max_accuracy_drop / 100,
+            per_cost=costs.currency != "parameters" and criterion != "random",
         )
 
     def threshold(self, block: str) -> float:

@@ -27,7 +27,7 @@ from eps_train.gating.folding import fold
 from eps_train.gating.rewriting import branch_nodes, branch_parameters
 from eps_train.gating.targets import BlockCosts, Currency
 from eps_train.models.cifar import FromPixels
-from eps_train.models.spec import cost
+from eps_train.models.spec import cost, count_parameters
 from eps_train.training.forward import cpu_threads
 
 # -- The cost of each residual branch: what removing that block alone saves
@@ -120,8 +120,8 @@ def count_costs(
         currency: `parameters` or `flops`.
     """
     if currency == "parameters":
-        whole = sum(parameter.numel() for parameter in model.parameters())
-        return BlockCosts(currency=currency, whole=whole, blocks=branch_parameters(model))
+        whole, blocks = count_parameters(model), branch_parameters(model)
+        return BlockCosts(currency=currency, whole=whole, blocks=blocks)
     assert currency == "flops"
     blocks = {found.block: found.flops for found in branch_costs(model, input_shape)}
     return BlockCosts(currency=currency, whole=cost(model, input_shape).flops, blocks=blocks)
@@ -224,6 +224,20 @@ def block_times(
         each = Interval((1 - left.value) * unit, (1 - left.high) * unit, (1 - left.low) * unit)
         times |= dict.fromkeys(blocks, each)
     return call, times
+
+
+def measure_latency(
+    model: fx.GraphModule, image: Tensor, timer: Timer, measure: Measure | None = None
+) -> BlockCosts:
+    """Measure the latency of a network with gates and of its blocks: :func:`measure_costs`.
+
+    Args:
+        model, image: as `Timer.load` takes them.
+        measure: what it returned for them, where the caller has it; by default it is called.
+    """
+    measure = measure or timer.load(model, image)
+    _, channels, height, width = image.shape
+    return measure_costs(branch_costs(model, (channels, height, width)), measure, timer.name)
 
 
 def measure_costs(costs: Collection[BranchCost], measure: Measure, timer: str) -> BlockCosts:

@@ -20,13 +20,13 @@ from eps_core.errors import ConfigError, FileFormatError, GraphError
 from eps_train.data import dataset
 from eps_train.data.inputs import Batch, ImageInputs
 from eps_train.gating import parity, rewriting
-from eps_train.gating.controller import LEARN_FIRST, EpsilonController
-from eps_train.gating.costs import branch_costs, count_costs, make_timer, measure_costs
+from eps_train.gating.controller import EpsilonController
+from eps_train.gating.costs import count_costs, make_timer, measure_latency
 from eps_train.gating.criteria import CRITERIA, BlockScores
 from eps_train.gating.gate import EpsilonGate
 from eps_train.gating.pruning_state import BlockTracker
 from eps_train.gating.targets import BlockCosts, Target
-from eps_train.models.spec import GraphSpec, NetworkSpec
+from eps_train.models.spec import GraphSpec, NetworkSpec, count_parameters
 from eps_train.training.checkpoint import Checkpoint
 from eps_train.training.distributed import ALONE, Group
 from eps_train.training.evaluate import answers
@@ -145,16 +145,15 @@ class BlockPruner:
                     f"{target} cannot be met: every stage keeps a block, and that leaves"
                     f" {costs.least(stages):.0%} of the {target.unit}"
                 )
-            start = max(1, round(LEARN_FIRST * epochs))
-            controller = EpsilonController(
-                target=target,
-                costs=costs,
-                start=start,
-                end=max(start + 1, round(SETTLE * epochs)),
+            controller = EpsilonController.of(
+                target,
+                costs,
+                epochs=epochs,
+                end=max(2, round(SETTLE * epochs)),
                 stages=stages,
                 patience=patience,
-                max_drop=None if max_accuracy_drop is None else max_accuracy_drop / 100,
-                per_cost=costs.currency != "parameters" and criterion != "random",
+                max_accuracy_drop=max_accuracy_drop,
+                criterion=criterion,
             )
         self._set_up(
             graph,
@@ -401,7 +400,7 @@ class BlockPruner:
         """Cost of the network without its dead blocks; of a latency, as predicted."""
         assert self.controller is not None
         if self.controller.costs.currency == "parameters":
-            return sum(parameter.numel() for parameter in self.shipped().parameters())
+            return count_parameters(self.shipped())
         return self.controller.costs.without(self.tracker.dead)
 
     @property
@@ -635,10 +634,8 @@ def _costs(graph: fx.GraphModule, target: Target, inputs: ImageInputs) -> BlockC
         return count_costs(graph, inputs.shape, target.currency)
     blank = torch.zeros((1, *inputs.shape))
     identity = inputs.identity(answers(graph, [blank])[0].shape[1])
-    timer = make_timer(None, identity)
     device = next(graph.parameters()).device
-    measure = timer.load(graph, blank.to(device, torch.uint8))
-    return measure_costs(branch_costs(graph, inputs.shape), measure, timer.name)
+    return measure_latency(graph, blank.to(device, torch.uint8), make_timer(None, identity))
 
 
 # -- Held-out data

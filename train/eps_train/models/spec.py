@@ -262,4 +262,9 @@ def cost(model: nn.Module, input_shape: tuple[int, int, int]) -> Cost:
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
         skeleton(torch.empty((1, *input_shape), device="meta"))
-    return Cost(sum(p.numel() for p in model.parameters()), counter.get_total_flops())
+    return Cost(count_parameters(model), counter.get_total_flops())
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of learned parameters of a network."""
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -21,12 +21,12 @@ from eps_train.data.dataset import Data, Outline
 from eps_train.data.images import Part
 from eps_train.gating import rewriting
 from eps_train.gating.controller import EpsilonController
-from eps_train.gating.costs import branch_costs, count_costs, make_timer, measure_costs
+from eps_train.gating.costs import count_costs, make_timer, measure_latency
 from eps_train.gating.nested import SubNetworks, nested_order, smallest_size
 from eps_train.gating.pruner import BlockPruner
 from eps_train.gating.targets import BlockCosts
 from eps_train.models.cifar import Normalize, SideHead
-from eps_train.models.spec import NetworkSpec
+from eps_train.models.spec import NetworkSpec, count_parameters
 from eps_train.schedule import LearningRateSchedule
 from eps_train.training import run_checks
 from eps_train.training.averaging import AveragedWeights
@@ -224,19 +224,24 @@ class Trainer:
 
         def measured() -> BlockCosts:
             timer = make_timer(self.config.timer, self.data.identity, report)
-            measure = timer.load(rewriting.drop_taps(self.model), self.image)
-            costs = branch_costs(self.model, self.data.identity.input_shape)
-            return measure_costs(costs, measure, timer.name)
+            return measure_latency(rewriting.drop_taps(self.model), self.image, timer)
 
         self._follow_target(self.group.lead(measured))
 
     def _follow_target(self, costs: BlockCosts) -> None:
         """Have a controller prune to the target; `costs` are in its currency."""
+        config = self.config
+        assert config.target is not None
         self.pruner.controller = EpsilonController.of(
-            self.config,
+            config.target,
             costs,
-            decay_epoch=self.schedule.decay_epoch,
+            epochs=config.epochs,
+            end=self.schedule.decay_epoch,
             stages=self.pruner.stages,
+            patience=config.patience,
+            max_accuracy_drop=config.max_accuracy_drop,
+            criterion=config.criterion,
+            warmup=config.epsilon_warmup,
         )
 
     def run_epoch(self) -> EpochMetrics:
@@ -623,10 +628,6 @@ class _Normalized:
 
     def __iter__(self) -> Iterator[Tensor]:
         return normalized(self._normalize, self._images)
-
-
-def count_parameters(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def network_spec(config: TrainingConfig, data: Outline) -> NetworkSpec:
