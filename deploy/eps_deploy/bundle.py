@@ -253,6 +253,7 @@ def open_onnx(
         threads=int(recorded.get("threads", 1)),
         max_batch=int(recorded["max_batch"]),
         tf32=bool(recorded.get("tf32", False)),
+        nhwc=PRECISIONS[bundle.manifest["precision"]].float == "float16",
         exact_qdq=not provider,
     )
     return _agreeing(bundle, engine)
