@@ -64,9 +64,10 @@ def opened(
         try:
             with _engine(engine, path.read_bytes(), on_cuda, precision, max_batch) as made:
                 yield made.infer
-        except (EngineError, ModuleNotFoundError) as error:
-            known = isinstance(error, ModuleNotFoundError)
-            raise Unavailable(missing_package(error) if known else str(error)) from None
+        except EngineError as error:
+            raise Unavailable(str(error)) from None
+        except ModuleNotFoundError as error:
+            raise Unavailable(missing_package(error)) from None
         return
     TrainingPrecision("fp32", device)  # which switches TF32 off
     module: nn.Module = in_precision(network.network, network.identity, precision)
