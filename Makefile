@@ -4,6 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 GPU := .venv-gpu/bin/python
 JOBS ?= 2
+MINUTES ?= 60
 CUDA := $(CURDIR)/.venv-gpu/cuda
 TRT := $(shell sed -n '/^trt = /,/^]/s/^ *"\([^;"]*\).*/\1/p' pyproject.toml)
 TORCH := $(shell grep '^torch==' constraints.txt)
@@ -47,7 +48,7 @@ bench: $(READY) ## Run every benchmark, one after another
 
 # pycuda has no wheels: it is compiled with g++ against the headers that came with torch and a stand-in
 # for the driver's library, as in the Dockerfile. By itself, so that a failure leaves TensorRT there.
-gpu-report: ## On an NVIDIA GPU: run all that needs one, write one report to send back
+gpu-report: ## On an NVIDIA GPU: run all that needs one, write one report to send back, in MINUTES
 	@nvidia-smi -L >/dev/null 2>&1 || { echo "gpu-report: nvidia-smi lists no NVIDIA GPU here; nothing was run" >&2; exit 1; }
 	test -x $(GPU) || $(PYTHON) -m venv .venv-gpu
 	$(GPU) -m pip install --quiet --disable-pip-version-check -c constraints.txt $(TORCH) hatchling
@@ -64,7 +65,7 @@ gpu-report: ## On an NVIDIA GPU: run all that needs one, write one report to sen
 		--quiet --disable-pip-version-check -c constraints.txt --no-binary pycuda $(patsubst %,'%',$(filter pycuda%,$(TRT)))
 	$(GPU) -m pip uninstall --quiet -y onnxruntime
 	$(GPU) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ort-gpu]'
-	$(GPU) benchmarks/_gpu_report.py
+	$(GPU) benchmarks/_gpu_report.py --minutes $(MINUTES)
 
 wheel: $(READY) ## Build the wheel into dist/
 	$(BIN)/hatchling build -t wheel -d dist

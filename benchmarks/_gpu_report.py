@@ -1,18 +1,23 @@
 """GPU report: run everything that needs an NVIDIA GPU and write one JSON file (`make gpu-report`).
 
-Steps: `eps-doctor`; all tests that need a GPU; the chain from training to a bundle with TensorRT in
-every precision and with ONNX Runtime on CUDA; the benchmarks that have `--device`. The file has
-results, reports, times, and the output of failed steps. Exit codes: 0 all steps passed, 1 no GPU
-(nothing was run), 3 a step failed (the file is still written).
+Steps, the most wanted first: `eps-doctor`; the benchmarks that have `--device`, training and
+deployment before others; the chain from training to a bundle with TensorRT in every precision and
+with ONNX Runtime on CUDA; all tests that need a GPU. The file has results, reports, times, and the
+output of failed steps, and is written after each step. With `--minutes M`, the step that runs after
+M minutes is ended, its output so far is kept, and the rest is not run. Exit codes: 0 all steps
+passed, 1 no GPU (nothing was run), 3 a step failed or was not run (the file is still written).
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -27,6 +32,8 @@ SCHEMA = 1
 ROOT = Path(__file__).resolve().parents[1]
 _TAIL = 200  # lines of output per step that the report keeps
 _DEVICE = "--device"
+_FIRST = ("training", "deploy")  # of the benchmarks
+MINUTES = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +55,8 @@ class Step:
     allowed: tuple[int, ...] = (0,)
 
 
-def main() -> int:
+def main(minutes: float = MINUTES) -> int:
+    deadline = time.monotonic() + 60 * minutes
     gpus = machine.gpus()
     if not gpus:
         say("gpu-report: nvidia-smi lists no NVIDIA GPU here; nothing was run")
@@ -57,7 +65,7 @@ def main() -> int:
     report: dict[str, Any] = {"schema": SCHEMA, "gpus": [asdict(gpu) for gpu in gpus], "steps": {}}
     with tempfile.TemporaryDirectory() as folder:
         for step in steps(Path(folder)):
-            report["steps"][step.name] = run(step)
+            report["steps"][step.name] = run(step, deadline)
             # After each step, so that a crash of the machine loses one step only.
             replace_file(target, json.dumps(report, indent=1).encode())
     failed = [name for name, told in report["steps"].items() if not told["passed"]]
@@ -67,20 +75,21 @@ def main() -> int:
 
 
 def steps(folder: Path) -> Iterator[Step]:
-    """Yield all steps, cheapest first; each runs before the next one is created."""
+    """Yield all steps in order; each runs before the next one is created."""
     python = sys.executable
     tests = folder / "tests.xml"
     yield Step("doctor", (script("eps-doctor"), "--json"), folder)
+    found = {path.stem: path for path in sorted((ROOT / "benchmarks").glob("[!_]*.py"))}
+    for name in dict.fromkeys((*_FIRST, *found)):
+        if takes_device(found[name]):
+            yield Step(name, (python, str(found[name]), _DEVICE, "cuda"), ROOT)
+    yield from chain(folder)
     yield Step(
         "tests",
         (python, "-m", "pytest", "-m", "gpu", "-rs", "--timeout", "1800", f"--junitxml={tests}"),
         ROOT,
         tests,
     )
-    yield from chain(folder)
-    for path in sorted((ROOT / "benchmarks").glob("[!_]*.py")):
-        if takes_device(path):
-            yield Step(path.stem, (python, str(path), _DEVICE, "cuda"), ROOT)
 
 
 def chain(folder: Path) -> Iterator[Step]:
@@ -116,11 +125,18 @@ def takes_device(path: Path) -> bool:
     return _DEVICE in asked.stdout
 
 
-def run(step: Step) -> dict[str, Any]:
-    """Run `step`, show its output, and return its entry in the report."""
+def run(step: Step, deadline: float) -> dict[str, Any]:
+    """Run `step`, show its output, and return its entry in the report.
+
+    `deadline`, of `time.monotonic`, ends it.
+    """
     say(f"\n$ {' '.join(step.command)}")
     began = time.monotonic()
-    printed, code = _printed(step)
+    if began >= deadline:
+        printed, code = ["not run: the time limit was reached (--minutes)"], None
+        say(printed[0])
+    else:
+        printed, code = _printed(step, deadline - began)
     result = _result(step, printed)
     return {
         "command": [Path(step.command[0]).name, *step.command[1:]],
@@ -132,8 +148,8 @@ def run(step: Step) -> dict[str, Any]:
     }
 
 
-def _printed(step: Step) -> tuple[list[str], int | None]:
-    """Output lines and exit code; the exit code is None if the command does not start."""
+def _printed(step: Step, seconds: float) -> tuple[list[str], int | None]:
+    """Output lines and exit code; the exit code is None if the command does not start or end."""
     lines: list[str] = []
     try:
         process = subprocess.Popen(
@@ -144,14 +160,28 @@ def _printed(step: Step) -> tuple[list[str], int | None]:
             text=True,
             errors="replace",
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            start_new_session=True,
         )
     except OSError as error:
         return [f"{step.command[0]}: {error.strerror}"], None
+    late = threading.Event()
+
+    def end() -> None:
+        late.set()
+        os.killpg(process.pid, signal.SIGKILL)  # its children too
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
     with process:
         assert process.stdout is not None
         for line in process.stdout:
             say(line.rstrip("\n"))
             lines.append(line.rstrip("\n"))
+    timer.cancel()
+    if late.is_set():
+        lines.append("ended: the time limit was reached (--minutes)")
+        return lines, None
     return lines, process.returncode
 
 
@@ -196,4 +226,6 @@ def say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    parser = argparse.ArgumentParser(description="Run all that needs a GPU; write one report.")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="time limit (%(default)g)")
+    sys.exit(main(parser.parse_args().minutes))

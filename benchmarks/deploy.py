@@ -6,6 +6,8 @@ Sections:
     runtimes  the pruned network in eps-deploy's ONNX file, in torch, torch.compile, OpenVINO, and
               as torch.onnx.export writes it; interleaved with a matrix product
     export    seconds of eps-deploy's ONNX export, and of torch's own on the smaller network
+    engines   with --device: TensorRT, ONNX Runtime, torch and torch.compile on a CPU or a GPU, each
+              with the unpruned network over the pruned one; host memory to host memory
 
 Each side is warmed up, then all are interleaved in blocks. Times are wall time; on one thread also
 processor time, which other programs of a busy machine disturb far less. The networks are untrained
@@ -13,6 +15,7 @@ and their dead blocks chosen, which does not affect the time. The last line prin
 object.
 
     python benchmarks/deploy.py [--sections pruned,runtimes] [--threads 1,2] [--seconds S]
+    python benchmarks/deploy.py --device cuda [--precision fp16] [--batches 1,8,32,128]
 """
 
 from __future__ import annotations
@@ -21,10 +24,13 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import _engines
 import _runtimes
 import click
 import numpy as np
@@ -32,12 +38,15 @@ import torch
 from _pruned import Pair, pair
 from _rounds import machine, say
 
+from eps_core.errors import ConfigError
 from eps_core.stats import ratio_of_medians
 from eps_core.timing import Clock, Runs, interleave, wall_clock
 from eps_deploy.bench.latency import noise, spread, verdict
 from eps_deploy.bench.machine import MachineMonitor
 from eps_deploy.engines.base import Images
 from eps_deploy.export.export import export_onnx
+from eps_deploy.precision import PRECISIONS, Precision
+from eps_train.training import forward
 
 BATCHES = (1, 16)
 DEPTH, DEAD = 110, 43
@@ -55,6 +64,10 @@ class Setting:
     folder: Path
     seconds: float
     threads: tuple[int, ...]
+    device: torch.device
+    precision: Precision
+    batches: tuple[int, ...]
+    engines: tuple[str, ...]
 
 
 def pruned(networks: Pair, setting: Setting) -> list[dict[str, Any]]:
@@ -155,11 +168,66 @@ def export(networks: Pair, setting: Setting) -> list[dict[str, Any]]:
     return found
 
 
+def engines(networks: Pair, setting: Setting) -> list[dict[str, Any]]:
+    """Unpruned over pruned in every engine of the device, one row for each engine and batch."""
+    torch.set_num_threads(1)
+    paths = _export(networks, setting.folder, setting.precision)
+    both = {"full": networks.full, "compact": networks.compact}
+    found = []
+    for name in setting.engines:
+        row: dict[str, Any] = {"engine": name}
+        try:
+            with ExitStack() as stack:
+                opened = {
+                    side: stack.enter_context(
+                        _engines.opened(
+                            name,
+                            network,
+                            paths[side],
+                            device=setting.device,
+                            precision=setting.precision,
+                            max_batch=max(setting.batches),
+                        )
+                    )
+                    for side, network in both.items()
+                }
+                for batch in setting.batches:
+                    row = {"engine": name, "batch": batch}
+                    found.append(_in_one_engine(opened, setting, row))
+                    say(json.dumps(row))
+        except _engines.Unavailable as reason:
+            found.append({**row, "not_run": str(reason)})
+            say(json.dumps(found[-1]))
+    return found
+
+
+def _in_one_engine(
+    opened: Mapping[str, _engines.Infer], setting: Setting, row: dict[str, Any]
+) -> dict[str, Any]:
+    images = _images(row["batch"])
+    calls = {side: partial(infer, images) for side, infer in opened.items()}
+    for call in calls.values():  # torch.compile compiles, and records a graph in its third run
+        for _ in range(3):
+            call()
+    times = _both(calls, setting, row, processor=False)["wall"]
+    ratio = ratio_of_medians(times["full"], times["compact"])
+    medians = _medians(times)
+    row |= {
+        "milliseconds": medians,
+        "images_per_second": {side: 1e3 * row["batch"] / ms for side, ms in medians.items()},
+        "ratio": ratio.value,
+        "interval": [ratio.low, ratio.high],
+    }
+    return row
+
+
 SECTIONS: dict[str, Callable[[Pair, Setting], list[dict[str, Any]]]] = {
     "pruned": pruned,
     "runtimes": runtimes,
     "export": export,
+    "engines": engines,
 }
+_WITHOUT_DEVICE = ("pruned", "runtimes", "export")
 
 
 def _both(
@@ -199,10 +267,12 @@ def _medians(times: Times) -> dict[str, float]:
     return {side: float(np.median(samples)) for side, samples in times.items()}
 
 
-def _export(networks: Pair, folder: Path) -> dict[str, Path]:
+def _export(
+    networks: Pair, folder: Path, precision: Precision = PRECISIONS["fp32"]
+) -> dict[str, Path]:
     paths = {side: folder / f"{side}.onnx" for side in ("full", "compact")}
-    export_onnx(networks.full.network, networks.identity, paths["full"])
-    export_onnx(networks.compact.network, networks.identity, paths["compact"])
+    for side, network in (("full", networks.full), ("compact", networks.compact)):
+        export_onnx(network.network, networks.identity, paths[side], precision=precision)
     return paths
 
 
@@ -217,39 +287,102 @@ def _seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def _names(context: click.Context, option: click.Parameter, value: str) -> tuple[str, ...]:
+def _names(
+    context: click.Context, option: click.Parameter, value: str | None
+) -> tuple[str, ...] | None:
+    known = SECTIONS if option.name == "sections" else _engines.ENGINES
+    if value is None:
+        return None
     names = tuple(value.split(","))
-    if unknown := [name for name in names if name not in SECTIONS]:
-        raise click.BadParameter(f"{unknown[0]}: the sections are {', '.join(SECTIONS)}")
+    if unknown := [name for name in names if name not in known]:
+        raise click.BadParameter(f"{unknown[0]}: the {option.name} are {', '.join(known)}")
     return names
 
 
+def _sizes(context: click.Context, option: click.Parameter, value: str) -> tuple[int, ...]:
+    try:
+        sizes = tuple(int(size) for size in value.split(","))
+    except ValueError:
+        sizes = ()
+    if not sizes or min(sizes) < 1:
+        raise click.BadParameter(f"{value}: give numbers from 1 on, with commas: 1,8,32")
+    return sizes
+
+
 @click.command()
-@click.option("--sections", default=",".join(SECTIONS), callback=_names, help="Which to run.")
+@click.option("--sections", callback=_names, help="Which to run.  [default: all but engines]")
+@click.option("--device", help="engines: cpu or cuda; selects that section by default.")
+@click.option(
+    "--precision",
+    type=click.Choice(("fp32", "fp16")),
+    help="engines: of all of them.  [default: fp16 on cuda, fp32 on cpu]",
+)
+@click.option(
+    "--batches", default="1,8,32,128", show_default=True, callback=_sizes, help="engines: sizes."
+)
+@click.option(
+    "--engines",
+    default=",".join(_engines.ENGINES),
+    show_default=True,
+    callback=_names,
+    help="engines: which.",
+)
+@click.option(
+    "--depth", type=click.IntRange(8), default=DEPTH, show_default=True, help="engines: layers."
+)
 @click.option("--threads", default="1,2", show_default=True, help="runtimes: of each side.")
 @click.option("--seconds", default=20.0, show_default=True, help="For each batch and clock.")
-def main(sections: tuple[str, ...], threads: str, seconds: float) -> None:
+def main(
+    sections: tuple[str, ...] | None,
+    device: str | None,
+    precision: str | None,
+    batches: tuple[int, ...],
+    engines: tuple[str, ...],
+    depth: int,
+    threads: str,
+    seconds: float,
+) -> None:
     """Measure the pruned network against the unpruned one, other runtimes, and the export."""
-    conditions = machine(CPU)
-    networks = pair(DEPTH, DEAD)
+    if sections is None:
+        sections = _WITHOUT_DEVICE if device is None else ("engines",)
+    if depth != DEPTH and sections != ("engines",):
+        raise click.UsageError("--depth only applies to --sections engines")
+    try:
+        target = forward.choose(device or "cpu")
+    except ConfigError as error:
+        raise click.ClickException(str(error)) from None
+    if precision is None:
+        precision = "fp16" if target.type == "cuda" else "fp32"
+    conditions = machine(target)
+    dead = DEAD if depth == DEPTH else (depth - 2) // 2 * DEAD // 54
+    networks = pair(depth, dead)
     versions = _runtimes.versions()
     not_run = [
         {"what": name, "why": "not among --sections"} for name in SECTIONS if name not in sections
     ]
-    if versions["openvino"] is None:
+    if versions["openvino"] is None and "runtimes" in sections:
         why = "it is not installed: pip install openvino"
         not_run.append({"what": "openvino", "why": why})
         say(f"openvino: not run: {why}")
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         counts = tuple(int(count) for count in threads.split(","))
-        setting = Setting(folder=Path(name), seconds=seconds, threads=counts)
+        setting = Setting(
+            folder=Path(name),
+            seconds=seconds,
+            threads=counts,
+            device=target,
+            precision=PRECISIONS[precision],
+            batches=batches,
+            engines=engines,
+        )
         for section in sections:
             results[section] = SECTIONS[section](networks, setting)
     result = {
         "machine": {**conditions, "threads": None},  # each section sets its own number of threads
         "versions": versions,
-        "network": {"model": f"cifar:{DEPTH}x16", "image": [3, 32, 32], "dead": DEAD},
+        "network": {"model": f"cifar:{depth}x16", "image": [3, 32, 32], "dead": dead},
+        "precision": precision,
         "flops": networks.flops,
         **results,
         "not_run": not_run,

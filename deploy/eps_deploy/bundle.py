@@ -28,7 +28,7 @@ from eps_core.errors import ConfigError, FileFormatError
 from eps_core.preprocessing import Preprocessing
 from eps_deploy.bench import accuracy
 from eps_deploy.bench.accuracy import PARITY_LIMITS
-from eps_deploy.engines.base import Engine, EngineError
+from eps_deploy.engines.base import Engine, EngineError, padded_sizes
 from eps_deploy.precision import PRECISIONS
 
 FORMAT = "eps-resnet-bundle"
@@ -253,6 +253,7 @@ def open_onnx(
         threads=int(recorded.get("threads", 1)),
         max_batch=int(recorded["max_batch"]),
         tf32=bool(recorded.get("tf32", False)),
+        nhwc=PRECISIONS[bundle.manifest["precision"]].float == "float16",
         exact_qdq=not provider,
     )
     return _agreeing(bundle, engine)
@@ -305,9 +306,9 @@ SAMPLES = "samples.npz"
 def replay(bundle: Bundle, engine: Engine, stage: str) -> Parity:
     """Run the stored samples through an engine and compare its logits with those of torch.
 
-    On a GPU with every batch size, because TensorRT and cuDNN prepare each one at its first use; on
-    the CPU with 1, 2 and the largest. The samples are repeated where they do not fill the largest
-    batch. Afterwards the engine is warm.
+    On a GPU with every batch size that runs there, because TensorRT and cuDNN prepare each one at
+    its first use, and with a padded one; on the CPU with 1, 2 and the largest. The samples are
+    repeated where they do not fill the largest batch. Afterwards the engine is warm.
 
     Args:
         bundle: holds the samples, and the precision that sets the limit.
@@ -318,8 +319,13 @@ def replay(bundle: Bundle, engine: Engine, stage: str) -> Parity:
         order = np.arange(max(len(stored["images"]), engine.max_batch)) % len(stored["images"])
         images, logits, indices = (stored[key][order] for key in ("images", "logits", "indices"))
     largest = engine.max_batch
-    on_cpu = engine.describe().get("provider") == "CPUExecutionProvider"
-    batches = sorted({1, min(2, largest), largest}) if on_cpu else list(range(1, largest + 1))
+    provider = engine.describe().get("provider")
+    if provider == "CPUExecutionProvider":
+        batches = sorted({1, min(2, largest), largest})
+    elif provider == "TensorrtExecutionProvider":  # which pads nothing
+        batches = list(range(1, largest + 1))
+    else:
+        batches = sorted({*padded_sizes(largest), max(1, largest - 1)})
     answers = accuracy.passes(engine.infer, images, batches)
     limit = PARITY_LIMITS[bundle.manifest["precision"]]
     expected = [logits] * len(batches)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from eps_deploy.engines.base import INPUT_NAME, OUTPUT_NAME, Images
+from eps_deploy.engines.base import INPUT_NAME, OUTPUT_NAME, Images, padded_sizes
 
 FOLDER = "triton"
 ONNX_CONFIG = "onnx"
@@ -82,7 +82,7 @@ def write_repository(folder: Path, model: TritonModel, samples: Images, *, name:
         _write_lines(root / "config.pbtxt", onnx)
     else:
         _link(folder / _PLAN, root / "1" / _PLAN)
-        _write_lines(root / "config.pbtxt", [*common, *_plan(model.capability)])
+        _write_lines(root / "config.pbtxt", [*common, *_plan(model, model.capability)])
         (root / "configs").mkdir()
         _write_lines(root / "configs" / f"{ONNX_CONFIG}.pbtxt", onnx)
     _write_lines(root / "labels.txt", [" ".join(label.split()) for label in model.labels])
@@ -132,13 +132,32 @@ def _onnx(model: TritonModel) -> list[str]:
     return lines
 
 
-def _plan(capability: str) -> list[str]:
+def _plan(model: TritonModel, capability: str) -> list[str]:
+    """CUDA graphs for the padded sizes, and two instances: one copies while the other computes.
+
+    Triton takes the first optimization profile alone unless it is told of the others, and runs a
+    batch within the bounds of a graph in that graph.
+    """
+    profiles = ", ".join(f'"{index}"' for index in range(min(model.max_batch, 2)))
+    shape = f'key: "{INPUT_NAME}" value {{ dim: [ {", ".join(map(str, model.input_shape))} ] }}'
+    graphs = []
+    lowest = 1
+    for size in padded_sizes(model.max_batch):
+        bound = f" graph_lower_bound {{ batch_size: {lowest} input {{ {shape} }} }}"
+        graphs.append(
+            f"  graph_spec [ {{ batch_size: {size} input {{ {shape} }}"
+            f"{bound if lowest < size else ''} }} ]"
+        )
+        lowest = size + 1
     return [
         'backend: "tensorrt"',
         f'default_model_filename: "{_PLAN}"',
         # A plan for another kind of GPU is put beside this one, with another line here.
         f'cc_model_filenames [ {{ key: "{capability}" value: "{_PLAN}" }} ]',
-        "instance_group [ { count: 1 kind: KIND_GPU } ]",
+        f"instance_group [ {{ count: 2 kind: KIND_GPU profile: [ {profiles} ] }} ]",
+        "optimization { cuda { graphs: true",
+        *graphs,
+        "} }",
     ]
 
 

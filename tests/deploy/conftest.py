@@ -24,7 +24,7 @@ from eps_deploy.cli.deploy import main
 from eps_train.models.spec import NetworkSpec
 from tests.checkpoints import make_checkpoint
 from tests.commands import Result, run
-from tests.deploy.fake_ort import GPU, FakeSession
+from tests.deploy.fake_ort import GPU, FakeOrtValue, FakeSession
 
 DEPTH = 14
 DEAD = ("stages.0.1", "stages.1.0", "stages.2.1")
@@ -136,9 +136,10 @@ def workshop(deployed: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def with_gpu(monkeypatch: pytest.MonkeyPatch) -> type[FakeSession]:
     """An ONNX Runtime with all of its providers."""
-    session = type("Session", (FakeSession,), {"threads": []})
+    session = type("Session", (FakeSession,), {"threads": [], "captured": []})
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: list(GPU))
     monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    monkeypatch.setattr(onnxruntime, "OrtValue", FakeOrtValue)
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: print("what is missing"))
     return session
 

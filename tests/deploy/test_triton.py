@@ -17,6 +17,7 @@ from tritonclient.grpc import model_config_pb2 as triton_pb
 
 from eps_deploy.bundle import Bundle, load_bundle
 from eps_deploy.engines.ort import OrtEngine
+from eps_deploy.engines.trt.build import BuildOptions
 from eps_deploy.triton import TritonModel, write_repository
 
 DTYPES = {"tensor(uint8)": triton_pb.TYPE_UINT8, "tensor(float)": triton_pb.TYPE_FP32}
@@ -110,6 +111,39 @@ def test_a_plan_is_served_where_there_is_one_and_the_onnx_stays_at_hand(loaded: 
     assert set(other.parameters) == {"preprocessing"}
     for field in ("name", "max_batch_size", "input", "output", "model_warmup"):
         assert getattr(other, field) == getattr(found, field)
+
+
+@pytest.mark.parametrize(
+    ("max_batch", "graphs"),
+    [
+        (32, [(1, 1), (2, 2), (3, 4), (5, 8), (9, 16), (17, 32)]),
+        (6, [(1, 1), (2, 2), (3, 4), (5, 6)]),
+        (1, [(1, 1)]),
+    ],
+)
+def test_a_plan_has_graphs_for_all_batches_and_two_instances_of_all_its_profiles(
+    loaded: Bundle, max_batch: int, graphs: list[tuple[int, int]]
+) -> None:
+    model, found = write(loaded, capability="9.0", max_batch=max_batch)
+    (group,) = found.instance_group
+    profiles = BuildOptions(max_batch=max_batch, opt_batch=1).profiles
+    assert (group.count, list(group.profile)) == (2, [str(i) for i in range(len(profiles))])
+    assert found.optimization.cuda.graphs
+    specs = found.optimization.cuda.graph_spec
+    shape = list(loaded.input_shape)
+    covered = []
+    for spec in specs:
+        assert list(spec.input["images"].dim) == shape
+        lowest = spec.batch_size
+        if spec.HasField("graph_lower_bound"):
+            assert list(spec.graph_lower_bound.input["images"].dim) == shape
+            lowest = spec.graph_lower_bound.batch_size
+        covered.append((lowest, spec.batch_size))
+    assert covered == graphs
+    # They are for TensorRT alone: Triton refuses profiles of another backend.
+    other = read(model / "configs" / "onnx.pbtxt")
+    assert not other.HasField("optimization")
+    assert not other.instance_group[0].profile
 
 
 def test_warm_ups_are_real_images_of_one_sample_each(loaded: Bundle) -> None:

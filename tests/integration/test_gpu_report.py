@@ -105,6 +105,27 @@ def test_what_fails_is_told_and_the_rest_is_run(
     assert "failed: crash, absent, silent" in capsys.readouterr().err
 
 
+def test_the_time_limit_ends_a_step_and_those_after_it(
+    module: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    slow = python(module, "slow", "print('measured'); import time; time.sleep(600)")
+    pretend(module, monkeypatch, slow, python(module, "after", "print('{}')"))
+    assert module.main(minutes=2 / 60) == 3
+    steps = report(tmp_path)["steps"]
+    assert "the time limit was reached" in steps["slow"]["printed"][-1]
+    assert steps["after"]["printed"] == ["not run: the time limit was reached (--minutes)"]
+    assert [(told["exit"], told["passed"]) for told in steps.values()] == [(None, False)] * 2
+
+
+def test_benchmarks_come_first(
+    module: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(module, "takes_device", lambda path: path.stem in ("training", "deploy"))
+    names = [step.name for step in module.steps(tmp_path)]
+    assert names[:4] == ["doctor", "training", "deploy", "train"]
+    assert names[-1] == "tests"
+
+
 @pytest.mark.parametrize(("cases", "code"), [("", 3), ('<testcase name="runs"/>', 0)])
 def test_tests_that_were_all_skipped_have_shown_nothing(
     module: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cases: str, code: int
@@ -133,6 +154,6 @@ def test_the_commands_have_the_options_that_it_uses(module: Any, tmp_path: Path)
 def test_steps(module: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(module, "takes_device", lambda path: path.stem == "training")
     names = [step.name for step in module.steps(tmp_path)]
-    assert names[:4] == ["doctor", "tests", "train", "compact"]
-    assert names[-1] == "training"
+    assert names[:4] == ["doctor", "training", "train", "compact"]
+    assert names[-1] == "tests"
     assert "deploy-trt-int8" in names

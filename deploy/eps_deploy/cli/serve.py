@@ -77,10 +77,8 @@ def _finite(context: click.Context, parameter: click.Parameter, value: float) ->
 @click.option(
     "--instances",
     type=click.IntRange(1, 64),
-    default=1,
-    show_default=True,
     metavar="N",
-    help="Engines, each with a thread of its own.",
+    help="Engines, each with a thread of its own.  [default: 2 for TensorRT, 1 otherwise]",
 )
 @click.option(
     "--token-file",
@@ -147,7 +145,7 @@ def cli(
     max_queue: int,
     max_delay_ms: float,
     no_batching: bool,
-    instances: int,
+    instances: int | None,
     token_file: Path | None,
     allow_load: bool,
     engine_cache: Path | None,

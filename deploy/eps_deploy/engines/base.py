@@ -60,6 +60,15 @@ def finite_rows(logits: Logits) -> npt.NDArray[np.bool_]:
     return rows
 
 
+def padded_sizes(max_batch: int) -> tuple[int, ...]:
+    """Batch sizes that an engine with CUDA graphs runs: 1, 2, 4, ... and the largest.
+
+    A batch in between is padded to the next of them, so that few graphs serve all batches.
+    """
+    powers = [1 << power for power in range(max_batch.bit_length())]
+    return tuple(dict.fromkeys((*powers, max_batch)))
+
+
 def check_images(images: Images, input_shape: tuple[int, int, int], max_batch: int) -> None:
     """Raise DataError unless `images` is uint8 `[N, *input_shape]` with 1 <= N <= max_batch."""
     if not isinstance(images, np.ndarray) or images.dtype != np.uint8:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import onnxruntime
@@ -17,6 +19,7 @@ from eps_deploy.engines.base import (
     Images,
     Logits,
     check_images,
+    padded_sizes,
 )
 
 Provider = Literal["cpu", "cuda", "tensorrt"]
@@ -55,6 +58,7 @@ class OrtEngine:
             back, multiply in float. TensorRT does so too. Otherwise ONNX Runtime uses its int8
             kernels, which round differently; on CPUs without VNNI slower ones that do not saturate.
         tf32: let an NVIDIA GPU round float32 products to TF32.
+        nhwc: have CUDA compute convolutions channels-last, which its float16 kernels want.
         name: name of the model in error messages.
 
     Raises:
@@ -71,13 +75,26 @@ class OrtEngine:
         max_batch: int = MAX_BATCH,
         exact_qdq: bool = False,
         tf32: bool = False,
+        nhwc: bool = False,
         name: str = "model.onnx",
     ) -> None:
         if max_batch < 1:
             raise EngineError(f"{name}: the largest batch must be at least 1, not {max_batch}")
-        self._session: Any = open_session(
-            model, provider=provider, threads=threads, exact_qdq=exact_qdq, tf32=tf32, name=name
-        )
+
+        def open_one(graphs: bool) -> Any:
+            return open_session(
+                model,
+                provider=provider,
+                threads=threads,
+                exact_qdq=exact_qdq,
+                tf32=tf32,
+                nhwc=nhwc,
+                graphs=graphs,
+                name=name,
+            )
+
+        self._on_cuda = CudaSession(open_one) if provider == "cuda" else None
+        self._session: Any = open_one(False) if self._on_cuda is None else self._on_cuda.session
         self.threads = threads
         self._provider = provider
         self._max_batch = max_batch
@@ -100,6 +117,9 @@ class OrtEngine:
             raise EngineError(f"{self._name}: image size and classes must be fixed, not {sizes}")
         channels, height, width, classes = (int(size) for size in sizes)
         self._input_shape, self._classes = (channels, height, width), classes
+        if self._on_cuda is not None:
+            self._on_cuda.set_shapes(self._input_shape, classes, self._max_batch)
+            self._session = self._on_cuda  # which may open another one
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -119,7 +139,12 @@ class OrtEngine:
         if self._session is None:
             raise EngineError(f"{self._name}: the engine was closed")
         try:
-            logits = self._session.run([OUTPUT_NAME], {INPUT_NAME: images})[0]
+            if self._on_cuda is not None:
+                logits = self._on_cuda.infer(images)
+            else:
+                logits = self._session.run([OUTPUT_NAME], {INPUT_NAME: images})[0]
+        except EngineError:
+            raise
         except Exception as error:
             raise EngineError(f"{self._name}: ONNX Runtime failed: {_reason(error)}") from error
         assert isinstance(logits, np.ndarray)
@@ -127,6 +152,7 @@ class OrtEngine:
         return logits
 
     def describe(self) -> dict[str, Any]:
+        graphs = {} if self._on_cuda is None else {"cuda_graphs": self._on_cuda.describe()}
         return {
             "name": "ort",
             "runtime": "onnxruntime",
@@ -136,13 +162,110 @@ class OrtEngine:
             "max_batch": self._max_batch,
             "exact_qdq": self._exact_qdq,
             "tf32": self._tf32 and self._provider != "cpu",
+            **graphs,
         }
 
     def __enter__(self) -> OrtEngine:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._session = None
+        self._session = self._on_cuda = None
+
+
+# -- A session on CUDA, with its tensors in the GPU's memory and a CUDA graph for each batch size
+#
+# ONNX Runtime captures a graph in the first runs with a new `gpu_graph_id` and replays it in later
+# ones, without looking at the shapes and addresses that are bound then: each id has one binding for
+# good. Each thread captures its own. 0 is ONNX Runtime's own, -1 runs without graph. Documented in
+# its docs/execution-providers/CUDA-ExecutionProvider.md and onnxruntime_run_options_config_keys.h.
+
+_GRAPH_ID = "gpu_graph_id"
+
+
+class _Bound(NamedTuple):
+    """The tensors of one batch size."""
+
+    staged: Images  # on the host, whole rows
+    images: Any  # OrtValue on the GPU
+    logits: Any
+    binding: Any
+    options: Any  # of a run
+
+
+class CudaSession:
+    """Runs a session on CUDA, one call at a time: ONNX Runtime captures no graph in parallel runs.
+
+    A batch is padded to the next of `padded_sizes`. Where ONNX Runtime cannot capture the network,
+    it runs without graphs, in the same tensors.
+
+    Args:
+        open_session: opens a session, with CUDA graphs or without.
+
+    Raises:
+        EngineError: no session can be opened.
+    """
+
+    def __init__(self, open_session: Callable[[bool], Any]) -> None:
+        self._open = open_session
+        self._lock = threading.Lock()
+        self._why_not: str | None = None
+        self._bound: dict[int, _Bound] = {}
+        self._sizes: tuple[int, ...] = ()
+        try:
+            self.session: Any = open_session(True)
+        except EngineError as error:
+            self.session = open_session(False)
+            self._why_not = str(error)
+
+    def set_shapes(self, input_shape: tuple[int, int, int], classes: int, max_batch: int) -> None:
+        """Set the shape `[C, H, W]` of an image, the number of logits and the largest batch."""
+        self._input_shape, self._classes = input_shape, classes
+        self._sizes = padded_sizes(max_batch)
+
+    def infer(self, images: Images) -> Logits:
+        """As `Engine.infer`, for images that were checked already."""
+        size = next(size for size in self._sizes if size >= len(images))
+        with self._lock:
+            try:
+                return self._run(size, images)
+            except Exception as error:
+                if self._why_not is not None:
+                    raise
+                # The capture failed, and nothing says what state that leaves the session in.
+                self._why_not = _reason(error)
+                self._bound.clear()
+                self.session = self._open(False)
+                return self._run(size, images)
+
+    def describe(self) -> dict[str, Any]:
+        used = self._why_not is None
+        batches = sorted(self._bound) if used else []
+        return {"used": used, "why_not": self._why_not, "batches": batches, "not_captured": {}}
+
+    def _run(self, size: int, images: Images) -> Logits:
+        bound = self._bound.get(size) or self._bind(size)
+        bound.staged[: len(images)] = images
+        bound.images.update_inplace(bound.staged)
+        self.session.run_with_iobinding(bound.binding, bound.options)
+        self._bound[size] = bound
+        logits: Logits = bound.logits.numpy()[: len(images)].copy()
+        return logits
+
+    def _bind(self, size: int) -> _Bound:
+        create = onnxruntime.OrtValue.ortvalue_from_shape_and_type
+        images = create([size, *self._input_shape], np.uint8, "cuda", 0)
+        logits = create([size, self._classes], np.float32, "cuda", 0)
+        binding = self.session.io_binding()
+        binding.bind_ortvalue_input(INPUT_NAME, images)
+        binding.bind_ortvalue_output(OUTPUT_NAME, logits)
+        options = onnxruntime.RunOptions()
+        if self._why_not is None:
+            options.add_run_config_entry(_GRAPH_ID, str(size))
+        staged = np.zeros([size, *self._input_shape], np.uint8)
+        return _Bound(staged, images, logits, binding, options)
+
+
+# -- Sessions
 
 
 def open_session(
@@ -152,12 +275,17 @@ def open_session(
     threads: int,
     exact_qdq: bool = False,
     tf32: bool = False,
+    nhwc: bool = False,
+    graphs: bool = False,
     name: str = "model.onnx",
     optimized: Path | None = None,
 ) -> Any:
     """Create an ONNX Runtime session on exactly this provider; raises as `OrtEngine` does.
 
-    `optimized` is a file to write ONNX Runtime's optimised graph to.
+    Args:
+        nhwc: compute convolutions channels-last; only applies to `cuda`.
+        graphs: run as CUDA graphs, with the bindings of a `CudaSession`; only applies to `cuda`.
+        optimized: file to write ONNX Runtime's optimised graph to.
     """
     wanted = PROVIDERS[provider]
     if wanted not in onnxruntime.get_available_providers():
@@ -177,7 +305,7 @@ def open_session(
         _load_libraries()
     try:
         session = onnxruntime.InferenceSession(
-            model, options, providers=_providers(provider, tf32), enable_fallback=0
+            model, options, providers=_providers(provider, tf32, nhwc, graphs), enable_fallback=0
         )
     except Exception as error:  # the binding raises its own types, none of them public
         raise EngineError(f"{name}: {_complaint(error, provider)}") from error
@@ -208,11 +336,15 @@ def has_vnni() -> bool:
     return not {"avx512_vnni", "avx_vnni"}.isdisjoint(flags)
 
 
-def _providers(provider: Provider, tf32: bool) -> list[tuple[str, dict[str, str]]]:
+def _providers(
+    provider: Provider, tf32: bool, nhwc: bool, graphs: bool
+) -> list[tuple[str, dict[str, str]]]:
     """Providers with their options, in order; the last one runs what the others do not support."""
     if provider == "cpu":
         return [(PROVIDERS["cpu"], {})]
     settings = {"use_tf32": str(int(tf32)), "cudnn_conv_algo_search": _ALGORITHM_SEARCH}
+    if provider == "cuda":
+        settings |= {"prefer_nhwc": str(int(nhwc)), "enable_cuda_graph": str(int(graphs))}
     both = [(PROVIDERS["cuda"], settings), (PROVIDERS["cpu"], {})]
     return [(PROVIDERS["tensorrt"], {}), *both] if provider == "tensorrt" else both
 

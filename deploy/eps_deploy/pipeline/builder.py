@@ -335,6 +335,7 @@ def _ort_engine(options: Options, model: bytes, name: str) -> OrtEngine:
         threads=options.threads,
         max_batch=options.max_batch,
         tf32=options.precision.tf32,
+        nhwc=options.precision.float == "float16",
     )
 
 

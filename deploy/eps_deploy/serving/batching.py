@@ -221,13 +221,13 @@ class Batching:
         max_queue: images that may wait.
         max_delay: seconds that an image may wait for others while an engine is free.
         merge: whether images of several requests go into one batch.
-        instances: engines, each with a thread of its own.
+        instances: engines, each with a thread of its own; None: 2 for TensorRT, 1 otherwise.
     """
 
     max_queue: int = 256
     max_delay: float = 0.0
     merge: bool = True
-    instances: int = 1
+    instances: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from eps_deploy.bundle import ONNX, Bundle, Choice, load_bundle, open_engine, op
 from eps_deploy.engines.base import Engine
 from eps_deploy.engines.trt.build import BuildOptions
 from eps_deploy.engines.trt.cache import PlanCache
+from eps_deploy.engines.trt.engine import TrtEngine
 from eps_deploy.precision import PRECISIONS
 from eps_deploy.serving.limits import Limits
 from eps_deploy.serving.protocol import Signature, decode_image
@@ -32,7 +33,7 @@ class Model:
 
     Attributes:
         bundle: verified.
-        engines: one for each instance; TensorRT's instances share one.
+        engines: one for each instance; TensorRT's instances share one, which occurs as often.
         signature: for the protocol.
         platform: Triton's name of it, `onnxruntime_onnx` or `tensorrt_plan`.
         max_batch: the engine's largest batch.
@@ -71,7 +72,7 @@ def is_deferred(bundle: Bundle) -> bool:
 def open_model(
     bundle: Bundle,
     *,
-    instances: int,
+    instances: int | None,
     max_images: int,
     engine_cache: Path | None,
     provider: Choice,
@@ -80,17 +81,24 @@ def open_model(
 ) -> Model:
     """Open the bundle's engines, and warm them up and prove them on the stored samples.
 
+    `instances` is None for the default: two inferences in flight on TensorRT, so that the images of
+    one are copied while the other computes, and one on ONNX Runtime.
+
     Raises EngineError: an engine does not run here, or differs from torch; ConfigError: `provider`
     is not `auto`, and the bundle is not for ONNX Runtime.
     """
-    opened = opener(bundle, engine_cache, provider, log, stop, contexts=instances)
     # TensorRT's instances are execution contexts of one engine, ONNX Runtime's are sessions.
     is_plan = bundle.manifest["engine"]["name"] == "trt"
+    if instances is None:
+        instances = 2 if is_plan else 1
+    opened = opener(bundle, engine_cache, provider, log, stop, contexts=instances)
     with ExitStack() as undo:
         engines = []
         for index in range(1 if is_plan else instances):
             engine = undo.enter_context(opened())
             proof = prove(bundle, engine, f"engine {index}")
+            if isinstance(engine, TrtEngine):
+                engine.warm_up()  # all execution contexts, of which the proof ran on one
             engines.append(engine)
         log(
             f"warm: {proof.samples} samples on {runs_on(engine)} in batches of"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from eps_deploy.engines.ort import OrtEngine, Provider
 from eps_deploy.export.export import export_onnx
 from eps_deploy.export.quantize import quantize
 from eps_deploy.precision import PRECISIONS
+from tests.deploy.engines.trt.mutation import mutated
 from tests.deploy.export.test_export import identity, network
 from tests.deploy.fake_ort import GPU, FakeSession
 
@@ -149,6 +152,125 @@ def test_cuda_does_not_time_every_algorithm_at_each_batch_size(
     with OrtEngine(tiny_model(), provider=provider):
         settings = dict(with_gpu.providers)["CUDAExecutionProvider"]
     assert settings["cudnn_conv_algo_search"] == "HEURISTIC"
+
+
+BATCHES = (1, 3, 4, 8, 5, 1, 7, 2, 3, 10)
+PIXELS = np.random.default_rng(0).integers(0, 256, (10, 3, 2, 2), dtype=np.uint8)
+
+
+def runs_on_cuda(kind: Any, session: type[FakeSession], **arguments: Any) -> dict[str, Any]:
+    """Right answers for batches in any order, and for strided ones; what `describe` says then."""
+    with kind(tiny_model(), provider="cuda", max_batch=10, **arguments) as engine:
+        for batch in BATCHES:
+            first = np.ascontiguousarray(PIXELS[:batch])
+            for images in (first, first[::-1], first.transpose(0, 1, 3, 2)):
+                found = engine.infer(images)
+                assert found.dtype == np.float32
+                assert found.tolist() == images.sum(axis=(2, 3)).tolist(), batch
+        kept = engine.infer(PIXELS[:2])
+        engine.infer(PIXELS[2:4])
+        assert kept.tolist() == PIXELS[:2].sum(axis=(2, 3)).tolist()
+        told: dict[str, Any] = engine.describe()["cuda_graphs"]
+    return told
+
+
+def test_cuda_runs_each_padded_size_as_one_graph(with_gpu: type[FakeSession]) -> None:
+    told = runs_on_cuda(OrtEngine, with_gpu)
+    assert told == {
+        "used": True,
+        "why_not": None,
+        "batches": [1, 2, 4, 8, 10],
+        "not_captured": {},
+    }
+    assert sorted(with_gpu.captured) == [1, 2, 4, 8, 10]
+
+
+def test_a_network_that_cuda_cannot_capture_runs_without_graphs(
+    with_gpu: type[FakeSession],
+) -> None:
+    with_gpu.refuse_graphs = True
+    told = runs_on_cuda(OrtEngine, with_gpu)
+    assert (told["used"], told["batches"]) == (False, [])
+    assert "cannot use the graph capture feature" in told["why_not"]
+
+
+def test_after_a_failed_capture_cuda_runs_without_graphs(with_gpu: type[FakeSession]) -> None:
+    with_gpu.fail_capture = 1
+    told = runs_on_cuda(OrtEngine, with_gpu)
+    assert (told["used"], told["batches"]) == (False, [])
+    assert told["why_not"] == "CUDA failure 901: operation failed due to a previous error"
+    assert [name for name, _ in with_gpu.threads] == ["CUDAExecutionProvider"] * 2
+
+
+def test_cuda_runs_one_call_at_a_time(
+    with_gpu: type[FakeSession], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server's threads may share an engine, and a capture must not meet another run."""
+    started = threading.Event()
+
+    def during() -> None:
+        started.set()
+        time.sleep(0.02)
+
+    monkeypatch.setattr(with_gpu, "during", staticmethod(during))
+    answers: list[Any] = []
+    with OrtEngine(tiny_model(), provider="cuda", max_batch=4) as engine:
+        threads = [
+            threading.Thread(target=lambda: answers.append(engine.infer(PIXELS[:3]).tolist()))
+            for _ in range(3)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert answers == [PIXELS[:3].sum(axis=(2, 3)).tolist()] * 3
+
+
+CUDA_FAULTS = {
+    "one graph for all sizes": ("_GRAPH_ID, str(size)", '_GRAPH_ID, "1"'),
+    "no graph id": (
+        "if self._why_not is None:\n            options",
+        "if False:\n            options",
+    ),
+    "the id that is ONNX Runtime's": ("_GRAPH_ID, str(size)", '_GRAPH_ID, "0"'),
+    "the next smaller size": (
+        "size for size in self._sizes if size >= len(images))",
+        "size for size in self._sizes[::-1] if size <= len(images))",
+    ),
+    "tensors on the host": ('np.uint8, "cuda", 0)', 'np.uint8, "cpu", 0)'),
+    "logits of another type": ('np.float32, "cuda", 0)', 'np.float16, "cuda", 0)'),
+    "images not copied again": (
+        "        bound.images.update_inplace(bound.staged)",
+        "        if size not in self._bound:\n"
+        "            bound.images.update_inplace(bound.staged)",
+    ),
+    "a strided array copied": (
+        "bound.images.update_inplace(bound.staged)",
+        "bound.images.update_inplace(images if len(images) == size else bound.staged)",
+    ),
+    "tensors bound anew": ("self._bound.get(size) or self._bind(size)", "self._bind(size)"),
+    "run without its binding": (
+        "self.session.run_with_iobinding(bound.binding, bound.options)",
+        "self.session.run(None, {INPUT_NAME: bound.staged})",
+    ),
+    "all rows of the padded batch": ("[: len(images)].copy()", "[:size].copy()"),
+}
+
+
+@pytest.mark.parametrize("name", CUDA_FAULTS)
+def test_a_broken_use_of_cuda_is_noticed(with_gpu: type[FakeSession], name: str) -> None:
+    broken = mutated(ort, CUDA_FAULTS[name])
+    try:
+        told = runs_on_cuda(broken.OrtEngine, with_gpu)
+    except (AssertionError, EngineError, ValueError):
+        return
+    assert not told["used"], "wrong, and nothing says so"
+
+
+@pytest.mark.parametrize("nhwc", [False, True])
+def test_cuda_computes_channels_last_when_asked(with_gpu: type[FakeSession], nhwc: bool) -> None:
+    with OrtEngine(tiny_model(), provider="cuda", nhwc=nhwc):
+        assert dict(with_gpu.providers)["CUDAExecutionProvider"]["prefer_nhwc"] == str(int(nhwc))
 
 
 def test_tensorrt_is_tried_before_cuda(with_gpu: type[FakeSession]) -> None:

@@ -143,7 +143,8 @@ def test_tensorrt_builds_as_asked_for(options: Any, machine: Any, version: Versi
     assert limit.arguments == (fake.trt.MemoryPoolType.WORKSPACE, 64 << 20)
     assert fake.config.builder_optimization_level == 5
     assert fake.config.hardware_compatibility_level.name == "SAME_COMPUTE_CAPABILITY"
-    assert fake.profile == ("images", (1, 3, 8, 8), (4, 3, 8, 8), (8, 3, 8, 8))
+    _, larger = fake.profiles
+    assert larger == ("images", (2, 3, 8, 8), (4, 3, 8, 8), (8, 3, 8, 8))
     assert metadata.flags == ("VERSION_COMPATIBLE",)
     assert metadata.host.device == "GPU 3"
 

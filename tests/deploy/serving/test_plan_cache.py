@@ -20,6 +20,7 @@ from eps_core.errors import ConfigError, FileFormatError
 from eps_deploy.bundle import Bundle, encode_manifest, load_bundle
 from eps_deploy.engines.base import Engine, EngineError
 from eps_deploy.engines.trt import cache as plan_cache
+from eps_deploy.engines.trt.build import BuildOptions
 from eps_deploy.engines.trt.cache import PlanCache
 from eps_deploy.engines.trt.plan import Plan, PlanMetadata
 from eps_deploy.pipeline import builder
@@ -58,14 +59,13 @@ class Builds:
         self.count += 1
         self.options, self.kept = options, given["kept"]
         self.during(given["progress"])
-        profile = (1, options.opt_batch, options.max_batch)
-        plan = make_plan(model, profile=profile)
+        plan = make_plan(model, profiles=options.profiles)
         metadata = PlanMetadata(
             host=given["host"],
             onnx_sha256=hashlib.sha256(model).hexdigest(),
             plan_sha256=hashlib.sha256(plan).hexdigest(),
             precision=precision.name,
-            profile=profile,
+            profiles=options.profiles,
             flags=(),
             hardware_compatibility=options.hardware_compatibility,
             version_compatible=options.version_compatible,
@@ -152,6 +152,37 @@ def test_a_damaged_cache_is_seen(
     assert any("is not used, and built again" in line for line in said)
 
 
+def test_a_plan_of_an_earlier_format_is_built_anew(
+    bundle: Path, tmp_path: Path, builds: Builds
+) -> None:
+    """One that an earlier version left in this place of the cache, with a single profile."""
+    deferred = defer(bundle)
+    said: list[str] = []
+    with opened(cache(tmp_path, Machine()), deferred):
+        pass
+    (found,) = tmp_path.glob("plan-*/model.plan.json")
+    old = json.loads(found.read_text())
+    old |= {"schema": 1, "profile": [1, 16, 32]}
+    del old["profiles"]
+    found.write_text(json.dumps(old))
+    with opened(cache(tmp_path, Machine(), said), deferred):
+        assert builds.count == 2
+    assert any("of an earlier eps-resnet" in line and "built again" in line for line in said)
+    assert json.loads(found.read_text())["profiles"] == [[1, 1, 1], [2, 16, 32]]
+
+
+def test_the_place_in_the_cache_depends_on_the_profiles(
+    bundle: Path, tmp_path: Path, builds: Builds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deferred = defer(bundle)
+    with opened(cache(tmp_path, Machine()), deferred):
+        pass
+    monkeypatch.setattr(BuildOptions, "profiles", ((1, 1, 1), (2, 8, 8), (9, 16, 32)))
+    with opened(cache(tmp_path, Machine()), deferred):
+        assert builds.count == 2
+    assert len([*tmp_path.glob("plan-*")]) == 2
+
+
 def test_two_servers_build_one_plan(bundle: Path, tmp_path: Path, builds: Builds) -> None:
     """The second one waits, and takes what the first has built."""
     deferred = defer(bundle)
@@ -235,19 +266,20 @@ def test_the_build_knows_the_blocks_that_repair_kept(
     assert list(builds.kept) == ["stages.0.0"]
 
 
-@pytest.mark.parametrize("instances", [1, 3])
+@pytest.mark.parametrize(("asked", "instances"), [(1, 1), (3, 3), (None, 2)])
 def test_instances_are_contexts_of_one_engine(
     bundle: Path,
     tmp_path: Path,
     builds: Builds,
     monkeypatch: pytest.MonkeyPatch,
+    asked: int | None,
     instances: int,
 ) -> None:
     machine = Machine()
     machine.install(monkeypatch)
     model = open_model(
-        defer(bundle),
-        instances=instances,
+        defer(bundle, max_batch=8, opt_batch=4),
+        instances=asked,
         provider="auto",
         max_images=256,
         engine_cache=tmp_path / "cache",
@@ -257,6 +289,8 @@ def test_instances_are_contexts_of_one_engine(
     assert len(model.engines) == instances
     assert len(set(map(id, model.engines))) == 1
     assert model.engines[0].describe()["contexts"] == instances
+    made = machine.trt.count("ICudaEngine", "create_execution_context")
+    assert made == 4 * instances  # each has all of its graphs before the first request
     assert machine.trt.count("Runtime", "deserialize_cuda_engine") == 1
     model.close()
     machine.gpu.check_clean()

@@ -31,6 +31,7 @@ from eps_deploy.engines.trt.plan import (
     Messages,
     Plan,
     PlanMetadata,
+    Profile,
     collect_messages,
     load_tensorrt,
     logger_of,
@@ -95,6 +96,17 @@ class BuildOptions:
     hardware_compatibility: HardwareCompatibility = field(
         default="none", metadata=option("Other GPUs that can load the TensorRT plan.")
     )
+
+    @property
+    def profiles(self) -> tuple[Profile, ...]:
+        """Smallest, optimal and largest batch of each optimization profile.
+
+        Batch 1 has one of its own: its kernels are chosen for a single image.
+        """
+        one = ((1, 1, 1),)
+        if self.max_batch == 1:
+            return one
+        return (*one, (2, max(2, self.opt_batch), self.max_batch))
 
     def __post_init__(self) -> None:
         if not 1 <= self.opt_batch <= self.max_batch:
@@ -220,7 +232,7 @@ def build(
             onnx_sha256=hashlib.sha256(model).hexdigest(),
             plan_sha256=hashlib.sha256(content).hexdigest(),
             precision=precision.name,
-            profile=(1, options.opt_batch, options.max_batch),
+            profiles=options.profiles,
             flags=tuple(sorted(name for name, flag in flags.items() if config.get_flag(flag))),
             hardware_compatibility=options.hardware_compatibility,
             version_compatible=options.version_compatible,
@@ -264,11 +276,11 @@ def _configure(
         config.hardware_compatibility_level = _compatibility_level(
             options.hardware_compatibility, trt
         )
-    profile = parsed.builder.create_optimization_profile()
-    batches = (1, options.opt_batch, options.max_batch)
-    profile.set_shape(INPUT_NAME, *((batch, *parsed.input_shape) for batch in batches))
-    if not bool(profile) or config.add_optimization_profile(profile) < 0:
-        raise EngineError(f"TensorRT refuses the batch sizes {batches}: {messages.reason()}")
+    for index, batches in enumerate(options.profiles):
+        profile = parsed.builder.create_optimization_profile()
+        profile.set_shape(INPUT_NAME, *((batch, *parsed.input_shape) for batch in batches))
+        if not bool(profile) or config.add_optimization_profile(profile) != index:
+            raise EngineError(f"TensorRT refuses the batch sizes {batches}: {messages.reason()}")
     return config
 
 

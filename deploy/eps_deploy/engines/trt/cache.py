@@ -18,7 +18,7 @@ from eps_deploy.engines.base import EngineError
 from eps_deploy.engines.trt.build import BuildOptions, build, check_possible
 from eps_deploy.engines.trt.cuda import Cuda, host_facts
 from eps_deploy.engines.trt.engine import TrtEngine
-from eps_deploy.engines.trt.plan import METADATA, PLAN, Plan, PlanMetadata, load_tensorrt
+from eps_deploy.engines.trt.plan import METADATA, PLAN, SCHEMA, Plan, PlanMetadata, load_tensorrt
 from eps_deploy.precision import Precision
 
 _DIGITS = 16  # hexadecimal, of the key in a folder's name
@@ -84,6 +84,8 @@ class PlanCache:
         else:
             options = replace(options, timing_cache=None)
             key = {
+                "schema": SCHEMA,
+                "profiles": options.profiles,
                 "onnx": hashlib.sha256(model).hexdigest(),
                 "precision": precision.name,
                 "options": asdict(options),

@@ -6,10 +6,10 @@ import atexit
 import math
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,12 +21,14 @@ from eps_deploy.engines.base import (
     Images,
     Logits,
     check_images,
+    padded_sizes,
 )
 from eps_deploy.engines.trt.cuda import Cuda, CudaGraphError, Event, Graph, capture, host_facts
 from eps_deploy.engines.trt.plan import (
     PLAN,
     Messages,
     PlanMetadata,
+    Profile,
     collect_messages,
     load_tensorrt,
     logger_of,
@@ -35,7 +37,6 @@ from eps_deploy.engines.trt.plan import (
 # -- A plan in the GPU's memory
 
 _PORTS = [(INPUT_NAME, "INPUT", "UINT8"), (OUTPUT_NAME, "OUTPUT", "FLOAT")]
-_PROFILE = 0  # the only one that eps-deploy builds
 
 
 class LoadedPlan:
@@ -48,7 +49,7 @@ class LoadedPlan:
         name: name of the plan in error messages.
         input_shape: `[C, H, W]` of one image.
         classes: number of logits.
-        profile: smallest, optimal and largest batch.
+        profiles: smallest, optimal and largest batch of each optimization profile.
         scratch: bytes of GPU memory that an inference needs besides its input and output.
 
     Args:
@@ -92,18 +93,21 @@ class LoadedPlan:
             )
             for name in names
         ]
-        if found != _PORTS or self._engine.num_optimization_profiles != 1:
+        if found != _PORTS:
             raise EngineError(
-                f"{self.name}: not a plan of eps-deploy (its inputs and outputs are {found}, with"
-                f" {self._engine.num_optimization_profiles} profiles, not {_PORTS} with 1)"
+                f"{self.name}: not a plan of eps-deploy (its inputs and outputs are {found},"
+                f" not {_PORTS})"
             )
-        shapes = self._engine.get_tensor_profile_shape(INPUT_NAME, _PROFILE)
-        smallest, optimal, largest = (int(shape[0]) for shape in shapes)
-        self.profile = (smallest, optimal, largest)
+        profiles: list[Profile] = []
+        for index in range(self._engine.num_optimization_profiles):
+            shapes = self._engine.get_tensor_profile_shape(INPUT_NAME, index)
+            smallest, optimal, largest = (int(shape[0]) for shape in shapes)
+            profiles.append((smallest, optimal, largest))
+        self.profiles = tuple(profiles)
         batch, *image = tuple(self._engine.get_tensor_shape(INPUT_NAME))
         rows, *classes = tuple(self._engine.get_tensor_shape(OUTPUT_NAME))
-        # TensorRT may fix the batch size when the profile allows only one.
-        free = {-1, smallest} if smallest == largest else {-1}
+        # TensorRT may fix the batch size when there is only one.
+        free = {-1, 1} if self.profiles == ((1, 1, 1),) else {-1}
         if not {batch, rows} <= free or len(image) != 3 or len(classes) != 1:
             raise EngineError(
                 f"{self.name}: not a plan of eps-deploy (it takes {[batch, *image]} and gives"
@@ -111,7 +115,15 @@ class LoadedPlan:
             )
         self.input_shape = (int(image[0]), int(image[1]), int(image[2]))
         self.classes = int(classes[0])
-        self.scratch = int(self._engine.device_memory_size_v2)
+        self.scratch = int(self._engine.device_memory_size_v2)  # of the largest profile
+
+    @property
+    def max_batch(self) -> int:
+        return self.profiles[-1][2]
+
+    def profile_of(self, size: int) -> int:
+        """Index of the optimization profile for batches of this size."""
+        return next(i for i, (_, _, largest) in enumerate(self.profiles) if size <= largest)
 
     def create_context(self) -> Any:
         """Create an `IExecutionContext`, still without memory."""
@@ -134,20 +146,13 @@ class LoadedPlan:
 #
 # The buffers are allocated once, for the largest batch. A CUDA graph fixes shape, addresses and
 # context, and TensorRT keeps state in a context while it is captured; so each batch size has an
-# `IExecutionContext` of its own. They share their scratch memory: only one runs at a time.
-
-MOST_GRAPHS = 32  # batch sizes with a graph; a context and a graph take memory
+# `IExecutionContext` of its own. They share their scratch memory: only one runs at a time. A batch
+# is padded to the next of `padded_sizes` with whatever images the buffer still holds, and the
+# logits of these are never read.
 
 
 class BrokenError(EngineError):
     """The GPU failed, and this process cannot use it any more."""
-
-
-class _Pass(NamedTuple):
-    """TensorRT's context for one batch size, and its graph if it could be captured."""
-
-    context: Any
-    graph: Graph | None
 
 
 class _Resource(Protocol):
@@ -161,7 +166,7 @@ class ExecutionContext:
     """Runs a plan for one caller at a time; everything must run inside `cuda.current()`.
 
     Attributes:
-        graphs: batch sizes that run as a CUDA graph.
+        graphs: batch sizes that run as a CUDA graph, copies included.
         enqueued: batch sizes whose graph could not be captured, each with the reason.
 
     Args:
@@ -177,12 +182,15 @@ class ExecutionContext:
         self._plan, self._cuda, self._bindings = plan, cuda, bindings
         self.graphs: set[int] = set()
         self.enqueued: dict[int, str] = {}
-        self._passes: dict[int, _Pass] = {}
-        self._common: Any = None  # for the batch sizes without a context of their own
-        self._spare: Any = None  # for the next batch size that gets one
+        self._sizes = padded_sizes(plan.max_batch)
+        # By batch size. Attributes from the start: a traceback must not own one of TensorRT's.
+        self._contexts: dict[int, Any] = {}
+        self._ready: set[int] = set()
+        self._whole: dict[int, Graph] = {}  # copies included
+        self._bare: dict[int, Graph] = {}  # without copies, for `time_on_device`
         self._events: list[Event] = []
-        images = (plan.profile[2], *plan.input_shape)
-        logits = (plan.profile[2], plan.classes)
+        images = (plan.max_batch, *plan.input_shape)
+        logits = (plan.max_batch, plan.classes)
         with ExitStack() as owned:
             self._stream = _owned_by(owned, cuda.stream())
             self._images = _owned_by(owned, cuda.allocate(math.prod(images)))
@@ -194,14 +202,16 @@ class ExecutionContext:
 
     def infer(self, images: Images) -> Logits:
         """As `Engine.infer`, for images that were checked already."""
-        batch = len(images)
         with self._settled(), collect_messages(self._plan.trt) as messages:
-            self._send(images)
-            self._enqueue(self._ready(batch, messages), messages)
-            found = self._host_logits.array[:batch]
-            self._cuda.copy_out(found, self._logits, self._stream)
+            size = self._stage(images)
+            self._prepare(size, messages)
+            if size in self._whole:
+                self._whole[size].launch(self._stream.handle)
+            else:
+                done = self._enqueue_whole(size)
+                self._require(done, "queues no inference", messages)
             self._stream.synchronize()
-            logits: Logits = found.copy()
+            logits: Logits = self._host_logits.array[: len(images)].copy()
             return logits
 
     def time_on_device(self, images: Images, runs: int) -> npt.NDArray[np.float64]:
@@ -210,34 +220,39 @@ class ExecutionContext:
             self._events.append(_owned_by(self._owned, self._cuda.event()))
         begins, ends = self._events[:runs], self._events[runs : 2 * runs]
         with self._settled(), collect_messages(self._plan.trt) as messages:
-            self._send(images)
-            ready = self._ready(len(images), messages)
+            size = self._stage(images)
+            self._prepare(size, messages)
+            if size in self._whole and size not in self._bare:
+                graph = self._capture(partial(self._enqueue, size))
+                self._bare[size] = graph
+            self._copy_in(size)
             # An untimed run goes first and keeps the GPU busy, so that no timed run includes the
             # latency of its launch.
-            self._enqueue(ready, messages)
+            self._run_bare(size, messages)
             for begin, end in zip(begins, ends, strict=True):
                 begin.record(self._stream)
-                self._enqueue(ready, messages)
+                self._run_bare(size, messages)
                 end.record(self._stream)
             self._stream.synchronize()
         return np.array([b.milliseconds_till(e) for b, e in zip(begins, ends, strict=True)])
 
+    def warm_up(self) -> None:
+        """Prepare every padded batch size; see `padded_sizes`."""
+        with self._settled(), collect_messages(self._plan.trt) as messages:
+            for size in self._sizes:
+                self._prepare(size, messages)
+
     def release(self) -> None:
         """Wait for the GPU, then free graphs and contexts. Call it before the plan is freed."""
         with ExitStack() as steps:  # backwards, and each of them even if one before it fails
-            steps.callback(self._drop_contexts)
-            for own in self._passes.values():
-                if own.graph is not None:
-                    steps.callback(own.graph.free)
+            steps.callback(self._contexts.clear)
+            for graph in (*self._whole.values(), *self._bare.values()):
+                steps.callback(graph.free)
             steps.callback(self._stream.synchronize)
 
     def free(self) -> None:
         """Free memory and stream. Call it after the plan was freed."""
         self._owned.close()
-
-    def _drop_contexts(self) -> None:
-        self._passes.clear()
-        self._common = self._spare = None
 
     @contextmanager
     def _settled(self) -> Iterator[None]:
@@ -254,63 +269,69 @@ class ExecutionContext:
                 ) from failure
             raise
 
-    def _send(self, images: Images) -> None:
-        staged = self._host_images.array[: len(images)]
-        np.copyto(staged, images, casting="no")
-        self._cuda.copy_in(self._images, staged, self._stream)
+    def _stage(self, images: Images) -> int:
+        """Put the images into page-locked memory; return the padded size of their batch."""
+        np.copyto(self._host_images.array[: len(images)], images, casting="no")
+        return next(size for size in self._sizes if size >= len(images))
 
-    def _enqueue(self, ready: _Pass, messages: Messages) -> None:
-        if ready.graph is not None:
-            ready.graph.launch(self._stream.handle)
+    # What an inference queues. None of it may allocate or wait: it is captured as a graph.
+
+    def _copy_in(self, size: int) -> None:
+        self._cuda.copy_in(self._images, self._host_images.array[:size], self._stream)
+
+    def _copy_out(self, size: int) -> None:
+        self._cuda.copy_out(self._host_logits.array[:size], self._logits, self._stream)
+
+    def _enqueue(self, size: int) -> bool:
+        done: bool = self._contexts[size].execute_async_v3(self._stream.handle)
+        return done
+
+    def _enqueue_whole(self, size: int) -> bool:
+        self._copy_in(size)
+        if not self._enqueue(size):
+            return False
+        self._copy_out(size)
+        return True
+
+    def _run_bare(self, size: int, messages: Messages) -> None:
+        if size in self._bare:
+            self._bare[size].launch(self._stream.handle)
         else:
-            done = ready.context.execute_async_v3(self._stream.handle)
-            self._require(done, "queues no inference", messages)
+            self._require(self._enqueue(size), "queues no inference", messages)
 
-    def _ready(self, batch: int, messages: Messages) -> _Pass:
-        """A context with its shape and addresses set, and its graph if it could be captured."""
-        own = self._passes.get(batch)
-        if own is not None:
-            return own
-        if self._bindings is None or len(self._passes) >= MOST_GRAPHS:
-            if self._common is None:
-                self._common = self._new_context()
-            self._set(self._common, batch, messages)
-            return _Pass(self._common, None)
-        # An attribute until it is ready: a traceback must not own a context.
-        if self._spare is None:
-            self._spare = self._new_context()
-        self._set(self._spare, batch, messages)
-        graph = self._capture(self._spare, batch, messages)
-        own = self._passes[batch] = _Pass(self._spare, graph)
-        self._spare = None
-        return own
+    def _prepare(self, size: int, messages: Messages) -> None:
+        """At the first use of a batch size: a context with shape and addresses, and its graph."""
+        if size in self._ready:
+            return
+        if size not in self._contexts:
+            self._contexts[size] = self._plan.create_context()
+        self._set(self._contexts[size], size, messages)
+        if self._bindings is not None:
+            # Once without capture: TensorRT allocates in the first run.
+            self._require(self._enqueue(size), "queues no inference", messages)
+            self._stream.synchronize()
+            try:
+                self._whole[size] = self._capture(partial(self._enqueue_whole, size))
+                self.graphs.add(size)
+            except EngineError as error:  # of the capture or of a copy in it
+                self.enqueued[size] = str(error)
+        self._ready.add(size)
 
-    def _capture(self, context: Any, batch: int, messages: Messages) -> Graph | None:
-        """The graph of one inference, or None with the reason in `enqueued`."""
-        self._enqueue(_Pass(context, None), messages)  # once: TensorRT allocates in the first run
-        self._stream.synchronize()
-        handle = self._stream.handle
-        try:
-            graph = capture(self._bindings, handle, partial(context.execute_async_v3, handle))
-        except CudaGraphError as error:
-            self.enqueued[batch] = str(error)
-            return None
-        self.graphs.add(batch)
-        return graph
+    def _capture(self, enqueue: Callable[[], bool]) -> Graph:
+        return capture(self._bindings, self._stream.handle, enqueue)
 
-    def _new_context(self) -> Any:
-        context = self._plan.create_context()
+    def _set(self, context: Any, size: int, messages: Messages) -> None:
+        profile = self._plan.profile_of(size)
+        selected = context.set_optimization_profile_async(profile, self._stream.handle)
+        self._require(selected, f"does not select optimization profile {profile}", messages)
         context.set_device_memory(self._scratch.address, self._scratch.nbytes)
-        return context
-
-    def _set(self, context: Any, batch: int, messages: Messages) -> None:
-        shape = (batch, *self._plan.input_shape)
+        shape = (size, *self._plan.input_shape)
         accepted = context.set_input_shape(INPUT_NAME, shape)
         self._require(accepted, f"does not take images of the shape {list(shape)}", messages)
         unknown = context.infer_shapes()
         self._require(not unknown, f"does not know the shape of {unknown}", messages)
         found = tuple(context.get_tensor_shape(OUTPUT_NAME))
-        right = found == (batch, self._plan.classes)
+        right = found == (size, self._plan.classes)
         self._require(right, f"gives logits of the shape {list(found)}", messages)
         for name, memory in ((INPUT_NAME, self._images), (OUTPUT_NAME, self._logits)):
             taken = context.set_tensor_address(name, memory.address)
@@ -334,7 +355,8 @@ class TrtEngine:
 
     Any thread may call it. Each call takes one of `contexts` execution contexts, each with a
     stream and buffers of its own, and waits while all are taken. With two, the images of one
-    inference are copied while another computes.
+    inference are copied while another computes. A batch runs padded to the next of
+    `padded_sizes(max_batch)`, each of which is one CUDA graph with the copies in it.
 
     After a failed call the engine stays usable, unless the error says otherwise.
 
@@ -346,8 +368,8 @@ class TrtEngine:
         contexts: number of inferences in flight; each takes GPU memory for its buffers.
         trt: the package to use; None: `tensorrt`.
         cuda: the GPU; None: that of `device`.
-        use_graphs: whether to launch each batch size as a CUDA graph; `describe` tells whether
-            that was possible.
+        use_graphs: whether to launch each padded batch size as a CUDA graph; `describe` tells
+            whether that was possible.
 
     Raises:
         EngineError: TensorRT, CUDA or the GPU is missing; the plan was built for another machine
@@ -389,11 +411,14 @@ class TrtEngine:
                 plan, trt=self._trt, name=name, host_code=metadata.version_compatible
             )
             undo.callback(self._plan.free)
-            if self._plan.profile != metadata.profile or self._plan.profile[0] != 1:
+            if self._plan.profiles != metadata.profiles:
+                built, told = (
+                    " and ".join(map(str, profiles))
+                    for profiles in (self._plan.profiles, metadata.profiles)
+                )
                 raise EngineError(
-                    f"{name}: takes batches of {list(self._plan.profile)} (smallest, optimal,"
-                    f" largest) where its metadata says {list(metadata.profile)}; rebuild it"
-                    " with eps-deploy --engine trt"
+                    f"{name}: takes batches of {built or 'no profile'} (smallest, optimal, largest)"
+                    f" where its metadata says {told}; rebuild it with eps-deploy --engine trt"
                 )
             for _ in range(contexts):
                 context = ExecutionContext(self._plan, self._cuda, bindings)
@@ -416,13 +441,19 @@ class TrtEngine:
 
     @property
     def max_batch(self) -> int:
-        return self._plan.profile[2]
+        return self._plan.max_batch
 
     def infer(self, images: Images) -> Logits:
         """Logits float32 `[N, classes]` of images uint8 `[N, C, H, W]`, 1 <= N <= max_batch."""
         check_images(images, self.input_shape, self.max_batch)
         with self._context() as context:
             return context.infer(images)
+
+    def warm_up(self) -> None:
+        """Prepare every padded batch size in every execution context; calls wait meanwhile."""
+        with ExitStack() as taken:
+            for _ in self._contexts:
+                taken.enter_context(self._context()).warm_up()
 
     def time_on_device(self, images: Images, runs: int) -> npt.NDArray[np.float64]:
         """GPU time in milliseconds of each of `runs` inferences of the batch `images`, `[runs]`.
@@ -446,7 +477,7 @@ class TrtEngine:
             "provider": "TensorRT",
             "threads": 1,
             "max_batch": self.max_batch,
-            "opt_batch": self._plan.profile[1],
+            "opt_batch": self._plan.profiles[-1][1],
             "precision": self._metadata.precision,
             "device": self._host.device,
             "compute_capability": self._host.compute_capability,

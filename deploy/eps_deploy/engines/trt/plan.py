@@ -144,7 +144,7 @@ def collect_messages(
 
 # -- Plans and their metadata
 
-SCHEMA = 1
+SCHEMA = 2  # 1 had a single optimization profile
 PLAN = "model.plan"
 METADATA = "model.plan.json"
 LAYERS = "model.plan.layers.json"  # the JSON of TensorRT's engine inspector
@@ -152,6 +152,7 @@ HardwareCompatibility = Literal["none", "ampere-plus", "same-compute-capability"
 HARDWARE_COMPATIBILITY: tuple[HardwareCompatibility, ...] = get_args(HardwareCompatibility)
 AMPERE = (8, 0)
 _REBUILD = "rebuild it with eps-deploy --engine trt"
+Profile = tuple[int, int, int]  # smallest, optimal and largest batch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -203,7 +204,8 @@ class PlanMetadata:
         host: the machine that built it.
         onnx_sha256, plan_sha256: of the network and of the plan.
         precision: name in `eps_deploy.precision.PRECISIONS`.
-        profile: smallest, optimal and largest batch.
+        profiles: of each optimization profile the smallest, optimal and largest batch. The first
+            one starts at 1, and each other one where the one before it ends.
         flags: names of TensorRT's builder flags that were set.
         hardware_compatibility, version_compatible: as in `BuildOptions`.
         layers: number of the engine's layers by the type that they compute in, such as
@@ -216,7 +218,7 @@ class PlanMetadata:
     onnx_sha256: str
     plan_sha256: str
     precision: str
-    profile: tuple[int, int, int]
+    profiles: tuple[Profile, ...]
     flags: tuple[str, ...]
     hardware_compatibility: HardwareCompatibility
     version_compatible: bool
@@ -225,9 +227,13 @@ class PlanMetadata:
     log: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        smallest, optimal, largest = self.profile
-        if not 1 <= smallest <= optimal <= largest:
-            raise ValueError(f"profile {self.profile}")
+        covered = 0
+        for smallest, optimal, largest in self.profiles:
+            if not covered + 1 == smallest <= optimal <= largest:
+                raise ValueError(f"profiles {self.profiles}")
+            covered = largest
+        if not covered:
+            raise ValueError("no profiles")
 
     def check(self, plan: bytes, host: Host, *, name: str = PLAN) -> None:
         """Raise EngineError unless `plan` is the one described and `host` may load it."""
@@ -282,6 +288,11 @@ class PlanMetadata:
             raise FileFormatError(
                 f"{name}: schema {schema} is newer than this eps-resnet reads (up to {SCHEMA});"
                 " upgrade eps-resnet"
+            )
+        if schema == 1:
+            raise FileFormatError(
+                f"{name}: of an earlier eps-resnet, whose plans had one optimization profile;"
+                f" {_REBUILD}"
             )
         try:
             if schema != SCHEMA:

@@ -62,7 +62,7 @@ class Builder:
     )
     trt: FakeModule = field(init=False)
     config: Any = field(init=False, default=None)
-    profile: tuple[Any, ...] | None = field(init=False, default=None)
+    profiles: list[tuple[Any, ...]] = field(init=False, default_factory=list)
     finished: bool = field(init=False, default=False)
     combined: list[bytes] = field(init=False, default_factory=list)
 
@@ -105,7 +105,7 @@ class Builder:
             },
             "IOptimizationProfile": {
                 "set_shape": self._set_shape,
-                "__bool__": lambda profile: "bool" not in self.refuse,
+                "__bool__": self._is_valid,
             },
             "IBuilderConfig": {
                 "set_memory_pool_limit": lambda config, pool, size: None,
@@ -197,6 +197,7 @@ class Builder:
         )
 
     def _create_config(self, builder: Any) -> Any:
+        self.profiles.clear()
         self.config = self.trt.make("IBuilderConfig", _flags={"TF32"}, _cache=None)
         return self._given("create_builder_config", self.config)
 
@@ -210,16 +211,24 @@ class Builder:
     def _set_shape(self, profile: Any, *shapes: Any) -> None:
         profile._shapes = shapes
 
+    def _is_valid(self, profile: Any) -> bool:
+        if "bool" in self.refuse or profile._shapes is None:
+            return False
+        _, smallest, optimal, largest = profile._shapes
+        return all(1 <= a <= b <= c for a, b, c in zip(smallest, optimal, largest, strict=True))
+
     def _add_profile(self, config: Any, profile: Any) -> int:
         if "add_optimization_profile" in self.refuse:
             self.log("ERROR", "the profile is bad")
             return -1
-        self.profile = profile._shapes
-        return 0
+        if not bool(profile):
+            return -1
+        self.profiles.append(profile._shapes)
+        return len(self.profiles) - 1
 
     def _build(self, builder: Any, network: Any, config: Any) -> Any:
         assert network._parser() is not None, "segmentation fault: the weights were freed"
-        if self.profile is None:
+        if not self.profiles:
             self.log("ERROR", "Network has dynamic or shape inputs, but no optimization profile")
             return None
         if network._strong and config._flags & WEAK_FLAGS:

@@ -28,6 +28,10 @@ def builds(module: ModuleType, version: Version) -> None:
     """A plan comes out, of a strongly typed network."""
     fake = Builder(version)
     assert run(module, fake).content == PLAN
+    assert [[shape[0] for shape in shapes] for _, *shapes in fake.profiles] == [
+        [1, 1, 1],
+        [2, 4, 8],
+    ]
     (call,) = [call for call in fake.trt.calls if call[:2] == ("Builder", "create_network")]
     assert call.arguments == (1 << int(fake.trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED),)
 

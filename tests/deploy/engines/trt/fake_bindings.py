@@ -66,8 +66,7 @@ class _Bindings(ModuleType):
         self._gpu.require_context("cuGraphLaunch")
         if self._gpu.refused("cuGraphLaunch"):
             return (_FAILED,)
-        for work in executable:
-            self._gpu.queue(stream).add(work)
+        self._gpu.queue(stream).launch(executable)
         return (_DONE,)
 
     def cuGraphDestroy(self, graph: Any, /) -> tuple[CUresult]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ _ALIGNMENT = 256
 POISON = 0xFF  # four of them are a NaN
 
 Bytes = npt.NDArray[np.uint8]
+Work = Callable[[], None]
 
 
 class Violation(AssertionError):
@@ -46,12 +47,21 @@ class Queue:
     """What a stream is: work that waits, or that is being recorded."""
 
     handle: int
-    waiting: list[Callable[[], None]] = field(default_factory=list)
-    recorded: list[Callable[[], None]] | None = None
+    waiting: list[Work] = field(default_factory=list)
+    recorded: list[Callable[[], Work]] | None = None
     spoilt: bool = False  # the capture
 
-    def add(self, work: Callable[[], None]) -> None:
-        (self.waiting if self.recorded is None else self.recorded).append(work)
+    def add(self, start: Callable[[], Work]) -> None:
+        """Queue work, or record it. `start` is called at each launch and returns what is done when
+        somebody waits: of recorded work nothing has happened before its graph is launched."""
+        if self.recorded is None:
+            self.waiting.append(start())
+        else:
+            self.recorded.append(start)
+
+    def launch(self, recorded: Iterable[Callable[[], Work]]) -> None:
+        for start in recorded:
+            self.add(start)
 
 
 class FakeGpu:

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tests.deploy.engines.trt.fake_gpu import POISON, Block, FakeGpu, Queue, Violation
+from tests.deploy.engines.trt.fake_gpu import POISON, Block, FakeGpu, Queue, Violation, Work
 
 _NON_BLOCKING = 1
 _TIMED = 0  # CU_EVENT_DEFAULT; CU_EVENT_DISABLE_TIMING is 2
+MS_A_COPY = 0.125  # of the GPU's time
 _CACHED = 0  # page-locked memory that the processor reads quickly; write-combined is 4
 
 
@@ -129,7 +130,7 @@ class Event(_Mortal):
         def happen() -> None:
             self.time = self.gpu.clock
 
-        self.gpu.queue(stream.handle).add(happen)
+        self.gpu.queue(stream.handle).add(lambda: happen)
         return self
 
     def time_till(self, end: Event) -> float:
@@ -212,17 +213,22 @@ class _Pycuda(ModuleType):
         gpu.require_context("memcpy_htod_async")
         self._attempt("memcpy_htod_async", "invalid argument")
         source = gpu.host(src)
-        before = source.tobytes()
-        address = source.ctypes.data
-        gpu.at(int(dest), len(before), "device")
+        address, nbytes = source.ctypes.data, len(source)
+        gpu.at(int(dest), nbytes, "device")
         gpu.claim(int(dest), stream.handle)
 
-        def copy() -> None:
-            if gpu.at(address, len(before), "page-locked").tobytes() != before:
-                raise Violation("what was to be copied has changed before the copy was made")
-            gpu.at(int(dest), len(before), "device")[:] = source
+        def start() -> Work:
+            before = gpu.at(address, nbytes, "page-locked").tobytes()
 
-        gpu.queue(stream.handle).add(copy)
+            def copy() -> None:
+                if gpu.at(address, nbytes, "page-locked").tobytes() != before:
+                    raise Violation("what was to be copied has changed before the copy was made")
+                gpu.at(int(dest), nbytes, "device")[:] = source
+                gpu.clock += MS_A_COPY
+
+            return copy
+
+        gpu.queue(stream.handle).add(start)
 
     def memcpy_dtoh_async(self, dest: npt.NDArray[Any], src: int, stream: Stream) -> None:
         gpu = self._gpu
@@ -232,12 +238,16 @@ class _Pycuda(ModuleType):
         address = target.ctypes.data
         gpu.at(int(src), len(target), "device")
         gpu.claim(int(src), stream.handle)
-        target[:] = POISON
 
         def copy() -> None:
             gpu.at(address, len(target), "page-locked")[:] = gpu.at(int(src), len(target), "device")
+            gpu.clock += MS_A_COPY
 
-        gpu.queue(stream.handle).add(copy)
+        def start() -> Work:
+            target[:] = POISON
+            return copy
+
+        gpu.queue(stream.handle).add(start)
 
     def _attempt(self, name: str, reason: str) -> None:
         if self._gpu.refused(name):

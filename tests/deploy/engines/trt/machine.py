@@ -28,9 +28,8 @@ from tests.deploy.engines.trt.contract import FakeModule, Version
 from tests.deploy.engines.trt.fake_bindings import make_bindings
 from tests.deploy.engines.trt.fake_gpu import FakeGpu
 from tests.deploy.engines.trt.fake_pycuda import make_pycuda
-from tests.deploy.engines.trt.semantic_fake import FakeTensorRT, make_plan
+from tests.deploy.engines.trt.semantic_fake import PROFILES, FakeTensorRT, make_plan
 
-PROFILE = (1, 4, 8)
 SHAPE, CLASSES = (3, 6, 6), 5
 
 
@@ -87,7 +86,7 @@ def metadata_of(plan: bytes, host: Host, **changes: Any) -> PlanMetadata:
         "onnx_sha256": "0" * 64,
         "plan_sha256": hashlib.sha256(plan).hexdigest(),
         "precision": "fp32",
-        "profile": PROFILE,
+        "profiles": PROFILES,
         "flags": (),
         "hardware_compatibility": "none",
         "version_compatible": False,
@@ -125,9 +124,8 @@ class OnnxBuilder(Builder):
         self.built += 1
         if super()._build(builder, network, config) is None:
             return None
-        assert self.profile is not None
-        smallest, optimal, largest = (shape[0] for shape in self.profile[1:])
-        plan = make_plan(self._model, profile=(smallest, optimal, largest))
+        profiles = [[shape[0] for shape in shapes] for _, *shapes in self.profiles]
+        plan = make_plan(self._model, profiles=tuple((a, b, c) for a, b, c in profiles))
         return self.trt.make("IHostMemory", _content=plan)
 
 
@@ -170,7 +168,7 @@ class Machine:
 
     def engine(self, kind: Any, plan: bytes | None = None, **arguments: Any) -> Any:
         """A `TrtEngine` of this class, of the small network unless `plan` is given."""
-        plan = make_plan(network(), profile=PROFILE) if plan is None else plan
+        plan = make_plan(network()) if plan is None else plan
         metadata = arguments.pop("metadata", None) or metadata_of(plan, self.host)
         return kind(plan, metadata, trt=self.trt, cuda=self.cuda, **arguments)
 

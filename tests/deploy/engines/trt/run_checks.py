@@ -10,8 +10,8 @@ import pytest
 from eps_deploy.engines.base import EngineError
 from eps_deploy.engines.trt.cuda import host_facts
 from tests.deploy.engines.trt.contract import VERSIONS, Version
+from tests.deploy.engines.trt.fake_pycuda import MS_A_COPY
 from tests.deploy.engines.trt.machine import (
-    PROFILE,
     Machine,
     close,
     expected,
@@ -21,8 +21,9 @@ from tests.deploy.engines.trt.machine import (
 )
 from tests.deploy.engines.trt.semantic_fake import MS_AN_IMAGE, make_plan
 
-# Up, down and again, each size after smaller and after larger ones.
-BATCHES = (1, 2, 4, 8, 7, 1, 8, 2, 3)
+# Up, down and again, each size after smaller and after larger ones. 5, 7 and 8 are padded to the
+# same size, as are 3 and 4; the smaller ones come first.
+BATCHES = (1, 2, 3, 4, 5, 8, 7, 1, 8, 2, 3)
 
 
 def agrees(kind: Any, version: Version, **arguments: Any) -> None:
@@ -53,13 +54,36 @@ def takes_any_layout(kind: Any, version: Version) -> None:
 
 
 def does_no_more_than_asked(kind: Any, version: Version) -> None:
-    """A smaller batch after a larger one takes the time of a smaller one."""
+    """A smaller batch after a larger one takes the time of a smaller one, and of its padding.
+
+    An inference copies once in each direction; `time_on_device` is without the copies.
+    """
     machine = Machine(version)
     for use_graphs in (True, False):
         with machine.engine(kind, use_graphs=use_graphs) as engine:
-            for batch in (8, 2, 4):
-                found = engine.time_on_device(images(batch), 3)
-                assert found.tolist() == [batch * MS_AN_IMAGE] * 3
+            for batch, padded in ((8, 8), (2, 2), (3, 4), (1, 1)):
+                for _ in range(2):
+                    found = engine.time_on_device(images(batch), 3)
+                    assert found.tolist() == [padded * MS_AN_IMAGE] * 3
+                began = machine.gpu.clock
+                assert close(engine.infer(images(batch)), expected(images(batch)))
+                taken = machine.gpu.clock - began
+                assert taken == padded * MS_AN_IMAGE + 2 * MS_A_COPY, batch
+
+
+def pads_to_any_largest_batch(kind: Any, version: Version) -> None:
+    """Also one that is no power of two, where the next power of two is not in the profile."""
+    machine = Machine(version)
+    for profiles in (((1, 1, 1), (2, 4, 6)), ((1, 1, 1), (2, 2, 3)), ((1, 1, 1),)):
+        largest = profiles[-1][2]
+        plan = make_plan(network(), profiles=profiles)
+        metadata = metadata_of(plan, machine.host, profiles=profiles)
+        with machine.engine(kind, plan, metadata=metadata) as engine:
+            for batch in (*range(1, largest + 1), 1):
+                assert close(engine.infer(images(batch)), expected(images(batch))), batch
+            graphs = {1: [1], 3: [1, 2, 3], 6: [1, 2, 4, 6]}[largest]
+            assert engine.describe()["cuda_graphs"]["batches"] == graphs
+    machine.gpu.check_clean()
 
 
 def serves_threads(kind: Any, version: Version) -> None:
@@ -87,6 +111,7 @@ def serves_threads(kind: Any, version: Version) -> None:
 
 
 _REFUSALS = {
+    "set_optimization_profile_async": "does not select optimization profile 1",
     "set_input_shape": r"does not take images of the shape \[2, 3, 6, 6\]",
     "set_tensor_address": "does not take the address of images",
     "infer_shapes": r"does not know the shape of \['images'\]",
@@ -114,7 +139,7 @@ def checks_every_result(kind: Any, version: Version) -> None:
 def loads_nothing_foreign(kind: Any, version: Version) -> None:
     """A plan of another machine, or another plan, never gets to TensorRT."""
     machine = Machine(version)
-    plan = make_plan(network(), profile=PROFILE)
+    plan = make_plan(network())
     elsewhere = Machine(version)
     elsewhere.gpu.capability = (8, 6)
     host = host_facts(elsewhere.trt, elsewhere.cuda)
@@ -147,6 +172,7 @@ CHECKS = (
     agrees_without_graphs,
     takes_any_layout,
     does_no_more_than_asked,
+    pads_to_any_largest_batch,
     serves_threads,
     checks_every_result,
     loads_nothing_foreign,

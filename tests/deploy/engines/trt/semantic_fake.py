@@ -1,10 +1,11 @@
 """A TensorRT that computes: the contract fake's classes, with ONNX Runtime behind them.
 
 Device memory is host memory (`fake_gpu`). A context reads its input and writes its output by
-address, when its stream gets to it. What TensorRT refuses is refused: a shape outside the profile,
-an address or memory that is missing, a plan that is none. What TensorRT forbids is a `Violation`:
-to change a context while it has work to do, to let two contexts work in the same memory at once, to
-change a context after it was recorded, to free an engine before its contexts.
+address, when its stream gets to it. What TensorRT refuses is refused: a shape outside the selected
+profile, a profile that there is not, an address or memory that is missing, a plan that is none.
+What TensorRT forbids is a `Violation`: to change a context while it has work to do, to let two
+contexts work in the same memory at once, to change a context after it was recorded, to free an
+engine before its contexts.
 
 A plan is a line of JSON and an ONNX file.
 """
@@ -22,22 +23,23 @@ import onnxruntime
 
 from eps_deploy.engines.base import INPUT_NAME, OUTPUT_NAME
 from tests.deploy.engines.trt.contract import Behaviour, FakeModule, Version, make_fake
-from tests.deploy.engines.trt.fake_gpu import FakeGpu, Violation
+from tests.deploy.engines.trt.fake_gpu import FakeGpu, Violation, Work
 
 _MAGIC = b"FAKE PLAN "
+Profiles = tuple[tuple[int, int, int], ...]
+PROFILES: Profiles = ((1, 1, 1), (2, 4, 8))
 MS_AN_IMAGE = 0.25  # of the GPU's time
 
 
 def make_plan(
     model: bytes,
     *,
-    profile: tuple[int, int, int] = (1, 4, 8),
+    profiles: Profiles = PROFILES,
     scratch: int = 1024,
     input_type: str = "UINT8",
-    profiles: int = 1,
 ) -> bytes:
     """The plan of an ONNX file as `eps-deploy` exports it."""
-    head = {"profile": profile, "scratch": scratch, "type": input_type, "profiles": profiles}
+    head = {"profiles": profiles, "scratch": scratch, "type": input_type}
     return _MAGIC + json.dumps(head).encode() + b"\n" + model
 
 
@@ -46,16 +48,16 @@ class _Network:
     """What an engine is made of."""
 
     session: Any
-    profile: tuple[int, int, int]
+    profiles: Profiles
     scratch: int
     types: dict[str, str]
-    profiles: int
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The batch is -1, but where the profile has one size alone: TensorRT fixes it."""
+        """The batch is -1, but where the profiles have one size alone: TensorRT fixes it."""
         ports = (*self.session.get_inputs(), *self.session.get_outputs())
-        batch = self.profile[0] if len({*self.profile}) == 1 else -1
+        sizes = {batch for profile in self.profiles for batch in profile}
+        batch = sizes.pop() if len(sizes) == 1 else -1
         return {port.name: (batch, *port.shape[1:]) for port in ports}
 
 
@@ -64,6 +66,7 @@ class _State:
     """What a context has been told."""
 
     network: _Network
+    profile: int = 0
     memory: tuple[int, int] | None = None
     shape: tuple[int, ...] | None = None
     addresses: dict[str, int] = field(default_factory=dict)
@@ -71,7 +74,7 @@ class _State:
     warm: bool = False  # it has run since it was told
 
     def snapshot(self) -> tuple[Any, ...]:
-        return self.shape, tuple(sorted(self.addresses.items())), self.memory
+        return self.profile, self.shape, tuple(sorted(self.addresses.items())), self.memory
 
 
 class FakeTensorRT:
@@ -98,7 +101,7 @@ class FakeTensorRT:
             },
             "ICudaEngine": {
                 "num_io_tensors": lambda engine: len(engine._network.shapes),
-                "num_optimization_profiles": lambda engine: engine._network.profiles,
+                "num_optimization_profiles": lambda engine: len(engine._network.profiles),
                 "device_memory_size_v2": lambda engine: engine._network.scratch,
                 "get_tensor_name": lambda engine, index: [*engine._network.shapes][index],
                 "get_tensor_mode": port("TensorIOMode"),
@@ -108,6 +111,7 @@ class FakeTensorRT:
                 "create_execution_context": self._create_context,
             },
             "IExecutionContext": {
+                "set_optimization_profile_async": self._set_profile,
                 "set_device_memory": self._set_memory,
                 "set_input_shape": self._set_shape,
                 "infer_shapes": self._infer_shapes,
@@ -174,13 +178,13 @@ class FakeTensorRT:
         options.add_session_config_entry("session.disable_quant_qdq", "1")  # as TensorRT rounds
         session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         types = {INPUT_NAME: told["type"], OUTPUT_NAME: "FLOAT"}
-        profile = tuple(told["profile"])
-        network = _Network(session, profile, told["scratch"], types, told["profiles"])
+        profiles = tuple((low, best, high) for low, best, high in told["profiles"])
+        network = _Network(session, profiles, told["scratch"], types)
         return self._made("ICudaEngine", _network=network, _runtime=runtime)
 
     def _profile_shape(self, engine: Any, name: str, index: int) -> list[Any]:
         _, *rest = engine._network.shapes[name]
-        return [self._dims((batch, *rest)) for batch in engine._network.profile]
+        return [self._dims((batch, *rest)) for batch in engine._network.profiles[index]]
 
     def _create_context(self, engine: Any, strategy: Any) -> Any:
         self.gpu.require_context("create_execution_context")
@@ -188,6 +192,20 @@ class FakeTensorRT:
             return None
         assert strategy is self.module.ExecutionContextAllocationStrategy.USER_MANAGED
         return self._made("IExecutionContext", _state=_State(engine._network))
+
+    def _set_profile(self, context: Any, index: int, stream_handle: int) -> bool:
+        state = _idle(context)
+        queue = self.gpu.queue(stream_handle)
+        if queue.recorded is not None:
+            queue.spoilt = True
+        if self._refused("set_optimization_profile_async"):
+            return False
+        if not 0 <= index < len(state.network.profiles):
+            self._say(f"setOptimizationProfileAsync: there is no profile {index}")
+            return False
+        # The shapes are those of another profile, and have to be set again.
+        state.profile, state.shape, state.warm = index, None, False
+        return True
 
     def _set_memory(self, context: Any, memory: int, size: int) -> None:
         state = _idle(context)
@@ -197,12 +215,14 @@ class FakeTensorRT:
 
     def _set_shape(self, context: Any, name: str, shape: Any) -> bool:
         state = _idle(context)
-        smallest, _, largest = state.network.profile
+        smallest, _, largest = state.network.profiles[state.profile]
         batch, *rest = tuple(shape)
         if self._refused("set_input_shape"):
             return False
         if not smallest <= batch <= largest or tuple(rest) != state.network.shapes[name][1:]:
-            self._say(f"setInputShape: {list(shape)} does not satisfy any optimization profile")
+            self._say(
+                f"setInputShape: {list(shape)} is not in optimization profile {state.profile}"
+            )
             return False
         state.shape, state.warm = tuple(shape), False
         return True
@@ -236,12 +256,16 @@ class FakeTensorRT:
             self.gpu.claim(address, stream_handle)
         if queue.recorded is not None and not state.warm:
             queue.spoilt = True  # what TensorRT puts off until the first run cannot be recorded
-        if queue.recorded is None:
+        told = state.snapshot()
+
+        def start() -> Work:
             state.pending += 1
-        queue.add(partial(self._run, state, state.snapshot(), queue.recorded is not None))
+            return partial(self._run, state, told)
+
+        queue.add(start)
         return True
 
-    def _run(self, state: _State, told: tuple[Any, ...], recorded: bool) -> None:
+    def _run(self, state: _State, told: tuple[Any, ...]) -> None:
         if state.snapshot() != told:
             raise Violation("a context was changed between its recording and its launch")
         assert state.shape is not None
@@ -253,7 +277,7 @@ class FakeTensorRT:
         logits[:] = state.network.session.run([OUTPUT_NAME], {INPUT_NAME: images})[0]
         self.gpu.clock += MS_AN_IMAGE * state.shape[0]
         state.warm = True
-        state.pending -= not recorded
+        state.pending -= 1
 
     def _tensor(self, state: _State, name: str, shape: tuple[int, ...], kind: Any) -> Any:
         nbytes = int(np.prod(shape)) * np.dtype(kind).itemsize

@@ -13,7 +13,7 @@ from eps_core.errors import ConfigError
 from eps_deploy.engines.base import EngineError
 from eps_deploy.engines.trt import build as module
 from eps_deploy.engines.trt.build import BuildOptions
-from eps_deploy.engines.trt.plan import HardwareCompatibility, Host, PlanMetadata
+from eps_deploy.engines.trt.plan import HardwareCompatibility, Host, PlanMetadata, Profile
 from tests.deploy.engines.trt.builder import PLAN, Builder
 from tests.deploy.engines.trt.checks import EVERY_BUILD_CHECK, run
 from tests.deploy.engines.trt.contract import VERSIONS, Version
@@ -27,11 +27,25 @@ def test_build(check: Callable[..., None], version: Version) -> None:
 
 
 @both
-def test_the_profile_runs_from_one_image_to_the_largest_batch(version: Version) -> None:
+@pytest.mark.parametrize(
+    ("opt_batch", "max_batch", "profiles"),
+    [
+        (4, 8, ((1, 1, 1), (2, 4, 8))),
+        (1, 8, ((1, 1, 1), (2, 2, 8))),
+        (2, 2, ((1, 1, 1), (2, 2, 2))),
+        (1, 1, ((1, 1, 1),)),
+    ],
+)
+def test_one_profile_for_one_image_and_one_for_all_larger_batches(
+    version: Version, opt_batch: int, max_batch: int, profiles: tuple[Profile, ...]
+) -> None:
     fake = Builder(version)
-    built = run(module, fake)
-    assert fake.profile == ("images", (1, 3, 8, 8), (4, 3, 8, 8), (8, 3, 8, 8))
-    assert built.metadata.profile == (1, 4, 8)
+    options = BuildOptions(opt_batch=opt_batch, max_batch=max_batch)
+    built = run(module, fake, options=options)
+    assert built.metadata.profiles == profiles
+    assert fake.profiles == [
+        ("images", *((batch, 3, 8, 8) for batch in profile)) for profile in profiles
+    ]
 
 
 @both
@@ -64,8 +78,8 @@ def test_tf32_is_off_unless_asked_for(version: Version) -> None:
         ("create_network", "create_network failed for a reason"),
         ("parse", "Non-zero zero point is not supported. (at QuantizeLinear 0007_QuantizeLinear)"),
         ("create_builder_config", "create_builder_config failed for a reason"),
-        ("bool", "refuses the batch sizes (1, 4, 8): TensorRT gave no reason"),
-        ("add_optimization_profile", "refuses the batch sizes (1, 4, 8): the profile is bad"),
+        ("bool", "refuses the batch sizes (1, 1, 1): TensorRT gave no reason"),
+        ("add_optimization_profile", "refuses the batch sizes (1, 1, 1): the profile is bad"),
         ("clear_flag", "TensorRT does not clear its flag TF32"),
         ("deserialize_cuda_engine", "does not load the plan that it just built: deserialize_cuda"),
     ],

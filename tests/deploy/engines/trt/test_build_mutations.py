@@ -59,7 +59,12 @@ BREAKS: dict[str, tuple[ModuleType, tuple[tuple[str, str], ...]]] = {
     ),
     "no profile": (
         build,
-        (("config.add_optimization_profile(profile)", "0"),),
+        (("config.add_optimization_profile(profile)", "index"),),
+    ),
+    "one profile": (build, (("enumerate(options.profiles)", "enumerate(options.profiles[1:])"),)),
+    "the profiles in another order": (
+        build,
+        (("enumerate(options.profiles)", "enumerate(options.profiles[::-1])"),),
     ),
 }
 

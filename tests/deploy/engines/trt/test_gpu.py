@@ -119,7 +119,7 @@ def test_graphs_are_really_used(engine: TrtEngine) -> None:
     assert told == {
         "used": True,
         "why_not": None,
-        "batches": sorted(set(BATCHES)),
+        "batches": [1, 2, 4, 32],  # 31 is padded
         "not_captured": {},
     }
 

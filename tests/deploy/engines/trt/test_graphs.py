@@ -29,7 +29,7 @@ class Bench:
         self.done += 1
 
     def enqueue(self) -> bool:
-        self.gpu.queue(self.stream.handle).add(self._work)
+        self.gpu.queue(self.stream.handle).add(lambda: self._work)
         return True
 
     def check_usable(self) -> None:

@@ -26,7 +26,6 @@ from eps_deploy.engines.trt.engine import TrtEngine
 from tests.deploy.engines.trt.contract import Version
 from tests.deploy.engines.trt.machine import (
     CLASSES,
-    PROFILE,
     SHAPE,
     Machine,
     close,
@@ -48,8 +47,9 @@ def test_a_deployed_network(deployed: Path) -> None:
     """The real export, at the batch sizes of the chain of proof."""
     model = (deployed / "bundle" / "model.onnx").read_bytes()
     machine = Machine()
-    plan = make_plan(model, profile=(1, 16, 32))
-    metadata = metadata_of(plan, machine.host, profile=(1, 16, 32))
+    profiles = ((1, 1, 1), (2, 16, 32))
+    plan = make_plan(model, profiles=profiles)
+    metadata = metadata_of(plan, machine.host, profiles=profiles)
     with machine.engine(TrtEngine, plan, metadata=metadata) as engine:
         pixels = np.random.default_rng(0).integers(
             0, 256, (32, *engine.input_shape), dtype=np.uint8
@@ -72,7 +72,7 @@ def test_signature_and_description() -> None:
     assert told["cuda_graphs"] == {
         "used": True,
         "why_not": None,
-        "batches": [3],
+        "batches": [4],
         "not_captured": {},
     }
 
@@ -120,14 +120,14 @@ def test_close_waits_for_a_call_under_way(monkeypatch: pytest.MonkeyPatch) -> No
     machine = Machine()
     engine = machine.engine(TrtEngine)
     inside, go_on = threading.Event(), threading.Event()
-    send = engine_module.ExecutionContext._send
+    stage = engine_module.ExecutionContext._stage
 
-    def slow(self: engine_module.ExecutionContext, pixels: Any) -> None:
-        send(self, pixels)
+    def slow(self: engine_module.ExecutionContext, pixels: Any) -> int:
         inside.set()
         assert go_on.wait(60)
+        return stage(self, pixels)
 
-    monkeypatch.setattr(engine_module.ExecutionContext, "_send", slow)
+    monkeypatch.setattr(engine_module.ExecutionContext, "_stage", slow)
     answers: list[Any] = []
     call = threading.Thread(target=lambda: answers.append(engine.infer(images(2))))
     call.start()
@@ -150,21 +150,21 @@ def test_as_many_calls_in_flight_as_contexts(
 ) -> None:
     """On one plan; further calls wait until one is free."""
     machine = Machine()
-    send = engine_module.ExecutionContext._send
+    stage = engine_module.ExecutionContext._stage
     meeting, lock = threading.Barrier(contexts), threading.Lock()
     running: list[int] = [0]
     most: list[int] = []
 
-    def together(self: engine_module.ExecutionContext, pixels: Any) -> None:
+    def together(self: engine_module.ExecutionContext, pixels: Any) -> int:
         with lock:
             running[0] += 1
             most.append(running[0])
         meeting.wait(60)
         with lock:
             running[0] -= 1
-        send(self, pixels)
+        return stage(self, pixels)
 
-    monkeypatch.setattr(engine_module.ExecutionContext, "_send", together)
+    monkeypatch.setattr(engine_module.ExecutionContext, "_stage", together)
     with machine.engine(TrtEngine, contexts=contexts) as engine:
         answers: list[Any] = []
         threads = [
@@ -224,14 +224,29 @@ def test_without_cuda_bindings(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "eps-resnet[trt]" in told["why_not"]
 
 
-def test_graphs_for_so_many_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Further ones share a context, which is told its shape each time."""
-    monkeypatch.setattr(engine_module, "MOST_GRAPHS", 2)
+def test_a_copy_that_cannot_be_recorded() -> None:
+    machine = Machine()
+    machine.gpu.refuse["memcpy_dtoh_async"] = 1
+    with machine.engine(TrtEngine) as engine:
+        assert close(engine.infer(images(2)), expected(images(2)))
+        told = engine.describe()["cuda_graphs"]
+    assert "cannot copy from the GPU" in told["not_captured"]["2"]
+    machine.gpu.check_clean()
+
+
+def test_each_padded_size_has_one_context_of_the_right_profile() -> None:
     machine = Machine()
     with machine.engine(TrtEngine) as engine:
-        for batch in (1, 2, 7, 3, 7, 1, 8, 2):
-            assert close(engine.infer(images(batch)), expected(images(batch)))
-        assert engine.describe()["cuda_graphs"]["batches"] == [1, 2]
+        for batch in (1, 2, 7, 3, 7, 1, 8, 2, 4, 5):
+            engine.infer(images(batch))
+        assert engine.describe()["cuda_graphs"]["batches"] == [1, 2, 4, 8]
+        selected = [
+            call.arguments[0]
+            for call in machine.trt.calls
+            if call.name == "set_optimization_profile_async"
+        ]
+        assert selected == [0, 1, 1, 1]
+    assert machine.trt.count("ICudaEngine", "create_execution_context") == 4
     machine.gpu.check_clean()
 
 
@@ -247,7 +262,7 @@ def test_a_graph_is_launched_not_recorded_again() -> None:
 def test_host_code_is_allowed_to_version_compatible_plans_alone() -> None:
     for compatible in (True, False):
         machine = Machine()
-        plan = make_plan(network(), profile=PROFILE)
+        plan = make_plan(network())
         metadata = metadata_of(plan, machine.host, version_compatible=compatible)
         with machine.engine(TrtEngine, plan, metadata=metadata):
             pass
@@ -257,10 +272,10 @@ def test_host_code_is_allowed_to_version_compatible_plans_alone() -> None:
 def test_a_plan_for_one_image_alone() -> None:
     """TensorRT fixes the batch in its signature then."""
     machine = Machine()
-    one = (1, 1, 1)
-    plan = make_plan(network(), profile=one)
+    one = ((1, 1, 1),)
+    plan = make_plan(network(), profiles=one)
     with machine.engine(
-        TrtEngine, plan, metadata=metadata_of(plan, machine.host, profile=one)
+        TrtEngine, plan, metadata=metadata_of(plan, machine.host, profiles=one)
     ) as engine:
         assert engine.max_batch == 1
         assert close(engine.infer(images(1)), expected(images(1)))
@@ -272,7 +287,7 @@ def test_a_plan_for_one_image_alone() -> None:
 def test_two_engines_side_by_side() -> None:
     """As baseline and compact network are measured; each has its own memory and its own answers."""
     machine = Machine()
-    other = make_plan(network(1), profile=PROFILE)
+    other = make_plan(network(1))
     with machine.engine(TrtEngine) as first, machine.engine(TrtEngine, other) as second:
         for batch in (8, 1, 8):
             assert close(first.infer(images(batch)), expected(images(batch)))

@@ -8,14 +8,14 @@ import pytest
 
 from eps_deploy.engines.base import EngineError
 from eps_deploy.engines.trt.engine import TrtEngine
-from tests.deploy.engines.trt.machine import PROFILE, Machine, close, expected, images, network
+from tests.deploy.engines.trt.machine import Machine, close, expected, images, network
 from tests.deploy.engines.trt.semantic_fake import make_plan
 
 
 @pytest.mark.parametrize("call", ["memcpy_htod_async", "memcpy_dtoh_async", "cuGraphLaunch"])
 def test_after_a_failed_call_it_goes_on(call: str) -> None:
     machine = Machine()
-    with machine.engine(TrtEngine) as engine:
+    with machine.engine(TrtEngine, use_graphs=call == "cuGraphLaunch") as engine:
         engine.infer(images(2))
         machine.gpu.refuse[call] = 1
         with pytest.raises(EngineError, match=r"CUDA|cuGraphLaunch"):
@@ -99,14 +99,16 @@ def test_other_bytes_than_a_plan_are_refused() -> None:
     ("changes", "told"),
     [
         ({"input_type": "FLOAT"}, "not a plan of eps-deploy"),
-        ({"profiles": 2}, "not a plan of eps-deploy"),
-        ({"profile": (1, 4, 16)}, "where its metadata says"),
-        ({"profile": (2, 4, 8)}, "where its metadata says"),
+        ({"profiles": ((1, 4, 8),)}, r"takes batches of \(1, 4, 8\) .* metadata says \(1, 1, 1\)"),
+        ({"profiles": ((1, 1, 1), (2, 4, 16))}, "where its metadata says"),
+        ({"profiles": ((1, 1, 1), (4, 4, 8))}, "where its metadata says"),
+        ({"profiles": ((1, 1, 1), (2, 4, 8), (9, 9, 9))}, "where its metadata says"),
+        ({"profiles": ()}, "takes batches of no profile"),
     ],
 )
 def test_a_foreign_plan_is_refused(changes: dict[str, Any], told: str) -> None:
     machine = Machine()
-    plan = make_plan(network(), **{"profile": PROFILE, **changes})
+    plan = make_plan(network(), **changes)
     with pytest.raises(EngineError, match=told):
         machine.engine(TrtEngine, plan)
     machine.gpu.check_clean()

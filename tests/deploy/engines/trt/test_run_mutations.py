@@ -10,13 +10,17 @@ from eps_deploy.engines.trt import engine
 from tests.deploy.engines.trt.mutation import install, mutated
 from tests.deploy.engines.trt.run_checks import noticed
 
-_SET = """            self._set(self._common, batch, messages)
-            return _Pass"""
 _READ = """            self._stream.synchronize()
             logits"""
-_STAGED = "staged = self._host_images.array[: len(images)]"
-_OWN = """        self._spare = None
-        return own"""
+_SOURCE = "self._host_images.array[:size], self._stream"
+_PROFILE = "profile = self._plan.profile_of(size)"
+_SELECTED = "selected = context.set_optimization_profile_async(profile, self._stream.handle)"
+_LAUNCH = "self._whole[size].launch("
+_NEW_CONTEXT = "self._contexts[size] = self._plan.create_context()"
+_FIRST_RUN = """            self._require(self._enqueue(size), "queues no inference", messages)
+            self._stream.synchronize()
+"""
+_STAGED = "np.copyto(self._host_images.array[: len(images)], images"
 
 # Each by what breaks: which module, which text in it, what stands there instead.
 MUTATIONS: dict[str, tuple[Any, list[tuple[str, str]]]] = {
@@ -24,26 +28,99 @@ MUTATIONS: dict[str, tuple[Any, list[tuple[str, str]]]] = {
         engine,
         [("(INPUT_NAME, self._images), (OUTPUT_NAME", "(OUTPUT_NAME, self._images), (INPUT_NAME")],
     ),
-    "shape set for a larger batch alone": (
+    "one context for all batch sizes": (
         engine,
         [
             (
-                _SET,
-                _SET.replace(
-                    "self._set(self._common, batch, messages)",
-                    "if batch > getattr(self, 'most', 0):"
-                    " self._set(self._common, batch, messages); self.most = batch",
-                ),
+                _NEW_CONTEXT,
+                "self._contexts[size] = next(iter(self._contexts.values()), None)"
+                " or self._plan.create_context()",
             )
         ],
     ),
-    "shape set once": (
+    "the first profile for all batch sizes": (engine, [(_PROFILE, "profile = 0")]),
+    "the last profile for all batch sizes": (
+        engine,
+        [(_PROFILE, "profile = len(self._plan.profiles) - 1")],
+    ),
+    "a profile that there is not": (engine, [(_PROFILE, "profile = 2")]),
+    "no profile selected": (engine, [(_SELECTED, "selected = True")]),
+    "the profile selected after the shape": (
+        engine,
+        [
+            (_SELECTED, "selected = True"),
+            (
+                "        for name, memory in ((INPUT",
+                f"        {_SELECTED}\n        for name, memory in ((INPUT",
+            ),
+        ],
+    ),
+    "a refused profile ignored": (engine, [("self._require(selected,", "self._require(True,")]),
+    "the graph of the largest size": (
+        engine,
+        [(_LAUNCH, "self._whole[max(self._whole)].launch(")],
+    ),
+    "the graph of the smallest size": (
+        engine,
+        [(_LAUNCH, "self._whole[min(self._whole)].launch(")],
+    ),
+    "padded to the next smaller size": (
         engine,
         [
             (
-                _SET,
-                _SET.replace("self._set", "if not hasattr(self, 'once'): self.once = self._set"),
+                "next(size for size in self._sizes if size >= len(images))",
+                "max(size for size in self._sizes if size <= len(images))",
             )
+        ],
+    ),
+    "not padded": (
+        engine,
+        [
+            (
+                "return next(size for size in self._sizes if size >= len(images))",
+                "return len(images)",
+            )
+        ],
+    ),
+    "padded past the profile": (
+        engine,
+        [("self._sizes = padded_sizes(plan.max_batch)", "self._sizes = (1, 2, 4, 8)")],
+    ),
+    "images of the first batch recorded": (
+        engine,
+        [
+            (_STAGED, "self.count = len(images); " + _STAGED),
+            (_SOURCE, _SOURCE.replace("size", "self.count")),
+        ],
+    ),
+    "logits of the first batch recorded": (
+        engine,
+        [
+            (_STAGED, "self.count = len(images); " + _STAGED),
+            ("self._host_logits.array[:size]", "self._host_logits.array[: self.count]"),
+        ],
+    ),
+    "recorded without its copies": (
+        engine,
+        [("partial(self._enqueue_whole, size)", "partial(self._enqueue, size)")],
+    ),
+    "timed with its copies": (
+        engine,
+        [
+            (
+                "self._capture(partial(self._enqueue, size))",
+                "self._capture(partial(self._enqueue_whole, size))",
+            )
+        ],
+    ),
+    "logits copied before they are computed": (
+        engine,
+        [
+            (
+                "        self._copy_in(size)\n        if not",
+                "        self._copy_in(size)\n        self._copy_out(size)\n        if not",
+            ),
+            ("        self._copy_out(size)\n        return True", "        return True"),
         ],
     ),
     "not waited for": (engine, [(_READ, "            logits")]),
@@ -57,39 +134,51 @@ MUTATIONS: dict[str, tuple[Any, list[tuple[str, str]]]] = {
     "a refused shape ignored": (engine, [("self._require(accepted,", "self._require(True,")]),
     "a refused address ignored": (engine, [("self._require(taken,", "self._require(True,")]),
     "a refused run ignored": (engine, [("self._require(done,", "self._require(True,")]),
+    "a refused first run ignored": (
+        engine,
+        [
+            (
+                _FIRST_RUN,
+                _FIRST_RUN.replace(
+                    "self._require(self._enqueue(size),",
+                    "self._require(self._enqueue(size) or True,",
+                ),
+            )
+        ],
+    ),
     "unknown shapes ignored": (engine, [("self._require(not unknown,", "self._require(True,")]),
     "images buffer for the optimal batch": (
         engine,
-        [("images = (plan.profile[2]", "images = (plan.profile[1]")],
+        [("images = (plan.max_batch", "images = (plan.profiles[-1][1]")],
     ),
     "memory of the GPU for the optimal batch": (
         engine,
-        [("math.prod(images))", "math.prod(images) // 8 * plan.profile[1])")],
+        [("math.prod(images))", "math.prod(images) // 8 * plan.profiles[-1][1])")],
     ),
     "logits buffer for the optimal batch": (
         engine,
-        [("logits = (plan.profile[2]", "logits = (plan.profile[1]")],
+        [("logits = (plan.max_batch", "logits = (plan.profiles[-1][1]")],
     ),
     "copied from memory that is not page-locked": (
         engine,
-        [(_STAGED, "staged = np.empty(images.shape, np.uint8)")],
+        [(_SOURCE, "np.array(self._host_images.array[:size]), self._stream")],
     ),
     "copied from memory that is freed early": (
         engine,
         [
             (
-                "self._cuda.copy_in(self._images, staged, self._stream)",
-                "early = self._cuda.page_locked(images.shape, np.uint8); early.array[:] = images;"
+                f"self._cuda.copy_in(self._images, {_SOURCE})",
+                "early = self._cuda.page_locked(self._host_images.array[:size].shape, np.uint8);"
+                " early.array[:] = self._host_images.array[:size];"
                 " self._cuda.copy_in(self._images, early.array, self._stream); early.free()",
             )
         ],
     ),
-    "the caller gets the buffer itself": (engine, [("found.copy()", "found")]),
+    "the caller gets the buffer itself": (engine, [("[: len(images)].copy()", "[: len(images)]")]),
     "recorded without a first run": (
         engine,
-        [("self._enqueue(_Pass(context, None), messages)  # once", "pass  # once")],
+        [(_FIRST_RUN, "")],
     ),
-    "one context for all graphs": (engine, [(_OWN, "        return own")]),
     "metadata not checked": (
         engine,
         [("        metadata.check(plan, self._host, name=name)\n", "")],
@@ -133,7 +222,7 @@ MUTATIONS: dict[str, tuple[Any, list[tuple[str, str]]]] = {
     "nothing freed": (engine, [("            self._free()\n", "            pass\n")]),
     "default stream": (
         engine,
-        [("self._stream.handle)\n            self._require", "0)\n            self._require")],
+        [("execute_async_v3(self._stream.handle)", "execute_async_v3(0)")],
     ),
 }
 
