@@ -36,6 +36,8 @@ EXCEPTIONS = {
     "compact_pruner(folding)": _LIBRARY,
     "compact_pruner(heldout)": _LIBRARY,
     "compact_pruner(report)": _LIBRARY,
+    "deploy(baseline)": _LIBRARY,
+    "deploy(calibration)": _LIBRARY,
     "deploy(engine)": _LIBRARY,
     "deploy(log)": _LIBRARY,
     "deploy(output)": _LIBRARY,

@@ -13,7 +13,7 @@ from torch import nn
 import eps_compact
 import eps_deploy
 from eps_compact import Compaction
-from eps_core.errors import ConfigError, DataError
+from eps_core.errors import ConfigError, DataError, GraphError
 from eps_deploy.cli.predict import main as predict
 from eps_deploy.cli.verify import main as verify
 from tests.commands import run
@@ -116,6 +116,6 @@ def test_what_cannot_be_deployed(
     compaction: Compaction, tmp_path: Path, arguments: dict[str, Any], message: str
 ) -> None:
     settings = {"heldout": HELDOUT, "output": tmp_path / "bundle", **arguments}
-    with pytest.raises((ConfigError, DataError), match=message):
+    with pytest.raises((ConfigError, DataError, GraphError), match=message):
         eps_deploy.deploy(compaction, **settings)
     assert not list(tmp_path.iterdir())
