@@ -100,7 +100,7 @@ class Sweep:
         chosen_on, measured_on: samples that choose the blocks, and samples that the accuracies are
             measured on; no image serves both.
         timer: name of the timer.
-        seconds: of all the work, once the timer was ready.
+        seconds: of all the work, timing included.
     """
 
     nested: bool

@@ -19,15 +19,14 @@ from eps_train.data.dataset import Data
 from eps_train.gating import rewriting
 from eps_train.models.cifar import Normalize
 from eps_train.models.spec import NetworkSpec
-from eps_train.schedule import initial_lr
+from eps_train.schedule import CosineDecay, initial_lr
 from eps_train.training.checkpoint import Checkpoint
 from eps_train.training.distillation import Teacher
 from eps_train.training.evaluate import EpochMetrics, Score
 from eps_train.training.forward import cpu_threads
 from eps_train.training.trainer import Trainer
 
-LEARNING_RATES = (0.1, 0.01)  # of the run's first, before and after `DECAY_AT` of the epochs
-DECAY_AT = 2 / 3
+LEARNING_RATE = 1.0  # of the run's first; from there it falls to 0 along a cosine
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,7 +140,7 @@ def finetune(
         checkpoint=tuned,
         removed=beyond,
         epochs=epochs,
-        lr_schedule=(initial_lr(config.lr_schedule), config.final_decay[0][1]),
+        lr_schedule=(initial_lr(config.lr_schedule), 0.0),
         whole=whole.accuracy,
         before=before.accuracy,
         after=after.accuracy,
@@ -155,17 +154,16 @@ def finetune(
 
 def finetune_config(config: TrainingConfig, epochs: int, device: torch.device) -> TrainingConfig:
     """Return the configuration of a fine-tuning run of what `config` trained, without gates."""
-    first, last = (factor * initial_lr(config.lr_schedule) for factor in LEARNING_RATES)
     return replace(
         config.baseline(),
         epochs=epochs,
         head_epochs=0,
         epsilon_warmup=0,
         freeze_gates_at=1.0,
-        lr_schedule=((0, first),),
+        lr_schedule=CosineDecay(LEARNING_RATE * initial_lr(config.lr_schedule)),
         lr_warmup=0.0,
         lr_restart=(),
-        final_decay=((DECAY_AT, last),),
+        final_decay=(),
         aux_loss_weight=0.0,
         ema=0.0,  # a few epochs are too short for an average
         precision=config.precision if device.type == "cuda" else "fp32",

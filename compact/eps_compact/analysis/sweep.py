@@ -97,6 +97,7 @@ def sweep(
     """
     timer = timer or TorchTimer(checkpoint.data)
     subject = _subject(checkpoint, validation, samples=samples, train=train, device=device)
+    began = time.perf_counter()
     report(f"sweep: preparing to time the networks ({timer.name})")
     times = _Times.of(
         checkpoint,
@@ -104,7 +105,6 @@ def sweep(
         timer,
         by_block=weight == "ms" or (goal is not None and goal.by_latency),
     )
-    began = time.perf_counter()
     saved: Mapping[str, float] = {}
     if weight != "ms":
         saved = {found.block: getattr(found, weight) for found in subject.costs}
