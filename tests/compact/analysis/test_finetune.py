@@ -38,7 +38,7 @@ def test_it_learns_from_the_checkpoints_weights() -> None:
     assert [epoch.epoch for epoch in told] == [1, 2, 3]
     # The run's first learning rate, 0.1, falls along a cosine; the middle of each epoch is told.
     assert [epoch.lr for epoch in told] == pytest.approx([0.0933, 0.05, 0.0067], abs=1e-4)
-    assert done.lr_schedule == (pytest.approx(0.1), 0)
+    assert done.lr_schedule == pytest.approx((0.1, 0.0))
     assert done.after > done.before
     assert done.drop_after.value == pytest.approx(100 * (done.whole - done.after))
     assert done.drop_before.value == pytest.approx(100 * (done.whole - done.before))
