@@ -182,10 +182,12 @@ class Benchmark:
     def curve(self, method: str, seed: int) -> list[dict[str, Any]]:
         """Accuracy after removing more and more blocks, without any fine-tuning.
 
-        Of the baseline, of a run with a fixed epsilon and of a nested run; one point is blocks
-        left, share of the FLOPs, and accuracy on held-out images that chose no block.
+        Of the baseline, of a run whose gates remove blocks up to the first size of `depths` (what
+        is left of them is removed further), and of a nested run; one point is blocks left, share
+        of the FLOPs, and accuracy on held-out images that chose no block.
         """
-        words = {"baseline": "--epsilon=0", "epsilon": "--epsilon=2.5", "nested": "--nested"}
+        target = f"--target-parameters={self.share(self.depths[0], 'parameters')}"
+        words = {"baseline": "--epsilon=0", "epsilon": target, "nested": "--nested"}
         trained = Step(words=self.train(seed, words[method]))
         swept = Step(
             words=("eps-compact", "{from}", "-o", "compact.pt", "--sweep", "--samples=4000"),

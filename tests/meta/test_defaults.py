@@ -50,7 +50,6 @@ EXCEPTIONS = {
     "save(data)": _LIBRARY,
     "save(data_root)": _LIBRARY,
     "_torchvision_model(in_chans)": _FACTORY,
-    "TrainingConfig(accumulate)": _OPTION,
     "TrainingConfig(class_weights)": _OPTION,
     "TrainingConfig(clip_grad_norm)": _OPTION,
     "TrainingConfig(cutmix)": _OPTION,

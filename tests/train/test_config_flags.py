@@ -22,6 +22,7 @@ TOGETHER = {
     "max_accuracy_drop": TARGET,
     "timer": ("--target-speedup", "2"),
     "head_epochs": ("--epsilon-warmup", "3"),
+    "relative_epsilon": ("--epsilon", "1.5"),
     "self_distillation": ("--epsilon-warmup", "3"),
 }
 
@@ -44,6 +45,7 @@ GIVEN = {
     "nested": ("--nested", None, True),
     "criterion": ("--criterion", "gradient", "gradient"),
     "max_accuracy_drop": ("--max-accuracy-drop", "1", 1.0),
+    "relative_epsilon": ("--relative-epsilon", "", True),
     "epsilon_warmup": ("--epsilon-warmup", "2", 2),
     "freeze_gates_at": ("--freeze-gates-at", "0.8", 0.8),
     "patience": ("--patience", "3", 3),

@@ -400,6 +400,10 @@ WITH_CUDA = """
 from eps_deploy.engines import ort
 session = ort.open_session
 ort.open_session = lambda model, **options: session(model, **{**options, "provider": "cpu"})
+class OnCpu(ort.CudaSession):
+    def infer(self, images):
+        return self.session.run([ort.OUTPUT_NAME], {ort.INPUT_NAME: images})[0]
+ort.CudaSession = OnCpu
 """
 
 

@@ -233,7 +233,9 @@ def test_identities_written_before_there_were_mean_images_still_load() -> None:
     identity = DataIdentity.from_dict(fields)
     assert (identity.mean, identity.std) == ((77.5,), (91.25,))
     assert identity.normalization == "channel"
-    assert identity.to_dict() == {**fields, "digests": {}, "held": None, "skipped": []}
+    fit = {**PREPROCESSING.to_dict(), "fit": "crop"}
+    added = {"preprocessing": fit, "digests": {}, "held": None, "skipped": []}
+    assert identity.to_dict() == {**fields, **added}
 
 
 def test_outline_of_digits_is_that_of_the_loaded_set() -> None:
