@@ -160,7 +160,7 @@ class TrainingConfig:
         default=False,
         metadata=_pruning(
             "Divide a branch's response by the RMS of the block's input, so that one epsilon fits"
-            " networks of any width and depth."
+            " networks of any width."
         ),
     )
     epsilon_warmup: int = field(

@@ -234,7 +234,7 @@ def test_identities_written_before_there_were_mean_images_still_load() -> None:
     assert (identity.mean, identity.std) == ((77.5,), (91.25,))
     assert identity.normalization == "channel"
     fit = {**PREPROCESSING.to_dict(), "fit": "crop"}
-    added = {"preprocessing": fit, "digests": {}, "held": None, "skipped": []}
+    added: dict[str, object] = {"preprocessing": fit, "digests": {}, "held": None, "skipped": []}
     assert identity.to_dict() == {**fields, **added}
 
 

@@ -25,7 +25,7 @@ class BlockScores:
     criterion     score of a block `H = x + F(x)`
     ============= =====================================================================
     ``response``  largest `|F|` of any step, as the paper's gate judges it: the gates record it
-    ``relative``  `max |F| / rms(x)`, mean over the steps: independent of width and depth
+    ``relative``  `max |F| / rms(x)`, mean over the steps: independent of the scale
     ``gradient``  `|<F, dL/dH>|`, mean over the steps. For `H = x + w F(x)` it is `|dL/dw|` at
                   `w = 1`: the first-order change of the loss when the block is removed
                   (Molchanov et al., CVPR 2019, 1906.10771, for whole blocks)

@@ -40,8 +40,8 @@ class EpsilonGate(nn.Module):
 
     Attributes:
         relative: whether the response is `max |F_i| / rms(shortcut)` (:func:`relative_response`),
-            so that the same epsilon suits every width, depth and data set; by default it is the
-            paper's `max |F_i|`. An attribute of the object, which the state dict does not contain.
+            which does not depend on the scale of the activations; by default it is the paper's
+            `max |F_i|`. An attribute of the object, which the state dict does not contain.
         process_group: in distributed training, a gate without a group decides by the response of
             its own process's part of the batch, as in the paper; with a group, it decides by (and
             records) the largest response in that group. Every member must then call its gates in
