@@ -104,6 +104,13 @@ def test_an_option_overrides_its_field_and_no_other(field: str, tmp_path: Path) 
     assert changed <= {"epsilon", "epsilon_warmup", *TARGETS}
 
 
+@pytest.mark.parametrize("size", ["many", "1"])
+def test_a_batch_size_is_a_number_or_auto(tmp_path: Path, size: str) -> None:
+    result = show(tmp_path, "--batch-size", size)
+    assert result.code == 2
+    assert f"'--batch-size': {size} is neither auto nor a number from 2 on" in result.stderr
+
+
 def test_a_target_and_a_threshold_replace_each_other(tmp_path: Path) -> None:
     target = ("--target-parameters", 0.3, "--max-accuracy-drop", 1, "--criterion", "l1")
     led = show(tmp_path, *target)

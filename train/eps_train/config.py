@@ -668,7 +668,12 @@ class _BatchSize(click.IntRange):
     """A number of images, or `AUTO`, which the command replaces by a number."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        return AUTO if value == AUTO else super().convert(value, param, ctx)
+        if value == AUTO:
+            return AUTO
+        try:
+            return super().convert(value, param, ctx)
+        except click.BadParameter:
+            self.fail(f"{value} is neither {AUTO} nor a number from {self.min} on", param, ctx)
 
 
 def _click_type(item: Field[Any]) -> Any:
