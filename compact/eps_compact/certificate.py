@@ -180,7 +180,7 @@ def certificate(
     return {
         "lossless": not beyond,
         "evidence": ALL_EVIDENCE if statistics.images else RECORD_ALONE,
-        "relative_epsilon": bool(checkpoint.config.get("relative_epsilon")),
+        "relative_epsilon": checkpoint.relative_epsilon,
         "heldout": statistics.images,
         "removed": prune_records(checkpoint),
         "closed_at_least": closed_at_least,

@@ -115,12 +115,17 @@ class Checkpoint:
         """Names of the dead blocks, in the order of computation."""
         return tuple(record.block for record in self.gates if record.death is not None)
 
+    @property
+    def relative_epsilon(self) -> bool:
+        """Whether responses are relative to the block's input (`EpsilonGate.relative`)."""
+        return bool(self.config.get("relative_epsilon"))  # not in files of earlier versions
+
     def build_gated(self) -> fx.GraphModule:
         """Build the gated network: every branch in place, dead gates latched, live gates live."""
         model = self.network.build(self.state)
         gates = rewriting.gates(model)
         for gate in gates.values():
-            gate.relative = bool(self.config.get("relative_epsilon"))
+            gate.relative = self.relative_epsilon
         for block in self.dead:
             gates[block].latch()
         return model
