@@ -205,7 +205,9 @@ def _from_library(name: str, library: str, member: str) -> Factory:
 def _torchvision_model(
     models: Any, member: str, *, num_classes: int, in_chans: int = 3
 ) -> nn.Module:
-    model: nn.Module = models.get_model(member, weights=None, num_classes=num_classes)
+    # These two warn of a default that is going to change, unless it is given.
+    given = {"init_weights": True} if member in ("googlenet", "inception_v3") else {}
+    model: nn.Module = models.get_model(member, weights=None, num_classes=num_classes, **given)
     if in_chans != 3:
         _take_grayscale(model, in_chans)
     return model
