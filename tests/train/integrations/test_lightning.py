@@ -21,6 +21,7 @@ from tests.train.integrations.standins import LightningCallback, LightningTraine
 from tests.train.loops import EXAMPLE, HELDOUT, SHUT, SubsetPruner, batches, own_net
 
 NAME = "eps_train.integrations.lightning"
+pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
 REAL = importlib.util.find_spec("lightning") is not None
 
 
@@ -57,6 +58,9 @@ def module_of(pruner: BlockPruner) -> Any:
         def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
             images, labels = batch
             return nn.functional.cross_entropy(self.network(images), labels)
+
+        def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
+            self.network(batch[0])
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.AdamW(self.parameters(), lr=0.01)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
@@ -10,11 +11,14 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from eps_core.errors import ConfigError
+from eps_train.data.downloads import import_torchvision
 from eps_train.data.inputs import Batch
 from eps_train.gating.pruner import BlockPruner
 
 
 def _callback_class() -> Any:
+    with suppress(ModuleNotFoundError):
+        import_torchvision()  # which Lightning's torchmetrics imports
     for package in ("lightning.pytorch", "pytorch_lightning"):
         try:
             return import_module(package).Callback
