@@ -42,6 +42,8 @@ _EXTRAS = {
     "sklearn": "train",
     "matplotlib": "train",
     "tensorboard": "train",
+    "mlflow": "mlflow",
+    "wandb": "wandb",
     "onnx": "deploy",
     "onnxscript": "deploy",
     "jinja2": "deploy",

@@ -29,7 +29,7 @@ COMMAND = [
 ]
 RUN = [
     *("--model", "cifar:20x4", "--epochs", str(EPOCHS)),
-    *("--keep", str(KEPT), "--tensorboard"),
+    *("--keep", str(KEPT), "--tracker", "tensorboard"),
 ]
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 

@@ -38,6 +38,7 @@ OPTIONAL = (
     "grpc",
     "httptools",
     "jinja2",
+    "mlflow",
     "onnxscript",
     "open_inference",
     "prometheus_client",
@@ -47,6 +48,7 @@ OPTIONAL = (
     "tensorboard",
     "tensorrt",
     "uvicorn",
+    "wandb",
 )
 
 IMPORT_ALL = """

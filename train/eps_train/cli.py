@@ -72,7 +72,13 @@ Runs = dict[RunPaths, "TrainingConfig"]
     default=0,
     help="Also keep the checkpoints of the last N epochs: epoch-0012.pt and so on.",
 )
-@click.option("--tensorboard", is_flag=True, help="Write TensorBoard event files to tensorboard/.")
+@click.option(
+    "--tracker",
+    "trackers",
+    multiple=True,
+    metavar="NAME",
+    help="Record every epoch with tensorboard, mlflow or wandb; may be repeated.",
+)
 @click.option("--resume", is_flag=True, help="Resume a stopped run from last.pt.")
 @click.option("--force", is_flag=True, help="Overwrite the files of an earlier run.")
 @click.option("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps.")
@@ -98,7 +104,7 @@ def cli(
     teacher: Path | None,
     output: Path,
     keep: int,
-    tensorboard: bool,
+    trackers: tuple[str, ...],
     resume: bool,
     force: bool,
     device: str,
@@ -187,7 +193,7 @@ def cli(
         teacher=teacher,
         auto_batch=auto_batch,
         keep=keep,
-        tensorboard=tensorboard,
+        trackers=trackers,
         cuda_graph=cuda_graph,
     )
     summary.show(summaries)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import signal
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from eps_core.errors import ConfigError, DataError, Interrupted
 from eps_train.config import TrainingConfig
+from eps_train.integrations.tensorboard import TensorBoard
 from eps_train.training import run as run_module
 from eps_train.training.checkpoint import Checkpoint
 from eps_train.training.paths import RunPaths
-from eps_train.training.plots import TensorBoardLog
 from eps_train.training.run import Run
 from eps_train.training.trainer import Trainer
 from tests.commands import files_in
@@ -62,9 +61,9 @@ def test_stopped_and_resumed_it_leaves_the_same_as_in_one_go(
 ) -> None:
     stop_after(monkeypatch, 1)
     with pytest.raises(Interrupted):
-        run(tmp_path, keep=2, tensorboard=True).train()
+        run(tmp_path, keep=2, trackers=["tensorboard"]).train()
     monkeypatch.undo()
-    run(tmp_path, keep=2, tensorboard=True, resume=True).train()
+    run(tmp_path, keep=2, trackers=["tensorboard"], resume=True).train()
     assert list(RunPaths.of(tmp_path).epoch_checkpoints()) == [2, 3]
     assert steps(tmp_path) == [1, 2, 3]
 
@@ -100,37 +99,23 @@ def test_a_checkpoint_of_another_origin_is_found_before_anything_is_written(tmp_
     assert files_in(tmp_path) == before
 
 
-def test_without_tensorboard_installed_it_is_refused_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in [name for name in sys.modules if name.partition(".")[0] == "tensorboard"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "tensorboard", None)
-    with pytest.raises(ModuleNotFoundError) as raised:
-        run(tmp_path, tensorboard=True)
-    assert raised.value.name is not None
-    assert raised.value.name.partition(".")[0] == "tensorboard"
-    assert not list(tmp_path.iterdir())
-    run(tmp_path, replace(SHORT, epochs=1)).train()
-
-
-def test_an_event_file_that_cannot_be_written_stops_the_run_and_says_what_is_kept(
+def test_an_event_file_that_cannot_be_written_costs_no_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    add = TensorBoardLog.add
+    add = TensorBoard.add
 
-    def full(self: TensorBoardLog, line: Any, history: Any) -> None:
+    def full(self: TensorBoard, line: Any, history: Any) -> None:
         if line["epoch"] == 2:
             raise OSError(28, "No space left on device", str(self.path))
         add(self, line, history)
 
-    monkeypatch.setattr(TensorBoardLog, "add", full)
-    with pytest.raises(OSError, match=r"No space left on device.*tensorboard"):
-        run(tmp_path, tensorboard=True).train()
-    assert "last.pt holds 1 of 3 epochs; --resume goes on from there" in capsys.readouterr().err
-    monkeypatch.undo()
-    run(tmp_path, tensorboard=True, resume=True).train()
-    assert steps(tmp_path) == [1, 2, 3]
+    monkeypatch.setattr(TensorBoard, "add", full)
+    run(tmp_path, trackers=["tensorboard"]).train()
+    told = " ".join(capsys.readouterr().err.split())
+    assert "warning: --tracker tensorboard: " in told
+    assert "No space left on device; the run goes on without it" in told
+    assert steps(tmp_path) == [1]
+    assert Checkpoint.load(RunPaths.of(tmp_path).last).metrics["epoch"] == 3
 
 
 @pytest.mark.parametrize(

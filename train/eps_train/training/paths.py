@@ -14,7 +14,8 @@ class RunPaths(NamedTuple):
 
     `best` is the checkpoint to use and `last` the one to resume from; `metrics` is
     `metrics.jsonl`, `plot` is `training.png`, and `config` is a file for `--config`. Files written
-    on request: :meth:`epoch_checkpoint` (`--keep`) and the folder :attr:`tensorboard`.
+    on request: :meth:`epoch_checkpoint` (`--keep`), and with `--tracker` :attr:`trackers` and the
+    folder :attr:`tensorboard`.
     """
 
     best: Path
@@ -43,6 +44,11 @@ class RunPaths(NamedTuple):
         """
         return self.best.parent / "tensorboard" / self.best.stem
 
+    @property
+    def trackers(self) -> Path:
+        """What the run is called by MLflow and W&B, so that `--resume` continues it there."""
+        return self.best.parent / f"{self._prefix}trackers.json"
+
     def event_files(self) -> list[Path]:
         """Event files that eps-train wrote, oldest first; those of other programs are left out."""
         return sorted(self.tensorboard.glob(f"events.out.tfevents.*{EVENTS_SUFFIX}"))
@@ -62,7 +68,8 @@ class RunPaths(NamedTuple):
 
     def all(self) -> list[Path]:
         """Files that this run may write, and those of an earlier run that it would replace."""
-        return [*self, *self.epoch_checkpoints().values(), *self.event_files()]
+        optional = [self.trackers] if self.trackers.exists() else []
+        return [*self, *self.epoch_checkpoints().values(), *self.event_files(), *optional]
 
     @property
     def _prefix(self) -> str:

@@ -1,18 +1,15 @@
-"""Plots of a run, from its `metrics.jsonl`: `training.png` and TensorBoard."""
+"""Plots of a run, from its `metrics.jsonl`: `training.png`, and figures for TensorBoard."""
 
 from __future__ import annotations
 
 import io
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from eps_core.errors import naming
 from eps_train.gating.rewriting import stage_name
-from eps_train.training.paths import EVENTS_SUFFIX, RunPaths
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -233,88 +230,7 @@ def log_scale(axis: Axes, values: Sequence[float]) -> None:
     axis.yaxis.set_minor_formatter(NullFormatter())
 
 
-# -- TensorBoard: scalars of a run, peaks of its gates, its block map
-
-PLOTS = 20  # of each kind in a run: drawing one takes as long as an epoch of a tiny network
-
-
-def require_tensorboard() -> None:
-    """Raise ModuleNotFoundError, which the command line explains, when TensorBoard is missing."""
-    import tensorboard  # noqa: F401
-
-
-class TensorBoardLog:
-    """TensorBoard events of one run, in `paths.tensorboard`; steps are 1-based epochs.
-
-    A resumed run adds an event file, and TensorBoard drops the epochs of earlier files that it
-    repeats. Where there is no earlier file, the scalars of the epochs before are written first.
-
-    Args:
-        paths: of the run.
-        epochs: of the run, those before a resume included.
-        before: the lines of `metrics.jsonl` that a resumed run has behind it.
-    """
-
-    def __init__(self, paths: RunPaths, *, epochs: int, before: Metrics) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.path = paths.tensorboard
-        self._plotted = {*range(0, epochs, -(-epochs // PLOTS)), epochs}
-        missing = [] if paths.event_files() else before
-        with naming(self.path):
-            self._writer = SummaryWriter(
-                self.path, purge_step=len(before) + 1, filename_suffix=EVENTS_SUFFIX
-            )
-        ended = time.time() - sum(line["seconds"] for line in missing)
-        for line in missing:
-            ended += line["seconds"]
-            self._add(line, ended)
-
-    def add(self, line: Mapping[str, Any], history: Callable[[], Metrics]) -> None:
-        """Write an epoch: its line of `metrics.jsonl`; `history` returns all lines so far."""
-        with naming(self.path):
-            self._add(line, time.time())
-            if line["gates"] and line["epoch"] in self._plotted:
-                metrics = history()
-                for tag, figure in (
-                    ("gates/map", map_figure(metrics)),
-                    ("gates/peaks", peaks_figure(metrics)),
-                ):
-                    self._writer.add_figure(tag, figure, line["epoch"])
-            self._writer.flush()
-
-    def close(self) -> None:
-        self._writer.close()
-
-    def _add(self, line: Mapping[str, Any], when: float) -> None:
-        for tag, value in scalars(line).items():
-            self._writer.add_scalar(tag, value, line["epoch"], walltime=when)
-        if line["epsilon"]:
-            peaks = np.array([gate["peak"] / line["epsilon"] for gate in line["gates"].values()])
-            if len(peaks := peaks[np.isfinite(peaks)]):
-                self._writer.add_histogram(
-                    "gates/peak_over_epsilon", peaks, line["epoch"], walltime=when
-                )
-
-
-def scalars(line: Mapping[str, Any]) -> dict[str, float]:
-    """Scalars of an epoch by TensorBoard tag; `line` is one of `metrics.jsonl`."""
-    found = {
-        "accuracy/training": line["train_accuracy"],
-        "accuracy/validation": line["validation"]["accuracy"],
-        "loss/training": line["loss"],
-        "loss/validation": line["validation"]["loss"],
-        "run/rate": line["rate"],
-        "run/images_per_second": line["images_per_second"],
-        "run/seconds": line["seconds"],
-    }
-    if line["gates"] or line["dead"]:
-        found["gates/epsilon"] = line["epsilon"]
-        found["blocks/dead"] = line["dead"]
-        found["blocks/discarded"] = line["discarded"]
-    if parameters := line.get("parameters"):
-        found["blocks/parameters_left"] = parameters["kept"] / parameters["total"]
-    return found
+# -- Figures of a run's blocks, for TensorBoard
 
 
 def map_figure(metrics: Metrics) -> Figure:

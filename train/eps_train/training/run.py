@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from eps_train.models import registry
 from eps_train.models.spec import NetworkSpec, cost
 from eps_train.schedule import CosineDecay, Steps
 from eps_train.training import run_checks
+from eps_train.training import trackers as tracking
 from eps_train.training.checkpoint import (
     Checkpoint,
     CheckpointRotation,
@@ -31,7 +33,7 @@ from eps_train.training.distillation import Teacher
 from eps_train.training.distributed import ALONE, Group, StopRequest
 from eps_train.training.evaluate import EpochMetrics
 from eps_train.training.paths import RunPaths
-from eps_train.training.plots import TensorBoardLog, draw, require_tensorboard
+from eps_train.training.plots import Metrics, draw
 from eps_train.training.probe import step_seconds
 from eps_train.training.progress import LEGEND, EpochPrinter, MetricsLog
 from eps_train.training.run_checks import PruneLog
@@ -188,7 +190,7 @@ class Run:
         pretrained: start from the weights that the network's library publishes.
         teacher: a checkpoint to distil from; not for a baseline that is trained beside.
         keep: number of the last epochs whose checkpoints are kept (:class:`CheckpointRotation`).
-        tensorboard: whether to write TensorBoard's event files.
+        trackers: names of experiment trackers (:mod:`~eps_train.training.trackers`).
         group: the processes that train together; only their leader writes and prints.
         cuda_graph: `auto`, `on` or `off`; see :func:`step.use_cuda_graph`.
 
@@ -208,15 +210,14 @@ class Run:
         pretrained: bool = False,
         teacher: Path | None = None,
         keep: int = 0,
-        tensorboard: bool = False,
+        trackers: Sequence[str] = (),
         group: Group = ALONE,
         cuda_graph: str = "auto",
     ) -> None:
         self._group = group
-        self.config, self.files, self._tensorboard = config, files, tensorboard
+        self.config, self.files = config, files
         self._title = "baseline" if config.plain else "ε-ResNet"
-        if tensorboard:
-            require_tensorboard()
+        self._trackers = tracking.Trackers(trackers, self._warn)
         self._log = cli.log()
         self._stop = StopRequest(group)
         self._rotation = CheckpointRotation(files, keep)
@@ -297,17 +298,24 @@ class Run:
 
         Raises Interrupted when SIGINT or SIGTERM ended it early; its state is saved then.
         """
+        with self._trackers:
+            return self._train()
+
+    def _train(self) -> dict[str, Any]:
         trainer = self.trainer
         self._group.lead(self._open)
-        with EpochPrinter(
-            self._log,
-            self._title,
-            epochs=self.config.epochs,
-            epochs_done=trainer.epoch,
-            parameters=self._parameters,
-            position=lambda: trainer.epoch + trainer.step / trainer.batches.steps,
-            compiles=self.config.compile,
-        ) as self._printer:
+        with (
+            self._trackers,
+            EpochPrinter(
+                self._log,
+                self._title,
+                epochs=self.config.epochs,
+                epochs_done=trainer.epoch,
+                parameters=self._parameters,
+                position=lambda: trainer.epoch + trainer.step / trainer.batches.steps,
+                compiles=self.config.compile,
+            ) as self._printer,
+        ):
             try:
                 with self._stop:
                     best = trainer.run(
@@ -337,6 +345,9 @@ class Run:
     def _open(self) -> None:
         """On the leader, before training: open the logs and print the pre-flight warnings."""
         trainer = self.trainer
+        fresh = not (trainer.epoch or trainer.step)
+        if fresh:
+            self._begin_tracking([])  # before any file is written, because it may be refused
         config = json.dumps(self.config.to_dict(), indent=2) + "\n"
         replace_file(self.files.config, config.encode())
         self._metrics = MetricsLog(
@@ -345,7 +356,7 @@ class Run:
         self._rotation.rotate(trainer.epoch)  # the run may have been killed before it
         if not self.config.plain:
             self._log.print(f"block map: {LEGEND}")
-        if not (self.config.first_look or trainer.epoch or trainer.step):
+        if fresh and not self.config.first_look:
             self._preflight()
         before = self._metrics.read()
         self._prune_log = PruneLog(
@@ -355,11 +366,15 @@ class Run:
             before=before,
             records=trainer.pruner.tracker.records.values(),
         )
-        self._tensorboard_log: TensorBoardLog | None = None
-        if self._tensorboard:
-            self._tensorboard_log = TensorBoardLog(
-                self.files, epochs=self.config.epochs, before=before
-            )
+        if not fresh:
+            self._begin_tracking(before)
+
+    def _begin_tracking(self, before: Metrics) -> None:
+        config = self.config.to_dict()
+        run = tracking.TrackedRun(
+            paths=self.files, config=config, epochs=self.config.epochs, before=before
+        )
+        self._trackers.begin(run)
 
     def _preflight(self) -> None:
         """Print which blocks are not gated, and warn of a run that cannot prune as configured."""
@@ -391,8 +406,7 @@ class Run:
         line = self._metrics.append(metrics)
         self._printer.show(metrics)
         self._warn(*self._prune_log.observe(metrics))
-        if self._tensorboard_log is not None:
-            self._tensorboard_log.add(line, self._metrics.read)
+        self._trackers.add(line, self._metrics.read)
 
     def _close(self) -> None:
         """On the leader, after training: plot the run, or say what is next."""
@@ -400,8 +414,6 @@ class Run:
             trained = "the last layer alone" if self.config.epochs else "nothing"
             command = f"eps-compact {self.files.best} --sweep --dry-run"
             self._log.print(f"{trained} was trained; {command} shows which blocks can go")
-        if self._tensorboard_log is not None:
-            self._tensorboard_log.close()
         title = f"{self._title}: {self.config.dataset}, {self.config.model}"
         if self.config.epochs:
             replace_file(self.files.plot, draw(self._metrics.read(), title))
@@ -459,7 +471,7 @@ class Run:
     def _warn(self, *warnings: str | None) -> None:
         for warning in warnings:
             if warning is not None:
-                self._log.print(f"warning: {warning}")
+                self._log.print(f"warning: {warning}", markup=False)
 
     def _print_saved(self, steps: int = 0) -> None:
         if self.trainer.saved or steps:

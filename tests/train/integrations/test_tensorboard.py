@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import itertools
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,8 +12,9 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from eps_train.integrations.tensorboard import TensorBoard
 from eps_train.training.paths import RunPaths
-from eps_train.training.plots import TensorBoardLog
+from eps_train.training.trackers import TrackedRun
 
 
 def line(epoch: int, peaks: dict[str, float], died: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -56,12 +58,16 @@ def distinct_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tensorboard.summary.writer.event_file_writer.time", clock)
 
 
-def write(files: RunPaths, *, first: int, last: int, epochs: int = 4) -> TensorBoardLog:
+def tracked(files: RunPaths, epochs: int, before: Sequence[dict[str, Any]] = ()) -> TrackedRun:
+    return TrackedRun(paths=files, config={}, epochs=epochs, before=before)
+
+
+def write(files: RunPaths, *, first: int, last: int, epochs: int = 4) -> TensorBoard:
     """The log of a run that goes on after `first` epochs and ends after `last`."""
-    log = TensorBoardLog(files, epochs=epochs, before=LINES[:first])
+    log = TensorBoard(tracked(files, epochs, LINES[:first]))
     for done in range(first, last):
         log.add(LINES[done], lambda: LINES[: done + 1])  # noqa: B023
-    log.close()
+    log.close(finished=True)
     return log
 
 
@@ -162,9 +168,9 @@ def test_other_programs_event_files_stay(tmp_path: Path) -> None:
 def test_a_baseline_has_no_metrics_of_gates(tmp_path: Path) -> None:
     files = RunPaths.of(tmp_path, "baseline")
     plain = {**line(1, {}), "dead": 0, "epsilon": 0.0}
-    log = TensorBoardLog(files, epochs=1, before=[])
+    log = TensorBoard(tracked(files, 1))
     log.add(plain, lambda: [plain])
-    log.close()
+    log.close(finished=True)
     tags = read(files).Tags()
     assert not any(tag.startswith(("gates", "blocks/dead")) for tag in tags["scalars"])
     assert tags["images"] == []
@@ -174,9 +180,9 @@ def test_open_gates_and_silent_branches_can_be_shown(tmp_path: Path) -> None:
     """Epsilon 0, as before --epsilon-warmup, and branches that start at zero."""
     files = RunPaths.of(tmp_path)
     silent = {**line(1, {"s.0": 0.0, "s.1": 0.0, "t.0": 0.0}), "epsilon": 0.0}
-    log = TensorBoardLog(files, epochs=1, before=[])
+    log = TensorBoard(tracked(files, 1))
     log.add(silent, lambda: [silent])
-    log.close()
+    log.close(finished=True)
     assert read(files).Tags()["images"] == ["gates/map", "gates/peaks"]
 
 
@@ -185,7 +191,7 @@ def test_open_gates_and_silent_branches_can_be_shown(tmp_path: Path) -> None:
 def test_a_full_disk_names_the_folder(tmp_path: Path) -> None:
     before = set(threading.enumerate())
     files = RunPaths.of(tmp_path)
-    log = TensorBoardLog(files, epochs=4, before=[])
+    log = TensorBoard(tracked(files, 4))
     (path,) = files.event_files()
     (tmp_path / "full").symlink_to("/dev/full")
     (tmp_path / "full").replace(path)  # at once: SummaryWriter's thread opens it again and again
