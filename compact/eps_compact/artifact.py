@@ -16,6 +16,7 @@ from eps_core.errors import ConfigError, FileFormatError, GraphError
 from eps_train.data.dataset import DataIdentity
 from eps_train.gating import folding, rewriting
 from eps_train.gating.folding import Pair
+from eps_train.models import stored
 from eps_train.models.spec import NetworkSpec
 from eps_train.training.checkpoint import Checkpoint, current_versions
 
@@ -144,9 +145,11 @@ class CompactArtifact:
         if not reason:
             return None
         made = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        family = self.network.family
+        own = "" if family == stored.FAMILY else f"the source of {family}, or "
         return (
-            f"{reason}: the source of {self.network.family}, or a library, has changed (it was made"
-            f" with {made}); go back to that, or run eps-compact again"
+            f"{reason}: {own}a library has changed (it was made with {made}); go back to that, or"
+            " run eps-compact again"
         )
 
     def certificate_file(self) -> dict[str, Any]:

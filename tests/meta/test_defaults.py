@@ -21,6 +21,7 @@ _LIBRARY = "public API: the loop or notebook of a user passes it"
 _FX = "torch.fx passes what the network's own call passed"
 
 EXCEPTIONS = {
+    "save(network)": _LIBRARY,
     "insert_gates(epsilon)": "public API; eps-train sets its thresholds epoch by epoch",
     "compact(dead)": "public API; eps-compact latches gates instead",
     "BlockPruner(classes)": _LIBRARY,

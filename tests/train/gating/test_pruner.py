@@ -524,6 +524,29 @@ def test_a_network_or_data_set_that_is_another_one(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_network_without_a_name_is_stored_as_a_graph(tmp_path: Any) -> None:
+    made = dead_pruner()
+    made.save(tmp_path / "ckpt.pt")
+    built = eps_train.Checkpoint.load(tmp_path / "ckpt.pt").build_gated().eval()
+    assert torch.equal(built(EXAMPLE), made.model.eval()(EXAMPLE))
+
+
+def test_a_layer_with_code_of_its_own_needs_a_name(tmp_path: Any) -> None:
+    class Scaled(nn.Conv2d):
+        """A layer that computes something else than the one that it derives from."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 0.5 * super().forward(x)
+
+    network = own_net()
+    network.blocks[0].conv = Scaled(4, 4, 3, padding=1, bias=False)
+    made = BlockPruner(network, example=EXAMPLE, epsilon=1.0)
+    message = r"^save\(\): blocks\.0\.conv: .*Scaled is no layer of torch\.nn.*give network="
+    with pytest.raises(ConfigError, match=message):
+        made.save(tmp_path / "ckpt.pt")
+    assert not list(tmp_path.iterdir())
+
+
 def test_data_gives_the_images_and_the_user_the_normalisation(tmp_path: Any) -> None:
     made = SubsetPruner(own_net(), example=EXAMPLE, epsilon=1.0, mean=0.5, std=0.25)
     made.save(tmp_path / "ckpt.pt", network="tests.train.loops:OwnNet", data="digits")

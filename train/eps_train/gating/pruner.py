@@ -26,6 +26,7 @@ from eps_train.gating.criteria import CRITERIA, BlockScores
 from eps_train.gating.gate import EpsilonGate
 from eps_train.gating.pruning_state import BlockTracker
 from eps_train.gating.targets import BlockCosts, Target
+from eps_train.models import stored
 from eps_train.models.spec import GraphSpec, NetworkSpec, count_parameters
 from eps_train.training.checkpoint import Checkpoint
 from eps_train.training.distributed import ALONE, Group
@@ -527,7 +528,7 @@ class BlockPruner:
         self,
         path: str | Path,
         *,
-        network: str,
+        network: str | None = None,
         data: str | None = None,
         data_root: str | Path | None = None,
         averaged: nn.Module | None = None,
@@ -537,25 +538,34 @@ class BlockPruner:
         Args:
             path: of the file, `ckpt.pt` for example.
             network: what builds the network, as `eps-train --model` takes it:
-                `torchvision:resnet18`, `timm:resnet26d` or `package.module:factory`.
+                `torchvision:resnet18`, `timm:resnet26d` or `package.module:factory`. Without it
+                the graph itself is saved, of which all layers and functions must be torch's.
             data: the data set, as `eps-train --dataset` takes it; its held-out and test images are
                 used by `eps-compact` and `eps-deploy`. Without it use `eps-compact --no-data`.
             data_root: folder of its files.
             averaged: as in :meth:`end_epoch`; its weights are saved.
 
         Raises:
-            ConfigError: `network` does not build this network.
+            ConfigError: `network` does not build this network; without it, the graph has code that
+                a file cannot hold.
             DataError: the data set is missing or damaged.
         """
         checkpoint = self.checkpoint(averaged)
         channels, *size = self.inputs.shape
-        spec = NetworkSpec.parse(
-            network,
-            in_channels=channels,
-            classes=len(checkpoint.data.classes),
-            image_size=(size[0], size[1]),
-        )
-        checkpoint.network = spec
+        if network is None:
+            try:
+                checkpoint.network = NetworkSpec.from_dict(self.spec.to_dict())
+            except stored.NotStorable as error:
+                raise ConfigError(
+                    f"save(): {error}; give network='package.module:factory'"
+                ) from None
+        else:
+            checkpoint.network = NetworkSpec.parse(
+                network,
+                in_channels=channels,
+                classes=len(checkpoint.data.classes),
+                image_size=(size[0], size[1]),
+            )
         reason = self._difference(checkpoint, self.model if averaged is None else averaged)
         if reason is not None:
             raise ConfigError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from eps_core.errors import ConfigError, FileFormatError, GraphError
 from eps_train.config import from_plain_data, plain_data
 from eps_train.gating import parity, rewriting
-from eps_train.models import registry
+from eps_train.models import registry, stored
 from eps_train.models.registry import FAMILIES
 
 _WIDTHS = {"cifar": 16, "imagenet": 64}  # default widths: those of the paper
@@ -30,9 +31,10 @@ class NetworkSpec:
     """How to rebuild a network's graph; its tensors are stored separately.
 
     Attributes:
-        family: a key of `registry.FAMILIES`, or a factory: `torchvision:resnet50`,
-            `timm:resnetv2_50`, `mypackage.module:factory`.
-        arguments: its keyword arguments: int, and for timm also float, bool and str.
+        family: a key of `registry.FAMILIES`, a factory (`torchvision:resnet50`,
+            `timm:resnetv2_50`, `mypackage.module:factory`), or `stored.FAMILY`.
+        arguments: its keyword arguments: int, and for timm also float, bool and str. The graph
+            itself for `stored.FAMILY`.
         gated: blocks with a gate; every other block has a plain addition.
         removed: blocks that were removed.
         broadcast: residual additions that are not blocks, because their shortcut has another shape
@@ -109,6 +111,8 @@ class NetworkSpec:
 
     def _whole(self) -> fx.GraphModule:
         """The network with all gates, freshly initialized."""
+        if self.family == stored.FAMILY:
+            return stored.rebuild(self.arguments)
         model = registry.make(self.family, self.arguments)
         if self.family in FAMILIES:
             return rewriting.trace(model, one_mode=True)  # ours do not depend on train/eval mode
@@ -176,9 +180,8 @@ class NetworkSpec:
         try:
             model = self._whole() if state is None else self._to_be_filled()
         except (ConfigError, GraphError, TypeError, ValueError) as error:
-            raise FileFormatError(
-                f"unknown network {self.family} {dict(self.arguments)} ({error})"
-            ) from error
+            given = "" if self.family == stored.FAMILY else f" {dict(self.arguments)}"
+            raise FileFormatError(f"unknown network {self.family}{given} ({error})") from error
         built = rewriting.remove_blocks(model, self.removed) if self.removed else model
         built = rewriting.drop_gates(built, keep=self.gated)
         if state is not None:
@@ -200,7 +203,7 @@ class NetworkSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GraphSpec(NetworkSpec):
-    """A network in memory, which is rebuilt by copying its graph; no file can hold it.
+    """A network in memory, which is rebuilt by copying its graph; see :mod:`.stored` for files.
 
     Attributes:
         graph: the network with all gates, on the CPU; never modified.
@@ -209,10 +212,14 @@ class GraphSpec(NetworkSpec):
     graph: fx.GraphModule = field(compare=False, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        raise ConfigError(
-            "this network is known as an object alone, and cannot be written to a file;"
-            " give BlockPruner.save() a network= that builds it"
-        )
+        """Inverse of :meth:`NetworkSpec.from_dict`.
+
+        Raises:
+            NotStorable: the network has code of its own, which no file can hold.
+        """
+        fields = {each.name: getattr(self, each.name) for each in dataclasses.fields(NetworkSpec)}
+        fields |= {"family": stored.FAMILY, "arguments": stored.store(self.graph)}
+        return NetworkSpec(**fields).to_dict()
 
     def skeleton(self) -> fx.GraphModule:
         return self._whole()
