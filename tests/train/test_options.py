@@ -599,7 +599,7 @@ def test_a_target_that_no_run_reaches_is_said_with_its_deviation(train: Train) -
         told = train("--target-speedup", 9).result.stderr
     assert "warning: --target-speedup 9 cannot be reached: every stage keeps a block" in told
     assert "leaves 100% of the latency" in told
-    assert "warning: 100% of the latency is left, not 11%" in told
+    assert "warning: 100.0% of the latency is left, not 11.1%" in told
 
 
 def test_blocks_are_timed_in_the_runtime_that_is_named(

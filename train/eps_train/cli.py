@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
     from eps_train.config import TrainingConfig
     from eps_train.data.dataset import Data, DataIdentity, Statistics
+    from eps_train.training.distributed import Group
 
 Runs = dict[RunPaths, "TrainingConfig"]
 """What to train, one run after another, by the files that each writes."""
@@ -288,11 +291,34 @@ def _train(
         prepared = prepare(config=runs[first], files=first, teacher=teacher)
         busy = f"--output {output}: another eps-train is writing there"
         with group.led(held(output, busy)):
+            _refuse_separate(output, group)
             group.lead(clear_output)
             return [
                 prepared.train(),
                 *(prepare(config=runs[paths], files=paths).train() for paths in later),
             ]
+
+
+def _refuse_separate(output: Path, group: Group) -> None:
+    """Raise ConfigError when the nodes have a folder `output` each: process 0 writes, all read."""
+
+    def mark() -> str:
+        handle, path = tempfile.mkstemp(prefix=".eps-train-", dir=output)
+        os.close(handle)
+        return Path(path).name
+
+    if group.world is None:
+        return
+    name = group.lead(mark)
+    seen = group.gather(output.is_dir() and name in os.listdir(output))
+    group.lead(lambda: (output / name).unlink())
+    if not all(seen):
+        group.fail(
+            ConfigError(
+                f"--output {output}: is another folder on some of the nodes; give one on a file"
+                " system that all nodes share"
+            )
+        )
 
 
 def _batch_size(runs: Runs, data: Data, device: torch.device) -> int:

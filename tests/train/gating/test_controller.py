@@ -199,11 +199,11 @@ def test_a_target_that_was_missed_is_told_with_its_reason() -> None:
     made = controller(max_drop=0.01)
     assert made.shortfall(20) is None
     assert made.shortfall(25) == (
-        "50% of the parameters are left, not 40%: the run was too short, or every stage is down"
+        "50.0% of the parameters are left, not 40.0%: the run was too short, or every stage is down"
         " to a block; give more --epochs"
     )
     latency = controller(target=Latency(0.4))
-    assert str(latency.shortfall(25)).startswith("50% of the latency is left, not 40%: ")
+    assert str(latency.shortfall(25)).startswith("50.0% of the latency is left, not 40.0%: ")
     made.held = 2
     assert "in 2 epochs accuracy was too low" in str(made.shortfall(25))
 

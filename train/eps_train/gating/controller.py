@@ -135,8 +135,8 @@ class EpsilonController:
         if kept <= self._limit:
             return None
         unit = self.target.unit
-        share = f"{kept / self.costs.whole:.0%} of the {unit} {'is' if unit[-1] == 'y' else 'are'}"
-        left = f"{share} left, not {self.target.share:.0%}"
+        share = f"{kept / self.costs.whole:.1%} of the {unit} {'is' if unit[-1] == 'y' else 'are'}"
+        left = f"{share} left, not {self.target.share:.1%}"
         if self.held:
             epochs = "1 epoch" if self.held == 1 else f"{self.held} epochs"
             return (
