@@ -68,6 +68,9 @@ def test_a_teacher_of_other_data_is_refused(tmp_path: Path) -> None:
     shape = replace(data.preprocessing, resize=(9, 9), crop=(9, 9))
     with pytest.raises(ConfigError, match=r"baseline.pt: takes images of 1x8x8, not 1x9x9; .*size"):
         Teacher.load(tmp_path / "baseline.pt", replace(data, preprocessing=shape), CPU)
+    boxed = replace(data, preprocessing=replace(data.preprocessing, fit="letterbox"))
+    with pytest.raises(ConfigError, match=r"baseline.pt: was trained .* --fit crop, not letterbox"):
+        Teacher.load(tmp_path / "baseline.pt", boxed, CPU)
     (tmp_path / "text.pt").write_text("no checkpoint")
     with pytest.raises(FileFormatError, match=r"text\.pt"):
         Teacher.load(tmp_path / "text.pt", data, CPU)

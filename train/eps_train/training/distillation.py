@@ -51,7 +51,7 @@ class Teacher:
 
         Raises:
             FileFormatError: `path` is not a checkpoint.
-            ConfigError: it is of other classes or image sizes.
+            ConfigError: it is of other classes, image sizes or `--fit`.
         """
         checkpoint = Checkpoint.load(path)
         theirs = checkpoint.data
@@ -64,6 +64,11 @@ class Teacher:
             raise ConfigError(
                 f"--teacher {path}: takes images of {_size(theirs.input_shape)}, not"
                 f" {_size(data.input_shape)}; train one with the same --image-size"
+            )
+        if (fit := theirs.preprocessing.fit) != data.preprocessing.fit:
+            raise ConfigError(
+                f"--teacher {path}: was trained on images with --fit {fit}, not"
+                f" {data.preprocessing.fit}; train one with the same --fit"
             )
         return cls(checkpoint, device)
 
