@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -38,12 +37,13 @@ def test_an_idiom_is_rebuilt_to_the_last_bit_or_refused(name: str) -> None:
         model = rewriting.add_gates(IDIOMS[name][1]())
     except GraphError:
         return  # has no gates, so no file
-    if name == "checkpointed" and "torch._dynamo" not in sys.modules:
-        return  # kept whole; with torch.compile imported, fx follows torch.utils.checkpoint
-    if name in REFUSED:
-        with pytest.raises(NotStorable):
-            stored.store(model)
+    try:
+        stored.store(model)
+    except NotStorable:
+        # Whether fx follows torch.utils.checkpoint depends on what else was imported.
+        assert name in (*REFUSED, "checkpointed")
         return
+    assert name not in REFUSED
     again = through_a_file(model)
     again.load_state_dict(model.state_dict())
     assert again.state_dict().keys() == model.state_dict().keys()
