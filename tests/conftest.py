@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
@@ -38,6 +39,7 @@ def _has_image_builder() -> bool:
     return True
 
 
+TRAINING = ("tests.train", "tests.compact", "tests.integration", "tests.deploy")
 NEEDS: dict[str, tuple[Callable[[], bool], str]] = {
     "gpu": (_has_cuda, "needs a CUDA device"),
     "trt_rtx": (_has_trt_rtx, "needs the package tensorrt_rtx"),
@@ -53,12 +55,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
-@pytest.fixture(scope="module")
-def undrawn() -> Iterator[None]:
-    """`training.png` is empty: drawing it takes longer than the tiny runs of these tests.
+# The modules whose plots are rendered; in all others drawing takes longer than the tiny runs.
+DRAWN = (
+    *("tests.train.training.test_plots", "tests.compact.test_plots", "tests.deploy.test_formats"),
+    *("tests.compact.analysis.test_pareto", "tests.integration.test_run_files"),
+)
+BLANK = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
+)
 
-    It is drawn in tests/integration/test_run_files.py and tests/deploy/test_formats.py.
-    """
+
+@pytest.fixture(scope="module", autouse=True)
+def undrawn(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Plots of eps-train and eps-compact are composed, and rendered as one pixel."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("eps_train.training.run.draw", lambda metrics, title: b"")
+        if request.module.__name__ not in DRAWN and request.module.__name__.startswith(TRAINING):
+            for module in ("eps_train.training.plots", "eps_compact.plots"):
+                patch.setattr(f"{module}.png", lambda figure: BLANK)
         yield

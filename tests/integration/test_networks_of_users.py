@@ -15,8 +15,6 @@ from eps_deploy.cli.verify import main as verify_main
 from eps_train.cli import main as train_main
 from tests.commands import Result, run
 
-pytestmark = pytest.mark.usefixtures("undrawn")
-
 SOURCE = """
 import torch
 import torch.nn.functional as F

@@ -93,6 +93,7 @@ def train(*folders: Path) -> list[subprocess.CompletedProcess[str]]:
     return done
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("nodes")
 def test_two_nodes_train_one_network_into_a_shared_folder(tmp_path: Path) -> None:
     first, second = train(tmp_path, tmp_path)

@@ -21,8 +21,6 @@ from eps_train.gating import rewriting
 from eps_train.training.checkpoint import Checkpoint, PruneRecord
 from tests.commands import run
 
-pytestmark = pytest.mark.usefixtures("undrawn")
-
 OWN = """
 from torch import nn
 

@@ -24,8 +24,6 @@ from eps_train.training.checkpoint import FORMAT, VERSION, Checkpoint
 from eps_train.training.trainer import Trainer
 from tests.commands import Result, files_in, run
 
-pytestmark = pytest.mark.usefixtures("undrawn")
-
 TINY = ("--model", "cifar:8x4", "--epochs", "2")
 
 

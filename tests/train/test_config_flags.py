@@ -13,8 +13,6 @@ from eps_train.config import TrainingConfig
 from eps_train.recipes import digits
 from tests.commands import Result, run
 
-pytestmark = pytest.mark.usefixtures("undrawn")
-
 TARGETS = {"target_parameters", "target_flops", "target_latency", "target_speedup"}
 TARGET = ("--target-parameters", "0.3")
 TOGETHER = {

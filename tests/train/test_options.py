@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -88,10 +87,7 @@ def train(images: Path, tmp_path: Path) -> Train:
 def _train(images: Path, folder: Path, *args: object) -> Trained:
     small = ("--dataset", f"folder:{images}", "--model", "cifar:8x4", "--epochs", EPOCHS)
     plain = ("--batch-size", 32, "--shift", 0, "--device", "cpu")
-    with mock.patch(
-        "eps_train.training.run.draw", return_value=b""
-    ):  # drawing takes longer than the run
-        result = run("eps-train", main, *small, *plain, *args, cwd=folder)
+    result = run("eps-train", main, *small, *plain, *args, cwd=folder)
     assert result.code == 0, result.stderr
     return Trained(folder, result)
 

@@ -23,8 +23,6 @@ from eps_train.data.images import FileSet, ImageSet, load, worker_count
 from eps_train.training.evaluate import BATCH, logits, score
 from tests.commands import run
 
-pytestmark = pytest.mark.usefixtures("undrawn")
-
 HOW = Preprocessing(resize=(5, 4), crop=(5, 4), color="grey")
 
 

@@ -23,8 +23,6 @@ from eps_train.training.trainer import Trainer
 from tests.commands import files_in
 from tests.train.runs import PRUNING, PruningTrainer, digits
 
-pytestmark = pytest.mark.usefixtures("undrawn")
-
 SHORT = replace(PRUNING, model="cifar:8x4", epochs=3, batch_size=256, epsilon=1.0)
 
 
