@@ -304,18 +304,15 @@ class Run:
     def _train(self) -> dict[str, Any]:
         trainer = self.trainer
         self._group.lead(self._open)
-        with (
-            self._trackers,
-            EpochPrinter(
-                self._log,
-                self._title,
-                epochs=self.config.epochs,
-                epochs_done=trainer.epoch,
-                parameters=self._parameters,
-                position=lambda: trainer.epoch + trainer.step / trainer.batches.steps,
-                compiles=self.config.compile,
-            ) as self._printer,
-        ):
+        with EpochPrinter(
+            self._log,
+            self._title,
+            epochs=self.config.epochs,
+            epochs_done=trainer.epoch,
+            parameters=self._parameters,
+            position=lambda: trainer.epoch + trainer.step / trainer.batches.steps,
+            compiles=self.config.compile,
+        ) as self._printer:
             try:
                 with self._stop:
                     best = trainer.run(
