@@ -50,6 +50,7 @@ def nodes() -> Iterator[None]:
             ip("-n", node, "addr", "add", f"{address}/24", "dev", "eps0")
             ip("-n", node, "link", "set", "eps0", "up")
             ip("-n", node, "link", "set", "lo", "up")
+            ip("netns", "exec", node, "true")
     except subprocess.CalledProcessError as error:
         pytest.skip(f"network namespaces cannot be made: {error.stderr.decode().strip()}")
     else:
