@@ -131,9 +131,8 @@ def run(command: click.Command) -> NoReturn:
             os.dup2(null, stream.fileno())
         sys.exit(1)
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
         remedy = _REMEDIES.get(error.errno or 0)
-        _fail(name, f"{where}{error.strerror or error}" + (f"; {remedy}" if remedy else ""))
+        _fail(name, os_error_line(error) + (f"; {remedy}" if remedy else ""))
     except ModuleNotFoundError as error:
         _fail(name, missing_package(error))
     except (MemoryError, RuntimeError) as error:
@@ -167,6 +166,12 @@ def _out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or any(
         sign in text for sign in ("out of memory", "allocate memory", "not enough memory")
     )
+
+
+def os_error_line(error: OSError) -> str:
+    """The file that the error is about, if it has one, and what happened."""
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror or error}"
 
 
 def missing_package(error: ModuleNotFoundError) -> str:

@@ -12,8 +12,9 @@ import pytest
 
 from eps_train.cli import main
 from eps_train.training import trackers
+from eps_train.training.paths import RunPaths
 from eps_train.training.plots import Metrics
-from eps_train.training.trackers import GROUP, TrackedRun
+from eps_train.training.trackers import GROUP, TrackedRun, Trackers
 from tests.commands import Result, files_in, run
 
 TINY = ("--model", "cifar:8x4", "--epochs", "2", "--batch-size", "256")
@@ -90,6 +91,22 @@ def test_a_resumed_run_goes_on_under_its_name(tmp_path: Path) -> None:
         ["add", 3, 3],
         ["close", True],
     ]
+
+
+def test_a_run_resumed_with_it_has_the_epochs_before_too(tmp_path: Path) -> None:
+    assert eps_train(tmp_path).code == 0
+    result = eps_train(tmp_path, "--tracker", "ledger", "--epochs", 3, "--resume")
+    assert result.code == 0, result.stderr
+    assert [event[:2] for event in ledger(tmp_path)[1:-1]] == [["add", 1], ["add", 2], ["add", 3]]
+
+
+def test_a_run_stopped_in_its_first_epoch_goes_on_under_its_name(tmp_path: Path) -> None:
+    files = RunPaths.of(tmp_path / "out")
+    files.trackers.parent.mkdir()
+    files.trackers.write_text('{"ledger": "theirs"}')
+    with Trackers(["ledger"], print) as opened:
+        opened.begin(TrackedRun(paths=files, config={"model": "m"}, epochs=2, before=[]))
+    assert ledger(tmp_path)[0] == ["begin", "theirs", "m", 0]
 
 
 def test_a_new_run_in_the_same_folder_has_a_name_of_its_own(tmp_path: Path) -> None:

@@ -26,8 +26,6 @@ class MLflow:
         self.run_id = str(mlflow.start_run(run.run_id, run_name=run.name).info.run_id)
         if run.run_id is None:
             mlflow.log_params(dict(run.config))
-            for line in run.before:
-                self.add(line, lambda: run.before)
 
     def add(self, line: Mapping[str, Any], history: Callable[[], Metrics]) -> None:
         mlflow.log_metrics(scalars(line), step=line["epoch"], run_id=self.run_id)

@@ -31,9 +31,6 @@ class WandB:
             reinit="create_new",  # the baseline's run begins while the first one's is at hand
         )
         self.run_id = str(self._run.id)
-        if run.run_id is None:
-            for line in run.before:
-                self.add(line, lambda: run.before)
 
     def add(self, line: Mapping[str, Any], history: Callable[[], Metrics]) -> None:
         self._run.log(scalars(line), step=line["epoch"])

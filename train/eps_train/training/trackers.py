@@ -14,7 +14,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Protocol
 
-from eps_core.cli import Log, missing_package
+from eps_core.cli import Log, missing_package, os_error_line
 from eps_core.errors import ConfigError, EpsError
 from eps_core.files import replace_file
 from eps_train.training.paths import RunPaths
@@ -110,21 +110,26 @@ class Trackers:
         self._open: dict[str, Tracker] = {}
 
     def begin(self, run: TrackedRun) -> None:
-        """Begin to track `run`, whose `run_id` is read from `run.paths.trackers` if it is resumed.
+        """Begin to track `run`; its `run_id` is read from `run.paths.trackers`, if that exists.
+
+        A tracker that names its runs receives the epochs before a resume, unless it has them.
 
         Raises:
             EpsError: a tracker cannot begin.
         """
-        ids = _read_ids(run.paths.trackers) if run.before else {}
+        ids = _read_ids(run.paths.trackers)  # which no new run finds: it would be in the way
         for name, factory in self._factories.items():
             try:
-                self._open[name] = factory(replace(run, run_id=ids.get(name)))
+                tracker = self._open[name] = factory(replace(run, run_id=ids.get(name)))
+                if tracker.run_id is not None and name not in ids:
+                    for line in run.before:
+                        tracker.add(line, lambda: run.before)
             except (EpsError, OSError):
                 raise
             except Exception as error:  # of any package
                 raise ConfigError(f"--tracker {name}: {_first_line(error)}") from error
-            if (run_id := self._open[name].run_id) is not None:
-                ids[name] = run_id
+            if tracker.run_id is not None:
+                ids[name] = tracker.run_id
         if ids:
             replace_file(run.paths.trackers, (json.dumps(ids, indent=2) + "\n").encode())
 
@@ -159,9 +164,8 @@ def _read_ids(path: Path) -> dict[str, str]:
 
 
 def _first_line(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    text = os_error_line(error) if isinstance(error, OSError) else str(error)
+    return text.strip().partition("\n")[0] or type(error).__name__
 
 
 def scalars(line: Mapping[str, Any]) -> dict[str, float]:
