@@ -33,21 +33,8 @@ FAMILY = "graph"  # `NetworkSpec.family` of a network that is stored so
 
 _OPERATORS = (
     *("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "neg", "abs", "getitem"),
-    *(
-        "iadd",
-        "isub",
-        "imul",
-        "itruediv",
-        "eq",
-        "ne",
-        "lt",
-        "le",
-        "gt",
-        "ge",
-        "and_",
-        "or_",
-        "not_",
-    ),
+    *("iadd", "isub", "imul", "itruediv"),
+    *("eq", "ne", "lt", "le", "gt", "ge", "and_", "or_", "not_"),
 )
 _CREATORS = (  # not overridable, for they take no tensor
     *("_assert", "zeros", "ones", "full", "empty", "arange", "linspace", "eye", "tensor", "rand"),
@@ -60,6 +47,7 @@ _EFFECTS = {  # methods that do more than compute with tensors
     *("register_post_accumulate_grad_hook", "storage", "untyped_storage", "data_ptr", "tolist"),
     *("module_load", "retain_grad", "pin_memory", "record_stream"),
 }
+_FUNCTIONS = (FunctionType, BuiltinFunctionType)
 _SINGLE = (type(None), bool, int, float, str)
 _TORCH = (torch.dtype, torch.device, torch.memory_format, torch.layout)
 
@@ -272,9 +260,7 @@ def _rebuild(stored: Mapping[str, Any]) -> fx.GraphModule:
         if isinstance(described.get("same"), dict):
             for name, same in described["same"].items():
                 owner, _, last = f"{path}.{name}".rpartition(".")
-                shared, _, other = same.rpartition(".")
-                value = root.get_submodule(shared).get_parameter(other)
-                root.get_submodule(owner).register_parameter(last, value)
+                root.get_submodule(owner).register_parameter(last, root.get_parameter(same))
     graph = fx.Graph()
     made: dict[str, fx.Node] = {}
     for node in stored["nodes"]:
@@ -399,28 +385,24 @@ def _atoms(path: str) -> list[str]:
 @functools.cache
 def _functions() -> dict[str, Callable[..., Any]]:
     """Functions that a stored graph may call, by name."""
-    overridable: set[Any] = set()
-    for members in get_overridable_functions().values():
-        overridable.update(f for f in members if isinstance(f, (FunctionType, BuiltinFunctionType)))
-        overridable.update(f for f in members if type(f).__name__ == "builtin_function_or_method")
+    overridable = {
+        function
+        for members in get_overridable_functions().values()
+        for function in members
+        if isinstance(function, _FUNCTIONS)
+    }
     found: dict[str, Callable[..., Any]] = {}
     for space in (torch, nn.functional, torch.linalg, torch.fft, torch.special):
         for name in dir(space):
             value = getattr(space, name)
-            plain = isinstance(value, FunctionType) and value.__module__ == "torch.nn.functional"
-            if not name.startswith("_") and callable(value) and _among(value, overridable, plain):
+            if name.startswith("_") or not isinstance(value, _FUNCTIONS):
+                continue
+            if value in overridable or value.__module__ == "torch.nn.functional":
                 found[f"{space.__name__}.{name}"] = value
     found |= {f"torch.{name}": getattr(torch, name) for name in _CREATORS}
     found |= {f"operator.{name}": getattr(operator, name) for name in _OPERATORS}
     found |= {f"math.{name}": getattr(math, name) for name in ("sqrt", "floor", "ceil", "prod")}
     return found
-
-
-def _among(value: Any, overridable: set[Any], plain: bool) -> bool:
-    try:
-        return plain or value in overridable
-    except TypeError:  # not hashable
-        return False
 
 
 @functools.cache
