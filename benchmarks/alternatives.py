@@ -8,6 +8,8 @@ shallower networks of the same family. Methods:
     scratch-time     the same, trained for as many epochs as the nested run took of its time
     scratch-teacher  as scratch, distilled from the baseline
     greedy           the baseline; blocks removed one by one (eps-compact), then fine-tuned
+    channels         the baseline; channels removed by Torch-Pruning, then fine-tuned (channels.py,
+                     needs the package torch-pruning)
     l1, influence, random, response, gradient
                      a run with --target-parameters that chooses blocks by that criterion
     nested           one run with --nested, cut to each size
@@ -63,7 +65,7 @@ from eps_train.training.evaluate import logits
 from eps_train.training.plots import new_figure, png
 
 CRITERIA = ("l1", "influence", "random", "response", "gradient")
-SIZED = ("scratch", "scratch-time", "scratch-teacher", "greedy", *CRITERIA)
+SIZED = ("scratch", "scratch-time", "scratch-teacher", "greedy", "channels", *CRITERIA)
 NESTED = ("nested", "nested-gradient", "nested-tuned")
 METHODS = ("baseline", *SIZED, *NESTED)
 OURS = ("response", "gradient", *NESTED)
@@ -149,6 +151,9 @@ class Benchmark:
         if method == "greedy":
             words = ("eps-compact", "{from}", "-o", "compact.pt", flops, tuned)
             return Step(words=words, needs={"from": baseline}, makes="tuned.pt")
+        if method == "channels":
+            words = ("channels.py", "{from}", flops, tuned)
+            return Step(words=words, needs={"from": baseline}, makes="tuned.pt")
         if method in ("nested", "nested-gradient"):
             words = ("eps-compact", "{from}", "-o", "compact.pt", flops)
             return Step(words=words, needs={"from": nested}, makes="cut.pt")
@@ -215,14 +220,18 @@ class Benchmark:
             return folder / step.makes
         needed = {name: str(self.run(other).resolve()) for name, other in step.needs.items()}
         folder.mkdir(parents=True, exist_ok=True)
-        command = Path(sys.executable).with_name(step.words[0])
-        words = [str(command), *(word.format_map(needed) for word in step.words[1:])]
+        command, *words = step.words
+        words = [word.format_map(needed) for word in words]
+        if command.endswith(".py"):
+            words = [sys.executable, str(Path(__file__).with_name(command)), *words]
+        else:
+            words = [str(Path(sys.executable).with_name(command)), *words]
         words += ["--data-root", str(self.data_root.resolve()), "--device", "cpu"]
         before = folder / "seconds.json"
         seconds = json.loads(before.read_text()) if before.exists() else 0.0
         if step.words[0] == "eps-train":
             words.append("--resume" if (folder / "last.pt").exists() else "--force")
-        else:
+        elif step.words[0] == "eps-compact":
             words.append("--force")
         print(f"{step.key} $ {' '.join(step.words)}", file=sys.stderr, flush=True)
         began = _child_seconds()

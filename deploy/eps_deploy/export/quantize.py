@@ -2,10 +2,10 @@
 
 Signed and symmetric, with zero points of 0: TensorRT's parser rejects other zero points and int32
 biases. Quantized are the operands of convolutions and linear layers, weights for each channel.
-Biases, additions and everything before the first convolution stay in the model's float type,
-because rounding accumulates along a residual stream (ONNX Runtime's own quantization, which rounds
-additions too, left a network of 11 blocks 25 % of its accuracy). An engine that finds a layer
-between dequantize nodes may compute it in int8.
+Biases, the results of additions and everything before the first convolution stay in the model's
+float type. For TensorRT, the shortcut that is added to a convolution's result is quantized too:
+without that, an engine keeps the sum in both types and cannot fuse the addition into the
+convolution (NVIDIA's advice in the TensorRT documentation, "Q/DQ placement").
 """
 
 from __future__ import annotations
@@ -229,11 +229,14 @@ def quantize(
         raise GraphError("--int8: no convolution or linear layer to quantize; use --fp16")
     # ONNX Runtime, which runs the float32 kind, has int8 convolutions only between rounded values.
     # TensorRT gives a convolution's result in float16, which is more exact.
-    outputs = _outputs(proto, layers) if precision.float == "float32" else {}
-    rounded = {layer.node.input[0]: layer.node.input[0] for layer in layers} | outputs
+    served = precision.float == "float32"
+    outputs = _outputs(proto, layers) if served else {}
+    shortcuts = {} if served else _shortcuts(proto, layers)
+    operands = [layer.node.input[0] for layer in layers] + list(shortcuts.values())
+    rounded = {name: name for name in operands} | outputs
     measured = ranges(proto, rounded.values(), images, method)
     scales = {name: measured[source] for name, source in rounded.items()}
-    _insert_rounding(proto.graph, layers, scales, outputs)
+    _insert_rounding(proto.graph, layers, scales, outputs, shortcuts)
     props = {entry.key: entry.value for entry in proto.metadata_props}
     props |= {
         "eps_resnet.precision": precision.name,
@@ -284,13 +287,36 @@ def _outputs(model: onnx.ModelProto, layers: Sequence[_Layer]) -> dict[str, str]
     return found
 
 
+def _shortcuts(model: onnx.ModelProto, layers: Sequence[_Layer]) -> dict[str, str]:
+    """The shortcut of each residual addition, by the name of the addition.
+
+    An addition is residual if it adds something to the result of one of `layers`. If it adds two of
+    them, the shortcut is the one with fewer layers before it.
+    """
+    depth: dict[str, int] = {}  # layers on the longest path to a value
+    ends = {layer.node.output[0] for layer in layers}
+    found = {}
+    for node in model.graph.node:
+        below = [depth.get(name, 0) for name in node.input]
+        for output in node.output:
+            depth[output] = max(below, default=0) + (output in ends)
+        if node.op_type == "Add" and depth.keys() >= set(node.input):
+            one, other = sorted(node.input, key=lambda name: (name in ends, depth[name]))
+            if other in ends and one != other:
+                found[node.name] = one
+    return found
+
+
 def _insert_rounding(
     graph: onnx.GraphProto,
     layers: Sequence[_Layer],
     scales: Mapping[str, float],
     outputs: Collection[str],
+    shortcuts: Mapping[str, str],
 ) -> None:
-    """Round the inputs and weights of `layers`, and the values `outputs` for all their readers."""
+    """Round the inputs and weights of `layers`, the values `outputs` for all their readers, and
+    those of `shortcuts` for the additions that they name.
+    """
     dtype = helper.tensor_dtype_to_np_dtype(layers[0].weight.data_type)
     by_name = {layer.node.name: layer for layer in layers}
     rounded: dict[str, str] = {}  # name of the rounded form by the name of the value
@@ -299,7 +325,9 @@ def _insert_rounding(
         layer = by_name.get(node.name)
         for index, name in enumerate(node.input):
             weight = layer is not None and index == 1
-            if not weight and name not in outputs and (layer is None or index > 0):
+            operand = layer is not None and index == 0
+            added = shortcuts.get(node.name) == name
+            if not (weight or operand or added or name in outputs):
                 continue
             if name not in rounded:
                 if layer is not None and weight:

@@ -128,15 +128,62 @@ def test_nothing_before_the_first_convolution_is_quantized(
     assert [name for name in before if name != "Cast"] == ["Sub", "Div"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_residual_stream_is_never_rounded(quantized: dict[str, bytes], kind: str) -> None:
-    nodes = onnx.load_from_string(quantized[kind]).graph.node
+def addends(model: bytes) -> dict[str, list[str]]:
+    """The operators that make the operands of each addition, by its name."""
+    nodes = onnx.load_from_string(model).graph.node
     makers = {output: node.op_type for node in nodes for output in node.output}
     sums = [node for node in nodes if node.op_type == "Add"]
-    assert len(sums) == 6
-    assert all(makers[node.input[0]] != "DequantizeLinear" for node in sums)
-    readers = [node.op_type for node in nodes if node.input[0] in {s.output[0] for s in sums}]
-    assert "QuantizeLinear" not in readers
+    return {node.name: sorted(makers[name] for name in node.input) for node in sums}
+
+
+def test_onnx_runtime_adds_an_unrounded_shortcut(quantized: dict[str, bytes]) -> None:
+    found = list(addends(quantized["int8"]).values())
+    assert len(found) == 6
+    assert all(operands.count("DequantizeLinear") == 1 for operands in found)
+    nodes = onnx.load_from_string(quantized["int8"]).graph.node
+    sums = {output for node in nodes if node.op_type == "Add" for output in node.output}
+    assert not [n for n in nodes if n.op_type == "QuantizeLinear" and n.input[0] in sums]
+
+
+def test_tensorrt_adds_a_rounded_shortcut_to_a_convolution(quantized: dict[str, bytes]) -> None:
+    """So that it can fuse the addition into the convolution."""
+    assert list(addends(quantized["int8-fp16"]).values()) == [["Conv", "DequantizeLinear"]] * 6
+
+
+def test_a_shortcut_to_a_block_that_is_kept_is_not_rounded(exported: dict[str, bytes]) -> None:
+    precision = PRECISIONS["int8-fp16"]
+    model = quantize(exported["int8-fp16"], images(), precision, kept=("stages.1",))
+    rounded = ["DequantizeLinear" in operands for operands in addends(model).values()]
+    assert rounded == [True, True, False, False, True, True]
+
+
+def test_of_two_convolutions_the_projection_is_the_shortcut(tmp_path: Path) -> None:
+    class Projected(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Conv2d(1, 4, 3)
+            self.first, self.second = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+            self.projection, self.head = nn.Conv2d(4, 4, 1), nn.Linear(4, 10)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.stem(x).relu()
+            x = self.second(self.first(x).relu()) + self.projection(x)
+            logits: torch.Tensor = self.head(x.relu().mean((2, 3)))
+            return logits
+
+    torch.manual_seed(0)
+    precision = PRECISIONS["int8-fp16"]
+    export_onnx(Projected().eval(), digits().identity, tmp_path / "model", precision=precision)
+    content = quantize((tmp_path / "model").read_bytes(), images(), precision)
+    graph = onnx.load_from_string(content).graph
+    (rounded,) = (node for node in graph.node if node.op_type == "Add")
+    makers = {output: node for node in graph.node for output in node.output}
+    (shortcut,) = (
+        makers[makers[makers[name].input[0]].input[0]].input[1]
+        for name in rounded.input
+        if makers[name].op_type == "DequantizeLinear"
+    )
+    assert shortcut == "network.projection.weight.rounded"
 
 
 def test_onnx_runtime_really_computes_in_int8(quantized: dict[str, bytes]) -> None:
