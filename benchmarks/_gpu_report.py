@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from eps_core import machine
 from eps_core.files import replace_file
-from eps_deploy.bench import machine
 
 SCHEMA = 1
 ROOT = Path(__file__).resolve().parents[1]

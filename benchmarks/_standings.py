@@ -11,9 +11,9 @@ import numpy as np
 from _rounds import ratio
 from _turns import Turn
 
+from eps_core.machine import BUSY
 from eps_core.stats import Interval
 from eps_deploy.bench.latency import noise, spread, verdict
-from eps_deploy.bench.machine import BUSY
 
 OURS = "ours"
 LEAST_MS = 2.0  # per image; the limit only applies to networks at least this slow

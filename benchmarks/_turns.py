@@ -12,7 +12,7 @@ from _peers import Side
 from _servers import Server, held
 from _wrk import Load, load
 
-from eps_deploy.bench.machine import Conditions, MachineMonitor
+from eps_core.machine import Conditions, MachineMonitor
 from eps_deploy.engines.base import Engine, Images
 
 SETTLING = 1  # seconds of load that are not counted

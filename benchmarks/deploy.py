@@ -39,10 +39,10 @@ from _pruned import Pair, pair
 from _rounds import machine, say
 
 from eps_core.errors import ConfigError
+from eps_core.machine import MachineMonitor
 from eps_core.stats import ratio_of_medians
 from eps_core.timing import Clock, Runs, interleave, wall_clock
 from eps_deploy.bench.latency import noise, spread, verdict
-from eps_deploy.bench.machine import MachineMonitor
 from eps_deploy.engines.base import Images
 from eps_deploy.export.export import export_onnx
 from eps_deploy.precision import PRECISIONS, Precision

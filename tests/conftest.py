@@ -73,3 +73,12 @@ def undrawn(request: pytest.FixtureRequest) -> Iterator[None]:
             for module in ("eps_train.training.plots", "eps_compact.plots"):
                 patch.setattr(f"{module}.png", lambda figure: BLANK)
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def unhurried(request: pytest.FixtureRequest) -> Iterator[None]:
+    """eps-train and eps-compact do not warn of a machine that is busy with other tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.module.__name__.startswith(TRAINING[:3]):
+            patch.setattr("eps_core.machine.WAITED", float("inf"))
+        yield

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from eps_deploy.bench.machine import Gpu
+from eps_core.machine import Gpu
 from tests.meta.project import ROOT
 from tests.meta.test_text import check_usage
 
@@ -33,7 +33,7 @@ def module(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.setitem(sys.modules, "_gpu_report", loaded)  # its dataclass looks itself up
     spec.loader.exec_module(loaded)
     gpu = Gpu(index=0, name="A GPU", compute_capability="9.0", memory=2, free=1, driver="580.95.05")
-    monkeypatch.setattr("eps_deploy.bench.machine.gpus", lambda: (gpu,))
+    monkeypatch.setattr("eps_core.machine.gpus", lambda: (gpu,))
     monkeypatch.chdir(tmp_path)
     return loaded
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from eps_deploy.bench.machine import Conditions
+from eps_core.machine import Conditions
 from tests.meta.project import ROOT
 
 SCRIPT = ROOT / "benchmarks" / "serving.py"

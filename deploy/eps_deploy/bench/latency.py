@@ -18,10 +18,10 @@ import numpy as np
 import numpy.typing as npt
 
 from eps_core.errors import EpsError
+from eps_core.machine import Conditions, MachineMonitor
 from eps_core.preprocessing import Preprocessing
 from eps_core.stats import Interval, ratio_of_medians
 from eps_core.timing import Clock, Runs, TimeRuns, interleave, wall_clock
-from eps_deploy.bench.machine import Conditions, MachineMonitor
 from eps_deploy.engines.base import Engine, Images, Logits
 
 BATCHES = (1, 16)

@@ -107,8 +107,8 @@ def cli(
     if output is not None:
         console.refuse_missing(*(path for path in files if not path.is_dir()))
         console.refuse_existing([output], force)
+    from eps_core.machine import machine
     from eps_deploy.bench.latency import differences, require_match
-    from eps_deploy.bench.machine import machine
     from eps_deploy.bench.model_files import open_model_file
 
     log = console.log()

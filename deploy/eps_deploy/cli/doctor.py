@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 import click
 
 from eps_core import cli as console
-from eps_deploy.bench import machine
+from eps_core import machine
 
 SCHEMA = 1
 _GIB = 2**30

@@ -17,8 +17,8 @@ from torch import nn
 
 from eps_core.checks import Check
 from eps_core.cli import Log
+from eps_core.machine import cpus
 from eps_deploy.bench.accuracy import Infer
-from eps_deploy.bench.machine import cpus
 from eps_deploy.engines.base import Engine, EngineError, Images
 from eps_deploy.engines.ort import OrtEngine, try_provider
 from eps_deploy.engines.trt.build import BuildOptions, build

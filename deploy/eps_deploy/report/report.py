@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from eps_core.checks import Check, Parity
+from eps_core.machine import machine
 from eps_deploy.bench.accuracy import METHOD, Drop
 from eps_deploy.bench.latency import CALL, DEVICE, END_TO_END, LatencyResult
-from eps_deploy.bench.machine import machine
 from eps_deploy.export.half import LARGEST, Peak
 from eps_deploy.export.mixed_precision import Repair
 from eps_deploy.precision import Precision

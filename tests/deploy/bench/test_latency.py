@@ -13,10 +13,10 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
+from eps_core.machine import Conditions
 from eps_core.preprocessing import Preprocessing
 from eps_core.stats import Interval
 from eps_deploy.bench import latency
-from eps_deploy.bench.machine import Conditions
 from eps_deploy.engines.base import Images, Logits
 
 IMAGES = np.zeros((4, 1, 8, 8), np.uint8)

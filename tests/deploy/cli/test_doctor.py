@@ -15,7 +15,7 @@ import onnxruntime
 import pytest
 import torch
 
-from eps_deploy.bench.machine import Gpu
+from eps_core.machine import Gpu
 from eps_deploy.cli import doctor as doctor
 from eps_deploy.cli.doctor import Diagnosis, ask_process, examine, lines, main
 from tests.commands import run
@@ -48,14 +48,14 @@ class Pretended:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("eps_deploy.bench.machine.gpus", lambda: (H100,))
-    monkeypatch.setattr("eps_deploy.bench.machine.driver_version", lambda: "580.95.05")
+    monkeypatch.setattr("eps_core.machine.gpus", lambda: (H100,))
+    monkeypatch.setattr("eps_core.machine.driver_version", lambda: "580.95.05")
 
 
 @pytest.fixture
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("eps_deploy.bench.machine.gpus", lambda: ())
-    monkeypatch.setattr("eps_deploy.bench.machine.driver_version", lambda: None)
+    monkeypatch.setattr("eps_core.machine.gpus", lambda: ())
+    monkeypatch.setattr("eps_core.machine.driver_version", lambda: None)
 
 
 def missing(found: Diagnosis) -> dict[str, tuple[str, ...]]:
@@ -74,14 +74,14 @@ def test_where_everything_works() -> None:
 
 def test_a_gpu_without_memory_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     shared = replace(H100, name="NVIDIA GB10", memory=None, free=None)
-    monkeypatch.setattr("eps_deploy.bench.machine.gpus", lambda: (shared,))
+    monkeypatch.setattr("eps_core.machine.gpus", lambda: (shared,))
     found = examine(Pretended())
     assert any("GB10" in line and "no memory of its own" in line for line in lines(found))
     assert {part.name: part.works for part in found.parts}["NVIDIA driver"]
 
 
 def old_driver(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
-    monkeypatch.setattr("eps_deploy.bench.machine.gpus", lambda: (replace(H100, driver=version),))
+    monkeypatch.setattr("eps_core.machine.gpus", lambda: (replace(H100, driver=version),))
 
 
 def test_a_driver_that_is_too_old_for_cuda_13(monkeypatch: pytest.MonkeyPatch) -> None:

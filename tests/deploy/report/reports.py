@@ -13,10 +13,10 @@ import msgspec
 import numpy as np
 
 from eps_core.checks import Parity
+from eps_core.machine import Conditions, GpuReading, Range
 from eps_core.stats import Interval
 from eps_deploy.bench.accuracy import Answers, Classes, Correct, accuracy_drop
 from eps_deploy.bench.latency import LatencyResult, Times
-from eps_deploy.bench.machine import Conditions, GpuReading, Range
 from eps_deploy.precision import PRECISIONS
 from eps_deploy.report import report
 from eps_deploy.report.answers import answers_entry, class_check

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from eps_core.cli import Log, missing_package
 from eps_core.errors import ConfigError
+from eps_core.machine import MachineMonitor
 from eps_core.stats import Interval, median, ratio_of_medians
 from eps_core.timing import Runs, interleave, wall_clock
 from eps_train.data.dataset import DataIdentity
@@ -143,7 +144,8 @@ class Timer(Protocol):
         name: runtime and conditions, for reports.
     """
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def load(self, model: fx.GraphModule, image: Tensor) -> Measure:
         """Prepare what does not depend on the blocks to be left out.
@@ -284,11 +286,16 @@ def make_timer(name: str | None, identity: DataIdentity, report: Log = lambda li
     Args:
         name: `ort`, `torch`, or None.
         identity: the data that the networks were trained on.
-        report: receives one line that says why torch is used instead.
+        report: receives a line that says why torch is used instead, and one, once, if the machine
+            was too busy while networks were timed.
 
     Raises:
         ConfigError: the named runtime is not installed; the line names the extra.
     """
+    return _WatchedTimer(_find_timer(name, identity, report), report)
+
+
+def _find_timer(name: str | None, identity: DataIdentity, report: Log) -> Timer:
     if name == "torch":
         return TorchTimer(identity)
     wanted = name or PREFERRED
@@ -311,3 +318,34 @@ def make_timer(name: str | None, identity: DataIdentity, report: Log = lambda li
             raise
         report(f"times are torch's: {error}")
         return TorchTimer(identity)
+
+
+class _WatchedTimer:
+    """A timer that reports, once, a machine so busy that ratios of times are wrong."""
+
+    def __init__(self, timer: Timer, report: Log) -> None:
+        self._timer, self._report, self._reported = timer, report, False
+
+    @property
+    def name(self) -> str:
+        return self._timer.name
+
+    def load(self, model: fx.GraphModule, image: Tensor) -> Measure:
+        """As in :class:`Timer`."""
+        measure = self._timer.load(model, image)
+
+        def watched(without: Sequence[Collection[str]]) -> list[Runs]:
+            with MachineMonitor() as machine:
+                machine.poll()
+                runs = measure(without)
+                machine.poll()
+                conditions = machine.conditions()
+            if conditions.starved and not self._reported:
+                self._reported = True
+                why = "; ".join(conditions.disturbances())
+                self._report(
+                    f"warning: measured times may be wrong ({why}); measure on a quiet machine"
+                )
+            return runs
+
+        return watched

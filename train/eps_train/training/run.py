@@ -254,9 +254,12 @@ class Run:
             )
         if resume:
             self._rotation.adopt(config, data, epochs_done=trainer.epoch)
-        trainer.measure_latency(lambda line: self._log.print(line, markup=False))
+        trainer.measure_latency(self._say)
         if here == (0, 0):
             self._load_weights(weights, pretrained=pretrained)
+
+    def _say(self, line: str) -> None:
+        self._log.print(line, markup=False)
 
     def _load_weights(self, weights: Path | None, *, pretrained: bool) -> None:
         """Start from a file, or from the published weights; one line says what was not loaded."""
@@ -382,7 +385,7 @@ class Run:
         unreachable = None
         if trainer.pruner.controller is not None:
             target, costs = trainer.pruner.controller.target, trainer.pruner.controller.costs
-            self._log.print(costs.describe(target), markup=False)
+            self._say(costs.describe(target))
             unreachable = run_checks.unreachable_warning(target, costs, trainer.pruner.stages)
         self._warn(
             run_checks.schedule_warning(self.config, steps=trainer.batches.steps),
@@ -431,7 +434,7 @@ class Run:
         measured: float | None = None
         if target.currency == "latency":
             try:
-                timer = make_timer(self.config.timer, best.data)
+                timer = make_timer(self.config.timer, best.data, self._say)
                 model = best.build_gated().to(trainer.device)
                 share = latency_share(timer.load(model, trainer.image), best.dead)
             except EpsError as error:  # a run may be resumed where its runtime is not installed
@@ -468,7 +471,7 @@ class Run:
     def _warn(self, *warnings: str | None) -> None:
         for warning in warnings:
             if warning is not None:
-                self._log.print(f"warning: {warning}", markup=False)
+                self._say(f"warning: {warning}")
 
     def _print_saved(self, steps: int = 0) -> None:
         if self.trainer.saved or steps:

@@ -212,7 +212,8 @@ class Trainer:
         """Time the blocks, if a target asks for it, unless the run has their times already.
 
         Args:
-            report: receives one line when another runtime than ONNX Runtime's is used.
+            report: receives a line when another runtime than ONNX Runtime's is used, and one when
+                the machine was too busy.
 
         Raises:
             ConfigError: the runtime of `--timer` is not installed.

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from eps_deploy.bench import machine
+from eps_core import machine
 from eps_deploy.engines.base import EngineError
 from eps_deploy.engines.trt.plan import Host, this_platform
 

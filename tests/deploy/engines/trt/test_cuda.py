@@ -67,7 +67,7 @@ def test_another_gpu_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_facts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("eps_deploy.bench.machine.driver_version", lambda: "580.95.05")
+    monkeypatch.setattr("eps_core.machine.driver_version", lambda: "580.95.05")
     machine = Machine()
     assert machine.cuda.facts() == {
         "device": "NVIDIA Fake GPU",

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from eps_deploy.bench import machine
-from eps_deploy.bench.machine import Conditions, MachineMonitor, Range
+from eps_core import machine
+from eps_core.machine import Conditions, MachineMonitor, Range
 
 
 class FakeNvml:
@@ -169,9 +169,9 @@ def test_the_work_of_others_and_stolen_time_on_linux(
     ticks = os.sysconf("SC_CLK_TCK")
     moments = iter([(0.0, 5.0), (10.0, 14.0)])
     now = [0.0, 0.0]
-    monkeypatch.setattr("eps_deploy.bench.machine.time.perf_counter", lambda: now[0])
-    monkeypatch.setattr("eps_deploy.bench.machine.time.process_time", lambda: now[1])
-    monkeypatch.setattr("eps_deploy.bench.machine.os.cpu_count", lambda: 2)
+    monkeypatch.setattr("eps_core.machine.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("eps_core.machine.time.process_time", lambda: now[1])
+    monkeypatch.setattr("eps_core.machine.os.cpu_count", lambda: 2)
     monitor = MachineMonitor(proc=tmp_path / "proc", cpus=tmp_path / "cpu")
     for user, stolen in ((100 * ticks, 7 * ticks), (113 * ticks, 7 * ticks + ticks // 2)):
         now[:] = next(moments)
@@ -205,7 +205,7 @@ def test_waiting_for_a_core_is_counted_over_all_threads(
 ) -> None:
     """In 10 s one thread waited 3 s, and a new one half a second; a third has ended."""
     now = [0.0]
-    monkeypatch.setattr("eps_deploy.bench.machine.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("eps_core.machine.time.perf_counter", lambda: now[0])
     monitor = MachineMonitor(proc=tmp_path, cpus=tmp_path)
     for moment, waits in ((0.0, {"1": 2.0, "7": 9.0}), (10.0, {"1": 5.0, "9": 0.5})):
         now[0] = moment

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from eps_deploy.bench import machine
-from eps_deploy.bench.machine import Gpu, driver_version, gpus
+from eps_core import machine
+from eps_core.machine import Gpu, driver_version, gpus
 
 H100 = "0, NVIDIA H100 80GB HBM3, 9.0, 81559, 81046, 580.95.05"
 KERNEL = (
