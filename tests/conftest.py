@@ -55,10 +55,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
-# The modules whose plots are rendered; in all others drawing takes longer than the tiny runs.
+# The modules whose plots are drawn; in all others drawing takes longer than the tiny runs.
 DRAWN = (
     *("tests.train.training.test_plots", "tests.compact.test_plots", "tests.deploy.test_formats"),
     *("tests.compact.analysis.test_pareto", "tests.integration.test_run_files"),
+)
+PLOTS = (
+    *("eps_train.training.run.draw", "eps_train.training.plots.png"),
+    *("eps_compact.plots.draw_blocks", "eps_compact.plots.draw_pareto"),
 )
 BLANK = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
@@ -67,11 +71,11 @@ BLANK = base64.b64decode(
 
 @pytest.fixture(scope="module", autouse=True)
 def undrawn(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Plots of eps-train and eps-compact are composed, and rendered as one pixel."""
+    """Plots of eps-train and eps-compact are one pixel."""
     with pytest.MonkeyPatch.context() as patch:
         if request.module.__name__ not in DRAWN and request.module.__name__.startswith(TRAINING):
-            for module in ("eps_train.training.plots", "eps_compact.plots"):
-                patch.setattr(f"{module}.png", lambda figure: BLANK)
+            for plot in PLOTS:
+                patch.setattr(plot, lambda *args: BLANK)
         yield
 
 

@@ -223,7 +223,7 @@ def test_resume_with_more_epochs_goes_on_and_says_what_changes(folder: Path) -> 
     [
         (
             ("--recipe", "cifat"),
-            "--recipe cifat: unknown; the recipes are: digits, fashion-mnist, finetune,",
+            "--recipe cifat: unknown; the recipes are: digits, fashion-mnist, images,",
         ),
         (("--dataset", "digit"), "--dataset digit: unknown; the data sets are: digits, mnist"),
         (("--model", "resnet"), "--model resnet: not a model; write cifar:DEPTH"),

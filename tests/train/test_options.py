@@ -85,8 +85,8 @@ def train(images: Path, tmp_path: Path) -> Train:
 
 
 def _train(images: Path, folder: Path, *args: object) -> Trained:
-    small = ("--dataset", f"folder:{images}", "--model", "cifar:8x4", "--epochs", EPOCHS)
-    plain = ("--batch-size", 32, "--shift", 0, "--device", "cpu")
+    small = ("--recipe", "digits", "--dataset", f"folder:{images}", "--model", "cifar:8x4")
+    plain = ("--epochs", EPOCHS, "--batch-size", 32, "--shift", 0, "--device", "cpu")
     result = run("eps-train", main, *small, *plain, *args, cwd=folder)
     assert result.code == 0, result.stderr
     return Trained(folder, result)
@@ -166,6 +166,20 @@ def test_epochs_and_batches_are_as_many_as_asked_for(train: Train, reference: Tr
     assert (steps, halved) == ([2] * EPOCHS, [4] * 3)
 
 
+def test_a_folder_has_a_recipe_of_its_own(images: Path, tmp_path: Path) -> None:
+    args = ("--dataset", f"folder:{images}", "--model", "cifar:8x4", "--epochs", 1)
+    result = run("eps-train", main, *args, cwd=tmp_path)
+    assert result.code == 0, result.stderr
+    assert "recipe: images" in result.stderr
+    config = Checkpoint.load(tmp_path / "ckpt.pt").config
+    assert (config["recipe"], config["weight_decay"]) == ("images", 5e-3)
+    args = ("--weights", tmp_path / "ckpt.pt", "--image-size", 9, "--output", tmp_path / "tuned")
+    more = ("--dataset", f"folder:{images}", "--model", "cifar:8x4", "--epochs", 3)
+    result = run("eps-train", main, *more, *args, cwd=tmp_path)
+    assert result.code == 0, result.stderr
+    assert "recipe: finetune" in result.stderr
+
+
 def test_data_root_takes_the_place_of_the_folder(images: Path, tmp_path: Path) -> None:
     args = ("--dataset", "folder:moved", "--dry-run")
     assert "moved" in run("eps-train", main, *args, cwd=tmp_path).error
@@ -191,9 +205,10 @@ def test_the_edges_of_images_are_trained_on(
     assert identity.preprocessing.fit == fit
     assert dataset.load_again(identity).identity == identity
     resumed = ("--resume", "--epochs", EPOCHS + 1)
-    common = ("--dataset", f"folder:{tmp_path / 'set'}", "--model", "cifar:8x4", "--shift", 0)
+    common = ("--recipe", "digits", "--dataset", f"folder:{tmp_path / 'set'}", "--shift", 0)
     other = {"crop": "letterbox", "letterbox": "crop"}[fit]
-    result = run("eps-train", main, *common, *size[:-1], other, *resumed, cwd=tmp_path)
+    again = ("--model", "cifar:8x4", *size[:-1], other, *resumed)
+    result = run("eps-train", main, *common, *again, cwd=tmp_path)
     assert result.code == 1
     assert "fit" in result.error
 

@@ -9,7 +9,7 @@ import pytest
 from eps_core.errors import ConfigError
 from eps_train.config import TrainingConfig
 from eps_train.data.dataset import DATASETS
-from eps_train.recipes import RECIPES, recipe
+from eps_train.recipes import RECIPES, default, recipe
 from eps_train.schedule import LearningRateSchedule
 
 CIFAR = [name for name in RECIPES if name.startswith("cifar") and name != "cifar10-fast"]
@@ -52,10 +52,12 @@ def test_there_is_a_recipe_for_every_network_of_the_paper() -> None:
     depths = ("110", "200", "500", "752")
     expected = {f"{name}-{depth}" for name in ("cifar10", "cifar100") for depth in depths}
     expected |= {"svhn-110", "svhn-200", "imagenet-101", "imagenet-152", "digits", "fashion-mnist"}
-    expected |= {"finetune", "cifar10-fast"}
+    expected |= {"images", "finetune", "cifar10-fast"}
     assert set(RECIPES) == expected
     assert all(recipe(name).recipe == name for name in RECIPES)
-    assert all(recipe(name).dataset in DATASETS for name in RECIPES if name != "finetune")
+    assert all(
+        recipe(name).dataset in DATASETS for name in RECIPES if name not in ("images", "finetune")
+    )
 
 
 @pytest.mark.parametrize("name", CIFAR)
@@ -174,6 +176,29 @@ def test_cifar10_fast_is_a_short_run_to_half_the_flops() -> None:
     assert rates[-1] < 1e-4
     assert plan.lr(0, 0.5 / steps) < 0.001
     assert run.epsilon_warmup == run.epochs // 10 < plan.decay_epoch == 90
+
+
+@pytest.mark.parametrize(
+    ("dataset", "pretrained", "expected"),
+    [
+        (None, False, "digits"),
+        (None, True, "digits"),
+        ("cifar10", True, "digits"),
+        ("folder:pets", False, "images"),
+        ("csv:pets.csv", False, "images"),
+        ("hf:pets", True, "finetune"),
+    ],
+)
+def test_what_a_run_without_a_recipe_gets(
+    dataset: str | None, pretrained: bool, expected: str
+) -> None:
+    assert default(dataset, pretrained=pretrained) == expected
+
+
+def test_images_prunes_a_network_that_has_begun_to_learn() -> None:
+    run = recipe("images")
+    assert (run.epsilon, run.target_parameters) == (None, 0.5)
+    assert run.epsilon_warmup == run.epochs // 10
 
 
 STEPPED = [name for name in RECIPES if isinstance(recipe(name).lr_schedule, tuple)]

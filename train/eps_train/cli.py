@@ -33,7 +33,11 @@ Runs = dict[RunPaths, "TrainingConfig"]
 
 
 @click.command(cls=SectionedCommand, context_settings={"show_default": True})
-@click.option("--recipe", help="Named configuration to start from.  [default: digits]")
+@click.option(
+    "--recipe",
+    help="Named configuration to start from.  [default: for images in folder:, csv: and hf: images,"
+    " or finetune if there are weights; else digits]",
+)
 @click.option(
     "--config",
     "config_file",
@@ -143,7 +147,12 @@ def cli(
     auto_batch = fields["batch_size"] == config.AUTO
     if auto_batch:
         fields["batch_size"] = None
-    base = config.read(config_file) if config_file else recipes.recipe(recipe or "digits")
+    if config_file:
+        base = config.read(config_file)
+    else:
+        weighted = pretrained or weights is not None
+        recipe = recipe or recipes.default(fields["dataset"], pretrained=weighted)
+        base = recipes.recipe(recipe)
     chosen = config.override(base, fields)
     if with_baseline and chosen.plain:
         raise click.UsageError("--with-baseline needs an epsilon above 0: at 0 both are the same")
@@ -278,6 +287,7 @@ def _train(
         data = group.first(
             lambda: _describe(partial(load, like=like, room=room, check=like is None))
         )
+        console.log().print(f"recipe: {next(iter(runs.values())).recipe}")
         if auto_batch:
             if group.world is not None:
                 raise ConfigError(

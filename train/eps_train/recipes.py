@@ -59,6 +59,29 @@ def fashion_mnist() -> TrainingConfig:
     )
 
 
+def images() -> TrainingConfig:
+    """Train on a folder of photographs from scratch, and prune to half the parameters.
+
+    docs/training.md has the study of few images that these settings come from.
+    """
+    return TrainingConfig(
+        recipe="images",
+        dataset="folder:images",
+        model="torchvision:resnet18",
+        epochs=120,
+        batch_size=32,
+        epsilon=None,
+        epsilon_warmup=12,
+        target_parameters=0.5,
+        lr_schedule=CosineDecay(0.1),
+        final_decay=(),
+        weight_decay=5e-3,
+        aux_loss_weight=0.0,
+        shift=4,
+        flip=True,
+    )
+
+
 def finetune() -> TrainingConfig:
     """Fine-tune pretrained weights and prune to half the parameters.
 
@@ -196,6 +219,7 @@ _IMAGENET = {
 RECIPES: dict[str, Callable[[], TrainingConfig]] = {
     "digits": digits,
     "fashion-mnist": fashion_mnist,
+    "images": images,
     "finetune": finetune,
     "cifar10-fast": cifar10_fast,
     **_CIFAR,
@@ -216,6 +240,18 @@ def _threshold(made: TrainingConfig) -> str:
     if made.target is not None:
         return f"target {made.target.share:.0%} of the {made.target.unit}"
     return f"epsilon {made.epsilon or 0:g}"
+
+
+def default(dataset: str | None, *, pretrained: bool) -> str:
+    """The name of the recipe for a run that names none.
+
+    Args:
+        dataset: what `--dataset` names; None: nothing.
+        pretrained: whether the run starts from weights.
+    """
+    if dataset is None or dataset.partition(":")[0] not in ("folder", "csv", "hf"):
+        return "digits"
+    return "finetune" if pretrained else "images"
 
 
 def recipe(name: str) -> TrainingConfig:

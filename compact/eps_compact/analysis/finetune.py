@@ -95,8 +95,8 @@ def finetune(
     """Fine-tune the checkpoint's network without its dead blocks and without those in `removed`.
 
     Data, augmentation, batches, decay and seed are those of the checkpoint's own run. The learning
-    rate is a tenth of that run's first, and a hundredth in the last third of the epochs; there is
-    no side head. The network is distilled from the teacher's, without its dead blocks.
+    rate falls along a cosine from that run's first to 0; there is no side head. The network is
+    distilled from the teacher's, without its dead blocks.
 
     Args:
         checkpoint: as eps-train wrote it.

@@ -250,7 +250,7 @@ class _Tracer(InPlaceTracer):
                 raise _Unfaithful(f"changes its own {name} in forward()")
 
 
-def trace(model: nn.Module, *, one_mode: bool = False) -> fx.GraphModule:
+def trace(model: nn.Module, *, one_mode: bool = False, copied: bool = True) -> fx.GraphModule:
     """Return `model` as a graph over the same modules and tensors; a graph is returned unchanged.
 
     A copy is traced: `model` and its state do not change. Optional arguments of `forward()` are
@@ -258,6 +258,7 @@ def trace(model: nn.Module, *, one_mode: bool = False) -> fx.GraphModule:
 
     Args:
         one_mode: trace only the mode that `model` is in; the graph is not valid in the other.
+        copied: False, with `one_mode`, traces `model` itself, whose `forward()` changes nothing.
 
     Raises:
         GraphError: the forward pass of the network itself cannot be traced, or depends on the mode
@@ -271,7 +272,8 @@ def trace(model: nn.Module, *, one_mode: bool = False) -> fx.GraphModule:
         while True:
             known = len(kept)
             with unmoved_random():
-                first = _trace_once(model, kept, model.training if one_mode else True)
+                mode = model.training if one_mode else True
+                first = _trace_once(model, kept, mode, copied=copied)
                 switched = {}
                 if not one_mode and len(kept) == known:
                     switched = _differences(first, _trace_once(model, kept, False), kept)
@@ -319,14 +321,16 @@ class _Trace:
     constants: dict[str, Any]  # tensors that are no attributes of the network, by their names in fx
 
 
-def _trace_once(model: nn.Module, kept: dict[str, str], training: bool) -> _Trace:
-    copied = _copy(model)
-    for module in copied.modules():
+def _trace_once(
+    model: nn.Module, kept: dict[str, str], training: bool, *, copied: bool = True
+) -> _Trace:
+    traced = _copy(model) if copied else model
+    for module in traced.modules():
         module.training = training
     tracer = _Tracer(kept)
-    graph = tracer.trace_model(copied)
+    graph = tracer.trace_model(traced)
     targets = [str(node.target) for node in graph.nodes if node.op == "get_attr"]
-    constants = {n: getattr(copied, n) for n in targets if "." not in n and not hasattr(model, n)}
+    constants = {n: getattr(traced, n) for n in targets if "." not in n and not hasattr(model, n)}
     return _Trace(graph, tracer.calls, constants)
 
 

@@ -115,7 +115,8 @@ class NetworkSpec:
             return stored.rebuild(self.arguments)
         model = registry.make(self.family, self.arguments)
         if self.family in FAMILIES:
-            return rewriting.trace(model, one_mode=True)  # ours do not depend on train/eval mode
+            # Ours do not depend on the mode, and change nothing in forward().
+            return rewriting.trace(model, one_mode=True, copied=False)
         return rewriting.without_gates(
             rewriting.add_gates(model), self.broadcast, rewriting.BROADCAST
         )
