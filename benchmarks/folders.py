@@ -2,9 +2,9 @@
 
 The defaults of the recipes `images` (from scratch) and `finetune` (from --weights) come from it.
 For each number of images, a folder is made from CIFAR-10: as many training images of each class,
-drawn by a fixed seed, and 4,000 test images. Every run is a command of the product in a folder of its own
-under --work; a benchmark that was stopped goes on. Gates are off: the settings are those of the
-optimizer and of the images. The last line printed is one JSON object.
+drawn by a fixed seed, and 4,000 test images. Every run is a command of the product in a folder of
+its own under --work; a benchmark that was stopped goes on. Gates are off: the settings are those of
+the optimizer and of the images. The last line printed is one JSON object.
 
     python benchmarks/folders.py --data-root DATA --images 500,2000 --seeds 0,1
     python benchmarks/folders.py --data-root DATA --images 500 --weights WEIGHTS \\
@@ -18,6 +18,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,7 @@ def make_folder(source: Part, classes: Sequence[str], folder: Path, count: int) 
 
 
 def run(words: list[str], work: Path) -> dict[str, Any]:
-    """Test accuracy and processor seconds of a command, which runs once."""
+    """The summary of a training, which runs once."""
     folder = work / hashlib.sha256(json.dumps(words).encode()).hexdigest()[:16]
     record = folder / "result.json"
     if record.exists():
@@ -98,13 +99,15 @@ def run(words: list[str], work: Path) -> dict[str, Any]:
     again = "--resume" if (folder / "last.pt").exists() else "--force"
     command = [str(Path(sys.executable).with_name("eps-train")), *words, "--device=cpu", "--json"]
     print(" ".join(words), file=sys.stderr, flush=True)
-    done = subprocess.run(
-        [*command, again],
-        cwd=folder,
-        check=True,
-        stdout=subprocess.PIPE,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    with (folder / "out.txt").open("a") as said:
+        done = subprocess.run(
+            [*command, again],
+            cwd=folder,
+            check=True,
+            stdout=subprocess.PIPE,
+            stderr=said,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
     summary = json.loads(done.stdout)["runs"][0]
     record.write_text(json.dumps(summary))
     return dict(summary)
@@ -153,9 +156,14 @@ def main(
                 words += [f"--weights={weights.resolve()}"] if weights else []
                 words += options["base"].split()
                 words += [] if name == "base" else options[name].split()
-                found = run(words, work)
-                rows.append({"images": count, "seed": seed, "setting": name, **found})
+                accuracy = run(words, work)["test"]["accuracy"]
+                rows.append({"images": count, "seed": seed, "setting": name, "accuracy": accuracy})
                 print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+    machine = {"cpus": os.cpu_count(), "threads": 1, "torch": str(torch.__version__), "gpu": None}
+    setting = {"model": model, "image_size": image_size, "pretrained": weights is not None}
+    settings_used = {name: options[name] for name in chosen}
+    found = {"machine": machine, **setting, "settings": settings_used, "rows": rows}
+    print(json.dumps({"date": time.strftime("%Y-%m-%d"), **found}))
 
 
 if __name__ == "__main__":

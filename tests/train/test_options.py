@@ -173,9 +173,8 @@ def test_a_folder_has_a_recipe_of_its_own(images: Path, tmp_path: Path) -> None:
     assert "recipe: images" in result.stderr
     config = Checkpoint.load(tmp_path / "ckpt.pt").config
     assert (config["recipe"], config["weight_decay"]) == ("images", 5e-3)
-    args = ("--weights", tmp_path / "ckpt.pt", "--image-size", 9, "--output", tmp_path / "tuned")
-    more = ("--dataset", f"folder:{images}", "--model", "cifar:8x4", "--epochs", 3)
-    result = run("eps-train", main, *more, *args, cwd=tmp_path)
+    tuned = ("--weights", tmp_path / "ckpt.pt", "--image-size", 9, "--output", tmp_path / "tuned")
+    result = run("eps-train", main, *args[:-1], 3, *tuned, cwd=tmp_path)
     assert result.code == 0, result.stderr
     assert "recipe: finetune" in result.stderr
 
