@@ -21,6 +21,7 @@ from torch import fx, nn
 import eps_compact
 from eps_compact.artifact import CompactArtifact
 from eps_compact.cli import main
+from eps_compact.plots import draw_blocks
 from eps_core import checksummed
 from eps_train.training.checkpoint import FORMAT, VERSION, Checkpoint
 from tests.checkpoints import make_checkpoint
@@ -444,6 +445,7 @@ def test_a_full_disk_leaves_all_as_it_was(
 def test_a_plot_that_cannot_be_drawn_leaves_nothing(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("eps_compact.plots.draw_blocks", draw_blocks)  # not the tests' own
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert_refused(folder, compact(folder, "ckpt.pt"), "pip install 'eps-resnet[train]'")
 
