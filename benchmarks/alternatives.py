@@ -70,6 +70,7 @@ NESTED = ("nested", "nested-gradient", "nested-tuned")
 METHODS = ("baseline", *SIZED, *NESTED)
 OURS = ("response", "gradient", *NESTED)
 CURVES = ("baseline", "epsilon", "nested")
+EQUAL = 1.1  # at most so many times the latency counts as an equal one
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, two-sided, by number of seeds
 
 
@@ -340,7 +341,14 @@ def _child_seconds() -> float:
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Means over the seeds; for our methods also the difference to the best alternative."""
+    """Means over the seeds; for our methods also the difference to the best alternative.
+
+    Alternatives have the same seeds, and a latency of at most `EQUAL` times ours.
+    """
+
+    def share(group: list[dict[str, Any]]) -> float:
+        return statistics.mean(row["latency_share"] for row in group)
+
     found = []
     groups: dict[tuple[int, str], list[dict[str, Any]]] = {}
     for row in rows:
@@ -361,7 +369,14 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 for name in ("parameters", "flops", "latency_share", "training_seconds")
             },
         }
-        rivals = {m: mean for (s, m), mean in means.items() if s == size and m not in OURS}
+        rivals = {
+            rival: means[s, rival]
+            for (s, rival), theirs in groups.items()
+            if s == size
+            and rival not in OURS
+            and {row["seed"] for row in theirs} >= {row["seed"] for row in group}
+            and share(theirs) <= EQUAL * share(group)
+        }
         if method in OURS and rivals:
             best = max(rivals, key=rivals.__getitem__)
             theirs = {row["seed"]: row["accuracy"] for row in groups[size, best]}
