@@ -347,7 +347,7 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """
 
     def share(group: list[dict[str, Any]]) -> float:
-        return statistics.mean(row["latency_share"] for row in group)
+        return float(statistics.mean(row["latency_share"] for row in group))
 
     found = []
     groups: dict[tuple[int, str], list[dict[str, Any]]] = {}
