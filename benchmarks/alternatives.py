@@ -30,24 +30,22 @@ object.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
-import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
+from _commands import Step, run
 
 from eps_compact.analysis.importance import live_network
 from eps_core.files import replace_file
@@ -72,27 +70,6 @@ OURS = ("response", "gradient", *NESTED)
 CURVES = ("baseline", "epsilon", "nested")
 EQUAL = 1.1  # at most so many times the latency counts as an equal one
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, two-sided, by number of seeds
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Step:
-    """A command of the product, run once in a folder of its own.
-
-    Attributes:
-        words: the command; `{NAME}` stands for the checkpoint of the step `needs[NAME]`.
-        needs: steps by name.
-        makes: the checkpoint that it writes.
-    """
-
-    words: tuple[str, ...]
-    needs: Mapping[str, Step] = field(default_factory=dict)
-    makes: str = "ckpt.pt"
-
-    @property
-    def key(self) -> str:
-        needed = {name: step.key for name, step in self.needs.items()}
-        content = json.dumps([self.words, needed, self.makes]).encode()
-        return hashlib.sha256(content).hexdigest()[:16]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,42 +192,7 @@ class Benchmark:
 
     def run(self, step: Step) -> Path:
         """Run a step and those it needs, unless it has been; returns its checkpoint's path."""
-        folder = self.work / step.key
-        record = folder / "step.json"
-        if record.exists():
-            return folder / step.makes
-        needed = {name: str(self.run(other).resolve()) for name, other in step.needs.items()}
-        folder.mkdir(parents=True, exist_ok=True)
-        command, *words = step.words
-        words = [word.format_map(needed) for word in words]
-        if command.endswith(".py"):
-            words = [sys.executable, str(Path(__file__).with_name(command)), *words]
-        else:
-            words = [str(Path(sys.executable).with_name(command)), *words]
-        words += ["--data-root", str(self.data_root.resolve()), "--device", "cpu"]
-        before = folder / "seconds.json"
-        seconds = json.loads(before.read_text()) if before.exists() else 0.0
-        if step.words[0] == "eps-train":
-            words.append("--resume" if (folder / "last.pt").exists() else "--force")
-        elif step.words[0] == "eps-compact":
-            words.append("--force")
-        print(f"{step.key} $ {' '.join(step.words)}", file=sys.stderr, flush=True)
-        began = _child_seconds()
-        with (folder / "out.txt").open("a") as out:
-            try:
-                subprocess.run(
-                    words,
-                    cwd=folder,
-                    check=True,
-                    stdout=out,
-                    stderr=subprocess.STDOUT,
-                    env=os.environ | {"OMP_NUM_THREADS": "1"},
-                )
-            finally:
-                seconds += _child_seconds() - began
-                before.write_text(json.dumps(seconds))
-        record.write_text(json.dumps({"words": step.words, "seconds": seconds}))
-        return folder / step.makes
+        return run(step, self.work, "--data-root", str(self.data_root.resolve()), "--device", "cpu")
 
     def seconds(self, step: Step) -> float:
         """Processor seconds of a step, without those that it needs."""
@@ -330,11 +272,6 @@ class Benchmark:
                 "training_seconds": sum(self.costs(step).values()),
                 "steps": self.costs(step),
             }
-
-
-def _child_seconds() -> float:
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
 
 
 # -- Summary over the seeds, and its plot

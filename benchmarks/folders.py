@@ -13,22 +13,21 @@ the optimizer and of the images. The last line printed is one JSON object.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import click
 import torch
+from _commands import Step, run
 from PIL import Image
 
 from eps_train.data import dataset
 from eps_train.data.images import Part
+from eps_train.training.checkpoint import Checkpoint
 
 TEST_IMAGES = 4000
 
@@ -88,31 +87,6 @@ def make_folder(source: Part, classes: Sequence[str], folder: Path, count: int) 
             Image.fromarray(pixels).save(folder / name / f"{index:05d}.png")
 
 
-def run(words: list[str], work: Path) -> dict[str, Any]:
-    """The summary of a training, which runs once."""
-    folder = work / hashlib.sha256(json.dumps(words).encode()).hexdigest()[:16]
-    record = folder / "result.json"
-    if record.exists():
-        found: dict[str, Any] = json.loads(record.read_text())
-        return found
-    folder.mkdir(parents=True, exist_ok=True)
-    again = "--resume" if (folder / "last.pt").exists() else "--force"
-    command = [str(Path(sys.executable).with_name("eps-train")), *words, "--device=cpu", "--json"]
-    print(" ".join(words), file=sys.stderr, flush=True)
-    with (folder / "out.txt").open("a") as said:
-        done = subprocess.run(
-            [*command, again],
-            cwd=folder,
-            check=True,
-            stdout=subprocess.PIPE,
-            stderr=said,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-    summary = json.loads(done.stdout)["runs"][0]
-    record.write_text(json.dumps(summary))
-    return dict(summary)
-
-
 @click.command()
 @click.option("--data-root", type=click.Path(path_type=Path), required=True, help="CIFAR-10.")
 @click.option("--images", default="500,2000", show_default=True)
@@ -156,7 +130,9 @@ def main(
                 words += [f"--weights={weights.resolve()}"] if weights else []
                 words += options["base"].split()
                 words += [] if name == "base" else options[name].split()
-                accuracy = run(words, work)["test"]["accuracy"]
+                step = Step(words=("eps-train", *words))
+                trained = Checkpoint.load(run(step, work, "--device", "cpu"))
+                accuracy = trained.metrics["test"]["accuracy"]
                 rows.append({"images": count, "seed": seed, "setting": name, "accuracy": accuracy})
                 print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     machine = {"cpus": os.cpu_count(), "threads": 1, "torch": str(torch.__version__), "gpu": None}

@@ -61,8 +61,8 @@ DRAWN = (
     *("tests.compact.analysis.test_pareto", "tests.integration.test_run_files"),
 )
 PLOTS = (
-    *("eps_train.training.run.draw", "eps_train.training.plots.png"),
-    *("eps_compact.plots.draw_blocks", "eps_compact.plots.draw_pareto"),
+    *("eps_train.training.run.draw", "eps_compact.plots.draw_blocks"),
+    "eps_compact.plots.draw_pareto",
 )
 BLANK = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
