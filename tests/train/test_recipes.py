@@ -155,7 +155,7 @@ def test_the_rest_is_the_papers_too(name: str) -> None:
 
 def test_finetune_prunes_to_a_target_after_a_tenth_of_the_run() -> None:
     run = recipe("finetune")
-    assert (run.epsilon, run.target_parameters) == (None, 0.5)
+    assert (run.epsilon, run.target_speedup) == (None, 2.0)
     assert run.head_epochs < run.epsilon_warmup == run.epochs // 10
     assert (run.self_distillation, run.aux_loss_weight) == (True, 0.0)
     plan = LearningRateSchedule.of(run)

@@ -83,7 +83,7 @@ def images() -> TrainingConfig:
 
 
 def finetune() -> TrainingConfig:
-    """Fine-tune pretrained weights and prune to half the parameters.
+    """Fine-tune pretrained weights and prune to half the latency.
 
     The last layer is trained alone for an epoch; pruning begins after a tenth of the run, and from
     then on the network is distilled from what it was before. docs/training.md has the results.
@@ -97,7 +97,7 @@ def finetune() -> TrainingConfig:
         batch_size=64,
         epsilon=None,
         epsilon_warmup=2,
-        target_parameters=0.5,
+        target_speedup=2.0,
         head_epochs=1,
         lr_schedule=CosineDecay(0.02),
         final_decay=(),
