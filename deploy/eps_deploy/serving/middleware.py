@@ -19,7 +19,7 @@ from typing import Any
 from starlette.exceptions import HTTPException
 
 from eps_deploy.serving.metrics import Metrics
-from eps_deploy.serving.protocol import ApiError, InferenceFailed, as_api_error
+from eps_deploy.serving.protocol import ApiError
 
 # -- Log: one JSON object a line, or plain text on a terminal
 
@@ -152,10 +152,13 @@ class Access:
         log("request", **facts)
 
 
-def log_unexpected(trace: HeaderList) -> None:
-    """Log the exception that is being handled, a bug of this server, with the request's ID."""
+def as_api_error(error: Exception, trace: HeaderList) -> ApiError:
+    """The error to answer with; any that is not an ApiError is a bug of this server, and logged."""
+    if isinstance(error, ApiError):
+        return error
     facts = {"request_id": trace[0][1].decode()}
-    logger.exception("a request failed, which must not happen", extra={"facts": facts})
+    logger.error("a request failed, which must not happen", exc_info=error, extra={"facts": facts})
+    return ApiError("internal error", status=500, reason="internal")
 
 
 # -- Middleware of HTTP
@@ -172,7 +175,7 @@ ENDPOINT = "eps.endpoint"  # key of a scope: name of the route, for metrics
 
 
 class HttpMiddleware:
-    """Wrap an ASGI application, which may raise ApiError, InferenceFailed or HTTPException."""
+    """Wrap an ASGI application, which may raise ApiError or HTTPException."""
 
     def __init__(self, inner: Application, access: Access) -> None:
         self._inner = inner
@@ -199,21 +202,13 @@ class HttpMiddleware:
                 self._access.check_token(headers.get(b"authorization", b""))
             await self._inner(scope, receive, send_traced)
         except HTTPException as raised:
-            allow = tuple(
-                (name.lower().encode(), value.encode())
-                for name, value in (raised.headers or {}).items()
-            )
+            given = (raised.headers or {}).items()
+            allow = tuple((name.lower().encode(), value.encode()) for name, value in given)
             error = ApiError(
-                str(raised.detail),
-                status=raised.status_code,
-                reason="unknown",
-                headers=allow,
+                raised.detail, status=raised.status_code, reason="unknown", headers=allow
             )
-        except (ApiError, InferenceFailed) as raised:
-            error = as_api_error(raised)
-        except Exception:
-            log_unexpected(trace)
-            error = ApiError("internal error", status=500, reason="internal")
+        except Exception as raised:
+            error = as_api_error(raised, trace)
         if error is not None and not status:
             answer = list(error.headers)
             if error.retry_after is not None:

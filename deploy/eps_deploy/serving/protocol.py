@@ -74,14 +74,11 @@ def busy(message: str, *, reason: str, retry_after: int = 1) -> ApiError:
     return ApiError(message, status=503, reason=reason, retry_after=retry_after)
 
 
-class InferenceFailed(EpsError):
-    """The engine failed at a valid request: the only error with status 500."""
+class InferenceFailed(ApiError):
+    """The engine failed at a valid request."""
 
-
-def as_api_error(error: ApiError | InferenceFailed) -> ApiError:
-    if isinstance(error, ApiError):
-        return error
-    return ApiError(str(error), status=500, reason="engine")
+    def __init__(self, message: str) -> None:
+        super().__init__(message, status=500, reason="engine")
 
 
 # -- Validation of an inference request, the same for HTTP and gRPC

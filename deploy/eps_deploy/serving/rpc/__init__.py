@@ -1,7 +1,7 @@
 """Open Inference Protocol over gRPC, beside HTTP: `eps-serve --grpc-port`.
 
-`flow_control` receives messages, `interceptor` wraps every call, `server` has the methods and the
-server itself, `core` is the part that uses grpcio's private API.
+`core` accepts calls and wraps each of them, `flow_control` receives messages, `servicer` has the
+methods and starts and stops the server.
 """
 
 import os

@@ -35,13 +35,12 @@ from eps_deploy.serving.protocol import (
     too_large,
     validate,
 )
-from eps_deploy.serving.rpc.core import RegisteredServer
+from eps_deploy.serving.rpc.core import RegisteredServer, RpcInterceptor
 from eps_deploy.serving.rpc.flow_control import (
     MessageReceiver,
     max_message_size,
     split_raw_tensors,
 )
-from eps_deploy.serving.rpc.interceptor import SERVICE, RpcInterceptor
 from eps_deploy.serving.service import ServedModel, Service
 
 # -- Messages
@@ -190,7 +189,7 @@ class RpcServer:
         self.port = 0
         self._stopping: asyncio.Task[None] | None = None
         self._server = RegisteredServer(
-            SERVICE, handlers, self._interceptor.reject_unknown, _channel_options(limits, size)
+            handlers, self._interceptor.reject_unknown, _channel_options(limits, size)
         )
 
     async def start(self, address: str, port: int) -> None:
@@ -225,11 +224,11 @@ class RpcServer:
         await self._stopping
 
     async def _stop(self, grace: float) -> None:
-        self._interceptor.hold()
+        self._interceptor.released.clear()
         await asyncio.sleep(_DRAIN_PAUSE)
         stopping = asyncio.create_task(self._server.stop(grace))
         await asyncio.sleep(0)  # now every client is being told
-        self._interceptor.release()
+        self._interceptor.released.set()
         await stopping
 
     # -- Methods: each receives grpcio's context and returns an encoded message
