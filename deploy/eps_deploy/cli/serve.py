@@ -164,9 +164,8 @@ def cli(
     """
     from eps_deploy.serving.batching import Batching
     from eps_deploy.serving.limits import Limits
+    from eps_deploy.serving.model import ModelSource, ShadowOptions
     from eps_deploy.serving.server import Settings, run
-    from eps_deploy.serving.service import ModelSource
-    from eps_deploy.serving.shadow import ShadowOptions
 
     batching = Batching(
         max_queue=max_queue,

@@ -5,11 +5,16 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
+import json
+import math
 import re
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
 from functools import cache, partial
+from importlib.metadata import version
 from importlib.resources import files
 from typing import Any
 from urllib.parse import parse_qs
@@ -20,8 +25,8 @@ from starlette.routing import Route, Router
 from eps_core.errors import EpsError
 from eps_deploy.cli.predict import best
 from eps_deploy.engines.base import Images, Logits
-from eps_deploy.serving import metadata, openapi
-from eps_deploy.serving.limits import Body, Limits, Memory
+from eps_deploy.report.schema import json_schema
+from eps_deploy.serving.limits import Limits, Memory, read_body
 from eps_deploy.serving.metrics import CONTENT_TYPE, Metrics
 from eps_deploy.serving.middleware import (
     ENDPOINT,
@@ -32,16 +37,19 @@ from eps_deploy.serving.middleware import (
     send_bytes,
     send_json,
 )
+from eps_deploy.serving.model import VERSION, Model
 from eps_deploy.serving.protocol import (
     JSON_LENGTH,
     ApiError,
     RequestParser,
+    Signature,
     busy,
     convert,
     decode_image,
     not_found,
     parse_json,
     read_request,
+    server_metadata,
     write_answer,
 )
 from eps_deploy.serving.service import ServedModel, Service
@@ -85,7 +93,10 @@ class Api:
 
     def routes(self) -> list[tuple[str, str, str, Handler]]:
         """Path, method, endpoint name and handler of each route."""
+        service, metrics = self._service, self._metrics
+        extensions = _EXTENSIONS if not self._allow_load else (*_EXTENSIONS, "model_repository")
         models = ("/v2/models/{model}", "/v2/models/{model}/versions/{version}")
+        stats = _json(lambda scope: metrics.statistics(self._model(scope).signature))
         # The paths of inference first: they are compared one after another, for every request.
         table: list[tuple[str, str, str, Handler]] = [
             *((f"{prefix}/infer", "POST", "infer", self.infer) for prefix in models),
@@ -93,22 +104,22 @@ class Api:
             ("/v2/health/live", "GET", "live", self.live),
             ("/v2/health/ready", "GET", "ready", self.ready),
             ("/metrics", "GET", "metrics", self.metrics),
-            ("/v2", "GET", "server", self.server),
-            ("/v2/models/stats", "GET", "stats", self.stats),
+            ("/v2", "GET", "server", _json(lambda _: server_metadata(*extensions))),
+            ("/v2/models/stats", "GET", "stats", stats),
             ("/v2/repository/index", "POST", "index", self.index),
             ("/v2/repository/models/{model}/load", "POST", "load", self.load),
-            ("/v1/card", "GET", "card", self.card),
-            ("/v1/figures", "GET", "figures", self.figures),
-            ("/openapi.json", "GET", "openapi", self.openapi),
+            ("/v1/card", "GET", "card", _json(lambda _: service.current.model.card)),
+            ("/v1/figures", "GET", "figures", _json(self._figures)),
+            ("/openapi.json", "GET", "openapi", _json(self._openapi)),
             ("/", "GET", "page", self.page),
             ("/favicon.ico", "GET", "icon", self.icon),
         ]
         for prefix in models:
             table += [
-                (prefix, "GET", "model", self.model),
+                (prefix, "GET", "model", _json(lambda scope: self._model(scope).metadata())),
                 (f"{prefix}/ready", "GET", "model-ready", self.model_ready),
-                (f"{prefix}/config", "GET", "config", self.config),
-                (f"{prefix}/stats", "GET", "stats", self.stats),
+                (f"{prefix}/config", "GET", "config", _json(lambda s: self._model(s).config())),
+                (f"{prefix}/stats", "GET", "stats", stats),
             ]
         return table
 
@@ -134,18 +145,15 @@ class Api:
     async def infer(self, scope: Scope, receive: Receive, send: Send) -> None:
         began = time.perf_counter()
         headers = dict(scope["headers"])
-        with (
-            self._service.current.used() as served,
-            Body(headers, receive, self._limits.body, self._memory, "--max-body") as body,
-        ):
+        with self._service.current.used() as served:
             check_model(scope, served)
             json_length = _json_length(headers)
-            content = await body.read()
-            size = len(content) if json_length is None else min(json_length, len(content))
-            work = partial(read_request, content, json_length, served.signature)
-            request = await self._parser.parse(size, work)
-            logits = await _run(scope, served, request.images, request.timeout)
-            answer, length = write_answer(request, logits, served.signature)
+            async with self._body(headers, receive) as content:
+                size = len(content) if json_length is None else min(json_length, len(content))
+                work = partial(read_request, content, json_length, served.signature)
+                request = await self._parser.parse(size, work)
+                logits = await _run(scope, served, request.images, request.timeout)
+                answer, length = write_answer(request, logits, served.signature)
         if length is None:
             await send_bytes(answer, b"application/json", send)
         else:
@@ -155,14 +163,11 @@ class Api:
 
     async def classify(self, scope: Scope, receive: Receive, send: Send) -> None:
         began = time.perf_counter()
-        headers = dict(scope["headers"])
         top = _top(scope)
-        with (
-            self._service.current.used() as served,
-            Body(headers, receive, self._limits.body, self._memory, "--max-body") as body,
-        ):
-            image = await self._decode(await body.read(), served)
-            logits = await _run(scope, served, image, None)
+        with self._service.current.used() as served:
+            async with self._body(dict(scope["headers"]), receive) as content:
+                image = await self._decode(content, served)
+                logits = await _run(scope, served, image, None)
         answer = {
             "model_name": served.signature.name,
             "model_version": served.signature.version,
@@ -170,6 +175,11 @@ class Api:
         }
         await send_json(answer, send)
         self._metrics.inferred(time.perf_counter() - began, 1)
+
+    def _body(
+        self, headers: dict[bytes, bytes], receive: Receive
+    ) -> AbstractAsyncContextManager[bytes]:
+        return read_body(headers, receive, self._limits.body, self._memory, "--max-body")
 
     async def _decode(self, content: bytes, served: ServedModel) -> Images:
         if self._decoding >= served.batcher.queue.limit:
@@ -186,7 +196,7 @@ class Api:
         finally:
             self._decoding -= 1
 
-    # -- Health and metadata
+    # -- Health, metadata, metrics, the page and its data
 
     async def live(self, scope: Scope, receive: Receive, send: Send) -> None:
         live = self._service.live
@@ -196,33 +206,38 @@ class Api:
         ready = self._service.ready
         await send_json({"ready": ready}, send, status=200 if ready else 503)
 
-    async def server(self, scope: Scope, receive: Receive, send: Send) -> None:
-        repository = ["model_repository"] if self._allow_load else []
-        await send_json(metadata.server(*_EXTENSIONS, *repository), send)
-
-    async def model(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send_json(metadata.model(self._served(scope)), send)
-
     async def model_ready(self, scope: Scope, receive: Receive, send: Send) -> None:
-        name, ready = self._served(scope).signature.name, self._service.ready
+        name, ready = self._model(scope).signature.name, self._service.ready
         await send_json({"name": name, "ready": ready}, send, status=200 if ready else 503)
 
-    async def config(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send_json(metadata.config(self._served(scope)), send)
-
-    async def stats(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send_json(metadata.statistics(self._served(scope), self._metrics.totals), send)
-
-    def _served(self, scope: Scope) -> ServedModel:
+    def _model(self, scope: Scope) -> Model:
         served = self._service.current
         check_model(scope, served)
-        return served
+        return served.model
+
+    async def metrics(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send_bytes(self._metrics.exposition(), CONTENT_TYPE.encode(), send)
+
+    def _figures(self, scope: Scope) -> dict[str, Any]:
+        return {"ready": self._service.ready, **self._metrics.figures()}
+
+    def _openapi(self, scope: Scope) -> dict[str, Any]:
+        signature = self._service.current.signature if self._service.ready else None
+        return openapi(self._service.name, signature)
+
+    async def page(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send_bytes(html(), b"text/html; charset=utf-8", send, headers=page_headers())
+
+    async def icon(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send_bytes(b"", b"image/x-icon", send, status=204)
 
     # -- Model repository
 
     async def index(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._parameters(scope, receive)
-        await send_json(metadata.index(self._service.name, self._service.ready), send)
+        state = "READY" if self._service.ready else "UNAVAILABLE"
+        entry = {"name": self._service.name, "version": VERSION, "state": state, "reason": ""}
+        await send_json([entry], send)
 
     async def load(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Reload the bundle's folder; a client cannot name another one."""
@@ -251,44 +266,30 @@ class Api:
 
     async def _parameters(self, scope: Scope, receive: Receive) -> dict[str, Any]:
         """The parameters that are not null."""
-        with Body(dict(scope["headers"]), receive, _MAX_PARAMETERS, self._memory) as body:
-            content = await body.read()
-        document = parse_json(content) if content.strip() else {}
+        headers = dict(scope["headers"])
+        async with read_body(headers, receive, _MAX_PARAMETERS, self._memory) as content:
+            document = parse_json(content) if content.strip() else {}
         given = convert(document, RepositoryRequest).parameters or {}
         return {name: value for name, value in given.items() if value is not None}
 
-    # -- Metrics, the page and its data, OpenAPI
 
-    async def metrics(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send_bytes(self._metrics.exposition(), CONTENT_TYPE.encode(), send)
+def _json(read: Callable[[Scope], Any]) -> Handler:
+    async def handler(scope: Scope, receive: Receive, send: Send) -> None:
+        await send_json(read(scope), send)
 
-    async def card(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send_json(self._service.current.model.card, send)
-
-    async def figures(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send_json({"ready": self._service.ready, **self._metrics.figures()}, send)
-
-    async def openapi(self, scope: Scope, receive: Receive, send: Send) -> None:
-        signature = self._service.current.signature if self._service.ready else None
-        await send_json(openapi.document(self._service.name, signature), send)
-
-    async def page(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send_bytes(html(), b"text/html; charset=utf-8", send, headers=page_headers())
-
-    async def icon(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send_bytes(b"", b"image/x-icon", send, status=204)
+    return handler
 
 
+@dataclass(frozen=True)
 class _Endpoint:
     """An ASGI application; Starlette would call a plain function with a request object."""
 
-    def __init__(self, name: str, handler: Handler) -> None:
-        self._name = name
-        self._handler = handler
+    name: str
+    handler: Handler
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        scope[ENDPOINT] = self._name
-        await self._handler(scope, receive, send)
+        scope[ENDPOINT] = self.name
+        await self.handler(scope, receive, send)
 
 
 def check_model(scope: Scope, served: ServedModel) -> None:
@@ -343,6 +344,53 @@ def _reject_cross_site(headers: dict[bytes, bytes]) -> None:
 
 async def _no_such_path(scope: Scope, receive: Receive, send: Send) -> None:
     raise not_found("no such path; GET /v2 says what this server is")
+
+
+# -- OpenAPI 3.1
+
+
+@cache
+def openapi(name: str, signature: Signature | None) -> dict[str, Any]:
+    """Fill `openapi.json` in for the model `name`; before it is loaded, `signature` is None.
+
+    There, `{model}` is the model's name and a string such as `"{pixels}"` a number. Of the schemas
+    of an input only those that fit the model are left: before it is loaded, images may have any
+    shape. The schemas that the model card shares with a bundle's report are those of `report.json`.
+    """
+    text = files(__package__).joinpath("openapi.json").read_text("utf-8")
+    text = text.replace("{model}", name).replace("{package_version}", version("eps-resnet"))
+    accepted = ["AnyImages"]
+    if signature is not None:
+        channels, height, width = signature.input_shape
+        pixels, most = math.prod(signature.input_shape), signature.max_images
+        for placeholder, value in {
+            "channels": channels,
+            "height": height,
+            "width": width,
+            "pixels": pixels,
+            "min_pixels": 2 * pixels,
+            "max_pixels": most * pixels,
+            "max_images": most,
+        }.items():
+            text = text.replace(f'"{{{placeholder}}}"', str(value))
+        accepted = ["OneImage", "SeveralImages"] if most > 1 else ["OneImage"]
+    filled: dict[str, Any] = json.loads(text)
+    schemas = filled["components"]["schemas"]
+    for unused in {"AnyImages", "OneImage", "SeveralImages"}.difference(accepted):
+        del schemas[unused]
+    schemas["InferRequest"]["properties"]["inputs"]["items"] = {
+        "anyOf": [{"$ref": f"#/components/schemas/{schema}"} for schema in accepted]
+    }
+    text = json.dumps(json_schema())
+    report = json.loads(text.replace("#/$defs/", "#/components/schemas/"))
+    schemas |= report["$defs"]
+    card = schemas["Card"]
+    card["properties"] |= {
+        field: report["properties"][field]
+        for field in card["required"]
+        if field not in card["properties"]
+    }
+    return filled
 
 
 # -- The page at `/`: one file that loads nothing but this server's data

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,8 +61,15 @@ class Memory:
         assert self.used >= 0
 
 
-class Body:
-    """The body of one request; a context manager, because its memory is counted until the end.
+@asynccontextmanager
+async def read_body(
+    headers: dict[bytes, bytes],
+    receive: Receive,
+    limit: int,
+    memory: Memory,
+    option: str = "",
+) -> AsyncIterator[bytes]:
+    """Receive the body of a request; its memory stays counted until this context ends.
 
     Args:
         headers, receive: of ASGI.
@@ -71,59 +79,38 @@ class Body:
 
     Raises ApiError: larger than `limit`, compressed, or no memory for it.
     """
+    if headers.get(b"content-encoding", b"identity").lower() != b"identity":
+        # Unpacked, it could be of any size (RFC 9110, 15.5.16).
+        raise ApiError(
+            "send the body uncompressed",
+            status=415,
+            reason="encoding",
+            headers=((b"accept-encoding", b"identity"),),
+        )
+    held = 0
 
-    def __init__(
-        self,
-        headers: dict[bytes, bytes],
-        receive: Receive,
-        limit: int,
-        memory: Memory,
-        option: str = "",
-    ) -> None:
-        self._receive = receive
-        self._limit = limit
-        self._option = f"; the server's {option} sets that" if option else ""
-        self._memory = memory
-        self._held = 0
+    def hold(size: int) -> None:
+        nonlocal held
+        if size > limit:
+            told = f"; the server's {option} sets that" if option else ""
+            raise too_large(f"the body is larger than the {limit} bytes that are accepted{told}")
+        if size > held:
+            memory.take(size - held)
+            held = size
+
+    try:
         announced = headers.get(b"content-length", b"")
-        self._announced = int(announced) if announced.isdigit() else None
-        self._encoding = headers.get(b"content-encoding", b"identity").lower()
-
-    async def read(self) -> bytes:
-        """Receive all of it."""
-        if self._encoding != b"identity":  # unpacked, it could be of any size (RFC 9110, 15.5.16)
-            raise ApiError(
-                "send the body uncompressed",
-                status=415,
-                reason="encoding",
-                headers=((b"accept-encoding", b"identity"),),
-            )
-        if self._announced is not None:
-            self._take(self._announced)  # all at once, so that two halves never wait for room
-        chunks, size = [], 0
-        while True:
-            message = await self._receive()
+        if announced.isdigit():
+            hold(int(announced))  # all at once, so that two halves never wait for room
+        chunks, size, more = [], 0, True
+        while more:
+            message = await receive()
             if message["type"] == "http.disconnect":
                 raise ApiError("the client went away", status=499, reason="disconnected")
-            chunk = message.get("body", b"")
-            size += len(chunk)
-            self._take(size - self._held)
-            chunks.append(chunk)
-            if not message.get("more_body", False):
-                return chunks[0] if len(chunks) == 1 else b"".join(chunks)
-
-    def _take(self, size: int) -> None:
-        if size <= 0:
-            return
-        if self._held + size > self._limit:
-            raise too_large(
-                f"the body is larger than the {self._limit} bytes that are accepted{self._option}"
-            )
-        self._memory.take(size)
-        self._held += size
-
-    def __enter__(self) -> Body:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._memory.give_back(self._held)
+            chunks.append(message.get("body", b""))
+            size += len(chunks[-1])
+            hold(size)
+            more = message.get("more_body", False)
+        yield b"".join(chunks)
+    finally:
+        memory.give_back(held)

@@ -6,15 +6,17 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import prometheus_client as prometheus
-from prometheus_client import Counter, Histogram
+from prometheus_client import Counter, Gauge, Histogram
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from eps_deploy.serving.batching import BatchStats
+from eps_deploy.serving.protocol import Signature
 from eps_deploy.serving.shadow import ShadowBatch
 
 CONTENT_TYPE = prometheus.CONTENT_TYPE_PLAIN_0_0_4
@@ -28,22 +30,13 @@ class ShadowMetrics:
     """Agreement of a shadow with the served engine, and the times of both; for the event loop."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        self._images = 0
-        self._disagreed = 0
-        self._dropped = 0
-        self._failed = 0
+        counter = partial(Counter, namespace="eps_shadow", registry=registry)
+        histogram = partial(Histogram, namespace="eps_shadow", registry=registry, buckets=_SECONDS)
         self._ratios: deque[float] = deque(maxlen=_RECENT)
-
-        def counter(name: str, text: str) -> Counter:
-            return Counter(f"eps_shadow_{name}", text, registry=registry)
-
-        def histogram(name: str, text: str) -> Histogram:
-            return Histogram(f"eps_shadow_{name}", text, buckets=_SECONDS, registry=registry)
-
-        self._images_total = counter("images", "Images that both engines answered.")
-        self._disagreements_total = counter("disagreements", "Images whose best labels differ.")
-        self._dropped_total = counter("dropped_images", "Images for which the shadow had no room.")
-        self._failures_total = counter("failures", "Batches at which the shadow failed.")
+        self._images = counter("images", "Images that both engines answered.")
+        self._disagreements = counter("disagreements", "Images whose best labels differ.")
+        self._dropped = counter("dropped_images", "Images for which the shadow had no room.")
+        self._failures = counter("failures", "Batches at which the shadow failed.")
         self._seconds = histogram("inference_seconds", "Time of a batch on the shadow's engine.")
         self._served_seconds = histogram(
             "served_seconds", "Time of the same batches on the served engine."
@@ -52,30 +45,32 @@ class ShadowMetrics:
     def compared(self, batch: ShadowBatch) -> None:
         """Count a batch that was sampled for the shadow."""
         if batch.outcome == "dropped":
-            self._dropped += batch.images
-            self._dropped_total.inc(batch.images)
+            self._dropped.inc(batch.images)
         elif batch.outcome == "failed":
-            self._failed += 1
-            self._failures_total.inc()
+            self._failures.inc()
         else:
-            self._images += batch.images
-            self._disagreed += batch.disagreed
             self._ratios.append(batch.seconds / batch.served)
-            self._images_total.inc(batch.images)
-            self._disagreements_total.inc(batch.disagreed)
+            self._images.inc(batch.images)
+            self._disagreements.inc(batch.disagreed)
             self._seconds.observe(batch.seconds)
             self._served_seconds.observe(batch.served)
 
     def figures(self) -> dict[str, Any]:
         """Plain data; `time_ratio`: median of shadow over served, of the last 1000 batches."""
+        images, disagreements = _count(self._images), _count(self._disagreements)
         return {
-            "images": self._images,
-            "disagreements": self._disagreed,
-            "disagreement": self._disagreed / self._images if self._images else None,
+            "images": images,
+            "disagreements": disagreements,
+            "disagreement": disagreements / images if images else None,
             "time_ratio": statistics.median(self._ratios) if self._ratios else None,
-            "dropped_images": self._dropped,
-            "failed_batches": self._failed,
+            "dropped_images": _count(self._dropped),
+            "failed_batches": _count(self._failures),
         }
+
+
+def _count(counter: Counter) -> int:
+    (metric,) = counter.collect()
+    return int(metric.samples[0].value)
 
 
 @dataclass(slots=True)
@@ -131,32 +126,26 @@ class Metrics:
         prometheus.disable_created_metrics()  # type: ignore[no-untyped-call]  # would add a second series for each
         self._registry = CollectorRegistry()
         prometheus.ProcessCollector(registry=self._registry)  # memory, files, CPU time; on Linux
-        self._requests = self._counter("requests", "Answers sent.", "endpoint", "code")
-        self._refusals = self._counter("refusals", "Requests refused.", "reason")
-        self._images = self._counter("images", "Images answered by the engine.")
-        self._failures = self._counter("engine_failures", "Batches at which the engine failed.")
-        self._not_finite = self._counter(
+        counter = partial(Counter, namespace="eps", registry=self._registry)
+        gauge = partial(Gauge, namespace="eps", registry=self._registry)
+        histogram = partial(Histogram, namespace="eps", registry=self._registry, buckets=_SECONDS)
+        self._requests = counter("requests", "Answers sent.", ("endpoint", "code"))
+        self._refusals = counter("refusals", "Requests refused.", ("reason",))
+        self._images = counter("images", "Images answered by the engine.")
+        self._failures = counter("engine_failures", "Batches at which the engine failed.")
+        self._not_finite = counter(
             "not_finite_images", "Images refused because their logits are not finite."
         )
-        self._took = self._histogram("request_seconds", "From headers to answer.", _SECONDS)
-        self._waited = self._histogram("queue_seconds", "Time of a request in the queue.", _SECONDS)
-        self._computed = self._histogram("inference_seconds", "Engine time of a batch.", _SECONDS)
-        self._batch = self._histogram("batch_size", "Images in a batch.", _BATCHES)
-        self._gauge("queue_images", "Images that are waiting.", queued)
-        self._gauge("connections", "Open connections of HTTP.", connections)
-        self._gauge("ready", "1 when requests are answered.", lambda: float(ready()))
-        self._gauge("body_bytes", "Bytes of request bodies held.", held)
+        self._took = histogram("request_seconds", "From headers to answer.")
+        self._waited = histogram("queue_seconds", "Time of a request in the queue.")
+        self._computed = histogram("inference_seconds", "Engine time of a batch.")
+        self._batch = histogram("batch_size", "Images in a batch.", buckets=_BATCHES)
+        gauge("queue_images", "Images that are waiting.").set_function(queued)
+        gauge("connections", "Open connections of HTTP.").set_function(connections)
+        gauge("ready", "1 when requests are answered.").set_function(ready)
+        gauge("body_bytes", "Bytes of request bodies held.").set_function(held)
         self._shadow = ShadowMetrics(self._registry) if shadow else None
         self._registry.register(_TritonNames(self.totals, queued))
-
-    def _counter(self, name: str, text: str, *labels: str) -> prometheus.Counter:
-        return prometheus.Counter(f"eps_{name}", text, labels, registry=self._registry)
-
-    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> prometheus.Histogram:
-        return prometheus.Histogram(f"eps_{name}", text, buckets=buckets, registry=self._registry)
-
-    def _gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
-        prometheus.Gauge(f"eps_{name}", text, registry=self._registry).set_function(read)
 
     def ran(self, batch: BatchStats) -> None:
         """Count a batch that ran, or failed."""
@@ -199,6 +188,37 @@ class Metrics:
     def exposition(self) -> bytes:
         """All metrics in Prometheus' text format."""
         return prometheus.generate_latest(self._registry)
+
+    def statistics(self, model: Signature) -> dict[str, Any]:
+        """The model's statistics as Triton has them."""
+        totals = self.totals
+        none = asdict(Statistic())
+        batches = [
+            {
+                "batch_size": size,
+                "compute_input": none,
+                "compute_infer": asdict(statistic),
+                "compute_output": none,
+            }
+            for size, statistic in sorted(totals.by_batch.items())
+        ]
+        entry = {
+            "name": model.name,
+            "version": model.version,
+            "last_inference": int(totals.last * 1000),
+            "inference_count": totals.images,
+            "execution_count": totals.batches,
+            "inference_stats": {
+                "success": asdict(totals.success),
+                "fail": asdict(totals.fail),
+                "queue": asdict(totals.queue),
+                "compute_input": none,
+                "compute_infer": asdict(totals.compute),
+                "compute_output": none,
+            },
+            "batch_stats": batches,
+        }
+        return {"model_stats": [entry]}
 
     def figures(self) -> dict[str, Any]:
         """Statistics for the page: rates over ten seconds, percentiles of the last 1000 answers."""

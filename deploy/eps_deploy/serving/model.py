@@ -1,4 +1,4 @@
-"""Open the engines of a bundle for serving, warm and proven."""
+"""Open the engines of a bundle for serving, warm and proven: the served ones and a shadow's."""
 
 from __future__ import annotations
 
@@ -7,50 +7,142 @@ import json
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from eps_core.checks import Parity
 from eps_core.cli import Log
 from eps_core.errors import ConfigError, FileFormatError
-from eps_deploy.bundle import ONNX, Bundle, Choice, load_bundle, open_engine, open_served, prove
-from eps_deploy.engines.base import Engine
+from eps_deploy.bundle import (
+    ONNX,
+    REPORT,
+    Bundle,
+    Choice,
+    load_bundle,
+    open_engine,
+    open_served,
+    prove,
+    replay,
+)
+from eps_deploy.engines.base import INPUT_NAME, OUTPUT_NAME, Engine
 from eps_deploy.engines.trt.build import BuildOptions
 from eps_deploy.engines.trt.cache import PlanCache
 from eps_deploy.engines.trt.engine import TrtEngine
 from eps_deploy.precision import PRECISIONS
+from eps_deploy.serving.batching import Batching
 from eps_deploy.serving.limits import Limits
-from eps_deploy.serving.protocol import Signature, decode_image
+from eps_deploy.serving.protocol import DATATYPE, Signature, decode_image
 
-REPORT = "report.json"
+BASELINE = "baseline.onnx"
 VERSION = "1"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Model:
-    """A loaded bundle.
+class ShadowOptions:
+    """Options of `--shadow`.
 
     Attributes:
-        bundle: verified.
+        path: a bundle's folder; None: the baseline in the served bundle.
+        share: fraction of the batches, above 0 and at most 1.
+    """
+
+    path: Path | None
+    share: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSource:
+    """Options of loading and running the model.
+
+    Attributes:
+        path: the bundle's folder.
+        engine_cache: folder for plans that are built here.
+        provider: of ONNX Runtime; `auto`: the GPU where it runs the network, else the CPU.
+    """
+
+    path: Path
+    engine_cache: Path | None = None
+    provider: Choice = "auto"
+    batching: Batching = field(default_factory=Batching)
+    shadow: ShadowOptions | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Model:
+    """A loaded and verified bundle.
+
+    Attributes:
         engines: one for each instance; TensorRT's instances share one, which occurs as often.
-        signature: for the protocol.
-        platform: Triton's name of it, `onnxruntime_onnx` or `tensorrt_plan`.
-        max_batch: the engine's largest batch.
         card: the model card, plain data for the page: facts of the network and of its report.
     """
 
     bundle: Bundle
     engines: tuple[Engine, ...]
     signature: Signature
-    platform: str
-    max_batch: int
     card: dict[str, Any]
 
     def close(self) -> None:
         with ExitStack() as stack:
             for engine in self.engines:
                 stack.push(engine.__exit__)
+
+    @property
+    def max_batch(self) -> int:
+        return self.engines[0].max_batch
+
+    @property
+    def platform(self) -> str:
+        """Triton's name of the runtime."""
+        on_trt = self.engines[0].describe()["name"] == "trt"
+        return "tensorrt_plan" if on_trt else "onnxruntime_onnx"
+
+    def metadata(self) -> dict[str, Any]:
+        """The model's metadata in the words of KServe v2."""
+        inputs = {
+            "name": INPUT_NAME,
+            "datatype": DATATYPE,
+            "shape": [-1, *self.signature.input_shape],
+        }
+        outputs = {
+            "name": OUTPUT_NAME,
+            "datatype": "FP32",
+            "shape": [-1, len(self.signature.labels)],
+        }
+        return {
+            "name": self.signature.name,
+            "versions": [self.signature.version],
+            "platform": self.platform,
+            "inputs": [inputs],
+            "outputs": [outputs],
+        }
+
+    def config(self) -> dict[str, Any]:
+        """The model configuration as Triton has it: sizes are without the batch."""
+        provider = self.engines[0].describe().get("provider")
+        kind = "KIND_CPU" if provider == "CPUExecutionProvider" else "KIND_GPU"
+        parameters = {"preprocessing": json.dumps(self.bundle.preprocessing.described())}
+        if provider is not None:
+            parameters["execution_provider"] = str(provider)
+        inputs = {
+            "name": INPUT_NAME,
+            "data_type": f"TYPE_{DATATYPE}",
+            "dims": list(self.signature.input_shape),
+        }
+        outputs = {
+            "name": OUTPUT_NAME,
+            "data_type": "TYPE_FP32",
+            "dims": [len(self.signature.labels)],
+        }
+        return {
+            "name": self.signature.name,
+            "platform": self.platform,
+            "max_batch_size": self.max_batch,
+            "input": [inputs],
+            "output": [outputs],
+            "instance_group": [{"count": len(self.engines), "kind": kind}],
+            "parameters": {key: {"string_value": value} for key, value in parameters.items()},
+        }
 
 
 def read_bundle(path: Path, engine_cache: Path | None) -> Bundle:
@@ -69,29 +161,19 @@ def is_deferred(bundle: Bundle) -> bool:
     return bool(bundle.manifest["engine"].get("deferred"))
 
 
-def open_model(
-    bundle: Bundle,
-    *,
-    instances: int | None,
-    max_images: int,
-    engine_cache: Path | None,
-    provider: Choice,
-    log: Log,
-    stop: threading.Event,
-) -> Model:
+def open_model(bundle: Bundle, source: ModelSource, *, log: Log, stop: threading.Event) -> Model:
     """Open the bundle's engines, and warm them up and prove them on the stored samples.
 
-    `instances` is None for the default: two inferences in flight on TensorRT, so that the images of
-    one are copied while the other computes, and one on ONNX Runtime.
+    By default, two inferences are in flight on TensorRT, so that the images of one are copied while
+    the other computes, and one on ONNX Runtime. `stop` cancels a plan that is being built.
 
-    Raises EngineError: an engine does not run here, or differs from torch; ConfigError: `provider`
-    is not `auto`, and the bundle is not for ONNX Runtime.
+    Raises EngineError: an engine does not run here, or differs from torch; ConfigError: the
+    provider is not `auto`, and the bundle is not for ONNX Runtime.
     """
     # TensorRT's instances are execution contexts of one engine, ONNX Runtime's are sessions.
     is_plan = bundle.manifest["engine"]["name"] == "trt"
-    if instances is None:
-        instances = 2 if is_plan else 1
-    opened = opener(bundle, engine_cache, provider, log, stop, contexts=instances)
+    instances = source.batching.instances or (2 if is_plan else 1)
+    opened = opener(bundle, source, log=log, stop=stop, contexts=instances)
     with ExitStack() as undo:
         engines = []
         for index in range(1 if is_plan else instances):
@@ -100,40 +182,40 @@ def open_model(
             if isinstance(engine, TrtEngine):
                 engine.warm_up()  # all execution contexts, of which the proof ran on one
             engines.append(engine)
+        facts = engine.describe()
         log(
-            f"warm: {proof.samples} samples on {runs_on(engine)} in batches of"
+            f"warm: {proof.samples} samples on"
+            f" {facts.get('provider') or facts.get('device') or facts['name']} in batches of"
             f" {min(proof.batches)} to {max(proof.batches)}, largest difference from torch"
             f" {proof.relative:.2g} of the largest logit"
         )
         undo.pop_all()
     engines *= instances // len(engines)
-    facts = engines[0].describe()
     from PIL import Image
 
     # The first image would otherwise take the time of importing Pillow.
     content = io.BytesIO()
     Image.new("RGB", (8, 8)).save(content, "PNG")
     decode_image(content.getvalue(), bundle.preprocessing, Limits().pixels)
+    signature = Signature(
+        name=bundle.name,
+        version=VERSION,
+        input_shape=bundle.input_shape,
+        labels=bundle.labels,
+        max_images=source.batching.max_queue,
+    )
     return Model(
         bundle=bundle,
         engines=tuple(engines),
-        signature=Signature(
-            name=bundle.name,
-            version=VERSION,
-            input_shape=bundle.input_shape,
-            labels=bundle.labels,
-            max_images=max_images,
-        ),
-        platform="tensorrt_plan" if facts["name"] == "trt" else "onnxruntime_onnx",
-        max_batch=engines[0].max_batch,
+        signature=signature,
         card=_card(bundle, facts, proof),
     )
 
 
 def opener(
     bundle: Bundle,
-    engine_cache: Path | None,
-    provider: Choice,
+    source: ModelSource,
+    *,
     log: Log,
     stop: threading.Event,
     file: str = ONNX,
@@ -142,20 +224,20 @@ def opener(
     """Return a function that opens another engine at each call.
 
     `file` names an ONNX file in the bundle, `contexts` is the number of execution contexts of a
-    TensorRT engine. Raises ConfigError: `provider` is not `auto`, and the bundle is not for ONNX
+    TensorRT engine. Raises ConfigError: the provider is not `auto`, and the bundle is not for ONNX
     Runtime.
     """
     if bundle.manifest["engine"]["name"] == "ort":
-        return lambda: open_served(bundle, file, provider, log)
-    if provider != "auto":
+        return lambda: open_served(bundle, file, source.provider, log)
+    if source.provider != "auto":
         raise ConfigError(
-            f"--provider {provider}: only applies to ONNX Runtime, and {bundle.root} is for"
+            f"--provider {source.provider}: only applies to ONNX Runtime, and {bundle.root} is for"
             " TensorRT; leave it out"
         )
     if not is_deferred(bundle):
         return lambda: open_engine(bundle, contexts=contexts)
-    assert engine_cache is not None, "read_bundle has checked it"
-    cache = PlanCache(engine_cache, log=log, stop=stop)
+    assert source.engine_cache is not None, "read_bundle has checked it"
+    cache = PlanCache(source.engine_cache, log=log, stop=stop)
 
     def build_and_open() -> Engine:
         plan = cache.plan(
@@ -180,12 +262,6 @@ def build_options(bundle: Bundle) -> BuildOptions:
             f"{bundle.root}: the manifest does not say how to build the plan ({error!r});"
             " run eps-deploy again"
         ) from error
-
-
-def runs_on(engine: Engine) -> str:
-    """The execution provider or the GPU of an engine, for logs."""
-    facts = engine.describe()
-    return str(facts.get("provider") or facts.get("device") or facts["name"])
 
 
 def _card(bundle: Bundle, engine: dict[str, Any], proof: Parity) -> dict[str, Any]:
@@ -214,3 +290,70 @@ def _card(bundle: Bundle, engine: dict[str, Any], proof: Parity) -> dict[str, An
         "latency_baseline": report.get("latency_baseline"),
         "proof": {"samples": proof.samples, "difference": proof.relative, "limit": proof.limit},
     }
+
+
+# -- The shadow's engine: of another bundle, or of the baseline in the served one
+
+
+def read_shadow(served: Bundle, options: ShadowOptions, engine_cache: Path | None) -> Bundle:
+    """Read and verify the shadow's bundle.
+
+    Raises FileFormatError; ConfigError: its input shape or labels differ from those of `served`, or
+    the baseline would not run on the same runtime.
+    """
+    if options.path is None:
+        if served.model.endswith(".plan"):
+            raise ConfigError(
+                f"--shadow baseline: {served.root} has a TensorRT plan, but none of the baseline;"
+                " deploy it with --defer-build, and this server builds both"
+            )
+        if BASELINE not in served.manifest["files"]:
+            raise ConfigError(
+                f"--shadow baseline: {served.root} has no {BASELINE}; name another bundle"
+            )
+        return served
+    bundle = read_bundle(options.path, engine_cache)
+    for what, theirs, ours in (
+        ("images of shape", list(bundle.input_shape), list(served.input_shape)),
+        ("labels", bundle.labels, served.labels),
+    ):
+        if theirs != ours:
+            raise ConfigError(
+                f"--shadow {options.path}: {what} {_short(theirs)}, and {served.root} has"
+                f" {_short(ours)}; name a bundle for the same data"
+            )
+    return bundle
+
+
+def _short(value: Any) -> str:
+    text = str(value) if isinstance(value, list) else ", ".join(value)
+    return text if len(text) <= 40 else f"{text[:40]}..."
+
+
+def open_shadow(
+    model: Model, source: ModelSource, options: ShadowOptions, *, log: Log, stop: threading.Event
+) -> Engine:
+    """Open and warm up the shadow's engine; an engine of another bundle is proven too.
+
+    Raises the errors of :func:`read_shadow`; EngineError: it does not run here; ConfigError: the
+    batches of `model` are too large for it.
+    """
+    bundle = read_shadow(model.bundle, options, source.engine_cache)
+    own_bundle = options.path is not None
+    file = ONNX if own_bundle else BASELINE
+    with ExitStack() as undo:
+        engine = undo.enter_context(opener(bundle, source, log=log, stop=stop, file=file)())
+        if engine.max_batch < model.max_batch:
+            raise ConfigError(
+                f"--shadow {options.path}: takes batches of up to {engine.max_batch}, and"
+                f" {model.bundle.root} of up to {model.max_batch}; deploy it with --max-batch"
+                f" {model.max_batch}"
+            )
+        if own_bundle:
+            prove(bundle, engine, "shadow")
+        else:
+            replay(bundle, engine, "shadow")  # only warm-up: no logits of the baseline are stored
+        undo.pop_all()
+    name = f"the bundle {bundle.manifest['digest'][:12]}" if own_bundle else BASELINE
+    log(f"shadow: {name} runs {options.share:g} of the batches")
+    return engine

@@ -17,6 +17,7 @@ import struct
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from importlib.metadata import version
 from itertools import chain
 from typing import Annotated, Any, NoReturn, TypeVar
 
@@ -110,6 +111,10 @@ class Signature:
             raise not_found(f"unknown model; this server has one, {self.name!r}")
         if version != self.version:
             raise not_found(f"unknown version; {self.name!r} has one, {self.version!r}")
+
+
+def server_metadata(*extensions: str) -> dict[str, Any]:
+    return {"name": "eps-serve", "version": version("eps-resnet"), "extensions": list(extensions)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

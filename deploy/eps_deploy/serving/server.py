@@ -29,9 +29,8 @@ from eps_deploy.serving.connections import LoadShedder, limited_protocol
 from eps_deploy.serving.limits import Limits, Memory
 from eps_deploy.serving.metrics import Metrics
 from eps_deploy.serving.middleware import Access, HttpMiddleware
-from eps_deploy.serving.model import read_bundle
-from eps_deploy.serving.service import ModelSource, Service
-from eps_deploy.serving.shadow import read_shadow
+from eps_deploy.serving.model import ModelSource, read_bundle, read_shadow
+from eps_deploy.serving.service import Service
 
 if TYPE_CHECKING:
     from eps_deploy.serving.rpc.servicer import RpcServer

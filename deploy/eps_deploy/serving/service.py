@@ -6,40 +6,19 @@ import asyncio
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
+from contextlib import contextmanager
 from typing import TypeVar
 
 from eps_core.cli import Log
 from eps_core.errors import ConfigError
-from eps_deploy.bundle import Bundle, Choice
+from eps_deploy.bundle import Bundle
 from eps_deploy.engines.base import Engine
 from eps_deploy.serving.batching import Batcher, Batching, BatchStats
-from eps_deploy.serving.model import Model, open_model, read_bundle
+from eps_deploy.serving.model import Model, ModelSource, open_model, open_shadow, read_bundle
 from eps_deploy.serving.protocol import busy
-from eps_deploy.serving.shadow import Shadow, ShadowBatch, ShadowOptions, open_shadow
+from eps_deploy.serving.shadow import Shadow, ShadowBatch
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ModelSource:
-    """Options of loading and running the model.
-
-    Attributes:
-        path: the bundle's folder.
-        engine_cache: folder for plans that are built here; None: there is none.
-        provider: of ONNX Runtime; `auto`: the GPU where it runs the network, else the CPU.
-        batching: options of the batcher.
-        shadow: options of the shadow; None: there is none.
-    """
-
-    path: Path
-    engine_cache: Path | None = None
-    provider: Choice = "auto"
-    batching: Batching = field(default_factory=Batching)
-    shadow: ShadowOptions | None = None
 
 
 class ServedModel:
@@ -50,7 +29,7 @@ class ServedModel:
         model: Model,
         batching: Batching,
         observe: Callable[[BatchStats], None],
-        shadow: Shadow | None = None,
+        shadow: Shadow | None,
     ) -> None:
         self.model = model
         self.signature = model.signature
@@ -105,22 +84,21 @@ class Service:
         compared: Callable[[ShadowBatch], None] = lambda batch: None,
     ) -> None:
         self.name = name
-        self._source = source
         self.log = log
+        self._source = source
         self._observe = observe
         self._compared = compared
-        self._stuck = False
         self._current: ServedModel | None = None
         self._loading = False
         self._draining = False
         self._stop = threading.Event()
         self._retiring: set[asyncio.Task[None]] = set()
+        self._stuck = False
 
     @property
     def ready(self) -> bool:
         """Whether requests are answered."""
-        served = self._current
-        return served is not None and not served.batcher.broken and not self._draining
+        return self._current is not None and self.live and not self._draining
 
     @property
     def live(self) -> bool:
@@ -157,9 +135,16 @@ class Service:
             model, engine = await _in_thread(lambda: self._open(bundle))
         finally:
             self._loading = False
-        before = self._current
-        shadow = self._shadow(engine, model.engines[0]) if engine is not None else None
-        self._current = ServedModel(model, self._source.batching, self._observe, shadow)
+        before, source, shadow = self._current, self._source, None
+        if engine is not None and source.shadow is not None:
+            shadow = Shadow(
+                engine,
+                model.engines[0],
+                source.shadow.share,
+                observe=self._compared,
+                log=self.log,
+            )
+        self._current = ServedModel(model, source.batching, self._observe, shadow)
         if before is not None:
             task = asyncio.create_task(self._retire(before))
             self._retiring.add(task)
@@ -185,11 +170,6 @@ class Service:
         if not await served.retire():
             self._stuck = True
 
-    def _shadow(self, engine: Engine, served: Engine) -> Shadow:
-        assert self._source.shadow is not None
-        share = self._source.shadow.share
-        return Shadow(engine, served, share, observe=self._compared, log=self.log)
-
     def _open(self, bundle: Bundle | None) -> tuple[Model, Engine | None]:
         """Open the model, and the shadow's engine if there is one."""
         source = self._source
@@ -200,29 +180,15 @@ class Service:
                 f"{bundle.root}: its model is called {bundle.name} now, and {self.name} is served;"
                 " start the server again"
             )
-        model = open_model(
-            bundle,
-            instances=source.batching.instances,
-            max_images=source.batching.max_queue,
-            engine_cache=source.engine_cache,
-            provider=source.provider,
-            log=self.log,
-            stop=self._stop,
-        )
+        model = open_model(bundle, source, log=self.log, stop=self._stop)
         if source.shadow is None:
             return model, None
-        with ExitStack() as undo:
-            undo.callback(model.close)
-            engine = open_shadow(
-                model,
-                source.shadow,
-                engine_cache=source.engine_cache,
-                provider=source.provider,
-                log=self.log,
-                stop=self._stop,
-            )
-            undo.pop_all()
-        return model, engine
+        try:
+            shadow = open_shadow(model, source, source.shadow, log=self.log, stop=self._stop)
+        except BaseException:
+            model.close()
+            raise
+        return model, shadow
 
 
 async def _in_thread(work: Callable[[], T]) -> T:

@@ -18,36 +18,18 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from eps_core.cli import Log
-from eps_core.errors import ConfigError
-from eps_deploy.bundle import ONNX, Bundle, Choice, prove, replay
 from eps_deploy.engines.base import Engine, EngineError, Images, Logits
-from eps_deploy.serving.model import Model, opener, read_bundle
 
-BASELINE = "baseline.onnx"
 _QUEUE = 64  # images that may wait; an empty queue takes a batch of any size
 _SEED = 0
 _NICENESS = 10
 _JOIN_SECONDS = 2.0  # for the batch that runs when the server ends
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ShadowOptions:
-    """Options of `--shadow`.
-
-    Attributes:
-        path: a bundle's folder; None: the baseline in the served bundle.
-        share: fraction of the batches, above 0 and at most 1.
-    """
-
-    path: Path | None
-    share: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,77 +49,6 @@ class ShadowBatch:
     disagreed: int = 0
     seconds: float = 0.0
     served: float = 0.0
-
-
-def read_shadow(served: Bundle, options: ShadowOptions, engine_cache: Path | None) -> Bundle:
-    """Read and verify the shadow's bundle.
-
-    Raises FileFormatError; ConfigError: its input shape or labels differ from those of `served`, or
-    the baseline would not run on the same runtime.
-    """
-    if options.path is None:
-        if served.model.endswith(".plan"):
-            raise ConfigError(
-                f"--shadow baseline: {served.root} has a TensorRT plan, but none of the baseline;"
-                " deploy it with --defer-build, and this server builds both"
-            )
-        if BASELINE not in served.manifest["files"]:
-            raise ConfigError(
-                f"--shadow baseline: {served.root} has no {BASELINE}; name another bundle"
-            )
-        return served
-    bundle = read_bundle(options.path, engine_cache)
-    for what, theirs, ours in (
-        ("images of shape", list(bundle.input_shape), list(served.input_shape)),
-        ("labels", bundle.labels, served.labels),
-    ):
-        if theirs != ours:
-            raise ConfigError(
-                f"--shadow {options.path}: {what} {_short(theirs)}, and {served.root} has"
-                f" {_short(ours)}; name a bundle for the same data"
-            )
-    return bundle
-
-
-def _short(value: Any) -> str:
-    text = str(value) if isinstance(value, list) else ", ".join(value)
-    return text if len(text) <= 40 else f"{text[:40]}..."
-
-
-def open_shadow(
-    model: Model,
-    options: ShadowOptions,
-    *,
-    engine_cache: Path | None,
-    provider: Choice,
-    log: Log,
-    stop: threading.Event,
-) -> Engine:
-    """Open and warm up the shadow's engine; an engine of another bundle is proven too.
-
-    Raises the errors of :func:`read_shadow`; EngineError: it does not run here; ConfigError: the
-    batches of `model` are too large for it.
-    """
-    bundle = read_shadow(model.bundle, options, engine_cache)
-    own_bundle = options.path is not None
-    file = ONNX if own_bundle else BASELINE
-    engine = opener(bundle, engine_cache, provider, log, stop, file)()
-    with contextlib.ExitStack() as undo:
-        undo.enter_context(engine)
-        if engine.max_batch < model.max_batch:
-            raise ConfigError(
-                f"--shadow {options.path}: takes batches of up to {engine.max_batch}, and"
-                f" {model.bundle.root} of up to {model.max_batch}; deploy it with --max-batch"
-                f" {model.max_batch}"
-            )
-        if own_bundle:
-            prove(bundle, engine, "shadow")
-        else:
-            replay(bundle, engine, "shadow")  # only warm-up: no logits of the baseline are stored
-        undo.pop_all()
-    name = f"the bundle {bundle.manifest['digest'][:12]}" if own_bundle else BASELINE
-    log(f"shadow: {name} runs {options.share:g} of the batches")
-    return engine
 
 
 @dataclass(frozen=True, slots=True)

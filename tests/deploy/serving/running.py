@@ -21,8 +21,8 @@ from typing import Any
 from eps_deploy.bundle import load_bundle
 from eps_deploy.serving import server
 from eps_deploy.serving.limits import Limits
+from eps_deploy.serving.model import ModelSource
 from eps_deploy.serving.server import listen
-from eps_deploy.serving.service import ModelSource
 
 COMMAND = "import sys; sys.argv[0] = 'eps-serve'; from eps_deploy.cli.serve import main; main()"
 MODEL = "/v2/models/eps_resnet"

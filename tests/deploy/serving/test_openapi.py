@@ -17,8 +17,7 @@ from jsonschema import Draft202012Validator
 from referencing import Registry
 from referencing.jsonschema import DRAFT202012
 
-from eps_deploy.serving import openapi
-from eps_deploy.serving.app import Api
+from eps_deploy.serving.app import Api, openapi
 from eps_deploy.serving.limits import Limits, Memory
 from eps_deploy.serving.protocol import Signature
 from eps_deploy.serving.service import Service
@@ -136,14 +135,14 @@ def test_no_placeholder_is_left(most: int | None) -> None:
         signature = Signature(
             name="m", version="1", input_shape=(3, 8, 9), labels=("a",), max_images=most
         )
-    found = openapi.document("m", signature)
+    found = openapi("m", signature)
     assert set(re.findall(r"\{[a-z_]+\}", json.dumps(found))) == {"{version}"}
     tensors = found["components"]["schemas"]["InferRequest"]["properties"]["inputs"]["items"]
     assert len(tensors["anyOf"]) == (2 if most == 3 else 1)
 
 
 def test_the_document_before_the_model_is_loaded() -> None:
-    nothing = Document(openapi.document("eps_resnet", None))
+    nothing = Document(openapi("eps_resnet", None))
     assert not nothing.schema_errors(json.loads(infer()), "components", "schemas", "InferRequest")
 
 

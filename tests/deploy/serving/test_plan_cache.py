@@ -26,7 +26,15 @@ from eps_deploy.engines.trt.plan import Plan, PlanMetadata
 from eps_deploy.pipeline import builder
 from eps_deploy.pipeline.options import Options
 from eps_deploy.precision import PRECISIONS
-from eps_deploy.serving.model import build_options, is_deferred, open_model, opener, read_bundle
+from eps_deploy.serving.batching import Batching
+from eps_deploy.serving.model import (
+    ModelSource,
+    build_options,
+    is_deferred,
+    open_model,
+    opener,
+    read_bundle,
+)
 from tests.commands import files_in
 from tests.deploy.engines.trt.machine import Machine
 from tests.deploy.engines.trt.semantic_fake import make_plan
@@ -262,7 +270,8 @@ def test_the_build_knows_the_blocks_that_repair_kept(
     listed = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
     manifest["files"]["report.json"] = listed
     (bundle / "manifest.json").write_text(json.dumps(manifest))
-    opener(defer(bundle), tmp_path / "cache", "auto", print, threading.Event())().__exit__()
+    source = ModelSource(path=bundle, engine_cache=tmp_path / "cache")
+    opener(defer(bundle), source, log=print, stop=threading.Event())().__exit__()
     assert list(builds.kept) == ["stages.0.0"]
 
 
@@ -277,15 +286,11 @@ def test_instances_are_contexts_of_one_engine(
 ) -> None:
     machine = Machine()
     machine.install(monkeypatch)
-    model = open_model(
-        defer(bundle, max_batch=8, opt_batch=4),
-        instances=asked,
-        provider="auto",
-        max_images=256,
-        engine_cache=tmp_path / "cache",
-        log=print,
-        stop=threading.Event(),
+    source = ModelSource(
+        path=bundle, engine_cache=tmp_path / "cache", batching=Batching(instances=asked)
     )
+    deferred = defer(bundle, max_batch=8, opt_batch=4)
+    model = open_model(deferred, source, log=print, stop=threading.Event())
     assert len(model.engines) == instances
     assert len(set(map(id, model.engines))) == 1
     assert model.engines[0].describe()["contexts"] == instances
@@ -304,15 +309,10 @@ def test_a_plan_that_answers_wrongly_is_not_served(
     machine.install(monkeypatch)
 
     def start(deferred: Bundle) -> Any:
-        return open_model(
-            deferred,
-            instances=1,
-            provider="auto",
-            max_images=256,
-            engine_cache=tmp_path / "cache",
-            log=lambda line: None,
-            stop=threading.Event(),
+        source = ModelSource(
+            path=bundle, engine_cache=tmp_path / "cache", batching=Batching(instances=1)
         )
+        return open_model(deferred, source, log=lambda line: None, stop=threading.Event())
 
     model = start(defer(bundle))
     assert model.platform == "tensorrt_plan"

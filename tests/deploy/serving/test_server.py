@@ -13,8 +13,8 @@ from eps_deploy.bundle import load_bundle
 from eps_deploy.engines.base import EngineError
 from eps_deploy.serving import server
 from eps_deploy.serving import service as service_module
+from eps_deploy.serving.model import ModelSource
 from eps_deploy.serving.server import listen
-from eps_deploy.serving.service import ModelSource
 from tests.deploy.serving.running import MODEL, Client
 
 
@@ -61,7 +61,7 @@ def test_alive_and_not_ready_while_the_model_is_loaded(
     """And ended then: what is being built is called off, and nobody waits for it."""
     stopped = threading.Event()
 
-    def load(bundle: Any, *, stop: threading.Event, **_: Any) -> Any:
+    def load(bundle: Any, source: Any, *, stop: threading.Event, **_: Any) -> Any:
         assert stop.wait(60)
         stopped.set()
         raise EngineError("the build was called off")
@@ -84,7 +84,7 @@ def test_alive_and_not_ready_while_the_model_is_loaded(
 def test_a_model_that_cannot_be_loaded_ends_the_server(
     deployed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def load(bundle: Any, **_: Any) -> Any:
+    def load(bundle: Any, source: Any, **_: Any) -> Any:
         raise EngineError("no such GPU")
 
     result = Start(deployed / "bundle", monkeypatch, load).ended()

@@ -14,9 +14,9 @@ from eps_deploy.bundle import Bundle, load_bundle
 from eps_deploy.engines.base import EngineError
 from eps_deploy.serving import service as service_module
 from eps_deploy.serving.batching import Batching, BatchStats
-from eps_deploy.serving.model import Model
+from eps_deploy.serving.model import Model, ModelSource
 from eps_deploy.serving.protocol import ApiError, InferenceFailed, Signature
-from eps_deploy.serving.service import ModelSource, Service
+from eps_deploy.serving.service import Service
 from tests.deploy.serving.engines import SHAPE, FakeEngine, numbered
 
 
@@ -30,22 +30,19 @@ class Loader:
         self._bundle = bundle
         monkeypatch.setattr(service_module, "open_model", self.open)
 
-    def open(self, bundle: Bundle, *, max_images: int, **_: Any) -> Model:
+    def open(self, bundle: Bundle, source: ModelSource, **_: Any) -> Model:
         if self.fails:
             raise EngineError("does not run")
         engine = self.engines[self.loads]
         self.loads += 1
         signature = Signature(
-            name="m", version="1", input_shape=SHAPE, labels=("a", "b"), max_images=max_images
+            name="m",
+            version="1",
+            input_shape=SHAPE,
+            labels=("a", "b"),
+            max_images=source.batching.max_queue,
         )
-        return Model(
-            bundle=bundle,
-            engines=(engine,),
-            signature=signature,
-            platform="x",
-            max_batch=4,
-            card={},
-        )
+        return Model(bundle=bundle, engines=(engine,), signature=signature, card={})
 
 
 @pytest.fixture

@@ -18,7 +18,8 @@ from eps_deploy.engines.base import Images, Logits
 from eps_deploy.serving import service as service_module
 from eps_deploy.serving import shadow as shadow_module
 from eps_deploy.serving.limits import Limits
-from eps_deploy.serving.shadow import Shadow, ShadowOptions
+from eps_deploy.serving.model import ShadowOptions
+from eps_deploy.serving.shadow import Shadow
 from tests.commands import run
 from tests.deploy.serving.engines import FakeEngine, numbered
 from tests.deploy.serving.running import MODEL, Client, command, thread, until

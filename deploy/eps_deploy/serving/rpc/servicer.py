@@ -18,7 +18,6 @@ from open_inference.grpc import protocol
 
 from eps_core.errors import ConfigError
 from eps_deploy.engines.base import INPUT_NAME, OUTPUT_NAME, Images, Logits
-from eps_deploy.serving import metadata
 from eps_deploy.serving.limits import Limits, Memory
 from eps_deploy.serving.metrics import Metrics
 from eps_deploy.serving.middleware import Access
@@ -32,6 +31,7 @@ from eps_deploy.serving.protocol import (
     output_tensor,
     pixels_from_bytes,
     pixels_from_integers,
+    server_metadata,
     too_large,
     validate,
 )
@@ -240,7 +240,7 @@ class RpcServer:
         return _encode(protocol.ServerReadyResponse(ready=self._service.ready))
 
     async def _server_metadata(self, context: Any) -> bytes:
-        return _encode(protocol.ServerMetadataResponse(**metadata.server("classification")))
+        return _encode(protocol.ServerMetadataResponse(**server_metadata("classification")))
 
     async def _model_ready(self, context: Any) -> bytes:
         """False, like Triton, also for a model that does not exist or is not loaded."""
@@ -256,7 +256,7 @@ class RpcServer:
         name, version = await self._read_model(context)
         served = self._service.current
         self._check(served, name, version)
-        return _encode(protocol.ModelMetadataResponse(**metadata.model(served)))
+        return _encode(protocol.ModelMetadataResponse(**served.model.metadata()))
 
     async def _model_infer(self, context: Any) -> bytes:
         began = time.perf_counter()
