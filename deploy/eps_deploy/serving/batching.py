@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from queue import SimpleQueue
 
 import numpy as np
@@ -33,11 +34,11 @@ class Job:
     Attributes:
         images: uint8 `[N, C, H, W]`.
         answer: receives the logits, float32 `[N, classes]`.
-        arrived: `time.perf_counter` when it was put into the queue.
-        begun: when its first images were taken out of it; 0.0: not yet.
+        arrived, begun: `time.perf_counter` when it was put into the queue, and when its first
+            images were taken out; 0.0: not yet.
         taken: images that are out of the queue.
         left: images whose logits are still to come.
-        logits: of the pieces that are done; None: no piece is.
+        logits: of the pieces that are done.
     """
 
     images: Images
@@ -58,10 +59,10 @@ class Job:
     def receive(self, start: int, stop: int, rows: Logits) -> bool:
         """Store the logits of images `start` to `stop`; True: they were the last ones."""
         self.left -= stop - start
+        if len(rows) == len(self.images):
+            self.logits = rows  # the whole request in one piece, which is what most are
+            return True
         if self.logits is None:
-            if self.left == 0:
-                self.logits = rows  # the whole request in one piece, which is what most are
-                return True
             self.logits = np.empty((len(self.images), rows.shape[1]), dtype=np.float32)
         self.logits[start:stop] = rows
         return self.left == 0
@@ -98,14 +99,9 @@ class Queue:
         self._gap = max_batch if merge else 1  # images, of the smallest batch under an overload
         self._changed = threading.Condition(threading.Lock())
         self._jobs: deque[Job] = deque()
-        self._images = 0
+        self.images = 0  # that are waiting
         self._untouched = 0  # jobs of which nothing was taken yet
         self._closed = False
-
-    @property
-    def images(self) -> int:
-        """Images that are waiting."""
-        return self._images
 
     def put(self, job: Job) -> bool:
         """Append the job; False: there is no room for it.
@@ -116,10 +112,10 @@ class Queue:
         """
         with self._changed:
             assert not self._closed
-            if self._images + min(len(job.images), self._gap) > self.limit:
+            if self.images + min(len(job.images), self._gap) > self.limit:
                 return False
             self._jobs.append(job)
-            self._images += len(job.images)
+            self.images += len(job.images)
             self._untouched += 1
             self._changed.notify()
         return True
@@ -129,7 +125,7 @@ class Queue:
         with self._changed:
             if job in self._jobs:
                 self._jobs.remove(job)
-                self._images -= job.waiting
+                self.images -= job.waiting
                 self._untouched -= not job.taken
 
     def take(self) -> list[Piece]:
@@ -153,20 +149,19 @@ class Queue:
 
     def _delay(self) -> float:
         """Seconds to wait for more images."""
-        if not self._max_delay or self._closed or self._images >= self._max_batch:
+        if not self._max_delay or self._closed or self.images >= self._max_batch:
             return 0.0
         return self._jobs[0].arrived + self._max_delay - time.perf_counter()
 
     def _pick(self) -> list[Piece]:
         now = time.perf_counter()
         pieces = []
-        shares = self._shares()
-        for job, share in shares:
+        for job, share in self._shares():
             self._untouched -= not job.taken
             pieces.append(Piece(job, job.taken, job.taken + share))
             job.begun = job.begun or now
             job.taken += share
-            self._images -= share
+            self.images -= share
             if job.waiting:
                 self._jobs.append(job)  # the others' turn first
         if self._jobs:
@@ -180,7 +175,7 @@ class Queue:
         twice the time that the whole queue takes. The others take turns and share the rest evenly.
         """
         jobs, room = self._jobs, self._max_batch
-        if self._images == len(jobs) == self._untouched and self._merge:
+        if self.images == len(jobs) == self._untouched and self._merge:
             # The usual case: one image each, and none had a turn already.
             return [(jobs.popleft(), 1) for _ in range(min(room, len(jobs)))]
         oldest = min(jobs, key=lambda job: job.arrived)
@@ -210,17 +205,13 @@ def _fair(wanted: list[int], room: int) -> list[int]:
 _MAX_FAILURES = 3  # batches in a row that fail; more, and the cause is not the batch
 _SMOOTHING = 0.2  # weight of the last batch in the mean time of an image
 
-_Result = tuple[list[Piece], Logits | None, Exception | None, float]
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Batching:
     """Options of batching.
 
     Attributes:
-        max_queue: images that may wait.
-        max_delay: seconds that an image may wait for others while an engine is free.
-        merge: whether images of several requests go into one batch.
+        max_queue, max_delay, merge: see :class:`Queue`.
         instances: engines, each with a thread of its own; None: 2 for TensorRT, 1 otherwise.
     """
 
@@ -285,7 +276,7 @@ class Batcher:
             )
             for index, engine in enumerate(engines)
         ]
-        self._results: SimpleQueue[_Result | None] = SimpleQueue()
+        self._results: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._courier = threading.Thread(target=self._carry, name="eps-courier", daemon=True)
         for thread in (self._courier, *self._threads):
             thread.start()
@@ -307,10 +298,11 @@ class Batcher:
 
     def queue_full(self) -> ApiError:
         """The error for a request for which the queue has no room."""
+        empty_in = self.queue.images * self._seconds_per_image / self._engines
         return busy(
             f"{self.queue.images} images are waiting, and {self.queue.limit} may",
             reason="queue-full",
-            retry_after=self._retry_after(),
+            retry_after=max(1, min(math.ceil(empty_in), 60)),  # HTTP has whole seconds
         )
 
     def cancel(self, job: Job) -> None:
@@ -324,7 +316,8 @@ class Batcher:
         """
         timer = None
         if timeout is not None:
-            timer = self._loop.call_later(timeout, self._expire, job)
+            late = ApiError("no answer within the timeout", status=503, reason="deadline")
+            timer = self._loop.call_later(timeout, self._fail, job, late)
         try:
             return await job.answer
         except asyncio.CancelledError:
@@ -345,18 +338,10 @@ class Batcher:
         self._results.put(None)
         await asyncio.to_thread(self._courier.join)
 
-    def _expire(self, job: Job) -> None:
-        self._fail(job, ApiError("no answer within the timeout", status=503, reason="deadline"))
-
     def _fail(self, job: Job, error: Exception) -> None:
         self.queue.drop(job)
         if not job.answer.done():
             job.answer.set_exception(error)
-
-    def _retry_after(self) -> int:
-        """Estimated seconds until the queue is empty; at least 1, the smallest that HTTP has."""
-        wait = self.queue.images * self._seconds_per_image / self._engines
-        return max(1, min(math.ceil(wait), 60))
 
     def _work(self, engine: Engine) -> None:
         """The thread of one engine."""
@@ -369,7 +354,8 @@ class Batcher:
                 logits = engine.infer(batch)
             except Exception as error:  # whatever it is, the requests must be answered
                 failed = error
-            self._results.put((pieces, logits, failed, time.perf_counter() - began))
+            seconds = time.perf_counter() - began
+            self._results.put(partial(self._deliver, pieces, logits, failed, seconds))
             if logits is not None and self._after is not None:
                 self._after(batch, logits)
 
@@ -382,7 +368,7 @@ class Batcher:
         """
         while (result := self._results.get()) is not None:
             try:
-                self._loop.call_soon_threadsafe(self._deliver, *result)
+                self._loop.call_soon_threadsafe(result)
             except RuntimeError:  # the loop is closed: the process ends at once
                 return
 
@@ -408,8 +394,7 @@ class Batcher:
                 job.answer.set_result(job.logits)
             at += size
         self._failures = self._failures + 1 if failed else 0
-        each = seconds / at
-        self._seconds_per_image += _SMOOTHING * (each - self._seconds_per_image)
+        self._seconds_per_image += _SMOOTHING * (seconds / at - self._seconds_per_image)
         begun = [piece.job for piece in pieces if piece.start == 0]
         waited = tuple(job.begun - job.arrived for job in begun)
         not_finite = 0 if finite is None else int(np.count_nonzero(~finite))

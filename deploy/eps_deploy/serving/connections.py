@@ -6,6 +6,7 @@ Uvicorn's HTTP/1.1 protocol on httptools (llhttp), which has none of these limit
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import re
 from collections.abc import Callable, MutableMapping
@@ -37,16 +38,19 @@ _DRAIN_PAUSE = 0.2  # seconds that an idle connection stays open for a request t
 
 
 class LimitedProtocol(HttpToolsProtocol):
-    """One connection; `limits` and `shed` are set by :func:`limited_protocol`."""
+    """One connection.
 
-    limits: Limits
-    shed: Shed
+    `shed` receives method, URL and ASGI scope of a request, and whether the connection is kept
+    after it; it returns the answer if the request is to be shed.
+    """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, limits: Limits, shed: Shed, **given: Any) -> None:
+        super().__init__(**given)
+        self.limits = limits
+        self.shed = shed
         self._timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
-        self._header_bytes = 0
+        self._header_bytes = 0  # received of the header that is being read
         self._in_header = True
         self._rejected = False
         self._shed = False  # the request whose body is being read was answered by `shed`
@@ -58,15 +62,15 @@ class LimitedProtocol(HttpToolsProtocol):
         super().connection_made(transport)
         if len(self.connections) > self.limits.connections and not self._close_idle():
             self._reject(503, "too many connections", "Retry-After: 1\r\n")
-            return
-        self._set_timer(self.limits.header_seconds, "the request's headers took too long")
+        else:
+            self._time_header()
 
     def data_received(self, data: bytes) -> None:
         if self._rejected or self.transport.is_closing():
             return
         if self._in_header:
             if self._timer is None:
-                self._set_timer(self.limits.header_seconds, "the request's headers took too long")
+                self._time_header()
             self._header_bytes += len(data)
             data = _without_upgrade(data)
         super().data_received(data)
@@ -174,6 +178,9 @@ class LimitedProtocol(HttpToolsProtocol):
                 return True
         return False
 
+    def _time_header(self) -> None:
+        self._set_timer(self.limits.header_seconds, "the request's headers took too long")
+
     def _set_timer(self, seconds: float, message: str) -> None:
         self._clear_timer()
         self._timer = self.loop.call_later(seconds, self._too_slow, message)
@@ -231,15 +238,6 @@ def _without_upgrade(data: bytes) -> bytes:
     return _UPGRADE.sub(b"\r\nx-not-taken:", head) + data[len(head) :]
 
 
-def limited_protocol(limits: Limits, shed: Shed) -> type[LimitedProtocol]:
-    """Return the protocol's class for uvicorn with these limits.
-
-    `shed` receives method, URL and ASGI scope of a request, and whether the connection is kept
-    after it; it returns the answer if the request is to be shed.
-    """
-    return type("Limited", (LimitedProtocol,), {"limits": limits, "shed": staticmethod(shed)})
-
-
 # -- Load shedding
 #
 # Under overload nearly every answer is an error, and the accepted requests wait for the time that
@@ -252,11 +250,7 @@ class LoadShedder:
 
     def __init__(self, service: Service, access: Access) -> None:
         self._service = service
-        infer = f"/v2/models/{service.name}/infer"
-        self._endpoints = {
-            path.encode(): (path, name)
-            for path, name in ((infer, "infer"), ("/v1/classify", "classify"))
-        }
+        self._endpoints = {f"/v2/models/{service.name}/infer": "infer", "/v1/classify": "classify"}
         self._admitted = 0  # in this turn of the event loop: they are not in the queue yet
         self._middleware = HttpMiddleware(self._queue_full, access)
 
@@ -265,14 +259,9 @@ class LoadShedder:
 
         None: there may be room for it, or it is not for inference. A request with an unusual path
         (a version of the model, escapes) is left to the application as well.
-
-        Args:
-            method: of HTTP.
-            url: as it is in the request line.
-            scope: of ASGI, with `headers`.
-            keep_alive: whether the connection is kept after this request.
         """
-        endpoint = self._endpoints.get(url.partition(b"?")[0])
+        path = url.partition(b"?")[0].decode("latin-1")
+        endpoint = self._endpoints.get(path)
         if endpoint is None or method != b"POST":
             return None
         if self._admitted < self._service.room:
@@ -281,7 +270,7 @@ class LoadShedder:
                 asyncio.get_running_loop().call_soon(self._reset)
             self._admitted += 1
             return None
-        scope.update({"method": "POST", "path": endpoint[0], ENDPOINT: endpoint[1]})
+        scope.update({"method": "POST", "path": path, ENDPOINT: endpoint})
         last_header = b"" if keep_alive else b"connection: close\r\n"
         return _run_without_waiting(self._middleware, scope, last_header)
 
@@ -302,12 +291,8 @@ def _run_without_waiting(application: HttpMiddleware, scope: Scope, last_header:
     async def receive() -> Message:
         raise AssertionError("a shed request is not read")
 
-    running = application(scope, receive, send)
-    try:
-        running.send(None)
-    except StopIteration:
-        pass
-    else:
+    with contextlib.suppress(StopIteration):
+        application(scope, receive, send).send(None)
         raise AssertionError("load shedding awaits nothing")
     start, body = sent
     status = HTTPStatus(start["status"])

@@ -36,11 +36,10 @@ Shape = tuple[int, ...]
 
 
 class ApiError(EpsError):
-    """A request is answered with an error: `{"error": message}`.
+    """A request is answered with an error: `{"error": message}`, and this status of HTTP.
 
     Args:
         message: one line for the client.
-        status: of HTTP.
         reason: short name, for metrics and logs.
         retry_after: seconds after which to retry; None: a retry does not help.
         headers: further ones for the answer.
@@ -92,11 +91,7 @@ _MAX_TOLD = 80  # characters of a wrong value in a message
 class Signature:
     """Name, input and output of the model.
 
-    Attributes:
-        name, version: as they are in paths.
-        input_shape: shape `[C, H, W]` of one image.
-        labels: names of the classes, by index.
-        max_images: the most that one request may hold.
+    `input_shape` is the shape `[C, H, W]` of one image, `max_images` what one request may hold.
     """
 
     name: str
@@ -189,13 +184,9 @@ def validate(
 ) -> InferRequest:
     """Validate an inference request in the form of the protocol's JSON.
 
-    Args:
-        document: with `inputs`, and perhaps `id`, `parameters` and `outputs`.
-        read_pixels: returns the images of the one input, whose name, datatype and shape are right.
-        model: that is served.
+    `read_pixels` returns the images of the one input, whose name, datatype and shape are right.
 
-    Raises:
-        ApiError: not a request for this model; the message says what is wrong and where.
+    Raises ApiError: not a request for this model; the message says what is wrong and where.
     """
     given = convert(document, InferDocument)
     identifier = given.id or ""
@@ -237,11 +228,10 @@ def validate(
 
 
 def _check_shape(value: Any, model: Signature) -> Shape:
-    fixed = list(model.input_shape)
     sizes = value if isinstance(value, list) else []
-    whole = all(isinstance(size, int) and not isinstance(size, bool) for size in sizes)
-    if not whole or len(sizes) != 4 or sizes[1:] != fixed or sizes[0] < 1:
-        wanted = ", ".join(map(str, fixed))
+    whole = all(type(size) is int for size in sizes)  # True would pass for 1
+    if not whole or sizes[1:] != list(model.input_shape) or sizes[0] < 1:
+        wanted = ", ".join(map(str, model.input_shape))
         raise ApiError(f"the shape of {INPUT_NAME!r} is [N, {wanted}], not {shorten(value)}")
     if sizes[0] > model.max_images:
         raise ApiError(f"one request may hold up to {model.max_images} images")
@@ -263,12 +253,9 @@ def shorten(value: Any) -> str:
 
 @dataclass(frozen=True, slots=True)
 class OutputTensor:
-    """The output tensor of an answer.
+    """The output tensor of an answer, of datatype and shape in the protocol's words.
 
-    Attributes:
-        datatype, shape: in the protocol's words.
-        logits: float32 `[N, classes]`.
-        classes: `score:index:label` in UTF-8, best first, image by image; None: logits are wanted.
+    `classes` is `score:index:label` in UTF-8, best first, image by image; None: logits are wanted.
     """
 
     datatype: str
@@ -357,21 +344,15 @@ JSON_LENGTH = "Inference-Header-Content-Length"
 def read_request(body: bytes, json_length: int | None, model: Signature) -> InferRequest:
     """Parse and validate the body of an infer request.
 
-    Args:
-        body: all of it.
-        json_length: value of the header Inference-Header-Content-Length; None without one; 0: the
-            body is one image's raw pixels and nothing else.
-        model: that is served.
-
-    Raises:
-        ApiError: not a request for this model; the message says what is wrong and where.
+    `json_length` is the value of the header Inference-Header-Content-Length; 0: the body is one
+    image's raw pixels and nothing else. Raises the errors of :func:`validate`.
     """
     if json_length == 0:
         pixels = pixels_from_bytes(memoryview(body), (1, *model.input_shape))
         return InferRequest(images=pixels, binary=True)
     if json_length is not None and not 0 < json_length <= len(body):
         raise ApiError(f"{JSON_LENGTH} is {json_length}, the body has {len(body)} bytes")
-    document = parse_json(body if json_length is None else body[:json_length])
+    document = parse_json(body[:json_length])
     rest = memoryview(body)[len(body) if json_length is None else json_length :]
 
     def read_pixels(tensor: InputTensor, shape: Shape) -> Images:
@@ -424,9 +405,8 @@ def write_answer(
         "datatype": output.datatype,
         "shape": list(output.shape),
     }
-    raw = b""
+    raw = output.raw() if request.binary else b""
     if request.binary:
-        raw = output.raw()
         tensor["parameters"] = {"binary_data_size": len(raw)}
     elif output.classes is not None:
         tensor["data"] = [text.decode() for text in output.classes]
@@ -452,10 +432,8 @@ _INLINE_BYTES = 256 << 10  # parsed on the event loop; more would block every cl
 class RequestParser:
     """Parse small requests on the event loop and large ones on a thread.
 
-    Args:
-        workers: threads for the large ones.
-        limit: bytes to be parsed, beside raw tensors: a parsed number takes far more memory.
-        encoding: what is parsed, and where to send the tensor instead, for the error message.
+    `limit` is in bytes beside raw tensors: a parsed number takes far more memory. `encoding` says
+    what is parsed, and where to send the tensor instead, for the error message.
     """
 
     def __init__(self, workers: Executor, limit: int, encoding: tuple[str, str]) -> None:
@@ -464,10 +442,7 @@ class RequestParser:
         self._encoding = encoding
 
     async def parse(self, size: int, work: Callable[[], InferRequest]) -> InferRequest:
-        """Return the result of `work`, which parses `size` bytes.
-
-        Raises ApiError: more bytes than are accepted, or what `work` raises.
-        """
+        """Return the result of `work`, which parses `size` bytes. Raises ApiError: too many."""
         if size > self._limit:
             what, instead = self._encoding
             raise too_large(

@@ -9,15 +9,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import signal
 import socket
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
@@ -25,7 +24,7 @@ from eps_core.errors import ConfigError
 from eps_deploy.bundle import Bundle
 from eps_deploy.serving import middleware
 from eps_deploy.serving.app import Api
-from eps_deploy.serving.connections import LoadShedder, limited_protocol
+from eps_deploy.serving.connections import LimitedProtocol, LoadShedder
 from eps_deploy.serving.limits import Limits, Memory
 from eps_deploy.serving.metrics import Metrics
 from eps_deploy.serving.middleware import Access, HttpMiddleware
@@ -42,10 +41,7 @@ _SPARE_FILES = 64  # beside connections: models, libraries, logs
 
 
 def listen(host: str, port: int, option: str = "--port") -> socket.socket:
-    """Return a listening socket. Raises ConfigError: no such address, or the port is taken.
-
-    `option` names the option of the port, for the error message.
-    """
+    """Return a listening socket. Raises ConfigError: no such address, or the port is taken."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, kind, protocol, _, address = found[0]
@@ -59,8 +55,9 @@ def listen(host: str, port: int, option: str = "--port") -> socket.socket:
         listener.setblocking(False)
     except OSError as error:
         listener.close()
-        message = f"--host {host} {option} {port}: {_reason(error)}; choose another"
-        raise ConfigError(message) from None
+        raise ConfigError(
+            f"--host {host} {option} {port}: {_reason(error)}; choose another"
+        ) from None
     return listener
 
 
@@ -100,7 +97,6 @@ def allow_files(connections: int) -> None:
 
 # -- The process
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _DRAIN = 25  # seconds for the last answers; Kubernetes kills after 30
 _MIN_TOKEN = 16  # bytes; shorter ones can be guessed
 
@@ -109,14 +105,8 @@ _MIN_TOKEN = 16  # bytes; shorter ones can be guessed
 class Settings:
     """Options of `eps-serve`.
 
-    Attributes:
-        source: the model, and how it is run.
-        host, port: where to listen; port 0 picks a free one.
-        grpc_port: for gRPC; None: no gRPC.
-        limits: of what clients send.
-        token_file: holds the token that clients must send; None: they need none.
-        allow_load: whether clients may reload the bundle.
-        log_requests: log every request.
+    Port 0 picks a free one; without `grpc_port` there is no gRPC, without `token_file` clients need
+    no token. `allow_load`: clients may reload the bundle.
     """
 
     source: ModelSource
@@ -180,9 +170,10 @@ async def serve(
     )
     access = Access(metrics, token=token, log_requests=settings.log_requests)
     api = Api(service, metrics, limits=limits, memory=memory, allow_load=settings.allow_load)
+    protocol: Any = partial(LimitedProtocol, limits, LoadShedder(service, access).answer)
     config = uvicorn.Config(
         HttpMiddleware(api.router(), access),
-        http=limited_protocol(limits, LoadShedder(service, access).answer),
+        http=protocol,
         ws="none",
         lifespan="off",
         loop="asyncio",
@@ -195,6 +186,7 @@ async def serve(
     )
     server = _UvicornServer(config, service, listener)
     host, port = listener.getsockname()[:2]
+    where = f"[{host}]" if ":" in host else host
     if settings.grpc_port is not None:
         from eps_deploy.serving.rpc.servicer import RpcServer
 
@@ -203,10 +195,10 @@ async def serve(
         server.rpc = RpcServer(
             service, metrics, access, limits=limits, memory=memory, images=images
         )
-        await server.rpc.start(host, settings.grpc_port)
-        middleware.log(f"listening on grpc://{_in_url(host)}:{server.rpc.port}")
+        rpc_port = await server.rpc.start(where, settings.grpc_port)
+        middleware.log(f"listening on grpc://{where}:{rpc_port}")
     loading = asyncio.create_task(_load(service, bundle, server))
-    middleware.log(f"listening on http://{_in_url(host)}:{port}")
+    middleware.log(f"listening on http://{where}:{port}")
     started(server)
     try:
         await _run_both(server, listener)
@@ -231,22 +223,16 @@ async def _run_both(server: _UvicornServer, listener: socket.socket) -> None:
         await server.serve(sockets=[listener.dup()])
         return
 
-    async def watch() -> None:
-        try:
-            await rpc.wait()
-        finally:
-            server.should_exit = True
+    def end(_: asyncio.Task[None]) -> None:
+        server.should_exit = True
 
-    watching = asyncio.create_task(watch())
+    watching = asyncio.create_task(rpc.wait())
+    watching.add_done_callback(end)
     try:
         await server.serve(sockets=[listener.dup()])
     finally:
         await rpc.stop(_DRAIN)
     await watching
-
-
-def _in_url(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
 
 
 async def _load(service: Service, bundle: Bundle, server: _UvicornServer) -> None:
@@ -257,33 +243,20 @@ async def _load(service: Service, bundle: Bundle, server: _UvicornServer) -> Non
             return  # cancelled by the end of the server
         server.should_exit = True
         raise
-    model = service.current.model
-    engine = model.engines[0].describe()
+    engine = service.current.model.engines[0].describe()
     keys = ("runtime", "version", "provider", "device")
     facts = {key: engine[key] for key in keys if key in engine}
     middleware.log("ready", model=service.name, **facts)
 
 
 class _UvicornServer(uvicorn.Server):
-    """Uvicorn's server, which exits with 0: uvicorn's own handlers raise the signal again."""
+    """Uvicorn's server, which exits with 0: uvicorn raises the signals that its handler noted."""
 
     def __init__(self, config: uvicorn.Config, service: Service, listener: socket.socket) -> None:
         super().__init__(config)
         self.rpc: RpcServer | None = None
         self._service = service
         self._listener = listener
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.signal(number, self.handle_exit) for number in _SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.should_exit:

@@ -51,12 +51,6 @@ class ShadowBatch:
     served: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class _Batch:
-    images: Images
-    top: npt.NDArray[np.intp]
-
-
 class Shadow:
     """Run a share of the batches again; make and end it on the event loop.
 
@@ -86,7 +80,7 @@ class Shadow:
         # Random, not every n-th: clients that take turns would meet it always or never.
         self._random = random.Random(_SEED)
         self._changed = threading.Condition()
-        self._waiting: deque[_Batch] = deque()
+        self._waiting: deque[tuple[Images, npt.NDArray[np.intp]]] = deque()  # with best labels
         self._images = 0
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="eps-shadow", daemon=True)
@@ -100,19 +94,16 @@ class Shadow:
         with self._changed:
             if self._closed or self._random.random() >= self._share:
                 return
-            room = not self._waiting or self._images + len(images) <= _QUEUE
-            if room:
-                try:
+            if not self._waiting or self._images + len(images) <= _QUEUE:
+                # A MemoryError would end the thread of the served engine.
+                with contextlib.suppress(MemoryError):
                     # Pixels of one request are a view of its body, which must not stay for them.
                     kept = images if images.flags.owndata else images.copy()
-                except MemoryError:  # raised here, it would end the thread of the served engine
-                    room = False
-                else:
-                    self._waiting.append(_Batch(kept, logits.argmax(axis=1)))
+                    self._waiting.append((kept, logits.argmax(axis=1)))
                     self._images += len(images)
                     self._changed.notify()
-        if not room:
-            self._report(ShadowBatch(outcome="dropped", images=len(images)))
+                    return
+        self._report(ShadowBatch(outcome="dropped", images=len(images)))
 
     async def end(self) -> bool:
         """Drop what waits and free the engine; False when it is stuck in a batch."""
@@ -123,38 +114,38 @@ class Shadow:
         await asyncio.to_thread(self._thread.join, _JOIN_SECONDS)
         return not self._thread.is_alive()
 
-    def _take(self) -> _Batch | None:
+    def _take(self) -> tuple[Images, npt.NDArray[np.intp]] | None:
         with self._changed:
-            while not self._waiting and not self._closed:
-                self._changed.wait()
+            self._changed.wait_for(lambda: self._waiting or self._closed)
             if self._closed:
                 return None
-            batch = self._waiting.popleft()
-            self._images -= len(batch.images)
-            return batch
+            images, best = self._waiting.popleft()
+            self._images -= len(images)
+            return images, best
 
     def _work(self) -> None:
         _lower_priority()
         failing = False
         with self._engine as engine:
             while batch := self._take():
+                images, best = batch
                 try:
-                    served, _ = _timed(self._served, batch.images)
-                    seconds, logits = _timed(engine, batch.images)
+                    served, _ = _timed(self._served, images)
+                    seconds, logits = _timed(engine, images)
                     if not np.isfinite(logits).all():
                         raise EngineError("some of its logits are not finite")
                 except Exception as error:  # whatever it is, the server goes on
                     if not failing:
                         self._log(f"the shadow fails, and is only counted from now on: {error}")
                     failing = True
-                    self._report(ShadowBatch(outcome="failed", images=len(batch.images)))
+                    self._report(ShadowBatch(outcome="failed", images=len(images)))
                     continue
                 failing = False
                 self._report(
                     ShadowBatch(
                         outcome="compared",
-                        images=len(batch.images),
-                        disagreed=int(np.count_nonzero(logits.argmax(axis=1) != batch.top)),
+                        images=len(images),
+                        disagreed=int(np.count_nonzero(logits.argmax(axis=1) != best)),
                         seconds=seconds,
                         served=served,
                     )

@@ -186,27 +186,24 @@ class RpcServer:
                 ("ModelInfer", self._model_infer, False),
             )
         }
-        self.port = 0
         self._stopping: asyncio.Task[None] | None = None
         self._server = RegisteredServer(
             handlers, self._interceptor.reject_unknown, _channel_options(limits, size)
         )
 
-    async def start(self, address: str, port: int) -> None:
-        """Listen; afterwards :attr:`port` is the port. Raises ConfigError: the port is taken.
+    async def start(self, address: str, port: int) -> int:
+        """Listen, and return the port: for 0 a free one. Raises ConfigError: it is taken.
 
-        Args:
-            address: IP address; grpcio would listen on several for one name.
-            port: 0 picks a free one.
+        `address`: as in a URL; an IP address, because grpcio would listen on several for one name.
         """
-        where = f"[{address}]" if ":" in address else address
         try:
-            self.port = self._server.add_insecure_port(f"{where}:{port}")
+            found: int = self._server.add_insecure_port(f"{address}:{port}")
         except RuntimeError:
             raise ConfigError(
                 f"--grpc-port {port}: cannot be listened on; choose another"
             ) from None
         await self._server.start()
+        return found
 
     async def wait(self) -> None:
         """Wait until the server has ended. Raises what ended it, if not :meth:`stop`."""
