@@ -361,17 +361,11 @@ def openapi(name: str, signature: Signature | None) -> dict[str, Any]:
     text = text.replace("{model}", name).replace("{package_version}", version("eps-resnet"))
     accepted = ["AnyImages"]
     if signature is not None:
-        channels, height, width = signature.input_shape
         pixels, most = math.prod(signature.input_shape), signature.max_images
-        for placeholder, value in {
-            "channels": channels,
-            "height": height,
-            "width": width,
-            "pixels": pixels,
-            "min_pixels": 2 * pixels,
-            "max_pixels": most * pixels,
-            "max_images": most,
-        }.items():
+        numbers = dict(zip(("channels", "height", "width"), signature.input_shape, strict=True))
+        numbers |= {"pixels": pixels, "min_pixels": 2 * pixels}
+        numbers |= {"max_pixels": most * pixels, "max_images": most}
+        for placeholder, value in numbers.items():
             text = text.replace(f'"{{{placeholder}}}"', str(value))
         accepted = ["OneImage", "SeveralImages"] if most > 1 else ["OneImage"]
     filled: dict[str, Any] = json.loads(text)

@@ -63,21 +63,12 @@ class Memory:
 
 @asynccontextmanager
 async def read_body(
-    headers: dict[bytes, bytes],
-    receive: Receive,
-    limit: int,
-    memory: Memory,
-    option: str = "",
+    headers: dict[bytes, bytes], receive: Receive, limit: int, memory: Memory, option: str = ""
 ) -> AsyncIterator[bytes]:
     """Receive the body of a request; its memory stays counted until this context ends.
 
-    Args:
-        headers, receive: of ASGI.
-        limit: bytes that it may have.
-        memory: counts it.
-        option: of `eps-serve` that sets the limit, for the error message; "": none does.
-
-    Raises ApiError: larger than `limit`, compressed, or no memory for it.
+    `option` of `eps-serve` sets the limit; "": none does. Raises ApiError: larger than `limit`,
+    compressed, or no memory for it.
     """
     if headers.get(b"content-encoding", b"identity").lower() != b"identity":
         # Unpacked, it could be of any size (RFC 9110, 15.5.16).

@@ -102,12 +102,7 @@ class Totals:
 class Metrics:
     """All metrics of a server; for the event loop's thread only.
 
-    Args:
-        queued: returns the images that wait.
-        connections: returns the open connections of HTTP.
-        ready: returns whether the server answers.
-        held: returns the bytes of request bodies that are held.
-        shadow: whether there is one.
+    `queued` returns the images that wait, `held` the bytes of request bodies that are held.
     """
 
     def __init__(

@@ -77,9 +77,8 @@ HeaderList = list[tuple[bytes, bytes]]
 def trace_headers(request_id: bytes, traceparent: bytes) -> HeaderList:
     """Headers that identify a request, for its answer and the log.
 
-    Args:
-        request_id: the header X-Request-ID; replaced by a new one where it is not valid.
-        traceparent: the header (W3C Trace Context, 3.2); left out where it is not valid.
+    Where the client's are not valid, there is a new X-Request-ID, and no traceparent (W3C Trace
+    Context, 3.2).
     """
     valid = _REQUEST_ID.fullmatch(request_id)
     headers = [(b"x-request-id", request_id if valid else secrets.token_hex(8).encode())]
@@ -91,10 +90,7 @@ def trace_headers(request_id: bytes, traceparent: bytes) -> HeaderList:
 class Access:
     """Authentication, access log and request counts, for HTTP and gRPC.
 
-    Args:
-        metrics: count requests and errors.
-        token: that clients must send; None: none.
-        log_requests: log every request, not only those that failed because of this server.
+    Without `log_requests`, only requests that failed because of this server are logged.
     """
 
     def __init__(self, metrics: Metrics, *, token: bytes | None, log_requests: bool) -> None:
@@ -131,12 +127,10 @@ class Access:
         """Count and log a request that has its answer.
 
         Args:
-            endpoint, code: for metrics.
             began: `time.perf_counter` when it arrived.
             reason: of its API error; "": there was none.
             failed: whether the fault was the server's; not under overload, which must not fill a
                 disk as well.
-            trace: see :func:`trace_headers`.
             **facts: for the log, before what is logged of every request.
         """
         seconds = time.perf_counter() - began

@@ -32,10 +32,8 @@ def max_message_size(limits: Limits, images: tuple[int, ...]) -> int:
 class MessageReceiver:
     """Receive the messages of calls; belongs to the event loop.
 
-    Args:
-        limits: of connections, seconds and memory.
-        memory: counts what is held; messages that are being received take up to half of it.
-        max_size: bytes of a message; grpcio must be configured to reject larger ones.
+    Messages that are being received take up to half of the memory. grpcio must be configured to
+    reject those of more than `max_size` bytes.
     """
 
     def __init__(self, limits: Limits, memory: Memory, max_size: int) -> None:
@@ -117,7 +115,8 @@ class MessageReceiver:
 
 _RAW_INPUT_CONTENTS = 7 << 3 | 2  # tag: field 7, of bytes
 _MAX_FIELDS = 256  # a tensor, an output and each parameter are one
-_VARINT, _EIGHT_BYTES, _BYTES, _FOUR_BYTES = 0, 1, 2, 5  # wire types
+_VARINT, _BYTES = 0, 2  # wire types
+_FIXED_SIZES = {1: 8, 5: 4}  # bytes of a value, by wire type
 
 
 def split_raw_tensors(content: bytes) -> tuple[bytes, list[memoryview]]:
@@ -140,8 +139,8 @@ def split_raw_tensors(content: bytes) -> tuple[bytes, list[memoryview]]:
             end = start + size
         elif wire_type == _VARINT:
             end = _varint(content, start)[1]
-        elif wire_type in (_EIGHT_BYTES, _FOUR_BYTES):
-            end = start + (8 if wire_type == _EIGHT_BYTES else 4)
+        elif wire_type in _FIXED_SIZES:
+            end = start + _FIXED_SIZES[wire_type]
         else:
             raise _malformed()
         if end > len(content):

@@ -13,7 +13,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 from open_inference.grpc import protocol
 
 from eps_core.errors import ConfigError
@@ -41,25 +41,20 @@ from eps_deploy.serving.rpc.flow_control import (
     max_message_size,
     split_raw_tensors,
 )
-from eps_deploy.serving.service import ServedModel, Service
+from eps_deploy.serving.service import Service
 
 # -- Messages
 
 _MAX_AXES = 40  # of a shape that are read: more are wrong, and there may be millions
 
-M = TypeVar("M")
+M = TypeVar("M", bound=Message)
 
 
 def read_infer(rest: bytes, raw: Sequence[memoryview], model: Signature) -> InferRequest:
     """Parse and validate a ModelInferRequest.
 
-    Args:
-        rest: the message without its raw tensors.
-        raw: its field `raw_input_contents`.
-        model: that is served.
-
-    Raises:
-        ApiError: not a request for this model; the message says what is wrong and where.
+    `rest` is the message without `raw`, its field `raw_input_contents`. Raises ApiError: not a
+    request for this model; the message says what is wrong and where.
     """
     message = _parse(protocol.ModelInferRequest, rest)
     model.check(message.model_name, message.model_version or model.version)
@@ -128,18 +123,16 @@ def write_infer(request: InferRequest, logits: Logits, model: Signature) -> byte
 
 
 def _parse(kind: type[M], content: bytes) -> M:
-    message: Any = kind()
     try:
-        message.ParseFromString(content)
+        message: M = kind.FromString(content)
     except DecodeError:
         raise ApiError(
             f"the message is no {kind.__name__} of the Open Inference Protocol"
         ) from None
-    parsed: M = message
-    return parsed
+    return message
 
 
-def _encode(message: Any) -> bytes:
+def _encode(message: Message) -> bytes:
     encoded: bytes = message.SerializeToString()
     return encoded
 
@@ -228,7 +221,7 @@ class RpcServer:
         self._interceptor.released.set()
         await stopping
 
-    # -- Methods: each receives grpcio's context and returns an encoded message
+    # -- Methods
 
     async def _server_live(self, context: Any) -> bytes:
         return _encode(protocol.ServerLiveResponse(live=self._service.live))
@@ -241,19 +234,19 @@ class RpcServer:
 
     async def _model_ready(self, context: Any) -> bytes:
         """False, like Triton, also for a model that does not exist or is not loaded."""
-        name, version = await self._read_model(context)
+        message = await self._read_model(context)
         try:
-            self._check(self._service.current, name, version)
+            _check(message, self._service.current.signature)
             ready = self._service.ready
         except ApiError:
             ready = False
         return _encode(protocol.ModelReadyResponse(ready=ready))
 
     async def _model_metadata(self, context: Any) -> bytes:
-        name, version = await self._read_model(context)
-        served = self._service.current
-        self._check(served, name, version)
-        return _encode(protocol.ModelMetadataResponse(**served.model.metadata()))
+        message = await self._read_model(context)
+        model = self._service.current.model
+        _check(message, model.signature)
+        return _encode(protocol.ModelMetadataResponse(**model.metadata()))
 
     async def _model_infer(self, context: Any) -> bytes:
         began = time.perf_counter()
@@ -274,18 +267,18 @@ class RpcServer:
         self._metrics.inferred(time.perf_counter() - began, len(logits))
         return answer
 
-    async def _read_model(self, context: Any) -> tuple[str, str]:
-        """Name and version in a ModelReadyRequest or ModelMetadataRequest: they look the same."""
+    async def _read_model(self, context: Any) -> protocol.ModelMetadataRequest:
+        """Receive a ModelMetadataRequest, or a ModelReadyRequest, which looks the same."""
         async with self._receiver.message(context) as content:
             if len(content) > _MAX_NAME_MESSAGE:
                 raise too_large(
                     f"the message is larger than the {_MAX_NAME_MESSAGE} bytes that are accepted"
                 )
-            message = _parse(protocol.ModelMetadataRequest, content)
-            return message.name, message.version
+            return _parse(protocol.ModelMetadataRequest, content)
 
-    def _check(self, served: ServedModel, name: str, version: str) -> None:
-        served.signature.check(name, version or served.signature.version)
+
+def _check(message: protocol.ModelMetadataRequest, model: Signature) -> None:
+    model.check(message.name, message.version or model.version)
 
 
 _MAX_AGE = 600  # seconds; then a client reconnects, perhaps to a new server
