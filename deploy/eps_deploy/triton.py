@@ -23,7 +23,6 @@ from typing import Any, Literal
 from eps_deploy.engines.base import INPUT_NAME, OUTPUT_NAME, Images, padded_sizes
 
 FOLDER = "triton"
-ONNX_CONFIG = "onnx"
 _ONNX, _PLAN = "model.onnx", "model.plan"
 _WARM_UPS = 4  # images; each is run alone, the first also as the largest batch
 
@@ -36,7 +35,6 @@ class TritonModel:
 
     Attributes:
         input_shape: `[C, H, W]` of one image.
-        labels: names of the classes, by index.
         preprocessing: how an image becomes the input, for clients, which do it.
         max_batch: largest batch; with a plan, of its profile.
         kind: where ONNX Runtime runs `model.onnx`; KIND_AUTO: on a GPU if there is one.
@@ -62,12 +60,7 @@ def write_repository(folder: Path, model: TritonModel, samples: Images, *, name:
         model: to be described.
         samples: real images, uint8 `[N, C, H, W]`, N at least 1; the first few become warm-ups.
         name: of the model, as `check_name` accepts it.
-
-    Raises:
-        OSError: the folder cannot be written.
     """
-    assert len(samples) > 0
-    assert samples.shape[1:] == tuple(model.input_shape)
     root = folder / FOLDER / name
     (root / "1").mkdir(parents=True)
     (root / "warmup").mkdir()
@@ -84,7 +77,7 @@ def write_repository(folder: Path, model: TritonModel, samples: Images, *, name:
         _link(folder / _PLAN, root / "1" / _PLAN)
         _write_lines(root / "config.pbtxt", [*common, *_plan(model, model.capability)])
         (root / "configs").mkdir()
-        _write_lines(root / "configs" / f"{ONNX_CONFIG}.pbtxt", onnx)
+        _write_lines(root / "configs" / "onnx.pbtxt", onnx)
     _write_lines(root / "labels.txt", [" ".join(label.split()) for label in model.labels])
     return root
 
@@ -94,7 +87,7 @@ def _common(model: TritonModel, name: str, warm_ups: Sequence[str]) -> list[str]
 
     The dynamic batcher has its defaults: it takes as many waiting requests as fit, without delay.
     """
-    image = f"data_type: TYPE_UINT8 dims: [ {', '.join(map(str, model.input_shape))} ]"
+    image = f"data_type: TYPE_UINT8 dims: {_dims(model)}"
     classes = len(model.labels)
     runs = [(1, file) for file in warm_ups]
     if model.max_batch > 1:
@@ -115,6 +108,10 @@ def _common(model: TritonModel, name: str, warm_ups: Sequence[str]) -> list[str]
             for batch, file in runs
         ),
     ]
+
+
+def _dims(model: TritonModel) -> str:
+    return f"[ {', '.join(map(str, model.input_shape))} ]"
 
 
 def _onnx(model: TritonModel) -> list[str]:
@@ -139,15 +136,12 @@ def _plan(model: TritonModel, capability: str) -> list[str]:
     batch within the bounds of a graph in that graph.
     """
     profiles = ", ".join(f'"{index}"' for index in range(min(model.max_batch, 2)))
-    shape = f'key: "{INPUT_NAME}" value {{ dim: [ {", ".join(map(str, model.input_shape))} ] }}'
+    shape = f'input {{ key: "{INPUT_NAME}" value {{ dim: {_dims(model)} }} }}'
     graphs = []
     lowest = 1
     for size in padded_sizes(model.max_batch):
-        bound = f" graph_lower_bound {{ batch_size: {lowest} input {{ {shape} }} }}"
-        graphs.append(
-            f"  graph_spec [ {{ batch_size: {size} input {{ {shape} }}"
-            f"{bound if lowest < size else ''} }} ]"
-        )
+        bound = f" graph_lower_bound {{ batch_size: {lowest} {shape} }}" if lowest < size else ""
+        graphs.append(f"  graph_spec [ {{ batch_size: {size} {shape}{bound} }} ]")
         lowest = size + 1
     return [
         'backend: "tensorrt"',

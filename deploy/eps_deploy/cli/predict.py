@@ -13,7 +13,7 @@ from eps_core.errors import DataError
 
 if TYPE_CHECKING:
     from eps_deploy.bundle import Bundle
-    from eps_deploy.engines.base import Engine, Images
+    from eps_deploy.engines.base import Engine
 
 _FILE = click.Path(path_type=Path)
 _BATCH = 32
@@ -65,9 +65,7 @@ def predict(
 ) -> Iterator[dict[str, Any]]:
     """Label the images at `paths`, in order.
 
-    Yields:
-        `{image, top: [{label, probability}, ...]}` with the `top` most probable labels, most
-        probable first, or `{image, error}`.
+    Yields `{image, top: [{label, probability}, ...]}`, most probable first, or `{image, error}`.
     """
     import numpy as np
 
@@ -75,24 +73,24 @@ def predict(
 
     batch = min(_BATCH, engine.max_batch)
     for start in range(0, len(paths), batch):
-        group = paths[start : start + batch]
-        pixels: dict[Path, Images] = {}
-        answers: dict[Path, dict[str, Any]] = {}
-        for path in group:
+        answers: list[dict[str, Any]] = []
+        read: list[dict[str, Any]] = []
+        pixels = []
+        for path in paths[start : start + batch]:
+            answers.append({"image": str(path)})
             try:
-                pixels[path] = bundle.preprocessing.read(path)
+                pixels.append(bundle.preprocessing.read(path))
+                read.append(answers[-1])
             except DataError as error:
-                answers[path] = {"error": str(error)}
-        if pixels:
-            logits = engine.infer(np.stack(list(pixels.values())))
-            for path, row, finite in zip(pixels, logits, finite_rows(logits), strict=True):
-                if finite:
-                    answers[path] = {"top": best(row, bundle.labels, top)}
-                else:
-                    problem = "the network's logits are not finite for this image"
-                    answers[path] = {"error": f"{path}: {problem}"}
-        for path in group:
-            yield {"image": str(path), **answers[path]}
+                answers[-1]["error"] = str(error)
+        logits = engine.infer(np.stack(pixels)) if pixels else np.empty((0, 1), np.float32)
+        for answer, row, finite in zip(read, logits, finite_rows(logits), strict=True):
+            if finite:
+                answer["top"] = best(row, bundle.labels, top)
+            else:
+                problem = "the network's logits are not finite for this image"
+                answer["error"] = f"{answer['image']}: {problem}"
+        yield from answers
 
 
 def best(logits: Any, labels: Sequence[str], top: int) -> list[dict[str, Any]]:

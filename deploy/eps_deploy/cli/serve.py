@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from eps_deploy.bundle import Choice
 
 _PATH = click.Path(path_type=Path)
-_MIB = 1 << 20
-_MEGA = 1_000_000
 
 
 def _finite(context: click.Context, parameter: click.Parameter, value: float) -> float:
@@ -26,12 +24,11 @@ def _finite(context: click.Context, parameter: click.Parameter, value: float) ->
     return value
 
 
-@click.command()
+@click.command(context_settings={"show_default": True})
 @click.argument("bundle", type=_PATH)
 @click.option(
     "--host",
     default="127.0.0.1",
-    show_default=True,
     metavar="ADDRESS",
     help="Address to listen on; 0.0.0.0 listens on all interfaces.",
 )
@@ -39,7 +36,6 @@ def _finite(context: click.Context, parameter: click.Parameter, value: float) ->
     "--port",
     type=click.IntRange(0, 65535),
     default=8000,
-    show_default=True,
     metavar="PORT",
     help="Port to listen on; 0 picks a free one.",
 )
@@ -53,14 +49,12 @@ def _finite(context: click.Context, parameter: click.Parameter, value: float) ->
     "--provider",
     type=click.Choice(["auto", "cpu", "cuda"]),
     default="auto",
-    show_default=True,
     help="ONNX Runtime execution provider; auto uses CUDA where it runs the network, else the CPU.",
 )
 @click.option(
     "--max-queue",
     type=click.IntRange(1, 1_000_000),
     default=256,
-    show_default=True,
     metavar="N",
     help="Maximum number of images that wait; further requests are answered with 503.",
 )
@@ -68,7 +62,6 @@ def _finite(context: click.Context, parameter: click.Parameter, value: float) ->
     "--max-delay-ms",
     type=click.FloatRange(0, 10_000),
     default=0.0,
-    show_default=True,
     callback=_finite,
     metavar="X",
     help="Maximum time in ms that an image waits for a larger batch while an engine is free.",
@@ -106,7 +99,6 @@ def _finite(context: click.Context, parameter: click.Parameter, value: float) ->
     "--shadow-share",
     type=click.FloatRange(0, 1, min_open=True),
     default=0.1,
-    show_default=True,
     callback=_finite,
     metavar="X",
     help="Fraction of the batches that --shadow runs.",
@@ -115,7 +107,6 @@ def _finite(context: click.Context, parameter: click.Parameter, value: float) ->
     "--max-body",
     type=click.IntRange(1, 4096),
     default=32,
-    show_default=True,
     metavar="MIB",
     help="Maximum size of a request in MiB.",
 )
@@ -123,7 +114,6 @@ def _finite(context: click.Context, parameter: click.Parameter, value: float) ->
     "--max-pixels",
     type=click.IntRange(1, 150),
     default=50,
-    show_default=True,
     metavar="MPX",
     help="Maximum size of an image in megapixels.",
 )
@@ -131,7 +121,6 @@ def _finite(context: click.Context, parameter: click.Parameter, value: float) ->
     "--max-connections",
     type=click.IntRange(1, 100_000),
     default=1000,
-    show_default=True,
     metavar="N",
     help="Maximum number of open connections on each port.",
 )
@@ -163,7 +152,7 @@ def cli(
     On SIGTERM or Ctrl-C, finish in-flight requests and exit 0; a second signal exits immediately.
     """
     from eps_deploy.serving.batching import Batching
-    from eps_deploy.serving.limits import Limits
+    from eps_deploy.serving.limits import MIB, Limits
     from eps_deploy.serving.model import ModelSource, ShadowOptions
     from eps_deploy.serving.server import Settings, run
 
@@ -177,30 +166,30 @@ def cli(
     if shadow is not None:
         other = Path(shadow) if shadow != "baseline" else None
         shadow_options = ShadowOptions(path=other, share=shadow_share)
+    source = ModelSource(
+        path=bundle,
+        engine_cache=engine_cache,
+        provider=provider,
+        batching=batching,
+        shadow=shadow_options,
+    )
     limits = Limits(
-        body=max_body * _MIB,
-        memory=8 * max_body * _MIB,
-        pixels=max_pixels * _MEGA,
+        body=max_body * MIB,
+        memory=8 * max_body * MIB,
+        pixels=max_pixels * 1_000_000,
         connections=max_connections,
     )
-    run(
-        Settings(
-            source=ModelSource(
-                path=bundle,
-                engine_cache=engine_cache,
-                provider=provider,
-                batching=batching,
-                shadow=shadow_options,
-            ),
-            host=host,
-            port=port,
-            grpc_port=grpc_port,
-            limits=limits,
-            token_file=token_file,
-            allow_load=allow_load,
-            log_requests=log_requests,
-        )
+    settings = Settings(
+        source=source,
+        host=host,
+        port=port,
+        grpc_port=grpc_port,
+        limits=limits,
+        token_file=token_file,
+        allow_load=allow_load,
+        log_requests=log_requests,
     )
+    run(settings)
 
 
 def main() -> NoReturn:
