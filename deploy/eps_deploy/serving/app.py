@@ -17,9 +17,9 @@ from functools import cache, partial
 from importlib.metadata import version
 from importlib.resources import files
 from typing import Any
-from urllib.parse import parse_qs
 
 from msgspec import Struct
+from starlette.datastructures import QueryParams
 from starlette.routing import Route, Router
 
 from eps_core.errors import EpsError
@@ -41,13 +41,13 @@ from eps_deploy.serving.model import VERSION, Model
 from eps_deploy.serving.protocol import (
     JSON_LENGTH,
     ApiError,
-    RequestParser,
     Signature,
     busy,
     convert,
     decode_image,
     not_found,
     parse_json,
+    parse_request,
     read_request,
     server_metadata,
     write_answer,
@@ -56,7 +56,6 @@ from eps_deploy.serving.service import ServedModel, Service
 
 _EXTENSIONS = ("binary_tensor_data", "classification", "model_configuration", "statistics")
 _JSON_LENGTH = JSON_LENGTH.lower().encode()
-_JSON_ALTERNATIVE = ("of JSON", "as raw bytes after the JSON")
 _DECODER_THREADS = 2
 _TOP = 5  # labels, unless the client asks for another number
 _MAX_PARAMETERS = 64 << 10  # bytes of a body that holds only parameters
@@ -88,7 +87,6 @@ class Api:
         self._memory = memory
         self._allow_load = allow_load
         self._workers = ThreadPoolExecutor(_DECODER_THREADS, thread_name_prefix="eps-decode")
-        self._parser = RequestParser(self._workers, limits.json, _JSON_ALTERNATIVE)
         self._decoding = 0  # images that wait for a worker or are decoded by one
 
     def routes(self) -> list[tuple[str, str, str, Handler]]:
@@ -151,7 +149,13 @@ class Api:
             async with self._body(headers, receive) as content:
                 size = len(content) if json_length is None else min(json_length, len(content))
                 work = partial(read_request, content, json_length, served.signature)
-                request = await self._parser.parse(size, work)
+                request = await parse_request(
+                    work,
+                    size,
+                    limit=self._limits.json,
+                    workers=self._workers,
+                    told=("of JSON", "as raw bytes after the JSON"),
+                )
                 logits = await _run(scope, served, request.images, request.timeout)
                 answer, length = write_answer(request, logits, served.signature)
         if length is None:
@@ -318,8 +322,7 @@ def _json_length(headers: dict[bytes, bytes]) -> int | None:
 
 
 def _top(scope: Scope) -> int:
-    query = parse_qs(scope["query_string"].decode("latin-1"), keep_blank_values=True)
-    given = query.get("top", [str(_TOP)])[-1]
+    given = QueryParams(scope["query_string"]).get("top", str(_TOP))
     if not (given.isascii() and given.isdigit()) or len(given) > 6 or int(given) < 1:
         raise ApiError("top must be a number of labels, at least 1")
     return int(given)

@@ -40,12 +40,7 @@ VERSION = "1"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShadowOptions:
-    """Options of `--shadow`.
-
-    Attributes:
-        path: a bundle's folder; None: the baseline in the served bundle.
-        share: fraction of the batches, above 0 and at most 1.
-    """
+    """A bundle's folder (None: the baseline in the served bundle) and its share of the batches."""
 
     path: Path | None
     share: float
@@ -53,13 +48,7 @@ class ShadowOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSource:
-    """Options of loading and running the model.
-
-    Attributes:
-        path: the bundle's folder.
-        engine_cache: folder for plans that are built here.
-        provider: of ONNX Runtime; `auto`: the GPU where it runs the network, else the CPU.
-    """
+    """Options of loading and running the model: the bundle at `path`."""
 
     path: Path
     engine_cache: Path | None = None
@@ -99,47 +88,31 @@ class Model:
 
     def metadata(self) -> dict[str, Any]:
         """The model's metadata in the words of KServe v2."""
-        inputs = {
-            "name": INPUT_NAME,
-            "datatype": DATATYPE,
-            "shape": [-1, *self.signature.input_shape],
-        }
-        outputs = {
-            "name": OUTPUT_NAME,
-            "datatype": "FP32",
-            "shape": [-1, len(self.signature.labels)],
-        }
+        model = self.signature
+        shape, classes = [-1, *model.input_shape], [-1, len(model.labels)]
         return {
-            "name": self.signature.name,
-            "versions": [self.signature.version],
+            "name": model.name,
+            "versions": [model.version],
             "platform": self.platform,
-            "inputs": [inputs],
-            "outputs": [outputs],
+            "inputs": [{"name": INPUT_NAME, "datatype": DATATYPE, "shape": shape}],
+            "outputs": [{"name": OUTPUT_NAME, "datatype": "FP32", "shape": classes}],
         }
 
     def config(self) -> dict[str, Any]:
         """The model configuration as Triton has it: sizes are without the batch."""
+        model = self.signature
+        shape, classes = list(model.input_shape), [len(model.labels)]
         provider = self.engines[0].describe().get("provider")
         kind = "KIND_CPU" if provider == "CPUExecutionProvider" else "KIND_GPU"
         parameters = {"preprocessing": json.dumps(self.bundle.preprocessing.described())}
         if provider is not None:
             parameters["execution_provider"] = str(provider)
-        inputs = {
-            "name": INPUT_NAME,
-            "data_type": f"TYPE_{DATATYPE}",
-            "dims": list(self.signature.input_shape),
-        }
-        outputs = {
-            "name": OUTPUT_NAME,
-            "data_type": "TYPE_FP32",
-            "dims": [len(self.signature.labels)],
-        }
         return {
-            "name": self.signature.name,
+            "name": model.name,
             "platform": self.platform,
             "max_batch_size": self.max_batch,
-            "input": [inputs],
-            "output": [outputs],
+            "input": [{"name": INPUT_NAME, "data_type": f"TYPE_{DATATYPE}", "dims": shape}],
+            "output": [{"name": OUTPUT_NAME, "data_type": "TYPE_FP32", "dims": classes}],
             "instance_group": [{"count": len(self.engines), "kind": kind}],
             "parameters": {key: {"string_value": value} for key, value in parameters.items()},
         }
@@ -148,17 +121,12 @@ class Model:
 def read_bundle(path: Path, engine_cache: Path | None) -> Bundle:
     """Read and verify a bundle. Raises FileFormatError; ConfigError: it needs an engine cache."""
     bundle = load_bundle(path)
-    if is_deferred(bundle) and engine_cache is None:
+    if bundle.manifest["engine"].get("deferred") and engine_cache is None:
         raise ConfigError(
             f"{path}: its plan is still to be built, on this machine; name a folder for it with"
             " --engine-cache DIR"
         )
     return bundle
-
-
-def is_deferred(bundle: Bundle) -> bool:
-    """Whether the plan was left to the server (`eps-deploy --defer-build`)."""
-    return bool(bundle.manifest["engine"].get("deferred"))
 
 
 def open_model(bundle: Bundle, source: ModelSource, *, log: Log, stop: threading.Event) -> Model:
@@ -204,12 +172,8 @@ def open_model(bundle: Bundle, source: ModelSource, *, log: Log, stop: threading
         labels=bundle.labels,
         max_images=source.batching.max_queue,
     )
-    return Model(
-        bundle=bundle,
-        engines=tuple(engines),
-        signature=signature,
-        card=_card(bundle, facts, proof),
-    )
+    card = _card(bundle, facts, proof)
+    return Model(bundle=bundle, engines=tuple(engines), signature=signature, card=card)
 
 
 def opener(
@@ -234,7 +198,7 @@ def opener(
             f"--provider {source.provider}: only applies to ONNX Runtime, and {bundle.root} is for"
             " TensorRT; leave it out"
         )
-    if not is_deferred(bundle):
+    if not bundle.manifest["engine"].get("deferred"):
         return lambda: open_engine(bundle, contexts=contexts)
     assert source.engine_cache is not None, "read_bundle has checked it"
     cache = PlanCache(source.engine_cache, log=log, stop=stop)

@@ -429,29 +429,26 @@ def write_answer(
 _INLINE_BYTES = 256 << 10  # parsed on the event loop; more would block every client
 
 
-class RequestParser:
-    """Parse small requests on the event loop and large ones on a thread.
+async def parse_request(
+    work: Callable[[], InferRequest],
+    size: int,
+    *,
+    limit: int,
+    workers: Executor,
+    told: tuple[str, str],
+) -> InferRequest:
+    """Return the result of `work`, which parses `size` bytes; many are parsed by the `workers`.
 
-    `limit` is in bytes beside raw tensors: a parsed number takes far more memory. `encoding` says
-    what is parsed, and where to send the tensor instead, for the error message.
+    Raises ApiError: more than `limit` bytes, beside raw tensors: a parsed number takes far more
+    memory. `told` is what is parsed, and where to send the tensor instead.
     """
-
-    def __init__(self, workers: Executor, limit: int, encoding: tuple[str, str]) -> None:
-        self._workers = workers
-        self._limit = limit
-        self._encoding = encoding
-
-    async def parse(self, size: int, work: Callable[[], InferRequest]) -> InferRequest:
-        """Return the result of `work`, which parses `size` bytes. Raises ApiError: too many."""
-        if size > self._limit:
-            what, instead = self._encoding
-            raise too_large(
-                f"{size} bytes {what}; at most {self._limit} are accepted:"
-                f" send the tensor {instead}"
-            )
-        if size <= _INLINE_BYTES:
-            return work()
-        return await asyncio.get_running_loop().run_in_executor(self._workers, work)
+    if size > limit:
+        raise too_large(
+            f"{size} bytes {told[0]}; at most {limit} are accepted: send the tensor {told[1]}"
+        )
+    if size <= _INLINE_BYTES:
+        return work()
+    return await asyncio.get_running_loop().run_in_executor(workers, work)
 
 
 # -- Images: JPEG, PNG or WebP, decoded within limits

@@ -154,19 +154,19 @@ async def serve(
     """
     limits = settings.limits
     memory = Memory(limits.memory)
-    service = Service(
-        settings.source,
-        name=bundle.name,
-        log=middleware.log,
-        observe=lambda ran: metrics.ran(ran),
-        compared=lambda batch: metrics.compared(batch),
-    )
     metrics = Metrics(
         queued=lambda: service.queued,
         connections=lambda: len(server.server_state.connections),
         ready=lambda: service.ready,
         held=lambda: memory.used,
         shadow=settings.source.shadow is not None,
+    )
+    service = Service(
+        settings.source,
+        name=bundle.name,
+        log=middleware.log,
+        observe=metrics.ran,
+        compared=metrics.compared,
     )
     access = Access(metrics, token=token, log_requests=settings.log_requests)
     api = Api(service, metrics, limits=limits, memory=memory, allow_load=settings.allow_load)

@@ -30,7 +30,6 @@ from eps_deploy.serving.batching import Batching
 from eps_deploy.serving.model import (
     ModelSource,
     build_options,
-    is_deferred,
     open_model,
     opener,
     read_bundle,
@@ -252,7 +251,7 @@ def test_a_manifest_that_does_not_say_how(bundle: Path, tmp_path: Path, builds: 
 
 
 def test_a_cache_must_be_named(bundle: Path) -> None:
-    assert is_deferred(defer(bundle))
+    assert defer(bundle).manifest["engine"]["deferred"]
     with pytest.raises(ConfigError, match="--engine-cache DIR"):
         read_bundle(bundle, None)
 

@@ -15,8 +15,8 @@ import pytest
 from eps_deploy.serving.protocol import (
     ApiError,
     InferRequest,
-    RequestParser,
     Signature,
+    parse_request,
     read_request,
     write_answer,
 )
@@ -288,11 +288,15 @@ def test_small_requests_are_parsed_at_once_and_large_ones_on_a_thread() -> None:
 
     async def body() -> None:
         with ThreadPoolExecutor(1) as workers:
-            parser = RequestParser(workers, limit, ("of JSON", "elsewhere"))
-            assert (await parser.parse(100, work)).id == ""
-            assert (await parser.parse(limit, work)).id == ""
+
+            async def parse(size: int) -> InferRequest:
+                told = ("of JSON", "elsewhere")
+                return await parse_request(work, size, limit=limit, workers=workers, told=told)
+
+            assert (await parse(100)).id == ""
+            assert (await parse(limit)).id == ""
             with pytest.raises(ApiError) as caught:
-                await parser.parse(limit + 1, work)
+                await parse(limit + 1)
         assert caught.value.status == 413
         assert str(caught.value) == (
             "1048577 bytes of JSON; at most 1048576 are accepted: send the tensor elsewhere"

@@ -25,10 +25,10 @@ from eps_deploy.serving.protocol import (
     ApiError,
     InferRequest,
     InputTensor,
-    RequestParser,
     Shape,
     Signature,
     output_tensor,
+    parse_request,
     pixels_from_bytes,
     pixels_from_integers,
     server_metadata,
@@ -139,7 +139,6 @@ def _encode(message: Message) -> bytes:
 
 # -- The server
 
-_JSON_ALTERNATIVE = ("beside raw_input_contents", "there")
 _PARSER_THREADS = 2
 _MAX_NAME_MESSAGE = 64 << 10  # bytes of a message that only names a model
 _DRAIN_PAUSE = 0.2  # seconds for calls that are on their way when the server is stopped
@@ -165,8 +164,8 @@ class RpcServer:
         self._metrics = metrics
         size = max_message_size(limits, images)
         self._receiver = MessageReceiver(limits, memory, size)
-        workers = ThreadPoolExecutor(_PARSER_THREADS, thread_name_prefix="eps-rpc-parse")
-        self._parser = RequestParser(workers, limits.json, _JSON_ALTERNATIVE)
+        self._max_parsed = limits.json
+        self._workers = ThreadPoolExecutor(_PARSER_THREADS, thread_name_prefix="eps-rpc-parse")
         self._interceptor = RpcInterceptor(access, max_calls=limits.connections)
         handlers = {
             name: self._interceptor.handler(name, method, open=open)
@@ -256,7 +255,13 @@ class RpcServer:
             async with self._receiver.message(context) as content:
                 rest, raw = split_raw_tensors(content)
                 work = partial(read_infer, rest, raw, served.signature)
-                request = await self._parser.parse(len(rest), work)
+                request = await parse_request(
+                    work,
+                    len(rest),
+                    limit=self._max_parsed,
+                    workers=self._workers,
+                    told=("beside raw_input_contents", "there"),
+                )
                 # Within the request's own timeout and the client's deadline. When the client goes
                 # away grpcio cancels this, and the images leave the queue.
                 timeouts = (request.timeout, context.time_remaining())
@@ -281,13 +286,6 @@ def _check(message: protocol.ModelMetadataRequest, model: Signature) -> None:
     model.check(message.name, message.version or model.version)
 
 
-_MAX_AGE = 600  # seconds; then a client reconnects, perhaps to a new server
-_MAX_AGE_GRACE = 60
-_KEEPALIVE = 60  # seconds after which a silent client with a call is pinged
-_MIN_PING_INTERVAL = 10  # seconds between the pings of a client, which may come without any call
-_MILLI = 1000
-
-
 def _channel_options(limits: Limits, size: int) -> list[tuple[str, int]]:
     """Channel arguments, by the names in gRPC's `channel_arg_names.h`."""
     return [
@@ -297,10 +295,10 @@ def _channel_options(limits: Limits, size: int) -> list[tuple[str, int]]:
         ("grpc.absolute_max_metadata_size", limits.header),
         ("grpc.max_allowed_incoming_connections", limits.connections),
         ("grpc.max_concurrent_streams", limits.connections),
-        ("grpc.server_handshake_timeout_ms", int(limits.header_seconds * _MILLI)),
-        ("grpc.max_connection_idle_ms", limits.idle_seconds * _MILLI),
-        ("grpc.max_connection_age_ms", _MAX_AGE * _MILLI),
-        ("grpc.max_connection_age_grace_ms", _MAX_AGE_GRACE * _MILLI),
-        ("grpc.keepalive_time_ms", _KEEPALIVE * _MILLI),
-        ("grpc.http2.min_ping_interval_without_data_ms", _MIN_PING_INTERVAL * _MILLI),
+        ("grpc.server_handshake_timeout_ms", int(limits.header_seconds * 1000)),
+        ("grpc.max_connection_idle_ms", limits.idle_seconds * 1000),
+        ("grpc.max_connection_age_ms", 600_000),  # then a client reconnects, perhaps elsewhere
+        ("grpc.max_connection_age_grace_ms", 60_000),
+        ("grpc.keepalive_time_ms", 60_000),  # then a silent client with a call is pinged
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),  # of a client without a call
     ]
