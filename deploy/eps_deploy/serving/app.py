@@ -99,8 +99,8 @@ class Api:
         table: list[tuple[str, str, str, Handler]] = [
             *((f"{prefix}/infer", "POST", "infer", self.infer) for prefix in models),
             ("/v1/classify", "POST", "classify", self.classify),
-            ("/v2/health/live", "GET", "live", self.live),
-            ("/v2/health/ready", "GET", "ready", self.ready),
+            ("/v2/health/live", "GET", "live", _probe(lambda _: {"live": service.live})),
+            ("/v2/health/ready", "GET", "ready", _probe(lambda _: {"ready": service.ready})),
             ("/metrics", "GET", "metrics", self.metrics),
             ("/v2", "GET", "server", _json(lambda _: server_metadata(*extensions))),
             ("/v2/models/stats", "GET", "stats", stats),
@@ -115,7 +115,7 @@ class Api:
         for prefix in models:
             table += [
                 (prefix, "GET", "model", _json(lambda scope: self._model(scope).metadata())),
-                (f"{prefix}/ready", "GET", "model-ready", self.model_ready),
+                (f"{prefix}/ready", "GET", "model-ready", _probe(self._model_ready)),
                 (f"{prefix}/config", "GET", "config", _json(lambda s: self._model(s).config())),
                 (f"{prefix}/stats", "GET", "stats", stats),
             ]
@@ -202,17 +202,8 @@ class Api:
 
     # -- Health, metadata, metrics, the page and its data
 
-    async def live(self, scope: Scope, receive: Receive, send: Send) -> None:
-        live = self._service.live
-        await send_json({"live": live}, send, status=200 if live else 503)
-
-    async def ready(self, scope: Scope, receive: Receive, send: Send) -> None:
-        ready = self._service.ready
-        await send_json({"ready": ready}, send, status=200 if ready else 503)
-
-    async def model_ready(self, scope: Scope, receive: Receive, send: Send) -> None:
-        name, ready = self._model(scope).signature.name, self._service.ready
-        await send_json({"name": name, "ready": ready}, send, status=200 if ready else 503)
+    def _model_ready(self, scope: Scope) -> dict[str, Any]:
+        return {"name": self._model(scope).signature.name, "ready": self._service.ready}
 
     def _model(self, scope: Scope) -> Model:
         served = self._service.current
@@ -280,6 +271,16 @@ class Api:
 def _json(read: Callable[[Scope], Any]) -> Handler:
     async def handler(scope: Scope, receive: Receive, send: Send) -> None:
         await send_json(read(scope), send)
+
+    return handler
+
+
+def _probe(read: Callable[[Scope], dict[str, Any]]) -> Handler:
+    """Answer with status 503 when what is asked about is False."""
+
+    async def handler(scope: Scope, receive: Receive, send: Send) -> None:
+        answer = read(scope)
+        await send_json(answer, send, status=503 if False in answer.values() else 200)
 
     return handler
 

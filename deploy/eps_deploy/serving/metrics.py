@@ -5,15 +5,14 @@ from __future__ import annotations
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
 import prometheus_client as prometheus
 from prometheus_client import Counter, Gauge, Histogram
-from prometheus_client.core import Metric
-from prometheus_client.registry import Collector, CollectorRegistry
+from prometheus_client.registry import CollectorRegistry
 
 from eps_deploy.serving.batching import BatchStats
 from eps_deploy.serving.protocol import Signature
@@ -140,7 +139,25 @@ class Metrics:
         gauge("ready", "1 when requests are answered.").set_function(ready)
         gauge("body_bytes", "Bytes of request bodies held.").set_function(held)
         self._shadow = ShadowMetrics(self._registry) if shadow else None
-        self._registry.register(_TritonNames(self.totals, queued))
+        # The same by Triton's names, for its dashboards and autoscalers. Triton's counters do not
+        # end in _total, so they cannot be declared as counters.
+        totals = self.totals
+        for name, text, read in (
+            ("request_success", "Successful requests", lambda: totals.success.count),
+            ("request_failure", "Refused or failed requests", lambda: totals.fail.count),
+            ("count", "Images inferred", lambda: totals.images),
+            ("exec_count", "Batches executed", lambda: totals.batches),
+            ("request_duration_us", "Microseconds of requests", lambda: totals.success.ns // 1000),
+            ("queue_duration_us", "Microseconds in the queue", lambda: totals.queue.ns // 1000),
+            (
+                "compute_infer_duration_us",
+                "Microseconds of inference",
+                lambda: totals.compute.ns // 1000,
+            ),
+            ("pending_request_count", "Images that are waiting", queued),
+        ):
+            told = f"{text} (Triton's name)"
+            gauge(name, told, namespace="nv_inference").set_function(read)
 
     def ran(self, batch: BatchStats) -> None:
         """Count a batch that ran, or failed."""
@@ -240,28 +257,3 @@ class Metrics:
 def _percentile(times: list[float], quantile: float) -> float | None:
     """Nearest rank of sorted seconds, in milliseconds."""
     return 1e3 * times[min(len(times) - 1, int(quantile * len(times)))] if times else None
-
-
-class _TritonNames(Collector):
-    """The same metrics by Triton's names, for its dashboards and autoscalers."""
-
-    def __init__(self, totals: Totals, queued: Callable[[], int]) -> None:
-        self._totals = totals
-        self._queued = queued
-
-    def collect(self) -> Iterable[Metric]:
-        totals = self._totals
-        for name, text, value in (
-            ("request_success", "Successful requests", totals.success.count),
-            ("request_failure", "Refused or failed requests", totals.fail.count),
-            ("count", "Images inferred", totals.images),
-            ("exec_count", "Batches executed", totals.batches),
-            ("request_duration_us", "Microseconds of requests", totals.success.ns // 1000),
-            ("queue_duration_us", "Microseconds in the queue", totals.queue.ns // 1000),
-            ("compute_infer_duration_us", "Microseconds of inference", totals.compute.ns // 1000),
-            ("pending_request_count", "Images that are waiting", self._queued()),
-        ):
-            # Triton's counters do not end in _total, so they cannot be declared as counters.
-            metric = Metric(f"nv_inference_{name}", f"{text} (Triton's name)", "gauge")
-            metric.add_sample(metric.name, {}, float(value))
-            yield metric

@@ -150,6 +150,10 @@ def as_api_error(error: Exception, trace: HeaderList) -> ApiError:
     """The error to answer with; any that is not an ApiError is a bug of this server, and logged."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, HTTPException):  # of Starlette: another method than the path's
+        given = (error.headers or {}).items()
+        allow = tuple((name.lower().encode(), value.encode()) for name, value in given)
+        return ApiError(error.detail, status=error.status_code, reason="unknown", headers=allow)
     facts = {"request_id": trace[0][1].decode()}
     logger.error("a request failed, which must not happen", exc_info=error, extra={"facts": facts})
     return ApiError("internal error", status=500, reason="internal")
@@ -195,12 +199,6 @@ class HttpMiddleware:
             if scope["path"] not in OPEN:
                 self._access.check_token(headers.get(b"authorization", b""))
             await self._inner(scope, receive, send_traced)
-        except HTTPException as raised:
-            given = (raised.headers or {}).items()
-            allow = tuple((name.lower().encode(), value.encode()) for name, value in given)
-            error = ApiError(
-                raised.detail, status=raised.status_code, reason="unknown", headers=allow
-            )
         except Exception as raised:
             error = as_api_error(raised, trace)
         if error is not None and not status:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import threading
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -141,11 +140,11 @@ def open_model(bundle: Bundle, source: ModelSource, *, log: Log, stop: threading
     # TensorRT's instances are execution contexts of one engine, ONNX Runtime's are sessions.
     is_plan = bundle.manifest["engine"]["name"] == "trt"
     instances = source.batching.instances or (2 if is_plan else 1)
-    opened = opener(bundle, source, log=log, stop=stop, contexts=instances)
     with ExitStack() as undo:
         engines = []
         for index in range(1 if is_plan else instances):
-            engine = undo.enter_context(opened())
+            engine = open_instance(bundle, source, log=log, stop=stop, contexts=instances)
+            undo.enter_context(engine)
             proof = prove(bundle, engine, f"engine {index}")
             if isinstance(engine, TrtEngine):
                 engine.warm_up()  # all execution contexts, of which the proof ran on one
@@ -176,7 +175,7 @@ def open_model(bundle: Bundle, source: ModelSource, *, log: Log, stop: threading
     return Model(bundle=bundle, engines=tuple(engines), signature=signature, card=card)
 
 
-def opener(
+def open_instance(
     bundle: Bundle,
     source: ModelSource,
     *,
@@ -184,35 +183,31 @@ def opener(
     stop: threading.Event,
     file: str = ONNX,
     contexts: int = 1,
-) -> Callable[[], Engine]:
-    """Return a function that opens another engine at each call.
+) -> Engine:
+    """Open one engine; for a deferred plan, build it unless it is in the cache.
 
     `file` names an ONNX file in the bundle, `contexts` is the number of execution contexts of a
     TensorRT engine. Raises ConfigError: the provider is not `auto`, and the bundle is not for ONNX
     Runtime.
     """
     if bundle.manifest["engine"]["name"] == "ort":
-        return lambda: open_served(bundle, file, source.provider, log)
+        return open_served(bundle, file, source.provider, log)
     if source.provider != "auto":
         raise ConfigError(
             f"--provider {source.provider}: only applies to ONNX Runtime, and {bundle.root} is for"
             " TensorRT; leave it out"
         )
     if not bundle.manifest["engine"].get("deferred"):
-        return lambda: open_engine(bundle, contexts=contexts)
+        return open_engine(bundle, contexts=contexts)
     assert source.engine_cache is not None, "read_bundle has checked it"
     cache = PlanCache(source.engine_cache, log=log, stop=stop)
-
-    def build_and_open() -> Engine:
-        plan = cache.plan(
-            bundle.read(file),
-            PRECISIONS[bundle.manifest["precision"]],
-            build_options(bundle),
-            kept=json.loads(bundle.read(REPORT)).get("precision", {}).get("kept", ()),
-        )
-        return cache.open(plan, contexts=contexts)
-
-    return build_and_open
+    plan = cache.plan(
+        bundle.read(file),
+        PRECISIONS[bundle.manifest["precision"]],
+        build_options(bundle),
+        kept=json.loads(bundle.read(REPORT)).get("precision", {}).get("kept", ()),
+    )
+    return cache.open(plan, contexts=contexts)
 
 
 def build_options(bundle: Bundle) -> BuildOptions:
@@ -306,7 +301,8 @@ def open_shadow(
     own_bundle = options.path is not None
     file = ONNX if own_bundle else BASELINE
     with ExitStack() as undo:
-        engine = undo.enter_context(opener(bundle, source, log=log, stop=stop, file=file)())
+        engine = open_instance(bundle, source, log=log, stop=stop, file=file)
+        undo.enter_context(engine)
         if engine.max_batch < model.max_batch:
             raise ConfigError(
                 f"--shadow {options.path}: takes batches of up to {engine.max_batch}, and"

@@ -111,7 +111,7 @@ def test_plans_are_kept_in_the_folder(
     source = settings("--engine-cache", tmp_path / "plans").source
     deferred = defer(bundle)
     with pytest.raises(Told, match="plans"):
-        model_module.opener(deferred, source, log=print, stop=threading.Event())
+        model_module.open_instance(deferred, source, log=print, stop=threading.Event())
 
 
 def test_where_it_listens(deployed: Path, monkeypatch: pytest.MonkeyPatch) -> None:

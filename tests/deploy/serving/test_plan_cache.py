@@ -30,8 +30,8 @@ from eps_deploy.serving.batching import Batching
 from eps_deploy.serving.model import (
     ModelSource,
     build_options,
+    open_instance,
     open_model,
-    opener,
     read_bundle,
 )
 from tests.commands import files_in
@@ -270,7 +270,7 @@ def test_the_build_knows_the_blocks_that_repair_kept(
     manifest["files"]["report.json"] = listed
     (bundle / "manifest.json").write_text(json.dumps(manifest))
     source = ModelSource(path=bundle, engine_cache=tmp_path / "cache")
-    opener(defer(bundle), source, log=print, stop=threading.Event())().__exit__()
+    open_instance(defer(bundle), source, log=print, stop=threading.Event()).__exit__()
     assert list(builds.kept) == ["stages.0.0"]
 
 

@@ -48,8 +48,7 @@ class RpcInterceptor:
         self.released = asyncio.Event()
         self.released.set()
         self._access = access
-        self._max_calls = max_calls
-        self._in_progress = 0
+        self._calls = asyncio.Semaphore(max_calls)
 
     def handler(self, name: str, method: RpcMethod, *, open: bool = False) -> grpc.RpcMethodHandler:
         """Return grpcio's handler of a method.
@@ -85,7 +84,10 @@ class RpcInterceptor:
                 content = await method(context)
             else:
                 self._access.check_token(_header(metadata, "authorization"))
-                content = await self._limited(method, context)
+                if self._calls.locked():
+                    raise busy("too many calls are under way", reason="calls")
+                async with self._calls:
+                    content = await method(context)
             await self.released.wait()
         except asyncio.CancelledError:
             expired = context.time_remaining() == 0
@@ -114,15 +116,6 @@ class RpcInterceptor:
                 trailing += (("grpc-retry-pushback-ms", str(1000 * error.retry_after)),)
             await context.abort(code, str(error), trailing)
         return content
-
-    async def _limited(self, method: RpcMethod, context: Any) -> bytes:
-        if self._in_progress >= self._max_calls:
-            raise busy("too many calls are under way", reason="calls")
-        self._in_progress += 1
-        try:
-            return await method(context)
-        finally:
-            self._in_progress -= 1
 
 
 async def _unknown_method(context: Any) -> bytes:
