@@ -55,11 +55,8 @@ class TritonModel:
 def write_repository(folder: Path, model: TritonModel, samples: Images, *, name: str) -> Path:
     """Write `triton/NAME` into the bundle that is being written at `folder`; return that folder.
 
-    Args:
-        folder: holds `model.onnx`, and `model.plan` where `model` has a capability.
-        model: to be described.
-        samples: real images, uint8 `[N, C, H, W]`, N at least 1; the first few become warm-ups.
-        name: of the model, as `check_name` accepts it.
+    There it finds `model.onnx`, and `model.plan` where `model` has a capability. The first few of
+    the `samples`, real images uint8 `[N, C, H, W]`, become warm-ups.
     """
     root = folder / FOLDER / name
     (root / "1").mkdir(parents=True)

@@ -208,12 +208,7 @@ _SMOOTHING = 0.2  # weight of the last batch in the mean time of an image
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Batching:
-    """Options of batching.
-
-    Attributes:
-        max_queue, max_delay, merge: see :class:`Queue`.
-        instances: engines, each with a thread of its own; None: 2 for TensorRT, 1 otherwise.
-    """
+    """Options of :class:`Queue`, and the number of engines: None: 2 for TensorRT, 1 otherwise."""
 
     max_queue: int = 256
     max_delay: float = 0.0
@@ -225,12 +220,8 @@ class Batching:
 class BatchStats:
     """A batch that ran, for metrics.
 
-    Attributes:
-        images: in the batch.
-        seconds: of the engine.
-        waited: seconds in the queue of each job that began with this batch.
-        failed: the engine's error; None: it succeeded.
-        not_finite: images whose logits are not finite; only their requests failed.
+    `seconds` are the engine's, `waited` those in the queue of each job that began with this batch.
+    Where some images' logits are not finite, only their requests failed.
     """
 
     images: int

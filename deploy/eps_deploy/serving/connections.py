@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Callable, MutableMapping
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
@@ -28,9 +28,6 @@ from eps_deploy.serving.middleware import (
     Send,
 )
 from eps_deploy.serving.service import Service
-
-if TYPE_CHECKING:
-    from uvicorn._types import ASGI3Application
 
 Shed = Callable[[bytes, bytes, MutableMapping[str, Any], bool], bytes | None]
 _UPGRADE = re.compile(rb"\r\nupgrade[ \t]*:", re.IGNORECASE)
@@ -144,7 +141,7 @@ class LimitedProtocol(HttpToolsProtocol):
             if disconnected is not None:
                 disconnected()
 
-    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._running = cycle
         super()._start_asgi_task(cycle, app)
 
@@ -271,31 +268,26 @@ class LoadShedder:
             self._admitted += 1
             return None
         scope.update({"method": "POST", "path": path, ENDPOINT: endpoint})
+        sent: list[Message] = []
+
+        async def send(message: Message) -> None:
+            sent.append(message)
+
+        async def receive() -> Message:
+            raise AssertionError("a shed request is not read")
+
+        with contextlib.suppress(StopIteration):
+            self._middleware(scope, receive, send).send(None)
+            raise AssertionError("load shedding awaits nothing")
+        start, body = sent
+        status = HTTPStatus(start["status"])
+        first = f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode()
+        headers = (b"%s: %s\r\n" % header for header in start["headers"])
         last_header = b"" if keep_alive else b"connection: close\r\n"
-        return _run_without_waiting(self._middleware, scope, last_header)
+        return b"".join((first, *headers, last_header, b"\r\n", body["body"]))
 
     def _reset(self) -> None:
         self._admitted = 0
 
     async def _queue_full(self, scope: Scope, receive: Receive, send: Send) -> None:
         raise self._service.current.batcher.queue_full()
-
-
-def _run_without_waiting(application: HttpMiddleware, scope: Scope, last_header: bytes) -> bytes:
-    """The answer, as HTTP/1.1, of an application that awaits nothing."""
-    sent: list[Message] = []
-
-    async def send(message: Message) -> None:
-        sent.append(message)
-
-    async def receive() -> Message:
-        raise AssertionError("a shed request is not read")
-
-    with contextlib.suppress(StopIteration):
-        application(scope, receive, send).send(None)
-        raise AssertionError("load shedding awaits nothing")
-    start, body = sent
-    status = HTTPStatus(start["status"])
-    first = f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode()
-    headers = (b"%s: %s\r\n" % header for header in start["headers"])
-    return b"".join((first, *headers, last_header, b"\r\n", body["body"]))

@@ -66,12 +66,8 @@ class ServedModel:
 class Service:
     """The served model for HTTP and gRPC; everything here belongs to the event loop.
 
-    Args:
-        source: see :class:`ModelSource`.
-        name: of the model; fixed while the process runs.
-        log: called on any thread with what is being done.
-        observe: called with every batch, on the event loop.
-        compared: called with every batch of the shadow, on the event loop.
+    The name of the model is fixed while the process runs. `observe` is called with every batch and
+    `compared` with every batch of the shadow, on the event loop; `log` is called on any thread.
     """
 
     def __init__(

@@ -36,12 +36,8 @@ _JOIN_SECONDS = 2.0  # for the batch that runs when the server ends
 class ShadowBatch:
     """A batch that was sampled for the shadow, for metrics.
 
-    Attributes:
-        outcome: both engines ran it, there was no room for it, or the shadow failed.
-        images: in the batch.
-        disagreed: images for which the two engines' best labels differ.
-        seconds: of the shadow's engine.
-        served: seconds of the served engine, for the same batch on the same thread.
+    `disagreed` counts images for which the two engines' best labels differ. `seconds` are of the
+    shadow's engine, `served` of the served engine, for the same batch on the same thread.
     """
 
     outcome: Literal["compared", "dropped", "failed"]

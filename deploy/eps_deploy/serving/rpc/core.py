@@ -58,7 +58,7 @@ class RpcInterceptor:
 
         Args:
             name: of the method.
-            method: receives grpcio's context, returns the encoded answer, or raises ApiError.
+            method: receives grpcio's context, returns the encoded answer.
             open: whether it needs no token and is answered at any time.
         """
 
@@ -157,13 +157,7 @@ class _CoreServer(cygrpc.AioServer):  # type: ignore[misc]
 
 
 class RegisteredServer(_server.Server):  # type: ignore[misc]
-    """A server like that of `grpc.aio.server()`, for registered methods.
-
-    Args:
-        methods: handlers by the names of the service's methods.
-        reject: ends all other calls.
-        options: channel arguments.
-    """
+    """A server like that of `grpc.aio.server()`, for registered methods; `reject` ends others."""
 
     def __init__(
         self,
