@@ -9,7 +9,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ from typing import Any
 from msgspec import Struct
 from starlette.datastructures import QueryParams
 from starlette.routing import Route, Router
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from eps_core.errors import EpsError
 from eps_deploy.cli.predict import best
@@ -28,15 +29,7 @@ from eps_deploy.engines.base import Images, Logits
 from eps_deploy.report.schema import json_schema
 from eps_deploy.serving.limits import Limits, Memory, read_body
 from eps_deploy.serving.metrics import CONTENT_TYPE, Metrics
-from eps_deploy.serving.middleware import (
-    ENDPOINT,
-    ON_DISCONNECT,
-    Receive,
-    Scope,
-    Send,
-    send_bytes,
-    send_json,
-)
+from eps_deploy.serving.middleware import ENDPOINT, ON_DISCONNECT, send_bytes, send_json
 from eps_deploy.serving.model import VERSION, Model
 from eps_deploy.serving.protocol import (
     JSON_LENGTH,
@@ -59,8 +52,6 @@ _JSON_LENGTH = JSON_LENGTH.lower().encode()
 _DECODER_THREADS = 2
 _TOP = 5  # labels, unless the client asks for another number
 _MAX_PARAMETERS = 64 << 10  # bytes of a body that holds only parameters
-
-Handler = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 class RepositoryRequest(Struct):
@@ -89,14 +80,14 @@ class Api:
         self._workers = ThreadPoolExecutor(_DECODER_THREADS, thread_name_prefix="eps-decode")
         self._decoding = 0  # images that wait for a worker or are decoded by one
 
-    def routes(self) -> list[tuple[str, str, str, Handler]]:
+    def routes(self) -> list[tuple[str, str, str, ASGIApp]]:
         """Path, method, endpoint name and handler of each route."""
         service, metrics = self._service, self._metrics
         extensions = _EXTENSIONS if not self._allow_load else (*_EXTENSIONS, "model_repository")
         models = ("/v2/models/{model}", "/v2/models/{model}/versions/{version}")
         stats = _json(lambda scope: metrics.statistics(self._model(scope).signature))
         # The paths of inference first: they are compared one after another, for every request.
-        table: list[tuple[str, str, str, Handler]] = [
+        table: list[tuple[str, str, str, ASGIApp]] = [
             *((f"{prefix}/infer", "POST", "infer", self.infer) for prefix in models),
             ("/v1/classify", "POST", "classify", self.classify),
             ("/v2/health/live", "GET", "live", _probe(lambda _: {"live": service.live})),
@@ -121,7 +112,7 @@ class Api:
             ]
         return table
 
-    def router(self) -> Handler:
+    def router(self) -> ASGIApp:
         """Return the ASGI application; it raises the errors that `HttpMiddleware` answers."""
         router = Router(
             routes=[
@@ -268,14 +259,14 @@ class Api:
         return {name: value for name, value in given.items() if value is not None}
 
 
-def _json(read: Callable[[Scope], Any]) -> Handler:
+def _json(read: Callable[[Scope], Any]) -> ASGIApp:
     async def handler(scope: Scope, receive: Receive, send: Send) -> None:
         await send_json(read(scope), send)
 
     return handler
 
 
-def _probe(read: Callable[[Scope], dict[str, Any]]) -> Handler:
+def _probe(read: Callable[[Scope], dict[str, Any]]) -> ASGIApp:
     """Answer with status 503 when what is asked about is False."""
 
     async def handler(scope: Scope, receive: Receive, send: Send) -> None:
@@ -290,7 +281,7 @@ class _Endpoint:
     """An ASGI application; Starlette would call a plain function with a request object."""
 
     name: str
-    handler: Handler
+    handler: ASGIApp
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope[ENDPOINT] = self.name

@@ -9,27 +9,19 @@ import asyncio
 import contextlib
 import json
 import re
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any, cast
 
 import httptools
+from starlette.types import Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from eps_deploy.serving.limits import Limits
-from eps_deploy.serving.middleware import (
-    ENDPOINT,
-    ON_DISCONNECT,
-    Access,
-    HttpMiddleware,
-    Message,
-    Receive,
-    Scope,
-    Send,
-)
+from eps_deploy.serving.middleware import ENDPOINT, ON_DISCONNECT, Access, HttpMiddleware
 from eps_deploy.serving.service import Service
 
-Shed = Callable[[bytes, bytes, MutableMapping[str, Any], bool], bytes | None]
+Shed = Callable[[bytes, bytes, Scope, bool], bytes | None]
 _UPGRADE = re.compile(rb"\r\nupgrade[ \t]*:", re.IGNORECASE)
 _DRAIN_PAUSE = 0.2  # seconds that an idle connection stays open for a request that is on its way
 

@@ -12,11 +12,11 @@ import re
 import secrets
 import sys
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
 from datetime import datetime, timezone
 from typing import Any
 
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from eps_deploy.serving.metrics import Metrics
 from eps_deploy.serving.protocol import ApiError
@@ -161,12 +161,6 @@ def as_api_error(error: Exception, trace: HeaderList) -> ApiError:
 
 # -- Middleware of HTTP
 
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-Application = Callable[[Scope, Receive, Send], Awaitable[None]]
-
 OPEN = ("/", "/favicon.ico", "/v2/health/live", "/v2/health/ready")  # need no token, hold no data
 ON_DISCONNECT = "eps.on_disconnect"  # key of a scope: called when the client goes away
 ENDPOINT = "eps.endpoint"  # key of a scope: name of the route, for metrics
@@ -175,7 +169,7 @@ ENDPOINT = "eps.endpoint"  # key of a scope: name of the route, for metrics
 class HttpMiddleware:
     """Wrap an ASGI application, which may raise ApiError or HTTPException."""
 
-    def __init__(self, inner: Application, access: Access) -> None:
+    def __init__(self, inner: ASGIApp, access: Access) -> None:
         self._inner = inner
         self._access = access
 

@@ -9,9 +9,10 @@ from collections.abc import MutableMapping
 from typing import Any
 
 import pytest
+from starlette.types import Receive, Scope, Send
 
 from eps_deploy.serving.metrics import Metrics
-from eps_deploy.serving.middleware import Access, HttpMiddleware, Receive, Scope, Send, send_json
+from eps_deploy.serving.middleware import Access, HttpMiddleware, send_json
 from eps_deploy.serving.protocol import ApiError, InferenceFailed
 
 
