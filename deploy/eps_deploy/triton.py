@@ -118,11 +118,9 @@ def _onnx(model: TritonModel) -> list[str]:
         f"instance_group [ {{ count: 1 kind: {model.kind} }} ]",
     ]
     if model.threads is not None:  # otherwise each of Triton's instances uses all cores
-        lines += [
-            'parameters { key: "intra_op_thread_count"'
-            f' value {{ string_value: "{model.threads}" }} }}',
-            'parameters { key: "inter_op_thread_count" value { string_value: "1" } }',
-        ]
+        for kind, threads in (("intra", model.threads), ("inter", 1)):
+            key = f'key: "{kind}_op_thread_count"'
+            lines.append(f'parameters {{ {key} value {{ string_value: "{threads}" }} }}')
     return lines
 
 
@@ -155,8 +153,7 @@ def _plan(model: TritonModel, capability: str) -> list[str]:
 def _link(source: Path, target: Path) -> None:
     """Hard-link a file, or copy it where the file system has no hard links.
 
-    A copy doubles the bundle's size, and nothing ever changes a bundle's files. A symbolic link
-    would be broken: `triton/` is mounted alone.
+    Nothing ever changes a bundle's files. `triton/` is mounted alone, which a symbolic link breaks.
     """
     try:
         os.link(source, target)

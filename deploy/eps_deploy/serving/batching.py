@@ -21,6 +21,24 @@ import numpy as np
 from eps_deploy.engines.base import Engine, Images, Logits, finite_rows
 from eps_deploy.serving.protocol import ApiError, InferenceFailed, busy
 
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batching:
+    """Options of batching.
+
+    Attributes:
+        max_queue: images that may wait.
+        max_delay: seconds that an image may wait for others while an engine is free.
+        merge: whether images of several requests go into one batch.
+        instances: engines, each with a thread of its own; None: 2 for TensorRT, 1 otherwise.
+    """
+
+    max_queue: int = 256
+    max_delay: float = 0.0
+    merge: bool = True
+    instances: int | None = None
+
+
 # -- The queue between the event loop and the engines' threads
 #
 # Its limit counts images. A batch takes a fair part of every waiting request: a request of a
@@ -37,8 +55,7 @@ class Job:
         arrived, begun: `time.perf_counter` when it was put into the queue, and when its first
             images were taken out; 0.0: not yet.
         taken: images that are out of the queue.
-        left: images whose logits are still to come.
-        logits: of the pieces that are done.
+        done: images whose logits are in `logits`.
     """
 
     images: Images
@@ -46,26 +63,24 @@ class Job:
     arrived: float = field(default_factory=time.perf_counter)
     begun: float = 0.0
     taken: int = 0
-    left: int = field(init=False)
+    done: int = 0
     logits: Logits | None = None
-
-    def __post_init__(self) -> None:
-        self.left = len(self.images)
 
     @property
     def waiting(self) -> int:
         return len(self.images) - self.taken
 
-    def receive(self, start: int, stop: int, rows: Logits) -> bool:
-        """Store the logits of images `start` to `stop`; True: they were the last ones."""
-        self.left -= stop - start
+    def receive(self, start: int, stop: int, rows: Logits) -> None:
+        """Store the logits of images `start` to `stop`; the last ones complete the answer."""
         if len(rows) == len(self.images):
-            self.logits = rows  # the whole request in one piece, which is what most are
-            return True
+            self.answer.set_result(rows)  # the whole request in one piece, which is what most are
+            return
         if self.logits is None:
             self.logits = np.empty((len(self.images), rows.shape[1]), dtype=np.float32)
         self.logits[start:stop] = rows
-        return self.left == 0
+        self.done += len(rows)
+        if self.done == len(self.images):
+            self.answer.set_result(self.logits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,21 +97,14 @@ class Piece:
 
 
 class Queue:
-    """Bounded queue of jobs, emptied in batches; thread-safe.
+    """Bounded queue of jobs, emptied in batches of up to `max_batch` images; thread-safe."""
 
-    Args:
-        limit: images that may wait.
-        max_batch: images that a batch holds at most.
-        max_delay: seconds that an image may wait for others while an engine is free.
-        merge: whether images of several jobs go into one batch.
-    """
-
-    def __init__(self, *, limit: int, max_batch: int, max_delay: float, merge: bool) -> None:
-        self.limit = limit
+    def __init__(self, options: Batching, max_batch: int) -> None:
+        self.limit = options.max_queue
+        self._merge = options.merge
         self._max_batch = max_batch
-        self._max_delay = max_delay if merge else 0.0
-        self._merge = merge
-        self._gap = max_batch if merge else 1  # images, of the smallest batch under an overload
+        self._max_delay = options.max_delay if options.merge else 0.0
+        self._gap = max_batch if options.merge else 1  # images, of the smallest under an overload
         self._changed = threading.Condition(threading.Lock())
         self._jobs: deque[Job] = deque()
         self.images = 0  # that are waiting
@@ -206,16 +214,6 @@ _MAX_FAILURES = 3  # batches in a row that fail; more, and the cause is not the 
 _SMOOTHING = 0.2  # weight of the last batch in the mean time of an image
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Batching:
-    """Options of :class:`Queue`, and the number of engines: None: 2 for TensorRT, 1 otherwise."""
-
-    max_queue: int = 256
-    max_delay: float = 0.0
-    merge: bool = True
-    instances: int | None = None
-
-
 @dataclass(frozen=True, slots=True)
 class BatchStats:
     """A batch that ran, for metrics.
@@ -254,13 +252,7 @@ class Batcher:
         self._after = after
         self._failures = 0
         self._seconds_per_image = 0.0
-        self._engines = len(engines)
-        self.queue = Queue(
-            limit=options.max_queue,
-            max_batch=min(engine.max_batch for engine in engines),
-            max_delay=options.max_delay,
-            merge=options.merge,
-        )
+        self.queue = Queue(options, min(engine.max_batch for engine in engines))
         self._threads = [
             threading.Thread(
                 target=self._work, args=(engine,), name=f"eps-engine-{index}", daemon=True
@@ -289,7 +281,7 @@ class Batcher:
 
     def queue_full(self) -> ApiError:
         """The error for a request for which the queue has no room."""
-        empty_in = self.queue.images * self._seconds_per_image / self._engines
+        empty_in = self.queue.images * self._seconds_per_image / len(self._threads)
         return busy(
             f"{self.queue.images} images are waiting, and {self.queue.limit} may",
             reason="queue-full",
@@ -380,9 +372,8 @@ class Batcher:
                 self._fail(job, InferenceFailed("the engine failed"))
             elif not finite[at : at + size].all():
                 self._fail(job, InferenceFailed("the network's logits are not finite"))
-            elif job.receive(piece.start, piece.stop, logits[at : at + size]):
-                assert job.logits is not None
-                job.answer.set_result(job.logits)
+            else:
+                job.receive(piece.start, piece.stop, logits[at : at + size])
             at += size
         self._failures = self._failures + 1 if failed else 0
         self._seconds_per_image += _SMOOTHING * (seconds / at - self._seconds_per_image)

@@ -7,7 +7,7 @@ import threading
 
 import numpy as np
 
-from eps_deploy.serving.batching import Job, Piece, Queue
+from eps_deploy.serving.batching import Batching, Job, Piece, Queue
 from tests.deploy.serving.engines import numbered
 
 
@@ -19,7 +19,8 @@ class Shop:
     ) -> None:
         self._loop = asyncio.new_event_loop()
         self._loop.close()  # nobody waits for an answer here
-        self.queue = Queue(limit=limit, max_batch=max_batch, max_delay=max_delay, merge=merge)
+        options = Batching(max_queue=limit, max_delay=max_delay, merge=merge)
+        self.queue = Queue(options, max_batch)
 
     def job(self, size: int) -> Job:
         return Job(numbered(*[0] * size), asyncio.Future(loop=self._loop))

@@ -66,7 +66,7 @@ class MessageReceiver:
         self._memory.take(self._max_size)
         kept = 0
         try:
-            content = await asyncio.wait_for(context.read(), seconds)
+            content: bytes = await asyncio.wait_for(context.read(), seconds)
             if content is aio.EOF:
                 # grpcio has already answered a message that is too large.
                 raise ApiError(
@@ -74,7 +74,6 @@ class MessageReceiver:
                     " bytes; the server's --max-body and --max-queue set that",
                     reason="no-message",
                 )
-            assert isinstance(content, bytes)
             kept = len(content)
             return content
         except asyncio.TimeoutError:
