@@ -153,7 +153,7 @@ def cli(
     """
     from eps_deploy.serving.batching import Batching
     from eps_deploy.serving.limits import MIB, Limits
-    from eps_deploy.serving.model import ModelSource, ShadowOptions
+    from eps_deploy.serving.model import ModelSource
     from eps_deploy.serving.server import Settings, run
 
     batching = Batching(
@@ -162,16 +162,13 @@ def cli(
         merge=not no_batching,
         instances=instances,
     )
-    shadow_options = None
-    if shadow is not None:
-        other = Path(shadow) if shadow != "baseline" else None
-        shadow_options = ShadowOptions(path=other, share=shadow_share)
     source = ModelSource(
         path=bundle,
         engine_cache=engine_cache,
         provider=provider,
         batching=batching,
-        shadow=shadow_options,
+        shadow=shadow,
+        shadow_share=shadow_share,
     )
     limits = Limits(
         body=max_body * MIB,

@@ -38,22 +38,19 @@ VERSION = "1"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ShadowOptions:
-    """A bundle's folder (None: the baseline in the served bundle) and its share of the batches."""
-
-    path: Path | None
-    share: float
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSource:
-    """Options of loading and running the model: the bundle at `path`."""
+    """Options of loading and running the bundle at `path`.
+
+    The shadow is a bundle's folder, or "baseline" for the baseline in the bundle at `path`; it runs
+    the fraction `shadow_share` of the batches.
+    """
 
     path: Path
     engine_cache: Path | None = None
     provider: Choice = "auto"
     batching: Batching = field(default_factory=Batching)
-    shadow: ShadowOptions | None = None
+    shadow: str | None = None
+    shadow_share: float = 0.1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -254,13 +251,13 @@ def _card(bundle: Bundle, engine: dict[str, Any], proof: Parity) -> dict[str, An
 # -- The shadow's engine: of another bundle, or of the baseline in the served one
 
 
-def read_shadow(served: Bundle, options: ShadowOptions, engine_cache: Path | None) -> Bundle:
+def read_shadow(served: Bundle, shadow: str, engine_cache: Path | None) -> Bundle:
     """Read and verify the shadow's bundle.
 
     Raises FileFormatError; ConfigError: its input shape or labels differ from those of `served`, or
     the baseline would not run on the same runtime.
     """
-    if options.path is None:
+    if shadow == "baseline":
         if served.model.endswith(".plan"):
             raise ConfigError(
                 f"--shadow baseline: {served.root} has a TensorRT plan, but none of the baseline;"
@@ -271,14 +268,14 @@ def read_shadow(served: Bundle, options: ShadowOptions, engine_cache: Path | Non
                 f"--shadow baseline: {served.root} has no {BASELINE}; name another bundle"
             )
         return served
-    bundle = read_bundle(options.path, engine_cache)
+    bundle = read_bundle(Path(shadow), engine_cache)
     for what, theirs, ours in (
         ("images of shape", list(bundle.input_shape), list(served.input_shape)),
         ("labels", bundle.labels, served.labels),
     ):
         if theirs != ours:
             raise ConfigError(
-                f"--shadow {options.path}: {what} {_short(theirs)}, and {served.root} has"
+                f"--shadow {bundle.root}: {what} {_short(theirs)}, and {served.root} has"
                 f" {_short(ours)}; name a bundle for the same data"
             )
     return bundle
@@ -290,22 +287,22 @@ def _short(value: Any) -> str:
 
 
 def open_shadow(
-    model: Model, source: ModelSource, options: ShadowOptions, *, log: Log, stop: threading.Event
+    model: Model, source: ModelSource, shadow: str, *, log: Log, stop: threading.Event
 ) -> Engine:
     """Open and warm up the shadow's engine; an engine of another bundle is proven too.
 
     Raises the errors of :func:`read_shadow`; EngineError: it does not run here; ConfigError: the
     batches of `model` are too large for it.
     """
-    bundle = read_shadow(model.bundle, options, source.engine_cache)
-    own_bundle = options.path is not None
+    bundle = read_shadow(model.bundle, shadow, source.engine_cache)
+    own_bundle = bundle is not model.bundle
     file = ONNX if own_bundle else BASELINE
     with ExitStack() as undo:
         engine = open_instance(bundle, source, log=log, stop=stop, file=file)
         undo.enter_context(engine)
         if engine.max_batch < model.max_batch:
             raise ConfigError(
-                f"--shadow {options.path}: takes batches of up to {engine.max_batch}, and"
+                f"--shadow {bundle.root}: takes batches of up to {engine.max_batch}, and"
                 f" {model.bundle.root} of up to {model.max_batch}; deploy it with --max-batch"
                 f" {model.max_batch}"
             )
@@ -315,5 +312,5 @@ def open_shadow(
             replay(bundle, engine, "shadow")  # only warm-up: no logits of the baseline are stored
         undo.pop_all()
     name = f"the bundle {bundle.manifest['digest'][:12]}" if own_bundle else BASELINE
-    log(f"shadow: {name} runs {options.share:g} of the batches")
+    log(f"shadow: {name} runs {source.shadow_share:g} of the batches")
     return engine

@@ -132,11 +132,11 @@ class Service:
         finally:
             self._loading = False
         before, source, shadow = self._current, self._source, None
-        if engine is not None and source.shadow is not None:
+        if engine is not None:
             shadow = Shadow(
                 engine,
                 model.engines[0],
-                source.shadow.share,
+                source.shadow_share,
                 observe=self._compared,
                 log=self.log,
             )

@@ -18,7 +18,6 @@ from eps_deploy.engines.base import Images, Logits
 from eps_deploy.serving import service as service_module
 from eps_deploy.serving import shadow as shadow_module
 from eps_deploy.serving.limits import Limits
-from eps_deploy.serving.model import ShadowOptions
 from eps_deploy.serving.shadow import Shadow
 from tests.commands import run
 from tests.deploy.serving.engines import FakeEngine, numbered
@@ -180,8 +179,8 @@ def beside(monkeypatch: pytest.MonkeyPatch, deployed: Path) -> Iterator[tuple[Cl
     Loader(monkeypatch, load_bundle(deployed / "bundle"))
     engine = Beside()
     monkeypatch.setattr(service_module, "open_shadow", lambda *_, **__: engine)
-    source = ShadowOptions(path=None, share=1.0)
-    with thread(deployed / "bundle", limits=Limits(), shadow=source) as client:
+    source = {"shadow": "baseline", "shadow_share": 1.0}
+    with thread(deployed / "bundle", limits=Limits(), **source) as client:
         yield client, engine
     assert engine.closed
 
