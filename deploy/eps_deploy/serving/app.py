@@ -11,7 +11,6 @@ import re
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib.metadata import version
@@ -27,7 +26,7 @@ from eps_core.errors import EpsError
 from eps_deploy.cli.predict import best
 from eps_deploy.engines.base import Images, Logits
 from eps_deploy.report.schema import json_schema
-from eps_deploy.serving.limits import Limits, Memory, read_body
+from eps_deploy.serving.limits import Body, Limits, Memory
 from eps_deploy.serving.metrics import CONTENT_TYPE, Metrics
 from eps_deploy.serving.middleware import ENDPOINT, ON_DISCONNECT, send_bytes, send_json
 from eps_deploy.serving.model import VERSION, Model
@@ -134,21 +133,20 @@ class Api:
     async def infer(self, scope: Scope, receive: Receive, send: Send) -> None:
         began = time.perf_counter()
         headers = dict(scope["headers"])
-        with self._service.current.used() as served:
+        with self._service.current.used() as served, self._body(headers, receive) as body:
             check_model(scope, served)
             json_length = _json_length(headers)
-            async with self._body(headers, receive) as content:
-                size = len(content) if json_length is None else min(json_length, len(content))
-                work = partial(read_request, content, json_length, served.signature)
-                request = await parse_request(
-                    work,
-                    size,
-                    limit=self._limits.json,
-                    workers=self._workers,
-                    told=("of JSON", "as raw bytes after the JSON"),
-                )
-                logits = await _run(scope, served, request.images, request.timeout)
-                answer, length = write_answer(request, logits, served.signature)
+            content = await body.read()
+            size = len(content) if json_length is None else min(json_length, len(content))
+            request = await parse_request(
+                partial(read_request, content, json_length, served.signature),
+                size,
+                limit=self._limits.json,
+                workers=self._workers,
+                told=("of JSON", "as raw bytes after the JSON"),
+            )
+            logits = await _run(scope, served, request.images, request.timeout)
+            answer, length = write_answer(request, logits, served.signature)
         if length is None:
             await send_bytes(answer, b"application/json", send)
         else:
@@ -159,10 +157,10 @@ class Api:
     async def classify(self, scope: Scope, receive: Receive, send: Send) -> None:
         began = time.perf_counter()
         top = _top(scope)
-        with self._service.current.used() as served:
-            async with self._body(dict(scope["headers"]), receive) as content:
-                image = await self._decode(content, served)
-                logits = await _run(scope, served, image, None)
+        headers = dict(scope["headers"])
+        with self._service.current.used() as served, self._body(headers, receive) as body:
+            image = await self._decode(await body.read(), served)
+            logits = await _run(scope, served, image, None)
         answer = {
             "model_name": served.signature.name,
             "model_version": served.signature.version,
@@ -171,10 +169,8 @@ class Api:
         await send_json(answer, send)
         self._metrics.inferred(time.perf_counter() - began, 1)
 
-    def _body(
-        self, headers: dict[bytes, bytes], receive: Receive
-    ) -> AbstractAsyncContextManager[bytes]:
-        return read_body(headers, receive, self._limits.body, self._memory, "--max-body")
+    def _body(self, headers: dict[bytes, bytes], receive: Receive) -> Body:
+        return Body(headers, receive, self._limits.body, self._memory, "--max-body")
 
     async def _decode(self, content: bytes, served: ServedModel) -> Images:
         if self._decoding >= served.batcher.queue.limit:
@@ -253,7 +249,8 @@ class Api:
     async def _parameters(self, scope: Scope, receive: Receive) -> dict[str, Any]:
         """The parameters that are not null."""
         headers = dict(scope["headers"])
-        async with read_body(headers, receive, _MAX_PARAMETERS, self._memory) as content:
+        with Body(headers, receive, _MAX_PARAMETERS, self._memory) as body:
+            content = await body.read()
             document = parse_json(content) if content.strip() else {}
         given = convert(document, RepositoryRequest).parameters or {}
         return {name: value for name, value in given.items() if value is not None}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from starlette.types import Receive
@@ -61,47 +59,63 @@ class Memory:
         assert self.used >= 0
 
 
-@asynccontextmanager
-async def read_body(
-    headers: dict[bytes, bytes], receive: Receive, limit: int, memory: Memory, option: str = ""
-) -> AsyncIterator[bytes]:
-    """Receive the body of a request; its memory stays counted until this context ends.
+class Body:
+    """The body of one request; a context manager, because its memory is counted until the end.
 
-    `option` of `eps-serve` sets the limit; "": none does. Raises ApiError: larger than `limit`,
-    compressed, or no memory for it.
+    `option` of `eps-serve` sets the limit; "": none does.
     """
-    if headers.get(b"content-encoding", b"identity").lower() != b"identity":
-        # Unpacked, it could be of any size (RFC 9110, 15.5.16).
-        raise ApiError(
-            "send the body uncompressed",
-            status=415,
-            reason="encoding",
-            headers=((b"accept-encoding", b"identity"),),
-        )
-    held = 0
 
-    def hold(size: int) -> None:
-        nonlocal held
-        if size > limit:
-            told = f"; the server's {option} sets that" if option else ""
-            raise too_large(f"the body is larger than the {limit} bytes that are accepted{told}")
-        if size > held:
-            memory.take(size - held)
-            held = size
+    def __init__(
+        self,
+        headers: dict[bytes, bytes],
+        receive: Receive,
+        limit: int,
+        memory: Memory,
+        option: str = "",
+    ) -> None:
+        self._headers = headers
+        self._receive = receive
+        self._limit = limit
+        self._memory = memory
+        self._option = option
+        self._held = 0
 
-    try:
-        announced = headers.get(b"content-length", b"")
+    async def read(self) -> bytes:
+        """Receive all of it. Raises ApiError: too large, compressed, or no memory for it."""
+        if self._headers.get(b"content-encoding", b"identity").lower() != b"identity":
+            # Unpacked, it could be of any size (RFC 9110, 15.5.16).
+            raise ApiError(
+                "send the body uncompressed",
+                status=415,
+                reason="encoding",
+                headers=((b"accept-encoding", b"identity"),),
+            )
+        announced = self._headers.get(b"content-length", b"")
         if announced.isdigit():
-            hold(int(announced))  # all at once, so that two halves never wait for room
+            self._hold(int(announced))  # all at once, so that two halves never wait for room
         chunks, size, more = [], 0, True
         while more:
-            message = await receive()
+            message = await self._receive()
             if message["type"] == "http.disconnect":
                 raise ApiError("the client went away", status=499, reason="disconnected")
             chunks.append(message.get("body", b""))
             size += len(chunks[-1])
-            hold(size)
+            self._hold(size)
             more = message.get("more_body", False)
-        yield b"".join(chunks)
-    finally:
-        memory.give_back(held)
+        return b"".join(chunks)
+
+    def _hold(self, size: int) -> None:
+        if size > self._limit:
+            told = f"; the server's {self._option} sets that" if self._option else ""
+            raise too_large(
+                f"the body is larger than the {self._limit} bytes that are accepted{told}"
+            )
+        if size > self._held:
+            self._memory.take(size - self._held)
+            self._held = size
+
+    def __enter__(self) -> Body:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._memory.give_back(self._held)

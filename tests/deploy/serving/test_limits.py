@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from eps_deploy.serving.limits import Memory, read_body
+from eps_deploy.serving.limits import Body, Memory
 from eps_deploy.serving.protocol import ApiError
 
 
@@ -25,7 +25,8 @@ def read(chunks: list[bytes], memory: Memory, headers: dict[str, str] | None = N
     given = {name.encode(): value.encode() for name, value in (headers or {}).items()}
 
     async def body() -> bytes:
-        async with read_body(given, receive, 10, memory) as content:
+        with Body(given, receive, 10, memory) as it:
+            content = await it.read()
             assert memory.used == len(content)
             return content
 
