@@ -84,6 +84,7 @@ class Api:
         service, metrics = self._service, self._metrics
         extensions = _EXTENSIONS if not self._allow_load else (*_EXTENSIONS, "model_repository")
         models = ("/v2/models/{model}", "/v2/models/{model}/versions/{version}")
+        config = _json(lambda scope: self._model(scope).config())
         stats = _json(lambda scope: metrics.statistics(self._model(scope).signature))
         # The paths of inference first: they are compared one after another, for every request.
         table: list[tuple[str, str, str, ASGIApp]] = [
@@ -106,7 +107,7 @@ class Api:
             table += [
                 (prefix, "GET", "model", _json(lambda scope: self._model(scope).metadata())),
                 (f"{prefix}/ready", "GET", "model-ready", _probe(self._model_ready)),
-                (f"{prefix}/config", "GET", "config", _json(lambda s: self._model(s).config())),
+                (f"{prefix}/config", "GET", "config", config),
                 (f"{prefix}/stats", "GET", "stats", stats),
             ]
         return table
