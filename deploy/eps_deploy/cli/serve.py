@@ -24,11 +24,12 @@ def _finite(context: click.Context, parameter: click.Parameter, value: float) ->
     return value
 
 
-@click.command(context_settings={"show_default": True})
+@click.command()
 @click.argument("bundle", type=_PATH)
 @click.option(
     "--host",
     default="127.0.0.1",
+    show_default=True,
     metavar="ADDRESS",
     help="Address to listen on; 0.0.0.0 listens on all interfaces.",
 )
@@ -36,6 +37,7 @@ def _finite(context: click.Context, parameter: click.Parameter, value: float) ->
     "--port",
     type=click.IntRange(0, 65535),
     default=8000,
+    show_default=True,
     metavar="PORT",
     help="Port to listen on; 0 picks a free one.",
 )
@@ -49,12 +51,14 @@ def _finite(context: click.Context, parameter: click.Parameter, value: float) ->
     "--provider",
     type=click.Choice(["auto", "cpu", "cuda"]),
     default="auto",
+    show_default=True,
     help="ONNX Runtime execution provider; auto uses CUDA where it runs the network, else the CPU.",
 )
 @click.option(
     "--max-queue",
     type=click.IntRange(1, 1_000_000),
     default=256,
+    show_default=True,
     metavar="N",
     help="Maximum number of images that wait; further requests are answered with 503.",
 )
@@ -62,6 +66,7 @@ def _finite(context: click.Context, parameter: click.Parameter, value: float) ->
     "--max-delay-ms",
     type=click.FloatRange(0, 10_000),
     default=0.0,
+    show_default=True,
     callback=_finite,
     metavar="X",
     help="Maximum time in ms that an image waits for a larger batch while an engine is free.",
@@ -99,6 +104,7 @@ def _finite(context: click.Context, parameter: click.Parameter, value: float) ->
     "--shadow-share",
     type=click.FloatRange(0, 1, min_open=True),
     default=0.1,
+    show_default=True,
     callback=_finite,
     metavar="X",
     help="Fraction of the batches that --shadow runs.",
@@ -107,6 +113,7 @@ def _finite(context: click.Context, parameter: click.Parameter, value: float) ->
     "--max-body",
     type=click.IntRange(1, 4096),
     default=32,
+    show_default=True,
     metavar="MIB",
     help="Maximum size of a request in MiB.",
 )
@@ -114,6 +121,7 @@ def _finite(context: click.Context, parameter: click.Parameter, value: float) ->
     "--max-pixels",
     type=click.IntRange(1, 150),
     default=50,
+    show_default=True,
     metavar="MPX",
     help="Maximum size of an image in megapixels.",
 )
@@ -121,6 +129,7 @@ def _finite(context: click.Context, parameter: click.Parameter, value: float) ->
     "--max-connections",
     type=click.IntRange(1, 100_000),
     default=1000,
+    show_default=True,
     metavar="N",
     help="Maximum number of open connections on each port.",
 )
