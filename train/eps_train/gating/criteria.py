@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from eps_train.gating import rewriting
-from eps_train.gating.gate import EpsilonGate, relative_response
+from eps_train.gating.gate import relative_response
 
 
 class BlockScores:
@@ -56,12 +56,11 @@ class BlockScores:
         self._model, gates = model, rewriting.gates(model)
         sums = {block: gate.peak.new_zeros(()) for block, gate in gates.items()}
         self._sums = {block: self._sums.get(block, fresh) for block, fresh in sums.items()}
-        measure = _MEASURES.get(self.criterion)
-        self._handles = [
-            gate.register_forward_hook(_hook(measure, self._sums[block]))
-            for block, gate in gates.items()
-            if measure is not None
-        ]
+        if self.criterion in _OBSERVED:
+            self._handles = [
+                gate.register_forward_hook(_hook(self.criterion, self._sums[block]))
+                for block, gate in gates.items()
+            ]
 
     def close(self) -> None:
         """Observe no longer."""
@@ -81,10 +80,7 @@ class BlockScores:
     def read(self, group_sum: Callable[[Tensor], Tensor] = lambda total: total) -> dict[str, float]:
         """Return every block's score, and start anew; before the gates reset their records.
 
-        Waits for the device.
-
-        Args:
-            group_sum: sums a tensor over all processes of a run.
+        Waits for the device. `group_sum` sums a tensor over all processes of a run.
         """
         if self.criterion == "random":
             order = sorted(self._sums)
@@ -102,34 +98,29 @@ class BlockScores:
         return dict(zip(self._sums, (totals / steps.clamp(min=1)).tolist(), strict=True))
 
 
-Measure = Callable[[Tensor, Tensor, Tensor, Callable[[Tensor], None]], None]
+_OBSERVED = ("relative", "gradient", "influence")
+CRITERIA = ("response", *_OBSERVED, "l1", "random")
 
 
-def _hook(measure: Measure, total: Tensor) -> Callable[..., None]:
-    """A forward hook of a gate that adds what `measure` finds to `total`, a scalar."""
+def _hook(criterion: str, total: Tensor) -> Callable[..., None]:
+    """A forward hook of a gate that adds what the criterion measures to `total`, a scalar."""
 
     def add(found: Tensor) -> None:
         total.add_(found.to(total.dtype))
 
     def hook(gate: nn.Module, operands: tuple[Tensor, Tensor], result: Tensor) -> None:
-        if gate.training:
-            measure(operands[0].detach(), operands[1].detach(), result, add)
+        if not gate.training:
+            return
+        shortcut, branch = (operand.detach() for operand in operands)
+        if criterion == "relative":
+            add(relative_response(shortcut, branch))
+        elif criterion == "influence":
+            x, h = shortcut.flatten(1).float(), result.detach().flatten(1).float()
+            add(1 - F.cosine_similarity(x, h).mean())
+        elif result.requires_grad:
+            result.register_hook(lambda gradient: add(gate_gradient(branch, gradient).abs()))
 
     return hook
-
-
-def _relative(shortcut: Tensor, branch: Tensor, result: Tensor, add: Callable[..., None]) -> None:
-    add(relative_response(shortcut, branch))
-
-
-def _influence(shortcut: Tensor, branch: Tensor, result: Tensor, add: Callable[..., None]) -> None:
-    x, h = shortcut.flatten(1).float(), result.detach().flatten(1).float()
-    add(1 - F.cosine_similarity(x, h).mean())
-
-
-def _gradient(shortcut: Tensor, branch: Tensor, result: Tensor, add: Callable[..., None]) -> None:
-    if result.requires_grad:
-        result.register_hook(lambda gradient: add(gate_gradient(branch, gradient).abs()))
 
 
 def gate_gradient(branch: Tensor, gradient: Tensor) -> Tensor:
@@ -144,25 +135,15 @@ def gate_gradient(branch: Tensor, gradient: Tensor) -> Tensor:
     return torch.dot(branch.reshape(-1).float(), gradient.reshape(-1).float())
 
 
-_MEASURES: Mapping[str, Measure] = {
-    "relative": _relative,
-    "gradient": _gradient,
-    "influence": _influence,
-}
-
-
-CRITERIA = ("response", *_MEASURES, "l1", "random")
-
-
 def _mean_weights(model: fx.GraphModule) -> dict[str, float]:
     """Mean magnitude of the weights of each block's branch."""
-    modules, found = dict(model.named_modules()), {}
+    found = {}
     for gate, block in rewriting.gate_nodes(model).items():
         weights = [
             parameter.detach().abs()
             for node in rewriting.branch_nodes(gate)
-            if node.op == "call_module" and not isinstance(modules[str(node.target)], EpsilonGate)
-            for parameter in modules[str(node.target)].parameters()
+            if node.op == "call_module"
+            for parameter in model.get_submodule(str(node.target)).parameters()
             if parameter.dim() > 1
         ]
         count = sum(weight.numel() for weight in weights)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -57,13 +58,8 @@ class BlockTracker:
         each of them, so that a gate was closed on every step only if it was in all processes.
         Where the gates judge together, the counters are the same in all, and count once.
 
-        Args:
-            gates: those of the running network, by block.
-            thresholds: epsilon of each gate in that epoch.
-            group: the processes of the run.
-
-        Returns:
-            Number of discarded blocks, averaged over the epoch's steps, dead ones included.
+        `thresholds` are the epsilons of that epoch. Returns the number of discarded blocks,
+        averaged over the epoch's steps, dead ones included.
         """
         live = {block: gate for block, gate in gates.items() if block not in self.dead}
         discarded = float(len(self.dead))
@@ -100,15 +96,14 @@ class BlockTracker:
     ) -> tuple[str, ...]:
         """Latch every gate that was closed long enough, if held-out images confirm it.
 
-        A block is dead when its largest response on held-out images, with the
-        candidates shut, is below epsilon. The leader of `group` measures it.
+        A block is dead when its largest response on held-out images, with the candidates shut, is
+        below epsilon. The leader of `group` measures it.
 
         Args:
             gates: of the network that ships: the one that is trained, or an average of it.
             evaluate: passes the held-out images through that network in evaluation mode, and
                 returns their number.
             epoch: 0-based.
-            group: the processes of the run.
 
         Returns:
             The blocks that died, in network order.
@@ -170,16 +165,11 @@ def watch_gates(
     """
     found: dict[str, list[Tensor]] = {block: [] for block in gates}
 
-    def watch(block: str) -> Any:
-        def hook(gate: EpsilonGate, operands: tuple[Tensor, Tensor]) -> None:
-            shortcut, branch = operands
-            found[block].append(measure(gate, shortcut.detach(), branch.detach()))
+    def record(block: str, gate: EpsilonGate, operands: tuple[Tensor, Tensor]) -> None:
+        shortcut, branch = operands
+        found[block].append(measure(gate, shortcut.detach(), branch.detach()))
 
-        return hook
-
-    handles = [gate.register_forward_pre_hook(watch(block)) for block, gate in gates.items()]
-    try:
+    with ExitStack() as hooks:
+        for block, gate in gates.items():
+            hooks.callback(gate.register_forward_pre_hook(partial(record, block)).remove)
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
