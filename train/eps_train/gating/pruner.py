@@ -633,9 +633,7 @@ def _with_gates(model: nn.Module, shape: tuple[int, int, int]) -> fx.GraphModule
     example = parity.example_for(model, shape)
     # One that does not run raises an error that says why.
     gated = rewriting.insert_gates(model, example=blank if example is None else example)
-    gated = rewriting.without_gates(gated, rewriting.broadcasts(gated, blank), rewriting.BROADCAST)
-    rewriting.refuse_none(gated)
-    return gated
+    return rewriting.without_broadcasts(gated, rewriting.broadcasts(gated, blank))
 
 
 def _costs(graph: fx.GraphModule, target: Target, inputs: ImageInputs) -> BlockCosts:
