@@ -20,7 +20,7 @@ from eps_train.gating.costs import (
 )
 from eps_train.gating.gate import EpsilonGate
 from eps_train.gating.targets import Currency
-from eps_train.models.cifar import CifarResNet
+from eps_train.models.resnets import CifarResNet
 from eps_train.models.spec import cost
 from tests.train.gating.timers import LayerTimer
 

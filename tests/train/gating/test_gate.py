@@ -24,7 +24,7 @@ from eps_train.gating.gate import (
     _largest_by_range,
     response,
 )
-from eps_train.models.cifar import CifarResNet
+from eps_train.models.resnets import CifarResNet
 from tests.train.oracle import relu_gate
 from tests.train.runs import trainer
 

@@ -27,7 +27,7 @@ from eps_train.gating import rewriting
 from eps_train.gating.folding import fold
 from eps_train.gating.rewriting import branch_nodes, branch_parameters
 from eps_train.gating.targets import BlockCosts, Currency
-from eps_train.models.cifar import FromPixels
+from eps_train.models.resnets import FromPixels
 from eps_train.models.spec import cost, count_parameters
 from eps_train.training.forward import cpu_threads
 

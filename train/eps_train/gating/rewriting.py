@@ -36,7 +36,7 @@ from eps_train.gating.tracing import (
     written_into,
 )
 from eps_train.gating.tracing import trace as trace  # re-exported: each rewriting starts with it
-from eps_train.models.cifar import Tap
+from eps_train.models.resnets import Tap
 
 # -- Detection of residual additions
 

@@ -28,7 +28,7 @@ from torch.fx.node import map_aggregate
 
 from eps_core.errors import GraphError, one_line
 from eps_train.gating.gate import EpsilonGate
-from eps_train.models.cifar import Tap
+from eps_train.models.resnets import Tap
 
 # -- Training and evaluation mode in one graph
 

@@ -26,8 +26,7 @@ from torch import Tensor, fx, hub, nn
 
 from eps_core.errors import ConfigError, one_line
 from eps_train.data.downloads import import_torchvision
-from eps_train.models.cifar import CifarResNet
-from eps_train.models.imagenet import ImageNetResNet
+from eps_train.models.resnets import CifarResNet, ImageNetResNet
 
 Factory = Callable[..., nn.Module]
 

@@ -27,7 +27,7 @@ from eps_core.errors import ConfigError, one_line
 from eps_train.gating.gate import EpsilonGate
 from eps_train.gating.rewriting import UNGATED, Ungated
 from eps_train.gating.tracing import OWN, ByMode, Slot
-from eps_train.models.cifar import Tap
+from eps_train.models.resnets import Tap
 
 FAMILY = "graph"  # `NetworkSpec.family` of a network that is stored so
 

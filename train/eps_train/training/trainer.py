@@ -25,7 +25,7 @@ from eps_train.gating.costs import count_costs, make_timer, measure_latency
 from eps_train.gating.nested import SubNetworks, nested_order, smallest_size
 from eps_train.gating.pruner import GraphPruner
 from eps_train.gating.targets import BlockCosts
-from eps_train.models.cifar import Normalize, SideHead
+from eps_train.models.resnets import Normalize, SideHead
 from eps_train.models.spec import NetworkSpec, count_parameters
 from eps_train.schedule import LearningRateSchedule
 from eps_train.training import run_checks
