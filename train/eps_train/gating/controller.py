@@ -45,7 +45,7 @@ class EpsilonController:
         patience: epochs that a gate has to be closed for its block to be dead.
         max_accuracy_drop: percentage points that may be lost before no further block is chosen;
             None: any.
-        criterion: that orders the blocks; see `criteria.BlockScores`.
+        criterion: that orders the blocks; see `pruning_state.BlockScores`.
         warmup: epochs before the first block is chosen, at least.
         epsilon: threshold of the chosen blocks' gates; all others are open.
         chosen: live blocks that are being pruned.

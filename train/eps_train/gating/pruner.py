@@ -22,9 +22,8 @@ from eps_train.data.inputs import Batch, ImageInputs
 from eps_train.gating import parity, rewriting
 from eps_train.gating.controller import EpsilonController
 from eps_train.gating.costs import count_costs, make_timer, measure_latency
-from eps_train.gating.criteria import CRITERIA, BlockScores
 from eps_train.gating.gate import EpsilonGate
-from eps_train.gating.pruning_state import BlockTracker
+from eps_train.gating.pruning_state import CRITERIA, BlockScores, BlockTracker
 from eps_train.gating.targets import BlockCosts, Target
 from eps_train.models import stored
 from eps_train.models.spec import GraphSpec, NetworkSpec, count_parameters
@@ -343,8 +342,8 @@ class GraphPruner:
                 f"load_state_dict(): {alive[0]} is already removed; make a new pruner"
             )
         present = [block for block in dead if block in self.gates]
-        for block in present:
-            for gates in (self.gates, *map(rewriting.gates, networks)):
+        for gates in (self.gates, *map(rewriting.gates, networks)):
+            for block in present:
                 gates[block].latch()
         if present and self.live_removal:
             self._remove(present, optimizers, *networks)
@@ -386,7 +385,7 @@ class BlockPruner(GraphPruner):
         max_accuracy_drop: with a target, choose further blocks only while the held-out accuracy is
             at most this many percentage points below its best.
         patience: consecutive epochs that a gate must be closed on every step.
-        criterion: with a target, which blocks go first; see `criteria.BlockScores`.
+        criterion: with a target, which blocks go first; see `pruning_state.BlockScores`.
         relative: whether the response is relative to the block's input (`EpsilonGate.relative`).
         live_removal: remove dead blocks between epochs. Otherwise they stay, closed, until the
             network is compacted: for wrappers that hold on to the parameters.
@@ -424,7 +423,13 @@ class BlockPruner(GraphPruner):
         classes: Sequence[str] | None = None,
         fit: str = "crop",
     ) -> None:
-        _refuse_wrapped(model)
+        if isinstance(model, (DistributedDataParallel, nn.DataParallel)) or (
+            hasattr(model, "_orig_mod")
+        ):
+            raise ConfigError(
+                f"BlockPruner: takes the network itself, not {type(model).__name__}; wrap or"
+                " compile pruner.model instead"
+            )
         if (target is None) == (epsilon is None):
             raise ConfigError("BlockPruner: give either target= or epsilon=")
         if isinstance(epsilon, (int, float)) and not 0 < epsilon < math.inf:
@@ -616,15 +621,6 @@ def drop_parameters(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) ->
 
 
 # -- Arguments
-
-
-def _refuse_wrapped(model: nn.Module) -> None:
-    wrapped = isinstance(model, (DistributedDataParallel, nn.DataParallel))
-    if wrapped or hasattr(model, "_orig_mod"):
-        raise ConfigError(
-            f"BlockPruner: takes the network itself, not {type(model).__name__}; wrap or compile"
-            " pruner.model instead"
-        )
 
 
 def _with_gates(model: nn.Module, shape: tuple[int, int, int]) -> fx.GraphModule:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import CellType, FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -84,7 +84,7 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
             module.training = mode
 
 
-def differing_calls(training: fx.Graph, evaluating: fx.Graph) -> dict[fx.Node, fx.Node]:
+def _differing_calls(training: fx.Graph, evaluating: fx.Graph) -> dict[fx.Node, fx.Node]:
     """Return the calls whose constants differ between the modes, each with its counterpart."""
     counterparts, differing = {}, {}
     for node, counterpart in zip(training.nodes, evaluating.nodes, strict=True):
@@ -290,8 +290,7 @@ class _Origins(nn.Module):
         return getattr(self.__dict__["_model"], name)
 
 
-@dataclass(frozen=True, slots=True)
-class _Trace:
+class _Trace(NamedTuple):
     graph: fx.Graph
     calls: list[Any]  # see _Tracer
     constants: dict[str, Any]  # tensors that are no attributes of the network, by their names in fx
@@ -333,7 +332,7 @@ def _differences(
     others = list(_other_calls("", training.calls, evaluating.calls))
     if not others:
         try:
-            return differing_calls(training.graph, evaluating.graph)
+            return _differing_calls(training.graph, evaluating.graph)
         except ModesDiffer as error:
             others = [owner(error.args[0])]
     if "" in others:

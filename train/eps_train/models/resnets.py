@@ -32,18 +32,10 @@ class Tap(nn.Identity):
 class GatedResNet(nn.Module):
     """Stem, stages of blocks, pooled head and classifier.
 
-    Each stage has twice the width of the one before and half its height and width.
-
-    Args:
-        stem: from images to `width` channels.
-        counts: number of blocks of each stage.
-        width: of the first stage.
-        block: makes a block from its input channels, its width, its stride, and the indices of its
-            stage and of itself in that.
-        expansion: output channels of a block over its width.
-        tap: the block that the tap follows: the indices of its stage, whose blocks have half of the
-            last stage's channels, and of itself in that.
-        classes: number of logits.
+    Each stage has twice the width of the one before and half its height and width. `block` makes a
+    block from its input channels, width and stride, and the indices of its stage and of itself in
+    that; it returns `expansion` times its width. The tap follows the block with the indices `tap`,
+    whose stage has half of the last one's channels.
     """
 
     def __init__(
