@@ -75,7 +75,10 @@ class Residual:
     whole: bool = False
 
     def operands(self, graph: fx.Graph) -> tuple[fx.Node, fx.Node]:
-        """Return shortcut and branch; adds the operations that compute the branch to `graph`."""
+        """Return shortcut and branch; adds the operations that compute the branch to `graph`.
+
+        Read from the node each time: an operand may have become the gate of an earlier addition.
+        """
         if self.whole:
             (shortcut,) = self.node.all_input_nodes
             return shortcut, graph.call_function(operator.sub, (self.node, shortcut))
