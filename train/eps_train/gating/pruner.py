@@ -86,8 +86,8 @@ class GraphPruner:
         criterion: str,
         relative: bool,
         live_removal: bool,
-        seed: int = 0,
-        group: Group | None = None,
+        seed: int,
+        group: Group | None,
     ) -> None:
         self.model, self.spec, self.stages = graph, spec, stages
         self.gates, self._relative = rewriting.gates(graph), relative
@@ -475,6 +475,8 @@ class BlockPruner(GraphPruner):
             criterion=criterion,
             relative=relative,
             live_removal=live_removal,
+            seed=0,
+            group=None,
         )
         self.begin_epoch()
 

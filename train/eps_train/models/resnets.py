@@ -45,7 +45,7 @@ class GatedResNet(nn.Module):
         width: int,
         block: Callable[[int, int, int, int, int], nn.Module],
         *,
-        expansion: int = 1,
+        expansion: int,
         tap: tuple[int, int],
         classes: int,
     ) -> None:
@@ -149,7 +149,9 @@ class CifarResNet(GatedResNet):
             return BasicBlock(channels, inner, stride=stride, preactivated=preactivated)
 
         # The tap follows the middle block of the second stage (paper's code).
-        super().__init__(stem, (n, n, n), width, block, tap=(1, n // 2), classes=classes)
+        super().__init__(
+            stem, (n, n, n), width, block, expansion=1, tap=(1, n // 2), classes=classes
+        )
 
 
 # -- The ImageNet family: pre-activation, basic or bottleneck blocks
