@@ -56,7 +56,7 @@ from eps_train.data import dataset
 from eps_train.data.dataset import Data
 from eps_train.gating import rewriting
 from eps_train.gating.costs import branch_costs, interleaved, plain
-from eps_train.models.cifar import Normalize
+from eps_train.models.resnets import Normalize
 from eps_train.models.spec import NetworkSpec, cost
 from eps_train.training.checkpoint import Checkpoint
 from eps_train.training.evaluate import logits

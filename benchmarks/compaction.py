@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from eps_compact.compaction import Compaction, compact, compact_checkpoint
 from eps_train.data.dataset import Data
 from eps_train.gating import rewriting
-from eps_train.models.cifar import Normalize
+from eps_train.models.resnets import Normalize
 from eps_train.models.spec import NetworkSpec
 from eps_train.recipes import cifar
 from eps_train.training.checkpoint import Checkpoint, GateRecord, PruneRecord

@@ -16,7 +16,6 @@ from eps_core.errors import ConfigError, FileFormatError, GraphError
 from eps_train.data.dataset import DataIdentity
 from eps_train.gating import folding, rewriting
 from eps_train.gating.folding import Pair
-from eps_train.models import stored
 from eps_train.models.spec import NetworkSpec
 from eps_train.training.checkpoint import Checkpoint, current_versions
 
@@ -145,8 +144,7 @@ class CompactArtifact:
         if not reason:
             return None
         made = ", ".join(f"{name} {version}" for name, version in self.versions.items())
-        family = self.network.family
-        own = "" if family == stored.FAMILY else f"the source of {family}, or "
+        own = "" if self.network.holds_graph else f"the source of {self.network.family}, or "
         return (
             f"{reason}: {own}a library has changed (it was made with {made}); go back to that, or"
             " run eps-compact again"

@@ -22,7 +22,7 @@ from eps_train.data.inputs import Batch, pixels
 from eps_train.gating import rewriting
 from eps_train.gating.folding import fold
 from eps_train.gating.pruner import BlockPruner
-from eps_train.models.cifar import Normalize
+from eps_train.models.resnets import Normalize
 from eps_train.models.spec import NetworkSpec, cost, count_parameters
 from eps_train.training.checkpoint import Checkpoint
 

@@ -21,7 +21,7 @@ from torch import fx
 from eps_compact.artifact import CompactArtifact
 from eps_core.errors import ConfigError, GraphError
 from eps_core.files import replace_file
-from eps_train.models.cifar import FromPixels
+from eps_train.models.resnets import FromPixels
 
 KINDS = ("pt2", "safetensors")
 # Name of the description: of an extra file inside a pt2 archive, of an entry of the metadata of a

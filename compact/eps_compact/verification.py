@@ -18,7 +18,7 @@ from eps_core.errors import ConfigError, DataError, FileFormatError
 from eps_train.data.dataset import load_again
 from eps_train.data.images import Part
 from eps_train.gating.folding import fold
-from eps_train.models.cifar import Normalize
+from eps_train.models.resnets import Normalize
 from eps_train.training.checkpoint import Checkpoint
 
 # Checks that need the right checkpoint; those after the first two need the right network too.

@@ -47,6 +47,11 @@ class PeerError(EpsError):
     """Another process of the same run failed and reports why; this one ends without a message."""
 
 
+def one_line(error: BaseException) -> str:
+    """The message of an exception in one line; its type where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 class Interrupted(Exception):
     """A command was stopped by a signal, and has saved its state.
 

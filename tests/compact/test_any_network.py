@@ -16,7 +16,7 @@ from eps_compact import compact
 from eps_train.gating import rewriting
 from eps_train.gating.gate import EpsilonGate
 from eps_train.gating.rewriting import branch_parameters
-from eps_train.models.cifar import Tap
+from eps_train.models.resnets import Tap
 from eps_train.models.spec import NetworkSpec
 from tests.train.test_libraries import COUNTS
 

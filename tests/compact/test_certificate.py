@@ -17,7 +17,7 @@ from eps_compact.compaction import Compaction, compact_checkpoint, proof_images
 from eps_train.data import dataset
 from eps_train.data.images import ImageSet
 from eps_train.gating.folding import fold
-from eps_train.models.cifar import Normalize
+from eps_train.models.resnets import Normalize
 from eps_train.training.checkpoint import Checkpoint
 from tests.checkpoints import EPSILON, make_checkpoint
 

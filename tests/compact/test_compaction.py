@@ -14,7 +14,7 @@ from eps_compact import compact
 from eps_core.errors import GraphError
 from eps_train.gating import rewriting
 from eps_train.gating.gate import EpsilonGate
-from eps_train.models.cifar import Tap
+from eps_train.models.resnets import Tap
 from tests.checkpoints import make_checkpoint
 
 BLOCKS = tuple(f"stages.{stage}.{block}" for stage in range(3) for block in range(3))

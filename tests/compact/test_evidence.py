@@ -22,7 +22,7 @@ from eps_core.errors import GraphError, TrainingError
 from eps_train.data import dataset
 from eps_train.data.images import ImageSet, Part
 from eps_train.gating import rewriting
-from eps_train.models.cifar import Normalize
+from eps_train.models.resnets import Normalize
 from eps_train.training.checkpoint import Checkpoint
 from tests.checkpoints import EPSILON, make_checkpoint
 

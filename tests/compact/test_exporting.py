@@ -20,7 +20,7 @@ from eps_compact.compaction import compact
 from eps_compact.exporting import ABOUT, KINDS, export
 from eps_core.errors import ConfigError
 from eps_train.gating import rewriting
-from eps_train.models.cifar import FromPixels
+from eps_train.models.resnets import FromPixels
 from eps_train.models.spec import NetworkSpec
 from tests.checkpoints import make_checkpoint
 from tests.commands import files_in

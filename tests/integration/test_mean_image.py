@@ -11,7 +11,7 @@ from eps_compact.cli import main as compact
 from eps_deploy.engines.ort import OrtEngine
 from eps_deploy.export.export import export_onnx
 from eps_train.data import dataset
-from eps_train.models.cifar import Normalize
+from eps_train.models.resnets import Normalize
 from eps_train.training.evaluate import logits
 from tests import commands
 from tests.checkpoints import make_checkpoint

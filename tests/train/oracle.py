@@ -20,6 +20,8 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from eps_core.errors import GraphError
 from eps_train.gating import rewriting
 
+RELU_SCALE = 1e6  # L in the paper's construction
+
 WATCHED = ("add", "__add__", "__radd__", "sub", "__sub__", "subtract", "addcmul", "lerp")
 WRITING = ("add_", "__iadd__", "sub_", "__isub__", "subtract_", "addcmul_", "lerp_")
 
@@ -175,3 +177,14 @@ def _dead_sets(blocks: list[str], chooser: random.Random) -> Iterator[list[str]]
     if len(blocks) > 1:
         yield chooser.sample(blocks, len(blocks) // 2)
         yield chooser.sample(blocks, 1)
+
+
+def relu_gate(branch: Tensor, epsilon: float) -> Tensor:
+    """Compute `S(branch)` by the paper's construction from four ReLUs.
+
+    `s = max_i(relu(F_i - eps) + relu(-F_i - eps))`, `w = relu(1 - L relu(1 - L s))`, `S(F) = w F`.
+    Equal to the threshold except for responses in (epsilon, epsilon + 1/L), where `w` is a ramp.
+    """
+    excess = (torch.relu(branch.float() - epsilon) + torch.relu(-branch.float() - epsilon)).amax()
+    weight = torch.relu(1 - RELU_SCALE * torch.relu(1 - RELU_SCALE * excess))
+    return weight.to(branch.dtype) * branch

@@ -14,7 +14,7 @@ from eps_train import recipes
 from eps_train.config import TrainingConfig
 from eps_train.data import dataset
 from eps_train.data.dataset import Data
-from eps_train.gating.pruner import BlockPruner
+from eps_train.gating.pruner import GraphPruner
 from eps_train.training.distillation import Teacher
 from eps_train.training.distributed import ALONE, Group
 from eps_train.training.evaluate import EpochMetrics
@@ -37,7 +37,7 @@ PRUNED = {"stages.0.1": 4, "stages.1.1": 6, "stages.2.2": 6}  # block -> its las
 SHUT = 1e9  # epsilon above every response that is finite
 
 
-class ForcedPruner(BlockPruner):
+class ForcedPruner(GraphPruner):
     """A pruner by which the blocks of PRUNED die, at the end of these epochs, and no others.
 
     Their gates are shut for `patience` epochs before, and all other gates are open.

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from eps_train.gating.gate import EpsilonGate, relu_gate
+from eps_train.gating.gate import EpsilonGate
 from eps_train.training.checkpoint import Checkpoint
 from eps_train.training.distributed import Group
 from eps_train.training.evaluate import EpochMetrics, logits, score
 from eps_train.training.step import WARM_UP, GraphedStep, set_lr
 from eps_train.training.trainer import Stopped, Trainer
 from tests.train import processes
+from tests.train.oracle import relu_gate
 from tests.train.runs import PRUNED, digits, pruned_blocks, pruning_trainer, remove
 
 pytestmark = [

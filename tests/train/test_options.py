@@ -20,8 +20,8 @@ from eps_train.cli import main
 from eps_train.data import dataset
 from eps_train.gating import controller, costs
 from eps_train.gating.costs import count_costs, measure_latency
-from eps_train.gating.criteria import BlockScores
 from eps_train.gating.pruner import BlockPruner
+from eps_train.gating.pruning_state import BlockScores
 from eps_train.training import forward, trainer
 from eps_train.training.checkpoint import Checkpoint
 from eps_train.training.distributed import Group

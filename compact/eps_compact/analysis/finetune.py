@@ -17,7 +17,7 @@ from eps_core.stats import Interval
 from eps_train.config import TrainingConfig
 from eps_train.data.dataset import Data
 from eps_train.gating import rewriting
-from eps_train.models.cifar import Normalize
+from eps_train.models.resnets import Normalize
 from eps_train.models.spec import NetworkSpec
 from eps_train.schedule import CosineDecay, initial_lr
 from eps_train.training.checkpoint import Checkpoint

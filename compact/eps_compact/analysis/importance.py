@@ -24,7 +24,7 @@ from eps_train.data.images import ImageSet, Part
 from eps_train.gating import rewriting
 from eps_train.gating.costs import Timer, TorchTimer, block_times, branch_costs
 from eps_train.gating.gate import EpsilonGate
-from eps_train.models.cifar import Normalize
+from eps_train.models.resnets import Normalize
 from eps_train.training.checkpoint import Checkpoint
 from eps_train.training.evaluate import BATCH, logits
 

@@ -45,7 +45,7 @@ from eps_train.gating.costs import (
 )
 from eps_train.gating.nested import reestimate_batchnorm, smallest_size
 from eps_train.gating.targets import BlockCosts, cheapness
-from eps_train.models.cifar import Normalize
+from eps_train.models.resnets import Normalize
 from eps_train.models.spec import Cost, cost
 from eps_train.training.checkpoint import Checkpoint
 from eps_train.training.evaluate import BATCH, score

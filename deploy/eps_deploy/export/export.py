@@ -21,7 +21,7 @@ from eps_deploy.export.writer import BATCH, cast_network
 from eps_deploy.precision import PRECISIONS, Precision
 from eps_train.data.dataset import DataIdentity
 from eps_train.gating import folding
-from eps_train.models.cifar import FromPixels
+from eps_train.models.resnets import FromPixels
 
 # The precision of a file before quantization, by the type of its weights.
 _FLOATS: dict[str, Precision] = {

@@ -26,7 +26,7 @@ from eps_deploy.export.types import belongs
 from eps_train.data.dataset import DataIdentity
 from eps_train.gating import folding, rewriting
 from eps_train.gating.tracing import acts_on_others
-from eps_train.models.cifar import Downsample, Normalize
+from eps_train.models.resnets import Downsample, Normalize
 
 BATCH = "N"
 _IR = 10  # of ONNX 1.17, the oldest supported version: files require no more than they need

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from eps_compact import CompactArtifact
 from eps_core.errors import ConfigError, FileFormatError
-from eps_train.models import stored
 from eps_train.models.spec import NetworkSpec
 from eps_train.training.checkpoint import Checkpoint
 
@@ -104,7 +103,7 @@ def _load_baseline(path: Path, compact: CompactArtifact) -> Checkpoint:
 
 
 def _describe(network: NetworkSpec) -> str:
-    if network.family == stored.FAMILY:
+    if network.holds_graph:
         return "stored as a graph"
     arguments = ", ".join(f"{key} {value}" for key, value in network.arguments.items())
     return f"{network.family} ({arguments})"

@@ -25,7 +25,7 @@ from eps_core.errors import ConfigError
 from eps_core.stats import Interval
 from eps_train.data import dataset
 from eps_train.data.images import ImageSet
-from eps_train.models.cifar import Normalize
+from eps_train.models.resnets import Normalize
 from eps_train.training.checkpoint import Checkpoint
 from eps_train.training.evaluate import score
 from tests.checkpoints import EPSILON, make_checkpoint

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from eps_compact.analysis.importance import WORST_LOSS, Predictions, leave_one_out_logits
 from eps_train.data.downloads import import_torchvision
 from eps_train.gating import rewriting
-from eps_train.models.cifar import CifarResNet
+from eps_train.models.resnets import CifarResNet
 
 
 def settled(model: nn.Module) -> nn.Module:

@@ -23,7 +23,7 @@ from eps_train.gating import rewriting
 from eps_train.gating.costs import Measure
 from eps_train.gating.rewriting import branch_parameters
 from eps_train.gating.targets import cheapness
-from eps_train.models.cifar import Normalize
+from eps_train.models.resnets import Normalize
 from eps_train.models.spec import cost
 from tests.checkpoints import make_checkpoint
 from tests.train.gating.timers import LayerTimer

@@ -21,7 +21,7 @@ from eps_deploy.export.export import export_onnx
 from eps_train.data import dataset
 from eps_train.gating import costs, rewriting
 from eps_train.gating.costs import block_times, branch_costs, plain
-from eps_train.models.cifar import Normalize
+from eps_train.models.resnets import Normalize
 from tests.checkpoints import make_checkpoint
 
 DIGITS = dataset.load("digits")

@@ -27,7 +27,7 @@ from eps_deploy.pipeline import builder, write
 from eps_deploy.pipeline.inputs import find_inputs
 from eps_train.data import dataset
 from eps_train.gating import rewriting
-from eps_train.models.cifar import Normalize
+from eps_train.models.resnets import Normalize
 from tests.checkpoints import make_checkpoint
 from tests.commands import Result, files_in, run
 from tests.deploy.fake_ort import FakeSession

@@ -17,7 +17,7 @@ from eps_core.preprocessing import Preprocessing
 from eps_train.data import dataset
 from eps_train.data.dataset import Data, DataIdentity
 from eps_train.data.images import ImageSet, Part, RawDataset
-from eps_train.models.cifar import Normalize
+from eps_train.models.resnets import Normalize
 
 PREPROCESSING = Preprocessing(resize=(2, 2), crop=(2, 2), color="rgb")
 PARTS = ("train", "validation", "test")

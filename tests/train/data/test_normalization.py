@@ -8,7 +8,7 @@ import torch
 from eps_core.errors import ConfigError, DataError
 from eps_train.data import dataset
 from eps_train.data.images import ImageSet
-from eps_train.models.cifar import Normalize
+from eps_train.models.resnets import Normalize
 
 
 def part(count: int = 30) -> ImageSet:

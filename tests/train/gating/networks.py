@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 from eps_train.gating import rewriting
-from eps_train.models.cifar import CifarResNet
+from eps_train.models.resnets import CifarResNet
 
 
 def gated(*, seed: int = 0, depth: int = 20, width: int = 2, classes: int = 4) -> fx.GraphModule:

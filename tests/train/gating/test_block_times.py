@@ -15,12 +15,12 @@ from eps_train.gating.costs import (
     branch_costs,
     count_costs,
     latency_share,
-    measure_costs,
+    measure_latency,
     plain,
 )
 from eps_train.gating.gate import EpsilonGate
 from eps_train.gating.targets import Currency
-from eps_train.models.cifar import CifarResNet
+from eps_train.models.resnets import CifarResNet
 from eps_train.models.spec import cost
 from tests.train.gating.timers import LayerTimer
 
@@ -43,8 +43,7 @@ def test_each_kind_is_timed_once_and_shared_out() -> None:
 
 def test_the_costs_of_a_latency_are_the_times_of_call_and_blocks() -> None:
     model = rewriting.trace(CifarResNet(depth=8, width=4).eval())
-    measure = LayerTimer().load(model, IMAGE)
-    found = measure_costs(branch_costs(model, (3, 32, 32)), measure, LayerTimer.name)
+    found = measure_latency(model, IMAGE, LayerTimer())
     blocks = {"stages.0.0": 2.0, "stages.1.0": 2.0, "stages.2.0": 4.0}
     assert (found.currency, found.whole) == ("latency", 9.0)
     assert found.blocks == pytest.approx(blocks)
@@ -59,8 +58,7 @@ def test_blocks_add_up_to_what_all_of_them_save() -> None:
             return super()._time(network) ** 2
 
     model = rewriting.trace(CifarResNet(depth=14, width=4).eval())
-    measure = Cached().load(model, IMAGE)
-    found = measure_costs(branch_costs(model, (3, 32, 32)), measure, Cached.name)
+    found = measure_latency(model, IMAGE, Cached())
     assert found.without(found.blocks) == pytest.approx(1.0)
     assert found.blocks["stages.2.1"] > found.blocks["stages.1.1"] > 0
 
@@ -71,8 +69,7 @@ def test_a_block_whose_time_is_lost_in_the_noise_saves_nothing() -> None:
             return 20.0 - super()._time(network)
 
     model = rewriting.trace(CifarResNet(depth=8, width=4).eval())
-    measure = Noise().load(model, IMAGE)
-    found = measure_costs(branch_costs(model, (3, 32, 32)), measure, Noise.name)
+    found = measure_latency(model, IMAGE, Noise())
     assert set(found.blocks.values()) == {0.0}
 
 

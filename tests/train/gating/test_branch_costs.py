@@ -13,7 +13,7 @@ from eps_compact.analysis.importance import live_network
 from eps_train.data.downloads import import_torchvision
 from eps_train.gating import rewriting
 from eps_train.gating.costs import branch_costs
-from eps_train.models.cifar import CifarResNet
+from eps_train.models.resnets import CifarResNet
 from eps_train.models.spec import cost
 from tests.checkpoints import make_checkpoint
 

@@ -31,7 +31,7 @@ TO_40 = Parameters(0.4)
 
 
 def controller(
-    max_drop: float | None = None,
+    max_accuracy_drop: float | None = None,
     *,
     target: Target = TO_40,
     blocks: Mapping[str, float] | None = None,
@@ -42,12 +42,12 @@ def controller(
     made = EpsilonController(
         target=target,
         costs=BlockCosts(currency=target.currency, whole=50, blocks=blocks),
-        start=1,
+        epochs=10,
         end=9,
         patience=2,
-        max_drop=max_drop,
+        max_accuracy_drop=max_accuracy_drop,
+        criterion="response",
         stages=dict.fromkeys(blocks, "all"),
-        per_cost=target.currency != "parameters",
     )
     return replace(made, **changes)
 
@@ -138,7 +138,7 @@ def test_towards_a_latency_the_block_goes_that_costs_least_importance_for_a_mill
     made = controller(target=Latency(0.9), blocks=blocks)
     made.observe(0, records(PEAKS), kept=50, accuracy=0.8)
     assert made.chosen == {"a"}, "the strongest response, and most of the time"
-    plain = controller(target=Latency(0.9), blocks=blocks, per_cost=False)
+    plain = controller(target=Latency(0.9), blocks=blocks, criterion="random")
     plain.observe(0, records(PEAKS), kept=50, accuracy=0.8)
     assert plain.chosen == {"b"}
 
@@ -170,9 +170,9 @@ def test_what_is_chosen_by_importance_per_cost(changes: dict[str, Any], per_cost
     config = replace(PRUNING, epsilon=None, **changes)
     assert config.target is not None
     costs = BlockCosts(currency=config.target.currency, whole=2, blocks={"a": 1})
-    made = EpsilonController.of(
-        config.target,
-        costs,
+    made = EpsilonController(
+        target=config.target,
+        costs=costs,
         epochs=8,
         end=5,
         stages={"a": "all"},
@@ -184,7 +184,7 @@ def test_what_is_chosen_by_importance_per_cost(changes: dict[str, Any], per_cost
 
 
 def test_the_guard_chooses_none_until_accuracy_is_back() -> None:
-    made = controller(max_drop=0.01)
+    made = controller(max_accuracy_drop=1.0)
     for epoch, accuracy in enumerate([0.90, 0.80, 0.85]):
         made.observe(epoch, records(PEAKS), kept=50, accuracy=accuracy)
     assert (made.held, len(made.chosen)) == (0, 2), "one weak epoch is noise"
@@ -196,7 +196,7 @@ def test_the_guard_chooses_none_until_accuracy_is_back() -> None:
 
 
 def test_a_target_that_was_missed_is_told_with_its_reason() -> None:
-    made = controller(max_drop=0.01)
+    made = controller(max_accuracy_drop=1.0)
     assert made.shortfall(20) is None
     assert made.shortfall(25) == (
         "50.0% of the parameters are left, not 40.0%: the run was too short, or every stage is down"

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from eps_train.config import choices
 from eps_train.gating import rewriting
-from eps_train.gating.criteria import BlockScores, gate_gradient
 from eps_train.gating.gate import relative_response
+from eps_train.gating.pruning_state import BlockScores, gate_gradient
 from tests.train.gating.networks import gated
 
 CRITERIA = [name for name in choices("criterion") if name != "response"]

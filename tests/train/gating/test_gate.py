@@ -22,10 +22,10 @@ from eps_train.gating.gate import (
     GateRecords,
     _largest_by_norm,
     _largest_by_range,
-    relu_gate,
     response,
 )
-from eps_train.models.cifar import CifarResNet
+from eps_train.models.resnets import CifarResNet
+from tests.train.oracle import relu_gate
 from tests.train.runs import trainer
 
 EPSILON = 2.5

@@ -14,7 +14,7 @@ from eps_core.errors import GraphError
 from eps_train.gating import rewriting
 from eps_train.gating.gate import EpsilonGate
 from eps_train.gating.rewriting import branch_parameters
-from eps_train.models.cifar import CifarResNet, Tap
+from eps_train.models.resnets import CifarResNet, Tap
 
 BLOCKS = tuple(f"stages.{stage}.{block}" for stage in range(3) for block in range(3))
 EPSILON = 2.35  # some gates of this network close at it, some do not

@@ -8,7 +8,7 @@ from torch import nn
 
 from eps_train.gating import rewriting
 from eps_train.gating.gate import EpsilonGate
-from eps_train.models.imagenet import ImageNetResNet, PreactivationBlock
+from eps_train.models.resnets import ImageNetResNet, PreactivationBlock
 
 # Blocks a stage, from the paper.
 COUNTS = {

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from eps_train.gating import rewriting
 from eps_train.gating.gate import EpsilonGate
-from eps_train.models.cifar import BasicBlock, CifarResNet, Downsample, Normalize, SideHead, Tap
+from eps_train.models.resnets import BasicBlock, CifarResNet, Downsample, Normalize, SideHead, Tap
 
 
 def count_by_hand(n: int, width: int, in_channels: int, classes: int) -> int:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from eps_core.errors import ConfigError, FileFormatError
-from eps_train.models.cifar import Normalize
+from eps_train.models.resnets import Normalize
 from eps_train.training.distillation import Teacher, distillation_loss
 from eps_train.training.evaluate import logits
 from tests.checkpoints import make_checkpoint

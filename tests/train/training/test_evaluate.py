@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from eps_train.data.images import ImageSet
-from eps_train.models.cifar import Normalize
+from eps_train.models.resnets import Normalize
 from eps_train.training.evaluate import BATCH, logits, score
 
 

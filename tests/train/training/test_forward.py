@@ -15,7 +15,7 @@ from eps_core.errors import ConfigError
 from eps_train.config import TrainingConfig
 from eps_train.gating import rewriting
 from eps_train.gating.gate import EpsilonGate
-from eps_train.models.cifar import BasicBlock
+from eps_train.models.resnets import BasicBlock
 from eps_train.models.spec import NetworkSpec
 from eps_train.training import forward
 from eps_train.training.distributed import ALONE, Group

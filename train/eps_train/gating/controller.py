@@ -37,13 +37,16 @@ class EpsilonController:
     Attributes:
         target: share to keep.
         costs: of the network and its blocks, in the currency of `target`.
-        start, end: 0-based epochs between which the wanted cost falls linearly from that of the
-            whole network to the target; from `end` on no block is chosen, so that the rest of the
-            network can settle.
         stages: the stage of each block (`rewriting.stages`); each keeps one block.
+        epochs: of the run.
+        end: 0-based epoch from which on no block is chosen, so that the rest of the network can
+            settle. Between `start` and it the wanted cost falls linearly from that of the whole
+            network to the target.
         patience: epochs that a gate has to be closed for its block to be dead.
-        max_drop: accuracy (0..1) that may be lost before no further block is chosen; None: any.
-        per_cost: choose by importance per cost; otherwise by importance alone.
+        max_accuracy_drop: percentage points that may be lost before no further block is chosen;
+            None: any.
+        criterion: that orders the blocks; see `pruning_state.BlockScores`.
+        warmup: epochs before the first block is chosen, at least.
         epsilon: threshold of the chosen blocks' gates; all others are open.
         chosen: live blocks that are being pruned.
         held: epochs in which accuracy was too low to choose more blocks.
@@ -51,50 +54,27 @@ class EpsilonController:
 
     target: Target
     costs: BlockCosts
-    start: int
-    end: int
     stages: Mapping[str, str]
+    epochs: int
+    end: int
     patience: int
-    max_drop: float | None
-    per_cost: bool
+    max_accuracy_drop: float | None
+    criterion: str
+    warmup: int = 0
     epsilon: float = 0.0
     chosen: frozenset[str] = frozenset()
     held: int = 0
     _accuracies: list[float] = field(default_factory=list)
 
-    @classmethod
-    def of(
-        cls,
-        target: Target,
-        costs: BlockCosts,
-        *,
-        epochs: int,
-        end: int,
-        stages: Mapping[str, str],
-        patience: int,
-        max_accuracy_drop: float | None,
-        criterion: str,
-        warmup: int = 0,
-    ) -> EpsilonController:
-        """The controller of a run.
+    @property
+    def start(self) -> int:
+        """0-based epoch in which the first blocks are chosen."""
+        return max(self.warmup, 1, round(LEARN_FIRST * self.epochs))
 
-        Args:
-            target, costs, end, stages, patience: as the attributes.
-            epochs: of the run.
-            max_accuracy_drop: as `max_drop`, in percentage points.
-            criterion: that orders the blocks; see `criteria.BlockScores`.
-            warmup: epochs before the first block is chosen, at least.
-        """
-        return cls(
-            target=target,
-            costs=costs,
-            stages=stages,
-            start=max(warmup, 1, round(LEARN_FIRST * epochs)),
-            end=end,
-            patience=patience,
-            max_drop=None if max_accuracy_drop is None else max_accuracy_drop / 100,
-            per_cost=costs.currency != "parameters" and criterion != "random",
-        )
+    @property
+    def per_cost(self) -> bool:
+        """Whether blocks are chosen by importance per cost, or by importance alone."""
+        return self.costs.currency != "parameters" and self.criterion != "random"
 
     def threshold(self, block: str) -> float:
         """Epsilon of the block's gate in the next epoch; 0 holds it open."""
@@ -185,10 +165,11 @@ class EpsilonController:
             excess -= saved[block]
 
     def _harmed(self) -> bool:
-        """Whether accuracy is further below its best than `max_drop`, in all recent epochs."""
-        if self.max_drop is None:
+        """Whether accuracy is too far below its best, in all recent epochs."""
+        if self.max_accuracy_drop is None:
             return False
-        return max(self._accuracies[-RECENT:]) < max(self._accuracies) - self.max_drop
+        lowest = max(self._accuracies) - self.max_accuracy_drop / 100
+        return max(self._accuracies[-RECENT:]) < lowest
 
     def state_dict(self) -> dict[str, Any]:
         return {

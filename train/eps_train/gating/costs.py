@@ -27,7 +27,7 @@ from eps_train.gating import rewriting
 from eps_train.gating.folding import fold
 from eps_train.gating.rewriting import branch_nodes, branch_parameters
 from eps_train.gating.targets import BlockCosts, Currency
-from eps_train.models.cifar import FromPixels
+from eps_train.models.resnets import FromPixels
 from eps_train.models.spec import cost, count_parameters
 from eps_train.training.forward import cpu_threads
 
@@ -56,9 +56,7 @@ class BranchCost:
 def branch_costs(model: fx.GraphModule, input_shape: tuple[int, int, int]) -> list[BranchCost]:
     """Return every gated block's cost, in the order of computation, from a run on the meta device.
 
-    Args:
-        model: a network with gates.
-        input_shape: `[C, H, W]` of an image.
+    `input_shape` is that of an image, `[C, H, W]`.
     """
     skeleton = copy.deepcopy(model).to("meta").eval()
     shapes = _ShapeRecorder(skeleton)
@@ -113,19 +111,17 @@ class _ShapeRecorder(fx.Interpreter):
 def count_costs(
     model: fx.GraphModule, input_shape: tuple[int, int, int], currency: Currency
 ) -> BlockCosts:
-    """Count the parameters or FLOPs of a network with gates and of its blocks.
+    """Count the parameters or the FLOPs of a network with gates and of its blocks.
 
-    Args:
-        model: a network with gates.
-        input_shape: `[C, H, W]` of an image.
-        currency: `parameters` or `flops`.
+    `input_shape` is that of an image, `[C, H, W]`.
     """
     if currency == "parameters":
         whole, blocks = count_parameters(model), branch_parameters(model)
-        return BlockCosts(currency=currency, whole=whole, blocks=blocks)
-    assert currency == "flops"
-    blocks = {found.block: found.flops for found in branch_costs(model, input_shape)}
-    return BlockCosts(currency=currency, whole=cost(model, input_shape).flops, blocks=blocks)
+    else:
+        assert currency == "flops"
+        whole = cost(model, input_shape).flops
+        blocks = {found.block: found.flops for found in branch_costs(model, input_shape)}
+    return BlockCosts(currency=currency, whole=whole, blocks=blocks)
 
 
 # -- Timing: networks without some of their blocks, interleaved, one image a call
@@ -172,7 +168,6 @@ class TorchTimer:
         self._identity = identity
 
     def load(self, model: fx.GraphModule, image: Tensor) -> Measure:
-        """As in :class:`Timer`."""
         if image.is_cuda:
             device = torch.cuda.get_device_name(image.device)
             self.name = f"torch {torch.__version__} eager on {device}, batch 1"
@@ -197,10 +192,7 @@ class TorchTimer:
 
 
 def interleaved(calls: Sequence[Callable[[], object]]) -> list[Runs]:
-    """Time calls that return when their work is done, in turns; `SECONDS_EACH` for each of them.
-
-    Returns each call's milliseconds, `[blocks, runs]`.
-    """
+    """Time calls that return when their work is done, in turns; `SECONDS_EACH` for each of them."""
     return interleave([wall_clock(call) for call in calls], budget=SECONDS_EACH * len(calls)).times
 
 
@@ -210,10 +202,8 @@ def block_times(
     """Return the milliseconds of a call, and those that each block takes, with 95 % intervals.
 
     Each kind of block is timed once: the network without all blocks of that kind, as a share of
-    the whole network beside it. What is saved is divided by their number.
-
-    Args:
-        costs: of all blocks of the network that `measure` was loaded with.
+    the whole network beside it. What is saved is divided by their number. `costs` are those of all
+    blocks of the network that `measure` was loaded with.
     """
     kinds: dict[str, list[str]] = {}
     for found in costs:
@@ -231,7 +221,11 @@ def block_times(
 def measure_latency(
     model: fx.GraphModule, image: Tensor, timer: Timer, measure: Measure | None = None
 ) -> BlockCosts:
-    """Measure the latency of a network with gates and of its blocks: :func:`measure_costs`.
+    """Measure the latency of a network with gates and of its blocks.
+
+    The network without any block is timed too, and the times of the blocks are scaled so that they
+    add up to what it saves: alone, a block may save more or less than beside others. A block whose
+    time is lost in the noise saves nothing.
 
     Args:
         model, image: as `Timer.load` takes them.
@@ -239,27 +233,12 @@ def measure_latency(
     """
     measure = measure or timer.load(model, image)
     _, channels, height, width = image.shape
-    return measure_costs(branch_costs(model, (channels, height, width)), measure, timer.name)
-
-
-def measure_costs(costs: Collection[BranchCost], measure: Measure, timer: str) -> BlockCosts:
-    """Measure the latency of a network and of its blocks.
-
-    The network without any block is timed too, and the times of the blocks are scaled so that they
-    add up to what it saves: alone, a block may save more or less than beside others. A block whose
-    time is lost in the noise saves nothing.
-
-    Args:
-        costs: of all blocks of the network that `measure` was loaded with.
-        measure: times it without some of its blocks.
-        timer: name of the timer.
-    """
-    whole, times = block_times(costs, measure)
+    whole, times = block_times(branch_costs(model, (channels, height, width)), measure)
     saved = {block: max(found.value, 0.0) for block, found in times.items()}
     together = max(1 - latency_share(measure, list(saved)).value, 0.0) * whole.value
     scale = together / max(sum(saved.values()), 1e-9)
     blocks = {block: scale * found for block, found in saved.items()}
-    return BlockCosts(currency="latency", whole=whole.value, blocks=blocks, timer=timer)
+    return BlockCosts(currency="latency", whole=whole.value, blocks=blocks, timer=timer.name)
 
 
 def latency_share(measure: Measure, removed: Collection[str]) -> Interval:
@@ -299,25 +278,19 @@ def _find_timer(name: str | None, identity: DataIdentity, report: Log) -> Timer:
     if name == "torch":
         return TorchTimer(identity)
     wanted = name or PREFERRED
+    entry = next(iter(entry_points(group=GROUP, name=wanted)), None)
     try:
-        entry = next(iter(entry_points(group=GROUP, name=wanted)), None)
-        if entry is None:
-            raise ConfigError(
-                f"--timer {wanted}: this installation of eps-resnet does not offer it; install it"
-                " again, or give --timer torch"
-            )
-        try:
+        if entry is not None:
             timer: Callable[[DataIdentity], Timer] = entry.load()
-        except ModuleNotFoundError as error:
-            raise ConfigError(
-                f"--timer {wanted}: {missing_package(error)}, or give --timer torch"
-            ) from error
-        return timer(identity)
-    except ConfigError as error:
-        if name is not None:
-            raise
-        report(f"times are torch's: {error}")
-        return TorchTimer(identity)
+            return timer(identity)
+        problem = "this installation of eps-resnet does not offer it; install it again,"
+    except ModuleNotFoundError as error:
+        problem = f"{missing_package(error)},"
+    problem = f"--timer {wanted}: {problem} or give --timer torch"
+    if name is not None:
+        raise ConfigError(problem)
+    report(f"times are torch's: {problem}")
+    return TorchTimer(identity)
 
 
 class _WatchedTimer:
@@ -331,7 +304,6 @@ class _WatchedTimer:
         return self._timer.name
 
     def load(self, model: fx.GraphModule, image: Tensor) -> Measure:
-        """As in :class:`Timer`."""
         measure = self._timer.load(model, image)
 
         def watched(without: Sequence[Collection[str]]) -> list[Runs]:

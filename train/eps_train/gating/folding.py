@@ -31,7 +31,6 @@ _NORMS: dict[type[nn.Module], type[nn.Module]] = {
 _IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 # timm's batch norm with an activation, by name: timm need not be installed.
 _WITH_ACTIVATION = ("timm.layers.norm_act", "BatchNormAct2d")
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 class Pair(NamedTuple):
@@ -65,9 +64,8 @@ def fold(model: fx.GraphModule) -> tuple[fx.GraphModule, tuple[Pair, ...]]:
     _drop_identities(folded)
     places = list(_places(folded))
     for place in places:
-        conv = folded.get_submodule(place.names.conv)
-        weight, bias = _folded(conv, folded.get_submodule(place.names.norm))
-        _merge(folded, place, conv, weight, bias)
+        conv, norm = map(folded.get_submodule, place.names)
+        _merge(folded, place, *_folded(conv, norm))
     _tidy(folded)
     return folded, tuple(place.names for place in places)
 
@@ -98,8 +96,8 @@ def unfolded_state(state: Mapping[str, Tensor], pairs: Iterable[Pair]) -> dict[s
 def refold(model: fx.GraphModule, pairs: Iterable[Pair], state: Mapping[str, Tensor]) -> None:
     """Give `model`, loaded from `unfolded_state`, the structure and tensors of the folded network.
 
-    In place. Raises FileFormatError for a pair that this network cannot fold, or whose tensors are
-    missing or of another shape.
+    Raises FileFormatError for a pair that this network cannot fold, or whose tensors are missing or
+    of another shape.
     """
     _drop_identities(model)
     places = {place.names: place for place in _places(model)}
@@ -114,8 +112,7 @@ def refold(model: fx.GraphModule, pairs: Iterable[Pair], state: Mapping[str, Ten
             raise FileFormatError(
                 f"tensor {pair.conv}.bias has another shape or type than its network"
             )
-        conv = model.get_submodule(pair.conv)
-        _merge(model, place, conv, weight.clone(), bias.clone())
+        _merge(model, place, weight.clone(), bias.clone())
     _tidy(model)
 
 
@@ -133,13 +130,9 @@ def _drop_identities(model: fx.GraphModule) -> None:
 def _places(model: fx.GraphModule) -> Iterable[_Place]:
     """Yield the places where a batch norm is the only reader of a convolution's result."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    calls: Counter[int] = Counter()
-    readings = []
-    for node in model.graph.nodes:
-        if node.op == "call_module":
-            calls[id(modules[str(node.target)])] += 1
-        elif node.op == "get_attr":
-            readings.append(str(node.target))
+    called = model.graph.find_nodes(op="call_module", sort=False)
+    calls = Counter(id(modules[str(node.target)]) for node in called)
+    readings = [str(node.target) for node in model.graph.find_nodes(op="get_attr", sort=False)]
     owners = Counter(
         id(parameter) for module in model.modules() for parameter in module._parameters.values()
     )
@@ -148,8 +141,7 @@ def _places(model: fx.GraphModule) -> Iterable[_Place]:
         if not isinstance(source, fx.Node) or source.op != "call_module" or len(source.users) != 1:
             continue
         names = Pair(str(source.target), str(node.target))
-        conv = modules[names.conv]
-        norm = modules[names.norm]
+        conv, norm = modules[names.conv], modules[names.norm]
         exclusive = calls[id(conv)] == 1 and owners[id(conv._parameters.get("weight"))] == 1
         if _activation(norm) is not None:  # which replaces this norm
             exclusive = exclusive and calls[id(norm)] == 1
@@ -179,7 +171,7 @@ def _fit(conv: nn.Module, norm: nn.Module) -> bool:
 
 
 def _hooked(module: nn.Module) -> bool:
-    return any(getattr(module, name) for name in _HOOKS)
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _folded(conv: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:
@@ -204,13 +196,10 @@ def _folded(conv: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:
     return (weight * per_channel).float(), bias.float()
 
 
-def _merge(
-    model: fx.GraphModule, place: _Place, conv: nn.Module, weight: Tensor, bias: Tensor
-) -> None:
-    conv.weight = nn.Parameter(weight)
-    conv.bias = nn.Parameter(bias)
-    activation = _activation(model.get_submodule(place.names.norm))
-    if activation is not None:
+def _merge(model: fx.GraphModule, place: _Place, weight: Tensor, bias: Tensor) -> None:
+    conv, norm = map(model.get_submodule, place.names)
+    conv.weight, conv.bias = nn.Parameter(weight), nn.Parameter(bias)
+    if (activation := _activation(norm)) is not None:
         model.add_submodule(place.names.norm, activation)
         return
     place.norm.replace_all_uses_with(place.conv)

@@ -13,8 +13,6 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-RELU_SCALE = 1e6  # L in the paper's construction
-
 LEAST_RMS = 1e-12  # of a shortcut in a relative response, so that it is finite
 
 _COUNTERS = ("closed_steps", "finite_steps", "steps")
@@ -75,13 +73,11 @@ class EpsilonGate(nn.Module):
 
     @property
     def process_group(self) -> ProcessGroup | None:
-        group = self._group
-        if group is None:
+        if self._group is None:
             return None
-        found = group()
-        if found is None:
+        if (group := self._group()) is None:
             raise RuntimeError("the process group of this gate has been destroyed")
-        return found
+        return group
 
     @process_group.setter
     def process_group(self, group: ProcessGroup | None) -> None:
@@ -126,8 +122,7 @@ class EpsilonGate(nn.Module):
 
     def forward(self, shortcut: Tensor, branch: Tensor) -> Tensor:
         """Return `shortcut + S(branch)`; both `[N, ...]`, same shape and dtype."""
-        judged = self.training
-        opened = self._decide(shortcut, branch.detach()) if judged else self.dead.logical_not()
+        opened = self._decide(shortcut, branch.detach()) if self.training else ~self.dead
         if torch.compiler.is_compiling():  # the compiler fuses the operations
             return torch.addcmul(shortcut, branch, opened)
         # Only a decision on the CPU can be read without waiting; a traced one has no value.
@@ -139,9 +134,7 @@ class EpsilonGate(nn.Module):
     def measure(self, shortcut: Tensor, branch: Tensor, *, out: Tensor | None = None) -> Tensor:
         """Return the response that the gate compares with epsilon, a float32 scalar.
 
-        Args:
-            shortcut, branch: of one shape, any floating-point type; `branch` without gradients.
-            out: float32 scalar that receives the result.
+        `shortcut` and `branch` are of one shape and any floating-point type; `branch` is detached.
         """
         if self.relative:
             return relative_response(shortcut.detach(), branch, out=out)
@@ -313,9 +306,7 @@ def response(branch: Tensor, *, out: Tensor | None = None) -> Tensor:
     Reads the tensor once, while `abs().max()` writes a temporary. The norm is one kernel on GPUs,
     but twenty times slower on CPUs than the minimum and maximum.
 
-    Args:
-        branch: any shape and floating-point type; must not require grad when `out` is given.
-        out: float32 scalar that receives the result.
+    `branch` has any shape and floating-point type; it must not require grad when `out` is given.
     """
     by_norm = branch.is_cuda or branch.is_meta
     return _largest_by_norm(branch, out) if by_norm else _largest_by_range(branch, out)
@@ -324,11 +315,7 @@ def response(branch: Tensor, *, out: Tensor | None = None) -> Tensor:
 def relative_response(shortcut: Tensor, branch: Tensor, *, out: Tensor | None = None) -> Tensor:
     """`max |branch| / rms(shortcut)`, a float32 scalar; NaN when any element is NaN.
 
-    An RMS below 1e-12 counts as 1e-12.
-
-    Args:
-        shortcut, branch: of one shape, any floating-point type.
-        out: float32 scalar that receives the result.
+    Both are of one shape and any floating-point type. An RMS below 1e-12 counts as 1e-12.
     """
     norm = torch.linalg.vector_norm(shortcut, dtype=torch.float32)
     rms = (norm * shortcut.numel() ** -0.5).clamp(min=LEAST_RMS)
@@ -346,14 +333,3 @@ def _largest_by_range(branch: Tensor, out: Tensor | None = None) -> Tensor:
         branch = branch.permute(0, 2, 3, 1)
     low, high = torch.aminmax(branch)
     return torch.maximum(high, low.neg(), out=out).float()
-
-
-def relu_gate(branch: Tensor, epsilon: float) -> Tensor:
-    """Compute `S(branch)` by the paper's construction from four ReLUs; a reference for the tests.
-
-    `s = max_i(relu(F_i - eps) + relu(-F_i - eps))`, `w = relu(1 - L relu(1 - L s))`, `S(F) = w F`.
-    Equal to the threshold except for responses in (epsilon, epsilon + 1/L), where `w` is a ramp.
-    """
-    excess = (torch.relu(branch.float() - epsilon) + torch.relu(-branch.float() - epsilon)).amax()
-    weight = torch.relu(1 - RELU_SCALE * torch.relu(1 - RELU_SCALE * excess))
-    return weight.to(branch.dtype) * branch

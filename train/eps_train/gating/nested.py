@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from eps_train.gating import rewriting
 from eps_train.gating.costs import plain
+from eps_train.gating.tracing import in_mode
 
 SMALLEST = 0.2  # share of the blocks that the smallest sub-network keeps
 SMALLEST_STEPS = 0.25  # share of the steps that train the smallest
@@ -24,19 +25,12 @@ SMALLEST_STEPS = 0.25  # share of the steps that train the smallest
 def nested_order(scores: Mapping[str, float], stages: Mapping[str, str]) -> tuple[str, ...]:
     """Return blocks from the most important to the least; first of all, the best of each stage.
 
-    Args:
-        scores: importance by block.
-        stages: stage by block (`rewriting.stages`). Every sub-network keeps a block of each.
+    `scores` and `stages` (`rewriting.stages`) are by block. Every sub-network keeps a block of each
+    stage.
     """
     ranked = sorted(scores, key=lambda block: -scores[block])
-    best: dict[str, str] = {}
-    for block in ranked:
-        best.setdefault(stages[block], block)
-    first = set(best.values())
-    return (
-        *(block for block in ranked if block in first),
-        *(block for block in ranked if block not in first),
-    )
+    best = {stages[block]: block for block in reversed(ranked)}.values()
+    return tuple(sorted(ranked, key=lambda block: block not in best))  # stable
 
 
 def smallest_size(stages: Mapping[str, str]) -> int:
@@ -111,20 +105,13 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Tensor]) -> None:
         batches: normalised images `[N, C, H, W]`, with the same N in each.
     """
     norms = _norms(model)
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    for norm in norms:
-        norm.train()
-        norm.reset_running_stats()
-    try:
-        with torch.no_grad():
-            for count, batch in enumerate(batches):
-                # The plain mean over the batches.
-                with _momentum(norms, 1 / (count + 1)):
-                    model(batch)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with in_mode(model, False), torch.no_grad():
+        for norm in norms:
+            norm.train()
+            norm.reset_running_stats()
+        for count, batch in enumerate(batches):
+            with _momentum(norms, 1 / (count + 1)):  # the plain mean over the batches
+                model(batch)
 
 
 def _norms(model: nn.Module) -> list[_BatchNorm]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -22,12 +22,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from eps_core.errors import GraphError
+from eps_core.errors import GraphError, one_line
 from eps_train.gating.gate import EpsilonGate
 from eps_train.gating.tracing import unmoved_random
-
-# Expected, found, and the floor of the magnitude, which takes time to compute.
-Same = Callable[[Tensor, Tensor, Callable[[], float]], bool]
 
 BATCH = 2  # batch norm in training needs more than one sample
 SIDE = 48  # pixels; a difference does not depend on the image size, and small images are fast
@@ -55,7 +52,7 @@ def refuse_difference(
     try:
         original, opened = _copies(model, gated)
         prepare(opened)
-        found = _difference(original, opened, example, _equal)
+        found = _difference(original, opened, example, tolerance=0.0)
         if found is not None:
             found = _beyond_rounding(model, gated, example)
     except _DoesNotRun as error:
@@ -75,31 +72,25 @@ def _copies(model: nn.Module, gated: fx.GraphModule) -> tuple[nn.Module, fx.Grap
 def _beyond_rounding(model: nn.Module, gated: fx.GraphModule, example: Tensor) -> str | None:
     if example.is_floating_point():
         wide, opened = _copies(model, gated)
-        try:
+        with suppress(_DoesNotRun):  # its code casts to float32
             return _difference(
-                wide.double(), opened.double(), example.double(), _within(_TOLERANCE)
+                wide.double(), opened.double(), example.double(), tolerance=_TOLERANCE
             )
-        except _DoesNotRun:  # its code casts to float32
-            pass
-    return _difference(*_copies(model, gated), example, _within(_TOLERANCE_32))
+    return _difference(*_copies(model, gated), example, tolerance=_TOLERANCE_32)
 
 
-def _equal(one: Tensor, other: Tensor, floor: Callable[[], float]) -> bool:
-    return torch.equal(one, other)
+def _same(one: Tensor, other: Tensor, tolerance: float, floor: Callable[[], float]) -> bool:
+    """Whether two tensors are equal, within a tolerance relative to their largest magnitude.
 
-
-def _within(tolerance: float) -> Same:
-    def same(one: Tensor, other: Tensor, floor: Callable[[], float]) -> bool:
-        if not one.is_floating_point():
-            return torch.equal(one, other)
-        apart = one.ne(other) & ~(one.isnan() & other.isnan())
-        if not apart.any():
-            return True
-        largest = one[one.isfinite()].abs().max().item() if one.isfinite().any() else 0.0
-        scale = max(largest, floor())
-        return bool((one - other)[apart].abs().max() <= tolerance * scale)
-
-    return same
+    `floor` returns the least magnitude to compare with; it is called only if needed.
+    """
+    if one.shape != other.shape or not tolerance or not one.is_floating_point():
+        return torch.equal(one, other)
+    apart = one.ne(other) & ~(one.isnan() & other.isnan())
+    if not apart.any():
+        return True
+    largest = one[one.isfinite()].abs().max().item() if one.isfinite().any() else 0.0
+    return bool((one - other)[apart].abs().max() <= tolerance * max(largest, floor()))
 
 
 def example_for(model: nn.Module, shape: tuple[int, ...] | None = None) -> Tensor | None:
@@ -110,11 +101,10 @@ def example_for(model: nn.Module, shape: tuple[int, ...] | None = None) -> Tenso
     """
     if any(p.is_meta for p in model.parameters()):
         return None
-    shapes = (
-        _guesses(model)
-        if shape is None
-        else [(*shape[:1], *(min(n, SIDE) for n in shape[1:])), shape]
-    )
+    if shape is None:
+        shapes = _guesses(model)
+    else:
+        shapes = [(*shape[:1], *(min(n, SIDE) for n in shape[1:])), shape]
     for guess in dict.fromkeys(shapes):
         example = torch.zeros((BATCH, *guess))
         with suppress(Exception):  # the user's forward() may raise anything; try the next shape
@@ -176,7 +166,9 @@ class _Pass:
         return _FLOOR * max((g.abs().max().item() for g in gradients), default=0.0)
 
 
-def _difference(model: nn.Module, gated: fx.GraphModule, example: Tensor, same: Same) -> str | None:
+def _difference(
+    model: nn.Module, gated: fx.GraphModule, example: Tensor, *, tolerance: float
+) -> str | None:
     """Describe the first difference between two networks, both of which are modified."""
     known = _Names(model)
     present = {name for name, _ in gated.named_parameters(remove_duplicate=False)}
@@ -186,16 +178,16 @@ def _difference(model: nn.Module, gated: fx.GraphModule, example: Tensor, same: 
             expected = next(original, None)
         except Exception as error:  # the user's forward() may raise anything
             shape = "x".join(map(str, example.shape[1:]))
-            raise _DoesNotRun(f"does not run on inputs of {shape} ({_line(error)})") from error
+            raise _DoesNotRun(f"does not run on inputs of {shape} ({one_line(error)})") from error
         if expected is None:
             return None
         try:
             found = next(rewritten)
         except Exception as error:
             raise _DoesNotRun(
-                f"its graph does not run on these inputs ({_line(error)}); {_REMEDY}"
+                f"its graph does not run on these inputs ({one_line(error)}); {_REMEDY}"
             ) from error
-        if reason := _compare(expected, found, known, present, same):
+        if reason := _compare(expected, found, known, present, tolerance):
             return f"{reason} in {expected.mode}"
 
 
@@ -203,20 +195,21 @@ class _Names:
     """All names of each parameter and buffer of a network, and the buffers' initial values."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.parameters: dict[int, list[str]] = {}
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            self.parameters.setdefault(id(parameter), []).append(name)
-        self.layers = {
-            name
-            for name, module in model.named_modules()
-            if not any(True for _ in module.children())
-        }
         buffers = dict(model.named_buffers(remove_duplicate=False))
-        by_tensor: dict[int, list[str]] = {}
-        for name, buffer in buffers.items():
-            by_tensor.setdefault(id(buffer), []).append(name)
-        self.buffers = {name: by_tensor[id(buffer)] for name, buffer in buffers.items()}
+        same = _names_by_tensor(buffers.items())
+        self.parameters = list(
+            _names_by_tensor(model.named_parameters(remove_duplicate=False)).values()
+        )
+        self.buffers = {name: same[id(buffer)] for name, buffer in buffers.items()}
         self.before = {name: buffer.clone() for name, buffer in buffers.items()}
+        self.layers = {n for n, m in model.named_modules() if not list(m.children())}
+
+
+def _names_by_tensor(named: Iterable[tuple[str, Tensor]]) -> dict[int, list[str]]:
+    names: dict[int, list[str]] = {}
+    for name, tensor in named:
+        names.setdefault(id(tensor), []).append(name)
+    return names
 
 
 def _passes(network: nn.Module, known: _Names, example: Tensor) -> Iterator[_Pass]:
@@ -240,7 +233,7 @@ def _passes(network: nn.Module, known: _Names, example: Tensor) -> Iterator[_Pas
                     leaves = [leaf for leaf in leaves if leaf is source or leaf.dim() < 2]
                 trains = training == (not batch) and _backward(parts, leaves)
             gradients = {"the input": source.grad}
-            for names in known.parameters.values():
+            for names in known.parameters:
                 parameter = next((parameters[name] for name in names if name in parameters), None)
                 gradients[names[0]] = None if parameter is None else parameter.grad
             yield _Pass(
@@ -264,7 +257,7 @@ def _backward(parts: list[Tensor], leaves: list[Tensor]) -> bool:
 
 
 def _compare(
-    expected: _Pass, found: _Pass, known: _Names, present: set[str], same: Same
+    expected: _Pass, found: _Pass, known: _Names, present: set[str], tolerance: float
 ) -> str | None:
     for name, mode in found.modes.items():
         # The modules that were traced through have no mode of their own in the graph.
@@ -273,9 +266,9 @@ def _compare(
     if len(expected.outputs) != len(found.outputs):
         return "the number of outputs differs"
     for index, (output, other) in enumerate(zip(expected.outputs, found.outputs, strict=True)):
-        if output.shape != other.shape or not same(output, other, float):
+        if not _same(output, other, tolerance, float):
             return f"output {index} differs{_amount(output, other)}"
-    compared = [["the input"], *known.parameters.values()] if expected.trains else []
+    compared = [["the input"], *known.parameters] if expected.trains else []
     if expected.trains and not found.trains:
         return "a tensor that autograd needs is overwritten"
     for names in compared:
@@ -289,13 +282,17 @@ def _compare(
             )
         if got is not None and wanted is None:
             return f"{names[0]} receives a gradient, unlike in your network,"
-        if wanted is not None and got is not None and not same(wanted, got, expected.floor):
+        if (
+            wanted is not None
+            and got is not None
+            and not _same(wanted, got, tolerance, expected.floor)
+        ):
             return f"the gradient of {names[0]} differs{_amount(wanted, got)}"
     for name, buffer in expected.buffers.items():
         here = next((n for n in known.buffers.get(name, [name]) if n in found.buffers), None)
         # A buffer that the graph does not have must have kept its initial value.
         other = known.before.get(name, buffer) if here is None else found.buffers[here]
-        if buffer.shape != other.shape or not same(buffer, other, float):
+        if not _same(buffer, other, tolerance, float):
             return f"the buffer {name} differs{_amount(buffer, other)}"
     return None
 
@@ -314,7 +311,3 @@ def _seed(seed: int) -> None:
     random.seed(seed)
     if numpy := sys.modules.get("numpy.random"):
         numpy.seed(seed)
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -22,9 +22,8 @@ from eps_train.data.inputs import Batch, ImageInputs
 from eps_train.gating import parity, rewriting
 from eps_train.gating.controller import EpsilonController
 from eps_train.gating.costs import count_costs, make_timer, measure_latency
-from eps_train.gating.criteria import CRITERIA, BlockScores
 from eps_train.gating.gate import EpsilonGate
-from eps_train.gating.pruning_state import BlockTracker
+from eps_train.gating.pruning_state import CRITERIA, BlockScores, BlockTracker
 from eps_train.gating.targets import BlockCosts, Target
 from eps_train.models import stored
 from eps_train.models.spec import GraphSpec, NetworkSpec, count_parameters
@@ -59,133 +58,23 @@ class PruneSummary:
     scores: Mapping[str, float] | None
 
 
-class BlockPruner:
-    """Removes residual blocks that contribute nothing from a network, while any loop trains it.
+class GraphPruner:
+    """Prunes a graph whose gates, if any, are in place, in a loop that calls it between epochs.
 
-    ::
-
-        pruner = BlockPruner(model, target=Parameters(0.5), example=images)
-        model = pruner.model
-        for epoch in range(20):
-            for batch in loader:
-                ...  # forward, backward, optimizer.step()
-                pruner.step()
-            pruner.end_epoch(val_loader, optimizer=optimizer)
-
-    Gates judge every forward pass in training mode. Between epochs, blocks whose gate was closed on
-    every step of `patience` epochs, and whose response on held-out data is below epsilon, are
-    removed from the network and the optimizer. `model` stays the same object.
+    Epochs begin with :meth:`begin_epoch` and end with :meth:`judge_epoch`.
 
     Args:
-        model: a network that torch.fx can trace, on its device, not wrapped (DDP, torch.compile).
-            Its modules and tensors become those of :attr:`model`.
-        example: a batch of inputs `[N, C, H, W]`, normalised as in training. Its shape is used.
-        target: share of a cost to keep; epsilon is adjusted to reach it.
-        epsilon: threshold of all gates, in units of the response, instead of a target; or
-            a function from the 0-based epoch to it. At 0 all gates are open.
-        epochs: length of the training, over which the target is approached.
-        max_accuracy_drop: with a target, choose further blocks only while the held-out accuracy is
-            at most this many percentage points below its best.
-        patience: consecutive epochs that a gate must be closed on every step.
-        criterion: with a target, which blocks go first; see `criteria.BlockScores`.
-        relative: whether the response is relative to the block's input (`EpsilonGate.relative`).
-        live_removal: remove dead blocks between epochs. Otherwise they stay, closed, until the
-            network is compacted: for wrappers that hold on to the parameters.
-        mean, std: normalisation of the inputs as of torchvision's `Normalize`, one value or one per
-            channel; by default pixels are 0 to 1. Only files and bundles need it.
-        classes: names of the classes, for files and bundles; by default their numbers.
-        fit: how your transform makes images of another aspect ratio fit, for files and bundles:
-            `crop` at the center, or `letterbox` on gray (114).
+        graph, spec: the network, and how to build it again.
+        stages: stage by block (`rewriting.stages`).
+        controller: chooses the blocks and epsilon; without it `epsilon`, a function from the
+            0-based epoch, is that of all gates.
+        seed: of the criterion ``random``.
+        group: the processes of the run; None: those of torch's default group, if there is one.
 
-    Attributes:
-        model: the network with gates; train it as usual.
-        epoch: epochs done.
-        steps: steps done of the current epoch.
-
-    Raises:
-        GraphError: `model` cannot be traced, or has no residual addition.
-        ConfigError: an argument cannot be used, or the target cannot be met.
+    The other arguments, and the attributes, are those of :class:`BlockPruner`.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        *,
-        example: Tensor,
-        target: Target | None = None,
-        epsilon: float | Callable[[int], float] | None = None,
-        epochs: int = 20,
-        max_accuracy_drop: float | None = None,
-        patience: int = 2,
-        criterion: str = "response",
-        relative: bool = False,
-        live_removal: bool = True,
-        mean: float | Sequence[float] = 0.0,
-        std: float | Sequence[float] = 1.0,
-        classes: Sequence[str] | None = None,
-        fit: str = "crop",
-    ) -> None:
-        _refuse_wrapped(model)
-        if (target is None) == (epsilon is None):
-            raise ConfigError("BlockPruner: give either target= or epsilon=")
-        if isinstance(epsilon, (int, float)) and not 0 < epsilon < math.inf:
-            raise ConfigError(f"epsilon={epsilon}: must be finite and above 0")
-        if patience < 2 or epochs < 1:
-            raise ConfigError("BlockPruner: patience= must be at least 2, epochs= at least 1")
-        if criterion not in CRITERIA:
-            raise ConfigError(f"criterion={criterion!r}: choose one of {', '.join(CRITERIA)}")
-        self.inputs = ImageInputs.of(example, mean=mean, std=std, classes=classes, fit=fit)
-        shape = self.inputs.shape
-        graph = _with_gates(model, shape)
-        stages = rewriting.stages(graph, shape)
-        controller = None
-        if target is not None:
-            costs = _costs(graph, target, self.inputs)
-            if costs.least(stages) > target.share:
-                raise ConfigError(
-                    f"{target} cannot be met: every stage keeps a block, and that leaves"
-                    f" {costs.least(stages):.0%} of the {target.unit}"
-                )
-            controller = EpsilonController.of(
-                target,
-                costs,
-                epochs=epochs,
-                end=max(2, round(SETTLE * epochs)),
-                stages=stages,
-                patience=patience,
-                max_accuracy_drop=max_accuracy_drop,
-                criterion=criterion,
-            )
-        self._set_up(
-            graph,
-            GraphSpec(
-                family="own",
-                arguments={},
-                gated=tuple(rewriting.gates(graph)),
-                graph=copy.deepcopy(graph).cpu(),
-            ),
-            stages,
-            controller=controller,
-            epsilon=epsilon if callable(epsilon) else lambda epoch: epsilon or 0.0,
-            patience=patience,
-            criterion=criterion,
-            relative=relative,
-            live_removal=live_removal,
-        )
-        self.begin_epoch()
-
-    @classmethod
-    def of_graph(cls, graph: fx.GraphModule, spec: NetworkSpec, **settings: Any) -> BlockPruner:
-        """A pruner of a graph whose gates, if any, are in place; for eps-train's own loop.
-
-        Its epochs begin with :meth:`begin_epoch` and end with :meth:`judge_epoch`. The arguments
-        are those of `_set_up`.
-        """
-        made = cls.__new__(cls)
-        made._set_up(graph, spec, **settings)
-        return made
-
-    def _set_up(
         self,
         graph: fx.GraphModule,
         spec: NetworkSpec,
@@ -197,16 +86,9 @@ class BlockPruner:
         criterion: str,
         relative: bool,
         live_removal: bool,
-        seed: int = 0,
-        group: Group | None = None,
+        seed: int,
+        group: Group | None,
     ) -> None:
-        """Set all attributes.
-
-        Args:
-            graph, spec: the network, with gates, and how to build it again.
-            stages: stage by block (`rewriting.stages`).
-            group: the processes of the run; None: those of torch's default group, if there is one.
-        """
         self.model, self.spec, self.stages = graph, spec, stages
         self.gates, self._relative = rewriting.gates(graph), relative
         for gate in self.gates.values():
@@ -230,33 +112,6 @@ class BlockPruner:
         """Count a step of the optimizer; call it after each. Does not wait for the device."""
         self.steps += 1
 
-    def end_epoch(
-        self,
-        heldout: Iterable[Batch],
-        *,
-        optimizer: Optimizer | Sequence[Optimizer] = (),
-        averaged: nn.Module | None = None,
-        metric: Metric | None = None,
-    ) -> PruneSummary:
-        """Judge the epoch that ended, remove the blocks that died, and set epsilon for the next.
-
-        Args:
-            heldout: batches that are not trained on: inputs, or inputs and labels.
-            optimizer: the optimizers of the network; they lose the parameters of removed blocks.
-            averaged: an average of the network's weights that ships in its place
-                (`AveragedModel(pruner.model)`). Held-out data is judged by it, and it loses the
-                same blocks.
-            metric: quality of a network on held-out data, for `max_accuracy_drop`; by default top-1
-                accuracy on `heldout`.
-
-        Raises:
-            ConfigError: no step was taken, the network was not trained in training mode, `heldout`
-                is empty, or an argument does not belong to the network.
-        """
-        summary = self.judge_epoch(heldout, optimizer=optimizer, averaged=averaged, metric=metric)
-        self.begin_epoch()
-        return summary
-
     def begin_epoch(self) -> None:
         """Set the thresholds of the current epoch."""
         for block, epsilon in self.thresholds(self.epoch).items():
@@ -270,7 +125,7 @@ class BlockPruner:
         averaged: nn.Module | None = None,
         metric: Metric | None = None,
     ) -> PruneSummary:
-        """:meth:`end_epoch` without the thresholds of the next epoch."""
+        """:meth:`BlockPruner.end_epoch` without the thresholds of the next epoch."""
         optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
         ships = self.model if averaged is None else self._copy_in(averaged)
         if isinstance(heldout, Iterator):
@@ -280,7 +135,8 @@ class BlockPruner:
         scores = None if self.scores is None else self.scores.read(group.add)
         thresholds = self.thresholds(epoch)
         discarded = self.tracker.record_epoch(self.gates, thresholds, group)
-        if metric is None and self.controller is not None and self.controller.max_drop is not None:
+        limited = self.controller is not None and self.controller.max_accuracy_drop is not None
+        if metric is None and limited:
             metric = _accuracy_on(heldout)
         accuracy = None
         with self._chosen_blocks_shut(rewriting.gates(ships)):
@@ -486,8 +342,8 @@ class BlockPruner:
                 f"load_state_dict(): {alive[0]} is already removed; make a new pruner"
             )
         present = [block for block in dead if block in self.gates]
-        for block in present:
-            for gates in (self.gates, *map(rewriting.gates, networks)):
+        for gates in (self.gates, *map(rewriting.gates, networks)):
+            for block in present:
                 gates[block].latch()
         if present and self.live_removal:
             self._remove(present, optimizers, *networks)
@@ -499,6 +355,157 @@ class BlockPruner:
             self.scores.load_state_dict(state["scores"])
         for block, gate in self.gates.items():
             gate.load_state_dict(state["gates"][block])
+
+
+class BlockPruner(GraphPruner):
+    """Removes residual blocks that contribute nothing from a network, while any loop trains it.
+
+    ::
+
+        pruner = BlockPruner(model, target=Parameters(0.5), example=images)
+        model = pruner.model
+        for epoch in range(20):
+            for batch in loader:
+                ...  # forward, backward, optimizer.step()
+                pruner.step()
+            pruner.end_epoch(val_loader, optimizer=optimizer)
+
+    Gates judge every forward pass in training mode. Between epochs, blocks whose gate was closed on
+    every step of `patience` epochs, and whose response on held-out data is below epsilon, are
+    removed from the network and the optimizer. `model` stays the same object.
+
+    Args:
+        model: a network that torch.fx can trace, on its device, not wrapped (DDP, torch.compile).
+            Its modules and tensors become those of :attr:`model`.
+        example: a batch of inputs `[N, C, H, W]`, normalised as in training. Its shape is used.
+        target: share of a cost to keep; epsilon is adjusted to reach it.
+        epsilon: threshold of all gates, in units of the response, instead of a target; or
+            a function from the 0-based epoch to it. At 0 all gates are open.
+        epochs: length of the training, over which the target is approached.
+        max_accuracy_drop: with a target, choose further blocks only while the held-out accuracy is
+            at most this many percentage points below its best.
+        patience: consecutive epochs that a gate must be closed on every step.
+        criterion: with a target, which blocks go first; see `pruning_state.BlockScores`.
+        relative: whether the response is relative to the block's input (`EpsilonGate.relative`).
+        live_removal: remove dead blocks between epochs. Otherwise they stay, closed, until the
+            network is compacted: for wrappers that hold on to the parameters.
+        mean, std: normalisation of the inputs as of torchvision's `Normalize`, one value or one per
+            channel; by default pixels are 0 to 1. Only files and bundles need it.
+        classes: names of the classes, for files and bundles; by default their numbers.
+        fit: how your transform makes images of another aspect ratio fit, for files and bundles:
+            `crop` at the center, or `letterbox` on gray (114).
+
+    Attributes:
+        model: the network with gates; train it as usual.
+        epoch: epochs done.
+        steps: steps done of the current epoch.
+
+    Raises:
+        GraphError: `model` cannot be traced, or has no residual addition.
+        ConfigError: an argument cannot be used, or the target cannot be met.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        example: Tensor,
+        target: Target | None = None,
+        epsilon: float | Callable[[int], float] | None = None,
+        epochs: int = 20,
+        max_accuracy_drop: float | None = None,
+        patience: int = 2,
+        criterion: str = "response",
+        relative: bool = False,
+        live_removal: bool = True,
+        mean: float | Sequence[float] = 0.0,
+        std: float | Sequence[float] = 1.0,
+        classes: Sequence[str] | None = None,
+        fit: str = "crop",
+    ) -> None:
+        if isinstance(model, (DistributedDataParallel, nn.DataParallel)) or (
+            hasattr(model, "_orig_mod")
+        ):
+            raise ConfigError(
+                f"BlockPruner: takes the network itself, not {type(model).__name__}; wrap or"
+                " compile pruner.model instead"
+            )
+        if (target is None) == (epsilon is None):
+            raise ConfigError("BlockPruner: give either target= or epsilon=")
+        if isinstance(epsilon, (int, float)) and not 0 < epsilon < math.inf:
+            raise ConfigError(f"epsilon={epsilon}: must be finite and above 0")
+        if patience < 2 or epochs < 1:
+            raise ConfigError("BlockPruner: patience= must be at least 2, epochs= at least 1")
+        if criterion not in CRITERIA:
+            raise ConfigError(f"criterion={criterion!r}: choose one of {', '.join(CRITERIA)}")
+        self.inputs = ImageInputs.of(example, mean=mean, std=std, classes=classes, fit=fit)
+        shape = self.inputs.shape
+        graph = _with_gates(model, shape)
+        stages = rewriting.stages(graph, shape)
+        controller = None
+        if target is not None:
+            costs = _costs(graph, target, self.inputs)
+            if costs.least(stages) > target.share:
+                raise ConfigError(
+                    f"{target} cannot be met: every stage keeps a block, and that leaves"
+                    f" {costs.least(stages):.0%} of the {target.unit}"
+                )
+            controller = EpsilonController(
+                target=target,
+                costs=costs,
+                epochs=epochs,
+                end=max(2, round(SETTLE * epochs)),
+                stages=stages,
+                patience=patience,
+                max_accuracy_drop=max_accuracy_drop,
+                criterion=criterion,
+            )
+        super().__init__(
+            graph,
+            GraphSpec(
+                family="own",
+                arguments={},
+                gated=tuple(rewriting.gates(graph)),
+                graph=copy.deepcopy(graph).cpu(),
+            ),
+            stages,
+            controller=controller,
+            epsilon=epsilon if callable(epsilon) else lambda epoch: epsilon or 0.0,
+            patience=patience,
+            criterion=criterion,
+            relative=relative,
+            live_removal=live_removal,
+            seed=0,
+            group=None,
+        )
+        self.begin_epoch()
+
+    def end_epoch(
+        self,
+        heldout: Iterable[Batch],
+        *,
+        optimizer: Optimizer | Sequence[Optimizer] = (),
+        averaged: nn.Module | None = None,
+        metric: Metric | None = None,
+    ) -> PruneSummary:
+        """Judge the epoch that ended, remove the blocks that died, and set epsilon for the next.
+
+        Args:
+            heldout: batches that are not trained on: inputs, or inputs and labels.
+            optimizer: the optimizers of the network; they lose the parameters of removed blocks.
+            averaged: an average of the network's weights that ships in its place
+                (`AveragedModel(pruner.model)`). Held-out data is judged by it, and it loses the
+                same blocks.
+            metric: quality of a network on held-out data, for `max_accuracy_drop`; by default top-1
+                accuracy on `heldout`.
+
+        Raises:
+            ConfigError: no step was taken, the network was not trained in training mode, `heldout`
+                is empty, or an argument does not belong to the network.
+        """
+        summary = self.judge_epoch(heldout, optimizer=optimizer, averaged=averaged, metric=metric)
+        self.begin_epoch()
+        return summary
 
     # -- Files
 
@@ -618,24 +625,13 @@ def drop_parameters(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) ->
 # -- Arguments
 
 
-def _refuse_wrapped(model: nn.Module) -> None:
-    wrapped = isinstance(model, (DistributedDataParallel, nn.DataParallel))
-    if wrapped or hasattr(model, "_orig_mod"):
-        raise ConfigError(
-            f"BlockPruner: takes the network itself, not {type(model).__name__}; wrap or compile"
-            " pruner.model instead"
-        )
-
-
 def _with_gates(model: nn.Module, shape: tuple[int, int, int]) -> fx.GraphModule:
     """Insert gates, and compare the networks by running them."""
     blank = torch.zeros((parity.BATCH, *shape))
     example = parity.example_for(model, shape)
     # One that does not run raises an error that says why.
     gated = rewriting.insert_gates(model, example=blank if example is None else example)
-    gated = rewriting.without_gates(gated, rewriting.broadcasts(gated, blank), rewriting.BROADCAST)
-    rewriting.refuse_none(gated)
-    return gated
+    return rewriting.without_broadcasts(gated, rewriting.broadcasts(gated, blank))
 
 
 def _costs(graph: fx.GraphModule, target: Target, inputs: ImageInputs) -> BlockCosts:

@@ -11,11 +11,11 @@ import copy
 import operator
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby, takewhile
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -32,10 +32,11 @@ from eps_train.gating.tracing import (
     free_name,
     one_tensor,
     owner,
+    writes,
     written_into,
 )
 from eps_train.gating.tracing import trace as trace  # re-exported: each rewriting starts with it
-from eps_train.models.cifar import Tap
+from eps_train.models.resnets import Tap
 
 # -- Detection of residual additions
 
@@ -50,7 +51,6 @@ _SUBTRACT = (
 )
 _ADD_PRODUCT = (torch.addcmul, "addcmul", "addcmul_")
 _INTERPOLATE = (torch.lerp, "lerp", "lerp_")
-_IN_PLACE = (operator.iadd, operator.isub, "__iadd__", "__isub__")
 _SIZES = ("shape", "size", "dim", "ndim", "numel", "__len__")
 _FILLS = (  # new tensors that depend on no values of their operand, only on its size
     *("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like"),
@@ -75,7 +75,10 @@ class Residual:
     whole: bool = False
 
     def operands(self, graph: fx.Graph) -> tuple[fx.Node, fx.Node]:
-        """Return shortcut and branch; adds the operations that compute the branch to `graph`."""
+        """Return shortcut and branch; adds the operations that compute the branch to `graph`.
+
+        Read from the node each time: an operand may have become the gate of an earlier addition.
+        """
         if self.whole:
             (shortcut,) = self.node.all_input_nodes
             return shortcut, graph.call_function(operator.sub, (self.node, shortcut))
@@ -88,7 +91,8 @@ class Residual:
     @property
     def overwritten(self) -> fx.Node | None:
         """Operand that an in-place addition writes to, or None if the result is a new tensor."""
-        return self.node.all_input_nodes[0] if _writes(self.node) else None
+        operand = self.node.all_input_nodes[0]
+        return operand if not self.whole and writes(self.node, operand, {}) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,33 +134,23 @@ def residuals(model: fx.GraphModule) -> Iterator[Residual | fx.Node]:
     `Residual`. Additions of constants, of learned tensors and of sizes are not residual. A tensor
     that depends only on the size of the input does not count as computed from it.
     """
-    weights = _Weights(model)
-    ancestors = _ancestors(model.graph)
+    modules = dict(model.named_modules())
+    weights = {
+        node: sum(parameter.numel() for parameter in _parameters(model, node, modules))
+        for node in model.graph.nodes
+    }
+    ancestors: dict[fx.Node, set[fx.Node]] = {}  # all nodes that a node is computed from, and it
     for node in model.graph.nodes:
-        if (found := _sum(node)) is None:
-            continue
-        if not (measures := _measures(found, ancestors, weights)):
+        ancestors[node] = {node}.union(*(ancestors[source] for source in _sources(node)))
+    for node in model.graph.nodes:
+        found = _sum(node)
+        if found is None or not (measures := _measures(found, ancestors, weights)):
             continue
         one, other = measures
         if other > one or (one > other and found.commutes):
             yield Residual(node, swapped=one > other)
         else:
             yield node
-
-
-class _Weights:
-    """Number of parameters that each node of a network uses."""
-
-    def __init__(self, model: fx.GraphModule) -> None:
-        self._modules = dict(model.named_modules())
-        self._parameters = dict(model.named_parameters(remove_duplicate=False))
-
-    def __getitem__(self, node: fx.Node) -> int:
-        if node.op == "call_module":
-            return sum(p.numel() for p in self._modules[str(node.target)].parameters())
-        if node.op == "get_attr" and str(node.target) in self._parameters:
-            return self._parameters[str(node.target)].numel()
-        return 0
 
 
 def _sum(node: fx.Node) -> _Sum | None:
@@ -175,11 +169,11 @@ def _sum(node: fx.Node) -> _Sum | None:
     if target in _INTERPOLATE and len(values) == 3 and _is_tensor(values[1]):
         end, weight = values[1:]
         others = (end, weight) if isinstance(weight, fx.Node) else (end,)
-        return _Sum(
-            first,
-            others,
-            lambda g: _scaled(g, g.call_function(operator.sub, (end, first)), weight),
-        )
+
+        def step(graph: fx.Graph) -> fx.Node:
+            return _scaled(graph, graph.call_function(operator.sub, (end, first)), weight)
+
+        return _Sum(first, others, step)
     if len(values) != 2 or not _is_tensor(second := values[1]) or first is second:
         return None
     factor = node.kwargs.get("alpha", 1)
@@ -191,9 +185,7 @@ def _sum(node: fx.Node) -> _Sum | None:
         plain = not isinstance(factor, fx.Node) and bool(factor == 1)
         return _Sum(first, (second,), scaled, commutes=plain)
     if target in _SUBTRACT:
-        return _Sum(
-            first, (second,), lambda g: g.call_function(torch.neg, (_scaled(g, second, factor),))
-        )
+        return _Sum(first, (second,), lambda g: g.call_function(torch.neg, (scaled(g),)))
     return None
 
 
@@ -203,16 +195,11 @@ def _scaled(graph: fx.Graph, value: fx.Node, factor: Any) -> fx.Node:
     return graph.call_function(operator.mul, (value, factor))
 
 
-def _writes(node: fx.Node) -> bool:
-    name = str(node.target)
-    return node.target in _IN_PLACE or (node.op == "call_method" and name[-1] == "_" != name[-2])
-
-
 def _is_tensor(value: Any) -> TypeGuard[fx.Node]:
-    return isinstance(value, fx.Node) and not is_size(value)
+    return isinstance(value, fx.Node) and not _is_size(value)
 
 
-def is_size(node: fx.Node) -> bool:
+def _is_size(node: fx.Node) -> bool:
     """Whether a node's value is computed from shapes only, not from values of a tensor."""
     if node.target is getattr:
         return node.args[1] in _SIZES
@@ -222,20 +209,16 @@ def is_size(node: fx.Node) -> bool:
         return True
     inputs = node.all_input_nodes
     plain = getattr(node.target, "__module__", "") in ("_operator", "operator", "math", "builtins")
-    return node.op == "call_function" and plain and bool(inputs) and all(map(is_size, inputs))
+    return node.op == "call_function" and plain and bool(inputs) and all(map(_is_size, inputs))
 
 
-def _ancestors(graph: fx.Graph) -> dict[fx.Node, set[fx.Node]]:
-    """Return for each node all nodes that it is computed from, including itself, without sizes."""
-    found: dict[fx.Node, set[fx.Node]] = {}
-    for node in graph.nodes:
-        sources = [source for source in node.all_input_nodes if not is_size(source)]
-        found[node] = {node}.union(*(found[source] for source in sources))
-    return found
+def _sources(node: fx.Node) -> list[fx.Node]:
+    """The inputs of a node that are not sizes."""
+    return [source for source in node.all_input_nodes if not _is_size(source)]
 
 
 def _measures(
-    found: _Sum, ancestors: dict[fx.Node, set[fx.Node]], weights: _Weights
+    found: _Sum, ancestors: Mapping[fx.Node, set[fx.Node]], weights: Mapping[fx.Node, int]
 ) -> list[tuple[bool, int, int]]:
     """Measure both terms by the criteria of :func:`residuals`; [] if the sum is not residual.
 
@@ -255,7 +238,9 @@ def _measures(
     return measures if any(count for _, count, _ in measures) else []
 
 
-def _reaches_unweighted(term: tuple[fx.Node, ...], goal: set[fx.Node], weights: _Weights) -> bool:
+def _reaches_unweighted(
+    term: tuple[fx.Node, ...], goal: set[fx.Node], weights: Mapping[fx.Node, int]
+) -> bool:
     """Whether a path without a weighted layer leads from a term back to a node of `goal`."""
     queue = list(term)
     seen = set(queue)
@@ -263,7 +248,7 @@ def _reaches_unweighted(term: tuple[fx.Node, ...], goal: set[fx.Node], weights: 
         here = queue.pop()
         if here in goal and here.op != "get_attr":
             return True
-        sources = [source for source in here.all_input_nodes if not is_size(source)]
+        sources = _sources(here)
         if weights[here] or any(source.op == "get_attr" and weights[source] for source in sources):
             continue
         queue += [source for source in sources if source not in seen]
@@ -275,7 +260,7 @@ def _reaches_unweighted(term: tuple[fx.Node, ...], goal: set[fx.Node], weights: 
 
 _GATE_NAME = re.compile(r"[._]gate(\d*)$")  # `layer_gate` is the gate of `layer`, kept whole
 UNGATED = "ungated"  # key of `GraphModule.meta`: a list of Ungated
-BROADCAST = "its shortcut is broadcast over the sum"
+_BROADCAST = "its shortcut is broadcast over the sum"
 
 
 def block_name(gate_name: str) -> str:
@@ -311,12 +296,10 @@ def removable(ranked: Iterable[str], live: Iterable[str], stages: Mapping[str, s
 def gates(model: nn.Module) -> dict[str, EpsilonGate]:
     """Return the gates of a network by block name, in the order of computation."""
     traced = trace(model)
-    found = {}
-    for node, block in gate_nodes(traced).items():
-        gate = traced.get_submodule(str(node.target))
-        assert isinstance(gate, EpsilonGate)
-        found[block] = gate
-    return found
+    return {
+        block: cast(EpsilonGate, traced.get_submodule(str(node.target)))
+        for node, block in gate_nodes(traced).items()
+    }
 
 
 def gate_nodes(model: fx.GraphModule) -> dict[fx.Node, str]:
@@ -369,8 +352,7 @@ def insert_gates(
     if example is not None:
         shapes: Shapes = {}
         parity.refuse_difference(model, gated, example, partial(_record_shapes, shapes))
-        gated = without_gates(gated, _broadcasts(shapes), BROADCAST)
-        refuse_none(gated)
+        gated = without_broadcasts(gated, _broadcasts(shapes))
     return gated
 
 
@@ -389,13 +371,13 @@ def add_gates(model: nn.Module, epsilon: float = 0.0) -> fx.GraphModule:
         else:
             _insert_gate(gated, each, EpsilonGate(epsilon).to(device).train(source.training))
     gated.meta[UNGATED] = skipped
-    refuse_none(gated)
+    _refuse_none(gated)
     gated.delete_all_unused_submodules()
     gated.recompile()
     return gated
 
 
-def refuse_none(model: fx.GraphModule) -> None:
+def _refuse_none(model: fx.GraphModule) -> None:
     """Raise GraphError if a network has no gates; the message lists the ungated parts."""
     if not gate_nodes(model):
         skipped = "; ".join(told(ungated(model)))
@@ -434,12 +416,16 @@ def _broadcasts(shapes: Shapes) -> tuple[str, ...]:
     return tuple(block for block, (shortcut, result) in shapes.items() if shortcut != result)
 
 
-def without_gates(model: fx.GraphModule, blocks: Iterable[str], reason: str) -> fx.GraphModule:
-    """Replace the gates of `blocks` by plain additions, and add them to :func:`ungated`."""
-    if not (dropped := list(blocks)):
+def without_broadcasts(model: fx.GraphModule, blocks: Collection[str]) -> fx.GraphModule:
+    """Replace the gates of blocks from :func:`broadcasts` by plain additions.
+
+    They are added to :func:`ungated`. Raises GraphError if no gate is left.
+    """
+    if not blocks:
         return model
-    plain = drop_gates(model, keep=gates(model).keys() - set(dropped))
-    plain.meta[UNGATED] = [*ungated(model), *(Ungated(block, reason) for block in dropped)]
+    plain = drop_gates(model, keep=gates(model).keys() - set(blocks))
+    plain.meta[UNGATED] = [*ungated(model), *(Ungated(block, _BROADCAST) for block in blocks)]
+    _refuse_none(plain)
     return plain
 
 
@@ -482,7 +468,6 @@ def stages(model: fx.GraphModule, input_shape: tuple[int, int, int]) -> dict[str
 
 
 def _kept_whole(model: fx.GraphModule, gated: set[str]) -> list[Ungated]:
-    """Return the modules with weights that are kept whole, except those in `gated`."""
     called = {str(node.target) for node in model.graph.nodes if node.op == "call_module"} - gated
     return [
         Ungated(path, f"kept whole, for it {reason}")
@@ -613,11 +598,6 @@ def drop_taps(model: nn.Module) -> fx.GraphModule:
     )
 
 
-def without_assertions(model: nn.Module) -> fx.GraphModule:
-    """Return the network without unused nodes and those that only `torch._assert` uses."""
-    return _rewrite(trace(model), lambda m: False, _plain_addition)
-
-
 def _first(node: fx.Node) -> fx.Node:
     operand = node.args[0]
     assert isinstance(operand, fx.Node)
@@ -686,7 +666,7 @@ def branch_parameters(model: nn.Module) -> dict[str, int]:
     Blocks are in the order of computation. Parameters that other parts of the network use as well,
     another block included, are not counted.
     """
-    traced = without_assertions(model)
+    traced = _rewrite(trace(model), lambda m: False, _plain_addition)  # without assertions
     modules = dict(traced.named_modules())
     users = Counter(
         id(parameter)
@@ -695,12 +675,9 @@ def branch_parameters(model: nn.Module) -> dict[str, int]:
     )
     found = {}
     for gate, block in gate_nodes(traced).items():
-        uses: Counter[int] = Counter()
-        sizes = {}
-        for member in branch_nodes(gate):
-            for parameter in _parameters(traced, member, modules):
-                uses[id(parameter)] += 1
-                sizes[id(parameter)] = parameter.numel()
+        own = [p for n in branch_nodes(gate) for p in _parameters(traced, n, modules)]
+        uses = Counter(map(id, own))
+        sizes = {id(p): p.numel() for p in own}
         found[block] = sum(size for key, size in sizes.items() if uses[key] == users[key])
     return found
 
@@ -720,8 +697,9 @@ def branch_nodes(gate: fx.Node) -> list[fx.Node]:
 
 
 def _parameters(
-    model: fx.GraphModule, node: fx.Node, modules: dict[str, nn.Module]
+    model: fx.GraphModule, node: fx.Node, modules: Mapping[str, nn.Module]
 ) -> list[nn.Parameter]:
+    """The parameters that a node uses."""
     if node.op == "call_module":
         return list(modules[str(node.target)].parameters())
     if node.op == "get_attr":

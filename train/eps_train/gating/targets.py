@@ -24,11 +24,6 @@ TARGETS: Mapping[str, Currency] = {
     "target_latency": "latency",
     "target_speedup": "latency",
 }
-_UNITS: Mapping[Currency, str] = {
-    "parameters": "parameters",
-    "flops": "FLOPs",
-    "latency": "latency",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +61,7 @@ class Target:
     @property
     def unit(self) -> str:
         """What is kept a share of: `parameters`, `FLOPs` or `latency`."""
-        return _UNITS[self.currency]
+        return "FLOPs" if self.currency == "flops" else self.currency
 
     @property
     def relax(self) -> str:
@@ -103,8 +98,7 @@ class BlockCosts:
     def least(self, stages: Mapping[str, str]) -> float:
         """Return the least share of the cost that pruning can reach.
 
-        Args:
-            stages: the stage of each block (`rewriting.stages`); each keeps its cheapest block.
+        Each of `stages` (`rewriting.stages`) keeps its cheapest block.
         """
         kept: dict[str, float] = {}
         for block, saved in self.blocks.items():

@@ -15,20 +15,20 @@ import inspect
 import operator
 import random
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import CellType, FunctionType
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 from torch import fx, nn
 from torch.fx.node import map_aggregate
 
-from eps_core.errors import GraphError
+from eps_core.errors import GraphError, one_line
 from eps_train.gating.gate import EpsilonGate
-from eps_train.models.cifar import Tap
+from eps_train.models.resnets import Tap
 
 # -- Training and evaluation mode in one graph
 
@@ -64,14 +64,11 @@ class ByMode(nn.Module):
         return str(getattr(self.function, "__name__", self.function))
 
 
+@dataclass(frozen=True, slots=True)
 class Slot:
     """The place of operand `index` in the arguments of a :class:`ByMode`."""
 
-    def __init__(self, index: int) -> None:
-        self.index = index
-
-    def __repr__(self) -> str:
-        return f"%{self.index}"
+    index: int
 
 
 @contextmanager
@@ -87,43 +84,28 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
             module.training = mode
 
 
-def differing_calls(training: fx.Graph, evaluating: fx.Graph) -> dict[fx.Node, fx.Node]:
+def _differing_calls(training: fx.Graph, evaluating: fx.Graph) -> dict[fx.Node, fx.Node]:
     """Return the calls whose constants differ between the modes, each with its counterpart."""
-    counterparts: dict[fx.Node, fx.Node] = {}
-    differing: dict[fx.Node, fx.Node] = {}
+    counterparts, differing = {}, {}
     for node, counterpart in zip(training.nodes, evaluating.nodes, strict=True):
         counterparts[node] = counterpart
         inputs = [counterparts[n] for n in node.all_input_nodes]
         same_step = (node.op, node.target) == (counterpart.op, counterpart.target)
         if not same_step or inputs != counterpart.all_input_nodes:
             raise ModesDiffer(node)
-        if _arguments(node) != _arguments(counterpart):
+        if repr(_call(node)) != repr(_call(counterpart)):
             if node.op not in ("call_function", "call_method"):
                 raise ModesDiffer(node)
             differing[node] = counterpart
     return differing
 
 
-def _arguments(node: fx.Node) -> tuple[Any, list[int]]:
-    """Return the constants of a call in their places, and the order of its operands."""
-    order: list[int] = []
-
-    def blank(value: fx.Node) -> Any:
-        order.append(node.all_input_nodes.index(value))
-        return None
-
-    constants = repr(fx.node.map_arg((node.args, node.kwargs), blank))
-    return constants, order
-
-
 def _call(node: fx.Node) -> Any:
     """Return the arguments of a node as :class:`ByMode` takes them."""
-    slots = {n: Slot(i) for i, n in enumerate(node.all_input_nodes)}
-
-    def slot(value: Any) -> Any:
-        return slots[value] if isinstance(value, fx.Node) else value
-
-    return map_aggregate((node.args, dict(node.kwargs)), slot)
+    slots: dict[fx.Node, Any] = {n: Slot(i) for i, n in enumerate(node.all_input_nodes)}
+    return map_aggregate(
+        (node.args, dict(node.kwargs)), lambda x: slots[x] if isinstance(x, fx.Node) else x
+    )
 
 
 _CONTAINERS = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -145,29 +127,26 @@ class _Proxy(fx.Proxy):
     """
 
     def __iadd__(self, other: Any) -> Any:
-        return self._in_place(operator.iadd, other)
+        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
 
     def __isub__(self, other: Any) -> Any:
-        return self._in_place(operator.isub, other)
+        return self.tracer.create_proxy("call_function", operator.isub, (self, other), {})
 
     def __imul__(self, other: Any) -> Any:
-        return self._in_place(operator.imul, other)
+        return self.tracer.create_proxy("call_function", operator.imul, (self, other), {})
 
     def __itruediv__(self, other: Any) -> Any:
-        return self._in_place(operator.itruediv, other)
-
-    def _in_place(self, step: Callable[..., Any], other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", step, (self, other), {})
+        return self.tracer.create_proxy("call_function", operator.itruediv, (self, other), {})
 
 
-class InPlaceTracer(fx.Tracer):
+class _InPlaceTracer(fx.Tracer):
     """Tracer of fx that also records in-place operators."""
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
 
 
-class _Tracer(InPlaceTracer):
+class _Tracer(_InPlaceTracer):
     """Traces through each module whose code a graph can represent.
 
     Attributes:
@@ -187,11 +166,12 @@ class _Tracer(InPlaceTracer):
         self.calls: list[Any] = []
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if isinstance(m, (EpsilonGate, Tap, ByMode, *self._untraceable)):
-            return True
-        if super().is_leaf_module(m, module_qualified_name) or _is_layer(m):
-            return True
-        return module_qualified_name in self.kept
+        return (
+            isinstance(m, (EpsilonGate, Tap, ByMode, *self._untraceable))
+            or super().is_leaf_module(m, module_qualified_name)
+            or _is_layer(m)
+            or module_qualified_name in self.kept
+        )
 
     def create_node(self, kind: str, target: Any, *rest: Any, **named: Any) -> fx.Node:
         if torch.is_grad_enabled() != self._ambient:
@@ -233,10 +213,7 @@ class _Tracer(InPlaceTracer):
         # Erase the inputs that fx keeps for the fixed arguments, and the checks of their values.
         for node in [n for n in graph.nodes if n.op == "placeholder" and n.args]:
             if str(node.target).rpartition("_")[0] in fixed:
-                unused = [node]
-                for member in unused:
-                    unused += member.users
-                for member in reversed(unused):
+                for member in reversed(_closure(node, lambda n: n.users)):
                     graph.erase_node(member)
         return graph
 
@@ -269,7 +246,8 @@ def trace(model: nn.Module, *, one_mode: bool = False, copied: bool = True) -> f
     name = type(model).__name__
     kept: dict[str, str] = {}
     try:
-        while True:
+        known = -1
+        while len(kept) != known:
             known = len(kept)
             with unmoved_random():
                 mode = model.training if one_mode else True
@@ -277,8 +255,6 @@ def trace(model: nn.Module, *, one_mode: bool = False, copied: bool = True) -> f
                 switched = {}
                 if not one_mode and len(kept) == known:
                     switched = _differences(first, _trace_once(model, kept, False), kept)
-            if len(kept) == known:
-                break
     except ModesDiffer:
         raise GraphError(
             f"{name}: its forward() takes other paths in training than in evaluation;"
@@ -314,8 +290,7 @@ class _Origins(nn.Module):
         return getattr(self.__dict__["_model"], name)
 
 
-@dataclass(frozen=True, slots=True)
-class _Trace:
+class _Trace(NamedTuple):
     graph: fx.Graph
     calls: list[Any]  # see _Tracer
     constants: dict[str, Any]  # tensors that are no attributes of the network, by their names in fx
@@ -357,7 +332,7 @@ def _differences(
     others = list(_other_calls("", training.calls, evaluating.calls))
     if not others:
         try:
-            return differing_calls(training.graph, evaluating.graph)
+            return _differing_calls(training.graph, evaluating.graph)
         except ModesDiffer as error:
             others = [owner(error.args[0])]
     if "" in others:
@@ -367,7 +342,7 @@ def _differences(
 
 
 def _other_calls(path: str, one: list[Any], other: list[Any]) -> Iterator[str]:
-    """Names of the innermost modules whose recorded steps differ between two traces."""
+    """Yield the names of the innermost modules whose recorded steps differ between two traces."""
     steps, others = (
         [call[0] if isinstance(call[1], list) else call for call in calls] for calls in (one, other)
     )
@@ -416,21 +391,18 @@ def unmoved_random() -> Iterator[None]:
 def _refusing_contexts() -> Iterator[None]:
     """Make `autograd.Function` and autocast raise, which a trace would not record."""
 
-    def refuse(reason: str) -> Callable[..., Any]:
-        def raises(*_: Any, **__: Any) -> Any:
-            raise _Unfaithful(reason)
-
-        return raises
+    def refused(owner: type, name: str, reason: str) -> Any:
+        return mock.patch.object(owner, name, side_effect=_Unfaithful(reason))
 
     with (
-        mock.patch.object(torch.autograd.Function, "apply", refuse("calls an autograd.Function")),
-        mock.patch.object(torch.autocast, "__enter__", refuse("runs under torch.autocast")),
+        refused(torch.autograd.Function, "apply", "calls an autograd.Function"),
+        refused(torch.autocast, "__enter__", "runs under torch.autocast"),
     ):
         yield
 
 
 def _reason(error: Exception) -> str:
-    line = " ".join(str(error).split()) or type(error).__name__
+    line = one_line(error)
     return line if len(line) <= _REASON else line[: _REASON - 3] + "..."
 
 
@@ -450,8 +422,7 @@ def _insert_by_mode(traced: fx.GraphModule, node: fx.Node, counterpart: fx.Node)
 def owner(node: fx.Node) -> str:
     """Qualified name of the module whose `forward()` recorded `node`; "" for the network itself."""
     stack = node.meta.get("nn_module_stack") or {}
-    path = next((entry[0] for entry in reversed(list(stack.values()))), "")
-    return str(path)
+    return str(list(stack.values())[-1][0]) if stack else ""
 
 
 def free_name(model: nn.Module, place: str, name: str) -> str:
@@ -483,16 +454,8 @@ _WRITING_OPERATORS = frozenset(
 
 def written_into(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     """Whether a later operation may overwrite the value of `node`: `ReLU(inplace=True)`, say."""
-    queue, seen = [node], {node}
-    while queue:
-        here = queue.pop()
-        for user in here.users:
-            if _writes(user, here, modules):
-                return True
-            if user not in seen and _passes(user, modules):
-                seen.add(user)
-                queue.append(user)
-    return False
+    same = _closure(node, lambda n: [user for user in n.users if _passes(user, modules)])
+    return any(writes(user, n, modules) for n in same for user in n.users)
 
 
 def acts_on_others(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
@@ -501,58 +464,65 @@ def acts_on_others(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     Examples are the statement `x.add_(1)`, and a `ReLU(inplace=True)` at the start of a branch,
     which also rectifies the shortcut.
     """
-    path = node
-    if not (path.args and isinstance(path.args[0], fx.Node)):
+    source = _first(node)
+    if source is None or not writes(node, source, modules):
         return False
-    if not _writes(path, path.args[0], modules):
-        return False
-    while isinstance(source := path.args[0] if path.args else None, fx.Node):
-        if any(user is not path for user in source.users) or source.op == "placeholder":
+    while source is not None:
+        if len(source.users) > 1 or source.op == "placeholder":
             return True
-        path = source
-        operand = path.args[0] if path.args else None
-        if not (_passes(path, modules) or _writes(path, operand, modules)):
-            return False
+        operand = _first(source)
+        source = operand if _passes(source, modules) or writes(source, operand, modules) else None
     return False
 
 
 def one_tensor(node: fx.Node, modules: Mapping[str, nn.Module]) -> list[fx.Node]:
     """Return the nodes whose value is the same tensor as that of `node`: it, and its identities."""
 
-    def is_identity(step: object) -> TypeGuard[fx.Node]:
-        if not isinstance(step, fx.Node) or step.op != "call_module":
-            return False
-        return isinstance(modules[str(step.target)], nn.Identity)
+    def is_identity(step: fx.Node) -> bool:
+        return step.op == "call_module" and isinstance(modules[str(step.target)], nn.Identity)
 
-    while is_identity(node) and isinstance(source := node.args[0], fx.Node):
+    while is_identity(node) and (source := _first(node)) is not None:
         node = source
-    found = [node]
-    for member in found:
-        found += [user for user in member.users if is_identity(user)]
-    return found
+    return _closure(node, lambda n: filter(is_identity, n.users))
 
 
 def aliases(node: fx.Node, modules: Mapping[str, nn.Module]) -> set[fx.Node]:
     """Return the nodes whose value may share memory with that of `node`."""
-    found, queue = {node}, [node]
-    while queue:
-        here = queue.pop()
-        near = [u for u in here.users if _passes(u, modules) or _writes(u, here, modules)]
-        operand = here.args[0] if here.args else None
-        if isinstance(operand, fx.Node) and (
-            _passes(here, modules) or _writes(here, operand, modules)
-        ):
-            near.append(operand)
-        queue += [other for other in near if other not in found]
-        found.update(near)
-    return found
+
+    def shares(user: fx.Node, operand: fx.Node) -> bool:
+        return _passes(user, modules) or writes(user, operand, modules)
+
+    def near(here: fx.Node) -> Iterator[fx.Node]:
+        yield from (user for user in here.users if shares(user, here))
+        if (operand := _first(here)) is not None and shares(here, operand):
+            yield operand
+
+    return set(_closure(node, near))
+
+
+def _closure(node: fx.Node, near: Callable[[fx.Node], Iterable[fx.Node]]) -> list[fx.Node]:
+    """Return `node` and all nodes that `near` leads to from it."""
+    found = {node: None}
+    queue = [node]
+    for here in queue:
+        fresh = [other for other in near(here) if other not in found]
+        found |= dict.fromkeys(fresh)
+        queue += fresh
+    return list(found)
+
+
+def _first(node: fx.Node) -> fx.Node | None:
+    """The first argument of a step, if it is the result of another."""
+    operand = node.args[0] if node.args else None
+    return operand if isinstance(operand, fx.Node) else None
 
 
 def _name(node: fx.Node) -> str:
     return str(getattr(node.target, "__name__", node.target))
 
 
-def _writes(user: fx.Node, operand: object, modules: Mapping[str, nn.Module]) -> bool:
+def writes(user: fx.Node, operand: object, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a step overwrites its first argument, `operand`."""
     if user.op == "call_module":
         return _module_writes(modules[str(user.target)])
     if user.op == "output" or not user.args or user.args[0] is not operand:
@@ -583,7 +553,7 @@ def _code_writes(module: nn.Module) -> bool:
         copied = copy.deepcopy(module)  # tracing runs its code, which may change its state
         try:
             with in_mode(copied, training), unmoved_random():
-                steps = InPlaceTracer().trace(copied)
+                steps = _InPlaceTracer().trace(copied)
         except Exception:  # fx cannot trace it; its code may raise anything on a proxy
             continue
         inner = dict(copied.named_modules())

@@ -22,17 +22,17 @@ from functools import partial
 from importlib import import_module
 from typing import Any
 
-import torch
 from torch import Tensor, fx, hub, nn
 
-from eps_core.errors import ConfigError
+from eps_core.errors import ConfigError, one_line
 from eps_train.data.downloads import import_torchvision
-from eps_train.models.cifar import CifarResNet
-from eps_train.models.imagenet import ImageNetResNet
+from eps_train.models.resnets import CifarResNet, ImageNetResNet
 
 Factory = Callable[..., nn.Module]
 
 FAMILIES: dict[str, Factory] = {"cifar": CifarResNet, "imagenet": ImageNetResNet}
+
+_LIBRARIES = ("torchvision", "timm")
 
 # Names of the arguments for the number of classes and of image channels.
 _CLASSES = ("num_classes", "classes", "n_classes")
@@ -123,21 +123,20 @@ def make(name: str, arguments: Mapping[str, Any]) -> nn.Module:
         ValueError: the family has no member of this size.
     """
     factory = FAMILIES.get(name) or find(name)
-    parameters = _parameters(name, factory)
-    further = {n for n, value in arguments.items() if _is_further(name, n, value)}
-    numbers = all(type(value) is int for n, value in arguments.items() if n not in further)
-    if not (numbers and arguments.keys() - further <= parameters.keys()):
+    ends = {n for n, value in arguments.items() if not _is_further(name, n, value)}
+    numbers = all(type(arguments[n]) is int for n in ends)
+    if not (numbers and ends <= _parameters(name, factory).keys()):
         raise ConfigError(f"{name}: has no arguments {dict(arguments)}")
     if name in FAMILIES:
         return factory(**arguments)
-    ends = arguments.keys() - further
     if not ends <= {*_CLASSES, *_CHANNELS} or not ends & set(_CLASSES):
         raise ConfigError(f"{name}: not a network factory with arguments {dict(arguments)}")
     try:
         model = factory(**arguments)
     except Exception as error:  # whatever the user's code raises
-        line = " ".join(str(error).split())
-        raise ConfigError(f"{name}: failed with {type(error).__name__}: {line}") from error
+        raise ConfigError(
+            f"{name}: failed with {type(error).__name__}: {one_line(error)}"
+        ) from error
     if not isinstance(model, nn.Module):
         raise ConfigError(f"{name}: returned {type(model).__name__}, not torch.nn.Module")
     return model
@@ -171,10 +170,24 @@ def check_ends(name: str, model: fx.GraphModule, *, in_channels: int, classes: i
 
 def find(name: str) -> Factory:
     """Return the factory of that name, without calling it. Raises ConfigError."""
-    library, _, member = name.partition(":")
-    if library in ("torchvision", "timm"):
-        return _from_library(name, library, member)
-    return _own(name, library, member)
+    module_name, _, member = name.partition(":")
+    if module_name in _LIBRARIES:
+        return _from_library(name, module_name, member)
+    parts = [*module_name.split("."), member]
+    if not all(part.isidentifier() for part in parts):
+        raise ConfigError(f"{name}: not a network; write mypackage.module:factory")
+    if parts[0] in sys.stdlib_module_names:
+        raise ConfigError(f"{name}: {parts[0]} is part of Python and has no networks")
+    try:
+        found: Any = import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"{name}: no module named {error.name}; install it, or set PYTHONPATH to its folder"
+        ) from None
+    if not hasattr(found, member):
+        raise _unknown(name, member, [n for n in dir(found) if not n.startswith("_")])
+    factory: Factory = getattr(found, member)
+    return factory
 
 
 def _from_library(name: str, library: str, member: str) -> Factory:
@@ -185,10 +198,9 @@ def _from_library(name: str, library: str, member: str) -> Factory:
     except ModuleNotFoundError as error:
         raise ConfigError(f"{name}: {error.name} is not installed; {install}") from None
     except (ImportError, RuntimeError, OSError) as error:
-        line = " ".join(str(error).split())
         raise ConfigError(
-            f"{name}: {library} cannot be imported ({line}); torchvision's build must match"
-            " torch's, so install both from the same index"
+            f"{name}: {library} cannot be imported ({one_line(error)}); torchvision's build must"
+            " match torch's, so install both from the same index"
         ) from None
     if library == "torchvision":
         known = found.list_models(module=found)  # networks for classification alone
@@ -208,17 +220,11 @@ def _torchvision_model(
     # These two warn of a default that is going to change, unless it is given.
     given = {"init_weights": True} if member in ("googlenet", "inception_v3") else {}
     model: nn.Module = models.get_model(member, weights=None, num_classes=num_classes, **given)
-    if in_chans != 3:
-        _take_grayscale(model, in_chans)
+    if in_chans != 3:  # torchvision has no argument for it
+        first = next(layer for layer in model.modules() if isinstance(layer, nn.Conv2d))
+        first.weight = nn.Parameter(first.weight.detach()[:, :in_chans].clone())
+        first.in_channels = in_chans
     return model
-
-
-def _take_grayscale(model: nn.Module, in_chans: int) -> None:
-    """Have the first convolution of a network take fewer channels; torchvision has no argument."""
-    first = next(layer for layer in model.modules() if isinstance(layer, nn.Conv2d))
-    with torch.no_grad():
-        first.weight = nn.Parameter(first.weight[:, :in_chans].clone())
-    first.in_channels = in_chans
 
 
 def _timm_model(
@@ -262,9 +268,9 @@ class PretrainedWeights:
         try:
             return dict(self.fetch().state_dict())
         except Exception as error:  # each library, and each server, raises others
-            line = " ".join(str(error).split()) or type(error).__name__
             raise ConfigError(
-                f"--pretrained: {name}: cannot fetch {self.source} ({line}); {self.remedy}"
+                f"--pretrained: {name}: cannot fetch {self.source} ({one_line(error)});"
+                f" {self.remedy}"
             ) from error
 
 
@@ -272,7 +278,7 @@ def pretrained(text: str) -> PretrainedWeights:
     """The published weights of `--model text`. Raises ConfigError when there are none."""
     name, further = split_arguments(text)
     library, _, member = name.partition(":")
-    if library not in ("torchvision", "timm"):
+    if library not in _LIBRARIES:
         raise ConfigError(
             f"--pretrained: {name}: only networks of torchvision and timm have published weights;"
             " give a file with --weights"
@@ -286,7 +292,7 @@ def normalization(text: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
     Raises ConfigError when there is no such network.
     """
-    if text.partition(":")[0] not in ("torchvision", "timm"):
+    if text.partition(":")[0] not in _LIBRARIES:
         return IMAGENET
     try:
         found = pretrained(text)
@@ -331,24 +337,6 @@ def _of_timm(name: str, member: str, further: Mapping[str, Any]) -> PretrainedWe
         fetch=fetch,
         remedy="fetch it where there is a network, and give it with --weights",
     )
-
-
-def _own(name: str, module_name: str, member: str) -> Factory:
-    parts = [*module_name.split("."), member]
-    if not all(part.isidentifier() for part in parts):
-        raise ConfigError(f"{name}: not a network; write mypackage.module:factory")
-    if parts[0] in sys.stdlib_module_names:
-        raise ConfigError(f"{name}: {parts[0]} is part of Python and has no networks")
-    try:
-        found: Any = import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"{name}: no module named {error.name}; install it, or set PYTHONPATH to its folder"
-        ) from None
-    if not hasattr(found, member):
-        raise _unknown(name, member, [n for n in dir(found) if not n.startswith("_")])
-    factory: Factory = getattr(found, member)
-    return factory
 
 
 def _parameters(name: str, factory: Factory) -> Mapping[str, inspect.Parameter]:

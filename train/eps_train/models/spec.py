@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from eps_core.errors import ConfigError, FileFormatError, GraphError
+from eps_core.errors import ConfigError, FileFormatError, GraphError, one_line
 from eps_train.config import from_plain_data, plain_data
 from eps_train.gating import parity, rewriting
 from eps_train.models import registry, stored
@@ -33,8 +32,8 @@ class NetworkSpec:
     Attributes:
         family: a key of `registry.FAMILIES`, a factory (`torchvision:resnet50`,
             `timm:resnetv2_50`, `mypackage.module:factory`), or `stored.FAMILY`.
-        arguments: its keyword arguments: int, and for timm also float, bool and str. The graph
-            itself for `stored.FAMILY`.
+        arguments: its keyword arguments: int, and for timm also float, bool and str; of a stored
+            graph, the graph itself.
         gated: blocks with a gate; every other block has a plain addition.
         removed: blocks that were removed.
         broadcast: residual additions that are not blocks, because their shortcut has another shape
@@ -46,6 +45,11 @@ class NetworkSpec:
     gated: tuple[str, ...] = ()
     removed: tuple[str, ...] = ()
     broadcast: tuple[str, ...] = ()
+
+    @property
+    def holds_graph(self) -> bool:
+        """Whether the graph itself is stored, so that no code of the user's builds the network."""
+        return self.family == stored.FAMILY
 
     def to_dict(self) -> dict[str, Any]:
         return plain_data(self)
@@ -96,7 +100,6 @@ class NetworkSpec:
                 broadcast = spec._try_out((in_channels, *image_size), classes)
                 spec = replace(spec, broadcast=broadcast)
                 skeleton = spec.skeleton()
-                rewriting.refuse_none(skeleton)
         except ValueError as error:
             raise ConfigError(f"--model {text}: {error}") from None
         except ConfigError as error:
@@ -111,15 +114,13 @@ class NetworkSpec:
 
     def _whole(self) -> fx.GraphModule:
         """The network with all gates, freshly initialized."""
-        if self.family == stored.FAMILY:
+        if self.holds_graph:
             return stored.rebuild(self.arguments)
         model = registry.make(self.family, self.arguments)
         if self.family in FAMILIES:
             # Ours do not depend on the mode, and change nothing in forward().
             return rewriting.trace(model, one_mode=True, copied=False)
-        return rewriting.without_gates(
-            rewriting.add_gates(model), self.broadcast, rewriting.BROADCAST
-        )
+        return rewriting.without_broadcasts(rewriting.add_gates(model), self.broadcast)
 
     def _try_out(self, shape: tuple[int, int, int], classes: int) -> tuple[str, ...]:
         """Run the network on images of this shape; returns its `broadcast` additions."""
@@ -130,10 +131,9 @@ class NetworkSpec:
         try:
             logits = parity.dry_run(model, blank, training=False)
         except Exception as error:  # whatever the user's forward() raises
-            line = " ".join(str(error).split()) or type(error).__name__
             raise ConfigError(
-                f"{self.family}: does not run on a batch of images of {size} ({line}); it must"
-                " accept images of the size of --image-size as its only input"
+                f"{self.family}: does not run on a batch of images of {size} ({one_line(error)});"
+                " it must accept images of the size of --image-size as its only input"
             ) from error
         if not isinstance(logits, Tensor) or logits.shape != (parity.BATCH, classes):
             found = "x".join(map(str, logits.shape)) if isinstance(logits, Tensor) else "no tensor"
@@ -158,17 +158,10 @@ class NetworkSpec:
         except ConfigError:
             if self.family in FAMILIES:
                 raise
-        with torch.random.fork_rng(devices=[]):
-            return self._whole()
+        return self._with_data()
 
-    def _to_be_filled(self) -> fx.GraphModule:
-        """The network with all gates, whose tensors are to be replaced.
-
-        A factory may store tensors outside the state dict, so it has to make them; it draws no
-        random numbers of the caller's state.
-        """
-        if self.family in FAMILIES:
-            return self.skeleton()
+    def _with_data(self) -> fx.GraphModule:
+        """The network with all gates; draws no random numbers of the caller's state."""
         with torch.random.fork_rng(devices=[]):
             return self._whole()
 
@@ -179,16 +172,18 @@ class NetworkSpec:
         Raises FileFormatError when the spec or the tensors do not fit each other.
         """
         try:
-            model = self._whole() if state is None else self._to_be_filled()
+            if state is None:
+                model = self._whole()
+            else:  # to be filled; a factory may store tensors outside the state dict
+                model = self.skeleton() if self.family in FAMILIES else self._with_data()
         except (ConfigError, GraphError, TypeError, ValueError) as error:
-            given = "" if self.family == stored.FAMILY else f" {dict(self.arguments)}"
+            given = "" if self.holds_graph else f" {dict(self.arguments)}"
             raise FileFormatError(f"unknown network {self.family}{given} ({error})") from error
         built = rewriting.remove_blocks(model, self.removed) if self.removed else model
         built = rewriting.drop_gates(built, keep=self.gated)
         if state is not None:
             needed = built.state_dict()
-            missing = sorted(needed.keys() - state.keys())
-            if missing:
+            if missing := sorted(needed.keys() - state.keys()):
                 raise FileFormatError(f"tensors are missing, the first is {missing[0]}")
             for name, tensor in needed.items():
                 if tensor.shape != state[name].shape or tensor.dtype != state[name].dtype:
@@ -204,7 +199,7 @@ class NetworkSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GraphSpec(NetworkSpec):
-    """A network in memory, which is rebuilt by copying its graph; see :mod:`.stored` for files.
+    """A network in memory, which is rebuilt by copying its graph.
 
     Attributes:
         graph: the network with all gates, on the CPU; never modified.
@@ -218,9 +213,13 @@ class GraphSpec(NetworkSpec):
         Raises:
             NotStorable: the network has code of its own, which no file can hold.
         """
-        fields = {each.name: getattr(self, each.name) for each in dataclasses.fields(NetworkSpec)}
-        fields |= {"family": stored.FAMILY, "arguments": stored.store(self.graph)}
-        return NetworkSpec(**fields).to_dict()
+        return NetworkSpec(
+            family=stored.FAMILY,
+            arguments=stored.store(self.graph),
+            gated=self.gated,
+            removed=self.removed,
+            broadcast=self.broadcast,
+        ).to_dict()
 
     def skeleton(self) -> fx.GraphModule:
         return self._whole()

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import get_overridable_functions
 
-from eps_core.errors import ConfigError
+from eps_core.errors import ConfigError, one_line
 from eps_train.gating.gate import EpsilonGate
 from eps_train.gating.rewriting import UNGATED, Ungated
 from eps_train.gating.tracing import OWN, ByMode, Slot
-from eps_train.models.cifar import Tap
+from eps_train.models.resnets import Tap
 
 FAMILY = "graph"  # `NetworkSpec.family` of a network that is stored so
 
@@ -231,8 +231,9 @@ def rebuild(stored: Mapping[str, Any]) -> fx.GraphModule:
     try:
         return _rebuild(stored)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
-        line = " ".join(str(error).split())
-        raise ConfigError(f"not a stored graph ({type(error).__name__}: {line})") from error
+        raise ConfigError(
+            f"not a stored graph ({type(error).__name__}: {one_line(error)})"
+        ) from error
 
 
 def _rebuild(stored: Mapping[str, Any]) -> fx.GraphModule:
@@ -281,16 +282,14 @@ def _rebuild(stored: Mapping[str, Any]) -> fx.GraphModule:
 
 def _add_node(graph: fx.Graph, node: Mapping[str, Any], made: Mapping[str, fx.Node]) -> fx.Node:
     op, target = node["op"], node["target"]
-    args = _value(node["args"], made)
-    if op == "call_function":
-        if target == "getattr":
-            if args[1] not in _ATTRIBUTES:
-                raise ValueError(f"getattr of {args[1]}")
-            function: Any = getattr
-        else:
-            function = _functions()[target]
-        return graph.create_node(op, function, args, _value(node["kwargs"], made), node["name"])
-    if op == "call_method":
+    args, kwargs = _value(node["args"], made), _value(node["kwargs"], made)
+    if op == "call_function" and target == "getattr":
+        if args[1] not in _ATTRIBUTES:
+            raise ValueError(f"getattr of {args[1]}")
+        target = getattr
+    elif op == "call_function":
+        target = _functions()[target]
+    elif op == "call_method":
         if target not in _methods():
             raise ValueError(f"method {target}")
     elif op in ("call_module", "get_attr"):
@@ -299,7 +298,7 @@ def _add_node(graph: fx.Graph, node: Mapping[str, Any], made: Mapping[str, fx.No
         _identifier(target)
     elif op != "output":
         raise ValueError(f"step {op}")
-    return graph.create_node(op, target, args, _value(node["kwargs"], made), node["name"])
+    return graph.create_node(op, target, args, kwargs, node["name"])
 
 
 def _make_layer(path: str, described: Mapping[str, Any]) -> nn.Module:

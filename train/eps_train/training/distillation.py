@@ -10,7 +10,7 @@ from torch import Tensor
 
 from eps_core.errors import ConfigError
 from eps_train.data.dataset import DataIdentity
-from eps_train.models.cifar import Normalize
+from eps_train.models.resnets import Normalize
 from eps_train.training.checkpoint import Checkpoint
 
 

@@ -22,7 +22,7 @@ from eps_core.errors import ConfigError
 from eps_train.config import TrainingConfig
 from eps_train.gating import rewriting
 from eps_train.gating.gate import EpsilonGate, GateRecords
-from eps_train.models.cifar import SideHead
+from eps_train.models.resnets import SideHead
 from eps_train.training.distributed import Group, running_statistics
 
 Logits = tuple[Tensor, Tensor | None]  # of the network and of its side head

@@ -16,7 +16,7 @@ from eps_train.data.dataset import Data, Outline
 from eps_train.data.images import ImageSet
 from eps_train.gating import rewriting
 from eps_train.gating.nested import SubNetworks, smallest_size
-from eps_train.models.cifar import Normalize
+from eps_train.models.resnets import Normalize
 from eps_train.models.spec import NetworkSpec
 from eps_train.training.averaging import AveragedWeights
 from eps_train.training.distributed import ALONE

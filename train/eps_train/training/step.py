@@ -15,7 +15,7 @@ from eps_train.config import TrainingConfig
 from eps_train.data.images import ImageSet
 from eps_train.gating import rewriting
 from eps_train.gating.nested import SubNetworks
-from eps_train.models.cifar import Normalize, SideHead
+from eps_train.models.resnets import Normalize, SideHead
 from eps_train.models.spec import NetworkSpec
 from eps_train.schedule import initial_lr
 from eps_train.training.averaging import AveragedWeights

@@ -23,9 +23,9 @@ from eps_train.gating import rewriting
 from eps_train.gating.controller import EpsilonController
 from eps_train.gating.costs import count_costs, make_timer, measure_latency
 from eps_train.gating.nested import SubNetworks, nested_order, smallest_size
-from eps_train.gating.pruner import BlockPruner
+from eps_train.gating.pruner import GraphPruner
 from eps_train.gating.targets import BlockCosts
-from eps_train.models.cifar import Normalize, SideHead
+from eps_train.models.resnets import Normalize, SideHead
 from eps_train.models.spec import NetworkSpec, count_parameters
 from eps_train.schedule import LearningRateSchedule
 from eps_train.training import run_checks
@@ -78,7 +78,7 @@ class Trainer:
         teacher: a network whose logits the training follows as well.
     """
 
-    pruner_type = BlockPruner
+    pruner_type = GraphPruner
 
     def __init__(
         self,
@@ -150,7 +150,7 @@ class Trainer:
         identity = self.data.identity
         return balanced_weights(self.data.train.labels, len(identity.classes)).to(self.device)
 
-    def _make_pruner(self) -> BlockPruner:
+    def _make_pruner(self) -> GraphPruner:
         config, shape = self.config, self.data.identity.input_shape
         stages = rewriting.stages(self.model, shape)
         active = run_checks.active_epochs(config)
@@ -158,7 +158,7 @@ class Trainer:
         def epsilon(epoch: int) -> float:
             return config.epsilon or 0.0 if epoch in active and not config.nested else 0.0
 
-        return self.pruner_type.of_graph(
+        return self.pruner_type(
             self.model,
             self.spec,
             stages=stages,
@@ -233,9 +233,9 @@ class Trainer:
         """Have a controller prune to the target; `costs` are in its currency."""
         config = self.config
         assert config.target is not None
-        self.pruner.controller = EpsilonController.of(
-            config.target,
-            costs,
+        self.pruner.controller = EpsilonController(
+            target=config.target,
+            costs=costs,
             epochs=config.epochs,
             end=self.schedule.decay_epoch,
             stages=self.pruner.stages,

@@ -1,4 +1,4 @@
-"""The paper's CIFAR and SVHN family with ε-gates in place, and the layers around any network.
+"""The paper's ResNet families with ε-gates in place, and the layers around any network.
 
 A family is a factory of an ordinary `nn.Module` that maps normalized float images `[N, C, H, W]` to
 logits `[N, classes]`. Its residual additions are :class:`~eps_train.gating.gate.EpsilonGate`
@@ -8,8 +8,8 @@ head.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,57 @@ class Tap(nn.Identity):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.channels = channels
+
+
+class GatedResNet(nn.Module):
+    """Stem, stages of blocks, pooled head and classifier.
+
+    Each stage has twice the width of the one before and half its height and width. `block` makes a
+    block from its input channels, width and stride, and the indices of its stage and of itself in
+    that; it returns `expansion` times its width. The tap follows the block with the indices `tap`,
+    whose stage has half of the last one's channels.
+    """
+
+    def __init__(
+        self,
+        stem: nn.Sequential,
+        counts: Sequence[int],
+        width: int,
+        block: Callable[[int, int, int, int, int], nn.Module],
+        *,
+        expansion: int,
+        tap: tuple[int, int],
+        classes: int,
+    ) -> None:
+        super().__init__()
+        self.stem = stem
+        self.stages = nn.ModuleList()
+        channels = width
+        for stage, count in enumerate(counts):
+            blocks = nn.Sequential()
+            for index in range(count):
+                inner, stride = width * 2**stage, 2 if stage and not index else 1
+                blocks.append(block(channels, inner, stride, stage, index))
+                channels = inner * expansion
+            self.stages.append(blocks)
+        self.side_tap = Tap(channels // 2)
+        self.tap = tap
+        self.head = pooling(channels)
+        self.classifier = nn.Linear(channels, classes)
+        initialise(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for number, stage in enumerate(self.stages):
+            for index, block in enumerate(stage.children()):
+                x = block(x)
+                if (number, index) == self.tap:
+                    x = self.side_tap(x)
+        logits: Tensor = self.classifier(self.head(x))
+        return logits
+
+
+# -- The CIFAR and SVHN family
 
 
 class Downsample(nn.Module):
@@ -71,41 +122,6 @@ class BasicBlock(nn.Module):
         return out
 
 
-class GatedResNet(nn.Module):
-    """Stem, stages of blocks, pooled head and classifier.
-
-    The tap follows block `tap[1]` of stage `tap[0]`, which has half of the last stage's `channels`.
-    """
-
-    def __init__(
-        self,
-        stem: nn.Sequential,
-        stages: Sequence[nn.Sequential],
-        *,
-        tap: tuple[int, int],
-        channels: int,
-        classes: int,
-    ) -> None:
-        super().__init__()
-        self.stem = stem
-        self.stages = nn.ModuleList(stages)
-        self.side_tap = Tap(channels // 2)
-        self.tap = tap
-        self.head = pooling(channels)
-        self.classifier = nn.Linear(channels, classes)
-        initialise(self)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        for number, stage in enumerate(self.stages):
-            for index, block in enumerate(stage.children()):
-                x = block(x)
-                if (number, index) == self.tap:
-                    x = self.side_tap(x)
-        logits: Tensor = self.classifier(self.head(x))
-        return logits
-
-
 class CifarResNet(GatedResNet):
     """The paper's CIFAR and SVHN family: depth 6n + 2, three stages of n blocks, widths w, 2w, 4w.
 
@@ -127,24 +143,113 @@ class CifarResNet(GatedResNet):
         stem = nn.Sequential(
             nn.Conv2d(in_channels, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
         )
-        stages = []
-        channels = width
-        for index, out_channels in enumerate((width, 2 * width, 4 * width)):
-            stage = nn.Sequential()
-            for block in range(n):
-                first = block == 0
-                stage.append(
-                    BasicBlock(
-                        channels,
-                        out_channels,
-                        stride=2 if first and index else 1,
-                        preactivated=first and not index,
-                    )
-                )
-                channels = out_channels
-            stages.append(stage)
+
+        def block(channels: int, inner: int, stride: int, stage: int, index: int) -> nn.Module:
+            preactivated = stage == index == 0
+            return BasicBlock(channels, inner, stride=stride, preactivated=preactivated)
+
         # The tap follows the middle block of the second stage (paper's code).
-        super().__init__(stem, stages, tap=(1, n // 2), channels=channels, classes=classes)
+        super().__init__(
+            stem, (n, n, n), width, block, expansion=1, tap=(1, n // 2), classes=classes
+        )
+
+
+# -- The ImageNet family: pre-activation, basic or bottleneck blocks
+
+# Blocks of the four stages, and whether they are bottlenecks.
+DEPTHS: dict[int, tuple[tuple[int, int, int, int], bool]] = {
+    18: ((2, 2, 2, 2), False),
+    34: ((3, 4, 6, 3), False),
+    50: ((3, 4, 6, 3), True),
+    101: ((3, 4, 23, 3), True),
+    152: ((3, 8, 36, 3), True),
+}
+EXPANSION = 4  # output channels of a bottleneck over its inner channels
+
+Before = Literal["nothing", "branch", "both"]  # where a block's leading BN-ReLU acts
+
+
+class PreactivationBlock(nn.Module):
+    """BN-ReLU, then two 3x3 convolutions, or 1x1, 3x3, 1x1 for a bottleneck; BN-ReLU between them.
+
+    The stride is that of the (first) 3x3 convolution. The shortcut is a 1x1 convolution where the
+    number of channels changes. The leading BN-ReLU acts on the branch alone; in the first block of
+    a later stage on both paths; the first block, which follows the stem's, has none.
+    """
+
+    def __init__(
+        self, in_channels: int, width: int, *, bottleneck: bool, stride: int, before: Before
+    ) -> None:
+        super().__init__()
+        out_channels = width * EXPANSION if bottleneck else width
+        if bottleneck:
+            convolutions = [
+                nn.Conv2d(in_channels, width, 1, bias=False),
+                nn.Conv2d(width, width, 3, stride, 1, bias=False),
+                nn.Conv2d(width, out_channels, 1, bias=False),
+            ]
+        else:
+            convolutions = [
+                nn.Conv2d(in_channels, width, 3, stride, 1, bias=False),
+                nn.Conv2d(width, width, 3, 1, 1, bias=False),
+            ]
+        layers: list[nn.Module] = [convolutions[0]]
+        for convolution in convolutions[1:]:
+            layers += [nn.BatchNorm2d(width), nn.ReLU(), convolution]
+        leading: list[nn.Module] = [nn.BatchNorm2d(in_channels), nn.ReLU()]
+        self.preactivation = nn.Sequential(*leading if before == "both" else ())
+        self.branch = nn.Sequential(*leading if before == "branch" else (), *layers)
+        self.shortcut: nn.Module = nn.Identity()
+        if in_channels != out_channels:
+            self.shortcut = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+        self.gate = EpsilonGate()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.preactivation(x)
+        out: Tensor = self.gate(self.shortcut(x), self.branch(x))
+        return out
+
+
+class ImageNetResNet(GatedResNet):
+    """Depth 18 or 34 (basic blocks), 50, 101 or 152 (bottlenecks); widths w, 2w, 4w, 8w.
+
+    The tap follows the middle block of the network, in the third stage. Parameters at depth 101,
+    width 64, RGB, 1000 classes: 44,541,480 (derived by hand in the tests).
+    """
+
+    def __init__(
+        self, *, depth: int, width: int = 64, in_channels: int = 3, classes: int = 1000
+    ) -> None:
+        if depth not in DEPTHS:
+            raise ValueError(f"depth must be one of {', '.join(map(str, DEPTHS))}, not {depth}")
+        if min(width, in_channels, classes) < 1:
+            raise ValueError("width, in_channels and classes must be at least 1")
+        counts, bottleneck = DEPTHS[depth]
+        stem = nn.Sequential(
+            nn.Conv2d(in_channels, width, 7, 2, 3, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.MaxPool2d(3, 2, 1),
+        )
+
+        def block(channels: int, inner: int, stride: int, stage: int, index: int) -> nn.Module:
+            before: Before = "branch" if index else "both" if stage else "nothing"
+            return PreactivationBlock(
+                channels, inner, bottleneck=bottleneck, stride=stride, before=before
+            )
+
+        super().__init__(
+            stem,
+            counts,
+            width,
+            block,
+            expansion=EXPANSION if bottleneck else 1,
+            tap=(2, sum(counts) // 2 - sum(counts[:2])),
+            classes=classes,
+        )
+
+
+# -- Layers around any network
 
 
 class SideHead(nn.Module):
