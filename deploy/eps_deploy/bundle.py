@@ -252,8 +252,7 @@ def open_onnx(
         provider=known.get(provider, "cpu"),
         threads=int(recorded.get("threads", 1)),
         max_batch=int(recorded["max_batch"]),
-        tf32=bool(recorded.get("tf32", False)),
-        nhwc=PRECISIONS[bundle.manifest["precision"]].float == "float16",
+        precision=PRECISIONS[bundle.manifest["precision"]],
         exact_qdq=not provider,
     )
     return _agreeing(bundle, engine)

@@ -33,10 +33,11 @@ class Precision:
     tf32: bool = False
 
 
+FP32 = Precision("fp32")
 PRECISIONS = {
     choice.name: choice
     for choice in (
-        Precision("fp32"),
+        FP32,
         Precision("tf32", tf32=True),
         Precision("fp16", "float16"),
         Precision("bf16", "bfloat16"),

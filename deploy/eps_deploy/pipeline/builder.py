@@ -334,8 +334,7 @@ def _ort_engine(options: Options, model: bytes, name: str) -> OrtEngine:
         provider=options.provider,
         threads=options.threads,
         max_batch=options.max_batch,
-        tf32=options.precision.tf32,
-        nhwc=options.precision.float == "float16",
+        precision=options.precision,
     )
 
 
