@@ -246,11 +246,10 @@ def open_session(
     name: str = "model.onnx",
     optimized: Path | None = None,
 ) -> Any:
-    """Create an ONNX Runtime session on exactly this provider; raises as `OrtEngine` does.
+    """Create an ONNX Runtime session on exactly this provider; arguments and errors as `OrtEngine`.
 
-    Args:
-        graphs: run as CUDA graphs, with the bindings of a `CudaSession`; only applies to `cuda`.
-        optimized: file to write ONNX Runtime's optimised graph to.
+    With `graphs`, CUDA runs it as CUDA graphs, with the bindings of a `CudaSession`. `optimized` is
+    a file to write ONNX Runtime's optimised graph to.
     """
     wanted = PROVIDERS[provider]
     if wanted not in onnxruntime.get_available_providers():
@@ -311,10 +310,7 @@ def _providers(
     """Providers with their options, in order; the last one runs what the others do not support."""
     if provider == "cpu":
         return [(PROVIDERS["cpu"], {})]
-    settings = {
-        "use_tf32": str(int(precision.tf32)),
-        "cudnn_conv_algo_search": _ALGORITHM_SEARCH,
-    }
+    settings = {"use_tf32": str(int(precision.tf32)), "cudnn_conv_algo_search": _ALGORITHM_SEARCH}
     if provider == "cuda":
         nhwc = precision.float == "float16"
         settings |= {"prefer_nhwc": str(int(nhwc)), "enable_cuda_graph": str(int(graphs))}

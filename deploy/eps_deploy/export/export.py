@@ -33,12 +33,9 @@ _FLOATS: dict[str, Precision] = {
 
 
 class Deployed(FromPixels):
-    """A network behind its normalization: the reference for every engine.
+    """A network of type `dtype` behind its normalization: the reference for every engine.
 
-    Args:
-        network: network of normalized images of type `dtype`.
-        identity: data that it was trained on.
-        dtype: type of `network`; the normalization and the logits are float32.
+    The normalization and the logits are in float32 whatever `dtype` is.
     """
 
     def __init__(
@@ -93,8 +90,6 @@ def export_onnx(
     Args:
         model: float32 network of normalized images, exported in evaluation mode whatever its mode.
         identity: data that it was trained on: image shape, mean, std, classes.
-        path: file to write.
-        precision: of the file.
         source: digest of the file that the network came from, stored in the ONNX metadata.
         kept: names of blocks that stay in float32 for the sake of accuracy.
 
@@ -187,12 +182,11 @@ def _trace(
     assert program is not None
     proto: onnx.ModelProto = program.model_proto
     graph = proto.graph
+    values = (*graph.input, *graph.output, *graph.value_info, *graph.initializer)
     # The exporter's notes hold stack traces with paths of this machine.
-    for item in (*graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
+    for item in (graph, *graph.node, *values):
         del item.metadata_props[:]
         item.doc_string = ""
-    del graph.metadata_props[:]
-    graph.doc_string = ""
     graph.name = "eps_resnet"
     # Names must not depend on the counters of one torch version.
     for index, node in enumerate(graph.node):

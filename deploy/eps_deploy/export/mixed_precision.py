@@ -33,17 +33,13 @@ class Trial:
 class Repair:
     """Result of the search.
 
-    Attributes:
-        kept: blocks to keep in higher precision, in the order of computation; without any one of
-            them the limit does not hold. () if nothing has to be kept, or nothing helps.
-        before: trial with no block kept.
-        after: trial with `kept`. If the limit fails even with all blocks kept, it is that trial.
-        trials: number of trials.
+    `kept` are the blocks to keep in higher precision, in the order of computation; without any one
+    of them the limit does not hold. () if nothing has to be kept, or nothing helps.
     """
 
     kept: tuple[str, ...]
-    before: Trial
-    after: Trial
+    before: Trial  # with no block kept
+    after: Trial  # with `kept`; where the limit fails even with all blocks kept, with all
     trials: int
 
 

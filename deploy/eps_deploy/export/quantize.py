@@ -202,8 +202,7 @@ def quantize(
     Args:
         model: ONNX file in float32 (for `int8`) or in float16 at opset 19 or above (for
             `int8-fp16`).
-        images: calibration images, uint8 `[N, C, H, W]`, of the training part; see :func:`pick`.
-        precision: a quantized precision.
+        images: calibration images, uint8 `[N, C, H, W]`; see :func:`pick`.
         method: see :func:`ranges`.
         kept: names of the torch modules of blocks that are not quantized.
 

@@ -48,11 +48,7 @@ def layer_types(model: onnx.ModelProto, *, as_executed: bool = False) -> dict[st
 
 
 def executed_types(
-    model: bytes,
-    *,
-    provider: Provider = "cpu",
-    exact_qdq: bool = False,
-    name: str = "model.onnx",
+    model: bytes, *, provider: Provider = "cpu", exact_qdq: bool = False, name: str = "model.onnx"
 ) -> dict[str, int]:
     """Number of layers that ONNX Runtime computes in each type on this machine.
 
@@ -142,10 +138,7 @@ def round_to_float16(model: bytes) -> bytes:
 def float16_peak(model: bytes, images: Images, batch: int) -> Peak:
     """Measure the largest magnitude in the float16 part of `model`, computed in float32.
 
-    Args:
-        model: ONNX network with float16 values.
-        images: images to measure on, uint8 `[N, C, H, W]`.
-        batch: images in a pass.
+    The images are uint8 `[N, C, H, W]`, `batch` of them in a pass.
     """
     proto, halves = _to_float32(model)
     graph = proto.graph

@@ -43,8 +43,7 @@ _TYPES = {
 def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Cast `tensor` to `dtype`, on the CPU, contiguous and detached; integers are not cast.
 
-    Raises:
-        GraphError: a number is not finite in `dtype`; the message contains `name`.
+    Raises GraphError, with `name` in the message, when a number is not finite in `dtype`.
     """
     value = tensor.detach().cpu().contiguous()
     if not value.is_floating_point():
@@ -345,20 +344,14 @@ def write(
     opset: int,
     kept: Collection[str] = (),
 ) -> onnx.ModelProto | None:
-    """Write the network behind its normalization; returns None for an unsupported operator.
+    """Write a float32 network without gates, in evaluation mode, behind its normalization.
 
     The graph takes `images` uint8 `[N, C, H, W]` and gives `logits` float32 `[N, classes]`. The
-    normalization is in float32, everything from there to the logits in `dtype`.
+    normalization is in float32, everything from there to the logits in `dtype`, except the blocks
+    or modules named in `kept` with their additions, which stay in float32.
 
-    Args:
-        network: network of normalized images, float32, in evaluation mode, without gates.
-        identity: image shape, mean, std and classes.
-        dtype: float32, float16 or bfloat16.
-        opset: of ONNX.
-        kept: names of blocks or modules that stay in float32, with their additions.
-
-    Raises:
-        GraphError: a number is not finite in `dtype`; the message names the tensor.
+    Returns None for an unsupported operator. Raises GraphError, which names the tensor, when a
+    number is not finite in `dtype`.
     """
     out = OnnxGraph()
     modules = dict(network.named_modules(remove_duplicate=False))
