@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from eps_compact.exporting import quiet
 from eps_core.cli import missing_package
 from eps_deploy.engines.base import EngineError, Images
-from eps_deploy.engines.ort import OrtEngine
+from eps_deploy.engines.ort import OrtEngine, Provider
 from eps_deploy.engines.trt.build import BuildOptions
 from eps_deploy.engines.trt.cache import PlanCache
 from eps_deploy.export.export import Deployed, in_precision
@@ -93,9 +93,5 @@ def _engine(engine: str, model: bytes, on_cuda: bool, precision: Precision, max_
         plans = PlanCache(None, log=lambda line: None)
         options = BuildOptions(max_batch=max_batch, opt_batch=min(16, max_batch))
         return plans.open(plans.plan(model, precision, options))
-    return OrtEngine(
-        model,
-        provider="cuda" if on_cuda else "cpu",
-        max_batch=max_batch,
-        nhwc=precision.float == "float16",
-    )
+    provider: Provider = "cuda" if on_cuda else "cpu"
+    return OrtEngine(model, provider=provider, max_batch=max_batch, precision=precision)

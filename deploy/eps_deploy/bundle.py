@@ -234,16 +234,16 @@ def open_onnx(
         file: name of the ONNX file in the bundle.
         provider: execution provider, as the manifest has it; "": the CPU, with the exact arithmetic
             of the file.
-        rounded: compute float16 exactly as the file says too, see `export.half`; it needs the
+        rounded: compute float16 exactly as the file says too, see `export.types`; it needs the
             package onnx.
     """
     from eps_deploy.engines.ort import PROVIDERS, OrtEngine, Provider
 
     content = bundle.read(file)
     if rounded:
-        from eps_deploy.export import half
+        from eps_deploy.export.types import round_to_float16
 
-        content = half.rounded(content)
+        content = round_to_float16(content)
     recorded = bundle.manifest["engine"]
     known: dict[str, Provider] = {full: short for short, full in PROVIDERS.items()}
     engine = OrtEngine(
@@ -252,8 +252,7 @@ def open_onnx(
         provider=known.get(provider, "cpu"),
         threads=int(recorded.get("threads", 1)),
         max_batch=int(recorded["max_batch"]),
-        tf32=bool(recorded.get("tf32", False)),
-        nhwc=PRECISIONS[bundle.manifest["precision"]].float == "float16",
+        precision=PRECISIONS[bundle.manifest["precision"]],
         exact_qdq=not provider,
     )
     return _agreeing(bundle, engine)

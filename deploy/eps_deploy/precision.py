@@ -18,25 +18,19 @@ Float = Literal["float32", "float16", "bfloat16"]
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """One choice of `--fp32 | --tf32 | --fp16 | --bf16 | --int8 [--fp16]`.
+    """One choice of `--fp32 | --tf32 | --fp16 | --bf16 | --int8 [--fp16]`."""
 
-    Attributes:
-        name: in manifest and report: `fp32`, `tf32`, `fp16`, `bf16`, `int8`, `int8-fp16`.
-        float: type of the weights and of everything that is not quantised.
-        quantized: whether convolutions and linear layers take int8.
-        tf32: whether an NVIDIA GPU may round float32 products to TF32.
-    """
-
-    name: str
-    float: Float = "float32"
-    quantized: bool = False
-    tf32: bool = False
+    name: str  # in manifest and report
+    float: Float = "float32"  # type of the weights and of everything that is not quantised
+    quantized: bool = False  # convolutions and linear layers take int8
+    tf32: bool = False  # an NVIDIA GPU may round float32 products to TF32
 
 
+FP32 = Precision("fp32")
 PRECISIONS = {
     choice.name: choice
     for choice in (
-        Precision("fp32"),
+        FP32,
         Precision("tf32", tf32=True),
         Precision("fp16", "float16"),
         Precision("bf16", "bfloat16"),
@@ -57,15 +51,9 @@ def check_layer_types(
     """Check that convolutions and linear layers compute in the type of `precision`.
 
     For a quantised precision that is int8, or its float type for a layer that cannot be quantised
-    (a product of two activations); at least one layer must take int8.
-
-    Args:
-        types: type of each layer (`float16`, `int8`) by its name.
-        precision: the precision that the network should have.
-        kept: blocks, by name, whose layers may compute in float32 too (`eps-deploy --repair`).
-
-    Raises:
-        GraphError: a layer, named in the message, computes in another type.
+    (a product of two activations); at least one layer must take int8. `types` is the type of each
+    layer (`float16`, `int8`) by its name, `kept` are the names of blocks whose layers may compute
+    in float32 too (`eps-deploy --repair`). Raises GraphError, which names the layer.
     """
     foreign = f"this ONNX file is not of precision {precision.name}"
     allowed = [precision.float, "int8"] if precision.quantized else [precision.float]

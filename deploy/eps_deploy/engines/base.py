@@ -24,21 +24,19 @@ class Engine(Protocol):
     """A loaded network; a context manager that frees it.
 
     It is thread-safe: several threads may call `infer` at once.
-
-    Attributes:
-        input_shape: shape `[C, H, W]` of one image.
-        classes: number of logits.
-        max_batch: largest batch of `infer`.
     """
 
     @property
-    def input_shape(self) -> tuple[int, int, int]: ...
+    def input_shape(self) -> tuple[int, int, int]:
+        """Shape `[C, H, W]` of one image."""
 
     @property
-    def classes(self) -> int: ...
+    def classes(self) -> int:
+        """Number of logits."""
 
     @property
-    def max_batch(self) -> int: ...
+    def max_batch(self) -> int:
+        """Largest batch of `infer`."""
 
     def infer(self, images: Images) -> Logits:
         """Logits float32 `[N, classes]` of images uint8 `[N, C, H, W]`, 1 <= N <= max_batch.

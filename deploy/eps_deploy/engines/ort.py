@@ -6,6 +6,7 @@ import contextlib
 import io
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -21,6 +22,7 @@ from eps_deploy.engines.base import (
     check_images,
     padded_sizes,
 )
+from eps_deploy.precision import FP32, Precision
 
 Provider = Literal["cpu", "cuda", "tensorrt"]
 PROVIDERS: dict[Provider, str] = {
@@ -36,8 +38,6 @@ MAX_BATCH = 256  # the graph has no limit; this bounds the memory of a request
 # size: about 0.1 s per convolution, while serving.
 _ALGORITHM_SEARCH = "HEURISTIC"
 _FATAL_ONLY = 4  # log severity; errors are raised as exceptions too
-_NOT_IMPLEMENTED = "NOT_IMPLEMENTED"
-
 
 # An ONNX file of y = Relu(x), float32 [1, 4], opset 13, as bytes: the package onnx is not needed.
 _RELU = bytes.fromhex(
@@ -57,8 +57,8 @@ class OrtEngine:
         exact_qdq: compute a quantised network with the arithmetic of its file: round to int8 and
             back, multiply in float. TensorRT does so too. Otherwise ONNX Runtime uses its int8
             kernels, which round differently; on CPUs without VNNI slower ones that do not saturate.
-        tf32: let an NVIDIA GPU round float32 products to TF32.
-        nhwc: have CUDA compute convolutions channels-last, which its float16 kernels want.
+        precision: of the file. CUDA rounds float32 products to TF32 only for `tf32`, and computes
+            float16 convolutions channels-last, which its kernels for them want.
         name: name of the model in error messages.
 
     Raises:
@@ -74,102 +74,79 @@ class OrtEngine:
         threads: int = THREADS,
         max_batch: int = MAX_BATCH,
         exact_qdq: bool = False,
-        tf32: bool = False,
-        nhwc: bool = False,
+        precision: Precision = FP32,
         name: str = "model.onnx",
     ) -> None:
         if max_batch < 1:
             raise EngineError(f"{name}: the largest batch must be at least 1, not {max_batch}")
-
-        def open_one(graphs: bool) -> Any:
-            return open_session(
-                model,
-                provider=provider,
-                threads=threads,
-                exact_qdq=exact_qdq,
-                tf32=tf32,
-                nhwc=nhwc,
-                graphs=graphs,
-                name=name,
-            )
-
-        self._on_cuda = CudaSession(open_one) if provider == "cuda" else None
-        self._session: Any = open_one(False) if self._on_cuda is None else self._on_cuda.session
-        self.threads = threads
-        self._provider = provider
-        self._max_batch = max_batch
-        self._exact_qdq = exact_qdq
-        self._tf32 = tf32
-        self._name = name
-        self._read_signature()
-
-    def _read_signature(self) -> None:
-        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
-        found = [(port.name, port.type) for port in (*inputs, *outputs)]
-        wanted = [(INPUT_NAME, "tensor(uint8)"), (OUTPUT_NAME, "tensor(float)")]
-        if found != wanted or len(inputs[0].shape) != 4 or len(outputs[0].shape) != 2:
-            raise EngineError(
-                f"{self._name}: not a network exported by eps-deploy (its inputs and outputs"
-                f" are {found}, not {wanted})"
-            )
-        sizes: list[Any] = [*inputs[0].shape[1:], outputs[0].shape[1]]
-        if not all(isinstance(size, int) for size in sizes):
-            raise EngineError(f"{self._name}: image size and classes must be fixed, not {sizes}")
-        channels, height, width, classes = (int(size) for size in sizes)
-        self._input_shape, self._classes = (channels, height, width), classes
-        if self._on_cuda is not None:
-            self._on_cuda.set_shapes(self._input_shape, classes, self._max_batch)
-            self._session = self._on_cuda  # which may open another one
-
-    @property
-    def input_shape(self) -> tuple[int, int, int]:
-        return self._input_shape
-
-    @property
-    def classes(self) -> int:
-        return self._classes
-
-    @property
-    def max_batch(self) -> int:
-        return self._max_batch
+        open_one = partial(
+            open_session,
+            model,
+            provider=provider,
+            threads=threads,
+            exact_qdq=exact_qdq,
+            precision=precision,
+            name=name,
+        )
+        on_cuda = CudaSession(open_one, max_batch) if provider == "cuda" else None
+        session = open_one() if on_cuda is None else on_cuda.session
+        self.input_shape, self.classes = _signature(session, name)
+        self.max_batch, self._name = max_batch, name
+        # On CUDA another session may replace this one.
+        self._session: Any = session if on_cuda is None else None
+        self._on_cuda = on_cuda
+        self._described = {
+            "name": "ort",
+            "runtime": "onnxruntime",
+            "version": onnxruntime.__version__,
+            "provider": PROVIDERS[provider],
+            "threads": threads,
+            "max_batch": max_batch,
+            "exact_qdq": exact_qdq,
+            "tf32": precision.tf32 and provider != "cpu",
+        }
 
     def infer(self, images: Images) -> Logits:
         """Logits float32 `[N, classes]` of images uint8 `[N, C, H, W]`, 1 <= N <= max_batch."""
-        check_images(images, self._input_shape, self._max_batch)
-        if self._session is None:
+        check_images(images, self.input_shape, self.max_batch)
+        if self._session is None and self._on_cuda is None:
             raise EngineError(f"{self._name}: the engine was closed")
         try:
             if self._on_cuda is not None:
-                logits = self._on_cuda.infer(images)
-            else:
-                logits = self._session.run([OUTPUT_NAME], {INPUT_NAME: images})[0]
+                return self._on_cuda.infer(images)
+            logits: Logits = self._session.run([OUTPUT_NAME], {INPUT_NAME: images})[0]
+            return logits
         except EngineError:
             raise
         except Exception as error:
             raise EngineError(f"{self._name}: ONNX Runtime failed: {_reason(error)}") from error
-        assert isinstance(logits, np.ndarray)
-        assert logits.dtype == np.float32
-        return logits
 
     def describe(self) -> dict[str, Any]:
         graphs = {} if self._on_cuda is None else {"cuda_graphs": self._on_cuda.describe()}
-        return {
-            "name": "ort",
-            "runtime": "onnxruntime",
-            "version": onnxruntime.__version__,
-            "provider": PROVIDERS[self._provider],
-            "threads": self.threads,
-            "max_batch": self._max_batch,
-            "exact_qdq": self._exact_qdq,
-            "tf32": self._tf32 and self._provider != "cpu",
-            **graphs,
-        }
+        return self._described | graphs
 
     def __enter__(self) -> OrtEngine:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._session = self._on_cuda = None
+
+
+def _signature(session: Any, name: str) -> tuple[tuple[int, int, int], int]:
+    """The shape `[C, H, W]` of an image and the number of logits."""
+    inputs, outputs = session.get_inputs(), session.get_outputs()
+    found = [(port.name, port.type) for port in (*inputs, *outputs)]
+    wanted = [(INPUT_NAME, "tensor(uint8)"), (OUTPUT_NAME, "tensor(float)")]
+    if found != wanted or len(inputs[0].shape) != 4 or len(outputs[0].shape) != 2:
+        raise EngineError(
+            f"{name}: not a network exported by eps-deploy (its inputs and outputs"
+            f" are {found}, not {wanted})"
+        )
+    sizes: list[Any] = [*inputs[0].shape[1:], outputs[0].shape[1]]
+    if not all(isinstance(size, int) for size in sizes):
+        raise EngineError(f"{name}: image size and classes must be fixed, not {sizes}")
+    channels, height, width, classes = sizes
+    return (channels, height, width), classes
 
 
 # -- A session on CUDA, with its tensors in the GPU's memory and a CUDA graph for each batch size
@@ -196,31 +173,20 @@ class CudaSession:
     """Runs a session on CUDA, one call at a time: ONNX Runtime captures no graph in parallel runs.
 
     A batch is padded to the next of `padded_sizes`. Where ONNX Runtime cannot capture the network,
-    it runs without graphs, in the same tensors.
-
-    Args:
-        open_session: opens a session, with CUDA graphs or without.
-
-    Raises:
-        EngineError: no session can be opened.
+    it runs without graphs, in the same tensors. `open_session` is the function of this name with
+    all arguments but `graphs`.
     """
 
-    def __init__(self, open_session: Callable[[bool], Any]) -> None:
-        self._open = open_session
+    def __init__(self, open_session: Callable[..., Any], max_batch: int) -> None:
+        self._open, self._sizes = open_session, padded_sizes(max_batch)
         self._lock = threading.Lock()
         self._why_not: str | None = None
         self._bound: dict[int, _Bound] = {}
-        self._sizes: tuple[int, ...] = ()
         try:
-            self.session: Any = open_session(True)
+            self.session: Any = open_session(graphs=True)
         except EngineError as error:
-            self.session = open_session(False)
+            self.session = open_session()
             self._why_not = str(error)
-
-    def set_shapes(self, input_shape: tuple[int, int, int], classes: int, max_batch: int) -> None:
-        """Set the shape `[C, H, W]` of an image, the number of logits and the largest batch."""
-        self._input_shape, self._classes = input_shape, classes
-        self._sizes = padded_sizes(max_batch)
 
     def infer(self, images: Images) -> Logits:
         """As `Engine.infer`, for images that were checked already."""
@@ -234,7 +200,7 @@ class CudaSession:
                 # The capture failed, and nothing says what state that leaves the session in.
                 self._why_not = _reason(error)
                 self._bound.clear()
-                self.session = self._open(False)
+                self.session = self._open()
                 return self._run(size, images)
 
     def describe(self) -> dict[str, Any]:
@@ -253,16 +219,17 @@ class CudaSession:
 
     def _bind(self, size: int) -> _Bound:
         create = onnxruntime.OrtValue.ortvalue_from_shape_and_type
-        images = create([size, *self._input_shape], np.uint8, "cuda", 0)
-        logits = create([size, self._classes], np.float32, "cuda", 0)
+        shape = [size, *self.session.get_inputs()[0].shape[1:]]
+        images = create(shape, np.uint8, "cuda", 0)
+        classes = self.session.get_outputs()[0].shape[1]
+        logits = create([size, classes], np.float32, "cuda", 0)
         binding = self.session.io_binding()
         binding.bind_ortvalue_input(INPUT_NAME, images)
         binding.bind_ortvalue_output(OUTPUT_NAME, logits)
         options = onnxruntime.RunOptions()
         if self._why_not is None:
             options.add_run_config_entry(_GRAPH_ID, str(size))
-        staged = np.zeros([size, *self._input_shape], np.uint8)
-        return _Bound(staged, images, logits, binding, options)
+        return _Bound(np.zeros(shape, np.uint8), images, logits, binding, options)
 
 
 # -- Sessions
@@ -274,18 +241,15 @@ def open_session(
     provider: Provider,
     threads: int,
     exact_qdq: bool = False,
-    tf32: bool = False,
-    nhwc: bool = False,
+    precision: Precision = FP32,
     graphs: bool = False,
     name: str = "model.onnx",
     optimized: Path | None = None,
 ) -> Any:
-    """Create an ONNX Runtime session on exactly this provider; raises as `OrtEngine` does.
+    """Create an ONNX Runtime session on exactly this provider; arguments and errors as `OrtEngine`.
 
-    Args:
-        nhwc: compute convolutions channels-last; only applies to `cuda`.
-        graphs: run as CUDA graphs, with the bindings of a `CudaSession`; only applies to `cuda`.
-        optimized: file to write ONNX Runtime's optimised graph to.
+    With `graphs`, CUDA runs it as CUDA graphs, with the bindings of a `CudaSession`. `optimized` is
+    a file to write ONNX Runtime's optimised graph to.
     """
     wanted = PROVIDERS[provider]
     if wanted not in onnxruntime.get_available_providers():
@@ -301,11 +265,15 @@ def open_session(
         options.add_session_config_entry("session.x64quantprecision", "1")
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
-    if provider != "cpu":
-        _load_libraries()
+    if provider != "cpu" and hasattr(onnxruntime, "preload_dlls"):  # since 1.21
+        # Loads CUDA and cuDNN from the Python packages of onnxruntime-gpu, where installed. It
+        # prints what is missing; whether that matters, the session's providers show.
+        with contextlib.redirect_stdout(io.StringIO()):
+            onnxruntime.preload_dlls()
+    providers = _providers(provider, precision, graphs)
     try:
         session = onnxruntime.InferenceSession(
-            model, options, providers=_providers(provider, tf32, nhwc, graphs), enable_fallback=0
+            model, options, providers=providers, enable_fallback=0
         )
     except Exception as error:  # the binding raises its own types, none of them public
         raise EngineError(f"{name}: {_complaint(error, provider)}") from error
@@ -337,25 +305,17 @@ def has_vnni() -> bool:
 
 
 def _providers(
-    provider: Provider, tf32: bool, nhwc: bool, graphs: bool
+    provider: Provider, precision: Precision, graphs: bool
 ) -> list[tuple[str, dict[str, str]]]:
     """Providers with their options, in order; the last one runs what the others do not support."""
     if provider == "cpu":
         return [(PROVIDERS["cpu"], {})]
-    settings = {"use_tf32": str(int(tf32)), "cudnn_conv_algo_search": _ALGORITHM_SEARCH}
+    settings = {"use_tf32": str(int(precision.tf32)), "cudnn_conv_algo_search": _ALGORITHM_SEARCH}
     if provider == "cuda":
+        nhwc = precision.float == "float16"
         settings |= {"prefer_nhwc": str(int(nhwc)), "enable_cuda_graph": str(int(graphs))}
     both = [(PROVIDERS["cuda"], settings), (PROVIDERS["cpu"], {})]
     return [(PROVIDERS["tensorrt"], {}), *both] if provider == "tensorrt" else both
-
-
-def _load_libraries() -> None:
-    """Load CUDA and cuDNN from the Python packages of onnxruntime-gpu, where installed."""
-    preload = getattr(onnxruntime, "preload_dlls", None)  # since 1.21
-    if preload is not None:
-        # It prints what is missing; whether that matters, the session's providers show.
-        with contextlib.redirect_stdout(io.StringIO()):
-            preload()
 
 
 _REMEDY = {
@@ -382,7 +342,7 @@ _MISSING = {
 
 def _complaint(error: Exception, provider: Provider) -> str:
     reason = _reason(error)
-    if _NOT_IMPLEMENTED in reason and provider == "cpu":
+    if "NOT_IMPLEMENTED" in reason and provider == "cpu":
         return (
             "ONNX Runtime has no such layers for the CPU, as of bfloat16 convolutions"
             f" ({reason}); use --fp32 or --fp16 here, or an NVIDIA GPU"

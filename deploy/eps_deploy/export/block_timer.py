@@ -20,7 +20,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 from torch import Tensor, fx
 
 from eps_core.errors import GraphError
@@ -39,11 +39,7 @@ _STEP = 2.0**-12
 
 
 class OrtTimer:
-    """Block timer plug-in (`eps_train.gating.costs.Timer`) that runs `OrtEngine`.
-
-    Args:
-        identity: the data that the networks were trained on.
-    """
+    """Block timer plug-in (`eps_train.gating.costs.Timer`) that runs `OrtEngine`."""
 
     name = f"onnxruntime {onnxruntime.__version__} on the CPU, {THREADS} thread, batch 1"
 
@@ -60,14 +56,10 @@ class OrtTimer:
         pixels = image.cpu().numpy()
 
         def measure(without: Sequence[Collection[str]]) -> list[Runs]:
-            with ExitStack() as engines:
-                calls = [
-                    partial(
-                        engines.enter_context(OrtEngine(exported.without(blocks))).infer, pixels
-                    )
-                    for blocks in without
-                ]
-                return interleaved(calls)
+            with ExitStack() as stack:
+                networks = map(exported.without, without)
+                engines = [stack.enter_context(OrtEngine(network)) for network in networks]
+                return interleaved([partial(engine.infer, pixels) for engine in engines])
 
         return measure
 
@@ -75,12 +67,8 @@ class OrtTimer:
 class Removable:
     """An ONNX network from which blocks can be removed.
 
-    Args:
-        model: a network with gates at all blocks that may be removed.
-        identity: the data that it was trained on.
-
-    Raises:
-        GraphError: it cannot be exported, or a block is not found in the exported graph.
+    Made of a network with gates at all blocks that may be removed. Raises GraphError if it cannot
+    be exported, or a block is not found in the exported graph.
     """
 
     def __init__(self, model: fx.GraphModule, identity: DataIdentity) -> None:
@@ -98,17 +86,14 @@ class Removable:
         """Return the ONNX file of the network without these blocks."""
         less = onnx.ModelProto()
         less.CopyFrom(self._whole)
-        shortcuts = {self._shortcuts[block][0]: self._shortcuts[block][1] for block in blocks}
+        shortcuts = dict(self._shortcuts[block] for block in blocks)
         for node in less.graph.node:
             if node.output[0] in shortcuts:
+                source, result = [shortcuts[node.output[0]]], list(node.output)
                 # ONNX Runtime eliminates it.
-                replacement = onnx.helper.make_node(
-                    "Identity", [shortcuts[node.output[0]]], list(node.output), name=node.name
-                )
-                node.CopyFrom(replacement)
+                node.CopyFrom(helper.make_node("Identity", source, result, name=node.name))
         _remove_unused(less.graph)
-        found: bytes = less.SerializeToString()
-        return found
+        return bytes(less.SerializeToString())
 
 
 def _fingerprint(model: fx.GraphModule) -> bytes:

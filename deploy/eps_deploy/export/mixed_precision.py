@@ -9,19 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import onnx
 
-from eps_deploy.export.types import belongs, layer_types
+from eps_deploy.export.types import layer_types
+from eps_deploy.precision import belongs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trial:
     """Outcome of keeping some blocks.
 
-    Attributes:
-        passed: whether the limit holds.
-        value: the limited value, lower is better, such as the drop in accuracy in points.
+    `value` is the limited value, lower is better, such as the drop in accuracy in points; `passed`
+    is whether the limit holds.
     """
 
     passed: bool
@@ -32,17 +33,13 @@ class Trial:
 class Repair:
     """Result of the search.
 
-    Attributes:
-        kept: blocks to keep in higher precision, in the order of computation; without any one of
-            them the limit does not hold. () if nothing has to be kept, or nothing helps.
-        before: trial with no block kept.
-        after: trial with `kept`. If the limit fails even with all blocks kept, it is that trial.
-        trials: number of trials.
+    `kept` are the blocks to keep in higher precision, in the order of computation; without any one
+    of them the limit does not hold. () if nothing has to be kept, or nothing helps.
     """
 
     kept: tuple[str, ...]
-    before: Trial
-    after: Trial
+    before: Trial  # with no block kept
+    after: Trial  # with `kept`; where the limit fails even with all blocks kept, with all
     trials: int
 
 
@@ -66,16 +63,10 @@ def repair(candidates: Sequence[str], attempt: Callable[[tuple[str, ...]], Trial
         attempt: builds the network with these kept (in the order of `candidates`) and measures it.
             It is called once for each set.
     """
-    known: dict[tuple[str, ...], Trial] = {}
-
-    def ordered(kept: Collection[str]) -> tuple[str, ...]:
-        return tuple(name for name in candidates if name in kept)
+    tried = cache(attempt)
 
     def keeping(kept: Collection[str]) -> Trial:
-        names = ordered(kept)
-        if names not in known:
-            known[names] = attempt(names)
-        return known[names]
+        return tried(tuple(name for name in candidates if name in kept))
 
     def needed(kept: Sequence[str], choice: Sequence[str]) -> Sequence[str]:
         """Which of `choice` to keep besides `kept`; keeping all of them is known to pass."""
@@ -96,12 +87,12 @@ def repair(candidates: Sequence[str], attempt: Callable[[tuple[str, ...]], Trial
         found = needed((*kept, *other), better)
         return (*found, *needed((*kept, *found), other))
 
-    before = keeping(())
-    if before.passed:
-        return Repair(kept=(), before=before, after=before, trials=len(known))
-    whole = keeping(candidates)
-    if not whole.passed:
-        return Repair(kept=(), before=before, after=whole, trials=len(known))
-    kept = ordered(needed((), candidates))
-    after = keeping(kept)
-    return Repair(kept=kept, before=before, after=after, trials=len(known))
+    before = after = keeping(())
+    kept: tuple[str, ...] = ()
+    if not before.passed:
+        after = keeping(candidates)
+        if after.passed:
+            found = needed((), candidates)
+            kept = tuple(name for name in candidates if name in found)
+            after = tried(kept)
+    return Repair(kept=kept, before=before, after=after, trials=tried.cache_info().misses)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -24,8 +24,8 @@ from onnx import helper, numpy_helper
 from eps_core.errors import DataError, GraphError
 from eps_deploy.engines.base import INPUT_NAME, Images
 from eps_deploy.engines.ort import open_session
-from eps_deploy.export.types import LAYERS, belongs, check_types
-from eps_deploy.precision import Precision
+from eps_deploy.export.types import LAYERS, layer_types
+from eps_deploy.precision import Precision, belongs, check_layer_types
 from eps_train.data.dataset import Data
 
 Method = Literal["minmax", "entropy", "percentile"]
@@ -49,17 +49,10 @@ Counts = npt.NDArray[np.float64]
 
 
 def pick(data: Data, samples: int) -> Images:
-    """Choose images of the training part, distinct and preprocessed as for evaluation.
+    """Choose distinct images of the training part, preprocessed as for evaluation.
 
-    Args:
-        data: data set.
-        samples: number of images; all images if there are fewer.
-
-    Returns:
-        Raw pixels uint8 `[samples, C, H, W]`, which an exported network takes as they are.
-
-    Raises:
-        DataError: too few images.
+    Returns raw pixels, uint8 `[samples, C, H, W]`; all images if there are fewer than `samples`.
+    Raises DataError for too few.
     """
     check_count(samples, f"--calibration-samples {samples}")
     part = data.train
@@ -117,14 +110,14 @@ def ranges(
     if method == "minmax":
         return largest
     choose = {"entropy": _by_entropy, "percentile": _by_percentile}[method]
-    cut = [name for name in names if largest[name] > 0 and name not in _before_layers(model)]
-    counts = {name: np.zeros(_BINS) for name in cut}
-    if cut:
-        for name, magnitudes in _activations(model, cut, images):
+    pixels = _before_layers(model)
+    counts = {name: np.zeros(_BINS) for name in names if largest[name] > 0 and name not in pixels}
+    if counts:
+        for name, magnitudes in _activations(model, list(counts), images):
             bins = (magnitudes.ravel() * (_BINS / largest[name])).astype(np.int64)
             np.minimum(bins, _BINS - 1, out=bins)
             counts[name] += np.bincount(bins, minlength=_BINS)
-    return largest | {name: largest[name] * choose(counts[name]) / _BINS for name in cut}
+    return largest | {name: largest[name] * choose(counts[name]) / _BINS for name in counts}
 
 
 def _activations(
@@ -134,12 +127,10 @@ def _activations(
     observed = onnx.ModelProto()
     observed.CopyFrom(model)
     known = {port.name for port in observed.graph.output}
-    observed.graph.output.extend(
-        onnx.ValueInfoProto(name=name) for name in names if name not in known
-    )
-    session = open_session(
-        observed.SerializeToString(), provider="cpu", threads=1, name="calibration"
-    )
+    added = [onnx.ValueInfoProto(name=name) for name in names if name not in known]
+    observed.graph.output.extend(added)
+    content = observed.SerializeToString()
+    session = open_session(content, provider="cpu", threads=1, name="calibration")
     for start in range(0, len(images), _BATCH):
         values = session.run(names, {INPUT_NAME: images[start : start + _BATCH]})
         for name, value in zip(names, values, strict=True):
@@ -158,14 +149,12 @@ def _before_layers(model: onnx.ModelProto) -> set[str]:
 
 def _by_percentile(counts: Counts) -> int:
     """Number of bins up to the percentile."""
-    share = np.cumsum(counts) / max(counts.sum(), 1.0)
+    share = np.cumsum(counts) / counts.sum()
     return int(np.searchsorted(share, _PERCENTILE / 100)) + 1
 
 
 def _by_entropy(counts: Counts) -> int:
     """Number of bins up to the cut of least divergence."""
-    if not counts.any():
-        return _BINS
     # Zeros are exact in any scale, and behind a ReLU they would outweigh everything else.
     counts = counts.copy()
     counts[0] = counts[1]
@@ -213,9 +202,8 @@ def quantize(
     Args:
         model: ONNX file in float32 (for `int8`) or in float16 at opset 19 or above (for
             `int8-fp16`).
-        images: calibration images, uint8 `[N, C, H, W]`, of the training part; see :func:`pick`.
-        precision: a quantized precision.
-        method: how a range is determined; see :func:`ranges`.
+        images: calibration images, uint8 `[N, C, H, W]`; see :func:`pick`.
+        method: see :func:`ranges`.
         kept: names of the torch modules of blocks that are not quantized.
 
     Raises:
@@ -245,10 +233,9 @@ def quantize(
         "eps_resnet.calibration_sha256": digest(images),
         "eps_resnet.kept": ",".join(sorted(kept)),
     }
-    del proto.metadata_props[:]
     helper.set_model_props(proto, props)
     onnx.checker.check_model(proto, full_check=True)
-    check_types(proto, precision)
+    check_layer_types(layer_types(proto), precision)
     return bytes(proto.SerializeToString(deterministic=True))
 
 
@@ -348,8 +335,7 @@ def _insert_rounding(
 def _round_trip(graph: onnx.GraphProto, source: str, scale: Array) -> list[onnx.NodeProto]:
     """Quantize and dequantize the value `source`."""
     step, zero, small, back = (f"{source}.{kind}" for kind in ("scale", "zero", "int8", "rounded"))
-    graph.initializer.append(numpy_helper.from_array(scale, step))
-    graph.initializer.append(numpy_helper.from_array(np.zeros((), np.int8), zero))
+    _add_constants(graph, {step: scale, zero: np.zeros((), np.int8)})
     return [
         helper.make_node("QuantizeLinear", [source, step, zero], [small], name=f"{source}.q"),
         helper.make_node("DequantizeLinear", [small, step, zero], [back], name=f"{source}.dq"),
@@ -371,14 +357,14 @@ def _dequantized_weight(
         f"{name}.scale": scale,
         f"{name}.zero": np.zeros(len(scale), np.int8),
     }
-    for constant, value in constants.items():
-        graph.initializer.append(numpy_helper.from_array(value, constant))
-    return helper.make_node(
-        "DequantizeLinear",
-        list(constants),
-        [f"{name}.rounded"],
-        name=f"{name}.dq",
-        axis=layer.axis,
+    _add_constants(graph, constants)
+    inputs, outputs = list(constants), [f"{name}.rounded"]
+    return helper.make_node("DequantizeLinear", inputs, outputs, name=f"{name}.dq", axis=layer.axis)
+
+
+def _add_constants(graph: onnx.GraphProto, constants: Mapping[str, npt.NDArray[Any]]) -> None:
+    graph.initializer.extend(
+        numpy_helper.from_array(value, name) for name, value in constants.items()
     )
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 
 from eps_core.errors import GraphError
 from eps_deploy.engines.base import INPUT_NAME, OUTPUT_NAME
-from eps_deploy.export.types import belongs
+from eps_deploy.precision import belongs
 from eps_train.data.dataset import DataIdentity
 from eps_train.gating import folding, rewriting
 from eps_train.gating.tracing import acts_on_others
@@ -43,8 +43,7 @@ _TYPES = {
 def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Cast `tensor` to `dtype`, on the CPU, contiguous and detached; integers are not cast.
 
-    Raises:
-        GraphError: a number is not finite in `dtype`; the message contains `name`.
+    Raises GraphError, with `name` in the message, when a number is not finite in `dtype`.
     """
     value = tensor.detach().cpu().contiguous()
     if not value.is_floating_point():
@@ -84,12 +83,15 @@ class UnsupportedOperator(Exception):
     """An operator, or a use of one, that this module does not write."""
 
 
+def _require(expressible: bool) -> None:
+    if not expressible:
+        raise UnsupportedOperator
+
+
 class OnnxGraph:
-    """Nodes and constants of the graph so far.
+    """Nodes and constants of the graph so far, in order.
 
     Attributes:
-        nodes: nodes in order.
-        tensors: constants in order.
         dtype: type of the current step: of its operands, constants and result.
         values: name of the result of each step of the torch.fx graph.
         flat: names of the values `[N, features]`; all others are `[N, C, H, W]`.
@@ -122,51 +124,41 @@ class OnnxGraph:
             return name
         result = f"{name}.{str(self.dtype).removeprefix('torch.')}"
         if result not in self._types:
-            flat = name in self.flat
-            self.add("Cast", result, [name], output=result, flat=flat, to=_TYPES[self.dtype])
+            self.add("Cast", result, [name], output=result, to=_TYPES[self.dtype])
         return result
 
     def image(self, value: str) -> str:
         """`value`, which must be `[N, C, H, W]`."""
-        if value in self.flat:
-            raise UnsupportedOperator
+        _require(value not in self.flat)
         return value
 
     def vector(self, value: str) -> str:
         """`value`, which must be `[N, features]`."""
-        if value not in self.flat:
-            raise UnsupportedOperator
+        _require(value in self.flat)
         return value
 
-    def tensor(self, name: str, value: Tensor) -> str:
-        """Add a constant in the current type; integers are not cast."""
-        found = cast(name, value, self.dtype)
-        raw = found.view(torch.int16) if found.dtype is torch.bfloat16 else found
-        self.tensors.append(
-            TensorProto(
-                name=name,
-                data_type=_TYPES[found.dtype],
-                dims=found.shape,
-                raw_data=raw.numpy().tobytes(),
-            )
-        )
-        return name
+    def constants(self, name: str, **tensors: Tensor | None) -> list[str]:
+        """Add the constants `NAME.KEY` in the current type; integers are not cast."""
+        names = []
+        for key, value in tensors.items():
+            if value is not None:
+                names.append(f"{name}.{key}")
+                found = cast(names[-1], value, self.dtype)
+                raw = found.view(torch.int16) if found.dtype is torch.bfloat16 else found
+                content = raw.numpy().tobytes()
+                kind = _TYPES[found.dtype]
+                tensor = helper.make_tensor(names[-1], kind, found.shape, content, raw=True)
+                self.tensors.append(tensor)
+        return names
 
     def add(
-        self,
-        kind: str,
-        name: str,
-        inputs: Sequence[str],
-        *,
-        output: str = "",
-        flat: bool = False,
-        **attributes: Any,
+        self, kind: str, name: str, inputs: Sequence[str], *, output: str = "", **attributes: Any
     ) -> str:
         """Add a node; returns the name of its result, by default that of the node and `.out`."""
         output = output or f"{name}.out"
         self.nodes.append(helper.make_node(kind, inputs, [output], name=name, **attributes))
         self._types[output] = self.dtype
-        if flat:
+        if kind == "Flatten" or not self.flat.isdisjoint(inputs):
             self.flat.add(output)
         return output
 
@@ -176,15 +168,11 @@ class OnnxGraph:
 
 
 def _conv(out: OnnxGraph, name: str, value: str, layer: nn.Conv2d) -> str:
-    if isinstance(layer.padding, str) or layer.padding_mode != "zeros":
-        raise UnsupportedOperator
-    operands = [out.image(value), out.tensor(f"{name}.weight", layer.weight)]
-    if layer.bias is not None:
-        operands.append(out.tensor(f"{name}.bias", layer.bias))
+    _require(not isinstance(layer.padding, str) and layer.padding_mode == "zeros")
     return out.add(
         "Conv",
         name,
-        operands,
+        [out.image(value), *out.constants(name, weight=layer.weight, bias=layer.bias)],
         kernel_shape=list(layer.kernel_size),
         strides=list(layer.stride),
         pads=[*layer.padding, *layer.padding],
@@ -204,21 +192,14 @@ def _batch_norm(out: OnnxGraph, name: str, value: str, layer: nn.BatchNorm2d) ->
     shift = -mean * scale
     if layer.bias is not None:
         shift = shift + layer.bias.detach().double()
-    tensors = {
-        "scale": scale,
-        "shift": shift,
-        "mean": torch.zeros_like(mean),
-        "variance": torch.ones_like(mean),
-    }
-    operands = [out.tensor(f"{name}.{key}", tensor) for key, tensor in tensors.items()]
-    return out.add("BatchNormalization", name, [out.image(value), *operands], epsilon=0.0)
+    zeros, ones = torch.zeros_like(mean), torch.ones_like(mean)
+    constants = out.constants(name, scale=scale, shift=shift, mean=zeros, variance=ones)
+    return out.add("BatchNormalization", name, [out.image(value), *constants], epsilon=0.0)
 
 
 def _linear(out: OnnxGraph, name: str, value: str, layer: nn.Linear) -> str:
-    operands = [out.vector(value), out.tensor(f"{name}.weight", layer.weight)]
-    if layer.bias is not None:
-        operands.append(out.tensor(f"{name}.bias", layer.bias))
-    return out.add("Gemm", name, operands, flat=True, transB=1)
+    constants = out.constants(name, weight=layer.weight, bias=layer.bias)
+    return out.add("Gemm", name, [out.vector(value), *constants], transB=1)
 
 
 def _identity(out: OnnxGraph, name: str, value: str, layer: nn.Module) -> str:
@@ -226,14 +207,12 @@ def _identity(out: OnnxGraph, name: str, value: str, layer: nn.Module) -> str:
 
 
 def _empty(out: OnnxGraph, name: str, value: str, layer: nn.Sequential) -> str:
-    if len(layer):
-        raise UnsupportedOperator
+    _require(len(layer) == 0)
     return value
 
 
 def _max_pool(out: OnnxGraph, name: str, value: str, layer: nn.MaxPool2d) -> str:
-    if layer.return_indices:
-        raise UnsupportedOperator
+    _require(not layer.return_indices)
     window = _window(layer.kernel_size, layer.stride, layer.padding, ceil=layer.ceil_mode)
     return out.add("MaxPool", name, [out.image(value)], **window, dilations=_pair(layer.dilation))
 
@@ -253,24 +232,17 @@ def _downsample(out: OnnxGraph, name: str, value: str, layer: Downsample) -> str
 
 
 def _relu(out: OnnxGraph, name: str, value: str, /, inplace: bool = False) -> str:
-    return out.add("Relu", name, [value], flat=value in out.flat)
+    return out.add("Relu", name, [value])
 
 
 def _add(out: OnnxGraph, name: str, value: str, other: Any, /) -> str:
-    if not isinstance(other, str) or (value in out.flat) != (other in out.flat):
-        raise UnsupportedOperator
-    return out.add("Add", name, [value, other], flat=value in out.flat)
+    _require(isinstance(other, str) and (value in out.flat) == (other in out.flat))
+    return out.add("Add", name, [value, other])
 
 
 def _scale(out: OnnxGraph, name: str, value: str, /, other: Any) -> str:
-    if not isinstance(other, (int, float)):
-        raise UnsupportedOperator
-    factor = out.tensor(f"{name}.factor", torch.tensor(float(other)))
-    return out.add("Mul", name, [value, factor], flat=value in out.flat)
-
-
-def _clone(out: OnnxGraph, name: str, value: str, /) -> str:
-    return value
+    _require(isinstance(other, (int, float)))
+    return out.add("Mul", name, [value, *out.constants(name, factor=torch.tensor(float(other)))])
 
 
 def _average(
@@ -285,8 +257,7 @@ def _average(
     count_include_pad: bool = True,
     divisor_override: int | None = None,
 ) -> str:
-    if divisor_override is not None:
-        raise UnsupportedOperator
+    _require(divisor_override is None)
     window = _window(kernel_size, stride, padding, ceil=ceil_mode)
     counted = count_include_pad and any(window["pads"])
     operand = out.image(value)
@@ -294,48 +265,39 @@ def _average(
 
 
 def _global_average(out: OnnxGraph, name: str, value: str, /, output_size: Any) -> str:
-    if _pair(output_size) != [1, 1]:
-        raise UnsupportedOperator
+    _require(_pair(output_size) == [1, 1])
     return out.add("GlobalAveragePool", name, [out.image(value)])
 
 
 def _flatten(
     out: OnnxGraph, name: str, value: str, /, start_dim: int = 0, end_dim: int = -1
 ) -> str:
-    if start_dim != 1 or end_dim not in (-1, 3):
-        raise UnsupportedOperator
-    return out.add("Flatten", name, [out.image(value)], flat=True, axis=1)
+    _require(start_dim == 1 and end_dim in (-1, 3))
+    return out.add("Flatten", name, [out.image(value)], axis=1)
 
 
 def _pad(
     out: OnnxGraph, name: str, operand: str, /, pad: Any, mode: str = "constant", value: Any = None
 ) -> str:
     sizes = list(pad)
-    if mode != "constant" or value not in (None, 0) or len(sizes) % 2 or len(sizes) > 8:
-        raise UnsupportedOperator
+    _require(mode == "constant" and value in (None, 0) and len(sizes) in (0, 2, 4, 6, 8))
     sizes += [0] * (8 - len(sizes))
     # torch has a pair for each dimension, the last one first; ONNX has all begins, then all ends.
     pads = torch.tensor([*sizes[-2::-2], *sizes[-1::-2]], dtype=torch.int64)
-    return out.add("Pad", name, [out.image(operand), out.tensor(f"{name}.pads", pads)])
+    return out.add("Pad", name, [out.image(operand), *out.constants(name, pads=pads)])
 
 
 def _window(kernel: Any, stride: Any, padding: Any, *, ceil: bool) -> dict[str, Any]:
     sizes, steps, pads = _pair(kernel), _pair(stride or kernel), _pair(padding)
     # A last window that starts beyond the image counts in ONNX and not in torch.
-    if ceil and (any(pads) or any(a > b for a, b in zip(steps, sizes, strict=True))):
-        raise UnsupportedOperator
-    return {
-        "kernel_shape": sizes,
-        "strides": steps,
-        "pads": [*pads, *pads],
-        "ceil_mode": int(ceil),
-    }
+    inside = not any(pads) and steps[0] <= sizes[0] and steps[1] <= sizes[1]
+    _require(inside or not ceil)
+    return {"kernel_shape": sizes, "strides": steps, "pads": [*pads, *pads], "ceil_mode": int(ceil)}
 
 
 def _pair(size: Any) -> list[int]:
     pair = [size, size] if isinstance(size, int) else list(size)
-    if len(pair) != 2 or not all(isinstance(number, int) for number in pair):
-        raise UnsupportedOperator
+    _require(len(pair) == 2 and all(isinstance(number, int) for number in pair))
     return pair
 
 
@@ -369,7 +331,7 @@ _FUNCTIONS: dict[Any, Callable[..., str]] = {
     F.adaptive_avg_pool2d: _global_average,
     F.pad: _pad,
     torch.flatten: _flatten,
-    torch.clone: _clone,
+    torch.clone: lambda out, name, value: value,
 }
 
 # -- The whole network
@@ -382,28 +344,20 @@ def write(
     opset: int,
     kept: Collection[str] = (),
 ) -> onnx.ModelProto | None:
-    """Write the network behind its normalization; returns None for an unsupported operator.
+    """Write a float32 network without gates, in evaluation mode, behind its normalization.
 
     The graph takes `images` uint8 `[N, C, H, W]` and gives `logits` float32 `[N, classes]`. The
-    normalization is in float32, everything from there to the logits in `dtype`. A batch norm that
-    is not folded becomes one scale and one shift for each channel, computed in float64.
+    normalization is in float32, everything from there to the logits in `dtype`, except the blocks
+    or modules named in `kept` with their additions, which stay in float32.
 
-    Args:
-        network: network of normalized images, float32, in evaluation mode, without gates.
-        identity: image shape, mean, std and classes.
-        dtype: float32, float16 or bfloat16.
-        opset: ONNX opset; bfloat16 convolutions need 22.
-        kept: names of blocks or modules that stay in float32, with their additions.
-
-    Raises:
-        GraphError: a number is not finite in `dtype`; the message names the tensor.
+    Returns None for an unsupported operator. Raises GraphError, which names the tensor, when a
+    number is not finite in `dtype`.
     """
     out = OnnxGraph()
     modules = dict(network.named_modules(remove_duplicate=False))
     try:
         for node in network.graph.nodes:
-            if acts_on_others(node, modules):
-                raise UnsupportedOperator  # ONNX has values, not memory
+            _require(not acts_on_others(node, modules))  # ONNX has values, not memory
             ends = node.op in ("placeholder", "output")
             out.dtype = torch.float32 if ends or _is_kept(node, kept) else dtype
             if node.op == "placeholder" and not out.values:
@@ -436,8 +390,7 @@ def _is_kept(node: fx.Node, kept: Collection[str]) -> bool:
 
 def _normalize(out: OnnxGraph, identity: DataIdentity) -> str:
     normalize = Normalize.of(identity)
-    mean = out.tensor("normalize.mean", normalize.mean)
-    std = out.tensor("normalize.std", normalize.std)
+    mean, std = out.constants("normalize", mean=normalize.mean, std=normalize.std)
     pixels = out.add("Cast", out.unique("normalize.cast"), [INPUT_NAME], to=TensorProto.FLOAT)
     centred = out.add("Sub", out.unique("normalize.sub"), [pixels, mean])
     return out.add("Div", out.unique("normalize.div"), [centred, std])

@@ -26,9 +26,9 @@ from eps_deploy.engines.trt.cache import PlanCache
 from eps_deploy.engines.trt.plan import Host, Plan, this_platform
 from eps_deploy.export import quantize as calibrating
 from eps_deploy.export.export import Deployed, export_onnx, in_precision
-from eps_deploy.export.half import rounded
 from eps_deploy.export.mixed_precision import units
 from eps_deploy.export.quantize import quantize
+from eps_deploy.export.types import round_to_float16
 from eps_deploy.pipeline.inputs import Inputs
 from eps_deploy.pipeline.options import Options
 from eps_train.gating import rewriting
@@ -334,8 +334,7 @@ def _ort_engine(options: Options, model: bytes, name: str) -> OrtEngine:
         provider=options.provider,
         threads=options.threads,
         max_batch=options.max_batch,
-        tf32=options.precision.tf32,
-        nhwc=options.precision.float == "float16",
+        precision=options.precision,
     )
 
 
@@ -349,7 +348,7 @@ def _reference(
         stack.enter_context(on_gpu(options.device, network))
         return network.infer
     engine = OrtEngine(
-        rounded(model) if precision.float == "float16" else model,
+        round_to_float16(model) if precision.float == "float16" else model,
         name=name,
         threads=cpus(),  # it is not timed, and sees every test image
         max_batch=options.max_batch,

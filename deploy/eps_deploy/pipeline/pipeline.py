@@ -31,9 +31,9 @@ from eps_deploy.bench.accuracy import (
 )
 from eps_deploy.bench.latency import LatencyResult, Workload
 from eps_deploy.engines.base import Images, Logits
-from eps_deploy.export import half
 from eps_deploy.export.mixed_precision import Repair, Trial, repair, units
 from eps_deploy.export.quantize import pick
+from eps_deploy.export.types import float16_peak
 from eps_deploy.pipeline import builder, write
 from eps_deploy.pipeline.builder import Models, Networks, Variants
 from eps_deploy.pipeline.inputs import Inputs, find_inputs
@@ -237,7 +237,7 @@ class Deployment:
         if options.precision.float == "float16":
             with _timed(log, "measured the headroom of float16"):
                 images = test.images[np.unique(test.spread(HEADROOM_IMAGES))]
-                peak = half.peak(models.compact, images, options.max_batch)
+                peak = float16_peak(models.compact, images, options.max_batch)
                 checks.append(report.headroom_check(peak, len(images)))
         if options.defer_build:
             with _timed(log, "tried NVIDIA's parser and builder without a GPU"):

@@ -18,8 +18,8 @@ from eps_core.checks import Check, Parity
 from eps_core.machine import machine
 from eps_deploy.bench.accuracy import METHOD, Drop
 from eps_deploy.bench.latency import CALL, DEVICE, END_TO_END, LatencyResult
-from eps_deploy.export.half import LARGEST, Peak
 from eps_deploy.export.mixed_precision import Repair
+from eps_deploy.export.types import FLOAT16_MAX, Peak
 from eps_deploy.precision import Precision
 from eps_deploy.report.schema import SCHEMA as SCHEMA
 from eps_deploy.report.schema import parse
@@ -92,12 +92,12 @@ def headroom_check(peak: Peak, samples: int) -> Check:
     text = f"{peak.value:,.5g}" if finite else "not finite"
     return Check(
         name="headroom",
-        passed=peak.value <= LARGEST,
+        passed=peak.value <= FLOAT16_MAX,
         value=peak.value if finite else None,
-        limit=LARGEST,
+        limit=FLOAT16_MAX,
         detail=(
             f"largest activation {text} at {peak.node}, on {samples:,} test images; float16 ends at"
-            f" {LARGEST:g}"
+            f" {FLOAT16_MAX:g}"
         ),
     )
 

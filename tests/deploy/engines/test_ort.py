@@ -135,12 +135,12 @@ def test_the_provider_that_really_runs_is_asserted(
 def test_cuda_rounds_to_tf32_only_when_asked(
     with_gpu: type[FakeSession], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    for tf32, flag in ((False, "0"), (True, "1")):
-        with OrtEngine(tiny_model(), provider="cuda", tf32=tf32) as engine:
+    for name, flag in (("fp32", "0"), ("tf32", "1")):
+        with OrtEngine(tiny_model(), provider="cuda", precision=PRECISIONS[name]) as engine:
             told = engine.describe()
-        name, settings = with_gpu.providers[0]
-        assert (name, settings["use_tf32"]) == ("CUDAExecutionProvider", flag)
-        assert (told["provider"], told["tf32"]) == ("CUDAExecutionProvider", tf32)
+        provider, settings = with_gpu.providers[0]
+        assert (provider, settings["use_tf32"]) == ("CUDAExecutionProvider", flag)
+        assert (told["provider"], told["tf32"]) == ("CUDAExecutionProvider", name == "tf32")
     assert capfd.readouterr() == ("", "")
 
 
@@ -267,10 +267,12 @@ def test_a_broken_use_of_cuda_is_noticed(with_gpu: type[FakeSession], name: str)
     assert not told["used"], "wrong, and nothing says so"
 
 
-@pytest.mark.parametrize("nhwc", [False, True])
-def test_cuda_computes_channels_last_when_asked(with_gpu: type[FakeSession], nhwc: bool) -> None:
-    with OrtEngine(tiny_model(), provider="cuda", nhwc=nhwc):
-        assert dict(with_gpu.providers)["CUDAExecutionProvider"]["prefer_nhwc"] == str(int(nhwc))
+@pytest.mark.parametrize(("name", "flag"), [("fp32", "0"), ("fp16", "1"), ("int8-fp16", "1")])
+def test_cuda_computes_float16_channels_last(
+    with_gpu: type[FakeSession], name: str, flag: str
+) -> None:
+    with OrtEngine(tiny_model(), provider="cuda", precision=PRECISIONS[name]):
+        assert dict(with_gpu.providers)["CUDAExecutionProvider"]["prefer_nhwc"] == flag
 
 
 def test_tensorrt_is_tried_before_cuda(with_gpu: type[FakeSession]) -> None:

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from eps_core.errors import GraphError
 from eps_deploy.engines.ort import OrtEngine
-from eps_deploy.export.export import Deployed, export_onnx
-from eps_deploy.export.pools import resolve_ceil_mode
+from eps_deploy.export.export import Deployed, export_onnx, resolve_ceil_mode
 from eps_train.gating import rewriting
 from eps_train.models.resnets import Downsample
 from tests.deploy.export.test_export import identity

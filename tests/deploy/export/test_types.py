@@ -10,8 +10,8 @@ from onnx import TensorProto
 
 from eps_core.errors import GraphError
 from eps_deploy.export.export import export_onnx
-from eps_deploy.export.types import belongs, check_types, executed_types, layer_types
-from eps_deploy.precision import PRECISIONS
+from eps_deploy.export.types import executed_types, layer_types
+from eps_deploy.precision import PRECISIONS, belongs, check_layer_types
 from tests.deploy.export.test_export import identity, network
 
 
@@ -45,13 +45,13 @@ def test_nothing_is_left_behind(
 
 
 def test_a_layer_of_another_type_is_named(tmp_path: Path) -> None:
-    model = onnx.load_from_string(exported(tmp_path, "fp32"))
-    check_types(model, PRECISIONS["fp32"])
-    check_types(model, PRECISIONS["tf32"])
+    types = layer_types(onnx.load_from_string(exported(tmp_path, "fp32")))
+    check_layer_types(types, PRECISIONS["fp32"])
+    check_layer_types(types, PRECISIONS["tf32"])
     with pytest.raises(GraphError, match=r"layer stem\.0 computes in float32, not in float16: "):
-        check_types(model, PRECISIONS["fp16"])
+        check_layer_types(types, PRECISIONS["fp16"])
     with pytest.raises(GraphError, match=r"none of the 8 .* takes int8"):
-        check_types(model, PRECISIONS["int8"])
+        check_layer_types(types, PRECISIONS["int8"])
 
 
 def test_a_weight_of_another_type_than_the_input_is_seen(tmp_path: Path) -> None:

@@ -8,11 +8,11 @@ import onnx
 import pytest
 
 from eps_deploy.export.quantize import pick
-from eps_deploy.export.types import belongs, layer_types
+from eps_deploy.export.types import layer_types
 from eps_deploy.pipeline import builder
 from eps_deploy.pipeline.inputs import find_inputs
 from eps_deploy.pipeline.options import Options
-from eps_deploy.precision import PRECISIONS
+from eps_deploy.precision import PRECISIONS, belongs
 from eps_train.data import dataset
 
 

@@ -11,11 +11,12 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from eps_core import files
 from eps_core.cli import Log
@@ -38,8 +39,6 @@ from eps_deploy.engines.trt.plan import (
 )
 from eps_deploy.precision import Precision, check_layer_types
 
-# -- Options
-
 Progress = Callable[[str, int, int], bool]
 
 
@@ -54,10 +53,8 @@ def option(
 class BuildOptions:
     """How a plan is built; the metadata of each field describes its option of `eps-deploy`.
 
-    `workspace` is in bytes here, and in MiB on the command line.
-
-    Raises:
-        ConfigError: a value outside its range.
+    `workspace` is in bytes here, and in MiB on the command line. Raises ConfigError for a value
+    outside its range.
     """
 
     opt_batch: int = field(
@@ -85,8 +82,7 @@ class BuildOptions:
     timing_cache: Path | None = field(
         default=None,
         metadata=option(
-            "TensorRT timing cache folder.  [default: ~/.cache/eps-resnet/tensorrt]",
-            "DIR",
+            "TensorRT timing cache folder.  [default: ~/.cache/eps-resnet/tensorrt]", "DIR"
         ),
     )
     version_compatible: bool = field(
@@ -103,10 +99,8 @@ class BuildOptions:
 
         Batch 1 has one of its own: its kernels are chosen for a single image.
         """
-        one = ((1, 1, 1),)
-        if self.max_batch == 1:
-            return one
-        return (*one, (2, max(2, self.opt_batch), self.max_batch))
+        larger = (2, max(2, self.opt_batch), self.max_batch)
+        return ((1, 1, 1),) if self.max_batch == 1 else ((1, 1, 1), larger)
 
     def __post_init__(self) -> None:
         if not 1 <= self.opt_batch <= self.max_batch:
@@ -187,8 +181,8 @@ def build(
             Returning False cancels the build.
         log: receives TensorRT's warnings and errors, one line each.
         trt: the package to build with; None: `tensorrt`.
-        on_device: context manager that makes the GPU current. It is entered on the building
-            thread, because CUDA's current device belongs to a thread.
+        on_device: makes the GPU current. It is entered on the building thread, because CUDA's
+            current device belongs to a thread.
 
     Raises:
         EngineError: no TensorRT, a network that TensorRT rejects or that is not of this precision,
@@ -273,9 +267,8 @@ def _configure(
     if options.version_compatible:
         _set_flag(config, trt.BuilderFlag.VERSION_COMPATIBLE, True)
     if options.hardware_compatibility != "none":
-        config.hardware_compatibility_level = _compatibility_level(
-            options.hardware_compatibility, trt
-        )
+        level = _compatibility_level(options.hardware_compatibility, trt)
+        config.hardware_compatibility_level = level
     for index, batches in enumerate(options.profiles):
         profile = parsed.builder.create_optimization_profile()
         profile.set_shape(INPUT_NAME, *((batch, *parsed.input_shape) for batch in batches))
@@ -295,18 +288,12 @@ def _set_flag(config: Any, flag: Any, wanted: bool) -> None:
 _FLOATS = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}
 
 
-@dataclass(frozen=True, slots=True)
-class Parsed:
-    """A parsed network with its owners, none of which may be freed before the build ends.
-
-    Attributes:
-        builder, network: TensorRT's objects.
-        parser: owns the memory of the network's weights.
-    """
+class Parsed(NamedTuple):
+    """A parsed network with its owners, none of which may be freed before the build ends."""
 
     builder: Any
     network: Any
-    parser: Any
+    parser: Any  # owns the memory of the network's weights
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -318,8 +305,7 @@ class Parsed:
 def parse(model: bytes, trt: Any) -> Parsed:
     """Parse an ONNX file exported by `eps-deploy`.
 
-    Raises:
-        EngineError: TensorRT rejects it, with TensorRT's reason, or it is another network.
+    Raises EngineError when TensorRT rejects it, with TensorRT's reason, or it is another network.
     """
     with collect_messages(trt) as messages:
         builder = trt.Builder(logger_of(trt))
@@ -343,12 +329,12 @@ def parse(model: bytes, trt: Any) -> Parsed:
 
     ports = [network.get_input(index) for index in range(network.num_inputs)]
     ports += [network.get_output(index) for index in range(network.num_outputs)]
-    found = [(port.name, port.dtype.name, len(tuple(port.shape))) for port in ports]
-    if found != [(INPUT_NAME, "UINT8", 4), (OUTPUT_NAME, "FLOAT", 2)]:
-        described = [f"{name} {kind} of {rank} dimensions" for name, kind, rank in found]
+    kinds = [(port.name, port.dtype.name, len(tuple(port.shape))) for port in ports]
+    found = [f"{name} {kind} of {rank} dimensions" for name, kind, rank in kinds]
+    if found != [f"{INPUT_NAME} UINT8 of 4 dimensions", f"{OUTPUT_NAME} FLOAT of 2 dimensions"]:
         raise EngineError(
             "the ONNX file is not of a network exported by eps-deploy: its inputs and outputs are"
-            f" {', '.join(described) or 'none'}"
+            f" {', '.join(found) or 'none'}"
         )
     batch, *sizes = tuple(ports[0].shape)
     if batch != -1 or min(sizes) < 1:
@@ -446,16 +432,11 @@ Result = TypeVar("Result")
 
 
 class _Worker(Generic[Result]):
-    """Runs a function on a thread of its own.
-
-    Attributes:
-        cancelled: set when the function should end.
-    """
+    """Runs a function on a thread of its own, which should end when `cancelled` is set."""
 
     def __init__(self) -> None:
         self.cancelled = threading.Event()
         self._calls: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
-        self._outcome: list[Result | BaseException] = []
 
     def call(self, function: Callable[[], object]) -> None:
         """Have the thread that waits in `run` call `function`."""
@@ -467,12 +448,13 @@ class _Worker(Generic[Result]):
         When a call raises, or on Ctrl-C, the work is cancelled and waited for, and the exception
         is raised again; a second Ctrl-C does not wait.
         """
+        outcome: Future[Result] = Future()
 
         def target() -> None:
             try:
-                self._outcome.append(work())
+                outcome.set_result(work())
             except BaseException as error:
-                self._outcome.append(error)
+                outcome.set_exception(error)
             finally:
                 self._calls.put(None)
 
@@ -487,10 +469,7 @@ class _Worker(Generic[Result]):
                 thread.join()
             raise
         thread.join()
-        outcome = self._outcome[0]
-        if isinstance(outcome, BaseException):
-            raise outcome
-        return outcome
+        return outcome.result()
 
 
 def _progress_monitor(
@@ -525,19 +504,19 @@ def _progress_monitor(
 # TensorRT chose. TensorRT 10 writes type and layout in one field, 11 in two.
 
 # In this order: "UInt8" contains "int8", and "BFloat16" contains "float16".
-_TYPE_PATTERNS = (
-    (re.compile(r"u?int64|\bi64"), "int64"),
-    (re.compile(r"u?int32|\bi32"), "int32"),
-    (re.compile(r"uint8"), "uint8"),
-    (re.compile(r"int8"), "int8"),
-    (re.compile(r"int4"), "int4"),
-    (re.compile(r"fp8|float8"), "fp8"),
-    (re.compile(r"fp4|float4"), "fp4"),
-    (re.compile(r"bf16|bfloat16?"), "bf16"),
-    (re.compile(r"fp16|half|float16"), "fp16"),
-    (re.compile(r"fp32|float"), "fp32"),
-    (re.compile(r"bool"), "bool"),
-)
+_TYPE_PATTERNS = {
+    "int64": r"u?int64|\bi64",
+    "int32": r"u?int32|\bi32",
+    "uint8": "uint8",
+    "int8": "int8",
+    "int4": "int4",
+    "fp8": "fp8|float8",
+    "fp4": "fp4|float4",
+    "bf16": "bf16|bfloat16?",
+    "fp16": "fp16|half|float16",
+    "fp32": "fp32|float",
+    "bool": "bool",
+}
 OTHER = "other"
 
 
@@ -598,4 +577,5 @@ def _layer_type(layer: Any) -> str:
 def type_in(text: str) -> str:
     """The type in `Half`, `FP16` or `Row major linear INT8 format`; else `other`."""
     lowered = text.lower()
-    return next((kind for pattern, kind in _TYPE_PATTERNS if pattern.search(lowered)), OTHER)
+    found = (kind for kind, pattern in _TYPE_PATTERNS.items() if re.search(pattern, lowered))
+    return next(found, OTHER)

@@ -82,13 +82,13 @@ class PlanCache:
         if self._folder is None:
             plan = self._build(model, precision, options, kept, name)
         else:
-            options = replace(options, timing_cache=None)
+            onnx_sha256 = hashlib.sha256(model).hexdigest()
             key = {
                 "schema": SCHEMA,
                 "profiles": options.profiles,
-                "onnx": hashlib.sha256(model).hexdigest(),
+                "onnx": onnx_sha256,
                 "precision": precision.name,
-                "options": asdict(options),
+                "options": asdict(replace(options, timing_cache=None)),
                 "tensorrt": [self.host.flavour, self.host.tensorrt],
                 "device": [self.host.device, self.host.compute_capability, self.host.platform],
             }
@@ -97,7 +97,7 @@ class PlanCache:
             options = replace(options, timing_cache=self._folder / "timing")
             lock = self._lock(place)
             try:
-                found = self._cached(place, model)
+                found = self._cached(place, onnx_sha256)
                 plan = found or self._build(model, precision, options, kept, name)
                 if found is None:
                     plan.write(place)
@@ -128,10 +128,10 @@ class PlanCache:
                 if not waiting:
                     self._log(f"{busy}; waiting for it")
                     waiting = True
-                time.sleep(_POLL)
+                self._stop.wait(_POLL)
         raise EngineError("the build was cancelled")
 
-    def _cached(self, place: Path, model: bytes) -> Plan | None:
+    def _cached(self, place: Path, onnx_sha256: str) -> Plan | None:
         """The plan in a folder, if it is intact and for this machine."""
         if not (place / METADATA).exists():
             return None
@@ -139,7 +139,7 @@ class PlanCache:
             metadata = PlanMetadata.load(place / METADATA)
             content = (place / PLAN).read_bytes()
             metadata.check(content, self.host, name=str(place / PLAN))
-            if metadata.onnx_sha256 != hashlib.sha256(model).hexdigest():
+            if metadata.onnx_sha256 != onnx_sha256:
                 raise FileFormatError(f"{place}: built from another network")
         except (EpsError, OSError) as error:
             self._log(f"the plan in the cache is not used, and built again: {error}")

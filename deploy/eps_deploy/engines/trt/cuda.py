@@ -62,17 +62,12 @@ class Graph:
 
 
 def capture(driver: Any, stream: int, enqueue: Callable[[], bool]) -> Graph:
-    """Capture what `enqueue` queues in `stream` as a graph.
+    """Capture what `enqueue` queues in `stream` as a graph; it returns False when it could not.
 
     The same work must have run once before: the first run allocates, which a capture forbids.
-
-    Args:
-        driver: the module from :func:`load_bindings`.
-        stream: handle of a non-default stream with no pending work.
-        enqueue: queues the work; returns False when it could not.
-
-    Raises:
-        CudaGraphError: the work cannot be captured; none of it has run, and the stream is usable.
+    `driver` is the module from :func:`load_bindings`, `stream` the handle of a non-default stream
+    with no pending work. Raises CudaGraphError for work that cannot be captured; none of it has run
+    then, and the stream is usable.
     """
     # Thread local: other threads may allocate meanwhile without invalidating the capture.
     mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
@@ -150,10 +145,7 @@ class DeviceMemory:
 
 
 class HostMemory:
-    """A page-locked array, for asynchronous copies.
-
-    `free` frees its memory: no view of `array` may exist then.
-    """
+    """A page-locked array, for asynchronous copies. `free` it when no view of it exists."""
 
     def __init__(self, array: npt.NDArray[Any]) -> None:
         self.array = array
@@ -202,9 +194,7 @@ class Event:
 
 
 class Cuda:
-    """One GPU.
-
-    All methods but `facts` must be called inside `with cuda.current():`.
+    """One GPU. All methods but `facts` must be called inside `with cuda.current():`.
 
     Args:
         device: its index, among those that CUDA_VISIBLE_DEVICES leaves visible.
@@ -230,7 +220,7 @@ class Cuda:
 
     @contextmanager
     def current(self) -> Iterator[None]:
-        """Make the primary context this thread's current one during the block."""
+        """Make the primary context this thread's current one."""
         with self.errors("the context cannot be entered"):
             self._context.push()
         try:

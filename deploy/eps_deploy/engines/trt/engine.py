@@ -42,22 +42,11 @@ _PORTS = [(INPUT_NAME, "INPUT", "UINT8"), (OUTPUT_NAME, "OUTPUT", "FLOAT")]
 class LoadedPlan:
     """A deserialized plan; everything about it must run inside `cuda.current()`.
 
-    A plan is executable code: the caller has checked its metadata before.
+    A plan is executable code: the caller has checked its metadata before. `host_code` tells whether
+    it may contain CPU code, as a version-compatible plan does; `scratch` is the bytes of GPU memory
+    that an inference needs besides its input and output.
 
-    Attributes:
-        trt: the package.
-        name: name of the plan in error messages.
-        input_shape: `[C, H, W]` of one image.
-        classes: number of logits.
-        profiles: smallest, optimal and largest batch of each optimization profile.
-        scratch: bytes of GPU memory that an inference needs besides its input and output.
-
-    Args:
-        plan: the bytes.
-        host_code: whether the plan may contain CPU code, as a version-compatible plan does.
-
-    Raises:
-        EngineError: TensorRT does not load it, or it is not a plan of eps-deploy.
+    Raises EngineError: TensorRT does not load it, or it is not a plan of eps-deploy.
     """
 
     def __init__(self, plan: bytes, *, trt: Any, name: str, host_code: bool) -> None:
@@ -83,16 +72,11 @@ class LoadedPlan:
 
     def _read_signature(self) -> None:
         # No local name for the engine: a traceback would keep it.
-        ports = range(self._engine.num_io_tensors)
-        names = [self._engine.get_tensor_name(index) for index in ports]
-        found = [
-            (
-                name,
-                self._engine.get_tensor_mode(name).name,
-                self._engine.get_tensor_dtype(name).name,
-            )
-            for name in names
-        ]
+        found = []
+        for index in range(self._engine.num_io_tensors):
+            name = self._engine.get_tensor_name(index)
+            mode, dtype = self._engine.get_tensor_mode(name), self._engine.get_tensor_dtype(name)
+            found.append((name, mode.name, dtype.name))
         if found != _PORTS:
             raise EngineError(
                 f"{self.name}: not a plan of eps-deploy (its inputs and outputs are {found},"
@@ -165,28 +149,18 @@ _R = TypeVar("_R", bound=_Resource)
 class ExecutionContext:
     """Runs a plan for one caller at a time; everything must run inside `cuda.current()`.
 
-    Attributes:
-        graphs: batch sizes that run as a CUDA graph, copies included.
-        enqueued: batch sizes whose graph could not be captured, each with the reason.
-
-    Args:
-        plan: the network.
-        cuda: the GPU that it is loaded on.
-        bindings: `cuda.bindings.driver`; None: run without graphs.
-
-    Raises:
-        EngineError: not enough memory.
+    `bindings` is `cuda.bindings.driver`; None: run without graphs. Raises EngineError when there is
+    not enough memory.
     """
 
     def __init__(self, plan: LoadedPlan, cuda: Cuda, bindings: Any | None) -> None:
         self._plan, self._cuda, self._bindings = plan, cuda, bindings
-        self.graphs: set[int] = set()
-        self.enqueued: dict[int, str] = {}
         self._sizes = padded_sizes(plan.max_batch)
         # By batch size. Attributes from the start: a traceback must not own one of TensorRT's.
         self._contexts: dict[int, Any] = {}
         self._ready: set[int] = set()
-        self._whole: dict[int, Graph] = {}  # copies included
+        self.graphs: dict[int, Graph] = {}  # copies included
+        self.enqueued: dict[int, str] = {}  # why there is no graph
         self._bare: dict[int, Graph] = {}  # without copies, for `time_on_device`
         self._events: list[Event] = []
         images = (plan.max_batch, *plan.input_shape)
@@ -205,11 +179,8 @@ class ExecutionContext:
         with self._settled(), collect_messages(self._plan.trt) as messages:
             size = self._stage(images)
             self._prepare(size, messages)
-            if size in self._whole:
-                self._whole[size].launch(self._stream.handle)
-            else:
-                done = self._enqueue_whole(size)
-                self._require(done, "queues no inference", messages)
+            enqueue = partial(self._enqueue_whole, size)
+            self._launch(self.graphs.get(size), enqueue, messages)
             self._stream.synchronize()
             logits: Logits = self._host_logits.array[: len(images)].copy()
             return logits
@@ -222,16 +193,17 @@ class ExecutionContext:
         with self._settled(), collect_messages(self._plan.trt) as messages:
             size = self._stage(images)
             self._prepare(size, messages)
-            if size in self._whole and size not in self._bare:
-                graph = self._capture(partial(self._enqueue, size))
-                self._bare[size] = graph
+            enqueue = partial(self._enqueue, size)
+            if size in self.graphs and size not in self._bare:
+                self._bare[size] = self._capture(enqueue)
+            run = partial(self._launch, self._bare.get(size), enqueue, messages)
             self._copy_in(size)
             # An untimed run goes first and keeps the GPU busy, so that no timed run includes the
             # latency of its launch.
-            self._run_bare(size, messages)
+            run()
             for begin, end in zip(begins, ends, strict=True):
                 begin.record(self._stream)
-                self._run_bare(size, messages)
+                run()
                 end.record(self._stream)
             self._stream.synchronize()
         return np.array([b.milliseconds_till(e) for b, e in zip(begins, ends, strict=True)])
@@ -246,7 +218,7 @@ class ExecutionContext:
         """Wait for the GPU, then free graphs and contexts. Call it before the plan is freed."""
         with ExitStack() as steps:  # backwards, and each of them even if one before it fails
             steps.callback(self._contexts.clear)
-            for graph in (*self._whole.values(), *self._bare.values()):
+            for graph in (*self.graphs.values(), *self._bare.values()):
                 steps.callback(graph.free)
             steps.callback(self._stream.synchronize)
 
@@ -293,11 +265,11 @@ class ExecutionContext:
         self._copy_out(size)
         return True
 
-    def _run_bare(self, size: int, messages: Messages) -> None:
-        if size in self._bare:
-            self._bare[size].launch(self._stream.handle)
+    def _launch(self, graph: Graph | None, enqueue: Callable[[], bool], messages: Messages) -> None:
+        if graph is not None:
+            graph.launch(self._stream.handle)
         else:
-            self._require(self._enqueue(size), "queues no inference", messages)
+            self._require(enqueue(), "queues no inference", messages)
 
     def _prepare(self, size: int, messages: Messages) -> None:
         """At the first use of a batch size: a context with shape and addresses, and its graph."""
@@ -311,8 +283,7 @@ class ExecutionContext:
             self._require(self._enqueue(size), "queues no inference", messages)
             self._stream.synchronize()
             try:
-                self._whole[size] = self._capture(partial(self._enqueue_whole, size))
-                self.graphs.add(size)
+                self.graphs[size] = self._capture(partial(self._enqueue_whole, size))
             except EngineError as error:  # of the capture or of a copy in it
                 self.enqueued[size] = str(error)
         self._ready.add(size)
@@ -366,8 +337,7 @@ class TrtEngine:
         device: index of the GPU.
         name: name of the plan in error messages.
         contexts: number of inferences in flight; each takes GPU memory for its buffers.
-        trt: the package to use; None: `tensorrt`.
-        cuda: the GPU; None: that of `device`.
+        trt, cuda: the package and the GPU to use; None: `tensorrt`, and the GPU `device`.
         use_graphs: whether to launch each padded batch size as a CUDA graph; `describe` tells
             whether that was possible.
 
@@ -425,23 +395,13 @@ class TrtEngine:
                 undo.callback(context.free)
                 self._contexts.append(context)
             undo.pop_all()
+        self.input_shape, self.classes = self._plan.input_shape, self._plan.classes
+        self.max_batch = self._plan.max_batch
         self._idle = [*self._contexts]
         # After the primary context's release was registered (see `cuda`), so before it at exit:
         # TensorRT's objects must not outlive the context. Weakly: this must not keep the engine.
         self._at_exit = partial(_close_living, weakref.ref(self))
         atexit.register(self._at_exit)
-
-    @property
-    def input_shape(self) -> tuple[int, int, int]:
-        return self._plan.input_shape
-
-    @property
-    def classes(self) -> int:
-        return self._plan.classes
-
-    @property
-    def max_batch(self) -> int:
-        return self._plan.max_batch
 
     def infer(self, images: Images) -> Logits:
         """Logits float32 `[N, classes]` of images uint8 `[N, C, H, W]`, 1 <= N <= max_batch."""
@@ -467,9 +427,9 @@ class TrtEngine:
 
     def describe(self) -> dict[str, Any]:
         batches = {batch for context in self._contexts for batch in tuple(context.graphs)}
-        enqueued = {
-            k: why for context in self._contexts for k, why in dict(context.enqueued).items()
-        }
+        enqueued: dict[int, str] = {}
+        for context in self._contexts:
+            enqueued |= dict(context.enqueued)
         return {
             "name": "trt",
             "runtime": "tensorrt",

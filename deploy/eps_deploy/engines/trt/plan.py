@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import itertools
 import json
 import platform
 import sys
@@ -35,9 +36,7 @@ _INSTALL = "pip install 'eps-resnet[trt]'"
 def load_tensorrt() -> Any:
     """Import `tensorrt`, which loads hundreds of megabytes of libraries.
 
-    Raises:
-        EngineError: it is not installed, does not load on this machine, or has an unsupported
-            version.
+    Raises EngineError: not installed, does not load on this machine, or an unsupported version.
     """
     try:
         trt = importlib.import_module("tensorrt")
@@ -61,12 +60,8 @@ def load_tensorrt() -> Any:
 
 def release(version: str) -> tuple[int, ...]:
     """`11.4.0.106` as a tuple of numbers for comparison; a suffix such as `rc1` is ignored."""
-    numbers = []
-    for part in version.split("."):
-        if not part.isdecimal():
-            break
-        numbers.append(int(part))
-    return tuple(numbers) or (0,)
+    numbers = itertools.takewhile(str.isdecimal, version.split("."))
+    return tuple(map(int, numbers)) or (0,)
 
 
 # -- Log messages
@@ -157,27 +152,16 @@ Profile = tuple[int, int, int]  # smallest, optimal and largest batch
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Host:
-    """The machine that a plan is built or run on.
+    """The machine that a plan is built or run on."""
 
-    Attributes:
-        tensorrt: version of TensorRT, all four numbers.
-        flavour: name of its Python package, `tensorrt` or `tensorrt_rtx`.
-        compute_capability: of the GPU: `9.0`.
-        device: name of the GPU: `NVIDIA H100 80GB HBM3`.
-        memory: bytes of GPU memory.
-        driver: version of the NVIDIA driver; empty when unknown.
-        cuda: version of CUDA; empty when unknown.
-        platform: system and processor: `linux-x86_64`.
-    """
-
-    tensorrt: str
-    flavour: str = "tensorrt"
-    compute_capability: str
-    device: str
-    memory: int
-    driver: str = ""
-    cuda: str = ""
-    platform: str
+    tensorrt: str  # version, all four numbers
+    flavour: str = "tensorrt"  # name of the Python package, or tensorrt_rtx
+    compute_capability: str  # of the GPU: 9.0
+    device: str  # name of the GPU: NVIDIA H100 80GB HBM3
+    memory: int  # bytes of GPU memory
+    driver: str = ""  # version of NVIDIA's driver; empty when unknown
+    cuda: str = ""  # version of CUDA; empty when unknown
+    platform: str  # system and processor: linux-x86_64
 
     @property
     def capability(self) -> tuple[int, ...]:
@@ -198,33 +182,19 @@ def this_platform() -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlanMetadata:
-    """How and where a plan was built, and where it may be loaded.
+    """How and where a plan was built, and where it may be loaded."""
 
-    Attributes:
-        host: the machine that built it.
-        onnx_sha256, plan_sha256: of the network and of the plan.
-        precision: name in `eps_deploy.precision.PRECISIONS`.
-        profiles: of each optimization profile the smallest, optimal and largest batch. The first
-            one starts at 1, and each other one where the one before it ends.
-        flags: names of TensorRT's builder flags that were set.
-        hardware_compatibility, version_compatible: as in `BuildOptions`.
-        layers: number of the engine's layers by the type that they compute in, such as
-            `{"fp16": 30, "fp32": 2}`; empty when unknown.
-        seconds: duration of the build.
-        log: TensorRT's last messages.
-    """
-
-    host: Host
+    host: Host  # the machine that built it
     onnx_sha256: str
     plan_sha256: str
-    precision: str
-    profiles: tuple[Profile, ...]
-    flags: tuple[str, ...]
-    hardware_compatibility: HardwareCompatibility
+    precision: str  # name in `eps_deploy.precision.PRECISIONS`
+    profiles: tuple[Profile, ...]  # from 1 on; each starts where the one before it ends
+    flags: tuple[str, ...]  # names of TensorRT's builder flags that were set
+    hardware_compatibility: HardwareCompatibility  # as in `BuildOptions`
     version_compatible: bool
-    layers: Mapping[str, int]
-    seconds: float
-    log: tuple[str, ...]
+    layers: Mapping[str, int]  # number by type, as {"fp16": 30, "fp32": 2}; empty when unknown
+    seconds: float  # duration of the build
+    log: tuple[str, ...]  # TensorRT's last messages
 
     def __post_init__(self) -> None:
         covered = 0
@@ -239,13 +209,8 @@ class PlanMetadata:
         """Raise EngineError unless `plan` is the one described and `host` may load it."""
         if hashlib.sha256(plan).hexdigest() != self.plan_sha256:
             raise EngineError(f"{name}: not the plan that {name}.json describes; {_REBUILD}")
-        fits = (
-            host.flavour == self.host.flavour
-            and host.platform == self.host.platform
-            and self._version_fits(host)
-            and self._device_fits(host)
-        )
-        if not fits:
+        same = (host.flavour, host.platform) == (self.host.flavour, self.host.platform)
+        if not (same and self._version_fits(host) and self._device_fits(host)):
             raise EngineError(f"{name}: built for {self.host}; this machine has {host}; {_REBUILD}")
 
     def remark(self, host: Host) -> str | None:
@@ -319,17 +284,11 @@ class PlanMetadata:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """A plan with its metadata.
+    """A plan with its metadata."""
 
-    Attributes:
-        content: the bytes that TensorRT deserializes.
-        metadata: stored beside it.
-        inspection: the JSON of TensorRT's engine inspector; empty when there is none.
-    """
-
-    content: bytes
+    content: bytes  # what TensorRT deserializes
     metadata: PlanMetadata
-    inspection: str = ""
+    inspection: str = ""  # the JSON of TensorRT's engine inspector; empty when there is none
 
     def files(self) -> dict[str, bytes]:
         """The files that store it, by name."""

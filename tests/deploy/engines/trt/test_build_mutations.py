@@ -102,9 +102,9 @@ def test_the_metadata_is_checked() -> None:
     "edit",
     [
         ("if hashlib.sha256(plan).hexdigest() != self.plan_sha256:", "if False:"),
-        ("if not fits:", "if False:"),
-        ("and self._version_fits(host)", ""),
-        ("and self._device_fits(host)", ""),
+        ("if not (same and ", "if False and (same and "),
+        (" and self._version_fits(host)", ""),
+        (" and self._device_fits(host)", ""),
     ],
 )
 def test_an_unchecked_metadata_is_noticed(edit: tuple[str, str]) -> None:

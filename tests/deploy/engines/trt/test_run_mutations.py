@@ -15,7 +15,7 @@ _READ = """            self._stream.synchronize()
 _SOURCE = "self._host_images.array[:size], self._stream"
 _PROFILE = "profile = self._plan.profile_of(size)"
 _SELECTED = "selected = context.set_optimization_profile_async(profile, self._stream.handle)"
-_LAUNCH = "self._whole[size].launch("
+_LAUNCH = "self._launch(self.graphs.get(size), "
 _NEW_CONTEXT = "self._contexts[size] = self._plan.create_context()"
 _FIRST_RUN = """            self._require(self._enqueue(size), "queues no inference", messages)
             self._stream.synchronize()
@@ -58,11 +58,11 @@ MUTATIONS: dict[str, tuple[Any, list[tuple[str, str]]]] = {
     "a refused profile ignored": (engine, [("self._require(selected,", "self._require(True,")]),
     "the graph of the largest size": (
         engine,
-        [(_LAUNCH, "self._whole[max(self._whole)].launch(")],
+        [(_LAUNCH, "self._launch(self.graphs.get(max(self.graphs, default=0)), ")],
     ),
     "the graph of the smallest size": (
         engine,
-        [(_LAUNCH, "self._whole[min(self._whole)].launch(")],
+        [(_LAUNCH, "self._launch(self.graphs.get(min(self.graphs, default=0)), ")],
     ),
     "padded to the next smaller size": (
         engine,
@@ -102,13 +102,18 @@ MUTATIONS: dict[str, tuple[Any, list[tuple[str, str]]]] = {
     ),
     "recorded without its copies": (
         engine,
-        [("partial(self._enqueue_whole, size)", "partial(self._enqueue, size)")],
+        [
+            (
+                "self._capture(partial(self._enqueue_whole, size))",
+                "self._capture(partial(self._enqueue, size))",
+            )
+        ],
     ),
     "timed with its copies": (
         engine,
         [
             (
-                "self._capture(partial(self._enqueue, size))",
+                "self._capture(enqueue)",
                 "self._capture(partial(self._enqueue_whole, size))",
             )
         ],
@@ -133,7 +138,10 @@ MUTATIONS: dict[str, tuple[Any, list[tuple[str, str]]]] = {
     ),
     "a refused shape ignored": (engine, [("self._require(accepted,", "self._require(True,")]),
     "a refused address ignored": (engine, [("self._require(taken,", "self._require(True,")]),
-    "a refused run ignored": (engine, [("self._require(done,", "self._require(True,")]),
+    "a refused run ignored": (
+        engine,
+        [("self._require(enqueue(),", "self._require(enqueue() or True,")],
+    ),
     "a refused first run ignored": (
         engine,
         [

@@ -16,8 +16,8 @@ from torch import fx, nn
 from eps_deploy.engines.base import Images, Logits
 from eps_deploy.engines.ort import OrtEngine
 from eps_deploy.export.export import export_onnx, in_precision
-from eps_deploy.export.half import LARGEST, peak, rounded
 from eps_deploy.export.quantize import pick, quantize
+from eps_deploy.export.types import FLOAT16_MAX, float16_peak, round_to_float16
 from eps_deploy.precision import PRECISIONS
 from eps_train.data import dataset
 from eps_train.gating import rewriting
@@ -65,16 +65,19 @@ def test_it_is_what_the_file_says(tmp_path: Path, name: str, near: float) -> Non
     model = exported(tmp_path, name)
     evaluator: Any = ReferenceEvaluator(onnx.load_from_string(model))
     (expected,) = evaluator.run(None, {"images": images(4)})
-    found = logits(rounded(model), 4)
+    found = logits(round_to_float16(model), 4)
     np.testing.assert_allclose(found, expected, rtol=0, atol=near * np.abs(found).max())
-    wide = {tensor.data_type for tensor in onnx.load_from_string(rounded(model)).graph.initializer}
+    wide = {
+        tensor.data_type
+        for tensor in onnx.load_from_string(round_to_float16(model)).graph.initializer
+    }
     assert onnx.TensorProto.FLOAT16 not in wide
 
 
 def test_it_is_nearer_to_torchs_float16_than_to_float32(tmp_path: Path) -> None:
     model = exported(tmp_path, "fp16")
     half = in_precision(network(), DIGITS.identity, PRECISIONS["fp16"]).infer(images(32))
-    found, wide = logits(rounded(model), 32), logits(model, 32)
+    found, wide = logits(round_to_float16(model), 32), logits(model, 32)
     assert np.abs(found - half).mean() < np.abs(found - wide).mean()
 
 
@@ -83,19 +86,19 @@ def test_what_overflows_in_float16_is_not_finite(tmp_path: Path) -> None:
     half = in_precision(network(GAIN), DIGITS.identity, PRECISIONS["fp16"]).infer(images(8))
     finite = np.isfinite(half)
     assert not finite.all()
-    assert (np.isfinite(logits(rounded(model), 8)) == finite).all()
+    assert (np.isfinite(logits(round_to_float16(model), 8)) == finite).all()
     assert np.isfinite(logits(model, 8)).all(), "which ONNX Runtime does not show on a CPU"
 
 
 def test_what_is_kept_in_float32_does_not_overflow(tmp_path: Path) -> None:
     model = exported(tmp_path, "fp16", GAIN, kept=("head", "classifier"))
-    assert np.isfinite(logits(rounded(model), 8)).all()
+    assert np.isfinite(logits(round_to_float16(model), 8)).all()
 
 
 @pytest.mark.parametrize("gain", [1.0, GAIN])
 def test_the_peak_is_the_largest_activation(tmp_path: Path, gain: float) -> None:
     """Measured in float32, so that it is known how far beyond the end it is."""
-    found = peak(exported(tmp_path, "fp16", gain), images(20), 8)
+    found = float16_peak(exported(tmp_path, "fp16", gain), images(20), 8)
     seen: list[float] = []
     model = in_precision(network(gain), DIGITS.identity, PRECISIONS["fp32"])
     hooks = [
@@ -106,7 +109,7 @@ def test_the_peak_is_the_largest_activation(tmp_path: Path, gain: float) -> None
     model.infer(images(20))
     for hook in hooks:
         hook.remove()
-    assert (found.value > LARGEST) == (gain > 1)
+    assert (found.value > FLOAT16_MAX) == (gain > 1)
     if gain > 1:
         assert found.value == pytest.approx(max(seen), rel=1e-2)
         assert found.node.startswith("head.")
