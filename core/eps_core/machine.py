@@ -1,4 +1,4 @@
-"""The machine: processor, NVIDIA driver and GPUs; clocks and other load during a measurement.
+"""The machine: processor, memory, NVIDIA driver and GPUs; clocks and load during a measurement.
 
 Read only: nothing here changes a clock, a limit or a mode. GPU clocks come from NVML (module
 `pynvml` of the package nvidia-ml-py) where it is installed, everything else from the operating
@@ -11,13 +11,16 @@ import ctypes
 import os
 import platform
 import re
-import shutil
 import subprocess
+import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+_PROC = Path("/proc")
 
 # -- Processor
 
@@ -41,12 +44,63 @@ def cpus() -> int:
 
 def processor() -> str:
     """Name of the processor, or "unknown"."""
+    found = re.search(r"^model name\s*:(.*)", _text(_PROC / "cpuinfo"), re.MULTILINE)
+    return found[1].strip() if found else platform.processor() or "unknown"
+
+
+# -- Free memory of this machine or container: RAM, and shared memory between processes
+
+SHARED = Path("/dev/shm")  # where processes hand tensors to each other on Linux
+_CGROUPS = Path("/sys/fs/cgroup")
+
+
+def available_memory() -> int:
+    """Bytes of RAM that can be used without swapping, within the limits of this process's cgroups.
+
+    Where the system does not say (not Linux), all the RAM that the machine has.
+    """
+    found = re.search(r"^MemAvailable:\s*(\d+) kB", _text(_PROC / "meminfo"), re.MULTILINE)
+    if found:
+        free = int(found[1]) * 1024
+    else:
+        try:
+            free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        except (AttributeError, ValueError, OSError):  # Windows has no such call
+            free = sys.maxsize
+    return min([free, *_cgroup_rooms()])
+
+
+def shared_memory() -> int | None:
+    """Free bytes of shared memory; None where it has no limit of its own."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or "unknown"
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or "unknown"
+        found = os.statvfs(SHARED)
+    except (AttributeError, OSError):  # no such call, or no such folder
+        return None
+    return found.f_bavail * found.f_frsize
+
+
+def _cgroup_rooms() -> Iterator[int]:
+    """Bytes left below the limit of each cgroup of this process, of both cgroup versions."""
+    for line in _text(_PROC / "self" / "cgroup").splitlines():
+        number, controllers, path = line.split(":", 2)
+        if number == "0" and not controllers:
+            root, limit, usage = _CGROUPS, "memory.max", "memory.current"
+        elif "memory" in controllers.split(","):
+            root, limit = _CGROUPS / "memory", "memory.limit_in_bytes"
+            usage = "memory.usage_in_bytes"
+        else:
+            continue
+        # In a container the path may be the host's, while the files are at the root.
+        inner = root / path.lstrip("/")
+        for folder in (inner, *inner.parents):
+            if not folder.is_relative_to(root):
+                break
+            most, used = _text(folder / limit), _text(folder / usage)
+            if most.isdecimal() and used:  # "max": no limit
+                # The kernel reclaims cached files that have not been read lately.
+                pattern = r"^(?:total_)?inactive_file (\d+)$"
+                cached = re.findall(pattern, _text(folder / "memory.stat"), re.MULTILINE)
+                yield max(0, int(most) - int(used) + max(map(int, cached), default=0))
 
 
 # -- NVIDIA driver and GPUs, without a CUDA context
@@ -85,17 +139,11 @@ def is_too_old(driver: str) -> bool:
 
 def gpus() -> tuple[Gpu, ...]:
     """GPUs that nvidia-smi lists; none where it is missing or fails."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return ()
-    command = [tool, f"--query-gpu={','.join(_FIELDS)}", "--format=csv,noheader,nounits"]
+    query = f"--query-gpu={','.join(_FIELDS)}"
+    command = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=False, timeout=_SECONDS
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return ()
-    if done.returncode:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=_SECONDS)
+    except (OSError, subprocess.SubprocessError):
         return ()
     return tuple(gpu for line in done.stdout.splitlines() if (gpu := _parse_gpu(line)) is not None)
 
@@ -123,10 +171,8 @@ def _parse_gpu(line: str) -> Gpu | None:
 
 def driver_version() -> str | None:
     """Version of the display driver, as `580.65.06`; None without one."""
-    try:
-        text = _KERNEL_MODULE.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        # WSL uses the driver of Windows and has no kernel module.
+    text = _text(_KERNEL_MODULE)
+    if not text:  # WSL uses the driver of Windows and has no kernel module
         return next((gpu.driver for gpu in gpus()), None)
     found = re.search(r"\b\d{3,}\.\d+(?:\.\d+)*\b", text)
     return found.group() if found else None
@@ -299,7 +345,6 @@ def span(readings: list[float | None], *, at_work: bool = False) -> Range | None
 
 # -- Conditions of a measurement
 
-_PROC = Path("/proc")
 _CPUS = Path("/sys/devices/system/cpu")
 
 # Above these a measurement is noisy.
@@ -404,7 +449,7 @@ class MachineMonitor:
             stolen=stolen,
             waited=waited,
             cpu_mhz=span(self._mhz),
-            governor=_text(self._cpus / "cpu0" / "cpufreq" / "scaling_governor"),
+            governor=_text(self._cpus / "cpu0" / "cpufreq" / "scaling_governor") or None,
             gpu=None if self._gpu is None else self._gpu.summary(),
         )
 
@@ -419,7 +464,7 @@ class MachineMonitor:
 def _work(proc: Path) -> tuple[float, float] | None:
     """Seconds of work and of stolen time since boot, over all cores."""
     text = _text(proc / "stat")
-    if text is None:
+    if not text:
         return None
     ticks = [float(word) for word in text.partition("\n")[0].split()[1:]]
     user, nice, system, _idle, _wait, interrupts, soft, stolen = ticks[:8]
@@ -429,23 +474,21 @@ def _work(proc: Path) -> tuple[float, float] | None:
 
 def _waits(proc: Path) -> dict[str, float]:
     """Seconds that each thread of this process has waited for a core; empty if unknown."""
-    found = {}
-    for path in proc.glob("self/task/*/schedstat"):
-        text = _text(path)  # None: the thread has just ended
-        if text is not None:
-            found[path.parent.name] = float(text.split()[1]) / 1e9
-    return found
+    found = {path.parent.name: _text(path) for path in proc.glob("self/task/*/schedstat")}
+    # Empty: the thread has just ended.
+    return {thread: float(text.split()[1]) / 1e9 for thread, text in found.items() if text}
 
 
 def _mhz(cpus: Path) -> float | None:
     """Mean frequency of all cores; None where Linux does not control it, as on most clouds."""
-    texts = [_text(path) for path in cpus.glob("cpu[0-9]*/cpufreq/scaling_cur_freq")]
-    read = [float(text) / 1000 for text in texts if text is not None]
+    texts = map(_text, cpus.glob("cpu[0-9]*/cpufreq/scaling_cur_freq"))
+    read = [float(text) / 1000 for text in texts if text]
     return sum(read) / len(read) if read else None
 
 
-def _text(path: Path) -> str | None:
+def _text(path: Path) -> str:
+    """Contents of a file of the system; empty if it cannot be read."""
     try:
-        return path.read_text(encoding="utf-8").strip()
+        return path.read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
-        return None
+        return ""

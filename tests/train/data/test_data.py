@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from eps_core import checksummed
+from eps_core import checksummed, machine
 from eps_core.errors import ConfigError, DataError
 from eps_core.preprocessing import Preprocessing
 from eps_train.data import dataset
@@ -46,6 +46,16 @@ def source(train: ImageSet, classes: int, **parts: ImageSet) -> RawDataset:
 def indices(part: Part) -> list[int]:
     pixels = part.images[:, 0, 0].to(torch.int64)
     return (pixels[:, 0] * 256 + pixels[:, 1]).tolist()
+
+
+def test_images_take_half_of_the_free_memory_shared_by_the_processes_of_a_machine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(machine, "available_memory", lambda: 1600)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert dataset.room_for_images() == 800
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert dataset.room_for_images() == 200
 
 
 def test_parts_are_disjoint_and_cover_everything() -> None:

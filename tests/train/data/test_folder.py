@@ -11,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
+from eps_core import machine
 from eps_core.errors import ConfigError, DamagedImages, DataError
-from eps_train.data import dataset, folder, images
+from eps_train.data import dataset, folder
 from eps_train.data.images import FileSet, ImageSet
 
 
@@ -412,6 +413,6 @@ def test_what_does_not_fit_is_not_read_at_once(
 ) -> None:
     pets(tmp_path)
     source = folder.read_folder(tmp_path)
-    monkeypatch.setattr(images, "available", lambda: 500)
+    monkeypatch.setattr(machine, "available_memory", lambda: 500)
     with pytest.raises(DataError, match=r"24 images of 3x6x5 do not fit in .* --image-size"):
         assert source.train.images is None

@@ -18,11 +18,19 @@ import msgspec
 import torch
 from torch import Tensor
 
+from eps_core import machine
 from eps_core.errors import ConfigError, DamagedImages, DataError
 from eps_core.preprocessing import Preprocessing
 from eps_train.config import from_plain_data, plain_data
-from eps_train.data import downloads, folder, huggingface, images
-from eps_train.data.images import FileSet, ImageSet, Part, RawDataset, ScanStatistics
+from eps_train.data import downloads, folder, huggingface
+from eps_train.data.images import (
+    FileSet,
+    ImageSet,
+    Part,
+    RawDataset,
+    ScanStatistics,
+    local_processes,
+)
 
 # -- Mean and std of the training part, by which a network's input is normalized
 
@@ -64,7 +72,6 @@ def measure(train: Part, kind: str) -> tuple[Mean, tuple[float, ...]]:
         return mean, (PIXEL_SCALE,) * len(mean)
     if isinstance(train, ImageSet):
         return _channels(train.batches(_BATCH))
-    assert isinstance(train, FileSet)
     chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(_SEED))[:_SAMPLE]
     return _channels(train[chosen.sort().values].batches(_BATCH))
 
@@ -344,7 +351,7 @@ def load(
 
 def room_for_images() -> int:
     """Bytes of pixels that this process may hold: its share of half the memory that is free."""
-    return images.available() // 2 // images.local_processes()
+    return machine.available_memory() // 2 // local_processes()
 
 
 def outline(

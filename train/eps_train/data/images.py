@@ -6,13 +6,12 @@ import hashlib
 import math
 import os
 import signal
-import sys
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from eps_core import machine
 from eps_core.errors import DataError, reader_death
 from eps_core.preprocessing import ChooseBox, Preprocessing, peak_of_sixteen_bits, with_image
 
@@ -29,35 +29,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class Part(Protocol):
-    """A part of a data set: in memory (:class:`ImageSet`) or on disk (:class:`FileSet`)."""
-
-    @property
-    def images(self) -> Tensor:
-        """All images, uint8 `[N, C, H, W]`; a part on disk reads them on every access."""
-
-    @property
-    def labels(self) -> Tensor:
-        """Int64 `[N]`."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: Tensor) -> Part:
-        """The images at an int64 `[M]` index."""
-
-    def to(self, device: torch.device) -> Part:
-        """The same part, with :meth:`batches` on `device`."""
-
-    def batches(self, size: int) -> Iterator[ImageSet]:
-        """In order, `size` at a time; the last batch may be smaller."""
-
-    def update(self, digest: hashlib._Hash) -> None:
-        """Add the identity of this part to `digest`."""
-
-
 @dataclass(frozen=True, slots=True)
 class ImageSet:
-    """Images uint8 `[N, C, H, W]` with labels int64 `[N]`."""
+    """Images uint8 `[N, C, H, W]` with labels int64 `[N]`, in memory."""
 
     images: Tensor
     labels: Tensor
@@ -72,10 +46,11 @@ class ImageSet:
         return ImageSet(self.images.to(device), self.labels.to(device))
 
     def batches(self, size: int) -> Iterator[ImageSet]:
+        """In order, `size` at a time; the last batch may be smaller."""
         return map(ImageSet, self.images.split(size), self.labels.split(size))
 
     def update(self, digest: hashlib._Hash) -> None:
-        """Shape, every pixel, every label."""
+        """Add shape, every pixel and every label to `digest`."""
         digest.update(repr(tuple(self.images.shape)).encode())
         digest.update(self.images.contiguous().numpy().data)
         digest.update(self.labels.contiguous().numpy().data)
@@ -130,78 +105,6 @@ class RawDataset:
         )
 
 
-# -- Free memory of this machine or container: RAM, and shared memory for worker processes
-
-SHARED = Path("/dev/shm")  # where processes hand tensors to each other on Linux
-_PROC, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
-
-
-def available() -> int:
-    """Bytes of RAM that can be used without swapping, within the limits of this process's cgroups.
-
-    Where the system does not say (not Linux), all the RAM that the machine has.
-    """
-    meminfo = dict(line.split(":", 1) for line in _lines(_PROC / "meminfo") if ":" in line)
-    if "MemAvailable" in meminfo:
-        machine = int(meminfo["MemAvailable"].split()[0]) * 1024
-    else:
-        try:
-            machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        except (AttributeError, ValueError, OSError):  # Windows has no such call
-            machine = sys.maxsize
-    return min([machine, *_cgroup_rooms()])
-
-
-def shared() -> int | None:
-    """Free bytes of shared memory; None where it has no limit of its own."""
-    try:
-        found = os.statvfs(SHARED)
-    except (AttributeError, OSError):  # no such call, or no such folder
-        return None
-    return found.f_bavail * found.f_frsize
-
-
-def local_processes() -> int:
-    """Processes of this run on this machine, which share its memory (torchrun)."""
-    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-
-
-def _cgroup_rooms() -> list[int]:
-    """Bytes left below the limit of each cgroup of this process, of both cgroup versions."""
-    rooms = []
-    for line in _lines(_PROC / "self" / "cgroup"):
-        number, controllers, path = line.split(":", 2)
-        if number == "0" and not controllers:
-            root, limit, usage = _CGROUPS, "memory.max", "memory.current"
-        elif "memory" in controllers.split(","):
-            root, limit = _CGROUPS / "memory", "memory.limit_in_bytes"
-            usage = "memory.usage_in_bytes"
-        else:
-            continue
-        # In a container the path may be the host's, while the files are at the root.
-        inner = root / path.lstrip("/")
-        for folder in (inner, *inner.parents):
-            if not folder.is_relative_to(root):
-                continue
-            most, used = _lines(folder / limit), _lines(folder / usage)
-            if not most or not used or not most[0].strip().isdecimal():  # "max": no limit
-                continue
-            # The kernel reclaims cached files that have not been read lately.
-            stat = dict(
-                line.split(" ", 1) for line in _lines(folder / "memory.stat") if " " in line
-            )
-            cached = max(int(stat.get(n, 0)) for n in ("inactive_file", "total_inactive_file"))
-            rooms.append(max(0, int(most[0]) - int(used[0]) + cached))
-    return rooms
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="ascii", errors="replace").splitlines()
-    except OSError:
-        return []
-
-
 # -- Worker processes that read from disk while the device computes
 
 Request = TypeVar("Request")
@@ -212,17 +115,20 @@ _AHEAD = 2  # answers that each worker reads ahead
 _BESIDES = 2  # answers in use or on the way, however many workers there are
 
 
+def local_processes() -> int:
+    """Processes of this run on this machine, which share its cores and memory (torchrun)."""
+    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
 def worker_count() -> int:
     """One worker per core, shared out among the processes of a `torchrun`; none on one core."""
-    affinity = getattr(os, "sched_getaffinity", None)  # what a container may use; Linux has it
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    workers = cores // local_processes()
+    workers = machine.cpus() // local_processes()
     return min(workers, MOST_WORKERS) if workers > 1 else 0
 
 
 def _fitting_workers(wanted: int, answer_bytes: int) -> int:
     """Number of workers, at most `wanted`, whose answers fit in shared memory."""
-    room = shared()
+    room = machine.shared_memory()
     if room is None or not answer_bytes:
         return wanted
     answers = room // local_processes() // answer_bytes
@@ -285,11 +191,11 @@ class _ReadError(str):
     """The message of a DataError: raised in a worker, it would arrive with a stack trace in it."""
 
 
-class _Reading(Dataset[Any], Generic[Request, Answer]):
-    def __init__(self, read: Callable[[Request], Answer], *, shared: bool) -> None:
+class _Reading(Dataset[Any]):
+    def __init__(self, read: Callable[[Any], Any], *, shared: bool) -> None:
         self._read, self._shared = read, shared
 
-    def __getitem__(self, request: Request) -> Answer | _ReadError:
+    def __getitem__(self, request: Any) -> Any:
         try:
             answer = self._read(request)
             if self._shared:
@@ -396,7 +302,6 @@ class FileSet:
         return self.path(index).open("rb")
 
     def size(self, index: int) -> int:
-        """Bytes of a file."""
         return os.stat(self.path(index)).st_size
 
     def read(
@@ -415,17 +320,15 @@ class FileSet:
         return torch.from_numpy(pixels), self.labels[list(index)]
 
     def batches(self, size: int) -> Iterator[ImageSet]:
-        """As `Part.batches`, read by worker processes. Raises DataError that names a bad file."""
-        pin = self.device.type == "cuda"
-        for pixels, labels in self._load(
-            self.read, size, answer_bytes=size * self._image_bytes, pin=pin
-        ):
+        """As `ImageSet.batches`, read by worker processes. Raises DataError that names a file."""
+        memory, pin = size * self._image_bytes, self.device.type == "cuda"
+        for pixels, labels in self._load(self.read, size, answer_bytes=memory, pin=pin):
             yield ImageSet(pixels, labels).to(self.device)
 
     @property
     def images(self) -> Tensor:
         """All pixels, on `device`. Raises DataError when they do not fit in memory."""
-        if len(self) * self._image_bytes > available():
+        if len(self) * self._image_bytes > machine.available_memory():
             raise self._too_large()
         part, found = self.scan(keep=True)
         for problem in found.problems.values():
@@ -449,18 +352,15 @@ class FileSet:
             pixels = torch.empty((count, *self.preprocessing.shape), dtype=torch.uint8)
         except (MemoryError, RuntimeError):
             raise self._too_large() from None
-        start = 0
-        scanned = self._load(
-            partial(self._scan, keep=keep), size, answer_bytes=keep * size * self._image_bytes
-        )
-        for chunk, found in scanned:
+        start, read, memory = 0, partial(self._scan, keep=keep), keep * size * self._image_bytes
+        for chunk, found in self._load(read, size, answer_bytes=memory):
             pixels[start : start + len(chunk)] = chunk
             start += len(chunk)
             total.add(found)
         return (ImageSet(pixels, self.labels) if keep else self), total
 
     def update(self, digest: hashlib._Hash) -> None:
-        """Every name (below the root), file size and label, and how files are read.
+        """Add every name (below the root), file size and label, and how files are read.
 
         To hash the pixels would take as long as an epoch. So an image that is replaced by another
         of the same size in bytes goes unnoticed.
@@ -500,7 +400,8 @@ class FileSet:
             except DataError as error:
                 found.problems[str(self.path(number))] = str(error)
                 continue
-            found.add(ScanStatistics(deep=int(peak > 0), peak=peak))
+            found.deep += peak > 0
+            found.peak = max(found.peak, peak)
             if keep:
                 pixels[row] = image
         return torch.from_numpy(pixels), found
@@ -512,3 +413,7 @@ class FileSet:
             f" {'x'.join(map(str, self.preprocessing.shape))} do not fit in the memory that is"
             f" free ({needed:.1f} GiB are needed); choose a smaller --image-size"
         )
+
+
+Part: TypeAlias = ImageSet | FileSet
+"""A part of a data set: in memory or on disk."""
