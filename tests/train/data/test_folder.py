@@ -55,7 +55,8 @@ def test_mixed_sizes_need_a_size_and_are_named(tmp_path: Path) -> None:
     write_image(tmp_path / "cat" / "large.png", size=(40, 40))
     with pytest.raises(DataError, match=r"images of 2 sizes \(most are 6x5\).*--image-size"):
         folder.read_folder(tmp_path)
-    assert folder.read_folder(tmp_path, (8, 8)).train.images.shape == (25, 3, 8, 8)
+    resized = folder.read_folder(tmp_path, folder.ReadOptions(size=(8, 8)))
+    assert resized.train.images.shape == (25, 3, 8, 8)
 
 
 def test_grey_images_stay_grey_and_mixed_modes_become_rgb(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from eps_core.errors import ConfigError, DamagedImages, DataError
 from eps_core.preprocessing import Preprocessing
 from eps_train.config import from_plain_data, plain_data
 from eps_train.data import downloads, folder, huggingface
+from eps_train.data.folder import ReadOptions
 from eps_train.data.images import (
     FileSet,
     ImageSet,
@@ -330,7 +331,9 @@ def load(
     """
     if room is None:
         room = room_for_images()
-    raw = _read(name, root, image_size, fit, download, room, like)
+    known = like.preprocessing if like is not None else None
+    options = ReadOptions(size=image_size, fit=fit, room=room, known=known)
+    raw = _read(name, root, options, download=download)
     if like is not None and raw.folder is not None:
         held = like.held
         if held is None:
@@ -395,16 +398,7 @@ def load_again(identity: DataIdentity, root: Path | None = None) -> Data:
     return data
 
 
-def _read(
-    name: str,
-    root: Path | None,
-    image_size: tuple[int, int] | None,
-    fit: str,
-    download: bool,
-    room: int,
-    like: DataIdentity | None,
-) -> RawDataset:
-    known = like.preprocessing if like is not None else None
+def _read(name: str, root: Path | None, options: ReadOptions, *, download: bool) -> RawDataset:
     kind, colon, given = name.partition(":")
     path = Path(given).expanduser()
     if kind + colon == "folder:":
@@ -412,16 +406,15 @@ def _read(
             raise ConfigError(
                 "--dataset folder:: names no folder; write folder:PATH (folder:. for this one)"
             )
-        return folder.read_folder(root or path, image_size, fit=fit, room=room, known=known)
+        return folder.read_folder(root or path, options)
     if kind + colon == "csv:":
         if not path.name:
             raise ConfigError("--dataset csv:: names no file; write csv:PATH")
-        table = path if root is None else root / path.name
-        return folder.read_csv(table, image_size, fit=fit, room=room, known=known)
+        return folder.read_csv(path if root is None else root / path.name, options)
     if kind + colon == "hf:":
         if root is None and not given:
             raise ConfigError("--dataset hf:: names no data set; write hf:PATH or hf:NAME")
-        return huggingface.read(given, root, image_size, fit=fit, room=room, known=known)
+        return huggingface.read(given, root, options)
     if name not in DATASETS:
         raise ConfigError(
             f"--dataset {name}: unknown; the data sets are: {', '.join(DATASETS)}, folder:PATH,"
@@ -429,17 +422,17 @@ def _read(
         )
     root = root or Path()
     if name == "imagenet":
-        return folder.read_imagenet(root, image_size, fit)
+        return folder.read_imagenet(root, options.size, options.fit)
     if name == "digits":
         raw = downloads.read_digits()
     elif name in ("mnist", "fashion-mnist"):
         raw = downloads.read_idx(name, root, download=download)
     else:
         raw = downloads.read_archive(name, root, download=download)
-    how = replace(raw.preprocessing, fit=fit)
-    if image_size in (None, how.crop):  # `fit` is for the images of eps-predict and eps-serve
+    how = replace(raw.preprocessing, fit=options.fit)
+    if options.size in (None, how.crop):  # `fit` is for the images of eps-predict and eps-serve
         return replace(raw, preprocessing=how)
-    how = replace(how, resize=image_size, crop=image_size)
+    how = replace(how, resize=options.size, crop=options.size)
     return replace(raw.map_parts(lambda part: part.preprocessed(how)), preprocessing=how)
 
 
@@ -459,33 +452,22 @@ def split(
     :func:`load`. Raises DataError when a class has too few images for all three parts, and
     DamagedImages.
     """
-    parts = _split(raw, name)
-    found = ScanStatistics()
-    for part, files in parts.items():
-        if isinstance(files, FileSet) and (raw.held or check):
-            parts[part], seen = files.scan(keep=raw.held)
-            found.add(seen)
-    if found.problems and not skip_damaged:
-        first = "; ".join(list(found.problems.values())[:_NAMED_PROBLEMS])
-        more = len(found.problems) - _NAMED_PROBLEMS
-        raise DamagedImages(
-            f"data set {name}: {len(found.problems):,} of {sum(map(len, parts.values())):,} images"
-            f" cannot be read: {first}"
-            + (f"; and {more:,} more" if more > 0 else "")
-            + "; repair or remove them, or train without them (eps-train --skip-damaged)",
-            found.problems,
-        )
-    if found.problems:
+    parts, found = _scanned(raw, name, check=check)
+    while found.problems:
+        if not skip_damaged:
+            first = "; ".join(list(found.problems.values())[:_NAMED_PROBLEMS])
+            more = len(found.problems) - _NAMED_PROBLEMS
+            raise DamagedImages(
+                f"data set {name}: {len(found.problems):,} of {sum(map(len, parts.values())):,}"
+                f" images cannot be read: {first}"
+                + (f"; and {more:,} more" if more > 0 else "")
+                + "; repair or remove them, or train without them (eps-train --skip-damaged)",
+                found.problems,
+            )
         assert raw.folder is not None
-        bad = [os.path.relpath(path, raw.folder) for path in sorted(found.problems)]
         # Split again without them: as if they had not been there.
-        return split(
-            _without(raw, bad),
-            name=name,
-            normalization=normalization,
-            statistics=statistics,
-            check=check,
-        )
+        raw = _without(raw, [os.path.relpath(path, raw.folder) for path in sorted(found.problems)])
+        parts, found = _scanned(raw, name, check=check)
     if statistics is not None:
         mean, std = fitting(statistics, raw.preprocessing.shape)
     else:
@@ -521,6 +503,16 @@ def split(
         left_out=raw.left_out,
         warning=warning if found.deep and bits <= _DARK_BITS else "",
     )
+
+
+def _scanned(raw: RawDataset, name: str, *, check: bool) -> tuple[dict[str, Part], ScanStatistics]:
+    """The parts, in memory where `raw.held`, and what decoding their files showed."""
+    parts, found = _split(raw, name), ScanStatistics()
+    for part, files in parts.items():
+        if isinstance(files, FileSet) and (raw.held or check):
+            parts[part], seen = files.scan(keep=raw.held)
+            found.add(seen)
+    return parts, found
 
 
 def _split(raw: RawDataset, name: str) -> dict[str, Part]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from eps_core.errors import DataError
 from eps_core.preprocessing import Preprocessing, upright_size
@@ -47,9 +47,8 @@ class ClassFiles:
     def labelled(self, classes: Sequence[str], preprocessing: Preprocessing) -> FileSet:
         """The files with the labels of `classes`. Raises DataError for a class not among those."""
         numbers = {name: number for number, name in enumerate(classes)}
-        unknown = sorted(self.by_class.keys() - numbers.keys())
-        if unknown:
-            raise DataError(f"{self.root / unknown[0]}: a class that the training part lacks")
+        for name in sorted(self.by_class.keys() - numbers.keys()):
+            raise DataError(f"{self.root / name}: a class that the training part lacks")
         names = [file for files in self.by_class.values() for file in files]
         labels = [numbers[name] for name, files in self.by_class.items() for _ in files]
         return FileSet.of(self.root, names, labels, preprocessing)
@@ -171,49 +170,46 @@ _GREY_MODES = ("1", "L", "LA")
 _SAMPLE = 1_000  # files of a large set that are opened
 
 
-def read_folder(
-    folder: Path,
-    size: tuple[int, int] | None = None,
-    *,
-    fit: str = "crop",
-    room: int = sys.maxsize,
-    known: Preprocessing | None = None,
-) -> RawDataset:
-    """Find every image below `folder`.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReadOptions:
+    """How images are to be read.
 
-    The parts are on disk (`FileSet`); they are to be read into memory if they take no more than
-    `room` bytes there. Of a larger set, 1,000 images, the same every time, tell whether it is grey
-    or in color.
-
-    Args:
-        folder: class folders, or `train` (and perhaps `val`, `test`) with class folders in each.
+    Attributes:
         size: height and width to resize the images to; None when they all share one size.
         fit: how, as in :class:`Preprocessing`.
         room: bytes of pixels that may be in memory.
         known: how the images were read before, which replaces `size` and `fit`.
+    """
 
-    Raises:
-        DataError: names the folder or image that is missing, empty, or of another size.
+    size: tuple[int, int] | None = None
+    fit: str = "crop"
+    room: int = sys.maxsize
+    known: Preprocessing | None = None
+
+
+_DEFAULT = ReadOptions()
+
+
+def read_folder(folder: Path, options: ReadOptions = _DEFAULT) -> RawDataset:
+    """Find every image below `folder`, as :func:`on_disk` describes.
+
+    `folder` has class folders, or `train` (and perhaps `val`, `test`) with class folders in each.
+    Raises DataError that names the folder or image that is missing, empty, or of another size.
     """
     if not folder.is_dir():
         raise DataError(f"data set folder:{folder}: no such folder; name it with --data-root")
     roots, unused = _roots(folder)
     found = {part: class_files(root) for part, root in roots.items()}
-    paths = [path for files in found.values() for path in files.paths]
-    opened = [partial(_open, path) for path in paths]
-    how = known or preprocessing_of(f"folder:{folder}", opened, size, fit=fit, room=room)
     classes = tuple(found["train"].by_class)
-    parts = {part: files.labelled(classes, how) for part, files in found.items()}
     others = describe_files(sum((files.left_out for files in found.values()), Counter[str]()))
     left_out = [others, f"the folders {', '.join(unused)}" if unused else ""]
-    return RawDataset(
-        train=parts["train"],
-        validation=parts.get("val"),
-        test=parts.get("test"),
+    return on_disk(
+        f"folder:{folder}",
+        folder,
+        [partial(path.open, "rb") for files in found.values() for path in files.paths],
+        {part: partial(files.labelled, classes) for part, files in found.items()},
         classes=classes,
-        preprocessing=how,
-        folder=folder,
-        held=len(paths) * math.prod(how.shape) <= room,
+        options=options,
         left_out=" and ".join(filter(None, left_out)),
     )
 
@@ -263,14 +259,46 @@ def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
 
 
-def preprocessing_of(
-    name: str, files: Sequence[OpenFile], size: tuple[int, int] | None, *, fit: str, room: int
-) -> Preprocessing:
-    """How to read the files: grey when every image is, else RGB; in the given or common size.
+def on_disk(
+    name: str,
+    folder: Path,
+    files: Sequence[OpenFile],
+    parts: Mapping[str, Callable[[Preprocessing], FileSet]],
+    *,
+    classes: tuple[str, ...],
+    options: ReadOptions,
+    left_out: str,
+) -> RawDataset:
+    """A data set of parts on disk.
 
-    `name` is that of the data set, `files` open the images; the other arguments are those of
-    :func:`read_folder`.
+    They are to be read into memory if they take no more than `options.room` bytes there. Of a
+    larger set, 1,000 images, the same every time, tell whether it is grey or in color.
+
+    Args:
+        name: of the data set, for errors.
+        folder: that the names of its files are relative to.
+        files: open the images of all parts.
+        parts: make each of them, by the keys of :data:`PARTS`.
+        classes, left_out: as in :class:`~eps_train.data.images.RawDataset`.
+        options: how to read.
     """
+    how = options.known or _preprocessing(name, files, options)
+    made = {part: make(how) for part, make in parts.items()}
+    return RawDataset(
+        train=made["train"],
+        validation=made.get("val"),
+        test=made.get("test"),
+        classes=classes,
+        preprocessing=how,
+        folder=folder,
+        held=len(files) * math.prod(how.shape) <= options.room,
+        left_out=left_out,
+    )
+
+
+def _preprocessing(name: str, files: Sequence[OpenFile], options: ReadOptions) -> Preprocessing:
+    """How to read the files: grey when every image is, else RGB; in the given or common size."""
+    size = options.size
     every = None if size else _sizes(files)
     if every is not None:
         if not every[0]:
@@ -284,13 +312,9 @@ def preprocessing_of(
     assert size is not None
     few = random.Random(0).sample(files, min(len(files), _SAMPLE))
     grey = _sizes(few)[1]
-    if len(files) * size[0] * size[1] * (1 if grey else 3) <= room:
+    if len(files) * math.prod(size) * (1 if grey else 3) <= options.room:
         grey = (every or _sizes(files))[1]
-    return Preprocessing(resize=size, crop=size, color="grey" if grey else "rgb", fit=fit)
-
-
-def _open(path: Path) -> BinaryIO:
-    return path.open("rb")
+    return Preprocessing(resize=size, crop=size, color="grey" if grey else "rgb", fit=options.fit)
 
 
 def _sizes(files: Sequence[OpenFile]) -> tuple[Counter[tuple[int, int]], bool]:
@@ -315,8 +339,7 @@ def _sizes(files: Sequence[OpenFile]) -> tuple[Counter[tuple[int, int]], bool]:
 # -- `csv:PATH`: a table with the columns path, label, and perhaps split
 
 
-@dataclass(frozen=True, slots=True)
-class _Row:
+class _Row(NamedTuple):
     """A line of the table; `file` is relative to the table's folder, `part` a key of `PARTS`."""
 
     line: int
@@ -325,23 +348,13 @@ class _Row:
     part: str
 
 
-def read_csv(
-    path: Path,
-    size: tuple[int, int] | None = None,
-    *,
-    fit: str = "crop",
-    room: int = sys.maxsize,
-    known: Preprocessing | None = None,
-) -> RawDataset:
-    """Find every image that a CSV file lists.
+def read_csv(path: Path, options: ReadOptions = _DEFAULT) -> RawDataset:
+    """Find every image that a CSV file lists, as :func:`on_disk` describes.
 
-    The classes are in alphabetical order, or in numerical order where all labels are numbers. The
-    arguments are those of :func:`read_folder`, but for `path`: a file whose header has the columns
-    `path` (relative to the file's folder), `label` and perhaps `split`.
-
-    Raises:
-        DataError: names the line that is incomplete, or whose file is missing or listed twice, or
-            whose split or label is unknown.
+    The header of `path` has the columns `path` (relative to the file's folder), `label` and perhaps
+    `split`. The classes are in alphabetical order, or in numerical order where all labels are
+    numbers. Raises DataError that names the line that is incomplete, or whose file is missing or
+    listed twice, or whose split or label is unknown.
     """
     name = f"csv:{path}"
     rows = list(_rows(path))
@@ -371,23 +384,17 @@ def read_csv(
     for row in rows:
         if row.label not in numbers:
             raise _bad_line(path, row.line, f"label {row.label}: no training image has it")
-    opened = [partial(_open, path.parent / row.file) for row in rows]
-    how = known or preprocessing_of(name, opened, size, fit=fit, room=room)
     parts = {
-        part: FileSet.of(
-            path.parent, [row.file for row in listed], [numbers[row.label] for row in listed], how
+        part: partial(
+            FileSet.of,
+            path.parent,
+            [row.file for row in listed],
+            [numbers[row.label] for row in listed],
         )
         for part, listed in by_part.items()
     }
-    return RawDataset(
-        train=parts["train"],
-        validation=parts.get("val"),
-        test=parts.get("test"),
-        classes=classes,
-        preprocessing=how,
-        folder=path.parent,
-        held=len(rows) * math.prod(how.shape) <= room,
-    )
+    files = [partial((path.parent / row.file).open, "rb") for row in rows]
+    return on_disk(name, path.parent, files, parts, classes=classes, options=options, left_out="")
 
 
 def _rows(path: Path) -> Iterator[_Row]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import io
-import math
 import os
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,7 +15,7 @@ import torch
 
 from eps_core.errors import DataError
 from eps_core.preprocessing import Preprocessing
-from eps_train.data.folder import PARTS, preprocessing_of
+from eps_train.data.folder import PARTS, ReadOptions, on_disk
 from eps_train.data.images import FileSet, RawDataset
 
 
@@ -49,23 +47,14 @@ def _open(images: Any, row: int) -> BinaryIO:
     return io.BytesIO(content) if content is not None else Path(path).open("rb")
 
 
-def read(
-    given: str,
-    root: Path | None = None,
-    size: tuple[int, int] | None = None,
-    *,
-    fit: str = "crop",
-    room: int = sys.maxsize,
-    known: Preprocessing | None = None,
-) -> RawDataset:
+def read(given: str, root: Path | None, options: ReadOptions) -> RawDataset:
     """Find the images of a data set with one column of images and one of class labels.
 
     Args:
         given: a folder that `save_to_disk` wrote; otherwise what `datasets.load_dataset` loads, and
             downloads once.
         root: a folder that replaces `given`.
-
-    The other arguments are those of :func:`~eps_train.data.folder.read_folder`.
+        options: as :func:`~eps_train.data.folder.on_disk` takes them.
 
     Raises:
         ImportError: `datasets` is not installed.
@@ -110,22 +99,20 @@ def read(
         raw = tables[split].with_format(None).select_columns([image])
         images_of[split] = raw.cast_column(image, datasets.Image(decode=False))
     files = [partial(_open, rows, row) for rows in images_of.values() for row in range(len(rows))]
-    how = known or preprocessing_of(name, files, size, fit=fit, room=room)
 
-    def part(split: str) -> RowSet:
+    def make(split: str, how: Preprocessing) -> RowSet:
         names = np.array([f"{split}/{row}" for row in range(len(labels[split]))], dtype=np.bytes_)
         numbers = torch.from_numpy(labels[split]).to(torch.int64)
         return RowSet(place, names, numbers, how, images_of=images_of)
 
     unused = [split for split in tables if split not in splits.values()]
-    return RawDataset(
-        train=part(splits["train"]),
-        validation=part(splits["val"]) if "val" in splits else None,
-        test=part(splits["test"]) if "test" in splits else None,
+    return on_disk(
+        name,
+        place,
+        files,
+        {part: partial(make, split) for part, split in splits.items()},
         classes=tuple(features[label].names),
-        preprocessing=how,
-        folder=place,
-        held=len(files) * math.prod(how.shape) <= room,
+        options=options,
         left_out=f"the splits {', '.join(unused)}" if unused else "",
     )
 
