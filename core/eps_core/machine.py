@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
@@ -150,20 +151,20 @@ def gpus() -> tuple[Gpu, ...]:
 
 def _parse_gpu(line: str) -> Gpu | None:
     """Parse one line of nvidia-smi; None if it is incomplete, as of a GPU that fell off the bus."""
-    parts = [part.strip() for part in line.split(",")]
-    if len(parts) != len(_FIELDS) or re.fullmatch(r"\d+\.\d+", parts[2]) is None:
-        return None
     try:
+        index, name, capability, *sizes, driver = (part.strip() for part in line.split(","))
         memory, free = (
-            None if text in ("[N/A]", "[Not Supported]") else int(text) for text in parts[3:5]
+            None if text in ("[N/A]", "[Not Supported]") else int(text) for text in sizes
         )
+        if re.fullmatch(r"\d+\.\d+", capability) is None:
+            return None
         return Gpu(
-            index=int(parts[0]),
-            name=parts[1],
-            compute_capability=parts[2],
+            index=int(index),
+            name=name,
+            compute_capability=capability,
             memory=memory,
             free=free,
-            driver=parts[5],
+            driver=driver,
         )
     except ValueError:
         return None
@@ -198,8 +199,6 @@ def pci_bus_id(ordinal: int) -> str | None:
 
 
 # -- GPU clocks, temperature and throttling, read through NVML
-
-CLOCK_MOVED = 0.02  # of the lowest to the highest GPU clock: one step is under 1 %
 
 # Bits of nvmlClocksEventReasons (nvml.h); idleness and clocks set by a user are no throttling.
 _THROTTLES = {
@@ -242,41 +241,25 @@ class GpuReading:
     throttled: tuple[str, ...]
     others: int | None
 
-    def disturbances(self) -> list[str]:
-        """Reasons to distrust a measurement on it."""
-        found = []
-        if self.throttled:
-            found.append(f"the GPU was throttled ({', '.join(self.throttled)})")
-        clock = self.sm_mhz
-        if clock is not None and clock.low < (1 - CLOCK_MOVED) * clock.high:
-            found.append(f"the GPU's clock moved from {clock.low:.0f} to {clock.high:.0f} MHz")
-        if self.others:
-            programs = "program" if self.others == 1 else "programs"
-            found.append(f"{self.others} other {programs} computed on the GPU")
-        return found
 
-
-class GpuMonitor:
+class _GpuMonitor:
     """Polls one GPU through NVML. Laptop GPUs and MIG slices refuse some readings."""
 
     def __init__(self, nvml: Any, handle: Any) -> None:
         self._nvml, self._handle = nvml, handle
-        self._readings: dict[str, list[float | None]] = {}
+        self._readings: dict[str, list[float | None]] = defaultdict(list)
         self._reasons = 0
         self._others: int | None = None
+        self.close = nvml.nvmlShutdown
 
     def poll(self) -> None:
-        nvml = self._nvml
-        readings = {
-            "sm_mhz": self._ask("nvmlDeviceGetClockInfo", nvml.NVML_CLOCK_SM),
-            "memory_mhz": self._ask("nvmlDeviceGetClockInfo", nvml.NVML_CLOCK_MEM),
-            "celsius": self._ask("nvmlDeviceGetTemperature", nvml.NVML_TEMPERATURE_GPU),
-            "watts": self._ask("nvmlDeviceGetPowerUsage"),
-        }
-        if readings["watts"] is not None:
-            readings["watts"] /= 1000
-        for name, value in readings.items():
-            self._readings.setdefault(name, []).append(value)
+        nvml, readings = self._nvml, self._readings
+        readings["sm_mhz"].append(self._ask("nvmlDeviceGetClockInfo", nvml.NVML_CLOCK_SM))
+        readings["memory_mhz"].append(self._ask("nvmlDeviceGetClockInfo", nvml.NVML_CLOCK_MEM))
+        celsius = self._ask("nvmlDeviceGetTemperature", nvml.NVML_TEMPERATURE_GPU)
+        readings["celsius"].append(celsius)
+        milliwatts = self._ask("nvmlDeviceGetPowerUsage")
+        readings["watts"].append(None if milliwatts is None else milliwatts / 1000)
         # NVML 12 renamed this function; older ones have the second name only.
         reasons = self._ask("nvmlDeviceGetCurrentClocksEventReasons")
         if reasons is None:
@@ -288,13 +271,13 @@ class GpuMonitor:
             self._others = max(len(running) - 1, self._others or 0)
 
     def summary(self) -> GpuReading:
-        name = self._ask("nvmlDeviceGetName")
+        name, readings = self._ask("nvmlDeviceGetName"), self._readings
         return GpuReading(
             name=name.decode() if isinstance(name, bytes) else str(name),  # bytes before NVML 12
-            sm_mhz=span(self._readings.get("sm_mhz", []), at_work=True),
-            memory_mhz=span(self._readings.get("memory_mhz", []), at_work=True),
-            celsius=span(self._readings.get("celsius", [])),
-            watts=span(self._readings.get("watts", [])),
+            sm_mhz=_span(readings["sm_mhz"], at_work=True),
+            memory_mhz=_span(readings["memory_mhz"], at_work=True),
+            celsius=_span(readings["celsius"]),
+            watts=_span(readings["watts"]),
             highest_sm_mhz=self._ask("nvmlDeviceGetMaxClockInfo", self._nvml.NVML_CLOCK_SM),
             throttled=tuple(text for bit, text in _THROTTLES.items() if self._reasons & bit),
             others=self._others,
@@ -306,11 +289,8 @@ class GpuMonitor:
         except (AttributeError, self._nvml.NVMLError):
             return None
 
-    def close(self) -> None:
-        self._nvml.nvmlShutdown()
 
-
-def open_gpu(ordinal: int, nvml: Any) -> GpuMonitor | None:
+def _open_gpu(ordinal: int, nvml: Any) -> _GpuMonitor | None:
     """Monitor the GPU that CUDA calls `ordinal`; None without NVML or its driver."""
     try:
         nvml = nvml or import_module("pynvml")
@@ -322,19 +302,19 @@ def open_gpu(ordinal: int, nvml: Any) -> GpuMonitor | None:
         return None
     try:
         if (address := pci_bus_id(ordinal)) is not None:
-            return GpuMonitor(nvml, nvml.nvmlDeviceGetHandleByPciBusId(address))
+            return _GpuMonitor(nvml, nvml.nvmlDeviceGetHandleByPciBusId(address))
         # Without its address, assume that CUDA and NVML count alike.
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         name = visible.split(",")[ordinal].strip() if visible else str(ordinal)
         if name.isdecimal():
-            return GpuMonitor(nvml, nvml.nvmlDeviceGetHandleByIndex(int(name)))
-        return GpuMonitor(nvml, nvml.nvmlDeviceGetHandleByUUID(name))
+            return _GpuMonitor(nvml, nvml.nvmlDeviceGetHandleByIndex(int(name)))
+        return _GpuMonitor(nvml, nvml.nvmlDeviceGetHandleByUUID(name))
     except (nvml.NVMLError, IndexError):
         nvml.nvmlShutdown()
         return None
 
 
-def span(readings: list[float | None], *, at_work: bool = False) -> Range | None:
+def _span(readings: list[float | None], *, at_work: bool = False) -> Range | None:
     """Summarise readings; None without any. `at_work`: the first, of an idle GPU, is no extreme."""
     read = [float(value) for value in readings if value is not None]
     if not read:
@@ -348,6 +328,7 @@ def span(readings: list[float | None], *, at_work: bool = False) -> Range | None
 _CPUS = Path("/sys/devices/system/cpu")
 
 # Above these a measurement is noisy.
+CLOCK_MOVED = 0.02  # of the lowest to the highest GPU clock: one step is under 1 %
 BUSY = 0.10  # of all cores, used by other programs
 STOLEN = 0.01  # of all cores, given to others by the host of a virtual machine
 WAITED = 0.02  # of the time, for a free core
@@ -393,10 +374,19 @@ class Conditions:
             found.append(f"other programs used {self.others:.1f} of {self.cores} cores")
         if self.stolen is not None and self.stolen > STOLEN * self.cores:
             found.append(f"the host took {self.stolen:.2f} of {self.cores} cores away")
-        if self.waited is not None and self.starved:
+        if self.starved and self.waited:
             found.append(f"this process waited {100 * self.waited:.0f} % of the time for a core")
-        if self.gpu is not None:
-            found += self.gpu.disturbances()
+        gpu = self.gpu
+        if gpu is None:
+            return found
+        if gpu.throttled:
+            found.append(f"the GPU was throttled ({', '.join(gpu.throttled)})")
+        clock = gpu.sm_mhz
+        if clock is not None and clock.low < (1 - CLOCK_MOVED) * clock.high:
+            found.append(f"the GPU's clock moved from {clock.low:.0f} to {clock.high:.0f} MHz")
+        if gpu.others:
+            programs = "program" if gpu.others == 1 else "programs"
+            found.append(f"{gpu.others} other {programs} computed on the GPU")
         return found
 
 
@@ -413,16 +403,16 @@ class MachineMonitor:
         self, gpu: int | None = None, *, nvml: Any = None, proc: Path = _PROC, cpus: Path = _CPUS
     ) -> None:
         self._proc, self._cpus = proc, cpus
-        self._gpu = None if gpu is None else open_gpu(gpu, nvml)
+        self._gpu = None if gpu is None else _open_gpu(gpu, nvml)
         self._loads: list[float | None] = []
         self._mhz: list[float | None] = []
-        self._times: list[tuple[float, float, tuple[float, float] | None]] = []
-        self._waits: list[dict[str, float]] = []
+        # Of each poll: wall and own time; work and stolen time; the threads' waits for a core
+        self._times: list[tuple[float, float, tuple[float, float] | None, dict[str, float]]] = []
 
     def poll(self) -> None:
         """Take a reading: before, between and after the blocks of a measurement."""
-        self._times.append((time.perf_counter(), time.process_time(), _work(self._proc)))
-        self._waits.append(_waits(self._proc))
+        now, own = time.perf_counter(), time.process_time()
+        self._times.append((now, own, _work(self._proc), _waits(self._proc)))
         self._loads.append(os.getloadavg()[0] if hasattr(os, "getloadavg") else None)
         self._mhz.append(_mhz(self._cpus))
         if self._gpu is not None:
@@ -430,25 +420,25 @@ class MachineMonitor:
 
     def conditions(self) -> Conditions:
         """Summarise the readings; :meth:`poll` must have been called."""
-        (began, own, work), (ended, own_after, work_after) = self._times[0], self._times[-1]
+        began, own_before, work_before, waits_before = self._times[0]
+        ended, own, work, waits = self._times[-1]
         seconds = ended - began
-        others = stolen = None
-        if work is not None and work_after is not None and seconds > 0:
+        others = stolen = waited = None
+        if work_before is not None and work is not None and seconds > 0:
             # In ticks of 10 ms a short difference may be slightly negative.
-            others = max(0.0, (work_after[0] - work[0] - (own_after - own)) / seconds)
-            stolen = max(0.0, (work_after[1] - work[1]) / seconds)
-        before, after = self._waits[0], self._waits[-1]
-        waited = None
-        if after and seconds > 0:  # over the threads that exist at the end
-            waited = sum(wait - before.get(thread, 0.0) for thread, wait in after.items()) / seconds
+            others = max(0.0, (work[0] - work_before[0] - (own - own_before)) / seconds)
+            stolen = max(0.0, (work[1] - work_before[1]) / seconds)
+        if waits and seconds > 0:  # over the threads that exist at the end
+            total = sum(wait - waits_before.get(thread, 0.0) for thread, wait in waits.items())
+            waited = total / seconds
         return Conditions(
             seconds=seconds,
             cores=os.cpu_count() or 1,
-            load=span(self._loads),
+            load=_span(self._loads),
             others=others,
             stolen=stolen,
             waited=waited,
-            cpu_mhz=span(self._mhz),
+            cpu_mhz=_span(self._mhz),
             governor=_text(self._cpus / "cpu0" / "cpufreq" / "scaling_governor") or None,
             gpu=None if self._gpu is None else self._gpu.summary(),
         )
