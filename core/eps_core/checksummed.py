@@ -52,13 +52,8 @@ def write(path: Path, payload: Payload) -> str:
 def read(path: Path, *, format: str, version: int) -> tuple[Payload, str]:
     """Return the verified payload of a checksummed file and its digest.
 
-    Args:
-        path: the file.
-        format: value that the payload's ``format`` must have.
-        version: newest ``version`` that the caller can read.
-
-    Raises:
-        FileFormatError: missing, truncated, altered, foreign, of another format, or too new.
+    Raises FileFormatError if it is missing, truncated, altered, foreign, of another ``format``, or
+    of a newer ``version`` than the caller's.
     """
     content = read_bytes(path)
     digest = content[-_DIGITS:]

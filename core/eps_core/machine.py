@@ -116,20 +116,15 @@ _SECONDS = 30.0  # a driver that was just loaded is slow to answer
 class Gpu:
     """A GPU as nvidia-smi lists it.
 
-    Attributes:
-        index: as nvidia-smi counts, regardless of CUDA_VISIBLE_DEVICES.
-        name: `NVIDIA H100 80GB HBM3`.
-        compute_capability: `9.0`.
-        memory, free: MiB; None for a GPU without memory of its own, such as GB10 and Jetson.
-        driver: `580.65.06`.
+    Memory is in MiB; None for a GPU without memory of its own, such as GB10 and Jetson.
     """
 
-    index: int
-    name: str
-    compute_capability: str
+    index: int  # as nvidia-smi counts, regardless of CUDA_VISIBLE_DEVICES
+    name: str  # `NVIDIA H100 80GB HBM3`
+    compute_capability: str  # `9.0`
     memory: int | None
     free: int | None
-    driver: str
+    driver: str  # `580.65.06`
 
 
 def is_too_old(driver: str) -> bool:
@@ -222,24 +217,16 @@ class Range:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GpuReading:
-    """NVML readings of one GPU over a measurement.
-
-    Attributes:
-        name: as NVML reports it.
-        sm_mhz, memory_mhz, celsius, watts: clocks, temperature and power.
-        highest_sm_mhz: maximum clock of its processors.
-        throttled: reasons for which the clocks were reduced, at any time.
-        others: other programs that computed on it.
-    """
+    """NVML readings of one GPU over a measurement."""
 
     name: str
     sm_mhz: Range | None
     memory_mhz: Range | None
     celsius: Range | None
     watts: Range | None
-    highest_sm_mhz: float | None
-    throttled: tuple[str, ...]
-    others: int | None
+    highest_sm_mhz: float | None  # maximum clock of its processors
+    throttled: tuple[str, ...]  # reasons for which the clocks were reduced, at any time
+    others: int | None  # other programs that computed on it
 
 
 class _GpuMonitor:
@@ -340,7 +327,6 @@ class Conditions:
 
     Attributes:
         seconds: length of the measurement.
-        cores: of the machine.
         load: load average over a minute.
         others: cores that other programs used, on average; None if unknown.
         stolen: cores that the host of a virtual machine gave to others.

@@ -44,15 +44,10 @@ TimeRuns = Callable[[int], Runs]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Timings:
-    """Times of several calls, measured in turns.
+    """Times of several calls, measured in turns."""
 
-    Attributes:
-        times: for each call, milliseconds of every run, float64 `[blocks, runs]`.
-        warm: whether every warm-up became flat before its share of the budget was spent.
-    """
-
-    times: list[Runs]
-    warm: bool
+    times: list[Runs]  # for each call, milliseconds of every run, float64 `[blocks, runs]`
+    warm: bool  # whether every warm-up became flat before its share of the budget was spent
 
 
 def wall_clock(call: Callable[[], object], clock: Clock = time.perf_counter) -> TimeRuns:
@@ -106,12 +101,9 @@ def interleave(
 
 
 def plan(seconds: float, turn: float, discarded: float) -> tuple[int, int]:
-    """Return the number of blocks of each call, and of runs in a block.
+    """Return the number of blocks of each call, and of runs in a block, that take `seconds`.
 
-    Args:
-        seconds: to spend.
-        turn: seconds of one run of every call.
-        discarded: runs at the start of a block that do not count.
+    `turn` is seconds of one run of every call; the first `discarded` runs of a block do not count.
     """
     turns = max(seconds, 0.0) / max(turn, _INSTANT)
     blocks = min(max(int(turns / (MAX_RUNS + discarded)), MIN_BLOCKS), MAX_BLOCKS)

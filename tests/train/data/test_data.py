@@ -200,7 +200,7 @@ def test_parts_that_the_source_keeps_apart_stay_as_they_are() -> None:
 def test_a_known_set_is_brought_to_another_size_as_its_image_files_would_be() -> None:
     digits, larger = dataset.load("digits"), dataset.load("digits", image_size=(16, 12))
     assert larger.identity.input_shape == (1, 16, 12)
-    assert larger.identity.outline == dataset.outline("digits", image_size=(16, 12))
+    assert larger.identity.outline == dataset.outline("digits", (16, 12))
     assert larger.identity.sha256 != digits.identity.sha256
     for part in PARTS:
         before, after = getattr(digits, part), getattr(larger, part)

@@ -80,10 +80,8 @@ def _to_pixels(images: Tensor) -> Tensor:
 def shift_and_flip(images: Tensor, shifts: Tensor, mirrored: Tensor, pad: int) -> Tensor:
     """Pad by `pad` zero pixels, crop back at `shifts`, mirror where `mirrored`.
 
-    Args:
-        images: uint8 `[N, C, H, W]`.
-        shifts: int64 `[N, 2]`, top and left of the crop in the padded image, 0..2 * pad.
-        mirrored: bool `[N]`.
+    Images are uint8 `[N, C, H, W]`, `mirrored` bool `[N]`; `shifts` int64 `[N, 2]`, 0..2 * pad, are
+    top and left of the crop in the padded image.
     """
     count, _, height, width = images.shape
     columns = torch.arange(width, device=images.device).expand(count, width)
@@ -218,11 +216,8 @@ def distort(images: Tensor, uniform: Tensor, shifts: Tensor, pad: int) -> Tensor
     The warp moves four anchors by up to 3 of 40 pixels, each way on its own, and every other place
     with them, the more so the nearer they are.
 
-    Args:
-        images: uint8 `[N, C, H, W]`.
-        uniform: `[N, NUMBERS]`, random numbers in 0..1.
-        shifts: int64 `[N, 2]`, top and left of the crop in the padded image, 0..2 * pad.
-        pad: pixels.
+    Images and shifts are as in :func:`shift_and_flip`; `uniform` are random numbers in 0..1,
+    `[N, NUMBERS]`.
     """
     padded = F.pad(images.to(torch.float32), (pad, pad, pad, pad))
     padded = (padded + _between(uniform[:, 0], -SVHN_BRIGHTNESS, SVHN_BRIGHTNESS)).clamp(0, 255)
@@ -273,9 +268,7 @@ def _seeding() -> Iterator[Callable[[int], object]]:
 def trivially_augmented(images: Tensor, seeds: Iterable[int]) -> Tensor:
     """Change each image by one operation of random strength (`TrivialAugmentWide`).
 
-    Args:
-        images: uint8 `[N, 1 or 3, H, W]`, on the CPU.
-        seeds: a number for each image, which decides on its operation.
+    The images are uint8 `[N, 1 or 3, H, W]`, on the CPU; the seed of each decides on its operation.
     """
     transform, changed = _transforms().TrivialAugmentWide(), []
     with _seeding() as seed:

@@ -47,13 +47,11 @@ _BATCH = 100
 _SEED = 0
 
 
-def measure(train: Part, kind: str) -> tuple[Mean, tuple[float, ...]]:
-    """Mean and std of a training part, in pixel units 0..255.
+def measure(train: Part, kind: str) -> Statistics:
+    """Mean and std of a training part; of one on disk, always of the same 1,000 images.
 
-    Args:
-        train: of a part on disk, the same 1,000 images are measured every time.
-        kind: `channel` for mean and std of every channel; `pixel` for the mean image, and 128 for
-            every channel, as in the paper (CIFAR and SVHN).
+    `kind` is `channel` for mean and std of every channel, or `pixel` for the mean image, and 128
+    for every channel, as in the paper (CIFAR and SVHN).
 
     Raises:
         ConfigError: `pixel`, for a part that is not in memory.
@@ -78,10 +76,9 @@ def measure(train: Part, kind: str) -> tuple[Mean, tuple[float, ...]]:
 
 
 def summary(mean: Mean, std: tuple[float, ...]) -> dict[str, Any]:
-    """Mean and std as plain data for reports.
+    """Kind, mean and std per channel as plain data for reports.
 
-    `kind` as :func:`measure` takes it, `mean` and `std` per channel. Of a mean image `mean` is its
-    mean: the thousands of numbers themselves are in the network.
+    Of a mean image it is its mean: the thousands of numbers themselves are in the network.
     """
     if isinstance(mean[0], tuple):
         image = torch.tensor(mean, dtype=torch.float64)
@@ -110,7 +107,7 @@ def fitting(statistics: Statistics, shape: tuple[int, int, int]) -> Statistics:
     return tuple(mean.tolist()), tuple(std.tolist())
 
 
-def _channels(parts: Iterable[ImageSet]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _channels(parts: Iterable[ImageSet]) -> Statistics:
     """Mean and std of every channel, over all images together."""
     # From the histograms `[C, 256]`: exact, and no float copy of the whole set.
     histograms = sum(
@@ -156,10 +153,7 @@ _MEMORY = 8 << 30  # bytes of pixels in memory, at most, in runs that did not re
 
 @dataclass(frozen=True, slots=True)
 class Outline:
-    """What a network and a schedule need to know of a data set.
-
-    Shape `[C, H, W]` of an image, number of classes, and (about) the number of training images.
-    """
+    """Shape `[C, H, W]` of a data set's images, its classes, and about its training images."""
 
     shape: tuple[int, int, int]
     classes: int
@@ -184,11 +178,9 @@ class DataIdentity:
     Attributes:
         name: as given to `--dataset`.
         classes: label names by index.
-        mean: of the training part, in pixel units 0..255: per channel, or the mean image
-            `[C][H][W]`.
-        std: per channel, in the same units; with a mean image 128.
+        mean, std: of the training part, in pixel units 0..255. The mean is per channel, or an image
+            `[C][H][W]`; std is per channel, with a mean image 128.
         preprocessing: from an image file to the network's uint8 input.
-        split_seed: seed of the split.
         sizes: number of images in `train`, `validation`, `test`.
         sha256: over pixels and labels of the three parts in that order; of a set on disk over
             relative file names, file sizes and labels.
@@ -212,7 +204,6 @@ class DataIdentity:
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
-        """Shape `[C, H, W]` of one image."""
         return self.preprocessing.shape
 
     @property
@@ -231,9 +222,9 @@ class DataIdentity:
         )
 
     def changed_part(self, other: DataIdentity) -> str | None:
-        """The first part in which `other` differs; None when they are the same images.
+        """The first part in which `other` differs, `data` where one of the two does not record it.
 
-        `train`, `validation` or `test`; `data` where one of the two does not record which.
+        None when they are the same images.
         """
         if self.sha256 == other.sha256:
             return None
@@ -257,8 +248,7 @@ class DataIdentity:
 class Data:
     """A data set, split: `validation` is held out of the training data; `test` is for the end.
 
-    `left_out` describes other files beside the images, `warning` what is odd about the images; both
-    are usually empty.
+    `left_out` describes files beside the images, `warning` what is odd about the images.
     """
 
     train: Part
@@ -329,9 +319,8 @@ def load(
         DamagedImages: some images cannot be decoded; all of them are named.
         DataError: the files are missing, damaged or unusable.
     """
-    if room is None:
-        room = room_for_images()
-    known = like.preprocessing if like is not None else None
+    room = room_for_images() if room is None else room
+    known = None if like is None else like.preprocessing
     options = ReadOptions(size=image_size, fit=fit, room=room, known=known)
     raw = _read(name, root, options, download=download)
     if like is not None and raw.folder is not None:
@@ -357,14 +346,10 @@ def room_for_images() -> int:
     return machine.available_memory() // 2 // local_processes()
 
 
-def outline(
-    name: str, root: Path | None = None, image_size: tuple[int, int] | None = None
-) -> Outline:
-    """Outline of a data set, without reading it unless it is a folder. Raises as `load` does."""
-    if name in DATASETS:
-        known = DATASETS[name]
-        return replace(known, shape=(known.shape[0], *image_size)) if image_size else known
-    return load(name, root, image_size=image_size).identity.outline
+def outline(name: str, image_size: tuple[int, int] | None = None) -> Outline:
+    """Outline of one of `DATASETS`, without reading it."""
+    known = DATASETS[name]
+    return replace(known, shape=(known.shape[0], *image_size)) if image_size else known
 
 
 def load_again(identity: DataIdentity, root: Path | None = None) -> Data:
@@ -399,19 +384,19 @@ def load_again(identity: DataIdentity, root: Path | None = None) -> Data:
 
 
 def _read(name: str, root: Path | None, options: ReadOptions, *, download: bool) -> RawDataset:
-    kind, colon, given = name.partition(":")
+    given = name.partition(":")[2]
     path = Path(given).expanduser()
-    if kind + colon == "folder:":
+    if name.startswith("folder:"):
         if root is None and not given:
             raise ConfigError(
                 "--dataset folder:: names no folder; write folder:PATH (folder:. for this one)"
             )
         return folder.read_folder(root or path, options)
-    if kind + colon == "csv:":
+    if name.startswith("csv:"):
         if not path.name:
             raise ConfigError("--dataset csv:: names no file; write csv:PATH")
         return folder.read_csv(path if root is None else root / path.name, options)
-    if kind + colon == "hf:":
+    if name.startswith("hf:"):
         if root is None and not given:
             raise ConfigError("--dataset hf:: names no data set; write hf:PATH or hf:NAME")
         return huggingface.read(given, root, options)

@@ -31,7 +31,6 @@ class ClassFiles:
     """Image files of class folders.
 
     Attributes:
-        root: folder of the class folders.
         by_class: image files relative to `root`, both in alphabetical order.
         left_out: number of other files by their suffixes, and of links that lead nowhere.
     """
@@ -58,9 +57,9 @@ def class_files(root: Path) -> ClassFiles:
     """Find the image files below `root`, one folder per class.
 
     Images may be in subfolders of their class, and links are followed. Names that begin with a dot
-    are ignored. Raises DataError when there is no class, for a class without images, for a folder
-    that cannot be read, for a broken link in the place of a class, and for a class whose name is
-    not UTF-8, which later commands could not write.
+    are ignored. Raises DataError for no class, a class without images, a folder that cannot be
+    read, a broken link in the place of a class, and a class whose name is not UTF-8, which later
+    commands could not write.
     """
     found = ClassFiles(root, {}, Counter())
     for entry in _entries(root):
@@ -97,7 +96,6 @@ def folders(root: Path) -> list[str]:
 
 
 def loose_images(root: Path) -> int:
-    """Number of images in `root` itself."""
     return sum(_is_image(entry.name) for entry in _entries(root))
 
 
@@ -172,19 +170,12 @@ _SAMPLE = 1_000  # files of a large set that are opened
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReadOptions:
-    """How images are to be read.
+    """How images are to be read."""
 
-    Attributes:
-        size: height and width to resize the images to; None when they all share one size.
-        fit: how, as in :class:`Preprocessing`.
-        room: bytes of pixels that may be in memory.
-        known: how the images were read before, which replaces `size` and `fit`.
-    """
-
-    size: tuple[int, int] | None = None
-    fit: str = "crop"
-    room: int = sys.maxsize
-    known: Preprocessing | None = None
+    size: tuple[int, int] | None = None  # height and width; None when they all share one size
+    fit: str = "crop"  # as in `Preprocessing`
+    room: int = sys.maxsize  # bytes of pixels that may be in memory
+    known: Preprocessing | None = None  # how they were read before: replaces `size` and `fit`
 
 
 _DEFAULT = ReadOptions()
@@ -276,10 +267,9 @@ def on_disk(
 
     Args:
         name: of the data set, for errors.
-        folder: that the names of its files are relative to.
+        folder, classes, left_out: as in :class:`~eps_train.data.images.RawDataset`.
         files: open the images of all parts.
         parts: make each of them, by the keys of :data:`PARTS`.
-        classes, left_out: as in :class:`~eps_train.data.images.RawDataset`.
         options: how to read.
     """
     how = options.known or _preprocessing(name, files, options)
@@ -356,8 +346,7 @@ def read_csv(path: Path, options: ReadOptions = _DEFAULT) -> RawDataset:
     numbers. Raises DataError that names the line that is incomplete, or whose file is missing or
     listed twice, or whose split or label is unknown.
     """
-    name = f"csv:{path}"
-    rows = list(_rows(path))
+    name, rows = f"csv:{path}", list(_rows(path))
     if not rows:
         raise DataError(f"data set {name}: no images are listed below its header")
     first: dict[str, int] = {}
@@ -367,12 +356,10 @@ def read_csv(path: Path, options: ReadOptions = _DEFAULT) -> RawDataset:
             raise _bad_line(path, row.line, f"{row.file} is in line {line} already; keep one")
     missing = [row for row in rows if not os.path.isfile(path.parent / row.file)]
     if missing:
+        line, file, *_ = missing[0]
         more = f"; {len(missing) - 1:,} more lines are like it" if missing[1:] else ""
-        raise _bad_line(
-            path,
-            missing[0].line,
-            f"{missing[0].file}: no such file; paths are relative to {path.parent}{more}",
-        )
+        problem = f"{file}: no such file; paths are relative to {path.parent}{more}"
+        raise _bad_line(path, line, problem)
     by_part: dict[str, list[_Row]] = defaultdict(list)
     for row in rows:
         by_part[row.part].append(row)
@@ -417,30 +404,27 @@ def _rows(path: Path) -> Iterator[_Row]:
                 for column, value in values.items():
                     if not value:
                         raise _bad_line(path, table.line_num, f"no {column}; fill it in")
+                line = table.line_num
                 if None in fields:
                     raise _bad_line(
                         path,
-                        table.line_num,
+                        line,
                         f"more than the {len(header)} values of the header; put a value that has a"
                         " comma in quotes",
                     )
                 split = values.get("split", "train")
                 part = next((p for p, usual in PARTS.items() if split.lower() in usual), None)
                 if part is None:
-                    raise _bad_line(
-                        path, table.line_num, f"split {split}: write train, val or test"
-                    )
-                yield _Row(table.line_num, values["path"], values["label"], part)
+                    raise _bad_line(path, line, f"split {split}: write train, val or test")
+                yield _Row(line, values["path"], values["label"], part)
     except FileNotFoundError:
-        raise DataError(
-            f"data set csv:{path}: no such file; name its folder with --data-root"
-        ) from None
+        problem = "no such file; name its folder with --data-root"
+        raise DataError(f"data set csv:{path}: {problem}") from None
     except OSError as error:
         raise DataError(f"data set csv:{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise DataError(
-            f"data set csv:{path}: is not UTF-8 text; save it as CSV in UTF-8"
-        ) from None
+        problem = "is not UTF-8 text; save it as CSV in UTF-8"
+        raise DataError(f"data set csv:{path}: {problem}") from None
     except csv.Error as error:
         raise _bad_line(path, table.line_num + 1, f"not CSV: {error}") from None
 
@@ -463,15 +447,9 @@ _WHAT = (
 def read_imagenet(root: Path, size: tuple[int, int] | None = None, fit: str = "crop") -> RawDataset:
     """List the files of both parts; `val`, which has labels, becomes the test part.
 
-    The images stay on disk. A subset of the classes in the same layout is read too.
-
-    Args:
-        root: the folder that holds `train` and `val`.
-        size: height and width to crop at the centre; None: 224x224.
-        fit: `letterbox` instead of the crop, as in :class:`Preprocessing`.
-
-    Raises:
-        DataError: one of the folders is missing, or not laid out like this.
+    They stay on disk. A subset of the classes in the same layout is read too. The images are
+    cropped at the centre to height and width `size`, 224 by default; with `fit` `letterbox` they
+    are not. Raises DataError when one of the folders is missing, or not laid out like this.
     """
     for part in ("train", "val"):
         if not (root / part).is_dir():

@@ -56,10 +56,7 @@ class ImageSet:
         digest.update(self.labels.contiguous().numpy().data)
 
     def preprocessed(self, preprocessing: Preprocessing) -> ImageSet:
-        """The same images as `preprocessing` reads them from image files.
-
-        Training and `eps-predict` so see the same pixels of the same image.
-        """
+        """As `preprocessing` reads image files: training and `eps-predict` see the same pixels."""
         from PIL import Image
 
         pixels = np.empty((len(self), *preprocessing.shape), dtype=np.uint8)
@@ -75,8 +72,7 @@ class RawDataset:
     """A data set as its reader found it, before it is split.
 
     Attributes:
-        train: images to train on, or all images when there are no other parts.
-        validation, test: parts that the data set defines itself; None: to be split off `train`.
+        train, validation, test: its parts; those that are None are to be split off `train`.
         classes: label names by index.
         preprocessing: from an image file to the same pixels.
         folder: folder of the image files; None where the data set does not consist of them.
@@ -96,7 +92,6 @@ class RawDataset:
     skipped: tuple[str, ...] = ()
 
     def map_parts(self, change: Callable[[Any], Part]) -> RawDataset:
-        """The data set with `change` applied to every part that it has."""
         return replace(
             self,
             train=change(self.train),
@@ -148,8 +143,7 @@ def load(
     The workers live until the last answer, or until this iterator is dropped.
 
     Args:
-        read: from a request to a tuple of tensors and other objects; picklable, as it is sent to
-            the workers.
+        read: from a request to a tuple of tensors and other objects; picklable.
         requests: what to read; without tensors, which would be sent through shared memory.
         pin: return the tensors in pinned memory, for asynchronous copies to a GPU.
         workers: number of processes; 0 reads in this one; None: :func:`worker_count`.
@@ -159,8 +153,7 @@ def load(
     Raises:
         DataError: what `read` raised, or a worker died, or shared memory ran out.
     """
-    wanted = worker_count() if workers is None else workers
-    count = _fitting_workers(wanted, answer_bytes)
+    count = _fitting_workers(worker_count() if workers is None else workers, answer_bytes)
     loader: DataLoader[Any] = DataLoader(
         _Reading(read, shared=count > 0),
         batch_size=None,
@@ -237,17 +230,11 @@ _CHUNK = 2 << 20  # bytes of pixels that a worker scans at a time: many fit in s
 
 @dataclass(slots=True)
 class ScanStatistics:
-    """What decoding every file of a part showed.
+    """What decoding every file of a part showed."""
 
-    Attributes:
-        problems: files that cannot be used, by path, one line each that names the file.
-        deep: number of grey images with 16 bits.
-        peak: largest value, 0..65535, in any of those.
-    """
-
-    problems: dict[str, str] = field(default_factory=dict)
-    deep: int = 0
-    peak: int = 0
+    problems: dict[str, str] = field(default_factory=dict)  # a line that names the file, by path
+    deep: int = 0  # number of grey images with 16 bits
+    peak: int = 0  # largest value, 0..65535, in any of those
 
     def add(self, other: ScanStatistics) -> None:
         self.problems |= other.problems
@@ -288,7 +275,6 @@ class FileSet:
         return replace(self, names=self.names[index.cpu().numpy()], labels=self.labels[index.cpu()])
 
     def without(self, paths: Collection[str]) -> FileSet:
-        """The set without the files at `paths`."""
         stays = [str(self.path(index)) not in paths for index in range(len(self))]
         return self[torch.tensor(stays, dtype=torch.bool).nonzero().flatten()]
 
@@ -338,13 +324,9 @@ class FileSet:
     def scan(self, *, keep: bool) -> tuple[Part, ScanStatistics]:
         """Decode every file once.
 
-        Args:
-            keep: whether to return the images in the memory of the CPU (the pixels of a bad file
-                are 0); otherwise this set is returned. Takes no more memory than the images and a
-                few chunks.
-
-        Raises:
-            DataError: the images do not fit in memory.
+        With `keep` the images are returned in the memory of the CPU (the pixels of a bad file are
+        0), which takes no more memory than they and a few chunks; otherwise this set. Raises
+        DataError when they do not fit in memory.
         """
         total, size = ScanStatistics(), max(1, _CHUNK // self._image_bytes)
         try:
