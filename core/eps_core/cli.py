@@ -35,29 +35,16 @@ INTERRUPTED = 130
 Log = Callable[[str], None]
 """Receives the progress of a long operation, one line per call."""
 
-# Packages that an import may lack, and the extra of eps-resnet that installs them.
+# The extras of eps-resnet, and the packages that they install and that an import may lack.
 _EXTRAS = {
-    "datasets": "hf",
-    "torch": "train",
-    "sklearn": "train",
-    "matplotlib": "train",
-    "tensorboard": "train",
-    "mlflow": "mlflow",
-    "wandb": "wandb",
-    "onnx": "deploy",
-    "onnxscript": "deploy",
-    "jinja2": "deploy",
-    "onnxruntime": "ort",
-    "PIL": "ort",
-    "tensorrt": "trt",
-    "pycuda": "trt",
-    "cuda": "trt",
-    "grpc": "serve",
-    "open_inference": "serve",
-    "starlette": "serve",
-    "uvicorn": "serve",
-    "httptools": "serve",
-    "prometheus_client": "serve",
+    "hf": ("datasets",),
+    "train": ("torch", "sklearn", "matplotlib", "tensorboard"),
+    "mlflow": ("mlflow",),
+    "wandb": ("wandb",),
+    "deploy": ("onnx", "onnxscript", "jinja2"),
+    "ort": ("onnxruntime", "PIL"),
+    "trt": ("tensorrt", "pycuda", "cuda"),
+    "serve": ("grpc", "open_inference", "starlette", "uvicorn", "httptools", "prometheus_client"),
 }
 _REMEDIES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space, or choose another place"),
@@ -171,10 +158,10 @@ def os_error_line(error: OSError) -> str:
 def missing_package(error: ModuleNotFoundError) -> str:
     """One line that names the extra to install; re-raises `error` for packages without one."""
     package = (error.name or "").partition(".")[0]
-    extra = _EXTRAS.get(package)
-    if extra is None:
-        raise error  # a bug, not the user's environment
-    return f"{package} is not installed; pip install 'eps-resnet[{extra}]'"
+    for extra, packages in _EXTRAS.items():
+        if package in packages:
+            return f"{package} is not installed; pip install 'eps-resnet[{extra}]'"
+    raise error  # a bug, not the user's environment
 
 
 def refuse_missing(*paths: Path | None) -> None:

@@ -46,10 +46,12 @@ def step_uniform(*shape: int, seed: int, epoch: int, step: int) -> Tensor:
     return torch.rand(shape, generator=_step_generator(seed, epoch, step))
 
 
-def step_seeds(count: int, *, seed: int, epoch: int, step: int, stream: int) -> Tensor:
-    """Seeds int64 `[count]` for one step of one epoch; other ones in each `stream`, above 0."""
+def step_seeds(count: int, *, seed: int, epoch: int, step: int, stream: int) -> list[int]:
+    """Seeds for `count` images of one step of one epoch; other ones in each `stream`, above 0."""
     mixed = _step_generator(seed, epoch, step).initial_seed() * _PRIME + stream
-    return torch.randint(2**62, (count,), generator=torch.Generator().manual_seed(mixed % 2**63))
+    generator = torch.Generator().manual_seed(mixed % 2**63)
+    seeds: list[int] = torch.randint(2**62, (count,), generator=generator).tolist()
+    return seeds
 
 
 def _step_generator(seed: int, epoch: int, step: int) -> torch.Generator:

@@ -123,13 +123,10 @@ class _Epoch:
 
     def __init__(self, batches: Batches, epoch: int) -> None:
         config = batches.config
-        self._batches, self._config, self._epoch = batches, config, epoch
+        self._batches, self._config = batches, config
+        self._numbers = {"seed": config.seed, "epoch": epoch}  # that all random choices follow from
         self.order, shifts, mirrored = augment.draw_epoch(
-            len(batches.images),
-            seed=config.seed,
-            epoch=epoch,
-            shift=config.shift,
-            flip=config.flip,
+            len(batches.images), **self._numbers, shift=config.shift, flip=config.flip
         )
         self._shifts, self._mirrored = shifts.to(batches.device), mirrored.to(batches.device)
 
@@ -141,17 +138,12 @@ class _Epoch:
 
     def uniform(self, step: int) -> Tensor:
         """Uniform random numbers for every image of a step's whole batch, on the CPU."""
-        numbers, seed = _NUMBERS[self._config.augmentation], self._config.seed
-        return augment.step_uniform(
-            self._batches.size, numbers, seed=seed, epoch=self._epoch, step=step
-        )
+        shape = self._batches.size, _NUMBERS[self._config.augmentation]
+        return augment.step_uniform(*shape, **self._numbers, step=step)
 
     def seeds(self, step: int, stream: int) -> list[int]:
         """Seeds for every image of a step's whole batch, for one of torchvision's transforms."""
-        seeds: list[int] = augment.step_seeds(
-            self._batches.size, seed=self._config.seed, epoch=self._epoch, step=step, stream=stream
-        ).tolist()
-        return seeds
+        return augment.step_seeds(self._batches.size, **self._numbers, step=step, stream=stream)
 
     def augmented(self, batch: ImageSet, step: int) -> ImageSet:
         """This process's images of a step, on the device: augmented, erased and mixed."""

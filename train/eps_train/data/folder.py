@@ -76,11 +76,10 @@ def class_files(root: Path) -> ClassFiles:
             raise DataError(
                 f"{root}: the name of class folder {os.fsencode(name)!r} is not UTF-8; rename it"
             ) from None
-        files: list[str] = []
-        _walk(root / name, name, [os.stat(root)], files, found.left_out)
+        files = sorted(_images(found, name, [os.stat(root)]), key=lambda file: file.split(os.sep))
         if not files:
             raise DataError(f"{root / name}: a class folder without images; fill or remove it")
-        found.by_class[name] = sorted(files, key=lambda file: file.split(os.sep))
+        found.by_class[name] = files
     if not found.by_class:
         loose = loose_images(root)
         among = f" but {loose:,} images" if loose else ""
@@ -110,31 +109,25 @@ def describe_files(left_out: Mapping[str, int]) -> str:
     return f"{total:,} {'file' if total == 1 else 'files'} ({named}{more})"
 
 
-def _walk(
-    folder: Path,
-    name: str,
-    above: list[os.stat_result],
-    files: list[str],
-    left_out: Counter[str],
-) -> None:
-    """Add the images below `folder`, whose path from the root is `name`, and count other files.
+def _images(found: ClassFiles, name: str, above: list[os.stat_result]) -> Iterator[str]:
+    """Yield the images below the folder `name` of `found.root`, and count the other files.
 
     `above` are the folders that it was reached through, to tell links that lead in a circle.
     """
-    here = os.stat(folder)
+    here = os.stat(found.root / name)
     if any(os.path.samestat(here, other) for other in above):
-        left_out["links that lead in a circle"] += 1
+        found.left_out["links that lead in a circle"] += 1
         return
-    for entry in _entries(folder):
+    for entry in _entries(found.root / name):
         path = os.path.join(name, entry.name)
         if entry.is_dir():
-            _walk(folder / entry.name, path, [*above, here], files, left_out)
+            yield from _images(found, path, [*above, here])
         elif _is_image(entry.name):
-            files.append(path)
+            yield path
         elif entry.is_symlink() and not os.path.exists(entry.path):
-            left_out["broken links"] += 1
+            found.left_out["broken links"] += 1
         else:
-            left_out[_suffix(entry.name)] += 1
+            found.left_out[_suffix(entry.name)] += 1
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
