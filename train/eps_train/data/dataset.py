@@ -22,16 +22,9 @@ from eps_core import machine
 from eps_core.errors import ConfigError, DamagedImages, DataError
 from eps_core.preprocessing import Preprocessing
 from eps_train.config import from_plain_data, plain_data
-from eps_train.data import downloads, folder, huggingface
+from eps_train.data import downloads, folder, images
 from eps_train.data.folder import ReadOptions
-from eps_train.data.images import (
-    FileSet,
-    ImageSet,
-    Part,
-    RawDataset,
-    ScanStatistics,
-    local_processes,
-)
+from eps_train.data.images import FileSet, ImageSet, Part, RawDataset, ScanStatistics
 
 # -- Mean and std of the training part, by which a network's input is normalized
 
@@ -343,7 +336,7 @@ def load(
 
 def room_for_images() -> int:
     """Bytes of pixels that this process may hold: its share of half the memory that is free."""
-    return machine.available_memory() // 2 // local_processes()
+    return machine.available_memory() // 2 // images.local_processes()
 
 
 def outline(name: str, image_size: tuple[int, int] | None = None) -> Outline:
@@ -399,7 +392,7 @@ def _read(name: str, root: Path | None, options: ReadOptions, *, download: bool)
     if name.startswith("hf:"):
         if root is None and not given:
             raise ConfigError("--dataset hf:: names no data set; write hf:PATH or hf:NAME")
-        return huggingface.read(given, root, options)
+        return folder.read_huggingface(given, root, options)
     if name not in DATASETS:
         raise ConfigError(
             f"--dataset {name}: unknown; the data sets are: {', '.join(DATASETS)}, folder:PATH,"

@@ -1,18 +1,22 @@
-"""Data sets of image files: one folder per class, a CSV file of paths and labels, and ImageNet."""
+"""Data sets of encoded images: class folders, CSV files, Hugging Face's tables, and ImageNet."""
 
 from __future__ import annotations
 
 import csv
+import io
 import math
 import os
 import random
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import torch
 
 from eps_core.errors import DataError
 from eps_core.preprocessing import Preprocessing, upright_size
@@ -149,7 +153,7 @@ def _suffix(name: str) -> str:
     return os.path.splitext(name)[1].lower() or "no suffix"
 
 
-# -- `folder:PATH`
+# -- From image files to a data set
 
 PARTS = {  # usual names of the folders of parts in public sets, in any case
     "train": ("train", "training", "trn", "seg_train"),
@@ -174,76 +178,7 @@ class ReadOptions:
 _DEFAULT = ReadOptions()
 
 
-def read_folder(folder: Path, options: ReadOptions = _DEFAULT) -> RawDataset:
-    """Find every image below `folder`, as :func:`on_disk` describes.
-
-    `folder` has class folders, or `train` (and perhaps `val`, `test`) with class folders in each.
-    Raises DataError that names the folder or image that is missing, empty, or of another size.
-    """
-    if not folder.is_dir():
-        raise DataError(f"data set folder:{folder}: no such folder; name it with --data-root")
-    roots, unused = _roots(folder)
-    found = {part: class_files(root) for part, root in roots.items()}
-    classes = tuple(found["train"].by_class)
-    others = describe_files(sum((files.left_out for files in found.values()), Counter[str]()))
-    left_out = [others, f"the folders {', '.join(unused)}" if unused else ""]
-    return on_disk(
-        f"folder:{folder}",
-        folder,
-        [partial(path.open, "rb") for files in found.values() for path in files.paths],
-        {part: partial(files.labelled, classes) for part, files in found.items()},
-        classes=classes,
-        options=options,
-        left_out=" and ".join(filter(None, left_out)),
-    )
-
-
-def _roots(folder: Path) -> tuple[dict[str, Path], list[str]]:
-    """The folder of the class folders of each part, and the folders that are not used.
-
-    Without a folder of training data, all of them are training data. A folder named like a part is
-    one when there are folders in it: `train` may also be a class, beside `bus` and `car`.
-    """
-    inner = {name: folders(folder / name) for name in folders(folder)}
-    named: dict[str, list[str]] = defaultdict(list)
-    for part, usual in PARTS.items():
-        named[part] = [name for name, below in inner.items() if below and name.lower() in usual]
-        if len(named[part]) > 1:
-            raise DataError(
-                f"data set folder:{folder}: {' and '.join(named[part])} are both taken for the"
-                f" {part} part; remove one of them"
-            )
-    roots = {part: folder / names[0] for part, names in named.items() if names}
-    if "train" in roots:
-        return roots, [name for name in inner if folder / name not in roots.values()]
-    if roots:
-        root, *_ = roots.values()
-        raise DataError(
-            f"{root}: a part without {folder / 'train'}; add that, or put all class folders"
-            f" directly into {folder}"
-        )
-    # No parts: what is in `folder` must be classes, not folders of classes.
-    outer = [name for name in inner if not loose_images(folder / name)]
-    if len(inner) == 1 and outer and inner[outer[0]]:
-        raise DataError(
-            f"data set folder:{folder}: only one folder, {outer[0]}, with folders in it; if those"
-            f" are the classes, give --dataset folder:{folder / outer[0]}"
-        )
-    shared = set.intersection(*map(set, inner.values())) if inner else set()
-    if len(inner) > 1 and len(outer) == len(inner) and len(shared) > 1:
-        raise DataError(
-            f"data set folder:{folder}: all of {_few(list(inner))} have the same folders in them"
-            f" ({_few(sorted(shared))}): they look like parts of the data, not like classes;"
-            f" name them train, val and test, or put the class folders directly into {folder}"
-        )
-    return {"train": folder}, []
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
-
-
-def on_disk(
+def _on_disk(
     name: str,
     folder: Path,
     files: Sequence[OpenFile],
@@ -319,6 +254,78 @@ def _sizes(files: Sequence[OpenFile]) -> tuple[Counter[tuple[int, int]], bool]:
     return sizes, grey
 
 
+# -- `folder:PATH`
+
+
+def read_folder(folder: Path, options: ReadOptions = _DEFAULT) -> RawDataset:
+    """Find every image below `folder`.
+
+    `folder` has class folders, or `train` (and perhaps `val`, `test`) with class folders in each.
+    Raises DataError that names the folder or image that is missing, empty, or of another size.
+    """
+    if not folder.is_dir():
+        raise DataError(f"data set folder:{folder}: no such folder; name it with --data-root")
+    roots, unused = _roots(folder)
+    found = {part: class_files(root) for part, root in roots.items()}
+    classes = tuple(found["train"].by_class)
+    others = describe_files(sum((files.left_out for files in found.values()), Counter[str]()))
+    left_out = [others, f"the folders {', '.join(unused)}" if unused else ""]
+    return _on_disk(
+        f"folder:{folder}",
+        folder,
+        [partial(path.open, "rb") for files in found.values() for path in files.paths],
+        {part: partial(files.labelled, classes) for part, files in found.items()},
+        classes=classes,
+        options=options,
+        left_out=" and ".join(filter(None, left_out)),
+    )
+
+
+def _roots(folder: Path) -> tuple[dict[str, Path], list[str]]:
+    """The folder of the class folders of each part, and the folders that are not used.
+
+    Without a folder of training data, all of them are training data. A folder named like a part is
+    one when there are folders in it: `train` may also be a class, beside `bus` and `car`.
+    """
+    inner = {name: folders(folder / name) for name in folders(folder)}
+    named: dict[str, list[str]] = defaultdict(list)
+    for part, usual in PARTS.items():
+        named[part] = [name for name, below in inner.items() if below and name.lower() in usual]
+        if len(named[part]) > 1:
+            raise DataError(
+                f"data set folder:{folder}: {' and '.join(named[part])} are both taken for the"
+                f" {part} part; remove one of them"
+            )
+    roots = {part: folder / names[0] for part, names in named.items() if names}
+    if "train" in roots:
+        return roots, [name for name in inner if folder / name not in roots.values()]
+    if roots:
+        root, *_ = roots.values()
+        raise DataError(
+            f"{root}: a part without {folder / 'train'}; add that, or put all class folders"
+            f" directly into {folder}"
+        )
+    # No parts: what is in `folder` must be classes, not folders of classes.
+    outer = [name for name in inner if not loose_images(folder / name)]
+    if len(inner) == 1 and outer and inner[outer[0]]:
+        raise DataError(
+            f"data set folder:{folder}: only one folder, {outer[0]}, with folders in it; if those"
+            f" are the classes, give --dataset folder:{folder / outer[0]}"
+        )
+    shared = set.intersection(*map(set, inner.values())) if inner else set()
+    if len(inner) > 1 and len(outer) == len(inner) and len(shared) > 1:
+        raise DataError(
+            f"data set folder:{folder}: all of {_few(list(inner))} have the same folders in them"
+            f" ({_few(sorted(shared))}): they look like parts of the data, not like classes;"
+            f" name them train, val and test, or put the class folders directly into {folder}"
+        )
+    return {"train": folder}, []
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+
+
 # -- `csv:PATH`: a table with the columns path, label, and perhaps split
 
 
@@ -332,7 +339,7 @@ class _Row(NamedTuple):
 
 
 def read_csv(path: Path, options: ReadOptions = _DEFAULT) -> RawDataset:
-    """Find every image that a CSV file lists, as :func:`on_disk` describes.
+    """Find every image that a CSV file lists.
 
     The header of `path` has the columns `path` (relative to the file's folder), `label` and perhaps
     `split`. The classes are in alphabetical order, or in numerical order where all labels are
@@ -374,7 +381,7 @@ def read_csv(path: Path, options: ReadOptions = _DEFAULT) -> RawDataset:
         for part, listed in by_part.items()
     }
     files = [partial((path.parent / row.file).open, "rb") for row in rows]
-    return on_disk(name, path.parent, files, parts, classes=classes, options=options, left_out="")
+    return _on_disk(name, path.parent, files, parts, classes=classes, options=options, left_out="")
 
 
 def _rows(path: Path) -> Iterator[_Row]:
@@ -424,6 +431,122 @@ def _rows(path: Path) -> Iterator[_Row]:
 
 def _bad_line(path: Path, line: int, problem: str) -> DataError:
     return DataError(f"data set csv:{path}: line {line:,}: {problem}")
+
+
+# -- `hf:PATH` and `hf:NAME`: data sets of Hugging Face's package `datasets`
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class RowSet(FileSet):
+    """Encoded images in Arrow tables; the names are `SPLIT/ROW`.
+
+    Attributes:
+        images_of: column of images by split, not decoded: `bytes` or `path` of each.
+    """
+
+    images_of: Mapping[str, Any] = field(kw_only=True)
+
+    def open(self, index: int) -> BinaryIO:
+        split, _, row = os.fsdecode(self.names[index]).rpartition("/")
+        return _open_row(self.images_of[split], int(row))
+
+    def size(self, index: int) -> int:
+        with self.open(index) as file:
+            return file.seek(0, io.SEEK_END)
+
+
+def _open_row(images: Any, row: int) -> BinaryIO:
+    """Open the image in a row of a table with one column. Raises ValueError where there is none."""
+    (image,) = images[row].values()
+    if image is None:
+        raise ValueError("the row has no image")
+    content, path = image["bytes"], image["path"]
+    return io.BytesIO(content) if content is not None else Path(path).open("rb")
+
+
+def read_huggingface(given: str, root: Path | None, options: ReadOptions) -> RawDataset:
+    """Find the images of a data set with one column of images and one of class labels.
+
+    Args:
+        given: a folder that `save_to_disk` wrote; otherwise what `datasets.load_dataset` loads, and
+            downloads once.
+        root: a folder that replaces `given`.
+        options: how to read the images.
+
+    Raises:
+        ImportError: `datasets` is not installed.
+        DataError: there is no such data set, its columns are ambiguous, or a row has no label.
+    """
+    import datasets
+
+    name, place = f"hf:{given}", root or Path(given).expanduser()
+    try:
+        loaded = (
+            datasets.load_from_disk(str(place)) if place.is_dir() else datasets.load_dataset(given)
+        )
+    except (OSError, ValueError) as error:
+        problem = " ".join(str(error).split())
+        raise DataError(
+            f"data set {name}: {problem}; give a folder that save_to_disk wrote, or the name of a"
+            " data set on the Hub"
+        ) from None
+    tables = dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
+    splits = {
+        part: split
+        for part, usual in PARTS.items()
+        for split in reversed(tables)
+        if split.lower() in usual
+    }
+    if "train" not in splits:
+        raise DataError(f"data set {name}: its splits are {', '.join(tables)}; name one train")
+    features = tables[splits["train"]].features
+    image = _column(name, features, datasets.Image)
+    label = _column(name, features, datasets.ClassLabel)
+    images_of, labels = {}, {}
+    for split in splits.values():
+        if tables[split].features[label] != features[label]:
+            raise DataError(f"data set {name}: split {split} has other classes than the first")
+        labels[split] = np.array([-1 if n is None else n for n in tables[split][label]])
+        without = np.flatnonzero(labels[split] < 0)
+        if len(without):
+            raise DataError(
+                f"data set {name}: row {without[0]} of split {split} has no label in column {label}"
+                f" ({len(without):,} rows have none); remove them"
+            )
+        raw = tables[split].with_format(None).select_columns([image])
+        images_of[split] = raw.cast_column(image, datasets.Image(decode=False))
+    files = [
+        partial(_open_row, rows, row) for rows in images_of.values() for row in range(len(rows))
+    ]
+
+    def make(split: str, how: Preprocessing) -> RowSet:
+        names = np.array([f"{split}/{row}" for row in range(len(labels[split]))], dtype=np.bytes_)
+        numbers = torch.from_numpy(labels[split]).to(torch.int64)
+        return RowSet(place, names, numbers, how, images_of=images_of)
+
+    unused = [split for split in tables if split not in splits.values()]
+    return _on_disk(
+        name,
+        place,
+        files,
+        {part: partial(make, split) for part, split in splits.items()},
+        classes=tuple(features[label].names),
+        options=options,
+        left_out=f"the splits {', '.join(unused)}" if unused else "",
+    )
+
+
+def _column(name: str, features: Mapping[str, Any], kind: type) -> str:
+    """The column of a type. Raises DataError unless there is exactly one."""
+    found = [column for column, feature in features.items() if isinstance(feature, kind)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        problem = f"columns {' and '.join(found)} are both of type {kind.__name__}; remove one"
+    else:
+        every = ", ".join(f"{column} ({type(f).__name__})" for column, f in features.items())
+        problem = f"none of its columns is of type {kind.__name__}: {every}; cast one"
+    raise DataError(f"data set {name}: {problem}")
 
 
 # -- ImageNet (ILSVRC 2012) in its usual layout: `train` and `val`, each with one folder per class
