@@ -277,10 +277,10 @@ class _GpuMonitor:
             return None
 
 
-def _open_gpu(ordinal: int, nvml: Any) -> _GpuMonitor | None:
+def _open_gpu(ordinal: int) -> _GpuMonitor | None:
     """Monitor the GPU that CUDA calls `ordinal`; None without NVML or its driver."""
     try:
-        nvml = nvml or import_module("pynvml")
+        nvml = import_module("pynvml")
     except ImportError:
         return None
     try:
@@ -379,17 +379,11 @@ class Conditions:
 class MachineMonitor:
     """Reads clocks and load whenever it is polled; a context manager.
 
-    Args:
-        gpu: number of the CUDA device that is measured, None for none.
-        nvml: the module `pynvml`; a parameter for tests.
-        proc, cpus: folders where Linux reports load and cores; parameters for tests.
+    `gpu` is the number of the CUDA device that is measured, None for none.
     """
 
-    def __init__(
-        self, gpu: int | None = None, *, nvml: Any = None, proc: Path = _PROC, cpus: Path = _CPUS
-    ) -> None:
-        self._proc, self._cpus = proc, cpus
-        self._gpu = None if gpu is None else _open_gpu(gpu, nvml)
+    def __init__(self, gpu: int | None = None) -> None:
+        self._gpu = None if gpu is None else _open_gpu(gpu)
         self._loads: list[float | None] = []
         self._mhz: list[float | None] = []
         # Of each poll: wall and own time; work and stolen time; the threads' waits for a core
@@ -398,9 +392,9 @@ class MachineMonitor:
     def poll(self) -> None:
         """Take a reading: before, between and after the blocks of a measurement."""
         now, own = time.perf_counter(), time.process_time()
-        self._times.append((now, own, _work(self._proc), _waits(self._proc)))
+        self._times.append((now, own, _work(), _waits()))
         self._loads.append(os.getloadavg()[0] if hasattr(os, "getloadavg") else None)
-        self._mhz.append(_mhz(self._cpus))
+        self._mhz.append(_mhz())
         if self._gpu is not None:
             self._gpu.poll()
 
@@ -425,7 +419,7 @@ class MachineMonitor:
             stolen=stolen,
             waited=waited,
             cpu_mhz=_span(self._mhz),
-            governor=_text(self._cpus / "cpu0" / "cpufreq" / "scaling_governor") or None,
+            governor=_text(_CPUS / "cpu0" / "cpufreq" / "scaling_governor") or None,
             gpu=None if self._gpu is None else self._gpu.summary(),
         )
 
@@ -437,9 +431,9 @@ class MachineMonitor:
             self._gpu.close()
 
 
-def _work(proc: Path) -> tuple[float, float] | None:
+def _work() -> tuple[float, float] | None:
     """Seconds of work and of stolen time since boot, over all cores."""
-    text = _text(proc / "stat")
+    text = _text(_PROC / "stat")
     if not text:
         return None
     ticks = [float(word) for word in text.partition("\n")[0].split()[1:]]
@@ -448,16 +442,16 @@ def _work(proc: Path) -> tuple[float, float] | None:
     return (user + nice + system + interrupts + soft) / second, stolen / second
 
 
-def _waits(proc: Path) -> dict[str, float]:
+def _waits() -> dict[str, float]:
     """Seconds that each thread of this process has waited for a core; empty if unknown."""
-    found = {path.parent.name: _text(path) for path in proc.glob("self/task/*/schedstat")}
+    found = {path.parent.name: _text(path) for path in _PROC.glob("self/task/*/schedstat")}
     # Empty: the thread has just ended.
     return {thread: float(text.split()[1]) / 1e9 for thread, text in found.items() if text}
 
 
-def _mhz(cpus: Path) -> float | None:
+def _mhz() -> float | None:
     """Mean frequency of all cores; None where Linux does not control it, as on most clouds."""
-    texts = map(_text, cpus.glob("cpu[0-9]*/cpufreq/scaling_cur_freq"))
+    texts = map(_text, _CPUS.glob("cpu[0-9]*/cpufreq/scaling_cur_freq"))
     read = [float(text) / 1000 for text in texts if text]
     return sum(read) / len(read) if read else None
 

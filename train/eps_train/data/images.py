@@ -291,7 +291,7 @@ class FileSet:
         return os.stat(self.path(index)).st_size
 
     def read(
-        self, index: Sequence[int], crops: Sequence[ChooseBox] | None = None
+        self, index: Sequence[int], crops: Sequence[ChooseBox] = ()
     ) -> tuple[Tensor, Tensor]:
         """Read images in this process: as evaluation does, or the box that `crops` choose of each.
 
