@@ -235,6 +235,10 @@ def _preprocessing(name: str, files: Sequence[OpenFile], options: ReadOptions) -
     return Preprocessing(resize=size, crop=size, color="grey" if grey else "rgb", fit=options.fit)
 
 
+def _open(path: Path) -> BinaryIO:
+    return path.open("rb")
+
+
 def _sizes(files: Sequence[OpenFile]) -> tuple[Counter[tuple[int, int]], bool]:
     """Upright sizes (height, width) of images, and whether all are grey; from their headers alone.
 
@@ -273,7 +277,7 @@ def read_folder(folder: Path, options: ReadOptions = _DEFAULT) -> RawDataset:
     return _on_disk(
         f"folder:{folder}",
         folder,
-        [partial(path.open, "rb") for files in found.values() for path in files.paths],
+        [partial(_open, path) for files in found.values() for path in files.paths],
         {part: partial(files.labelled, classes) for part, files in found.items()},
         classes=classes,
         options=options,
@@ -380,7 +384,7 @@ def read_csv(path: Path, options: ReadOptions = _DEFAULT) -> RawDataset:
         )
         for part, listed in by_part.items()
     }
-    files = [partial((path.parent / row.file).open, "rb") for row in rows]
+    files = [partial(_open, path.parent / row.file) for row in rows]
     return _on_disk(name, path.parent, files, parts, classes=classes, options=options, left_out="")
 
 

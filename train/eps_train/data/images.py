@@ -290,9 +290,7 @@ class FileSet:
     def size(self, index: int) -> int:
         return os.stat(self.path(index)).st_size
 
-    def read(
-        self, index: Sequence[int], crops: Sequence[ChooseBox] = ()
-    ) -> tuple[Tensor, Tensor]:
+    def read(self, index: Sequence[int], crops: Sequence[ChooseBox] = ()) -> tuple[Tensor, Tensor]:
         """Read images in this process: as evaluation does, or the box that `crops` choose of each.
 
         Returns pixels uint8 `[n, C, H, W]` and labels int64 `[n]`. Raises DataError that names a
