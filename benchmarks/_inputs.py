@@ -19,7 +19,7 @@ from _steps import random_images
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from eps_train.data import batches
+from eps_train.data.batches import Batches
 from eps_train.data.downloads import import_torchvision
 from eps_train.data.images import ImageSet
 from eps_train.recipes import cifar
@@ -34,7 +34,7 @@ def inputs(options: Options) -> Plan:
     config = cifar("cifar10-110", dataset="cifar10", depth=110)
     data = random_images(config, IMAGES)
     assert isinstance(data.train, ImageSet)
-    ours = batches.make(data, config, options.device)
+    ours = Batches(data, config, options.device)
     sides: dict[str, Callable[[], Iterable[object]]] = {
         "ours": lambda: ours.epoch(0, first=0),
         **{

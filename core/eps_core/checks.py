@@ -95,9 +95,8 @@ def compare_logits(
     """Compare the logits of two networks.
 
     Args:
-        stage, limit, inputs: as in :class:`Parity`.
+        stage, batches, limit, inputs: as in :class:`Parity`.
         reference, candidate: logits `[N, classes]`, one array for each of `batches`.
-        batches: batch sizes.
         indices: of the N images, for `worst_sample`; 0 to N - 1 by default.
     """
     expected, found = np.stack(reference), np.stack(candidate)  # [batch size, image, class]

@@ -52,13 +52,8 @@ def write(path: Path, payload: Payload) -> str:
 def read(path: Path, *, format: str, version: int) -> tuple[Payload, str]:
     """Return the verified payload of a checksummed file and its digest.
 
-    Args:
-        path: the file.
-        format: value that the payload's ``format`` must have.
-        version: newest ``version`` that the caller can read.
-
-    Raises:
-        FileFormatError: missing, truncated, altered, foreign, of another format, or too new.
+    Raises FileFormatError if it is missing, truncated, altered, foreign, of another ``format``, or
+    of a newer ``version`` than the caller's.
     """
     content = read_bytes(path)
     digest = content[-_DIGITS:]
@@ -100,17 +95,13 @@ def read_bytes(path: Path) -> bytes:
         raise FileFormatError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def _require_plain(value: object) -> None:
+def _require_plain(value: Any) -> None:
     """Raise TypeError for what the reader would refuse: a NumPy scalar, a path, a class."""
     if isinstance(value, torch.Tensor) or type(value) in _PLAIN:
         return
     if type(value) in (dict, OrderedDict):
-        assert isinstance(value, dict)
-        for item in (*value.keys(), *value.values()):
-            _require_plain(item)
-    elif type(value) in (list, tuple):
-        assert isinstance(value, (list, tuple))
-        for item in value:
-            _require_plain(item)
-    else:
+        value = (*value.keys(), *value.values())
+    if type(value) not in (list, tuple):
         raise TypeError(f"{type(value).__name__} is neither a tensor nor plain data: {value!r}")
+    for item in value:
+        _require_plain(item)

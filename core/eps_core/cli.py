@@ -35,37 +35,23 @@ INTERRUPTED = 130
 Log = Callable[[str], None]
 """Receives the progress of a long operation, one line per call."""
 
-# Packages that an import may lack, and the extra of eps-resnet that installs them.
+# The extras of eps-resnet, and the packages that they install and that an import may lack.
 _EXTRAS = {
-    "datasets": "hf",
-    "torch": "train",
-    "sklearn": "train",
-    "matplotlib": "train",
-    "tensorboard": "train",
-    "mlflow": "mlflow",
-    "wandb": "wandb",
-    "onnx": "deploy",
-    "onnxscript": "deploy",
-    "jinja2": "deploy",
-    "onnxruntime": "ort",
-    "PIL": "ort",
-    "tensorrt": "trt",
-    "pycuda": "trt",
-    "cuda": "trt",
-    "grpc": "serve",
-    "open_inference": "serve",
-    "starlette": "serve",
-    "uvicorn": "serve",
-    "httptools": "serve",
-    "prometheus_client": "serve",
+    "hf": ("datasets",),
+    "train": ("torch", "sklearn", "matplotlib", "tensorboard"),
+    "mlflow": ("mlflow",),
+    "wandb": ("wandb",),
+    "deploy": ("onnx", "onnxscript", "jinja2"),
+    "ort": ("onnxruntime", "PIL"),
+    "trt": ("tensorrt", "pycuda", "cuda"),
+    "serve": ("grpc", "open_inference", "starlette", "uvicorn", "httptools", "prometheus_client"),
 }
-_NOT_WRITABLE = "choose another place, or change who may write there"
 _REMEDIES = {
-    errno.ENOSPC: "free some space, or choose another place",
-    errno.EDQUOT: "free some space, or choose another place",
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space, or choose another place"),
+    **dict.fromkeys(
+        (errno.EACCES, errno.EPERM), "choose another place, or change who may write there"
+    ),
     errno.EROFS: "choose another place",
-    errno.EACCES: _NOT_WRITABLE,
-    errno.EPERM: _NOT_WRITABLE,
 }
 _MEMORY_OPTIONS = ("--image-size", "--batch-size", "--model")  # they decide how much is used
 
@@ -138,7 +124,9 @@ def run(command: click.Command) -> NoReturn:
     except (MemoryError, RuntimeError) as error:
         if (death := reader_death(error)) is not None:
             _fail(name, death)
-        if not _out_of_memory(error):
+        text = str(error)  # of torch, on the CPU or on a GPU
+        signs = ("out of memory", "allocate memory", "not enough memory")
+        if not isinstance(error, MemoryError) and not any(sign in text for sign in signs):
             raise  # a bug, with its traceback
         known = {option for item in command.params for option in item.opts}
         smaller = ", ".join(option for option in _MEMORY_OPTIONS if option in known)
@@ -153,19 +141,12 @@ def _prepare_streams() -> None:
     A closed stream becomes the null device: otherwise the next file to be opened would get its
     number. Characters that the encoding lacks are written as escapes.
     """
-    for stream in ("stdout", "stderr"):
-        if getattr(sys, stream) is None:
-            setattr(sys, stream, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
-        elif isinstance(getattr(sys, stream), io.TextIOWrapper):
-            getattr(sys, stream).reconfigure(errors="backslashreplace")
-
-
-def _out_of_memory(error: Exception) -> bool:
-    """Whether memory ran out, in Python or in torch, on the CPU or on a GPU."""
-    text = str(error)
-    return isinstance(error, MemoryError) or any(
-        sign in text for sign in ("out of memory", "allocate memory", "not enough memory")
-    )
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def os_error_line(error: OSError) -> str:
@@ -177,10 +158,10 @@ def os_error_line(error: OSError) -> str:
 def missing_package(error: ModuleNotFoundError) -> str:
     """One line that names the extra to install; re-raises `error` for packages without one."""
     package = (error.name or "").partition(".")[0]
-    extra = _EXTRAS.get(package)
-    if extra is None:
-        raise error  # a bug, not the user's environment
-    return f"{package} is not installed; pip install 'eps-resnet[{extra}]'"
+    for extra, packages in _EXTRAS.items():
+        if package in packages:
+            return f"{package} is not installed; pip install 'eps-resnet[{extra}]'"
+    raise error  # a bug, not the user's environment
 
 
 def refuse_missing(*paths: Path | None) -> None:
@@ -217,6 +198,13 @@ def log() -> Console:
         soft_wrap=not terminal,
         width=None if terminal else 120,
     )
+
+
+def milliseconds(value: float) -> str:
+    """Format a time: three decimals below 10 ms, two below 100 ms, one above."""
+    if value < 10:
+        return f"{value:.3f}"
+    return f"{value:.2f}" if value < 100 else f"{value:,.1f}"
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:

@@ -20,11 +20,7 @@ class DataError(EpsError):
 
 
 class DamagedImages(DataError):
-    """Images that cannot be decoded.
-
-    Attributes:
-        problems: one line for each image, by its path.
-    """
+    """Images that cannot be decoded; `problems` has one line for each, by its path."""
 
     def __init__(self, message: str, problems: Mapping[str, str]) -> None:
         super().__init__(message)
@@ -53,11 +49,7 @@ def one_line(error: BaseException) -> str:
 
 
 class Interrupted(Exception):
-    """A command was stopped by a signal, and has saved its state.
-
-    Attributes:
-        signal: number of the signal.
-    """
+    """A command was stopped by the signal of this number, and has saved its state."""
 
     def __init__(self, signal: int) -> None:
         super().__init__(f"stopped by signal {signal}")

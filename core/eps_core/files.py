@@ -34,20 +34,14 @@ def replace_file(path: Path, content: bytes) -> None:
             if part.read_bytes() != content:
                 raise OSError(f"{path}: what was read back differs from what was written")
             part.replace(path)
-            sync_folder(path.parent)
+            if os.name == "posix":  # other systems make a rename durable by themselves
+                handle = os.open(path.parent, os.O_RDONLY)
+                try:
+                    os.fsync(handle)
+                finally:
+                    os.close(handle)
         finally:
             part.unlink(missing_ok=True)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename within `folder` durable (POSIX only; other systems do so by themselves)."""
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 # The lock of a folder is the kernel's (flock on the folder itself): it leaves no file behind and

@@ -1,4 +1,4 @@
-"""The machine: processor, NVIDIA driver and GPUs; clocks and other load during a measurement.
+"""The machine: processor, memory, NVIDIA driver and GPUs; clocks and load during a measurement.
 
 Read only: nothing here changes a clock, a limit or a mode. GPU clocks come from NVML (module
 `pynvml` of the package nvidia-ml-py) where it is installed, everything else from the operating
@@ -11,13 +11,17 @@ import ctypes
 import os
 import platform
 import re
-import shutil
 import subprocess
+import sys
 import time
+from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+_PROC = Path("/proc")
 
 # -- Processor
 
@@ -41,12 +45,63 @@ def cpus() -> int:
 
 def processor() -> str:
     """Name of the processor, or "unknown"."""
+    found = re.search(r"^model name\s*:(.*)", _text(_PROC / "cpuinfo"), re.MULTILINE)
+    return found[1].strip() if found else platform.processor() or "unknown"
+
+
+# -- Free memory of this machine or container: RAM, and shared memory between processes
+
+SHARED = Path("/dev/shm")  # where processes hand tensors to each other on Linux
+_CGROUPS = Path("/sys/fs/cgroup")
+
+
+def available_memory() -> int:
+    """Bytes of RAM that can be used without swapping, within the limits of this process's cgroups.
+
+    Where the system does not say (not Linux), all the RAM that the machine has.
+    """
+    found = re.search(r"^MemAvailable:\s*(\d+) kB", _text(_PROC / "meminfo"), re.MULTILINE)
+    if found:
+        free = int(found[1]) * 1024
+    else:
+        try:
+            free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        except (AttributeError, ValueError, OSError):  # Windows has no such call
+            free = sys.maxsize
+    return min([free, *_cgroup_rooms()])
+
+
+def shared_memory() -> int | None:
+    """Free bytes of shared memory; None where it has no limit of its own."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or "unknown"
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or "unknown"
+        found = os.statvfs(SHARED)
+    except (AttributeError, OSError):  # no such call, or no such folder
+        return None
+    return found.f_bavail * found.f_frsize
+
+
+def _cgroup_rooms() -> Iterator[int]:
+    """Bytes left below the limit of each cgroup of this process, of both cgroup versions."""
+    for line in _text(_PROC / "self" / "cgroup").splitlines():
+        number, controllers, path = line.split(":", 2)
+        if number == "0" and not controllers:
+            root, limit, usage = _CGROUPS, "memory.max", "memory.current"
+        elif "memory" in controllers.split(","):
+            root, limit = _CGROUPS / "memory", "memory.limit_in_bytes"
+            usage = "memory.usage_in_bytes"
+        else:
+            continue
+        # In a container the path may be the host's, while the files are at the root.
+        inner = root / path.lstrip("/")
+        for folder in (inner, *inner.parents):
+            if not folder.is_relative_to(root):
+                break
+            most, used = _text(folder / limit), _text(folder / usage)
+            if most.isdecimal() and used:  # "max": no limit
+                # The kernel reclaims cached files that have not been read lately.
+                pattern = r"^(?:total_)?inactive_file (\d+)$"
+                cached = re.findall(pattern, _text(folder / "memory.stat"), re.MULTILINE)
+                yield max(0, int(most) - int(used) + max(map(int, cached), default=0))
 
 
 # -- NVIDIA driver and GPUs, without a CUDA context
@@ -61,20 +116,15 @@ _SECONDS = 30.0  # a driver that was just loaded is slow to answer
 class Gpu:
     """A GPU as nvidia-smi lists it.
 
-    Attributes:
-        index: as nvidia-smi counts, regardless of CUDA_VISIBLE_DEVICES.
-        name: `NVIDIA H100 80GB HBM3`.
-        compute_capability: `9.0`.
-        memory, free: MiB; None for a GPU without memory of its own, such as GB10 and Jetson.
-        driver: `580.65.06`.
+    Memory is in MiB; None for a GPU without memory of its own, such as GB10 and Jetson.
     """
 
-    index: int
-    name: str
-    compute_capability: str
+    index: int  # as nvidia-smi counts, regardless of CUDA_VISIBLE_DEVICES
+    name: str  # `NVIDIA H100 80GB HBM3`
+    compute_capability: str  # `9.0`
     memory: int | None
     free: int | None
-    driver: str
+    driver: str  # `580.65.06`
 
 
 def is_too_old(driver: str) -> bool:
@@ -85,37 +135,31 @@ def is_too_old(driver: str) -> bool:
 
 def gpus() -> tuple[Gpu, ...]:
     """GPUs that nvidia-smi lists; none where it is missing or fails."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return ()
-    command = [tool, f"--query-gpu={','.join(_FIELDS)}", "--format=csv,noheader,nounits"]
+    query = f"--query-gpu={','.join(_FIELDS)}"
+    command = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=False, timeout=_SECONDS
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return ()
-    if done.returncode:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=_SECONDS)
+    except (OSError, subprocess.SubprocessError):
         return ()
     return tuple(gpu for line in done.stdout.splitlines() if (gpu := _parse_gpu(line)) is not None)
 
 
 def _parse_gpu(line: str) -> Gpu | None:
     """Parse one line of nvidia-smi; None if it is incomplete, as of a GPU that fell off the bus."""
-    parts = [part.strip() for part in line.split(",")]
-    if len(parts) != len(_FIELDS) or re.fullmatch(r"\d+\.\d+", parts[2]) is None:
-        return None
     try:
+        index, name, capability, *sizes, driver = (part.strip() for part in line.split(","))
         memory, free = (
-            None if text in ("[N/A]", "[Not Supported]") else int(text) for text in parts[3:5]
+            None if text in ("[N/A]", "[Not Supported]") else int(text) for text in sizes
         )
+        if re.fullmatch(r"\d+\.\d+", capability) is None:
+            return None
         return Gpu(
-            index=int(parts[0]),
-            name=parts[1],
-            compute_capability=parts[2],
+            index=int(index),
+            name=name,
+            compute_capability=capability,
             memory=memory,
             free=free,
-            driver=parts[5],
+            driver=driver,
         )
     except ValueError:
         return None
@@ -123,10 +167,8 @@ def _parse_gpu(line: str) -> Gpu | None:
 
 def driver_version() -> str | None:
     """Version of the display driver, as `580.65.06`; None without one."""
-    try:
-        text = _KERNEL_MODULE.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        # WSL uses the driver of Windows and has no kernel module.
+    text = _text(_KERNEL_MODULE)
+    if not text:  # WSL uses the driver of Windows and has no kernel module
         return next((gpu.driver for gpu in gpus()), None)
     found = re.search(r"\b\d{3,}\.\d+(?:\.\d+)*\b", text)
     return found.group() if found else None
@@ -153,8 +195,6 @@ def pci_bus_id(ordinal: int) -> str | None:
 
 # -- GPU clocks, temperature and throttling, read through NVML
 
-CLOCK_MOVED = 0.02  # of the lowest to the highest GPU clock: one step is under 1 %
-
 # Bits of nvmlClocksEventReasons (nvml.h); idleness and clocks set by a user are no throttling.
 _THROTTLES = {
     0x4: "software power cap",
@@ -177,60 +217,36 @@ class Range:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GpuReading:
-    """NVML readings of one GPU over a measurement.
-
-    Attributes:
-        name: as NVML reports it.
-        sm_mhz, memory_mhz, celsius, watts: clocks, temperature and power.
-        highest_sm_mhz: maximum clock of its processors.
-        throttled: reasons for which the clocks were reduced, at any time.
-        others: other programs that computed on it.
-    """
+    """NVML readings of one GPU over a measurement."""
 
     name: str
     sm_mhz: Range | None
     memory_mhz: Range | None
     celsius: Range | None
     watts: Range | None
-    highest_sm_mhz: float | None
-    throttled: tuple[str, ...]
-    others: int | None
-
-    def disturbances(self) -> list[str]:
-        """Reasons to distrust a measurement on it."""
-        found = []
-        if self.throttled:
-            found.append(f"the GPU was throttled ({', '.join(self.throttled)})")
-        clock = self.sm_mhz
-        if clock is not None and clock.low < (1 - CLOCK_MOVED) * clock.high:
-            found.append(f"the GPU's clock moved from {clock.low:.0f} to {clock.high:.0f} MHz")
-        if self.others:
-            programs = "program" if self.others == 1 else "programs"
-            found.append(f"{self.others} other {programs} computed on the GPU")
-        return found
+    highest_sm_mhz: float | None  # maximum clock of its processors
+    throttled: tuple[str, ...]  # reasons for which the clocks were reduced, at any time
+    others: int | None  # other programs that computed on it
 
 
-class GpuMonitor:
+class _GpuMonitor:
     """Polls one GPU through NVML. Laptop GPUs and MIG slices refuse some readings."""
 
     def __init__(self, nvml: Any, handle: Any) -> None:
         self._nvml, self._handle = nvml, handle
-        self._readings: dict[str, list[float | None]] = {}
+        self._readings: dict[str, list[float | None]] = defaultdict(list)
         self._reasons = 0
         self._others: int | None = None
+        self.close = nvml.nvmlShutdown
 
     def poll(self) -> None:
-        nvml = self._nvml
-        readings = {
-            "sm_mhz": self._ask("nvmlDeviceGetClockInfo", nvml.NVML_CLOCK_SM),
-            "memory_mhz": self._ask("nvmlDeviceGetClockInfo", nvml.NVML_CLOCK_MEM),
-            "celsius": self._ask("nvmlDeviceGetTemperature", nvml.NVML_TEMPERATURE_GPU),
-            "watts": self._ask("nvmlDeviceGetPowerUsage"),
-        }
-        if readings["watts"] is not None:
-            readings["watts"] /= 1000
-        for name, value in readings.items():
-            self._readings.setdefault(name, []).append(value)
+        nvml, readings = self._nvml, self._readings
+        readings["sm_mhz"].append(self._ask("nvmlDeviceGetClockInfo", nvml.NVML_CLOCK_SM))
+        readings["memory_mhz"].append(self._ask("nvmlDeviceGetClockInfo", nvml.NVML_CLOCK_MEM))
+        celsius = self._ask("nvmlDeviceGetTemperature", nvml.NVML_TEMPERATURE_GPU)
+        readings["celsius"].append(celsius)
+        milliwatts = self._ask("nvmlDeviceGetPowerUsage")
+        readings["watts"].append(None if milliwatts is None else milliwatts / 1000)
         # NVML 12 renamed this function; older ones have the second name only.
         reasons = self._ask("nvmlDeviceGetCurrentClocksEventReasons")
         if reasons is None:
@@ -242,13 +258,13 @@ class GpuMonitor:
             self._others = max(len(running) - 1, self._others or 0)
 
     def summary(self) -> GpuReading:
-        name = self._ask("nvmlDeviceGetName")
+        name, readings = self._ask("nvmlDeviceGetName"), self._readings
         return GpuReading(
             name=name.decode() if isinstance(name, bytes) else str(name),  # bytes before NVML 12
-            sm_mhz=span(self._readings.get("sm_mhz", []), at_work=True),
-            memory_mhz=span(self._readings.get("memory_mhz", []), at_work=True),
-            celsius=span(self._readings.get("celsius", [])),
-            watts=span(self._readings.get("watts", [])),
+            sm_mhz=_span(readings["sm_mhz"], at_work=True),
+            memory_mhz=_span(readings["memory_mhz"], at_work=True),
+            celsius=_span(readings["celsius"]),
+            watts=_span(readings["watts"]),
             highest_sm_mhz=self._ask("nvmlDeviceGetMaxClockInfo", self._nvml.NVML_CLOCK_SM),
             throttled=tuple(text for bit, text in _THROTTLES.items() if self._reasons & bit),
             others=self._others,
@@ -260,14 +276,11 @@ class GpuMonitor:
         except (AttributeError, self._nvml.NVMLError):
             return None
 
-    def close(self) -> None:
-        self._nvml.nvmlShutdown()
 
-
-def open_gpu(ordinal: int, nvml: Any) -> GpuMonitor | None:
+def _open_gpu(ordinal: int) -> _GpuMonitor | None:
     """Monitor the GPU that CUDA calls `ordinal`; None without NVML or its driver."""
     try:
-        nvml = nvml or import_module("pynvml")
+        nvml = import_module("pynvml")
     except ImportError:
         return None
     try:
@@ -276,19 +289,19 @@ def open_gpu(ordinal: int, nvml: Any) -> GpuMonitor | None:
         return None
     try:
         if (address := pci_bus_id(ordinal)) is not None:
-            return GpuMonitor(nvml, nvml.nvmlDeviceGetHandleByPciBusId(address))
+            return _GpuMonitor(nvml, nvml.nvmlDeviceGetHandleByPciBusId(address))
         # Without its address, assume that CUDA and NVML count alike.
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         name = visible.split(",")[ordinal].strip() if visible else str(ordinal)
         if name.isdecimal():
-            return GpuMonitor(nvml, nvml.nvmlDeviceGetHandleByIndex(int(name)))
-        return GpuMonitor(nvml, nvml.nvmlDeviceGetHandleByUUID(name))
+            return _GpuMonitor(nvml, nvml.nvmlDeviceGetHandleByIndex(int(name)))
+        return _GpuMonitor(nvml, nvml.nvmlDeviceGetHandleByUUID(name))
     except (nvml.NVMLError, IndexError):
         nvml.nvmlShutdown()
         return None
 
 
-def span(readings: list[float | None], *, at_work: bool = False) -> Range | None:
+def _span(readings: list[float | None], *, at_work: bool = False) -> Range | None:
     """Summarise readings; None without any. `at_work`: the first, of an idle GPU, is no extreme."""
     read = [float(value) for value in readings if value is not None]
     if not read:
@@ -299,10 +312,10 @@ def span(readings: list[float | None], *, at_work: bool = False) -> Range | None
 
 # -- Conditions of a measurement
 
-_PROC = Path("/proc")
 _CPUS = Path("/sys/devices/system/cpu")
 
 # Above these a measurement is noisy.
+CLOCK_MOVED = 0.02  # of the lowest to the highest GPU clock: one step is under 1 %
 BUSY = 0.10  # of all cores, used by other programs
 STOLEN = 0.01  # of all cores, given to others by the host of a virtual machine
 WAITED = 0.02  # of the time, for a free core
@@ -314,7 +327,6 @@ class Conditions:
 
     Attributes:
         seconds: length of the measurement.
-        cores: of the machine.
         load: load average over a minute.
         others: cores that other programs used, on average; None if unknown.
         stolen: cores that the host of a virtual machine gave to others.
@@ -348,63 +360,66 @@ class Conditions:
             found.append(f"other programs used {self.others:.1f} of {self.cores} cores")
         if self.stolen is not None and self.stolen > STOLEN * self.cores:
             found.append(f"the host took {self.stolen:.2f} of {self.cores} cores away")
-        if self.waited is not None and self.starved:
+        if self.starved and self.waited:
             found.append(f"this process waited {100 * self.waited:.0f} % of the time for a core")
-        if self.gpu is not None:
-            found += self.gpu.disturbances()
+        gpu = self.gpu
+        if gpu is None:
+            return found
+        if gpu.throttled:
+            found.append(f"the GPU was throttled ({', '.join(gpu.throttled)})")
+        clock = gpu.sm_mhz
+        if clock is not None and clock.low < (1 - CLOCK_MOVED) * clock.high:
+            found.append(f"the GPU's clock moved from {clock.low:.0f} to {clock.high:.0f} MHz")
+        if gpu.others:
+            programs = "program" if gpu.others == 1 else "programs"
+            found.append(f"{gpu.others} other {programs} computed on the GPU")
         return found
 
 
 class MachineMonitor:
     """Reads clocks and load whenever it is polled; a context manager.
 
-    Args:
-        gpu: number of the CUDA device that is measured, None for none.
-        nvml: the module `pynvml`; a parameter for tests.
-        proc, cpus: folders where Linux reports load and cores; parameters for tests.
+    `gpu` is the number of the CUDA device that is measured, None for none.
     """
 
-    def __init__(
-        self, gpu: int | None = None, *, nvml: Any = None, proc: Path = _PROC, cpus: Path = _CPUS
-    ) -> None:
-        self._proc, self._cpus = proc, cpus
-        self._gpu = None if gpu is None else open_gpu(gpu, nvml)
+    def __init__(self, gpu: int | None = None) -> None:
+        self._gpu = None if gpu is None else _open_gpu(gpu)
         self._loads: list[float | None] = []
         self._mhz: list[float | None] = []
-        self._times: list[tuple[float, float, tuple[float, float] | None]] = []
-        self._waits: list[dict[str, float]] = []
+        # Of each poll: wall and own time; work and stolen time; the threads' waits for a core
+        self._times: list[tuple[float, float, tuple[float, float] | None, dict[str, float]]] = []
 
     def poll(self) -> None:
         """Take a reading: before, between and after the blocks of a measurement."""
-        self._times.append((time.perf_counter(), time.process_time(), _work(self._proc)))
-        self._waits.append(_waits(self._proc))
+        now, own = time.perf_counter(), time.process_time()
+        self._times.append((now, own, _work(), _waits()))
         self._loads.append(os.getloadavg()[0] if hasattr(os, "getloadavg") else None)
-        self._mhz.append(_mhz(self._cpus))
+        self._mhz.append(_mhz())
         if self._gpu is not None:
             self._gpu.poll()
 
     def conditions(self) -> Conditions:
         """Summarise the readings; :meth:`poll` must have been called."""
-        (began, own, work), (ended, own_after, work_after) = self._times[0], self._times[-1]
+        began, own_before, work_before, waits_before = self._times[0]
+        ended, own, work, waits = self._times[-1]
         seconds = ended - began
-        others = stolen = None
-        if work is not None and work_after is not None and seconds > 0:
+        others = stolen = waited = None
+        if work_before is not None and work is not None and seconds > 0:
             # In ticks of 10 ms a short difference may be slightly negative.
-            others = max(0.0, (work_after[0] - work[0] - (own_after - own)) / seconds)
-            stolen = max(0.0, (work_after[1] - work[1]) / seconds)
-        before, after = self._waits[0], self._waits[-1]
-        waited = None
-        if after and seconds > 0:  # over the threads that exist at the end
-            waited = sum(wait - before.get(thread, 0.0) for thread, wait in after.items()) / seconds
+            others = max(0.0, (work[0] - work_before[0] - (own - own_before)) / seconds)
+            stolen = max(0.0, (work[1] - work_before[1]) / seconds)
+        if waits and seconds > 0:  # over the threads that exist at the end
+            total = sum(wait - waits_before.get(thread, 0.0) for thread, wait in waits.items())
+            waited = total / seconds
         return Conditions(
             seconds=seconds,
             cores=os.cpu_count() or 1,
-            load=span(self._loads),
+            load=_span(self._loads),
             others=others,
             stolen=stolen,
             waited=waited,
-            cpu_mhz=span(self._mhz),
-            governor=_text(self._cpus / "cpu0" / "cpufreq" / "scaling_governor"),
+            cpu_mhz=_span(self._mhz),
+            governor=_text(_CPUS / "cpu0" / "cpufreq" / "scaling_governor") or None,
             gpu=None if self._gpu is None else self._gpu.summary(),
         )
 
@@ -416,10 +431,10 @@ class MachineMonitor:
             self._gpu.close()
 
 
-def _work(proc: Path) -> tuple[float, float] | None:
+def _work() -> tuple[float, float] | None:
     """Seconds of work and of stolen time since boot, over all cores."""
-    text = _text(proc / "stat")
-    if text is None:
+    text = _text(_PROC / "stat")
+    if not text:
         return None
     ticks = [float(word) for word in text.partition("\n")[0].split()[1:]]
     user, nice, system, _idle, _wait, interrupts, soft, stolen = ticks[:8]
@@ -427,25 +442,23 @@ def _work(proc: Path) -> tuple[float, float] | None:
     return (user + nice + system + interrupts + soft) / second, stolen / second
 
 
-def _waits(proc: Path) -> dict[str, float]:
+def _waits() -> dict[str, float]:
     """Seconds that each thread of this process has waited for a core; empty if unknown."""
-    found = {}
-    for path in proc.glob("self/task/*/schedstat"):
-        text = _text(path)  # None: the thread has just ended
-        if text is not None:
-            found[path.parent.name] = float(text.split()[1]) / 1e9
-    return found
+    found = {path.parent.name: _text(path) for path in _PROC.glob("self/task/*/schedstat")}
+    # Empty: the thread has just ended.
+    return {thread: float(text.split()[1]) / 1e9 for thread, text in found.items() if text}
 
 
-def _mhz(cpus: Path) -> float | None:
+def _mhz() -> float | None:
     """Mean frequency of all cores; None where Linux does not control it, as on most clouds."""
-    texts = [_text(path) for path in cpus.glob("cpu[0-9]*/cpufreq/scaling_cur_freq")]
-    read = [float(text) / 1000 for text in texts if text is not None]
+    texts = map(_text, _CPUS.glob("cpu[0-9]*/cpufreq/scaling_cur_freq"))
+    read = [float(text) / 1000 for text in texts if text]
     return sum(read) / len(read) if read else None
 
 
-def _text(path: Path) -> str | None:
+def _text(path: Path) -> str:
+    """Contents of a file of the system; empty if it cannot be read."""
     try:
-        return path.read_text(encoding="utf-8").strip()
+        return path.read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
-        return None
+        return ""

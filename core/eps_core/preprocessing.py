@@ -67,16 +67,13 @@ class Preprocessing:
     fit: str = field(default="crop", repr=False)
 
     def __post_init__(self) -> None:
-        if self.color not in COLORS:
-            raise ConfigError(f"color {self.color!r} is not one of {', '.join(COLORS)}")
-        if self.interpolation not in INTERPOLATIONS:
-            raise ConfigError(
-                f"interpolation {self.interpolation!r} is not one of {', '.join(INTERPOLATIONS)}"
-            )
+        for name, known in (("color", COLORS), ("interpolation", INTERPOLATIONS), ("fit", FITS)):
+            if getattr(self, name) not in known:
+                raise ConfigError(
+                    f"{name} {getattr(self, name)!r} is not one of {', '.join(known)}"
+                )
         if any(not 1 <= c <= r for c, r in zip(self.crop, self.resize, strict=True)):
             raise ConfigError(f"crop {self.crop} must lie within resize {self.resize}")
-        if self.fit not in FITS:
-            raise ConfigError(f"fit {self.fit!r} is not one of {', '.join(FITS)}")
         if self.fit == "letterbox" and self.crop != self.resize:
             raise ConfigError(f"letterbox: crop {self.crop} must equal resize {self.resize}")
 

@@ -28,6 +28,10 @@ class Interval:
     low: float
     high: float
 
+    def __str__(self) -> str:
+        """Of a ratio, as `2.12 (1.63 to 2.56)`."""
+        return f"{self.value:.2f} ({self.low:.2f} to {self.high:.2f})"
+
 
 def paired_difference(
     only_first: int, only_second: int, total: int, *, together: int = 1

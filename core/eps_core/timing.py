@@ -44,15 +44,10 @@ TimeRuns = Callable[[int], Runs]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Timings:
-    """Times of several calls, measured in turns.
+    """Times of several calls, measured in turns."""
 
-    Attributes:
-        times: for each call, milliseconds of every run, float64 `[blocks, runs]`.
-        warm: whether every warm-up became flat before its share of the budget was spent.
-    """
-
-    times: list[Runs]
-    warm: bool
+    times: list[Runs]  # for each call, milliseconds of every run, float64 `[blocks, runs]`
+    warm: bool  # whether every warm-up became flat before its share of the budget was spent
 
 
 def wall_clock(call: Callable[[], object], clock: Clock = time.perf_counter) -> TimeRuns:
@@ -106,12 +101,9 @@ def interleave(
 
 
 def plan(seconds: float, turn: float, discarded: float) -> tuple[int, int]:
-    """Return the number of blocks of each call, and of runs in a block.
+    """Return the number of blocks of each call, and of runs in a block, that take `seconds`.
 
-    Args:
-        seconds: to spend.
-        turn: seconds of one run of every call.
-        discarded: runs at the start of a block that do not count.
+    `turn` is seconds of one run of every call; the first `discarded` runs of a block do not count.
     """
     turns = max(seconds, 0.0) / max(turn, _INSTANT)
     blocks = min(max(int(turns / (MAX_RUNS + discarded)), MIN_BLOCKS), MAX_BLOCKS)
@@ -119,20 +111,20 @@ def plan(seconds: float, turn: float, discarded: float) -> tuple[int, int]:
     return blocks, min(max(int(max(room - discarded, room / 2)), 1), MAX_RUNS)
 
 
+@dataclass(slots=True)
 class _Timer:
-    """Warm-up and blocks of one call."""
+    """Warm-up and blocks of one call; `alone` when it takes turns with no other."""
 
-    def __init__(self, call: TimeRuns, clock: Clock, *, alone: bool) -> None:
-        self._call = call
-        self._clock = clock
-        self._alone = alone
-        # Seconds of the budget that a run costs, known after `warm_up`. A call that measures by a
-        # clock of its own reports less.
-        self.cost = 0.0
+    call: TimeRuns
+    clock: Clock
+    alone: bool
+    # Seconds of the budget that a run costs, known after `warm_up`. A call that measures by a clock
+    # of its own reports less.
+    cost: float = 0.0
 
     def warm_up(self, budget: float) -> bool:
         """Run until two windows in a row take as long; return False if `budget` ends before."""
-        began = self._clock()
+        began = self.clock()
         deadline, earliest = began + budget, began + min(_MIN_SECONDS, budget)
         previous = self._window(1)
         # Shorter windows for a slow network, or its warm-up would take the whole budget.
@@ -142,7 +134,7 @@ class _Timer:
             median = self._window(min(max(width, 1), _WINDOW))
             costs.append(self.cost)
             flat = abs(median - previous) <= _FLAT * previous
-            previous, now = median, self._clock()
+            previous, now = median, self.clock()
             settled = flat and len(costs) >= _MIN_WINDOWS and now >= earliest
             if settled or (now >= deadline and len(costs) >= _LEAST_WINDOWS):
                 self.cost = float(np.median(costs[-_LEAST_WINDOWS:]))
@@ -150,20 +142,20 @@ class _Timer:
 
     def _window(self, runs: int) -> float:
         """Return the median of `runs` runs, and set `cost`."""
-        began = self._clock()
-        median = float(np.median(self._call(runs)))
-        self.cost = (self._clock() - began) / runs
+        began = self.clock()
+        median = float(np.median(self.call(runs)))
+        self.cost = (self.clock() - began) / runs
         return median
 
     @property
     def discarded(self) -> int:
         """Runs at the start of a block that do not count; 0 when nothing else takes the caches."""
-        if self._alone:
+        if self.alone:
             return 0
         wanted = math.ceil(_SETTLING / max(self.cost, _INSTANT))
         return min(max(wanted, _LEAST_DISCARDED), MAX_RUNS)
 
     def block(self, runs: int) -> Runs:
         if self.discarded:
-            self._call(min(self.discarded, runs))
-        return self._call(runs)
+            self.call(min(self.discarded, runs))
+        return self.call(runs)

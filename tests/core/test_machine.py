@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -79,7 +81,7 @@ def no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def monitored(nvml: Any, gpu: int = 0) -> Conditions:
-    with MachineMonitor(gpu, nvml=nvml) as monitor:
+    with patch.dict(sys.modules, pynvml=nvml), MachineMonitor(gpu) as monitor:
         for _ in range(3):
             monitor.poll()
         return monitor.conditions()
@@ -157,13 +159,20 @@ def test_no_driver_or_no_such_gpu_leaves_the_gpu_out(monkeypatch: pytest.MonkeyP
     assert nvml.open == 0
 
 
+@pytest.fixture
+def linux(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the system reports load and cores, empty at first."""
+    monkeypatch.setattr(machine, "_PROC", tmp_path)
+    monkeypatch.setattr(machine, "_CPUS", tmp_path)
+    return tmp_path
+
+
 def write_stat(proc: Path, *, user: int, stolen: int) -> None:
-    proc.mkdir(exist_ok=True)
     (proc / "stat").write_text(f"cpu  {user} 0 0 500 20 0 0 {stolen} 0 0\ncpu0 1 2 3\n")
 
 
 def test_the_work_of_others_and_stolen_time_on_linux(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    linux: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In 10 s all cores worked 13 s, 9 of them for this process; 0.5 s were stolen."""
     ticks = os.sysconf("SC_CLK_TCK")
@@ -172,10 +181,10 @@ def test_the_work_of_others_and_stolen_time_on_linux(
     monkeypatch.setattr("eps_core.machine.time.perf_counter", lambda: now[0])
     monkeypatch.setattr("eps_core.machine.time.process_time", lambda: now[1])
     monkeypatch.setattr("eps_core.machine.os.cpu_count", lambda: 2)
-    monitor = MachineMonitor(proc=tmp_path / "proc", cpus=tmp_path / "cpu")
+    monitor = MachineMonitor()
     for user, stolen in ((100 * ticks, 7 * ticks), (113 * ticks, 7 * ticks + ticks // 2)):
         now[:] = next(moments)
-        write_stat(tmp_path / "proc", user=user, stolen=stolen)
+        write_stat(linux, user=user, stolen=stolen)
         monitor.poll()
     found = monitor.conditions()
     assert (found.seconds, found.cores) == (10, 2)
@@ -187,13 +196,13 @@ def test_the_work_of_others_and_stolen_time_on_linux(
     ]
 
 
-def test_frequencies_where_linux_reports_them(tmp_path: Path) -> None:
+def test_frequencies_where_linux_reports_them(linux: Path) -> None:
     for core, khz in ((0, 2_000_000), (1, 3_000_000)):
-        folder = tmp_path / f"cpu{core}" / "cpufreq"
+        folder = linux / f"cpu{core}" / "cpufreq"
         folder.mkdir(parents=True)
         (folder / "scaling_cur_freq").write_text(f"{khz}\n")
         (folder / "scaling_governor").write_text("powersave\n")
-    monitor = MachineMonitor(proc=tmp_path, cpus=tmp_path)
+    monitor = MachineMonitor()
     monitor.poll()
     found = monitor.conditions()
     assert found.cpu_mhz == Range(before=2500, after=2500, low=2500, high=2500)
@@ -201,17 +210,17 @@ def test_frequencies_where_linux_reports_them(tmp_path: Path) -> None:
 
 
 def test_waiting_for_a_core_is_counted_over_all_threads(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    linux: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In 10 s one thread waited 3 s, and a new one half a second; a third has ended."""
     now = [0.0]
     monkeypatch.setattr("eps_core.machine.time.perf_counter", lambda: now[0])
-    monitor = MachineMonitor(proc=tmp_path, cpus=tmp_path)
+    monitor = MachineMonitor()
     for moment, waits in ((0.0, {"1": 2.0, "7": 9.0}), (10.0, {"1": 5.0, "9": 0.5})):
         now[0] = moment
-        shutil.rmtree(tmp_path / "self", ignore_errors=True)
+        shutil.rmtree(linux / "self", ignore_errors=True)
         for thread, wait in waits.items():
-            folder = tmp_path / "self" / "task" / thread
+            folder = linux / "self" / "task" / thread
             folder.mkdir(parents=True)
             (folder / "schedstat").write_text(f"123456789 {int(wait * 1e9)} 42\n")
         monitor.poll()
@@ -220,8 +229,8 @@ def test_waiting_for_a_core_is_counted_over_all_threads(
     assert found.disturbances() == ["this process waited 35 % of the time for a core"]
 
 
-def test_what_cannot_be_read_is_none(tmp_path: Path) -> None:
-    monitor = MachineMonitor(proc=tmp_path, cpus=tmp_path)
+def test_what_cannot_be_read_is_none(linux: Path) -> None:
+    monitor = MachineMonitor()
     monitor.poll()
     monitor.poll()
     found = monitor.conditions()

@@ -185,7 +185,7 @@ def cli(
     )
     if dry_run:
         outline = (
-            dataset.outline(chosen.dataset, data_root, chosen.image_size)
+            dataset.outline(chosen.dataset, chosen.image_size)
             if chosen.dataset in dataset.DATASETS
             else _describe(load).identity.outline
         )

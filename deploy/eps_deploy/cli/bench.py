@@ -13,7 +13,7 @@ import click
 from rich.table import Table
 
 from eps_core import cli as console
-from eps_core.formatting import interval, milliseconds
+from eps_core.cli import milliseconds
 
 if TYPE_CHECKING:
     from eps_deploy.bench.latency import Attempt, LatencyResult, ModelFile, Times
@@ -231,7 +231,7 @@ def _cells(times: Times, p99_reliable: bool) -> tuple[str, ...]:
     values = [milliseconds(times.ms[name]) for name in _PERCENTILES]
     if not p99_reliable:
         values[-1] += "*"
-    ratio = "reference" if times.speedup is None else interval(times.speedup)
+    ratio = "reference" if times.speedup is None else str(times.speedup)
     return (*values, f"{times.rate:,.0f}", ratio, times.verdict or "")
 
 

@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 
 from markupsafe import Markup
 
-from eps_core.formatting import milliseconds
+from eps_core.cli import milliseconds
 from eps_deploy.report.formatting import paired, ratio, signed
 from eps_deploy.report.schema import ClassEntry, ComparisonEntry, LatencyEntry, Report
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from eps_core.formatting import interval
 from eps_core.stats import Interval
 from eps_deploy.report.answers import most_lost, over_limit
 from eps_deploy.report.schema import (
@@ -100,7 +99,7 @@ def short(number: int) -> str:
 
 
 def ratio(speedup: SpeedupEntry) -> str:
-    return interval(Interval(speedup.median, speedup.low, speedup.high))
+    return str(Interval(speedup.median, speedup.low, speedup.high))
 
 
 def difference(value: float | None) -> str:

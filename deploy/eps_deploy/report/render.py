@@ -18,7 +18,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from eps_core.formatting import milliseconds
+from eps_core.cli import milliseconds
 from eps_deploy.bench.latency import LEAST
 from eps_deploy.report import charts, formatting
 from eps_deploy.report.schema import Report, parse

@@ -15,9 +15,9 @@ from torch import Tensor
 from eps_core.errors import DataError
 from eps_train import recipes
 from eps_train.config import TrainingConfig, choices
-from eps_train.data import batches, dataset
-from eps_train.data.augment import EpochOrder
-from eps_train.data.batches import Batches, DeviceBatches, LoaderBatches
+from eps_train.data import dataset
+from eps_train.data.augment import draw_epoch
+from eps_train.data.batches import Batches
 from eps_train.data.dataset import Data
 from eps_train.data.images import FileSet, ImageSet
 
@@ -69,8 +69,8 @@ def same(one: list[tuple[Tensor, Tensor]], other: list[tuple[Tensor, Tensor]]) -
 
 
 def test_the_set_decides_where_its_batches_come_from(held: Data, on_disk: Data) -> None:
-    assert isinstance(batches.make(held, config(), CPU), DeviceBatches)
-    assert isinstance(batches.make(on_disk, config(), CPU), LoaderBatches)
+    assert not Batches(held, config(), CPU).by_workers
+    assert Batches(on_disk, config(), CPU).by_workers
 
 
 @pytest.mark.parametrize("augmentation", AUGMENTATIONS)
@@ -78,7 +78,7 @@ def test_the_set_decides_where_its_batches_come_from(held: Data, on_disk: Data) 
 def test_an_epoch_can_be_entered_anywhere(
     where: str, augmentation: str, request: pytest.FixtureRequest
 ) -> None:
-    made = batches.make(request.getfixturevalue(where), config(augmentation), CPU)
+    made = Batches(request.getfixturevalue(where), config(augmentation), CPU)
     whole = pixels_of(made, 3)
     assert len(whole) == made.steps == 5
     assert all(i.dtype == torch.uint8 and i.shape == (10, 3, 16, 16) for i, _ in whole)
@@ -96,8 +96,8 @@ def test_processes_share_the_batches_that_one_would_have(
     where: str, augmentation: str, request: pytest.FixtureRequest
 ) -> None:
     made = request.getfixturevalue(where)
-    whole = pixels_of(batches.make(made, config(augmentation), CPU), 1)
-    shares = [batches.make(made, config(augmentation), CPU, half(rank)) for rank in (0, 1)]
+    whole = pixels_of(Batches(made, config(augmentation), CPU), 1)
+    shares = [Batches(made, config(augmentation), CPU, half(rank)) for rank in (0, 1)]
     assert {share.size for share in shares} == {10}
     parts = [pixels_of(share, 1) for share in shares]
     joined = [(torch.cat([a, b]), torch.cat([c, d])) for (a, c), (b, d) in zip(*parts, strict=True)]
@@ -108,13 +108,13 @@ def test_disk_and_memory_give_the_same_batches_in_the_same_order(held: Data, on_
     for augmentation in ("shift", "svhn", "trivial"):
         run = config(augmentation)
         assert same(
-            pixels_of(batches.make(held, run, CPU), 2),
-            pixels_of(batches.make(on_disk, run, CPU), 2),
+            pixels_of(Batches(held, run, CPU), 2),
+            pixels_of(Batches(on_disk, run, CPU), 2),
         )
 
 
 def test_an_epoch_holds_different_images_with_their_labels(on_disk: Data) -> None:
-    made = batches.make(on_disk, config(shift=0, flip=False), CPU)
+    made = Batches(on_disk, config(shift=0, flip=False), CPU)
     seen = {}
     for batch, labels in pixels_of(made, 0):
         numbers = batch.float().mean(dim=(1, 2, 3)).div(2).round().int().tolist()
@@ -125,7 +125,7 @@ def test_an_epoch_holds_different_images_with_their_labels(on_disk: Data) -> Non
 
 def test_a_crop_from_disk_is_one_of_the_whole_image(on_disk: Data) -> None:
     """Plain images stay plain however they are cropped, and flips change nothing."""
-    made = batches.make(on_disk, config("imagenet"), CPU)
+    made = Batches(on_disk, config("imagenet"), CPU)
     for batch, _ in pixels_of(made, 0):
         grey = batch.float().amax(dim=(2, 3)) - batch.float().amin(dim=(2, 3))
         assert float(grey.max()) == 0
@@ -133,7 +133,7 @@ def test_a_crop_from_disk_is_one_of_the_whole_image(on_disk: Data) -> None:
 
 def test_a_file_that_breaks_while_training_is_named(on_disk: Data) -> None:
     assert isinstance(on_disk.train, FileSet)
-    made = batches.make(on_disk, config(batch_size=len(on_disk.train)), CPU)
+    made = Batches(on_disk, config(batch_size=len(on_disk.train)), CPU)
     broken = on_disk.train.path(5)
     content = broken.read_bytes()
     broken.write_bytes(content[:60])
@@ -146,16 +146,16 @@ def test_a_file_that_breaks_while_training_is_named(on_disk: Data) -> None:
 
 def test_shifts_and_order_are_what_they_were_in_the_first_release() -> None:
     """Runs of then must go on exactly: the draw is compared with one made there."""
-    draw = EpochOrder.draw(6, seed=3, epoch=2, shift=2, flip=True)
-    assert draw.order.tolist() == [0, 4, 5, 2, 1, 3]
-    assert draw.shifts.tolist() == [[0, 1], [3, 4], [2, 4], [4, 1], [4, 3], [1, 0]]
-    assert draw.mirrored.tolist() == [False, False, False, False, True, True]
+    order, shifts, mirrored = draw_epoch(6, seed=3, epoch=2, shift=2, flip=True)
+    assert order.tolist() == [0, 4, 5, 2, 1, 3]
+    assert shifts.tolist() == [[0, 1], [3, 4], [2, 4], [4, 1], [4, 3], [1, 0]]
+    assert mirrored.tolist() == [False, False, False, False, True, True]
 
 
 def test_the_last_incomplete_batch_is_left_out(held: Data) -> None:
     count = 23
     whole = ImageSet(torch.zeros(count, 1, 4, 4, dtype=torch.uint8), torch.arange(count))
-    made = DeviceBatches(whole, config(), held.identity, CPU, slice)
+    made = Batches(replace(held, train=whole), config(), CPU)
     assert (made.size, made.steps) == (10, 2)
     labels = torch.cat([batch.labels for batch in made.epoch(0, first=0)])
     assert len(set(labels.tolist())) == 20
@@ -169,8 +169,8 @@ def test_a_gpu_gets_the_batches_that_a_cpu_would(
     where: str, augmentation: str, request: pytest.FixtureRequest
 ) -> None:
     made = request.getfixturevalue(where)
-    here = pixels_of(batches.make(made, config(augmentation), CPU), 3)
-    there = batches.make(made, config(augmentation), torch.device("cuda"))
+    here = pixels_of(Batches(made, config(augmentation), CPU), 3)
+    there = Batches(made, config(augmentation), torch.device("cuda"))
     found = list(there.epoch(3, first=0))
     assert all(batch.images.is_cuda and batch.labels.is_cuda for batch in found)
     for batch, (expected, labels) in zip(found, here, strict=True):
@@ -182,7 +182,7 @@ def test_a_gpu_gets_the_batches_that_a_cpu_would(
 @pytest.mark.gpu
 @pytest.mark.parametrize("augmentation", AUGMENTATIONS)
 def test_batches_from_a_gpus_memory_wait_for_nothing(augmentation: str, held: Data) -> None:
-    made = batches.make(held, config(augmentation), torch.device("cuda"))
+    made = Batches(held, config(augmentation), torch.device("cuda"))
     epoch = made.epoch(0, first=0)
     next(epoch)
     torch.cuda.set_sync_debug_mode("error")
@@ -196,10 +196,10 @@ def test_batches_from_a_gpus_memory_wait_for_nothing(augmentation: str, held: Da
 def test_a_set_that_a_gpu_has_no_room_for_stays_outside(
     held: Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    here = pixels_of(batches.make(held, config(), CPU), 0)
+    here = pixels_of(Batches(held, config(), CPU), 0)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 1000))
     before = torch.cuda.memory_allocated()
-    made = batches.make(held, config(), torch.device("cuda"))
+    made = Batches(held, config(), torch.device("cuda"))
     assert torch.cuda.memory_allocated() == before
     found = [(batch.images.cpu(), batch.labels.cpu()) for batch in made.epoch(0, first=0)]
     assert same(found, here)

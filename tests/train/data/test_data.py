@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from eps_core import checksummed
+from eps_core import checksummed, machine
 from eps_core.errors import ConfigError, DataError
 from eps_core.preprocessing import Preprocessing
 from eps_train.data import dataset
@@ -46,6 +46,16 @@ def source(train: ImageSet, classes: int, **parts: ImageSet) -> RawDataset:
 def indices(part: Part) -> list[int]:
     pixels = part.images[:, 0, 0].to(torch.int64)
     return (pixels[:, 0] * 256 + pixels[:, 1]).tolist()
+
+
+def test_images_take_half_of_the_free_memory_shared_by_the_processes_of_a_machine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(machine, "available_memory", lambda: 1600)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert dataset.room_for_images() == 800
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert dataset.room_for_images() == 200
 
 
 def test_parts_are_disjoint_and_cover_everything() -> None:
@@ -190,7 +200,7 @@ def test_parts_that_the_source_keeps_apart_stay_as_they_are() -> None:
 def test_a_known_set_is_brought_to_another_size_as_its_image_files_would_be() -> None:
     digits, larger = dataset.load("digits"), dataset.load("digits", image_size=(16, 12))
     assert larger.identity.input_shape == (1, 16, 12)
-    assert larger.identity.outline == dataset.outline("digits", image_size=(16, 12))
+    assert larger.identity.outline == dataset.outline("digits", (16, 12))
     assert larger.identity.sha256 != digits.identity.sha256
     for part in PARTS:
         before, after = getattr(digits, part), getattr(larger, part)

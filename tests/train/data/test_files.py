@@ -14,11 +14,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from eps_core import cli
+from eps_core import cli, machine
 from eps_core.errors import DataError
 from eps_core.preprocessing import Preprocessing
 from eps_train.data import images as loading
-from eps_train.data import images as memory
 from eps_train.data.images import FileSet, ImageSet, load, worker_count
 from eps_train.training.evaluate import BATCH, logits, score
 from tests.commands import run
@@ -164,20 +163,20 @@ def test_no_more_workers_than_find_room_in_shared_memory(
     free: int | None, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two answers ahead a worker, and two on the way."""
-    monkeypatch.setattr(memory, "shared", lambda: free)
+    monkeypatch.setattr(machine, "shared_memory", lambda: free)
     assert loading._fitting_workers(4, 100) == workers
 
 
 def test_the_64_mb_of_a_container_are_enough_to_scan_with_eight_workers(
     files: FileSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "shared", lambda: 64 << 20)
+    monkeypatch.setattr(machine, "shared_memory", lambda: 64 << 20)
     assert loading._fitting_workers(8, loading._CHUNK) == 8
     monkeypatch.setattr(loading, "_CHUNK", 3 * 5 * 4)  # three images
     monkeypatch.setattr(loading, "worker_count", lambda: 2)
     expected = np.stack([HOW.read(files.path(index)) for index in range(20)])
     for free in (None, 64 << 20, 0):
-        monkeypatch.setattr(memory, "shared", lambda free=free: free)
+        monkeypatch.setattr(machine, "shared_memory", lambda free=free: free)
         assert np.array_equal(files.images.numpy(), expected)
 
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
+from eps_core import machine
 from eps_core.errors import ConfigError, DamagedImages, DataError
-from eps_train.data import dataset, folder, images
+from eps_train.data import dataset, folder
 from eps_train.data.images import FileSet, ImageSet
 
 
@@ -54,7 +55,8 @@ def test_mixed_sizes_need_a_size_and_are_named(tmp_path: Path) -> None:
     write_image(tmp_path / "cat" / "large.png", size=(40, 40))
     with pytest.raises(DataError, match=r"images of 2 sizes \(most are 6x5\).*--image-size"):
         folder.read_folder(tmp_path)
-    assert folder.read_folder(tmp_path, (8, 8)).train.images.shape == (25, 3, 8, 8)
+    resized = folder.read_folder(tmp_path, folder.ReadOptions(size=(8, 8)))
+    assert resized.train.images.shape == (25, 3, 8, 8)
 
 
 def test_grey_images_stay_grey_and_mixed_modes_become_rgb(tmp_path: Path) -> None:
@@ -412,6 +414,6 @@ def test_what_does_not_fit_is_not_read_at_once(
 ) -> None:
     pets(tmp_path)
     source = folder.read_folder(tmp_path)
-    monkeypatch.setattr(images, "available", lambda: 500)
+    monkeypatch.setattr(machine, "available_memory", lambda: 500)
     with pytest.raises(DataError, match=r"24 images of 3x6x5 do not fit in .* --image-size"):
         assert source.train.images is None

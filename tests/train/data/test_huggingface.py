@@ -12,7 +12,8 @@ from PIL import Image
 
 from eps_core.errors import DamagedImages, DataError
 from eps_train.cli import main
-from eps_train.data import dataset, huggingface
+from eps_train.data import dataset, folder
+from eps_train.data.folder import ReadOptions
 from tests.commands import run
 
 
@@ -72,7 +73,7 @@ def test_splits_by_their_names(tmp_path: Path) -> None:
     hf = pytest.importorskip("datasets")
     tables = {"train": table(8), "validation": table(4, 100), "test": table(2, 200)}
     hf.DatasetDict(**tables, extra=table(2)).save_to_disk(tmp_path / "pets")
-    source = huggingface.read(str(tmp_path / "pets"))
+    source = folder.read_huggingface(str(tmp_path / "pets"), None, ReadOptions())
     assert source.validation is not None
     assert source.test is not None
     assert [len(part) for part in (source.train, source.validation, source.test)] == [8, 4, 2]
@@ -115,10 +116,10 @@ def test_ambiguous_columns(tmp_path: Path, change: tuple[str, Any], message: str
     }
     table(4, **{name: columns[kind]}).save_to_disk(tmp_path / "pets")
     with pytest.raises(DataError, match=message):
-        huggingface.read(str(tmp_path / "pets"))
+        folder.read_huggingface(str(tmp_path / "pets"), None, ReadOptions())
 
 
 def test_a_folder_of_something_else(tmp_path: Path) -> None:
     pytest.importorskip("datasets")
     with pytest.raises(DataError, match="give a folder that save_to_disk wrote"):
-        huggingface.read(str(tmp_path))
+        folder.read_huggingface(str(tmp_path), None, ReadOptions())

@@ -36,7 +36,7 @@ def test_val_becomes_the_test_part_and_validation_is_split_off(tmp_path: Path) -
     assert made.identity.sizes == {"train": 54, "validation": 6, "test": 9}
     assert made.validation.labels.tolist() == [0, 0, 1, 1, 2, 2]
     assert made.test.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
-    held = {made.validation.path(index) for index in range(6)}  # type: ignore[attr-defined]
+    held = {made.validation.path(index) for index in range(6)}  # type: ignore[union-attr]
     seen = {made.train.path(index) for index in range(54)}
     assert len(held | seen) == 60
     assert dataset.load("imagenet", tmp_path).identity == made.identity

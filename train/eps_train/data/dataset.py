@@ -18,10 +18,12 @@ import msgspec
 import torch
 from torch import Tensor
 
+from eps_core import machine
 from eps_core.errors import ConfigError, DamagedImages, DataError
 from eps_core.preprocessing import Preprocessing
 from eps_train.config import from_plain_data, plain_data
-from eps_train.data import downloads, folder, huggingface, images
+from eps_train.data import downloads, folder, images
+from eps_train.data.folder import ReadOptions
 from eps_train.data.images import FileSet, ImageSet, Part, RawDataset, ScanStatistics
 
 # -- Mean and std of the training part, by which a network's input is normalized
@@ -38,13 +40,11 @@ _BATCH = 100
 _SEED = 0
 
 
-def measure(train: Part, kind: str) -> tuple[Mean, tuple[float, ...]]:
-    """Mean and std of a training part, in pixel units 0..255.
+def measure(train: Part, kind: str) -> Statistics:
+    """Mean and std of a training part; of one on disk, always of the same 1,000 images.
 
-    Args:
-        train: of a part on disk, the same 1,000 images are measured every time.
-        kind: `channel` for mean and std of every channel; `pixel` for the mean image, and 128 for
-            every channel, as in the paper (CIFAR and SVHN).
+    `kind` is `channel` for mean and std of every channel, or `pixel` for the mean image, and 128
+    for every channel, as in the paper (CIFAR and SVHN).
 
     Raises:
         ConfigError: `pixel`, for a part that is not in memory.
@@ -64,16 +64,14 @@ def measure(train: Part, kind: str) -> tuple[Mean, tuple[float, ...]]:
         return mean, (PIXEL_SCALE,) * len(mean)
     if isinstance(train, ImageSet):
         return _channels(train.batches(_BATCH))
-    assert isinstance(train, FileSet)
     chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(_SEED))[:_SAMPLE]
     return _channels(train[chosen.sort().values].batches(_BATCH))
 
 
 def summary(mean: Mean, std: tuple[float, ...]) -> dict[str, Any]:
-    """Mean and std as plain data for reports.
+    """Kind, mean and std per channel as plain data for reports.
 
-    `kind` as :func:`measure` takes it, `mean` and `std` per channel. Of a mean image `mean` is its
-    mean: the thousands of numbers themselves are in the network.
+    Of a mean image it is its mean: the thousands of numbers themselves are in the network.
     """
     if isinstance(mean[0], tuple):
         image = torch.tensor(mean, dtype=torch.float64)
@@ -102,7 +100,7 @@ def fitting(statistics: Statistics, shape: tuple[int, int, int]) -> Statistics:
     return tuple(mean.tolist()), tuple(std.tolist())
 
 
-def _channels(parts: Iterable[ImageSet]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _channels(parts: Iterable[ImageSet]) -> Statistics:
     """Mean and std of every channel, over all images together."""
     # From the histograms `[C, 256]`: exact, and no float copy of the whole set.
     histograms = sum(
@@ -148,10 +146,7 @@ _MEMORY = 8 << 30  # bytes of pixels in memory, at most, in runs that did not re
 
 @dataclass(frozen=True, slots=True)
 class Outline:
-    """What a network and a schedule need to know of a data set.
-
-    Shape `[C, H, W]` of an image, number of classes, and (about) the number of training images.
-    """
+    """Shape `[C, H, W]` of a data set's images, its classes, and about its training images."""
 
     shape: tuple[int, int, int]
     classes: int
@@ -176,11 +171,9 @@ class DataIdentity:
     Attributes:
         name: as given to `--dataset`.
         classes: label names by index.
-        mean: of the training part, in pixel units 0..255: per channel, or the mean image
-            `[C][H][W]`.
-        std: per channel, in the same units; with a mean image 128.
+        mean, std: of the training part, in pixel units 0..255. The mean is per channel, or an image
+            `[C][H][W]`; std is per channel, with a mean image 128.
         preprocessing: from an image file to the network's uint8 input.
-        split_seed: seed of the split.
         sizes: number of images in `train`, `validation`, `test`.
         sha256: over pixels and labels of the three parts in that order; of a set on disk over
             relative file names, file sizes and labels.
@@ -204,7 +197,6 @@ class DataIdentity:
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
-        """Shape `[C, H, W]` of one image."""
         return self.preprocessing.shape
 
     @property
@@ -223,9 +215,9 @@ class DataIdentity:
         )
 
     def changed_part(self, other: DataIdentity) -> str | None:
-        """The first part in which `other` differs; None when they are the same images.
+        """The first part in which `other` differs, `data` where one of the two does not record it.
 
-        `train`, `validation` or `test`; `data` where one of the two does not record which.
+        None when they are the same images.
         """
         if self.sha256 == other.sha256:
             return None
@@ -249,8 +241,7 @@ class DataIdentity:
 class Data:
     """A data set, split: `validation` is held out of the training data; `test` is for the end.
 
-    `left_out` describes other files beside the images, `warning` what is odd about the images; both
-    are usually empty.
+    `left_out` describes files beside the images, `warning` what is odd about the images.
     """
 
     train: Part
@@ -321,9 +312,10 @@ def load(
         DamagedImages: some images cannot be decoded; all of them are named.
         DataError: the files are missing, damaged or unusable.
     """
-    if room is None:
-        room = room_for_images()
-    raw = _read(name, root, image_size, fit, download, room, like)
+    room = room_for_images() if room is None else room
+    known = None if like is None else like.preprocessing
+    options = ReadOptions(size=image_size, fit=fit, room=room, known=known)
+    raw = _read(name, root, options, download=download)
     if like is not None and raw.folder is not None:
         held = like.held
         if held is None:
@@ -344,17 +336,13 @@ def load(
 
 def room_for_images() -> int:
     """Bytes of pixels that this process may hold: its share of half the memory that is free."""
-    return images.available() // 2 // images.local_processes()
+    return machine.available_memory() // 2 // images.local_processes()
 
 
-def outline(
-    name: str, root: Path | None = None, image_size: tuple[int, int] | None = None
-) -> Outline:
-    """Outline of a data set, without reading it unless it is a folder. Raises as `load` does."""
-    if name in DATASETS:
-        known = DATASETS[name]
-        return replace(known, shape=(known.shape[0], *image_size)) if image_size else known
-    return load(name, root, image_size=image_size).identity.outline
+def outline(name: str, image_size: tuple[int, int] | None = None) -> Outline:
+    """Outline of one of `DATASETS`, without reading it."""
+    known = DATASETS[name]
+    return replace(known, shape=(known.shape[0], *image_size)) if image_size else known
 
 
 def load_again(identity: DataIdentity, root: Path | None = None) -> Data:
@@ -388,33 +376,23 @@ def load_again(identity: DataIdentity, root: Path | None = None) -> Data:
     return data
 
 
-def _read(
-    name: str,
-    root: Path | None,
-    image_size: tuple[int, int] | None,
-    fit: str,
-    download: bool,
-    room: int,
-    like: DataIdentity | None,
-) -> RawDataset:
-    known = like.preprocessing if like is not None else None
-    kind, colon, given = name.partition(":")
+def _read(name: str, root: Path | None, options: ReadOptions, *, download: bool) -> RawDataset:
+    given = name.partition(":")[2]
     path = Path(given).expanduser()
-    if kind + colon == "folder:":
+    if name.startswith("folder:"):
         if root is None and not given:
             raise ConfigError(
                 "--dataset folder:: names no folder; write folder:PATH (folder:. for this one)"
             )
-        return folder.read_folder(root or path, image_size, fit=fit, room=room, known=known)
-    if kind + colon == "csv:":
+        return folder.read_folder(root or path, options)
+    if name.startswith("csv:"):
         if not path.name:
             raise ConfigError("--dataset csv:: names no file; write csv:PATH")
-        table = path if root is None else root / path.name
-        return folder.read_csv(table, image_size, fit=fit, room=room, known=known)
-    if kind + colon == "hf:":
+        return folder.read_csv(path if root is None else root / path.name, options)
+    if name.startswith("hf:"):
         if root is None and not given:
             raise ConfigError("--dataset hf:: names no data set; write hf:PATH or hf:NAME")
-        return huggingface.read(given, root, image_size, fit=fit, room=room, known=known)
+        return folder.read_huggingface(given, root, options)
     if name not in DATASETS:
         raise ConfigError(
             f"--dataset {name}: unknown; the data sets are: {', '.join(DATASETS)}, folder:PATH,"
@@ -422,17 +400,17 @@ def _read(
         )
     root = root or Path()
     if name == "imagenet":
-        return folder.read_imagenet(root, image_size, fit)
+        return folder.read_imagenet(root, options.size, options.fit)
     if name == "digits":
         raw = downloads.read_digits()
     elif name in ("mnist", "fashion-mnist"):
         raw = downloads.read_idx(name, root, download=download)
     else:
         raw = downloads.read_archive(name, root, download=download)
-    how = replace(raw.preprocessing, fit=fit)
-    if image_size in (None, how.crop):  # `fit` is for the images of eps-predict and eps-serve
+    how = replace(raw.preprocessing, fit=options.fit)
+    if options.size in (None, how.crop):  # `fit` is for the images of eps-predict and eps-serve
         return replace(raw, preprocessing=how)
-    how = replace(how, resize=image_size, crop=image_size)
+    how = replace(how, resize=options.size, crop=options.size)
     return replace(raw.map_parts(lambda part: part.preprocessed(how)), preprocessing=how)
 
 
@@ -452,33 +430,22 @@ def split(
     :func:`load`. Raises DataError when a class has too few images for all three parts, and
     DamagedImages.
     """
-    parts = _split(raw, name)
-    found = ScanStatistics()
-    for part, files in parts.items():
-        if isinstance(files, FileSet) and (raw.held or check):
-            parts[part], seen = files.scan(keep=raw.held)
-            found.add(seen)
-    if found.problems and not skip_damaged:
-        first = "; ".join(list(found.problems.values())[:_NAMED_PROBLEMS])
-        more = len(found.problems) - _NAMED_PROBLEMS
-        raise DamagedImages(
-            f"data set {name}: {len(found.problems):,} of {sum(map(len, parts.values())):,} images"
-            f" cannot be read: {first}"
-            + (f"; and {more:,} more" if more > 0 else "")
-            + "; repair or remove them, or train without them (eps-train --skip-damaged)",
-            found.problems,
-        )
-    if found.problems:
+    parts, found = _scanned(raw, name, check=check)
+    while found.problems:
+        if not skip_damaged:
+            first = "; ".join(list(found.problems.values())[:_NAMED_PROBLEMS])
+            more = len(found.problems) - _NAMED_PROBLEMS
+            raise DamagedImages(
+                f"data set {name}: {len(found.problems):,} of {sum(map(len, parts.values())):,}"
+                f" images cannot be read: {first}"
+                + (f"; and {more:,} more" if more > 0 else "")
+                + "; repair or remove them, or train without them (eps-train --skip-damaged)",
+                found.problems,
+            )
         assert raw.folder is not None
-        bad = [os.path.relpath(path, raw.folder) for path in sorted(found.problems)]
         # Split again without them: as if they had not been there.
-        return split(
-            _without(raw, bad),
-            name=name,
-            normalization=normalization,
-            statistics=statistics,
-            check=check,
-        )
+        raw = _without(raw, [os.path.relpath(path, raw.folder) for path in sorted(found.problems)])
+        parts, found = _scanned(raw, name, check=check)
     if statistics is not None:
         mean, std = fitting(statistics, raw.preprocessing.shape)
     else:
@@ -514,6 +481,16 @@ def split(
         left_out=raw.left_out,
         warning=warning if found.deep and bits <= _DARK_BITS else "",
     )
+
+
+def _scanned(raw: RawDataset, name: str, *, check: bool) -> tuple[dict[str, Part], ScanStatistics]:
+    """The parts, in memory where `raw.held`, and what decoding their files showed."""
+    parts, found = _split(raw, name), ScanStatistics()
+    for part, files in parts.items():
+        if isinstance(files, FileSet) and (raw.held or check):
+            parts[part], seen = files.scan(keep=raw.held)
+            found.add(seen)
+    return parts, found
 
 
 def _split(raw: RawDataset, name: str) -> dict[str, Part]:

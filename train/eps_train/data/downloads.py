@@ -6,11 +6,11 @@ import contextlib
 import gzip
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Iterator
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,8 +19,6 @@ from torch import Tensor
 from eps_core.errors import DataError
 from eps_core.preprocessing import Preprocessing
 from eps_train.data.images import ImageSet, RawDataset
-
-T = TypeVar("T")
 
 _DIGITS = tuple("0123456789")
 
@@ -70,31 +68,30 @@ def import_torchvision() -> None:
         import_module("torchvision")
 
 
-def _with_torchvision(
-    name: str, root: Path, files: str, work: Callable[[], T], *, download: bool
-) -> T:
-    """Return `work()`, which reads a data set through torchvision, and downloads it if asked to.
+@contextlib.contextmanager
+def _torchvision(name: str, root: Path, files: str, *, download: bool) -> Iterator[Any]:
+    """Lend `torchvision.datasets`, to read or `download` a data set in the block.
 
-    Raises DataError that says which `files` to put into `root`.
+    Whatever is raised there becomes a DataError that says which `files` to put into `root`.
     """
     try:
         import_torchvision()
+        from torchvision import datasets
+
         with contextlib.redirect_stdout(sys.stderr):  # --json prints nothing else on stdout
-            return work()
+            yield datasets
     except Exception as error:  # torchvision raises RuntimeError, OSError, pickle's own and more
         # Where torchvision tried several mirrors, the last line is of the last of them. It goes on
         # with advice for those who call it from Python.
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         last = lines[-1] if lines else type(error).__name__
         reason = last.partition(" You can use download=True")[0].strip("<>").rstrip(".")
-    if download:
         raise DataError(
             f"data set {name}: cannot be downloaded into {root} ({reason}); put {files} there"
-        )
-    raise DataError(
-        f"data set {name}: not found whole in {root} ({reason}); put {files} there, name its"
-        " folder with --data-root, or have eps-train --download fetch them"
-    )
+            if download
+            else f"data set {name}: not found whole in {root} ({reason}); put {files} there, name"
+            " its folder with --data-root, or have eps-train --download fetch them"
+        ) from None
 
 
 # -- CIFAR-10, CIFAR-100 and SVHN in the files that torchvision reads
@@ -112,23 +109,19 @@ def read_archive(name: str, root: Path, *, download: bool = False) -> RawDataset
     torchvision checks the MD5 sums. Raises DataError that says which files to put where.
     """
 
-    def read() -> tuple[ImageSet, ImageSet, tuple[str, ...]]:
-        from torchvision import datasets
-
+    with _torchvision(name, root, _FILES[name], download=download) as datasets:
         if name == "svhn":
-            parts = ("train", "extra", "test")
-            svhn = [datasets.SVHN(root, part, download=download) for part in parts]
-            train = _image_set(
-                np.concatenate([part.data for part in svhn[:2]]),
-                np.concatenate([part.labels for part in svhn[:2]]),
+            first, extra, last = (
+                datasets.SVHN(root, part, download=download) for part in ("train", "extra", "test")
             )
-            return train, _image_set(svhn[2].data, svhn[2].labels), _DIGITS
-        reader = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
-        cifar = [reader(root, train, download=download) for train in (True, False)]
-        train, test = (_image_set(c.data.transpose(0, 3, 1, 2), c.targets) for c in cifar)
-        return train, test, tuple(cifar[0].classes)
-
-    train, test, classes = _with_torchvision(name, root, _FILES[name], read, download=download)
+            pixels = np.concatenate([first.data, extra.data])
+            train = _image_set(pixels, np.concatenate([first.labels, extra.labels]))
+            test, classes = _image_set(last.data, last.labels), _DIGITS
+        else:
+            reader = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
+            cifar = [reader(root, train, download=download) for train in (True, False)]
+            train, test = (_image_set(c.data.transpose(0, 3, 1, 2), c.targets) for c in cifar)
+            classes = tuple(cifar[0].classes)
     return RawDataset(
         train=train,
         test=test,
@@ -157,16 +150,8 @@ _FOLDERS = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST"}  # torchvision's 
 _CLASSES = {
     "mnist": _DIGITS,
     "fashion-mnist": (
-        "T-shirt/top",
-        "Trouser",
-        "Pullover",
-        "Dress",
-        "Coat",
-        "Sandal",
-        "Shirt",
-        "Sneaker",
-        "Bag",
-        "Ankle boot",
+        *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+        *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
     ),
 }
 
@@ -178,15 +163,9 @@ def read_idx(name: str, root: Path, *, download: bool = False) -> RawDataset:
     them when one is missing. Raises DataError that names the file that is missing or damaged.
     """
     if download and None in [_find(name, root, stem) for stem in _STEMS]:
-
-        def fetch() -> None:
-            from torchvision import datasets
-
-            reader = datasets.MNIST if name == "mnist" else datasets.FashionMNIST
-            reader(root, download=True)
-
         files = ", ".join(f"{stem}.gz" for stem in _STEMS)
-        _with_torchvision(name, root, files, fetch, download=True)
+        with _torchvision(name, root, files, download=True) as datasets:
+            (datasets.MNIST if name == "mnist" else datasets.FashionMNIST)(root, download=True)
     train, test = (
         ImageSet(
             _array(name, root, f"{part}-images-idx3-ubyte", _IMAGES)[:, None],
@@ -204,7 +183,6 @@ def read_idx(name: str, root: Path, *, download: bool = False) -> RawDataset:
 
 
 def _array(name: str, root: Path, stem: str, dimensions: int) -> Tensor:
-    """The uint8 array of one IDX file."""
     path = _find(name, root, stem)
     if path is None:
         raise DataError(
@@ -230,8 +208,5 @@ def _array(name: str, root: Path, stem: str, dimensions: int) -> Tensor:
 
 def _find(name: str, root: Path, stem: str) -> Path | None:
     folders = (root, root / _FOLDERS[name] / "raw", root / name)
-    for folder in folders:
-        for path in (folder / f"{stem}.gz", folder / stem):
-            if path.is_file():
-                return path
-    return None
+    paths = (folder / file for folder in folders for file in (f"{stem}.gz", stem))
+    return next(filter(Path.is_file, paths), None)

@@ -6,13 +6,12 @@ import hashlib
 import math
 import os
 import signal
-import sys
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from eps_core import machine
 from eps_core.errors import DataError, reader_death
 from eps_core.preprocessing import ChooseBox, Preprocessing, peak_of_sixteen_bits, with_image
 
@@ -29,35 +29,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class Part(Protocol):
-    """A part of a data set: in memory (:class:`ImageSet`) or on disk (:class:`FileSet`)."""
-
-    @property
-    def images(self) -> Tensor:
-        """All images, uint8 `[N, C, H, W]`; a part on disk reads them on every access."""
-
-    @property
-    def labels(self) -> Tensor:
-        """Int64 `[N]`."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: Tensor) -> Part:
-        """The images at an int64 `[M]` index."""
-
-    def to(self, device: torch.device) -> Part:
-        """The same part, with :meth:`batches` on `device`."""
-
-    def batches(self, size: int) -> Iterator[ImageSet]:
-        """In order, `size` at a time; the last batch may be smaller."""
-
-    def update(self, digest: hashlib._Hash) -> None:
-        """Add the identity of this part to `digest`."""
-
-
 @dataclass(frozen=True, slots=True)
 class ImageSet:
-    """Images uint8 `[N, C, H, W]` with labels int64 `[N]`."""
+    """Images uint8 `[N, C, H, W]` with labels int64 `[N]`, in memory."""
 
     images: Tensor
     labels: Tensor
@@ -72,19 +46,17 @@ class ImageSet:
         return ImageSet(self.images.to(device), self.labels.to(device))
 
     def batches(self, size: int) -> Iterator[ImageSet]:
+        """In order, `size` at a time; the last batch may be smaller."""
         return map(ImageSet, self.images.split(size), self.labels.split(size))
 
     def update(self, digest: hashlib._Hash) -> None:
-        """Shape, every pixel, every label."""
+        """Add shape, every pixel and every label to `digest`."""
         digest.update(repr(tuple(self.images.shape)).encode())
         digest.update(self.images.contiguous().numpy().data)
         digest.update(self.labels.contiguous().numpy().data)
 
     def preprocessed(self, preprocessing: Preprocessing) -> ImageSet:
-        """The same images as `preprocessing` reads them from image files.
-
-        Training and `eps-predict` so see the same pixels of the same image.
-        """
+        """As `preprocessing` reads image files: training and `eps-predict` see the same pixels."""
         from PIL import Image
 
         pixels = np.empty((len(self), *preprocessing.shape), dtype=np.uint8)
@@ -100,8 +72,7 @@ class RawDataset:
     """A data set as its reader found it, before it is split.
 
     Attributes:
-        train: images to train on, or all images when there are no other parts.
-        validation, test: parts that the data set defines itself; None: to be split off `train`.
+        train, validation, test: its parts; those that are None are to be split off `train`.
         classes: label names by index.
         preprocessing: from an image file to the same pixels.
         folder: folder of the image files; None where the data set does not consist of them.
@@ -121,85 +92,12 @@ class RawDataset:
     skipped: tuple[str, ...] = ()
 
     def map_parts(self, change: Callable[[Any], Part]) -> RawDataset:
-        """The data set with `change` applied to every part that it has."""
         return replace(
             self,
             train=change(self.train),
             validation=self.validation and change(self.validation),
             test=self.test and change(self.test),
         )
-
-
-# -- Free memory of this machine or container: RAM, and shared memory for worker processes
-
-SHARED = Path("/dev/shm")  # where processes hand tensors to each other on Linux
-_PROC, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
-
-
-def available() -> int:
-    """Bytes of RAM that can be used without swapping, within the limits of this process's cgroups.
-
-    Where the system does not say (not Linux), all the RAM that the machine has.
-    """
-    meminfo = dict(line.split(":", 1) for line in _lines(_PROC / "meminfo") if ":" in line)
-    if "MemAvailable" in meminfo:
-        machine = int(meminfo["MemAvailable"].split()[0]) * 1024
-    else:
-        try:
-            machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        except (AttributeError, ValueError, OSError):  # Windows has no such call
-            machine = sys.maxsize
-    return min([machine, *_cgroup_rooms()])
-
-
-def shared() -> int | None:
-    """Free bytes of shared memory; None where it has no limit of its own."""
-    try:
-        found = os.statvfs(SHARED)
-    except (AttributeError, OSError):  # no such call, or no such folder
-        return None
-    return found.f_bavail * found.f_frsize
-
-
-def local_processes() -> int:
-    """Processes of this run on this machine, which share its memory (torchrun)."""
-    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-
-
-def _cgroup_rooms() -> list[int]:
-    """Bytes left below the limit of each cgroup of this process, of both cgroup versions."""
-    rooms = []
-    for line in _lines(_PROC / "self" / "cgroup"):
-        number, controllers, path = line.split(":", 2)
-        if number == "0" and not controllers:
-            root, limit, usage = _CGROUPS, "memory.max", "memory.current"
-        elif "memory" in controllers.split(","):
-            root, limit = _CGROUPS / "memory", "memory.limit_in_bytes"
-            usage = "memory.usage_in_bytes"
-        else:
-            continue
-        # In a container the path may be the host's, while the files are at the root.
-        inner = root / path.lstrip("/")
-        for folder in (inner, *inner.parents):
-            if not folder.is_relative_to(root):
-                continue
-            most, used = _lines(folder / limit), _lines(folder / usage)
-            if not most or not used or not most[0].strip().isdecimal():  # "max": no limit
-                continue
-            # The kernel reclaims cached files that have not been read lately.
-            stat = dict(
-                line.split(" ", 1) for line in _lines(folder / "memory.stat") if " " in line
-            )
-            cached = max(int(stat.get(n, 0)) for n in ("inactive_file", "total_inactive_file"))
-            rooms.append(max(0, int(most[0]) - int(used[0]) + cached))
-    return rooms
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="ascii", errors="replace").splitlines()
-    except OSError:
-        return []
 
 
 # -- Worker processes that read from disk while the device computes
@@ -212,17 +110,20 @@ _AHEAD = 2  # answers that each worker reads ahead
 _BESIDES = 2  # answers in use or on the way, however many workers there are
 
 
+def local_processes() -> int:
+    """Processes of this run on this machine, which share its cores and memory (torchrun)."""
+    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
 def worker_count() -> int:
     """One worker per core, shared out among the processes of a `torchrun`; none on one core."""
-    affinity = getattr(os, "sched_getaffinity", None)  # what a container may use; Linux has it
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    workers = cores // local_processes()
+    workers = machine.cpus() // local_processes()
     return min(workers, MOST_WORKERS) if workers > 1 else 0
 
 
 def _fitting_workers(wanted: int, answer_bytes: int) -> int:
     """Number of workers, at most `wanted`, whose answers fit in shared memory."""
-    room = shared()
+    room = machine.shared_memory()
     if room is None or not answer_bytes:
         return wanted
     answers = room // local_processes() // answer_bytes
@@ -242,8 +143,7 @@ def load(
     The workers live until the last answer, or until this iterator is dropped.
 
     Args:
-        read: from a request to a tuple of tensors and other objects; picklable, as it is sent to
-            the workers.
+        read: from a request to a tuple of tensors and other objects; picklable.
         requests: what to read; without tensors, which would be sent through shared memory.
         pin: return the tensors in pinned memory, for asynchronous copies to a GPU.
         workers: number of processes; 0 reads in this one; None: :func:`worker_count`.
@@ -253,8 +153,7 @@ def load(
     Raises:
         DataError: what `read` raised, or a worker died, or shared memory ran out.
     """
-    wanted = worker_count() if workers is None else workers
-    count = _fitting_workers(wanted, answer_bytes)
+    count = _fitting_workers(worker_count() if workers is None else workers, answer_bytes)
     loader: DataLoader[Any] = DataLoader(
         _Reading(read, shared=count > 0),
         batch_size=None,
@@ -285,11 +184,11 @@ class _ReadError(str):
     """The message of a DataError: raised in a worker, it would arrive with a stack trace in it."""
 
 
-class _Reading(Dataset[Any], Generic[Request, Answer]):
-    def __init__(self, read: Callable[[Request], Answer], *, shared: bool) -> None:
+class _Reading(Dataset[Any]):
+    def __init__(self, read: Callable[[Any], Any], *, shared: bool) -> None:
         self._read, self._shared = read, shared
 
-    def __getitem__(self, request: Request) -> Answer | _ReadError:
+    def __getitem__(self, request: Any) -> Any:
         try:
             answer = self._read(request)
             if self._shared:
@@ -331,17 +230,11 @@ _CHUNK = 2 << 20  # bytes of pixels that a worker scans at a time: many fit in s
 
 @dataclass(slots=True)
 class ScanStatistics:
-    """What decoding every file of a part showed.
+    """What decoding every file of a part showed."""
 
-    Attributes:
-        problems: files that cannot be used, by path, one line each that names the file.
-        deep: number of grey images with 16 bits.
-        peak: largest value, 0..65535, in any of those.
-    """
-
-    problems: dict[str, str] = field(default_factory=dict)
-    deep: int = 0
-    peak: int = 0
+    problems: dict[str, str] = field(default_factory=dict)  # a line that names the file, by path
+    deep: int = 0  # number of grey images with 16 bits
+    peak: int = 0  # largest value, 0..65535, in any of those
 
     def add(self, other: ScanStatistics) -> None:
         self.problems |= other.problems
@@ -382,7 +275,6 @@ class FileSet:
         return replace(self, names=self.names[index.cpu().numpy()], labels=self.labels[index.cpu()])
 
     def without(self, paths: Collection[str]) -> FileSet:
-        """The set without the files at `paths`."""
         stays = [str(self.path(index)) not in paths for index in range(len(self))]
         return self[torch.tensor(stays, dtype=torch.bool).nonzero().flatten()]
 
@@ -396,12 +288,9 @@ class FileSet:
         return self.path(index).open("rb")
 
     def size(self, index: int) -> int:
-        """Bytes of a file."""
         return os.stat(self.path(index)).st_size
 
-    def read(
-        self, index: Sequence[int], crops: Sequence[ChooseBox] | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def read(self, index: Sequence[int], crops: Sequence[ChooseBox] = ()) -> tuple[Tensor, Tensor]:
         """Read images in this process: as evaluation does, or the box that `crops` choose of each.
 
         Returns pixels uint8 `[n, C, H, W]` and labels int64 `[n]`. Raises DataError that names a
@@ -415,17 +304,15 @@ class FileSet:
         return torch.from_numpy(pixels), self.labels[list(index)]
 
     def batches(self, size: int) -> Iterator[ImageSet]:
-        """As `Part.batches`, read by worker processes. Raises DataError that names a bad file."""
-        pin = self.device.type == "cuda"
-        for pixels, labels in self._load(
-            self.read, size, answer_bytes=size * self._image_bytes, pin=pin
-        ):
+        """As `ImageSet.batches`, read by worker processes. Raises DataError that names a file."""
+        memory, pin = size * self._image_bytes, self.device.type == "cuda"
+        for pixels, labels in self._load(self.read, size, answer_bytes=memory, pin=pin):
             yield ImageSet(pixels, labels).to(self.device)
 
     @property
     def images(self) -> Tensor:
         """All pixels, on `device`. Raises DataError when they do not fit in memory."""
-        if len(self) * self._image_bytes > available():
+        if len(self) * self._image_bytes > machine.available_memory():
             raise self._too_large()
         part, found = self.scan(keep=True)
         for problem in found.problems.values():
@@ -435,13 +322,9 @@ class FileSet:
     def scan(self, *, keep: bool) -> tuple[Part, ScanStatistics]:
         """Decode every file once.
 
-        Args:
-            keep: whether to return the images in the memory of the CPU (the pixels of a bad file
-                are 0); otherwise this set is returned. Takes no more memory than the images and a
-                few chunks.
-
-        Raises:
-            DataError: the images do not fit in memory.
+        With `keep` the images are returned in the memory of the CPU (the pixels of a bad file are
+        0), which takes no more memory than they and a few chunks; otherwise this set. Raises
+        DataError when they do not fit in memory.
         """
         total, size = ScanStatistics(), max(1, _CHUNK // self._image_bytes)
         try:
@@ -449,18 +332,15 @@ class FileSet:
             pixels = torch.empty((count, *self.preprocessing.shape), dtype=torch.uint8)
         except (MemoryError, RuntimeError):
             raise self._too_large() from None
-        start = 0
-        scanned = self._load(
-            partial(self._scan, keep=keep), size, answer_bytes=keep * size * self._image_bytes
-        )
-        for chunk, found in scanned:
+        start, read, memory = 0, partial(self._scan, keep=keep), keep * size * self._image_bytes
+        for chunk, found in self._load(read, size, answer_bytes=memory):
             pixels[start : start + len(chunk)] = chunk
             start += len(chunk)
             total.add(found)
         return (ImageSet(pixels, self.labels) if keep else self), total
 
     def update(self, digest: hashlib._Hash) -> None:
-        """Every name (below the root), file size and label, and how files are read.
+        """Add every name (below the root), file size and label, and how files are read.
 
         To hash the pixels would take as long as an epoch. So an image that is replaced by another
         of the same size in bytes goes unnoticed.
@@ -500,7 +380,8 @@ class FileSet:
             except DataError as error:
                 found.problems[str(self.path(number))] = str(error)
                 continue
-            found.add(ScanStatistics(deep=int(peak > 0), peak=peak))
+            found.deep += peak > 0
+            found.peak = max(found.peak, peak)
             if keep:
                 pixels[row] = image
         return torch.from_numpy(pixels), found
@@ -512,3 +393,7 @@ class FileSet:
             f" {'x'.join(map(str, self.preprocessing.shape))} do not fit in the memory that is"
             f" free ({needed:.1f} GiB are needed); choose a smaller --image-size"
         )
+
+
+Part: TypeAlias = ImageSet | FileSet
+"""A part of a data set: in memory or on disk."""

@@ -21,10 +21,9 @@ PIXELS = 255.0  # the largest value of a pixel
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageInputs:
-    """What the inputs of a network are.
+    """What the inputs of a network are: images `[C, H, W]`.
 
     Attributes:
-        shape: `[C, H, W]`.
         mean, std: normalisation of pixels 0 to 1, one value per channel.
         classes: names of the classes; None: their numbers.
         fit: how images of another aspect ratio are made to fit: `crop` or `letterbox`.
@@ -69,20 +68,22 @@ class ImageInputs:
         Raises ConfigError for images that are neither grey nor RGB, and for another number of
         class names.
         """
-        channels, *size = self.shape
+        channels, height, width = self.shape
         if channels not in (1, 3):
             raise ConfigError(f"files hold networks of grey or RGB images, not {channels} channels")
         classes = self.classes or tuple(map(str, range(count)))
         if len(classes) != count:
             raise ConfigError(f"classes=: {len(classes)} names for {count} logits of the network")
-        crop = (size[0], size[1])
         return DataIdentity(
             name="",
             classes=classes,
             mean=tuple(PIXELS * value for value in self.mean),
             std=tuple(PIXELS * value for value in self.std),
             preprocessing=Preprocessing(
-                resize=crop, crop=crop, color="grey" if channels == 1 else "rgb", fit=self.fit
+                resize=(height, width),
+                crop=(height, width),
+                color="grey" if channels == 1 else "rgb",
+                fit=self.fit,
             ),
             split_seed=SPLIT_SEED,
             sizes={"train": 0, "validation": 0, "test": 0},
@@ -100,19 +101,11 @@ def _each(name: str, values: float | Sequence[float], channels: int) -> tuple[fl
 def pixels(
     batches: Iterable[Batch], identity: DataIdentity, *, name: str = "heldout"
 ) -> ImageSet | Tensor:
-    """Return normalised inputs as the images that they were: uint8, on the CPU.
+    """Return batches normalised as `identity` says as the images that they were: uint8, on the CPU.
 
-    Bundles and proofs take such images, and normalise them themselves.
-
-    Args:
-        batches: normalised as `identity` says.
-        name: of the argument that they are, for errors.
-
-    Returns:
-        The images with their labels; where the batches have no labels, the images alone.
-
-    Raises:
-        DataError: there is no batch, or its values are not those of images so normalised.
+    With their labels, if they have any. Bundles and proofs take such images, and normalise them
+    themselves. Raises DataError that names the argument `name` if there is no batch, or if its
+    values are not those of images so normalised.
     """
     mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (identity.mean, identity.std))
     images, labels = [], []

@@ -11,7 +11,7 @@ import torch
 
 from eps_core.errors import ConfigError
 from eps_train.config import TrainingConfig
-from eps_train.data.batches import make
+from eps_train.data.batches import Batches
 from eps_train.data.dataset import Data, Outline
 from eps_train.data.images import ImageSet
 from eps_train.gating import rewriting
@@ -105,7 +105,7 @@ def largest_batch(
 def _fits(config: TrainingConfig, spec: NetworkSpec, data: Data, device: torch.device) -> bool:
     """Whether two steps, the second of which has all state of the optimizer, find memory."""
     try:
-        batches = make(data, config, device)  # which holds its images on the device too
+        batches = Batches(data, config, device)  # which holds its images on the device too
         batch = next(iter(batches.epoch(0, first=0)))
         step = _trial_step(config, spec, data.identity.outline, device)
         with step.precision.training():

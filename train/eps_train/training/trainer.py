@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from eps_core.cli import Log
 from eps_core.errors import ConfigError
 from eps_train.config import TrainingConfig
-from eps_train.data.batches import Batches, make
+from eps_train.data.batches import Batches
 from eps_train.data.dataset import Data, Outline
 from eps_train.data.images import Part
 from eps_train.gating import rewriting
@@ -105,7 +105,7 @@ class Trainer:
         if start:
             self.model.load_state_dict({name: start[1][name] for name in self.model.state_dict()})
         self.normalize = Normalize.of(identity).to(device)
-        self.batches: Batches = make(data, config, device, group.part)
+        self.batches = Batches(data, config, device, group.part)
         self.validation = data.validation.to(device)
         self.optimizer = make_optimizer(self.network, config, device)
         self.averaged = AveragedWeights(self.model, config.ema) if config.ema else None

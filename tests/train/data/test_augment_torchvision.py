@@ -10,9 +10,9 @@ from torch import Tensor
 
 from eps_train import recipes
 from eps_train.config import TrainingConfig
-from eps_train.data import batches
+from eps_train.data.augment import erase, mix, trivially_augmented
+from eps_train.data.batches import Batches
 from eps_train.data.images import ImageSet
-from eps_train.data.mixing import Mixing, erase, trivially_augmented
 from tests.train.runs import digits
 
 pytestmark = pytest.mark.usefixtures("torchvision_models")
@@ -63,7 +63,8 @@ def test_a_rectangle_of_some_images_gets_the_mean_color() -> None:
 def test_labels_are_mixed_by_the_share_of_the_pixels(kind: str) -> None:
     images, labels = torch.zeros(4, 1, 10, 10, dtype=torch.uint8), torch.tensor([0, 1, 2, 1])
     images[0] = 100  # the only bright one, so the share of each image can be read off the pixels
-    mixed = Mixing(config(**{kind: 1.0}), 3)(ImageSet(images, labels), 5)
+    alphas = {"mixup": 0.0, "cutmix": 0.0, kind: 1.0}
+    mixed = mix(ImageSet(images, labels), 5, **alphas, classes=3)
     assert mixed.images.dtype == mixed.labels.dtype == torch.float32
     own, other = (mixed.images[row].mean().item() / 100 for row in (0, 1))
     assert own + other == pytest.approx(1)
@@ -73,18 +74,18 @@ def test_labels_are_mixed_by_the_share_of_the_pixels(kind: str) -> None:
 
 
 def test_of_two_kinds_each_batch_gets_one() -> None:
-    mixing = Mixing(config(mixup=1.0, cutmix=1.0), 2)
     images = torch.tensor([0, 100], dtype=torch.uint8).view(2, 1, 1, 1).repeat(1, 1, 8, 8)
-    values = [
-        len(mixing(ImageSet(images, torch.tensor([0, 1])), number).images[0].unique())
+    batch = ImageSet(images, torch.tensor([0, 1]))
+    values = {
+        len(mix(batch, number, mixup=1.0, cutmix=1.0, classes=2).images[0].unique())
         for number in range(20)
-    ]
-    assert set(values) == {1, 2}, "one value where blended, two where pasted"
+    }
+    assert values == {1, 2}, "one value where blended, two where pasted"
 
 
 def test_every_draw_follows_from_seed_epoch_and_step() -> None:
     torch.manual_seed(1)
-    made = batches.make(digits(), config(**RANDOM), CPU)
+    made = Batches(digits(), config(**RANDOM), CPU)
     whole = list(made.epoch(2, first=0))
     torch.manual_seed(2)
     again = list(made.epoch(2, first=3))
@@ -98,7 +99,7 @@ def test_every_draw_follows_from_seed_epoch_and_step() -> None:
 def test_processes_mix_by_the_same_share() -> None:
     run = config(mixup=1.0)
     halves = [slice(0, 48), slice(48, 96)]
-    shares = [batches.make(digits(), run, CPU, lambda _, mine=mine: mine) for mine in halves]  # type: ignore[misc]
+    shares = [Batches(digits(), run, CPU, lambda _, mine=mine: mine) for mine in halves]  # type: ignore[misc]
     first, second = (next(iter(share.epoch(0, first=0))).labels for share in shares)
     assert first.shape == (48, 10)
     assert set(first.unique().tolist()) == set(second.unique().tolist())
