@@ -73,7 +73,6 @@ EXCEPTIONS = {
     "TrainingConfig(temperature)": _OPTION,
     "TrainingConfig(timer)": _OPTION,
     "_option(default)": _SECTION,
-    "_option(metavar)": _SECTION,
     "_option(values)": _SECTION,
     "TrtEngine(use_graphs)": "graphs and launches are compared by tests",
     "executed_types(exact_qdq)": "exact and fused arithmetic are compared by a test",

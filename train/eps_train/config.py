@@ -50,11 +50,15 @@ def from_plain_data(values: Any, kind: type[T]) -> T:
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """Limits of a number; `high` None: any finite one. `open` excludes both ends."""
+    """Limits of a number; `high` None: any finite one. `open` excludes both ends.
+
+    `unit` stands for the number in `--help`.
+    """
 
     low: float
     high: float | None = None
     open: bool = False
+    unit: str | None = None
 
     def __contains__(self, value: float) -> bool:
         high = sys.float_info.max if self.high is None else self.high
@@ -71,16 +75,14 @@ def _option(
     help: str,
     values: Bounds | tuple[str, ...] | None = None,
     *,
-    metavar: str | None = None,
     default: Any = MISSING,
 ) -> Any:
-    """A field, with the section, help text, permitted values and placeholder of its option.
+    """A field, with the section, help text and permitted values of its option.
 
     Typed Any, so that a type checker takes it for the value of the field (`noqa: RUF009` where the
     linter does not know the field's type as immutable).
     """
-    metadata = {"section": section, "help": help, "values": values, "metavar": metavar}
-    return field(default=default, metadata=metadata)
+    return field(default=default, metadata={"section": section, "help": help, "values": values})
 
 
 _run = partial(_option, "Training run (overrides the recipe)")
@@ -105,7 +107,7 @@ class TrainingConfig:
         " or hf:NAME, a data set of Hugging Face."
     )
     image_size: tuple[int, int] | None = _run(
-        "Resize images to SIZE or HEIGHTxWIDTH, in pixels.", metavar="SIZE", default=None
+        "Resize images to SIZE or HEIGHTxWIDTH, in pixels.", default=None
     )
     fit: str = _run(
         "Images of another aspect ratio: crop at the center, or letterbox: show the whole image on"
@@ -121,21 +123,18 @@ class TrainingConfig:
     batch_size: int = _run(
         "Images per step, over all processes; auto: the largest power of two that fits in the"
         " memory of the GPU, with at least 64 steps in an epoch.",
-        Bounds(2),
-        metavar="NUMBER|auto",
+        Bounds(2, unit="NUMBER|auto"),
     )
     early_stopping: int = _run(
         "Stop after so many epochs without a better validation accuracy, though not before a"
         " target is met; 0: never.",
-        Bounds(0),
-        metavar="EPOCHS",
+        Bounds(0, unit="EPOCHS"),
         default=0,
     )
     head_epochs: int = _run(
         "Of these epochs, train only the last layer in so many at the start; for --pretrained and"
         " --weights.",
-        Bounds(0),
-        metavar="EPOCHS",
+        Bounds(0, unit="EPOCHS"),
         default=0,
     )
     seed: int = _run("Random seed.", Bounds(0, 2**32 - 1), default=0)
@@ -153,33 +152,28 @@ class TrainingConfig:
     epsilon_warmup: int = _pruning(
         "Epochs with open gates before epsilon applies; use more than 0 for networks whose"
         " branches start at zero.",
-        Bounds(0),
-        metavar="EPOCHS",
+        Bounds(0, unit="EPOCHS"),
         default=0,
     )
     target_parameters: float | None = _pruning(
         "Adjust epsilon during training to reach this fraction of the parameters.",
-        Bounds(0, 1, open=True),
-        metavar="FRACTION",
+        Bounds(0, 1, open=True, unit="FRACTION"),
         default=None,
     )
     target_flops: float | None = _pruning(
         "Adjust epsilon during training to reach this fraction of the floating-point operations.",
-        Bounds(0, 1, open=True),
-        metavar="FRACTION",
+        Bounds(0, 1, open=True, unit="FRACTION"),
         default=None,
     )
     target_latency: float | None = _pruning(
         "Adjust epsilon during training to reach this fraction of the latency; each kind of block"
         " is timed before the first epoch.",
-        Bounds(0, 1, open=True),
-        metavar="FRACTION",
+        Bounds(0, 1, open=True, unit="FRACTION"),
         default=None,
     )
     target_speedup: float | None = _pruning(
         "Adjust epsilon during training to reach 1/FACTOR of the latency.",
-        Bounds(1, open=True),
-        metavar="FACTOR",
+        Bounds(1, open=True, unit="FACTOR"),
         default=None,
     )
     timer: str | None = _pruning(
@@ -203,8 +197,7 @@ class TrainingConfig:
     max_accuracy_drop: float | None = _pruning(
         "With a target: raise epsilon only while validation accuracy is at most POINTS below its"
         " best.",
-        Bounds(0, 100),
-        metavar="POINTS",
+        Bounds(0, 100, unit="POINTS"),
         default=None,
     )
     patience: int = _pruning(
@@ -237,8 +230,7 @@ class TrainingConfig:
     )
     lr_warmup: float = _optimizer(
         "Epochs in which the learning rate rises linearly from 0.",
-        Bounds(0),
-        metavar="EPOCHS",
+        Bounds(0, unit="EPOCHS"),
         default=0.0,
     )
     lr_restart: Steps = _optimizer(  # noqa: RUF009
@@ -254,8 +246,7 @@ class TrainingConfig:
     weight_decay: float = _optimizer("Weight decay of convolutions and linear layers.", Bounds(0))
     clip_grad_norm: float | None = _optimizer(
         "Scale gradients down to this norm, taken over all parameters, where it is larger.",
-        Bounds(0, open=True),
-        metavar="NORM",
+        Bounds(0, open=True, unit="NORM"),
         default=None,
     )
     label_smoothing: float = _optimizer(
@@ -264,8 +255,7 @@ class TrainingConfig:
     ema: float = _optimizer(
         "Validate and save an exponential moving average of the weights with this decay per step;"
         " gates judge the trained weights; 0: none.",
-        Bounds(0, 0.999999),
-        metavar="DECAY",
+        Bounds(0, 0.999999, unit="DECAY"),
         default=0.0,
     )
     class_weights: str = _optimizer(
@@ -277,8 +267,7 @@ class TrainingConfig:
     accumulate: int = _optimizer(
         "Compute each step in so many parts of the batch, one after the other, and add up their"
         " gradients; needs the memory of one part.",
-        Bounds(1, 4096),
-        metavar="PARTS",
+        Bounds(1, 4096, unit="PARTS"),
         default=1,
     )
     aux_loss_weight: float = _optimizer(
@@ -315,22 +304,19 @@ class TrainingConfig:
     flip: bool = _input("Flip images horizontally at random.", default=False)
     random_erasing: float = _input(
         "Probability that a random rectangle of an image is replaced by the mean color.",
-        Bounds(0, 1),
-        metavar="PROBABILITY",
+        Bounds(0, 1, unit="PROBABILITY"),
         default=0.0,
     )
     mixup: float = _input(
         "Blend each image and its label with another's, by a share from Beta(ALPHA, ALPHA); 0:"
         " never.",
-        Bounds(0),
-        metavar="ALPHA",
+        Bounds(0, unit="ALPHA"),
         default=0.0,
     )
     cutmix: float = _input(
         "Paste a rectangle of another image into each, of an area from Beta(ALPHA, ALPHA), and mix"
         " their labels alike; with --mixup, one of the two in each batch; 0: never.",
-        Bounds(0),
-        metavar="ALPHA",
+        Bounds(0, unit="ALPHA"),
         default=0.0,
     )
 
@@ -488,11 +474,11 @@ def choices(name: str) -> tuple[str, ...]:
     return next(item.metadata["values"] for item in fields(TrainingConfig) if item.name == name)
 
 
-def image_size(text: str) -> tuple[int, int]:
+def size(text: str) -> tuple[int, int]:
     """Read `SIZE` or `HEIGHTxWIDTH`, in pixels. Raises click.BadParameter."""
     height, _, width = text.partition("x")
     sizes = (height, width or height)
-    if not all(size.isdecimal() and int(size) >= 8 for size in sizes):
+    if not all(side.isdecimal() and int(side) >= 8 for side in sizes):
         raise click.BadParameter(f"{text}: write SIZE or HEIGHTxWIDTH, in pixels, at least 8")
     return int(sizes[0]), int(sizes[1])
 
@@ -554,7 +540,7 @@ def config_options(function: _Function) -> _Function:
         decorate = click.option(
             f"{name}/--no-{name[2:]}" if item.type == "bool" else name,
             type=_click_type(item),
-            metavar=told["metavar"],
+            metavar=getattr(told["values"], "unit", None),
             default=None,
             help=told["help"],
         )
@@ -587,7 +573,7 @@ def _click_type(item: Field[Any]) -> Any:
     if values:
         return click.Choice(values)
     plain = {"bool": bool, "str": str}
-    return {"LrSchedule": lr_schedule, "Steps": steps, "tuple[int, int]": image_size, **plain}[kind]
+    return {"LrSchedule": lr_schedule, "Steps": steps, "tuple[int, int]": size, **plain}[kind]
 
 
 def read(path: Path) -> TrainingConfig:
