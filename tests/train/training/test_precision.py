@@ -57,6 +57,15 @@ def test_a_device_that_cannot_is_named_with_its_reason(monkeypatch: pytest.Monke
         TrainingPrecision("fp16", CPU)
 
 
+def test_a_busy_device_is_not_taken_for_one_that_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "conv2d", refuse)
+    with pytest.raises(torch.OutOfMemoryError):
+        TrainingPrecision("fp16", CPU)
+
+
 def test_asking_for_a_precision_draws_no_random_number() -> None:
     before = torch.get_rng_state()
     TrainingPrecision("bf16", CPU)
@@ -94,7 +103,7 @@ def test_tf32_is_allowed_in_the_steps_of_training_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Forward and backward pass have it; validation, and the test at the end, do not."""
-    monkeypatch.setattr(forward, "_require_tf32", lambda device: None)
+    monkeypatch.setattr(forward, "_require_precision", lambda name, device: None)
     run = trainer(tmp_path, model="cifar:8x4", precision="tf32", epochs=1)
     seen = set()
 
