@@ -18,12 +18,7 @@ IMAGENET = [name for name in RECIPES if name.startswith("imagenet")]
 
 
 def schedule(run: TrainingConfig) -> LearningRateSchedule:
-    return LearningRateSchedule(
-        epochs=run.epochs,
-        lr_schedule=run.lr_schedule,
-        lr_restart=run.lr_restart,
-        final_decay=run.final_decay,
-    )
+    return LearningRateSchedule(run)
 
 
 def cifar_rate(epoch: int) -> float:
@@ -158,7 +153,7 @@ def test_finetune_prunes_to_a_target_after_a_tenth_of_the_run() -> None:
     assert (run.epsilon, run.target_parameters) == (None, 0.5)
     assert run.head_epochs < run.epsilon_warmup == run.epochs // 10
     assert (run.self_distillation, run.aux_loss_weight) == (True, 0.0)
-    plan = LearningRateSchedule.of(run)
+    plan = LearningRateSchedule(run)
     assert plan.lr(0, 0.0) == 0.02
     assert plan.lr(run.epochs - 1, 1.0) == pytest.approx(0.0)
     assert plan.decay_epoch == 12
@@ -168,7 +163,7 @@ def test_cifar10_fast_is_a_short_run_to_half_the_flops() -> None:
     run = recipe("cifar10-fast")
     assert (run.target_flops, run.batch_size) == (0.5, 512)
     assert 100 <= run.epochs <= 200
-    plan = LearningRateSchedule.of(run)
+    plan = LearningRateSchedule(run)
     steps = DATASETS[run.dataset].train // run.batch_size
     rates = [plan.lr(epoch) for epoch in range(run.epochs)]
     assert max(rates) == pytest.approx(0.4, rel=0.02)

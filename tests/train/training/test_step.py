@@ -13,8 +13,7 @@ from torch import Tensor
 
 from eps_core.errors import ConfigError
 from eps_train.data.images import ImageSet
-from eps_train.training.distillation import Teacher
-from eps_train.training.step import GraphedStep, TrainingStep, balanced_weights
+from eps_train.training.step import GraphedStep, Teacher, TrainingStep, balanced_weights
 from eps_train.training.trainer import Stopped, Trainer
 from tests.checkpoints import make_checkpoint
 from tests.train.runs import PRUNING, digits, trainer
