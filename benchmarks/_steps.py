@@ -90,11 +90,10 @@ class _Stepper:
     """Repeats one training step."""
 
     def __init__(self, trainer: Trainer, options: Options, *, graph: bool = False) -> None:
-        assert isinstance(trainer.take_step, TrainingStep)
-        self._trainer, self._precision = trainer, trainer.take_step.precision
-        self._step: TrainingStep | GraphedStep = trainer.take_step
+        self._trainer, self._precision = trainer, trainer.training_step.precision
+        self._step: TrainingStep | GraphedStep = trainer.training_step
         if graph:
-            self._step = GraphedStep(self._step, options.device, required=True)
+            self._step = GraphedStep(trainer.training_step, options.device, required=True)
         self._batch = next(iter(trainer.batches.epoch(0, first=0)))
         assert len(self._batch) == options.batch_size
         trainer.model.train()

@@ -58,7 +58,7 @@ def test_there_is_a_recipe_for_every_network_of_the_paper() -> None:
 @pytest.mark.parametrize("name", CIFAR)
 def test_cifar_rates_are_the_papers_epoch_by_epoch(name: str) -> None:
     plan = schedule(recipe(name))
-    assert all(plan.lr(epoch) == cifar_rate(epoch) for epoch in range(plan.epochs))
+    assert all(plan.lr(epoch) == cifar_rate(epoch) for epoch in range(plan.config.epochs))
     plan.observe(399, 3.0)
     for epoch in range(400, plan.decay_epoch):
         assert plan.lr(epoch) == cifar_rate_after_a_loss(epoch - 400), epoch
@@ -67,7 +67,7 @@ def test_cifar_rates_are_the_papers_epoch_by_epoch(name: str) -> None:
 @pytest.mark.parametrize("name", SVHN)
 def test_svhn_rates_are_the_papers_epoch_by_epoch(name: str) -> None:
     plan = schedule(recipe(name))
-    assert all(plan.lr(epoch) == svhn_rate(epoch) for epoch in range(plan.epochs))
+    assert all(plan.lr(epoch) == svhn_rate(epoch) for epoch in range(plan.config.epochs))
     plan.observe(99, 3.0)
     for epoch in range(100, plan.decay_epoch):
         assert plan.lr(epoch) == svhn_rate_after_a_loss(epoch - 100), epoch
@@ -87,7 +87,7 @@ def test_each_loss_starts_the_second_table_anew(
     """A whole run epoch by epoch, with losses at chosen epochs, against the paper's two tables."""
     for name in names:
         plan = schedule(recipe(name))
-        losses = {share * plan.epochs // 100 for share in (2, 3, 9, 40, 41, 70)}
+        losses = {share * plan.config.epochs // 100 for share in (2, 3, 9, 40, 41, 70)}
         discarded, restarted = 0.0, None
         for epoch in range(plan.decay_epoch):
             expected = first(epoch) if restarted is None else after(epoch - restarted)
@@ -102,14 +102,14 @@ def test_each_loss_starts_the_second_table_anew(
 def test_the_last_descent_ends_on_the_papers_lowest_rate(name: str) -> None:
     run = recipe(name)
     plan = schedule(run)
-    for epoch in range(plan.epochs):
+    for epoch in range(plan.config.epochs):
         plan.observe(epoch, float(epoch))  # an epoch that lost a block, every time
-    lr_schedule = [plan.lr(epoch) for epoch in range(plan.decay_epoch, plan.epochs)]
+    lr_schedule = [plan.lr(epoch) for epoch in range(plan.decay_epoch, plan.config.epochs)]
     assert lr_schedule == sorted(lr_schedule, reverse=True)
     assert lr_schedule[0] <= 0.01
     assert isinstance(run.lr_schedule, tuple)
     assert lr_schedule[-1] == run.lr_schedule[-1][1]
-    assert len(lr_schedule) >= 0.1 * plan.epochs
+    assert len(lr_schedule) >= 0.1 * plan.config.epochs
 
 
 @pytest.mark.parametrize("name", IMAGENET)

@@ -130,11 +130,11 @@ needs_fp16 = pytest.mark.skipif(not can("fp16"), reason="no fp16 on this CPU")
 
 
 def scale(run: Trainer) -> float:
-    return float(run.take_step.precision.state_dict()["scale"])
+    return float(run.training_step.precision.state_dict()["scale"])
 
 
 def set_scale(run: Trainer, value: float) -> None:
-    precision = run.take_step.precision
+    precision = run.training_step.precision
     precision.load_state_dict(precision.state_dict() | {"scale": value})
 
 
@@ -185,7 +185,7 @@ def test_a_resumed_run_has_the_scale_that_it_had(tmp_path: Path, stop_after: int
     again.resume()
     assert scale(again) == scale(stopped)
     again.run(lambda report: None)
-    assert again.take_step.precision.state_dict() == whole.take_step.precision.state_dict()
+    assert again.training_step.precision.state_dict() == whole.training_step.precision.state_dict()
     theirs = whole.network.state_dict()
     for name, tensor in again.network.state_dict().items():
         assert torch.equal(tensor, theirs[name]), name

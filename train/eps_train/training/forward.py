@@ -85,6 +85,7 @@ class Forward:
         self._parts: dict[str, Callable[..., Any]] = {}  # compiled, by what they compute
         if config.compile:
             require_compiler(device)
+        self._call: Callable[[Tensor], Logits] | None = None
         self.rewrap()
 
     def __call__(self, images: Tensor) -> Logits:
@@ -100,7 +101,7 @@ class Forward:
         """
         if self._compile:
             self._network.compiled = self._compiled()
-        self._call: Callable[[Tensor], Logits] | None = None
+        self._call = None
 
     def _wrap(self) -> Callable[[Tensor], Logits]:
         self._network.join_records()
@@ -194,8 +195,11 @@ def drop_batch_counts(module: nn.Module) -> None:
         state.pop(f"{prefix}num_batches_tracked", None)
 
     for norm in module.modules():
-        counts = isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.momentum is not None
-        if counts and norm.num_batches_tracked is not None:
+        if (
+            isinstance(norm, nn.modules.batchnorm._BatchNorm)
+            and norm.momentum is not None
+            and norm.num_batches_tracked is not None
+        ):
             norm.num_batches_tracked = None
             norm.register_state_dict_post_hook(add_count)
             norm.register_load_state_dict_pre_hook(skip_count)

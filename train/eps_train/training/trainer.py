@@ -105,7 +105,7 @@ class Trainer:
         class_weights = None
         if config.class_weights == "balanced":
             class_weights = balanced_weights(data.train.labels, len(identity.classes)).to(device)
-        self._step = TrainingStep(
+        self.training_step = TrainingStep(
             self.network,
             self.normalize,
             config,
@@ -114,10 +114,10 @@ class Trainer:
             teacher=teacher,
             class_weights=class_weights,
         )
-        self.optimizer, self.averaged = self._step.optimizer, self._step.averaged
-        self.take_step: TrainingStep | GraphedStep = self._step
+        self.optimizer, self.averaged = self.training_step.optimizer, self.training_step.averaged
+        self.take_step: TrainingStep | GraphedStep = self.training_step
         if use_cuda_graph(cuda_graph, config, group, device):
-            self.take_step = GraphedStep(self._step, device, required=cuda_graph == "on")
+            self.take_step = GraphedStep(self.training_step, device, required=cuda_graph == "on")
         self._head = self._require_head() if config.head_epochs else set()
         self._frozen: list[nn.Parameter] = []  # while the head alone is trained
         self.own_teacher: Teacher | None = None  # of a run with self-distillation
@@ -310,7 +310,7 @@ class Trainer:
         self._enter_phase(epoch)
         self.network.train()
         steps, lr = self.batches.steps, math.nan
-        with self._step.precision.training():
+        with self.training_step.precision.training():
             for batch in self.batches.epoch(epoch, first=self.step):
                 if lr != (lr := self.schedule.lr(epoch, (self.step + 0.5) / steps)):
                     set_lr(self.optimizer, lr)
@@ -335,7 +335,7 @@ class Trainer:
                 block, passes = culprit  # perhaps some steps earlier
                 where = f"step {math.ceil(passes / self.config.accumulate)}"
                 what = f"block {block} is no longer finite; lower the learning rate"
-        elif self._step.precision.collapsed():
+        elif self.training_step.precision.collapsed():
             what = (
                 "gradients are not finite in fp16 at any loss scale; use --precision bf16 or fp32"
             )
@@ -377,7 +377,7 @@ class Trainer:
             self._distil_from(Teacher(replace(self.checkpoint(), gates=[]), self.device))
 
     def _distil_from(self, teacher: Teacher) -> None:
-        self.own_teacher = self._step.teacher = teacher
+        self.own_teacher = self.training_step.teacher = teacher
         self.take_step.rewrap()
 
     def _require_head(self) -> set[str]:
@@ -410,7 +410,7 @@ class Trainer:
             self.pruner.scores.close()
             self.pruner.scores = None
         smallest = smallest_size(self.pruner.stages)
-        self._step.sub_networks = SubNetworks(self.model, self.order, smallest=smallest)
+        self.training_step.sub_networks = SubNetworks(self.model, self.order, smallest=smallest)
 
     # -- Saving and resuming
 
@@ -456,7 +456,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "trained": self.averaged and self.averaged.trained(),
             "own_teacher": self.own_teacher and self.own_teacher.state,
-            "precision": self._step.precision.state_dict(),
+            "precision": self.training_step.precision.state_dict(),
             "schedule": self.schedule.state_dict(),
             "tracker": pruner["tracker"],
             "controller": pruner["controller"],
@@ -493,7 +493,7 @@ class Trainer:
             taught = replace(last, state=state["own_teacher"], gates=[])
             self._distil_from(Teacher(taught, self.device))
         self.optimizer.load_state_dict(state["optimizer"])
-        self._step.precision.load_state_dict(state["precision"])
+        self.training_step.precision.load_state_dict(state["precision"])
         self.schedule.load_state_dict(state["schedule"])
         self.saved, self.seconds = state["epoch"], state["seconds"]
         self.best = state["best"] and Score(**state["best"])
