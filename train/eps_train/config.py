@@ -474,7 +474,7 @@ def choices(name: str) -> tuple[str, ...]:
     return next(item.metadata["values"] for item in fields(TrainingConfig) if item.name == name)
 
 
-def size(text: str) -> tuple[int, int]:
+def image_size(text: str) -> tuple[int, int]:
     """Read `SIZE` or `HEIGHTxWIDTH`, in pixels. Raises click.BadParameter."""
     height, _, width = text.partition("x")
     sizes = (height, width or height)
@@ -540,7 +540,7 @@ def config_options(function: _Function) -> _Function:
         decorate = click.option(
             f"{name}/--no-{name[2:]}" if item.type == "bool" else name,
             type=_click_type(item),
-            metavar=getattr(told["values"], "unit", None),
+            metavar="SIZE" if item.name == "image_size" else getattr(told["values"], "unit", None),
             default=None,
             help=told["help"],
         )
@@ -573,7 +573,7 @@ def _click_type(item: Field[Any]) -> Any:
     if values:
         return click.Choice(values)
     plain = {"bool": bool, "str": str}
-    return {"LrSchedule": lr_schedule, "Steps": steps, "tuple[int, int]": size, **plain}[kind]
+    return {"LrSchedule": lr_schedule, "Steps": steps, "tuple[int, int]": image_size, **plain}[kind]
 
 
 def read(path: Path) -> TrainingConfig:
