@@ -90,10 +90,10 @@ class _Stepper:
     """Repeats one training step."""
 
     def __init__(self, trainer: Trainer, options: Options, *, graph: bool = False) -> None:
-        self._trainer, self._step = trainer, trainer.take_step
+        self._trainer, self._precision = trainer, trainer.training_step.precision
+        self._step: TrainingStep | GraphedStep = trainer.training_step
         if graph:
-            assert isinstance(self._step, TrainingStep)
-            self._step = GraphedStep(self._step, options.device, required=True)
+            self._step = GraphedStep(trainer.training_step, options.device, required=True)
         self._batch = next(iter(trainer.batches.epoch(0, first=0)))
         assert len(self._batch) == options.batch_size
         trainer.model.train()
@@ -102,7 +102,7 @@ class _Stepper:
             gate.set_epsilon(OPEN)
 
     def __call__(self) -> None:
-        with self._step.precision.training():
+        with self._precision.training():
             self._step(self._batch)
 
     @property

@@ -15,9 +15,9 @@ from eps_train.config import TrainingConfig
 from eps_train.data import dataset
 from eps_train.data.dataset import Data
 from eps_train.gating.pruner import GraphPruner
-from eps_train.training.distillation import Teacher
 from eps_train.training.distributed import ALONE, Group
 from eps_train.training.evaluate import EpochMetrics
+from eps_train.training.step import Teacher
 from eps_train.training.trainer import Trainer
 
 # Which of its 9 blocks die, and when, depends on the last bits of what the CPU or GPU computes.

@@ -295,15 +295,18 @@ def test_what_a_cpu_is_too_slow_to_try_is_not_estimated(tmp_path: Path) -> None:
 def test_the_device_chooses_the_batch_size_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first run has memory for 256 images; the resumed one does not try again."""
-    found = iter([256])
+    """The first run has memory for 256 images; the resumed one does not try again, a new one does.
+
+    The files that `--force` replaces have no say in it.
+    """
+    found = iter([256, 128])
     monkeypatch.setattr("eps_train.training.probe.largest_batch", lambda *_: next(found))
     auto = (*TINY, "--device", "cpu", "--batch-size", "auto")
-    for resume in ((), ("--resume",)):
-        result = eps_train(tmp_path, *auto, *resume)
+    for how, size in (((), 256), (("--resume",), 256), (("--force",), 128)):
+        result = eps_train(tmp_path, *auto, *how)
         assert result.code == 0, result.stderr
-        assert "batch size: 256" in result.stderr
-        assert json.loads((tmp_path / "config.json").read_text())["batch_size"] == 256
+        assert f"batch size: {size}" in result.stderr
+        assert json.loads((tmp_path / "config.json").read_text())["batch_size"] == size
     assert "tried on the device when" in eps_train(tmp_path, *auto, "--dry-run").stderr
 
 
@@ -472,6 +475,20 @@ def test_a_run_is_resumed_however_its_folder_is_written(
     for other in ("folder:./set/", f"folder:{tmp_path / 'set'}", "folder:~/set"):
         result = eps_train(tmp_path, "--dataset", other, *TINY, "--resume")
         assert result.code == 0, result.stderr
+
+
+def test_the_recipe_of_a_resumed_run_is_the_default(tmp_path: Path) -> None:
+    """Without `--weights`, which only begins a run, a folder of images would mean another one."""
+    write_split_images(tmp_path / "set")
+    common = ("--dataset", "folder:set", "--image-size", 8, *TINY)
+    assert eps_train(tmp_path, *common, "--output", "first").code == 0
+    begun = eps_train(tmp_path, *common, "--weights", "first/ckpt.pt")
+    assert begun.code == 0, begun.stderr
+    resumed = eps_train(tmp_path, *common, "--resume")
+    assert resumed.code == 0, resumed.stderr
+    assert "recipe: finetune" in resumed.stderr
+    (tmp_path / "config.json").unlink()
+    assert "belongs to a run with" in eps_train(tmp_path, *common, "--resume").error
 
 
 def test_a_folder_that_is_not_named_or_not_there(tmp_path: Path) -> None:

@@ -270,11 +270,11 @@ def test_batch_norm_is_synchronised(train: Train, monkeypatch: pytest.MonkeyPatc
     """The command's network goes through the function that a GPU's would go through."""
     made: list[nn.Module] = []
 
-    def synchronise(network: nn.Module, group: Group, device: torch.device) -> nn.Module:
+    def synchronise(network: nn.Module, group: Group, device: torch.device) -> None:
         several = Group()
         several.size = 2
-        made.append(forward.synchronise_batchnorm(network, several, torch.device("cuda")))
-        return network
+        forward.synchronise_batchnorm(network, several, torch.device("cuda"))
+        made.append(network)
 
     def stop(self: Trainer, report: object) -> None:
         raise KeyboardInterrupt  # torch has no such batch norm on a CPU

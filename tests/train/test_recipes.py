@@ -18,12 +18,7 @@ IMAGENET = [name for name in RECIPES if name.startswith("imagenet")]
 
 
 def schedule(run: TrainingConfig) -> LearningRateSchedule:
-    return LearningRateSchedule(
-        epochs=run.epochs,
-        lr_schedule=run.lr_schedule,
-        lr_restart=run.lr_restart,
-        final_decay=run.final_decay,
-    )
+    return LearningRateSchedule(run)
 
 
 def cifar_rate(epoch: int) -> float:
@@ -63,7 +58,7 @@ def test_there_is_a_recipe_for_every_network_of_the_paper() -> None:
 @pytest.mark.parametrize("name", CIFAR)
 def test_cifar_rates_are_the_papers_epoch_by_epoch(name: str) -> None:
     plan = schedule(recipe(name))
-    assert all(plan.lr(epoch) == cifar_rate(epoch) for epoch in range(plan.epochs))
+    assert all(plan.lr(epoch) == cifar_rate(epoch) for epoch in range(plan.config.epochs))
     plan.observe(399, 3.0)
     for epoch in range(400, plan.decay_epoch):
         assert plan.lr(epoch) == cifar_rate_after_a_loss(epoch - 400), epoch
@@ -72,7 +67,7 @@ def test_cifar_rates_are_the_papers_epoch_by_epoch(name: str) -> None:
 @pytest.mark.parametrize("name", SVHN)
 def test_svhn_rates_are_the_papers_epoch_by_epoch(name: str) -> None:
     plan = schedule(recipe(name))
-    assert all(plan.lr(epoch) == svhn_rate(epoch) for epoch in range(plan.epochs))
+    assert all(plan.lr(epoch) == svhn_rate(epoch) for epoch in range(plan.config.epochs))
     plan.observe(99, 3.0)
     for epoch in range(100, plan.decay_epoch):
         assert plan.lr(epoch) == svhn_rate_after_a_loss(epoch - 100), epoch
@@ -92,7 +87,7 @@ def test_each_loss_starts_the_second_table_anew(
     """A whole run epoch by epoch, with losses at chosen epochs, against the paper's two tables."""
     for name in names:
         plan = schedule(recipe(name))
-        losses = {share * plan.epochs // 100 for share in (2, 3, 9, 40, 41, 70)}
+        losses = {share * plan.config.epochs // 100 for share in (2, 3, 9, 40, 41, 70)}
         discarded, restarted = 0.0, None
         for epoch in range(plan.decay_epoch):
             expected = first(epoch) if restarted is None else after(epoch - restarted)
@@ -107,14 +102,14 @@ def test_each_loss_starts_the_second_table_anew(
 def test_the_last_descent_ends_on_the_papers_lowest_rate(name: str) -> None:
     run = recipe(name)
     plan = schedule(run)
-    for epoch in range(plan.epochs):
+    for epoch in range(plan.config.epochs):
         plan.observe(epoch, float(epoch))  # an epoch that lost a block, every time
-    lr_schedule = [plan.lr(epoch) for epoch in range(plan.decay_epoch, plan.epochs)]
+    lr_schedule = [plan.lr(epoch) for epoch in range(plan.decay_epoch, plan.config.epochs)]
     assert lr_schedule == sorted(lr_schedule, reverse=True)
     assert lr_schedule[0] <= 0.01
     assert isinstance(run.lr_schedule, tuple)
     assert lr_schedule[-1] == run.lr_schedule[-1][1]
-    assert len(lr_schedule) >= 0.1 * plan.epochs
+    assert len(lr_schedule) >= 0.1 * plan.config.epochs
 
 
 @pytest.mark.parametrize("name", IMAGENET)
@@ -158,7 +153,7 @@ def test_finetune_prunes_to_a_target_after_a_tenth_of_the_run() -> None:
     assert (run.epsilon, run.target_speedup) == (None, 2.0)
     assert run.head_epochs < run.epsilon_warmup == run.epochs // 10
     assert (run.self_distillation, run.aux_loss_weight) == (True, 0.0)
-    plan = LearningRateSchedule.of(run)
+    plan = LearningRateSchedule(run)
     assert plan.lr(0, 0.0) == 0.02
     assert plan.lr(run.epochs - 1, 1.0) == pytest.approx(0.0)
     assert plan.decay_epoch == 12
@@ -168,7 +163,7 @@ def test_cifar10_fast_is_a_short_run_to_half_the_flops() -> None:
     run = recipe("cifar10-fast")
     assert (run.target_flops, run.batch_size) == (0.5, 512)
     assert 100 <= run.epochs <= 200
-    plan = LearningRateSchedule.of(run)
+    plan = LearningRateSchedule(run)
     steps = DATASETS[run.dataset].train // run.batch_size
     rates = [plan.lr(epoch) for epoch in range(run.epochs)]
     assert max(rates) == pytest.approx(0.4, rel=0.02)

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from eps_train.recipes import digits
 from eps_train.schedule import CosineDecay, LearningRateSchedule, value_at
 
 RATES = ((0, 0.1), (4, 0.01))
@@ -15,7 +18,7 @@ def schedule(**changes: object) -> LearningRateSchedule:
         "lr_restart": RESTART,
         "final_decay": ((0.8, 0.001),),
     }
-    return LearningRateSchedule(**{**fields, **changes})  # type: ignore[arg-type]
+    return LearningRateSchedule(replace(digits(), **{**fields, **changes}))  # type: ignore[arg-type]
 
 
 def test_a_step_function_holds_until_its_next_step() -> None:

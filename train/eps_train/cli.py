@@ -22,8 +22,6 @@ from eps_train.config import SectionedCommand, config_options
 from eps_train.training.paths import RunPaths
 
 if TYPE_CHECKING:
-    import torch
-
     from eps_train.config import TrainingConfig
     from eps_train.data.dataset import Data, DataIdentity, Statistics
     from eps_train.training.distributed import Group
@@ -151,8 +149,8 @@ def cli(
         base = config.read(config_file)
     else:
         weighted = pretrained or weights is not None
-        recipe = recipe or recipes.default(fields["dataset"], pretrained=weighted)
-        base = recipes.recipe(recipe)
+        recipe = recipe or (_resumed_recipe(output) if resume else None)
+        base = recipes.recipe(recipe or recipes.default(fields["dataset"], pretrained=weighted))
     chosen = config.override(base, fields)
     if with_baseline and chosen.plain:
         raise click.UsageError("--with-baseline needs an epsilon above 0: at 0 both are the same")
@@ -217,6 +215,15 @@ def main() -> NoReturn:
     console.run(cli)
 
 
+def _resumed_recipe(output: Path) -> str | None:
+    """The recipe of the run that is to be resumed; None where there is none, or not one of ours."""
+    files = RunPaths.of(output)
+    with suppress(ConfigError):
+        if files.last.exists() and (recipe := config.read(files.config).recipe) in recipes.RECIPES:
+            return recipe
+    return None
+
+
 def _check_output(output: Path, runs: Runs, *, resume: bool, force: bool) -> None:
     """Raise ConfigError when the runs cannot write their files, or cannot be resumed from them."""
     if resume:
@@ -269,7 +276,9 @@ def _train(
     """
     from eps_train.data import dataset
     from eps_train.training import distributed, forward
+    from eps_train.training.probe import largest_batch
     from eps_train.training.run import Run
+    from eps_train.training.trainer import network_spec
 
     def clear_output() -> None:
         if not resume:
@@ -279,33 +288,36 @@ def _train(
                 file.unlink(missing_ok=True)
 
     files = [file for paths in runs for file in paths.all()]
+    first = next(iter(runs.values()))
     place = forward.choose(device)
     with distributed.joined(place) as group:
-        like = _resumed_data(runs) if resume else None
+        like, size = _resumed(runs) if resume else (None, None)
         # Gathered before one of the processes has taken its share.
         room = min(group.gather(dataset.room_for_images()))
         data = group.first(
             lambda: _describe(partial(load, like=like, room=room, check=like is None))
         )
-        console.log().print(f"recipe: {next(iter(runs.values())).recipe}")
+        console.log().print(f"recipe: {first.recipe}")
         if auto_batch:
             if group.world is not None:
                 raise ConfigError(
                     "--batch-size auto: not with several processes; give the number of images"
                 )
-            size = _batch_size(runs, data, place)
+            if size is None:
+                spec = network_spec(first, data.identity.outline)
+                size = largest_batch(first, spec, data, place)
             console.log().print(f"batch size: {size}")
             runs = {files: replace(chosen, batch_size=size) for files, chosen in runs.items()}
         prepare = partial(Run, data=data, device=place, resume=resume, group=group, **options)
-        first, *later = runs
-        prepared = prepare(config=runs[first], files=first, teacher=teacher)
+        (paths, chosen), *later = runs.items()
+        prepared = prepare(config=chosen, files=paths, teacher=teacher)
         busy = f"--output {output}: another eps-train is writing there"
         with group.led(held(output, busy)):
             _refuse_separate(output, group)
             group.lead(clear_output)
             return [
                 prepared.train(),
-                *(prepare(config=runs[paths], files=paths).train() for paths in later),
+                *(prepare(config=chosen, files=paths).train() for paths, chosen in later),
             ]
 
 
@@ -331,18 +343,6 @@ def _refuse_separate(output: Path, group: Group) -> None:
         )
 
 
-def _batch_size(runs: Runs, data: Data, device: torch.device) -> int:
-    """The batch size of a run that is to be resumed; otherwise what the device has memory for."""
-    from eps_train.training.checkpoint import Checkpoint
-    from eps_train.training.probe import largest_batch
-    from eps_train.training.trainer import network_spec
-
-    files, chosen = next(iter(runs.items()))
-    if files.last.exists():
-        return int(Checkpoint.load(files.last).config["batch_size"])
-    return largest_batch(chosen, network_spec(chosen, data.identity.outline), data, device)
-
-
 def _describe(load: Callable[[], Data]) -> Data:
     """Load a data set and log its description, or every image that cannot be read."""
     log = console.log()
@@ -358,12 +358,13 @@ def _describe(load: Callable[[], Data]) -> Data:
     return data
 
 
-def _resumed_data(runs: Runs) -> DataIdentity | None:
-    """The data of the run that is to be resumed; None where there is none, or of another set."""
+def _resumed(runs: Runs) -> tuple[DataIdentity | None, int | None]:
+    """Data, unless it is of another set, and batch size of the run to resume, if there is one."""
     from eps_train.training.checkpoint import Checkpoint
 
     for files, chosen in runs.items():
         if files.last.exists():
-            identity = Checkpoint.load(files.last).data
-            return identity if identity.may_be(chosen.dataset) else None
-    return None
+            last = Checkpoint.load(files.last)
+            like = last.data if last.data.may_be(chosen.dataset) else None
+            return like, last.config.get("batch_size")
+    return None, None

@@ -10,7 +10,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import Field, dataclass, field, fields, replace
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,7 +29,7 @@ T = TypeVar("T")
 def plain_data(record: Any) -> dict[str, Any]:
     """A dataclass as JSON and checkpoints hold it: dicts, lists, strings and numbers."""
 
-    def lists(value: Any) -> Any:
+    def lists(value: Any) -> Any:  # msgspec leaves tuples as they are, and its JSON has no infinity
         if isinstance(value, dict):
             return {name: lists(item) for name, item in value.items()}
         return [lists(item) for item in value] if isinstance(value, (list, tuple)) else value
@@ -50,11 +50,15 @@ def from_plain_data(values: Any, kind: type[T]) -> T:
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """Limits of a number; `high` None: any finite one. `open` excludes both ends."""
+    """Limits of a number; `high` None: any finite one. `open` excludes both ends.
+
+    `unit` stands for the number in `--help`.
+    """
 
     low: float
     high: float | None = None
     open: bool = False
+    unit: str | None = None
 
     def __contains__(self, value: float) -> bool:
         high = sys.float_info.max if self.high is None else self.high
@@ -71,10 +75,14 @@ def _option(
     help: str,
     values: Bounds | tuple[str, ...] | None = None,
     *,
-    metavar: str | None = None,
-) -> dict[str, Any]:
-    """Metadata of a field: section, help text, permitted values and placeholder of its option."""
-    return {"section": section, "help": help, "values": values, "metavar": metavar}
+    default: Any = MISSING,
+) -> Any:
+    """A field, with the section, help text and permitted values of its option.
+
+    Typed Any, so that a type checker takes it for the value of the field (`noqa: RUF009` where the
+    linter does not know the field's type as immutable).
+    """
+    return field(default=default, metadata={"section": section, "help": help, "values": values})
 
 
 _run = partial(_option, "Training run (overrides the recipe)")
@@ -93,343 +101,239 @@ class TrainingConfig:
     """
 
     recipe: str
-    dataset: str = field(
-        metadata=_run(
-            "digits, mnist, fashion-mnist, cifar10, cifar100, svhn, imagenet, folder:PATH with one"
-            " folder of images per class, csv:PATH, a file with the columns path and label, or"
-            " hf:PATH or hf:NAME, a data set of Hugging Face."
-        )
+    dataset: str = _run(
+        "digits, mnist, fashion-mnist, cifar10, cifar100, svhn, imagenet, folder:PATH with one"
+        " folder of images per class, csv:PATH, a file with the columns path and label, or hf:PATH"
+        " or hf:NAME, a data set of Hugging Face."
     )
-    image_size: tuple[int, int] | None = field(
-        default=None,
-        metadata=_run("Resize images to SIZE or HEIGHTxWIDTH, in pixels.", metavar="SIZE"),
+    image_size: tuple[int, int] | None = _run(
+        "Resize images to SIZE or HEIGHTxWIDTH, in pixels.", default=None
     )
-    fit: str = field(
+    fit: str = _run(
+        "Images of another aspect ratio: crop at the center, or letterbox: show the whole image on"
+        " gray.",
+        FITS,
         default="crop",
-        metadata=_run(
-            "Images of another aspect ratio: crop at the center, or letterbox: show the whole image"
-            " on gray.",
-            FITS,
-        ),
     )
-    model: str = field(
-        metadata=_run(
-            "cifar:DEPTH, imagenet:DEPTH (or DEPTHxWIDTH), torchvision:NAME,"
-            " timm:NAME[,ARGUMENT=VALUE], or package.module:factory."
-        )
+    model: str = _run(
+        "cifar:DEPTH, imagenet:DEPTH (or DEPTHxWIDTH), torchvision:NAME,"
+        " timm:NAME[,ARGUMENT=VALUE], or package.module:factory."
     )
-    epochs: int = field(
-        metadata=_run("Number of epochs; 0 evaluates the weights as they are.", Bounds(0))
+    epochs: int = _run("Number of epochs; 0 evaluates the weights as they are.", Bounds(0))
+    batch_size: int = _run(
+        "Images per step, over all processes; auto: the largest power of two that fits in the"
+        " memory of the GPU, with at least 64 steps in an epoch.",
+        Bounds(2, unit="NUMBER|auto"),
     )
-    batch_size: int = field(
-        metadata=_run(
-            "Images per step, over all processes; auto: the largest power of two that fits in the"
-            " memory of the GPU, with at least 64 steps in an epoch.",
-            Bounds(2),
-            metavar="NUMBER|auto",
-        )
-    )
-    early_stopping: int = field(
+    early_stopping: int = _run(
+        "Stop after so many epochs without a better validation accuracy, though not before a"
+        " target is met; 0: never.",
+        Bounds(0, unit="EPOCHS"),
         default=0,
-        metadata=_run(
-            "Stop after so many epochs without a better validation accuracy, though not before a"
-            " target is met; 0: never.",
-            Bounds(0),
-            metavar="EPOCHS",
-        ),
     )
-    head_epochs: int = field(
+    head_epochs: int = _run(
+        "Of these epochs, train only the last layer in so many at the start; for --pretrained and"
+        " --weights.",
+        Bounds(0, unit="EPOCHS"),
         default=0,
-        metadata=_run(
-            "Of these epochs, train only the last layer in so many at the start; for --pretrained"
-            " and --weights.",
-            Bounds(0),
-            metavar="EPOCHS",
-        ),
     )
-    seed: int = field(default=0, metadata=_run("Random seed.", Bounds(0, 2**32 - 1)))
+    seed: int = _run("Random seed.", Bounds(0, 2**32 - 1), default=0)
 
-    epsilon: float | None = field(
-        metadata=_pruning(
-            "Threshold of all gates, in units of the branch's output; 0 trains the baseline without"
-            " gates.",
-            Bounds(0),
-        )
+    epsilon: float | None = _pruning(
+        "Threshold of all gates, in units of the branch's output; 0 trains the baseline without"
+        " gates.",
+        Bounds(0),
     )
-    relative_epsilon: bool = field(
+    relative_epsilon: bool = _pruning(
+        "Divide a branch's response by the RMS of the block's input, so that one epsilon fits"
+        " networks of any width.",
         default=False,
-        metadata=_pruning(
-            "Divide a branch's response by the RMS of the block's input, so that one epsilon fits"
-            " networks of any width."
-        ),
     )
-    epsilon_warmup: int = field(
+    epsilon_warmup: int = _pruning(
+        "Epochs with open gates before epsilon applies; use more than 0 for networks whose"
+        " branches start at zero.",
+        Bounds(0, unit="EPOCHS"),
         default=0,
-        metadata=_pruning(
-            "Epochs with open gates before epsilon applies; use more than 0 for networks whose"
-            " branches start at zero.",
-            Bounds(0),
-            metavar="EPOCHS",
-        ),
     )
-    target_parameters: float | None = field(
+    target_parameters: float | None = _pruning(
+        "Adjust epsilon during training to reach this fraction of the parameters.",
+        Bounds(0, 1, open=True, unit="FRACTION"),
         default=None,
-        metadata=_pruning(
-            "Adjust epsilon during training to reach this fraction of the parameters.",
-            Bounds(0, 1, open=True),
-            metavar="FRACTION",
-        ),
     )
-    target_flops: float | None = field(
+    target_flops: float | None = _pruning(
+        "Adjust epsilon during training to reach this fraction of the floating-point operations.",
+        Bounds(0, 1, open=True, unit="FRACTION"),
         default=None,
-        metadata=_pruning(
-            "Adjust epsilon during training to reach this fraction of the floating-point"
-            " operations.",
-            Bounds(0, 1, open=True),
-            metavar="FRACTION",
-        ),
     )
-    target_latency: float | None = field(
+    target_latency: float | None = _pruning(
+        "Adjust epsilon during training to reach this fraction of the latency; each kind of block"
+        " is timed before the first epoch.",
+        Bounds(0, 1, open=True, unit="FRACTION"),
         default=None,
-        metadata=_pruning(
-            "Adjust epsilon during training to reach this fraction of the latency; each kind of"
-            " block is timed before the first epoch.",
-            Bounds(0, 1, open=True),
-            metavar="FRACTION",
-        ),
     )
-    target_speedup: float | None = field(
+    target_speedup: float | None = _pruning(
+        "Adjust epsilon during training to reach 1/FACTOR of the latency.",
+        Bounds(1, open=True, unit="FACTOR"),
         default=None,
-        metadata=_pruning(
-            "Adjust epsilon during training to reach 1/FACTOR of the latency.",
-            Bounds(1, open=True),
-            metavar="FACTOR",
-        ),
     )
-    timer: str | None = field(
+    timer: str | None = _pruning(
+        "With --target-latency or --target-speedup: runtime that blocks are timed in, on one"
+        " thread: ONNX Runtime or PyTorch.  [default: ort where it is installed]",
+        ("ort", "torch"),
         default=None,
-        metadata=_pruning(
-            "With --target-latency or --target-speedup: runtime that blocks are timed in, on one"
-            " thread: ONNX Runtime or PyTorch.  [default: ort where it is installed]",
-            ("ort", "torch"),
-        ),
     )
-    nested: bool = field(
+    nested: bool = _pruning(
+        "Train sub-networks of every depth together with the network, with open gates; eps-compact"
+        " then cuts any of them from the checkpoint.",
         default=False,
-        metadata=_pruning(
-            "Train sub-networks of every depth together with the network, with open gates;"
-            " eps-compact then cuts any of them from the checkpoint."
-        ),
     )
-    criterion: str = field(
+    criterion: str = _pruning(
+        "With a target or --nested: prune first the blocks with the smallest response, response"
+        " relative to the block's input, gradient of the gate, change of the block's input, or"
+        " weights; or in random order.",
+        ("response", "relative", "gradient", "influence", "l1", "random"),
         default="response",
-        metadata=_pruning(
-            "With a target or --nested: prune first the blocks with the smallest"
-            " response, response relative to the block's input, gradient of the gate, change of the"
-            " block's input, or weights; or in random order.",
-            ("response", "relative", "gradient", "influence", "l1", "random"),
-        ),
     )
-    max_accuracy_drop: float | None = field(
+    max_accuracy_drop: float | None = _pruning(
+        "With a target: raise epsilon only while validation accuracy is at most POINTS below its"
+        " best.",
+        Bounds(0, 100, unit="POINTS"),
         default=None,
-        metadata=_pruning(
-            "With a target: raise epsilon only while validation accuracy is at most"
-            " POINTS below its best.",
-            Bounds(0, 100),
-            metavar="POINTS",
-        ),
     )
-    patience: int = field(
+    patience: int = _pruning(
+        "Consecutive epochs a gate must be closed on every step before its block is removed.",
+        Bounds(2),  # a single closed epoch proves nothing
         default=2,
-        metadata=_pruning(
-            "Consecutive epochs a gate must be closed on every step before its block is removed.",
-            Bounds(2),  # a single closed epoch proves nothing
-        ),
     )
-    freeze_gates_at: float = field(
+    freeze_gates_at: float = _pruning(
+        "Fraction of the run after which live gates stay open, so that the network that ships is"
+        " the one that is trained; 1: never.",
+        Bounds(0, 1),
         default=1.0,
-        metadata=_pruning(
-            "Fraction of the run after which live gates stay open, so that the network that ships"
-            " is the one that is trained; 1: never.",
-            Bounds(0, 1),
-        ),
     )
-    live_removal: bool = field(
-        default=True, metadata=_pruning("Remove dead blocks from the network while it trains.")
+    live_removal: bool = _pruning(
+        "Remove dead blocks from the network while it trains.", default=True
     )
-    gate_scope: str = field(
+    gate_scope: str = _pruning(
+        "With several processes: gates decide by each process's part of the batch, or by the whole"
+        " batch.",
+        ("replica", "global"),
         default="replica",
-        metadata=_pruning(
-            "With several processes: gates decide by each process's part of the batch, or by the"
-            " whole batch.",
-            ("replica", "global"),
-        ),
     )
 
-    optimizer: str = field(
-        default="sgd",
-        metadata=_optimizer("torch's SGD, or AdamW (decoupled weight decay).", ("sgd", "adamw")),
+    optimizer: str = _optimizer(
+        "torch's SGD, or AdamW (decoupled weight decay).", ("sgd", "adamw"), default="sgd"
     )
-    lr_schedule: LrSchedule = field(
-        metadata=_optimizer(
-            "Learning rate by epoch, e.g. 0:0.1,60:0.01; or cosine:LR, which falls from LR to 0"
-            " over the run, without restarts."
-        )
+    lr_schedule: LrSchedule = _optimizer(  # noqa: RUF009
+        "Learning rate by epoch, e.g. 0:0.1,60:0.01; or cosine:LR, which falls from LR to 0 over"
+        " the run, without restarts."
     )
-    lr_warmup: float = field(
+    lr_warmup: float = _optimizer(
+        "Epochs in which the learning rate rises linearly from 0.",
+        Bounds(0, unit="EPOCHS"),
         default=0.0,
-        metadata=_optimizer(
-            "Epochs in which the learning rate rises linearly from 0.", Bounds(0), metavar="EPOCHS"
-        ),
     )
-    lr_restart: Steps = field(
+    lr_restart: Steps = _optimizer(  # noqa: RUF009
+        "Learning rate by epochs since the last epoch that lost a block; none: no restarts.",
         default=(),
-        metadata=_optimizer(
-            "Learning rate by epochs since the last epoch that lost a block; none: no restarts."
-        ),
     )
-    final_decay: Steps = field(
-        metadata=_optimizer(
-            "Upper limits of the learning rate by fraction of the run, e.g. 0.6:0.01; the first one"
-            " ends all restarts; none: no limits."
-        )
+    final_decay: Steps = _optimizer(  # noqa: RUF009
+        "Upper limits of the learning rate by fraction of the run, e.g. 0.6:0.01; the first one"
+        " ends all restarts; none: no limits."
     )
-    momentum: float = field(
-        default=0.9, metadata=_optimizer("SGD momentum; beta1 of AdamW.", Bounds(0, 0.9999))
-    )
-    nesterov: bool = field(default=False, metadata=_optimizer("Use Nesterov momentum."))
-    weight_decay: float = field(
-        metadata=_optimizer("Weight decay of convolutions and linear layers.", Bounds(0))
-    )
-    clip_grad_norm: float | None = field(
+    momentum: float = _optimizer("SGD momentum; beta1 of AdamW.", Bounds(0, 0.9999), default=0.9)
+    nesterov: bool = _optimizer("Use Nesterov momentum.", default=False)
+    weight_decay: float = _optimizer("Weight decay of convolutions and linear layers.", Bounds(0))
+    clip_grad_norm: float | None = _optimizer(
+        "Scale gradients down to this norm, taken over all parameters, where it is larger.",
+        Bounds(0, open=True, unit="NORM"),
         default=None,
-        metadata=_optimizer(
-            "Scale gradients down to this norm, taken over all parameters, where it is larger.",
-            Bounds(0, open=True),
-            metavar="NORM",
-        ),
     )
-    label_smoothing: float = field(
+    label_smoothing: float = _optimizer(
+        "Share of each label that is spread evenly over all classes.", Bounds(0, 1), default=0.0
+    )
+    ema: float = _optimizer(
+        "Validate and save an exponential moving average of the weights with this decay per step;"
+        " gates judge the trained weights; 0: none.",
+        Bounds(0, 0.999999, unit="DECAY"),
         default=0.0,
-        metadata=_optimizer(
-            "Share of each label that is spread evenly over all classes.", Bounds(0, 1)
-        ),
     )
-    ema: float = field(
-        default=0.0,
-        metadata=_optimizer(
-            "Validate and save an exponential moving average of the weights with this decay per"
-            " step; gates judge the trained weights; 0: none.",
-            Bounds(0, 0.999999),
-            metavar="DECAY",
-        ),
-    )
-    class_weights: str = field(
+    class_weights: str = _optimizer(
+        "Weight of each image's loss: all alike, or inversely to the number of training images of"
+        " its class.",
+        ("none", "balanced"),
         default="none",
-        metadata=_optimizer(
-            "Weight of each image's loss: all alike, or inversely to the number of training images"
-            " of its class.",
-            ("none", "balanced"),
-        ),
     )
-    accumulate: int = field(
+    accumulate: int = _optimizer(
+        "Compute each step in so many parts of the batch, one after the other, and add up their"
+        " gradients; needs the memory of one part.",
+        Bounds(1, 4096, unit="PARTS"),
         default=1,
-        metadata=_optimizer(
-            "Compute each step in so many parts of the batch, one after the other, and add up their"
-            " gradients; needs the memory of one part.",
-            Bounds(1, 4096),
-            metavar="PARTS",
-        ),
     )
-    aux_loss_weight: float = field(
-        default=0.1,
-        metadata=_optimizer("Weight of the side head's loss; 0: no side head.", Bounds(0)),
+    aux_loss_weight: float = _optimizer(
+        "Weight of the side head's loss; 0: no side head.", Bounds(0), default=0.1
     )
 
-    self_distillation: bool = field(
+    self_distillation: bool = _optimizer(
+        "Once pruning may begin, distil from the network as it is then, whole; --teacher names"
+        " another.",
         default=False,
-        metadata=_optimizer(
-            "Once pruning may begin, distil from the network as it is then, whole; --teacher names"
-            " another."
-        ),
     )
-    distillation_weight: float = field(
+    distillation_weight: float = _optimizer(
+        "With a teacher: weight of the distillation loss; the labels' loss has the rest.",
+        Bounds(0, 1),
         default=0.5,
-        metadata=_optimizer(
-            "With a teacher: weight of the distillation loss; the labels' loss has the rest.",
-            Bounds(0, 1),
-        ),
     )
-    temperature: float = field(
-        default=4.0,
-        metadata=_optimizer("With a teacher: softmax temperature of both networks.", Bounds(0.01)),
+    temperature: float = _optimizer(
+        "With a teacher: softmax temperature of both networks.", Bounds(0.01), default=4.0
     )
 
-    normalization: str = field(
+    normalization: str = _input(
+        "Normalize by mean and std of each channel; by the mean image and 128; or as the images"
+        " were that --pretrained or --weights was trained on.",
+        ("channel", "pixel", "pretrained"),
         default="channel",
-        metadata=_input(
-            "Normalize by mean and std of each channel; by the mean image and 128; or as the images"
-            " were that --pretrained or --weights was trained on.",
-            ("channel", "pixel", "pretrained"),
-        ),
     )
-    augmentation: str = field(
+    augmentation: str = _input(
+        "Random shifts and flips; the same after TrivialAugment; or the paper's augmentation for"
+        " SVHN or ImageNet.",
+        ("shift", "trivial", "svhn", "imagenet"),
         default="shift",
-        metadata=_input(
-            "Random shifts and flips; the same after TrivialAugment; or the paper's augmentation"
-            " for SVHN or ImageNet.",
-            ("shift", "trivial", "svhn", "imagenet"),
-        ),
     )
-    shift: int = field(
-        default=0, metadata=_input("Largest random shift, in pixels.", Bounds(0, 1000))
-    )
-    flip: bool = field(default=False, metadata=_input("Flip images horizontally at random."))
-    random_erasing: float = field(
+    shift: int = _input("Largest random shift, in pixels.", Bounds(0, 1000), default=0)
+    flip: bool = _input("Flip images horizontally at random.", default=False)
+    random_erasing: float = _input(
+        "Probability that a random rectangle of an image is replaced by the mean color.",
+        Bounds(0, 1, unit="PROBABILITY"),
         default=0.0,
-        metadata=_input(
-            "Probability that a random rectangle of an image is replaced by the mean color.",
-            Bounds(0, 1),
-            metavar="PROBABILITY",
-        ),
     )
-    mixup: float = field(
+    mixup: float = _input(
+        "Blend each image and its label with another's, by a share from Beta(ALPHA, ALPHA); 0:"
+        " never.",
+        Bounds(0, unit="ALPHA"),
         default=0.0,
-        metadata=_input(
-            "Blend each image and its label with another's, by a share from Beta(ALPHA, ALPHA); 0:"
-            " never.",
-            Bounds(0),
-            metavar="ALPHA",
-        ),
     )
-    cutmix: float = field(
+    cutmix: float = _input(
+        "Paste a rectangle of another image into each, of an area from Beta(ALPHA, ALPHA), and mix"
+        " their labels alike; with --mixup, one of the two in each batch; 0: never.",
+        Bounds(0, unit="ALPHA"),
         default=0.0,
-        metadata=_input(
-            "Paste a rectangle of another image into each, of an area from Beta(ALPHA, ALPHA), and"
-            " mix their labels alike; with --mixup, one of the two in each batch; 0: never.",
-            Bounds(0),
-            metavar="ALPHA",
-        ),
     )
 
-    precision: str = field(
+    precision: str = _hardware(
+        "fp32 (TF32 off), tf32 (GPUs only), bf16 or fp16 (both mixed precision, fp16 with a loss"
+        " scale).",
+        ("fp32", "tf32", "bf16", "fp16"),
         default="fp32",
-        metadata=_hardware(
-            "fp32 (TF32 off), tf32 (GPUs only), bf16 or fp16 (both mixed precision, fp16 with a"
-            " loss scale).",
-            ("fp32", "tf32", "bf16", "fp16"),
-        ),
     )
-    compile: bool = field(
-        default=False, metadata=_hardware("Compile the network with torch.compile.")
-    )
-    sync_batchnorm: bool = field(
-        default=False, metadata=_hardware("Synchronize batch norm over all processes (GPUs only).")
+    compile: bool = _hardware("Compile the network with torch.compile.", default=False)
+    sync_batchnorm: bool = _hardware(
+        "Synchronize batch norm over all processes (GPUs only).", default=False
     )
     # Part of the configuration because sums depend on it: the same seed gives the same network only
     # with the same number of threads.
-    cpu_threads: int = field(
-        default=0, metadata=_hardware("CPU threads of torch; 0: one per core.", Bounds(0, 4096))
+    cpu_threads: int = _hardware(
+        "CPU threads of torch; 0: one per core.", Bounds(0, 4096), default=0
     )
 
     def __post_init__(self) -> None:
@@ -464,16 +368,17 @@ class TrainingConfig:
                 " of them out"
             )
         if self.nested and (self.epsilon is not None or given):
-            other = given[0] if given else "--epsilon"
             raise ConfigError(
-                f"--nested and {other} contradict each other: a nested run keeps every block, and"
-                " eps-compact cuts one size from its checkpoint; leave one of them out"
+                f"--nested and {(*given, '--epsilon')[0]} contradict each other: a nested run keeps"
+                " every block, and eps-compact cuts one size from its checkpoint; leave one of them"
+                " out"
             )
-        if self.self_distillation and (self.nested or self.plain):
-            raise ConfigError(
-                "--self-distillation only applies to runs that prune, neither to --nested nor to"
-                " --epsilon 0; leave it out"
-            )
+        for name in ("self_distillation", "relative_epsilon"):
+            if getattr(self, name) and (self.nested or self.plain):
+                raise ConfigError(
+                    f"--{name.replace('_', '-')} only applies to runs that prune, neither to"
+                    " --nested nor to --epsilon 0; leave it out"
+                )
         if self.self_distillation and self.epsilon is not None and not self.epsilon_warmup:
             raise ConfigError(
                 "--self-distillation: the teacher would be a network that has not learned yet; give"
@@ -495,11 +400,6 @@ class TrainingConfig:
         if self.epsilon is not None and given:
             raise ConfigError(
                 f"--epsilon and {given[0]} contradict each other: the target sets epsilon"
-            )
-        if self.relative_epsilon and (self.nested or self.plain):
-            raise ConfigError(
-                "--relative-epsilon only applies to runs that prune, neither to --nested nor to"
-                " --epsilon 0; leave it out"
             )
         if self.criterion != "response" and not given and not self.nested:
             raise ConfigError(
@@ -525,11 +425,8 @@ class TrainingConfig:
     @property
     def target(self) -> Target | None:
         """What the run is pruned to; None for a fixed epsilon, a baseline or a nested run."""
-        for name in TARGETS:
-            value: float | None = getattr(self, name)
-            if value is not None:
-                return Target.of(name, value)
-        return None
+        values = ((name, getattr(self, name)) for name in TARGETS)
+        return next((Target.of(name, value) for name, value in values if value is not None), None)
 
     @property
     def plain(self) -> bool:
@@ -543,20 +440,7 @@ class TrainingConfig:
 
     def baseline(self) -> TrainingConfig:
         """The same run for the baseline."""
-        return replace(
-            self,
-            epsilon=0.0,
-            target_parameters=None,
-            target_flops=None,
-            target_latency=None,
-            target_speedup=None,
-            timer=None,
-            nested=False,
-            relative_epsilon=False,
-            criterion="response",
-            max_accuracy_drop=None,
-            self_distillation=False,
-        )
+        return override(self, {"epsilon": 0.0})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as JSON and checkpoints hold it."""
@@ -594,7 +478,7 @@ def image_size(text: str) -> tuple[int, int]:
     """Read `SIZE` or `HEIGHTxWIDTH`, in pixels. Raises click.BadParameter."""
     height, _, width = text.partition("x")
     sizes = (height, width or height)
-    if not all(size.isdecimal() and int(size) >= 8 for size in sizes):
+    if not all(side.isdecimal() and int(side) >= 8 for side in sizes):
         raise click.BadParameter(f"{text}: write SIZE or HEIGHTxWIDTH, in pixels, at least 8")
     return int(sizes[0]), int(sizes[1])
 
@@ -656,7 +540,7 @@ def config_options(function: _Function) -> _Function:
         decorate = click.option(
             f"{name}/--no-{name[2:]}" if item.type == "bool" else name,
             type=_click_type(item),
-            metavar=told["metavar"],
+            metavar="SIZE" if item.name == "image_size" else getattr(told["values"], "unit", None),
             default=None,
             help=told["help"],
         )

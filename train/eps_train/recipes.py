@@ -243,12 +243,7 @@ def _threshold(made: TrainingConfig) -> str:
 
 
 def default(dataset: str | None, *, pretrained: bool) -> str:
-    """The name of the recipe for a run that names none.
-
-    Args:
-        dataset: what `--dataset` names; None: nothing.
-        pretrained: whether the run starts from weights.
-    """
+    """The name of the recipe for a run that names none; `dataset` is the value of `--dataset`."""
     if dataset is None or dataset.partition(":")[0] not in ("folder", "csv", "hf"):
         return "digits"
     return "finetune" if pretrained else "images"

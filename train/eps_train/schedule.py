@@ -19,8 +19,7 @@ SETTLE_AT = 0.6  # share of a cosine run at which pruning to a target ends, as i
 class CosineDecay:
     """Cosine decay over the whole run (Loshchilov and Hutter, 2017, 1608.03983, no restarts).
 
-    Attributes:
-        cosine: learning rate at the start; it falls to 0 along half a period of the cosine.
+    The learning rate falls from `cosine` to 0 along half a period of the cosine.
     """
 
     cosine: float
@@ -40,11 +39,10 @@ def initial_lr(schedule: LrSchedule) -> float:
 
 def value_at(steps: Steps, position: float) -> float:
     """The value of the last step that starts at or before `position`."""
-    reached = [value for start, value in steps if start <= position]
-    return reached[-1]
+    return [value for start, value in steps if start <= position][-1]
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass(slots=True)
 class LearningRateSchedule:
     """Learning rate of every step (paper, section 4.1, and the authors' code; or a cosine).
 
@@ -55,23 +53,9 @@ class LearningRateSchedule:
     high learning rate. Steps begin with an epoch; a cosine and the warm-up change every step.
     """
 
-    epochs: int
-    lr_schedule: LrSchedule
-    lr_restart: Steps
-    final_decay: Steps
-    lr_warmup: float = 0.0
+    config: TrainingConfig
     restarted_at: int | None = None
     discarded: float = 0.0
-
-    @classmethod
-    def of(cls, config: TrainingConfig) -> LearningRateSchedule:
-        return cls(
-            epochs=config.epochs,
-            lr_schedule=config.lr_schedule,
-            lr_restart=config.lr_restart,
-            final_decay=config.final_decay,
-            lr_warmup=config.lr_warmup,
-        )
 
     @property
     def decay_epoch(self) -> int:
@@ -79,35 +63,35 @@ class LearningRateSchedule:
 
         It is where the final decay begins; without one, 60 % of a cosine, or the end of the run.
         """
-        if self.final_decay:
-            return round(self.final_decay[0][0] * self.epochs)
-        if isinstance(self.lr_schedule, CosineDecay):
-            return round(SETTLE_AT * self.epochs)
-        return self.epochs
+        epochs = self.config.epochs
+        if self.config.final_decay:
+            return round(self.config.final_decay[0][0] * epochs)
+        if isinstance(self.config.lr_schedule, CosineDecay):
+            return round(SETTLE_AT * epochs)
+        return epochs
 
     def lr(self, epoch: int, done: float = 0.5) -> float:
         """Learning rate in the 0-based `epoch`, which is after every epoch observed so far.
 
-        Args:
-            epoch: the epoch.
-            done: share of it that is done (0..1).
+        `done` is the share of the epoch that is done (0..1).
         """
-        if isinstance(self.lr_schedule, CosineDecay):
-            lr = self.lr_schedule.at((epoch + done) / self.epochs)
+        config, position = self.config, epoch + done
+        if isinstance(config.lr_schedule, CosineDecay):
+            lr = config.lr_schedule.at(position / config.epochs)
         elif self.restarted_at is None:
-            lr = value_at(self.lr_schedule, epoch)
+            lr = value_at(config.lr_schedule, epoch)
         else:
-            lr = value_at(self.lr_restart, epoch - self.restarted_at)
-        caps = [cap for share, cap in self.final_decay if round(share * self.epochs) <= epoch]
+            lr = value_at(config.lr_restart, epoch - self.restarted_at)
+        caps = [cap for share, cap in config.final_decay if round(share * config.epochs) <= epoch]
         lr = min([lr, *caps])
-        return lr * (epoch + done) / self.lr_warmup if epoch + done < self.lr_warmup else lr
+        return lr * position / config.lr_warmup if position < config.lr_warmup else lr
 
     def observe(self, epoch: int, discarded: float) -> bool:
         """Record an epoch's mean count of discarded blocks; True when the epoch lost a block."""
         lost = discarded >= self.discarded + 1
         if lost:
             self.discarded = discarded
-            if self.lr_restart and epoch + 1 < self.decay_epoch:
+            if self.config.lr_restart and epoch + 1 < self.decay_epoch:
                 self.restarted_at = epoch + 1
         return lost
 

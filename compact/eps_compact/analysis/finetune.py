@@ -21,9 +21,9 @@ from eps_train.models.resnets import Normalize
 from eps_train.models.spec import NetworkSpec
 from eps_train.schedule import CosineDecay, initial_lr
 from eps_train.training.checkpoint import Checkpoint
-from eps_train.training.distillation import Teacher
 from eps_train.training.evaluate import EpochMetrics, Score
 from eps_train.training.forward import cpu_threads
+from eps_train.training.step import Teacher
 from eps_train.training.trainer import Trainer
 
 LEARNING_RATE = 1.0  # of the run's first; from there it falls to 0 along a cosine

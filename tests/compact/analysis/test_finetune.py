@@ -15,8 +15,8 @@ from eps_core.errors import ConfigError
 from eps_train import recipes
 from eps_train.data import dataset
 from eps_train.training.checkpoint import Checkpoint
-from eps_train.training.distillation import Teacher, distillation_loss
 from eps_train.training.evaluate import EpochMetrics
+from eps_train.training.step import Teacher, distillation_loss
 from tests.checkpoints import make_checkpoint
 
 DIGITS = dataset.load("digits")

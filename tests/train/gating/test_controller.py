@@ -18,7 +18,7 @@ from eps_train.gating.costs import GROUP, Measure
 from eps_train.gating.rewriting import removable
 from eps_train.gating.targets import BlockCosts, Flops, Latency, Parameters, Target
 from eps_train.training.checkpoint import Checkpoint, GateRecord, PruneRecord
-from eps_train.training.distillation import Teacher
+from eps_train.training.step import Teacher
 from eps_train.training.trainer import Stopped, Trainer
 from tests.checkpoints import make_checkpoint
 from tests.train.gating.timers import LayerTimer, timed_by

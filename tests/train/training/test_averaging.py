@@ -9,9 +9,9 @@ import torch
 
 from eps_train.gating import rewriting
 from eps_train.models.spec import NetworkSpec
-from eps_train.training.averaging import AveragedWeights
 from eps_train.training.checkpoint import Checkpoint
 from eps_train.training.evaluate import score
+from eps_train.training.step import AveragedWeights
 from eps_train.training.trainer import Stopped
 from tests.train.runs import digits, pruning_trainer
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from eps_core.errors import ConfigError, TrainingError
 from eps_train.training import step
 from eps_train.training.distributed import ALONE, Group
-from eps_train.training.step import WARM_UP, GraphedStep, TrainingStep, cuda_graph_obstacle
+from eps_train.training.step import WARM_UP, GraphedStep, cuda_graph_obstacle
 from eps_train.training.trainer import Stopped, Trainer
 from tests.train.runs import PRUNING, remove, trainer
 
@@ -26,8 +26,7 @@ GONE = "stages.0.1"
 
 def static(run: Trainer, *, required: bool = False) -> GraphedStep:
     """Have `run` take its steps as on a GPU, but for the capture."""
-    assert isinstance(run.take_step, TrainingStep)
-    run.take_step = GraphedStep(run.take_step, CPU, required=required)
+    run.take_step = GraphedStep(run.training_step, CPU, required=required)
     return run.take_step
 
 

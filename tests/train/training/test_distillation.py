@@ -12,8 +12,8 @@ from torch import Tensor
 
 from eps_core.errors import ConfigError, FileFormatError
 from eps_train.models.resnets import Normalize
-from eps_train.training.distillation import Teacher, distillation_loss
 from eps_train.training.evaluate import logits
+from eps_train.training.step import Teacher, distillation_loss
 from tests.checkpoints import make_checkpoint
 from tests.train.runs import PRUNING, digits, trainer
 

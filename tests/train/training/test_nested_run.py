@@ -13,7 +13,6 @@ from eps_core.errors import ConfigError
 from eps_train.cli import main
 from eps_train.gating.nested import SubNetworks
 from eps_train.training.checkpoint import Checkpoint
-from eps_train.training.step import TrainingStep
 from eps_train.training.trainer import Stopped, Trainer
 from tests.commands import run
 from tests.train.runs import PRUNING, trainer
@@ -22,8 +21,7 @@ NESTED = replace(PRUNING, model="cifar:14x4", epsilon=None, nested=True, epochs=
 
 
 def sub_networks(run: Trainer) -> SubNetworks | None:
-    assert isinstance(run.take_step, TrainingStep)
-    return run.take_step.sub_networks
+    return run.training_step.sub_networks
 
 
 def test_the_order_is_fixed_after_the_first_epochs_and_trained_from_then_on(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from eps_core.errors import ConfigError
-from eps_train.training.step import GraphedStep, TrainingStep
+from eps_train.training.step import GraphedStep
 from eps_train.training.trainer import Stopped, Trainer
 from tests.train.runs import PruningTrainer, pruning_trainer, trainer
 
@@ -35,8 +35,7 @@ def changed(before: dict[str, Tensor], run: Trainer) -> set[str]:
 
 def graphed(run: Trainer) -> Trainer:
     """Have `run` take its steps as on a GPU, but for the capture."""
-    assert isinstance(run.take_step, TrainingStep)
-    run.take_step = GraphedStep(run.take_step, torch.device("cpu"))
+    run.take_step = GraphedStep(run.training_step, torch.device("cpu"))
     return run
 
 

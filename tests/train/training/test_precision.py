@@ -57,6 +57,15 @@ def test_a_device_that_cannot_is_named_with_its_reason(monkeypatch: pytest.Monke
         TrainingPrecision("fp16", CPU)
 
 
+def test_a_busy_device_is_not_taken_for_one_that_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "conv2d", refuse)
+    with pytest.raises(torch.OutOfMemoryError):
+        TrainingPrecision("fp16", CPU)
+
+
 def test_asking_for_a_precision_draws_no_random_number() -> None:
     before = torch.get_rng_state()
     TrainingPrecision("bf16", CPU)
@@ -94,7 +103,7 @@ def test_tf32_is_allowed_in_the_steps_of_training_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Forward and backward pass have it; validation, and the test at the end, do not."""
-    monkeypatch.setattr(forward, "_require_tf32", lambda device: None)
+    monkeypatch.setattr(forward, "_require_precision", lambda name, device: None)
     run = trainer(tmp_path, model="cifar:8x4", precision="tf32", epochs=1)
     seen = set()
 
@@ -121,11 +130,11 @@ needs_fp16 = pytest.mark.skipif(not can("fp16"), reason="no fp16 on this CPU")
 
 
 def scale(run: Trainer) -> float:
-    return float(run.take_step.precision.state_dict()["scale"])
+    return float(run.training_step.precision.state_dict()["scale"])
 
 
 def set_scale(run: Trainer, value: float) -> None:
-    precision = run.take_step.precision
+    precision = run.training_step.precision
     precision.load_state_dict(precision.state_dict() | {"scale": value})
 
 
@@ -176,7 +185,7 @@ def test_a_resumed_run_has_the_scale_that_it_had(tmp_path: Path, stop_after: int
     again.resume()
     assert scale(again) == scale(stopped)
     again.run(lambda report: None)
-    assert again.take_step.precision.state_dict() == whole.take_step.precision.state_dict()
+    assert again.training_step.precision.state_dict() == whole.training_step.precision.state_dict()
     theirs = whole.network.state_dict()
     for name, tensor in again.network.state_dict().items():
         assert torch.equal(tensor, theirs[name]), name

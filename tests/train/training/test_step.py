@@ -13,8 +13,7 @@ from torch import Tensor
 
 from eps_core.errors import ConfigError
 from eps_train.data.images import ImageSet
-from eps_train.training.distillation import Teacher
-from eps_train.training.step import GraphedStep, TrainingStep, balanced_weights
+from eps_train.training.step import GraphedStep, Teacher, balanced_weights
 from eps_train.training.trainer import Stopped, Trainer
 from tests.checkpoints import make_checkpoint
 from tests.train.runs import PRUNING, digits, trainer
@@ -148,8 +147,7 @@ def test_a_run_stopped_in_an_epoch_goes_on_exactly(
     def made(folder: str, **options: Any) -> Trainer:
         run = trainer(tmp_path / folder, augmentation=augmentation, **RANDOM, **options)
         if graphed:
-            assert isinstance(run.take_step, TrainingStep)
-            run.take_step = GraphedStep(run.take_step, CPU)
+            run.take_step = GraphedStep(run.training_step, CPU)
         return run
 
     whole = made("whole")

@@ -32,6 +32,14 @@ FORMAT = "eps-resnet-checkpoint"
 VERSION = 2  # the resume state of version 1 had other keys
 
 
+def current_versions() -> dict[str, str]:
+    return {
+        "eps_resnet": package_version("eps-resnet"),
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+    }
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PruneRecord:
     """Evidence for a dead block: the epochs in which its gate never opened.
@@ -107,7 +115,7 @@ class Checkpoint:
     order: tuple[str, ...] = ()
     side_head: dict[str, Tensor] | None = None
     resume: dict[str, Any] | None = None
-    versions: dict[str, str] = field(default_factory=lambda: current_versions())
+    versions: dict[str, str] = field(default_factory=current_versions)
     digest: str = ""
 
     @property
@@ -175,14 +183,6 @@ def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu() for name, tensor in tensors.items()}
 
 
-def current_versions() -> dict[str, str]:
-    return {
-        "eps_resnet": package_version("eps-resnet"),
-        "torch": str(torch.__version__),
-        "python": platform.python_version(),
-    }
-
-
 # -- Whether a run may go on from a checkpoint
 
 
@@ -237,7 +237,7 @@ def resume_changes(path: Path, last: Checkpoint, config: TrainingConfig, data: D
     changes.append(f"{path}: the run was to have {before} epochs, and goes on to {config.epochs}")
     if config.final_decay:
         old, new = (
-            LearningRateSchedule.of(replace(config, epochs=epochs)).decay_epoch + 1
+            LearningRateSchedule(replace(config, epochs=epochs)).decay_epoch + 1
             for epochs in (before, config.epochs)
         )
         changes.append(f"the final decay of the learning rate begins in epoch {new}, not {old}")
@@ -255,15 +255,15 @@ def resume_changes(path: Path, last: Checkpoint, config: TrainingConfig, data: D
 
 
 class CheckpointRotation:
-    """The files `epoch-0012.pt`: `last.pt` as it was at the end of each of the last N epochs.
+    """The files `epoch-0012.pt`: `last.pt` as it was at the end of each of the last `count` epochs.
 
-    `eps-compact` takes such a file as it is; copied over `last.pt`, `--resume` goes on from there.
-    Only files that this run has written are ever removed or overwritten: a file found on resuming
-    counts as such when it holds this configuration, this data and that epoch.
+    0 writes none, and leaves existing files alone. `eps-compact` takes such a file as it is; copied
+    over `last.pt`, `--resume` goes on from there. Only files that this run has written are ever
+    removed or overwritten: a file found on resuming counts as such when it holds this
+    configuration, this data and that epoch.
     """
 
     def __init__(self, paths: RunPaths, count: int) -> None:
-        """Keep the last `count` epochs; 0 writes none, and leaves existing files alone."""
         self._paths, self._count = paths, count
         self._ours: set[int] = set()
 
@@ -315,47 +315,30 @@ _GATE_STATE = re.compile(r"(^|\.)gate\d*\.(epsilon|dead|steps|closed_steps|finit
 def load_weights(
     path: Path, model: fx.GraphModule, report: Log = lambda line: None
 ) -> tuple[str, ...]:
-    """Load the tensors of a file into a freshly built network; the state of its gates is kept.
+    """:func:`load_state` of a file: `.safetensors`, or what `torch.save` wrote.
 
-    Args:
-        path: `.safetensors`, or what `torch.save` wrote: a state dict, bare or under `state_dict`,
-            `model`, `model_state_dict` or `state` (as in a checkpoint of eps-train), or an averaged
-            one under `state_dict_ema`, `model_ema` or `ema`. No pickled code is run.
-        model, report: as :func:`load_state` takes them, which has the rest.
-
-    Raises:
-        FileFormatError: no such file, or not of one of these kinds.
-        ConfigError: its tensors are not those of `model`.
+    The latter is a state dict, bare or under `state_dict`, `model`, `model_state_dict` or `state`
+    (as in a checkpoint of eps-train), or an averaged one under `state_dict_ema`, `model_ema` or
+    `ema`. No pickled code is run. Raises FileFormatError for a file that is missing or of another
+    kind.
     """
     return load_state(_read(path, report), model, source=f"--weights {path}", report=report)
 
 
 def load_state(
-    state: Mapping[str, Tensor],
-    model: fx.GraphModule,
-    *,
-    source: str,
-    report: Log = lambda line: None,
+    state: Mapping[str, Tensor], model: fx.GraphModule, *, source: str, report: Log
 ) -> tuple[str, ...]:
     """Load the tensors of a state dict into a freshly built network; its gates keep their state.
 
     The prefix of a wrapper is removed from the names (`module.` of DataParallel, `_orig_mod.` of
     torch.compile, the attribute that holds the network in a module of Lightning); tensors beside
     the network, as metrics have them, are left out. A first convolution for RGB images is summed
-    over its channels where the network takes gray ones.
-
-    Args:
-        state: tensors by name.
-        model: with gates or without.
-        source: where they are from; begins errors.
-        report: called with a line for each choice or change.
+    over its channels where the network takes gray ones. `report` receives a line for each choice or
+    change. Raises ConfigError, which begins with `source`, for tensors of another network.
 
     Returns:
         Names of the tensors that were not loaded: those of the last layers, when the state dict has
         them for another number of classes or has none.
-
-    Raises:
-        ConfigError: the tensors are not those of `model`.
     """
     needed = {name: t for name, t in model.state_dict().items() if not _GATE_STATE.search(name)}
     own = model.meta.get(OWN, needed.keys())
@@ -368,19 +351,19 @@ def load_state(
     skipped = {name for name in needed if name in head and name not in given}
     # A tensor that the network as it was written does not save is a constant of its code.
     missing = [n for n in needed if n in own and n not in given and not _COUNTER.search(n)]
-    if skipped.issuperset(missing):
-        missing = []
     surplus = [n for n in given if n not in needed and n not in own and not _COUNTER.search(n)]
-    if missing or surplus:
-        parts = (("it lacks", missing), ("it has others:", surplus))
-        difference = "; ".join(f"{what} {_counted(n)}" for what, n in parts if n)
+    differences = [] if skipped.issuperset(missing) else [f"it lacks {_counted(missing)}"]
+    differences += [f"it has others: {_counted(surplus)}"] if surplus else []
+    if differences:
+        difference = "; ".join(differences)
         raise ConfigError(
             f"{source}: not of this network ({difference}); --model must name the one that"
             " the file is of"
         )
     fitting = {}
-    for name in [name for name in needed if name in given]:
-        tensor, here = given[name], needed[name]
+    for name, here in needed.items():
+        if (tensor := given.get(name)) is None:
+            continue
         if name == first and tensor.dim() == 4 and (tensor.shape[1], here.shape[1]) == (3, 1):
             tensor = tensor.sum(1, keepdim=True)
             report(f"{name} is for RGB images, so its channels are summed")

@@ -29,7 +29,6 @@ T = TypeVar("T")
 
 # The leader may validate or download for long; torchrun notices a process that died.
 _TIMEOUT = timedelta(hours=6)
-_CPU = torch.device("cpu")
 
 
 @contextmanager
@@ -85,8 +84,7 @@ def _join(gpu: torch.device | None) -> None:
 class Group:
     """The processes of a run: `rank` of `size`, of which 0 is the leader.
 
-    Attributes:
-        world: torch's group of all processes; None where this one is alone.
+    `world` is torch's group of all processes; None where this one is alone.
     """
 
     def __init__(self, world: dist.ProcessGroup | None = None) -> None:
@@ -100,11 +98,11 @@ class Group:
 
     @property
     def _object_device(self) -> torch.device | None:
-        """Where objects are sent from: the CPU, so that no GPU is kept waiting, or torch's choice.
+        """Where objects are sent from: the CPU, so that no GPU is kept waiting.
 
-        eps-train's own group can send from the CPU; that of a user's loop may have NCCL alone.
+        The group of a user's loop may have NCCL alone; then torch chooses.
         """
-        return _CPU if "cpu" in dist.get_backend_config(self.world) else None
+        return torch.device("cpu") if "cpu" in dist.get_backend_config(self.world) else None
 
     # -- what the leader does for all
 
@@ -133,14 +131,10 @@ class Group:
         return result[0] if result else work()
 
     @contextmanager
-    def led(self, context: AbstractContextManager[object]) -> Iterator[None]:
+    def led(self, context: AbstractContextManager[None]) -> Iterator[None]:
         """Enter a context on the leader alone, before any process goes on."""
         with ExitStack() as stack:
-
-            def enter() -> None:
-                stack.enter_context(context)
-
-            self.lead(enter)
+            self.lead(lambda: stack.enter_context(context))
             yield
 
     def fail(self, error: EpsError) -> NoReturn:
@@ -226,16 +220,14 @@ class StopRequest:
     As a context it notes the first signal; a second one acts as usual. Under torchrun a second one
     is noted too, because torchrun passes on a Ctrl-C that the terminal has already sent to all; it
     kills a process that takes more than 30 s to end. Only the main thread may enter it, as the
-    signal module demands.
-
-    Attributes:
-        signal: the signal received; once a call returned true, by any process of the group.
+    signal module demands. `signal` is the one received, 0: none; once a call returned true, by any
+    process of the group.
     """
 
     def __init__(self, group: Group = ALONE) -> None:
-        self.signal: int | None = None
+        self.signal = 0
         self._group = group
-        self._answer: Callable[[], int] | None = None
+        self._answer: Callable[[], int] = lambda: 0
         self._agreed = False
         self._handlers: dict[signal.Signals, Any] = {}
 
@@ -246,14 +238,12 @@ class StopRequest:
         compute, so that no process waits for it.
         """
         if self._group.world is None:
-            return self.signal is not None
-        if self._agreed:
-            return True
-        asked = 0 if self._answer is None else self._answer()
-        if asked:
-            self.signal, self._agreed = asked, True
-        else:
-            self._answer = self._group.post_largest(self.signal or 0)
+            return self.signal > 0
+        if not self._agreed:
+            if asked := self._answer():
+                self.signal, self._agreed = asked, True
+            else:
+                self._answer = self._group.post_largest(self.signal)
         return self._agreed
 
     def wait(self) -> bool:

@@ -63,15 +63,10 @@ class EpochMetrics:
 def answers(model: nn.Module, batches: Iterable[Batch]) -> tuple[Tensor, Tensor | None]:
     """Run `model` on batches in evaluation mode; its mode is restored.
 
-    Args:
-        model: from inputs to logits.
-        batches: one or more; moved to the device of the model.
+    Batches are moved to the device of the model; raises DataError where there is none.
 
     Returns:
         Logits float32 `[N, classes]`, and labels int64 `[N]` where the batches have them.
-
-    Raises:
-        DataError: there is no batch.
     """
     device = next((parameter.device for parameter in model.parameters()), None)
     training = model.training
@@ -92,19 +87,24 @@ def answers(model: nn.Module, batches: Iterable[Batch]) -> tuple[Tensor, Tensor 
 def logits(model: nn.Module, normalize: nn.Module, images: Tensor | Part) -> Tensor:
     """Logits float32 `[N, classes]` in evaluation mode; the model's mode is restored.
 
-    Args:
-        model, normalize: from images to logits, both on one device.
-        images: uint8 `[N, C, H, W]`, or a part of a data set, read batch by batch; on that device.
+    `images` are uint8 `[N, C, H, W]`, or a part of a data set, read batch by batch; on the device
+    of `model` and `normalize`.
     """
-    return answers(model, normalized(normalize, images))[0]
+    return answers(model, NormalizedImages(normalize, images))[0]
 
 
-def normalized(normalize: nn.Module, images: Tensor | Part) -> Iterator[Tensor]:
-    """Yield images as `normalize` returns them, in batches; arguments as for :func:`logits`."""
-    if isinstance(images, Tensor):
-        yield from (normalize(batch) for batch in images.split(BATCH))
-    else:
-        yield from (normalize(batch.images) for batch in images.batches(BATCH))
+@dataclass(frozen=True, slots=True)
+class NormalizedImages:
+    """Images as batches of a network's inputs, read anew in every pass; as for :func:`logits`."""
+
+    normalize: nn.Module
+    images: Tensor | Part
+
+    def __iter__(self) -> Iterator[Tensor]:
+        if isinstance(self.images, Tensor):
+            yield from map(self.normalize, self.images.split(BATCH))
+        else:
+            yield from (self.normalize(batch.images) for batch in self.images.batches(BATCH))
 
 
 def score(model: nn.Module, normalize: nn.Module, data: Part) -> Score:

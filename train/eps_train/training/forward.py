@@ -40,23 +40,19 @@ class TrainedNetwork(nn.Module):
         self.model, self.side_head = model, side_head
         self._tapped: Tensor | None = None
         self._records = GateRecords([])
-        self._run: Callable[[Tensor], Tensor] | None = None
+        self.compiled: Callable[[Tensor], Tensor] | None = None  # computes what the model does
         if side_head is not None:
             rewriting.taps(model)[0].register_forward_hook(self._read_tap)
 
     def forward(self, images: Tensor) -> Logits:
         """Logits `[N, classes]` of normalised images `[N, C, H, W]`; of the side head, or None."""
-        logits = self.model(images) if self._run is None else self._run(images)
+        logits = self.model(images) if self.compiled is None else self.compiled(images)
         if self.training:
             self._records.update()
         tapped, self._tapped = self._tapped, None
         if self.side_head is None or tapped is None:
             return logits, None
         return logits, self.side_head(tapped)
-
-    def replace_forward(self, run: Callable[[Tensor], Tensor]) -> None:
-        """Pass images through `run`, which computes what the model does."""
-        self._run = run
 
     def join_records(self) -> None:
         """Update the gates' records together at the end of every pass (same records)."""
@@ -68,7 +64,7 @@ class TrainedNetwork(nn.Module):
         self._records = GateRecords(once)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_run": None}  # a copy runs its own model
+        return {**self.__dict__, "compiled": None}  # a copy runs its own model
 
     def _read_tap(self, module: nn.Module, args: Any, output: Tensor) -> None:
         if module.training:
@@ -78,8 +74,7 @@ class TrainedNetwork(nn.Module):
 class Forward:
     """Calls a :class:`TrainedNetwork` through DDP and torch.compile, as the configuration asks.
 
-    Raises:
-        ConfigError: this machine lacks what `--compile` needs.
+    Raises ConfigError where this machine lacks what `--compile` needs.
     """
 
     def __init__(
@@ -105,7 +100,7 @@ class Forward:
         hold the memory of removed blocks, and would run beside the new ones.
         """
         if self._compile:
-            self._network.replace_forward(self._compiled())
+            self._network.compiled = self._compiled()
         self._call = None
 
     def _wrap(self) -> Callable[[Tensor], Logits]:
@@ -172,8 +167,8 @@ def _what_it_computes(part: fx.GraphModule) -> str:
     return repr(steps)
 
 
-def synchronise_batchnorm(module: nn.Module, group: Group, device: torch.device) -> nn.Module:
-    """Replace every batch norm by torch's SyncBatchNorm; parameters and names stay.
+def synchronise_batchnorm(network: nn.Module, group: Group, device: torch.device) -> None:
+    """Replace the batch norms of a network by torch's SyncBatchNorm; parameters and names stay.
 
     Raises ConfigError where torch has none.
     """
@@ -182,10 +177,8 @@ def synchronise_batchnorm(module: nn.Module, group: Group, device: torch.device)
             "--sync-batchnorm: torch's SyncBatchNorm only takes tensors on CUDA devices, not on"
             f" {device.type}; leave it out"
         )
-    if group.size == 1:
-        return module
-    converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
-    return converted
+    if group.size > 1:
+        nn.SyncBatchNorm.convert_sync_batchnorm(network)
 
 
 def drop_batch_counts(module: nn.Module) -> None:
@@ -202,9 +195,11 @@ def drop_batch_counts(module: nn.Module) -> None:
         state.pop(f"{prefix}num_batches_tracked", None)
 
     for norm in module.modules():
-        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.momentum is not None:
-            if norm.num_batches_tracked is None:
-                continue
+        if (
+            isinstance(norm, nn.modules.batchnorm._BatchNorm)
+            and norm.momentum is not None
+            and norm.num_batches_tracked is not None
+        ):
             norm.num_batches_tracked = None
             norm.register_state_dict_post_hook(add_count)
             norm.register_load_state_dict_pre_hook(skip_count)
@@ -315,18 +310,12 @@ class TrainingPrecision:
 
     `fp32` is IEEE float32; `tf32` lets a CUDA device round the operands of convolutions and matrix
     products to 10 bits; `bf16` and `fp16` run these in that type (torch.autocast), the latter with
-    an adaptive loss scale.
-
-    Raises:
-        ConfigError: the device does not support it.
+    an adaptive loss scale. Raises ConfigError when the device does not support it.
     """
 
     def __init__(self, name: str, device: torch.device) -> None:
         self.name, self._device = name, device
-        if name == "tf32":
-            _require_tf32(device)
-        elif name in _AUTOCAST:
-            _require_half(name, device)
+        _require_precision(name, device)
         self._scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
         _set_tf32(False)
 
@@ -351,9 +340,7 @@ class TrainingPrecision:
     def autocast(self) -> torch.autocast:
         """Context for the forward pass of one step."""
         dtype = _AUTOCAST.get(self.name)
-        if dtype is None:  # autocast checks the type even where it is disabled
-            return torch.autocast(self._device.type, enabled=False)
-        return torch.autocast(self._device.type, dtype=dtype)
+        return torch.autocast(self._device.type, dtype=dtype, enabled=dtype is not None)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a loss to those of the parameters."""
@@ -387,36 +374,34 @@ class TrainingPrecision:
             self._scaler.load_state_dict(state)
 
 
-def _require_tf32(device: torch.device) -> None:
-    if device.type != "cuda":
+def _require_precision(name: str, device: torch.device) -> None:
+    """Raise ConfigError unless `device` computes and differentiates a convolution in it."""
+    on_gpu = device.type == "cuda"
+    if name == "tf32" and not on_gpu:
         raise ConfigError(
             f"--precision tf32: a number format of CUDA devices, not of {device.type};"
             " use fp32 or bf16"
         )
-    if torch.cuda.get_device_capability(device) < (8, 0):
+    old = on_gpu and (
+        (name == "tf32" and torch.cuda.get_device_capability(device) < (8, 0))
+        or (name == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False))
+    )
+    if old:
+        others = "fp32 or fp16" if name == "tf32" else "fp16"
         raise ConfigError(
-            f"--precision tf32: {torch.cuda.get_device_name(device)} does not have it"
-            " (Ampere and later do); use fp32 or fp16"
+            f"--precision {name}: {torch.cuda.get_device_name(device)} does not have it"
+            f" (Ampere and later do); use {others}"
         )
-
-
-def _require_half(name: str, device: torch.device) -> None:
-    """Raise ConfigError unless `device` computes and differentiates a convolution in this type."""
-    if (
-        name == "bf16"
-        and device.type == "cuda"
-        and not torch.cuda.is_bf16_supported(including_emulation=False)
-    ):
-        raise ConfigError(
-            f"--precision bf16: {torch.cuda.get_device_name(device)} does not have it"
-            " (Ampere and later do); use fp16"
-        )
+    if name not in _AUTOCAST:
+        return
     try:
         with torch.random.fork_rng(devices=[]), torch.autocast(device.type, dtype=_AUTOCAST[name]):
             weight = torch.zeros(8, 8, 3, 3, device=device, requires_grad=True)
             answer = torch.conv2d(torch.zeros(1, 8, 4, 4, device=device), weight)
         answer.float().sum().backward()
-    except (RuntimeError, NotImplementedError) as error:
+    except torch.OutOfMemoryError:
+        raise  # of a busy device, which says nothing of the type
+    except RuntimeError as error:  # of many kinds, one for each backend
         reason = str(error).strip().partition("\n")[0]
         raise ConfigError(
             f"--precision {name}: this {device.type} device cannot train in it ({reason}); use fp32"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,11 +27,9 @@ def draw(metrics: Metrics, title: str) -> bytes:
     """Plot a run as PNG: accuracy, loss and learning rate; for a network with gates also dead
     blocks, parameters left, epsilon if it changed, and every block over time.
 
-    Args:
-        metrics: the lines of `metrics.jsonl`, one or more epochs in order.
-        title: above the plot.
+    `metrics` are the lines of `metrics.jsonl`, one or more epochs in order.
     """
-    blocks = gated_blocks(metrics)
+    blocks = metrics[0]["gates"]
     rows = [_accuracy, _loss, _lr]
     heights = [2.0, 2.0, 1.0]
     if blocks:
@@ -76,9 +74,17 @@ def png(figure: Figure) -> bytes:
     return content.getvalue()
 
 
-def gated_blocks(metrics: Metrics) -> list[str]:
-    """The gated blocks, in the order of computation; in the first epoch none is dead yet."""
-    return list(metrics[0]["gates"])
+def gate_table(
+    metrics: Metrics, value: Callable[[Mapping[str, Any]], float]
+) -> tuple[list[str], npt.NDArray[np.float64]]:
+    """The gated blocks in the order of computation, and `value(gate)` `[blocks, epochs]`.
+
+    NaN from the epoch on in which the block died; in the first one none is dead yet.
+    """
+    blocks = list(metrics[0]["gates"])
+    live = [{b: g for b, g in line["gates"].items() if b not in line["died"]} for line in metrics]
+    rows = [[value(gates[b]) if b in gates else np.nan for gates in live] for b in blocks]
+    return blocks, np.array(rows)
 
 
 # -- Rows of the plot
@@ -129,7 +135,8 @@ def _dead(axis: Axes, metrics: Metrics) -> None:
     if not any(np.isfinite(shares)):
         return
     other = axis.twinx()
-    other.step(_epochs(metrics), shares, where="mid", color=CLOSED, linewidth=1.4)
+    epochs = [line["epoch"] for line in metrics]
+    other.step(epochs, shares, where="mid", color=CLOSED, linewidth=1.4)
     other.set_ylim(0, 105)
     other.set_ylabel("parameters, %", color=CLOSED)
     other.spines[["top", "left"]].set_visible(False)
@@ -147,13 +154,7 @@ def draw_map(axis: Axes, metrics: Metrics) -> None:
     """One row a block, one column an epoch: dark while the gate is open, grey once it is dead."""
     from matplotlib.colors import LinearSegmentedColormap, to_rgba
 
-    blocks = gated_blocks(metrics)
-    closed = np.full((len(blocks), len(metrics)), np.nan)
-    for column, line in enumerate(metrics):
-        for row, block in enumerate(blocks):
-            gate = line["gates"].get(block)
-            if gate is not None and block not in line["died"]:
-                closed[row, column] = gate["closed"] / max(gate["steps"], 1)
+    blocks, closed = gate_table(metrics, lambda gate: gate["closed"] / max(gate["steps"], 1))
     dead = np.isnan(closed)
     colors = LinearSegmentedColormap.from_list("gates", [OPEN, CLOSED])(np.nan_to_num(closed))
     colors[dead] = to_rgba(DEAD)
@@ -192,26 +193,19 @@ def show_blocks(
 # -- Shared by the rows
 
 
-def _epochs(metrics: Metrics) -> list[int]:
-    return [line["epoch"] for line in metrics]
-
-
 def _step_line(axis: Axes, metrics: Metrics, values: Sequence[float]) -> None:
-    axis.step(_epochs(metrics), values, where="mid", color=OPEN, linewidth=1.4)
+    epochs = [line["epoch"] for line in metrics]
+    axis.step(epochs, values, where="mid", color=OPEN, linewidth=1.4)
     axis.grid(axis="y", color=_GRID, linewidth=0.8)
 
 
 def _two_lines(
-    axis: Axes,
-    metrics: Metrics,
-    validation: Sequence[float],
-    training: Sequence[float],
-    training_label: str,
+    axis: Axes, metrics: Metrics, validation: list[float], training: list[float], label: str
 ) -> None:
-    epochs = _epochs(metrics)
+    epochs = [line["epoch"] for line in metrics]
     marker = "o" if len(epochs) == 1 else None  # one point makes no line
     style: dict[str, Any] = {"linewidth": 1.4, "marker": marker, "markersize": 4}
-    axis.plot(epochs, training, color=_TRAINING, label=training_label, **style)
+    axis.plot(epochs, training, color=_TRAINING, label=label, **style)
     axis.plot(epochs, validation, color=_VALIDATION, label="validation", **style)
     axis.grid(axis="y", color=_GRID, linewidth=0.8)
 
@@ -246,12 +240,7 @@ def peaks_figure(metrics: Metrics) -> Figure:
     """Peak response of each live block: in the last epoch (top), and in all epochs (bottom)."""
     figure = new_figure(9, 7)
     now, before = figure.subplots(2, 1, gridspec_kw={"height_ratios": (2, 3)})
-    blocks = gated_blocks(metrics)
-    table = np.full((len(blocks), len(metrics)), np.nan)
-    for column, line in enumerate(metrics):
-        for row, block in enumerate(blocks):
-            if block in line["gates"] and line["gates"][block]["peak"] > 0:
-                table[row, column] = line["gates"][block]["peak"]
+    blocks, table = gate_table(metrics, lambda g: g["peak"] if g["peak"] > 0 else np.nan)
     now.plot(table[:, -1], ".", color=OPEN, markersize=4)
     now.set_title("live blocks; below the line a gate is closed on all steps", loc="left")
     epsilon = metrics[-1]["epsilon"]

@@ -18,17 +18,9 @@ from eps_train.gating import rewriting
 from eps_train.gating.nested import SubNetworks, smallest_size
 from eps_train.models.resnets import Normalize
 from eps_train.models.spec import NetworkSpec
-from eps_train.training.averaging import AveragedWeights
 from eps_train.training.distributed import ALONE
 from eps_train.training.forward import cpu_threads
-from eps_train.training.step import (
-    WARM_UP,
-    GraphedStep,
-    TrainingStep,
-    build,
-    make_optimizer,
-    use_cuda_graph,
-)
+from eps_train.training.step import WARM_UP, GraphedStep, TrainingStep, build, use_cuda_graph
 
 TRIAL_FLOPS = 4e9  # of the forward pass of a trial step on a CPU
 TIMED = {"cpu": 1, "cuda": 10}  # steps
@@ -42,13 +34,8 @@ def step_seconds(
     """Seconds of a step of the whole network, from a few steps on noise, without a teacher.
 
     On a CPU these are of fewer images, and their processor time is scaled up: that of an idle
-    machine, whatever else runs now.
-
-    Args:
-        flops: of the network, for one image.
-
-    Raises:
-        ConfigError: `device` does not support the precision of the run, or is too slow to try.
+    machine, whatever else runs now. `flops` are those of the network for one image. Raises
+    ConfigError when `device` does not support the precision of the run, or is too slow to try.
     """
     images = config.batch_size
     if device.type == "cpu":
@@ -60,20 +47,18 @@ def step_seconds(
         torch.randint(0, 256, (images, *data.shape), dtype=torch.uint8).to(device),
         torch.randint(0, data.classes, (images,)).to(device),
     )
-    with cpu_threads(config.cpu_threads):
-        step = _trial_step(trial, spec, data, device)
-        with step.precision.training():
-            for _ in range(WARM_UP + 1 if device.type == "cuda" else 1):
-                loss = step(batch)[0]
-            float(loss)  # waits for a GPU
-            on_cpu = device.type == "cpu"
-            clock = time.process_time if on_cpu else time.perf_counter
-            started, count = clock(), TIMED.get(device.type, 1)
-            for _ in range(count):
-                loss = step(batch)[0]
-            float(loss)
-            seconds = (clock() - started) / (torch.get_num_threads() if on_cpu else 1)
-            return seconds / count * config.batch_size / images
+    with cpu_threads(config.cpu_threads), _trial_step(trial, spec, data, device) as step:
+        for _ in range(WARM_UP + 1 if device.type == "cuda" else 1):
+            loss = step(batch)[0]
+        float(loss)  # waits for a GPU
+        on_cpu = device.type == "cpu"
+        clock = time.process_time if on_cpu else time.perf_counter
+        started, count = clock(), TIMED.get(device.type, 1)
+        for _ in range(count):
+            loss = step(batch)[0]
+        float(loss)
+        seconds = (clock() - started) / (torch.get_num_threads() if on_cpu else 1)
+        return seconds / count * config.batch_size / images
 
 
 def largest_batch(
@@ -82,10 +67,7 @@ def largest_batch(
     """The largest power of two that a step has memory for, with `LEAST_STEPS` steps in an epoch.
 
     On other devices than CUDA, whose memory is shared with everything else, it is the batch size of
-    the configuration.
-
-    Raises:
-        ConfigError: no batch fits.
+    the configuration. Raises ConfigError when no batch fits.
     """
     if device.type != "cuda":
         return config.batch_size
@@ -107,8 +89,7 @@ def _fits(config: TrainingConfig, spec: NetworkSpec, data: Data, device: torch.d
     try:
         batches = Batches(data, config, device)  # which holds its images on the device too
         batch = next(iter(batches.epoch(0, first=0)))
-        step = _trial_step(config, spec, data.identity.outline, device)
-        with step.precision.training():
+        with _trial_step(config, spec, data.identity.outline, device) as step:
             step(batch)
             float(step(batch)[0])  # waits for the GPU
     except torch.OutOfMemoryError:
@@ -130,24 +111,20 @@ def _margin(device: torch.device) -> Iterator[None]:
         torch.cuda.empty_cache()
 
 
+@contextmanager
 def _trial_step(
     config: TrainingConfig, spec: NetworkSpec, data: Outline, device: torch.device
-) -> TrainingStep | GraphedStep:
+) -> Iterator[TrainingStep | GraphedStep]:
+    """The training step of a run, without a teacher, within its precision."""
     network = build(spec, config, ALONE, device, classes=data.classes)
     network.train()
     channels = data.shape[0]
-    step = TrainingStep(
-        network,
-        Normalize([127.5] * channels, [64.0] * channels).to(device),
-        make_optimizer(network, config, device),
-        config,
-        ALONE,
-        device,
-        averaged=AveragedWeights(network.model, config.ema) if config.ema else None,
-    )
+    normalize = Normalize([127.5] * channels, [64.0] * channels).to(device)
+    step = TrainingStep(network, normalize, config, ALONE, device)
     if config.nested:
         stages = rewriting.stages(network.model, data.shape)
         step.sub_networks = SubNetworks(
             network.model, tuple(stages), smallest=min(smallest_size(stages), len(stages) - 1)
         )
-    return GraphedStep(step, device) if use_cuda_graph("auto", config, ALONE, device) else step
+    with step.precision.training():
+        yield GraphedStep(step, device) if use_cuda_graph("auto", config, ALONE, device) else step

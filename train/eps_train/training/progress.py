@@ -61,7 +61,6 @@ class MetricsLog:
     A resumed run removes the epochs that it is about to repeat.
 
     Args:
-        path: of the file.
         epochs_done: epochs that a resumed run has behind it; 0 starts the file anew.
         parameters: of the network with all its blocks.
     """
@@ -124,8 +123,6 @@ class EpochPrinter(Progress):
     Epochs in which blocks died are printed on both.
 
     Args:
-        console: to print to.
-        title: what is trained.
         epochs, epochs_done: of the run, and how many of them a resumed run has behind it.
         parameters: of the network with all its blocks.
         position: current position of the run in epochs; 2.5 is in the middle of the third.
@@ -144,8 +141,7 @@ class EpochPrinter(Progress):
         position: Callable[[], float],
         compiles: bool = False,
     ) -> None:
-        self._epochs, self._parameters = epochs, parameters
-        self._position = position
+        self._epochs, self._parameters, self._position = epochs, parameters, position
         self._epoch_line = self._map = ""
         self._epsilon: float | None = None
         self._seconds: deque[float] = deque(maxlen=RECENT)
@@ -201,10 +197,9 @@ class EpochPrinter(Progress):
 
 def _died_line(died: Sequence[str]) -> str:
     """The blocks that died, as many names as fit into a line."""
-    text = f"died: {', '.join(died)}"
-    if cell_len(text) <= _NAMES_WIDTH:
-        return text
     named = list(died)
+    if cell_len(text := f"died: {', '.join(died)}") <= _NAMES_WIDTH:
+        return text
     while len(named) > 1 and cell_len(f"{', '.join(named)} and {len(died)} more") > _NAMES_WIDTH:
         named.pop()
     return f"died: {', '.join(named)} and {len(died) - len(named)} more"

@@ -23,21 +23,15 @@ from eps_train.models.spec import NetworkSpec, cost
 from eps_train.schedule import CosineDecay, Steps
 from eps_train.training import run_checks
 from eps_train.training import trackers as tracking
-from eps_train.training.checkpoint import (
-    Checkpoint,
-    CheckpointRotation,
-    load_state,
-    load_weights,
-)
-from eps_train.training.distillation import Teacher
+from eps_train.training.checkpoint import Checkpoint, CheckpointRotation, load_state, load_weights
 from eps_train.training.distributed import ALONE, Group, StopRequest
 from eps_train.training.evaluate import EpochMetrics
 from eps_train.training.paths import RunPaths
-from eps_train.training.plots import Metrics, draw
+from eps_train.training.plots import draw
 from eps_train.training.probe import step_seconds
 from eps_train.training.progress import LEGEND, EpochPrinter, MetricsLog
 from eps_train.training.run_checks import PruneLog
-from eps_train.training.step import cuda_graph_obstacle
+from eps_train.training.step import Teacher, cuda_graph_obstacle
 from eps_train.training.trainer import Stopped, Trainer, network_spec
 
 # -- Tables: what would be trained, and what was trained
@@ -65,31 +59,33 @@ def summarize(best: Checkpoint, path: Path, seconds: float) -> dict[str, Any]:
 def show(summaries: list[dict[str, Any]]) -> None:
     """Print finished runs as one table."""
 
-    def share(cost: dict[str, int]) -> float:
-        return cost["kept"] / cost["total"]
+    def share(cost: dict[str, int]) -> str:
+        return f"{cost['kept'] / cost['total']:.0%}"
 
-    def latency(summary: dict[str, Any]) -> str:
-        target = summary.get("target", {})
-        timed = target.get("currency") == "latency" and target["measured"] is not None
-        return f"{target['measured']:.0%}" if timed else "–"
-
-    timed = any(latency(summary) != "–" for summary in summaries)
+    targets = [summary.get("target", {}) for summary in summaries]
+    latencies = [
+        f"{target['measured']:.0%}"
+        if target.get("currency") == "latency" and target["measured"] is not None
+        else "–"
+        for target in targets
+    ]
+    timed = any(latency != "–" for latency in latencies)
     rows = [
         (
             summary["model"],
             f"{summary['blocks']['kept']}/{summary['blocks']['total']}",
-            f"{summary['parameters']['kept']:,} ({share(summary['parameters']):.0%})",
-            f"{share(summary['flops']):.0%}",
-            *([latency(summary)] if timed else []),
+            f"{summary['parameters']['kept']:,} ({share(summary['parameters'])})",
+            share(summary["flops"]),
+            *([latency] if timed else []),
             f"{summary['validation']['accuracy']:.2%}",
             f"{summary['test']['accuracy']:.2%} of {summary['test']['samples']}",
             f"{summary['seconds']:.0f} s",
             summary["path"],
         )
-        for summary in summaries
+        for summary, latency in zip(summaries, latencies, strict=True)
     ]
-    columns = ["network", "blocks", "parameters", "FLOPs"]
-    columns += [*(["latency"] if timed else []), "validation", "test", "time", "written"]
+    columns = ["network", "blocks", "parameters", "FLOPs", *(["latency"] if timed else [])]
+    columns += ["validation", "test", "time", "written"]
     log = cli.log()
     table = cli.table("Trained", columns, rows)
     unbounded = log.options.update(width=10_000)
@@ -111,13 +107,13 @@ def show_plan(chosen: TrainingConfig, data: Outline, device: torch.device) -> No
     total = cost(skeleton, data.shape)
     steps = max(1, data.train // chosen.batch_size)
     start = f" from epoch {chosen.epsilon_warmup + 1} on" if chosen.epsilon_warmup else ""
+    target, stages = chosen.target, rewriting.stages(skeleton, data.shape)
     if chosen.plain:
         epsilon = "none: baseline"
     elif chosen.nested:
         epsilon = "none: gates stay open, and sub-networks of every depth are trained too"
-    elif chosen.epsilon is None:
-        assert chosen.target is not None
-        epsilon = f"adjusted to keep {chosen.target.share:.0%} of the {chosen.target.unit}{start}"
+    elif target is not None:
+        epsilon = f"adjusted to keep {target.share:.0%} of the {target.unit}{start}"
     else:
         unit = " times the RMS of the block's input" if chosen.relative_epsilon else ""
         epsilon = f"{chosen.epsilon:g}{unit}{start}"
@@ -150,13 +146,11 @@ def show_plan(chosen: TrainingConfig, data: Outline, device: torch.device) -> No
         run_checks.schedule_warning(chosen, steps=steps),
         *run_checks.size_warnings(rewriting.branch_parameters(skeleton)),
     ]
-    target, stages = chosen.target, rewriting.stages(skeleton, data.shape)
     if target is not None and target.currency != "latency":  # which a run measures first
         costs = count_costs(skeleton, data.shape, target.currency)
         warnings.append(run_checks.unreachable_warning(target, costs, stages))
-    for warning in warnings:
-        if warning:
-            log.print(f"warning: {warning}")
+    for warning in filter(None, warnings):
+        log.print(f"warning: {warning}")
 
 
 def _expected_time(
@@ -174,28 +168,21 @@ def _expected_time(
     return f"about {total} on {device}, at {step:.3g} s a step of the whole network"
 
 
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
 class Run:
     """A training run, prepared: all checks of its input have passed when this exists.
 
     Args:
-        config, data: what to train.
+        config, data, device, group, cuda_graph: as for :class:`Trainer`; only the leader of the
+            group writes and prints.
         files: paths of its files.
-        device: where to train.
         resume: continue from `files.last` if it exists.
         weights: a state dict to start from.
         pretrained: start from the weights that the network's library publishes.
         teacher: a checkpoint to distil from; not for a baseline that is trained beside.
         keep: number of the last epochs whose checkpoints are kept (:class:`CheckpointRotation`).
         trackers: names of experiment trackers (:mod:`~eps_train.training.trackers`).
-        group: the processes that train together; only their leader writes and prints.
-        cuda_graph: `auto`, `on` or `off`; see :func:`step.use_cuda_graph`.
 
-    Raises:
-        EpsError: an argument, or a file of an earlier run, cannot be used.
+    Raises EpsError when an argument, or a file of an earlier run, cannot be used.
     """
 
     def __init__(
@@ -254,28 +241,24 @@ class Run:
             )
         if resume:
             self._rotation.adopt(config, data, epochs_done=trainer.epoch)
-        trainer.measure_latency(self._say)
+        trainer.measure_latency(self._log.print)
         if here == (0, 0):
             self._load_weights(weights, pretrained=pretrained)
-
-    def _say(self, line: str) -> None:
-        self._log.print(line, markup=False)
 
     def _load_weights(self, weights: Path | None, *, pretrained: bool) -> None:
         """Start from a file, or from the published weights; one line says what was not loaded."""
         model, report = self.trainer.model, self._log.print
         if weights is not None:
-            source = str(weights)
+            source, name = str(weights), weights.name
             skipped = load_weights(weights, model, report)
-            started_from = {"file": weights.name, "sha256": _sha256(weights.read_bytes())}
+            content = weights.read_bytes()
         elif pretrained:
             published = registry.pretrained(self.config.model)
-            source = published.source
+            source = name = published.source
             report(f"reading the published weights {source}")
             state = self._group.first(lambda: published.state(self.config.model))
             skipped = load_state(state, model, source=f"--pretrained: {source}", report=report)
-            tensors = (tensor.numpy().tobytes() for tensor in state.values())
-            started_from = {"file": source, "sha256": _sha256(b"".join(tensors))}
+            content = b"".join(tensor.numpy().tobytes() for tensor in state.values())
         elif self.config.head_epochs or not self.config.epochs:
             option = "--head-epochs" if self.config.epochs else "--epochs 0"
             raise ConfigError(
@@ -284,7 +267,8 @@ class Run:
             )
         else:
             return
-        self.trainer.started_from = started_from
+        digest = hashlib.sha256(content).hexdigest()
+        self.trainer.started_from = {"file": name, "sha256": digest}
         if self.trainer.averaged is not None:
             self.trainer.averaged.restart()
         fresh = f"; for other classes, or not in it: {', '.join(skipped)}" if skipped else ""
@@ -301,55 +285,53 @@ class Run:
 
         Raises Interrupted when SIGINT or SIGTERM ended it early; its state is saved then.
         """
-        with self._trackers:
-            return self._train()
-
-    def _train(self) -> dict[str, Any]:
         trainer = self.trainer
-        self._group.lead(self._open)
-        with EpochPrinter(
-            self._log,
-            self._title,
-            epochs=self.config.epochs,
-            epochs_done=trainer.epoch,
-            parameters=self._parameters,
-            position=lambda: trainer.epoch + trainer.step / trainer.batches.steps,
-            compiles=self.config.compile,
-        ) as self._printer:
-            try:
-                with self._stop:
-                    best = trainer.run(
-                        lambda metrics: self._group.lead(lambda: self._report(metrics))
-                    )
-            except Stopped:
-                self._print_saved(trainer.step)
-                assert self._stop.signal is not None
-                raise Interrupted(self._stop.signal) from None
-            except (KeyboardInterrupt, OSError, DataError, RuntimeError):
-                self._print_saved()
-                raise
-        if trainer.epoch < self.config.epochs:
-            self._log.print(
-                f"stopped after epoch {trainer.epoch} of {self.config.epochs}: validation has not"
-                f" been better for {trainer.stale} epochs (--early-stopping)"
-            )
-        self._group.lead(self._close)
-        if self._stop.wait():  # a signal too late to stop this run ends the next one
-            assert self._stop.signal is not None
-            raise Interrupted(self._stop.signal)
-        summary = summarize(best, self.files.best, trainer.seconds)
-        if trainer.pruner.controller is not None and not self.config.first_look:
-            summary["target"] = self._group.lead(lambda: self._compare_with_target(best, summary))
+        with self._trackers:
+            self._group.lead(self._open)
+            with EpochPrinter(
+                self._log,
+                self._title,
+                epochs=self.config.epochs,
+                epochs_done=trainer.epoch,
+                parameters=self._parameters,
+                position=lambda: trainer.epoch + trainer.step / trainer.batches.steps,
+                compiles=self.config.compile,
+            ) as self._printer:
+                try:
+                    with self._stop:
+                        best = trainer.run(
+                            lambda metrics: self._group.lead(lambda: self._report(metrics))
+                        )
+                except Stopped:
+                    self._print_saved(trainer.step)
+                    raise Interrupted(self._stop.signal) from None
+                except (KeyboardInterrupt, OSError, DataError, RuntimeError):
+                    self._print_saved()
+                    raise
+            if trainer.epoch < self.config.epochs:
+                self._log.print(
+                    f"stopped after epoch {trainer.epoch} of {self.config.epochs}: validation has"
+                    f" not been better for {trainer.stale} epochs (--early-stopping)"
+                )
+            self._group.lead(self._close)
+            if self._stop.wait():  # a signal too late to stop this run ends the next one
+                raise Interrupted(self._stop.signal)
+            summary = summarize(best, self.files.best, trainer.seconds)
+            if trainer.pruner.controller is not None and not self.config.first_look:
+                target = self._group.lead(lambda: self._compare_with_target(best, summary))
+                summary["target"] = target
         return summary if self._group.world is None else summary | {"processes": self._group.size}
 
     def _open(self) -> None:
         """On the leader, before training: open the logs and print the pre-flight warnings."""
-        trainer = self.trainer
+        trainer, config = self.trainer, self.config.to_dict()
+        run = tracking.TrackedRun(
+            paths=self.files, config=config, epochs=self.config.epochs, before=[]
+        )
         fresh = not (trainer.epoch or trainer.step)
         if fresh:
-            self._begin_tracking([])  # before any file is written, because it may be refused
-        config = json.dumps(self.config.to_dict(), indent=2) + "\n"
-        replace_file(self.files.config, config.encode())
+            self._trackers.begin(run)  # before any file is written, because it may be refused
+        replace_file(self.files.config, (json.dumps(config, indent=2) + "\n").encode())
         self._metrics = MetricsLog(
             self.files.metrics, epochs_done=trainer.epoch, parameters=self._parameters
         )
@@ -367,14 +349,7 @@ class Run:
             records=trainer.pruner.tracker.records.values(),
         )
         if not fresh:
-            self._begin_tracking(before)
-
-    def _begin_tracking(self, before: Metrics) -> None:
-        config = self.config.to_dict()
-        run = tracking.TrackedRun(
-            paths=self.files, config=config, epochs=self.config.epochs, before=before
-        )
-        self._trackers.begin(run)
+            self._trackers.begin(replace(run, before=before))
 
     def _preflight(self) -> None:
         """Print which blocks are not gated, and warn of a run that cannot prune as configured."""
@@ -385,7 +360,7 @@ class Run:
         unreachable = None
         if trainer.pruner.controller is not None:
             target, costs = trainer.pruner.controller.target, trainer.pruner.controller.costs
-            self._say(costs.describe(target))
+            self._log.print(costs.describe(target))
             unreachable = run_checks.unreachable_warning(target, costs, trainer.pruner.stages)
         self._warn(
             run_checks.schedule_warning(self.config, steps=trainer.batches.steps),
@@ -421,9 +396,8 @@ class Run:
     def _compare_with_target(self, best: Checkpoint, summary: dict[str, Any]) -> dict[str, Any]:
         """On the leader, after training: measure the cost that is left, and say what was asked for.
 
-        Returns:
-            The entry `target` of the summary: shares of the cost asked for, predicted and measured,
-            a latency's with its 95 % interval; None for a latency that could not be measured.
+        Returns the entry `target` of the summary: shares of the cost asked for, predicted and
+        measured, a latency's with its 95 % interval; None for one that could not be measured.
         """
         trainer = self.trainer
         assert trainer.pruner.controller is not None
@@ -432,27 +406,25 @@ class Run:
         found: dict[str, Any] = {"option": str(target), "currency": target.currency}
         found |= {"asked": target.share, "predicted": predicted}
         measured: float | None = None
-        if target.currency == "latency":
+        if target.currency != "latency":
+            counts = summary[target.currency]
+            measured = counts["kept"] / counts["total"]
+            how = f"{measured:.1%} measured"
+        else:
             try:
-                timer = make_timer(self.config.timer, best.data, self._say)
+                timer = make_timer(self.config.timer, best.data, self._log.print)
                 model = best.build_gated().to(trainer.device)
                 share = latency_share(timer.load(model, trainer.image), best.dead)
             except EpsError as error:  # a run may be resumed where its runtime is not installed
                 how = f"not measured ({error})"
             else:
-                measured = share.value
-                found |= {"low": share.low, "high": share.high, "timer": timer.name}
-                how = f"{measured:.1%} measured"
-                how += f" ({share.low:.1%} to {share.high:.1%}; {timer.name})"
-        else:
-            counts = summary[target.currency]
-            measured = counts["kept"] / counts["total"]
-            how = f"{measured:.1%} measured"
+                measured, low, high = share.value, share.low, share.high
+                found |= {"low": low, "high": high, "timer": timer.name}
+                how = f"{measured:.1%} measured ({low:.1%} to {high:.1%}; {timer.name})"
         found["measured"] = measured
         self._log.print(
             f"{target.unit}: {target.share:.1%} asked for ({target}), {predicted:.1%}"
-            f" predicted, {how}",
-            markup=False,
+            f" predicted, {how}"
         )
         missed = trainer.pruner.controller.shortfall(trainer.pruner.cost())
         if missed is None and measured is not None and measured > target.share:
@@ -469,9 +441,8 @@ class Run:
         return found
 
     def _warn(self, *warnings: str | None) -> None:
-        for warning in warnings:
-            if warning is not None:
-                self._say(f"warning: {warning}")
+        for warning in filter(None, warnings):
+            self._log.print(f"warning: {warning}")
 
     def _print_saved(self, steps: int = 0) -> None:
         if self.trainer.saved or steps:

@@ -71,7 +71,7 @@ def decay_exponent(config: TrainingConfig, *, steps: int) -> float:
     (paper.md, "Tried on small data"); without the divisor for AdamW, whose decay does not pass
     through the momentum. Restarts only add to it.
     """
-    schedule = LearningRateSchedule.of(config)
+    schedule = LearningRateSchedule(config)
     lrs = sum(schedule.lr(epoch) for epoch in active_epochs(config))
     momentum = config.momentum if config.optimizer == "sgd" else 0.0
     return lrs * steps * config.weight_decay / (1 - momentum)
@@ -84,19 +84,19 @@ def active_epochs(config: TrainingConfig) -> range:
 
 # Largest learning rates that leave pretrained weights what they are worth; above them, a few steps
 # undo them. Usual for fine-tuning are 0.001 to 0.02 (SGD with momentum 0.9) and 1e-5 to 1e-3.
-GENTLE = {"sgd": 0.03, "adamw": 2e-3}
+# Beside each, one to suggest.
+GENTLE = {"sgd": (0.03, "0.02"), "adamw": (2e-3, "0.0005")}
 
 
 def weights_warning(config: TrainingConfig) -> str | None:
     """Why a run destroys the weights that it starts from; None if it does not."""
-    schedule = LearningRateSchedule.of(config)
+    schedule = LearningRateSchedule(config)
     highest = max((schedule.lr(epoch) for epoch in range(config.epochs)), default=0.0)
-    limit = GENTLE[config.optimizer]
+    limit, gentle = GENTLE[config.optimizer]
     if config.optimizer == "sgd":
         limit *= (1 - config.momentum) / 0.1
     if highest <= limit:
         return None
-    gentle = "0.02" if config.optimizer == "sgd" else "0.0005"
     return (
         f"a learning rate of {highest:.2g} destroys pretrained weights in the first steps; give"
         f" --recipe finetune, or --lr-schedule cosine:{gentle}"
@@ -116,30 +116,16 @@ def average_warning(config: TrainingConfig, *, steps: int) -> str | None:
 
 
 def size_warnings(sizes: Mapping[str, int]) -> list[str]:
-    """Warnings of blocks without parameters.
-
-    Args:
-        sizes: parameters that are removed with each block (`rewriting.branch_parameters`).
-    """
+    """Warnings of blocks without parameters; `sizes` are those of `rewriting.branch_parameters`."""
     free = [block for block, size in sizes.items() if not size]
     if free and len(free) == len(sizes):
         return ["no block of this network frees a parameter when it is removed"]
-    if free:
-        return [
-            f"{len(free)} of {len(sizes)} blocks free no parameter when they are removed, the first"
-            f" {free[0]}"
-        ]
-    return []
+    first = f"{len(free)} of {len(sizes)} blocks free no parameter when they are removed, the first"
+    return [f"{first} {free[0]}"] if free else []
 
 
 def unreachable_warning(target: Target, costs: BlockCosts, stages: Mapping[str, str]) -> str | None:
-    """Warning of a target that no run can reach; None if it can be reached.
-
-    Args:
-        target: of the run.
-        costs: of the network's blocks, in the target's currency.
-        stages: the stage of each block (`rewriting.stages`).
-    """
+    """Warning of a target that no run can reach, by the costs in its currency; or None."""
     least = costs.least(stages)
     if least <= target.share:
         return None
@@ -180,54 +166,24 @@ def zero_branches_warning(
 # -- Errors that end a run
 
 
-def nonfinite_block(gates: Mapping[str, EpsilonGate]) -> tuple[str, int] | None:
+def nonfinite_block(
+    gates: Mapping[str, EpsilonGate], group: Group = ALONE
+) -> tuple[str, int] | None:
     """The first block whose response was not finite, and the 1-based pass of this epoch; or None.
 
-    Within a pass the first block in the network's order counts, because all blocks after it have
-    non-finite responses too.
+    Of all processes of `group`, the earliest pass counts; within it the first block in the
+    network's order, because all blocks after it have non-finite responses too.
     """
-    found = []
-    for order, (block, gate) in enumerate(gates.items()):
-        finite, steps = int(gate.finite_steps), int(gate.steps)
-        if finite < steps:
-            found.append((finite + 1, order, block))
-    if not found:
+    found = [
+        (int(gate.finite_steps) + 1, order, block)
+        for order, (block, gate) in enumerate(gates.items())
+        if int(gate.finite_steps) < int(gate.steps)
+    ]
+    firsts = [first for first in group.gather(min(found, default=None)) if first is not None]
+    if not firsts:
         return None
-    step, _, block = min(found)
-    return block, step
-
-
-def nonfinite_error(
-    gates: Mapping[str, EpsilonGate],
-    *,
-    epoch: int,
-    step: int,
-    kept: str,
-    passes: int = 1,
-    group: Group = ALONE,
-) -> TrainingError:
-    """The error for a loss that is no longer finite at a 1-based `step` of the 1-based `epoch`.
-
-    It names the first block that failed, perhaps some steps earlier, in any process of `group`;
-    `kept` says which checkpoint is left. A step is so many `passes` through the gates.
-    """
-    order = list(gates)
-    culprits = [found for found in group.gather(nonfinite_block(gates)) if found is not None]
-    culprit = min(culprits, key=lambda found: (found[1], order.index(found[0])), default=None)
-    where = f"step {step}: the loss"
-    if culprit is not None:
-        where = f"step {math.ceil(culprit[1] / passes)}: block {culprit[0]}"
-    return TrainingError(
-        f"epoch {epoch}, {where} is no longer finite; lower the learning rate{kept}"
-    )
-
-
-def loss_scale_error(*, epoch: int, step: int, kept: str) -> TrainingError:
-    """The error for fp16 gradients that no loss scale keeps finite."""
-    return TrainingError(
-        f"epoch {epoch}, step {step}: gradients are not finite in fp16 at any loss scale;"
-        f" use --precision bf16 or fp32{kept}"
-    )
+    passes, _, block = min(firsts)
+    return block, passes
 
 
 def require_no_collapse(
@@ -240,14 +196,8 @@ def require_no_collapse(
 ) -> None:
     """Raise TrainingError when a whole stage died before the network has learned anything.
 
-    "Learned" is a validation accuracy half-way from the share of the largest class to 1.
-
-    Args:
-        records: of all gates.
-        validation: score of the epoch.
-        labels: of the validation part, int64 `[N]`.
-        epoch: 1-based.
-        stages: the stage of each block (`rewriting.stages`).
+    "Learned" is a validation accuracy half-way from the share of the largest class to 1; `labels`
+    are those of the validation part, int64 `[N]`, and `epoch` is 1-based.
     """
     chance = labels.bincount().max().item() / len(labels)
     if validation.accuracy >= (1 + chance) / 2:
@@ -262,11 +212,11 @@ def require_no_collapse(
 
 def dead_stages(records: Iterable[GateRecord], stages: Mapping[str, str]) -> list[str]:
     """The stages whose blocks are all dead, in the order of computation."""
-    alive: dict[str, int] = {}
+    alive = dict[str, bool]()
     for record in records:
         stage = stages.get(record.block, record.block)
-        alive[stage] = alive.get(stage, 0) + (record.death is None)
-    return [stage for stage, count in alive.items() if not count]
+        alive[stage] = alive.get(stage, False) or record.death is None
+    return [stage for stage, any_alive in alive.items() if not any_alive]
 
 
 # -- Warnings while a run trains
@@ -281,9 +231,7 @@ class PruneLog:
     """Warns when blocks die too early, or all blocks of a stage; each warning is given once.
 
     Args:
-        config: of the run.
         labels: of the validation part, int64 `[N]`.
-        stages: the stage of each block (`rewriting.stages`).
         before: the lines of `metrics.jsonl` that a resumed run has behind it.
         records: of all gates, where it resumes: warnings about them have been given.
     """

@@ -1,26 +1,29 @@
-"""Training step: the network with its side head, optimizer, and the step as a CUDA graph."""
+"""Training step: network, optimizer, teacher, averaged weights, and the step as a CUDA graph."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from eps_core.errors import ConfigError, TrainingError
 from eps_train.config import TrainingConfig
+from eps_train.data.dataset import DataIdentity
 from eps_train.data.images import ImageSet
 from eps_train.gating import rewriting
 from eps_train.gating.nested import SubNetworks
 from eps_train.models.resnets import Normalize, SideHead
 from eps_train.models.spec import NetworkSpec
 from eps_train.schedule import initial_lr
-from eps_train.training.averaging import AveragedWeights
-from eps_train.training.distillation import Teacher, distillation_loss
-from eps_train.training.distributed import Group
+from eps_train.training.checkpoint import Checkpoint
+from eps_train.training.distributed import Group, running_statistics
 from eps_train.training.forward import (
     MEMORY_FORMAT,
     Forward,
@@ -50,7 +53,7 @@ def build(
     return network
 
 
-def make_optimizer(
+def _optimizer(
     network: nn.Module, config: TrainingConfig, device: torch.device
 ) -> torch.optim.Optimizer:
     """SGD or AdamW with weight decay on the weights of convolutions and linear layers only (paper).
@@ -92,6 +95,149 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = torch.tensor(lr, dtype=torch.float32).item()
 
 
+# -- Distillation: training on the logits of another network (Hinton et al., 2015, 1503.02531)
+
+
+def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Return `T² KL(softmax(teacher / T) || softmax(student / T))`, the mean over the images.
+
+    The factor `T²` keeps the size of the gradient independent of the temperature.
+
+    Args:
+        student, teacher: logits `[N, classes]`, any floating-point type; the teacher's get no
+            gradient.
+        temperature: T, above 0.
+    """
+    target = F.log_softmax(teacher.detach().float() / temperature, dim=1)
+    found = F.log_softmax(student.float() / temperature, dim=1)
+    return temperature**2 * F.kl_div(found, target, reduction="batchmean", log_target=True)
+
+
+class Teacher:
+    """A trained network that gives logits for the images that a student is trained on.
+
+    It runs in evaluation mode, with its dead blocks shut. `digest` is that of its checkpoint.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
+        self.digest = checkpoint.digest
+        self._model = checkpoint.build_gated().eval().requires_grad_(False).to(device)
+        self._normalize = Normalize.of(checkpoint.data).to(device)
+
+    @classmethod
+    def load(cls, path: Path, data: DataIdentity, device: torch.device) -> Teacher:
+        """Read a checkpoint. Raises ConfigError unless it was trained on images as in `data`."""
+        checkpoint = Checkpoint.load(path)
+        theirs = checkpoint.data
+        if theirs.classes != data.classes:
+            some = [
+                f"{len(c)}: {', '.join(c[:3])}{', ...' * (len(c) > 3)}"
+                for c in (theirs.classes, data.classes)
+            ]
+            raise ConfigError(
+                f"--teacher {path}: knows other classes ({some[0]}) than the data ({some[1]});"
+                " give one that was trained on this data set"
+            )
+        if theirs.input_shape != data.input_shape:
+            sizes = ["x".join(map(str, shape)) for shape in (theirs.input_shape, data.input_shape)]
+            raise ConfigError(
+                f"--teacher {path}: takes images of {sizes[0]}, not {sizes[1]}; train one with the"
+                " same --image-size"
+            )
+        if (fit := theirs.preprocessing.fit) != data.preprocessing.fit:
+            raise ConfigError(
+                f"--teacher {path}: was trained on images with --fit {fit}, not"
+                f" {data.preprocessing.fit}; train one with the same --fit"
+            )
+        return cls(checkpoint, device)
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """All tensors of its network."""
+        return dict(self._model.state_dict())
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return logits `[N, classes]` for raw images uint8 `[N, C, H, W]`."""
+        logits: Tensor = self._model(self._normalize(images))
+        return logits
+
+
+# -- Averaged weights: validated and saved in place of the trained ones, which gates, responses and
+# the optimizer always see
+
+
+class AveragedWeights:
+    """The moving average of the parameters, and of the running statistics of norms, of a network.
+
+    :class:`torch.optim.swa_utils.AveragedModel` would copy the network with its gates, and could
+    not follow the removal of blocks; its update of a list of tensors is used here.
+
+    `tensors` has the average by the names of the network's state dict; it begins with the tensors
+    of `model`, and each step keeps the share `decay` of it.
+    """
+
+    def __init__(self, model: fx.GraphModule, decay: float) -> None:
+        self._average = get_ema_multi_avg_fn(decay)
+        self._trained = _weights(model)
+        self.tensors = {name: tensor.clone() for name, tensor in self._trained.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Add the tensors of a step; does not wait for the device."""
+        self._average(list(self.tensors.values()), list(self._trained.values()), 0)
+
+    def follow(self, model: fx.GraphModule) -> None:
+        """Continue with `model`, the network so far, perhaps without some of its blocks."""
+        self._trained = _weights(model)
+        self.tensors = {name: self.tensors[name] for name in self._trained}
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Put the average into the network for a block; its own tensors come back bit for bit."""
+        trained = self.trained()
+        _copy(self.tensors, self._trained)
+        try:
+            yield
+        finally:
+            _copy(trained, self._trained)
+
+    def trained(self) -> dict[str, Tensor]:
+        """The tensors of the network that are averaged, as the last step left them; copies."""
+        return {name: tensor.clone() for name, tensor in self._trained.items()}
+
+    def restart(self) -> None:
+        """Begin again from the tensors of the network, which were loaded."""
+        _copy(self._trained, self.tensors)
+
+    def load(self, trained: Mapping[str, Tensor], average: Mapping[str, Tensor]) -> None:
+        """Inverse of :meth:`trained` and `tensors`."""
+        _copy(trained, self._trained)
+        _copy(average, self.tensors)
+
+
+@torch.no_grad()
+def _copy(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
+    for name, tensor in target.items():
+        tensor.copy_(source[name])
+
+
+def _weights(model: fx.GraphModule) -> dict[str, Tensor]:
+    """Parameters and running statistics in floating point, detached, by name."""
+    statistics = {id(buffer) for buffer in running_statistics(model)}
+    buffers = {name: buffer for name, buffer in model.named_buffers() if id(buffer) in statistics}
+    tensors = dict(model.named_parameters()) | buffers
+    saved = model.state_dict().keys()
+    return {
+        name: tensor.detach()
+        for name, tensor in tensors.items()
+        if name in saved and tensor.is_floating_point()
+    }
+
+
+# -- The step
+
+
 class TrainingStep:
     """Turns a batch of raw images into a step of the optimizer.
 
@@ -101,35 +247,29 @@ class TrainingStep:
     sub-network is drawn.
 
     With a teacher, the loss is `(1 - w) cross-entropy + w distillation`, on the same augmented
-    images. With sub-networks, one of them is trained in the same step, on the logits of the whole
+    images. With `sub_networks`, one of them is trained in the same step, on the logits of the whole
     network. Averaged weights are updated at the end of the step.
-
-    Attributes:
-        sub_networks: those of the network; None: the whole network alone is trained.
-        teacher: the network to distil from; None: the labels alone are learned.
-        precision: of the forward and backward pass.
-        optimizer: takes the step.
     """
 
     def __init__(
         self,
         network: TrainedNetwork,
         normalize: Normalize,
-        optimizer: torch.optim.Optimizer,
         config: TrainingConfig,
         group: Group,
         device: torch.device,
+        *,
         teacher: Teacher | None = None,
-        averaged: AveragedWeights | None = None,
         class_weights: Tensor | None = None,
     ) -> None:
-        self._averaged, self._class_weights = averaged, class_weights
+        self.optimizer = _optimizer(network, config, device)
+        self.averaged = AveragedWeights(network.model, config.ema) if config.ema else None
+        self._class_weights = class_weights
         self._accumulate = config.accumulate
         self._label_smoothing, self._clip = config.label_smoothing, config.clip_grad_norm
         self.teacher = teacher
         self._distillation = (config.distillation_weight, config.temperature)
         self.precision = TrainingPrecision(config.precision, device)
-        self.optimizer = optimizer
         self._network, self._normalize = network, normalize
         self._forward = Forward(network, config, group, device)
         self._aux_loss_weight = config.aux_loss_weight
@@ -145,23 +285,18 @@ class TrainingStep:
         parts = batch.batches(math.ceil(len(batch) / self._accumulate))
         found = [self._add_gradients(part, len(part) / len(batch)) for part in parts]
         self.precision.step(self.optimizer, clip_norm=self._clip)
-        if self._averaged is not None:
-            self._averaged.update()
+        if self.averaged is not None:
+            self.averaged.update()
         return torch.stack(found).sum(dim=0)
 
     def rewrap(self) -> None:
         """Continue after blocks were removed from the network, or the teacher changed."""
         self._forward.rewrap()
-        if self._averaged is not None:
-            self._averaged.follow(self._network.model)
+        if self.averaged is not None:
+            self.averaged.follow(self._network.model)
 
     def _add_gradients(self, batch: ImageSet, share: float) -> Tensor:
-        """Add the gradients of a part of a batch; returns its part of the result of the step.
-
-        Args:
-            batch: the part.
-            share: of the images of the whole batch.
-        """
+        """Add the gradients of a part of a batch, which is `share` of it; returns its result."""
         images = self._normalize(batch.images).contiguous(memory_format=MEMORY_FORMAT)
         with self.precision.autocast():
             logits, side = self._forward(images)
@@ -211,13 +346,9 @@ WARM_UP = 3  # steps before the capture: cuDNN chooses its kernels in them, and 
 
 
 def use_cuda_graph(choice: str, config: TrainingConfig, group: Group, device: torch.device) -> bool:
-    """Whether the steps of a run become a CUDA graph.
+    """Whether the steps of a run become a CUDA graph; `auto`: where it is possible.
 
-    Args:
-        choice: `on`, `off`, or `auto`: where it is possible.
-
-    Raises:
-        ConfigError: `on`, where it is not possible.
+    Raises ConfigError for `on` where it is not possible.
     """
     reason = cuda_graph_obstacle(config, group, device)
     if choice == "on" and reason is not None:
@@ -251,12 +382,8 @@ class GraphedStep:
     What depends on the host is frozen by the capture: in its forward pass a network must not draw
     from Python's random numbers, or read a tensor's value (torch.fx froze that already).
 
-    Args:
-        step: what to capture.
-        required: raise when the capture fails, rather than to warn and continue without.
-
-    Attributes:
-        captures: graphs made so far.
+    After a change of the teacher of `step`, call :meth:`rewrap`. When the capture fails, `required`
+    has it raise, rather than warn and continue without. `captures` counts the graphs made so far.
     """
 
     def __init__(self, step: TrainingStep, device: torch.device, *, required: bool = False) -> None:
@@ -270,33 +397,19 @@ class GraphedStep:
         self._failed = False
         self.captures = 0
 
-    @property
-    def precision(self) -> TrainingPrecision:
-        return self._step.precision
-
-    @property
-    def teacher(self) -> Teacher | None:
-        return self._step.teacher
-
-    @teacher.setter
-    def teacher(self, teacher: Teacher) -> None:
-        """Call :meth:`rewrap` too, so that the graph is captured anew."""
-        self._step.teacher = teacher
-
     def __call__(self, batch: ImageSet) -> Tensor:
         """Take one step, as :class:`TrainingStep`; the result is valid until the next call.
 
-        Raises:
-            TrainingError: the capture fails, and is required.
+        Raises TrainingError when the capture fails and is required.
         """
         held = self._hold(batch)
         if self._replay is None and not self._failed and not self._warm_up:
             self._capture(held)
-        if self._replay is None:
+        if self._replay is not None:
+            self._replay()
+        else:
             self._warm_up = max(0, self._warm_up - 1)
             self._eagerly(held)
-        else:
-            self._replay()
         assert self._result is not None
         return self._result
 

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from eps_core.cli import Log, missing_package, os_error_line
 from eps_core.errors import ConfigError, EpsError
@@ -70,11 +70,7 @@ Factory = Callable[[TrackedRun], Tracker]
 
 
 def load(name: str) -> Factory:
-    """The tracker that is called `name`.
-
-    Raises:
-        ConfigError: there is none, or its package is not installed.
-    """
+    """The tracker that is called `name`. Raises ConfigError without it, or without its package."""
     offered = {entry.name: entry for entry in entry_points(group=GROUP)}
     if name not in offered:
         raise ConfigError(
@@ -82,26 +78,19 @@ def load(name: str) -> Factory:
             f" install one that registers the entry point {GROUP}"
         )
     try:
-        factory: Factory = offered[name].load()
+        return cast(Factory, offered[name].load())
     except ModuleNotFoundError as error:
         line = str(error)
         with suppress(ModuleNotFoundError):  # of a package that none of our extras installs
             line = missing_package(error)
         raise ConfigError(f"--tracker {name}: {line}") from error
-    return factory
 
 
 class Trackers:
     """The trackers of one run; a context manager that closes them.
 
-    A tracker that fails after it has begun is reported and dropped: the run goes on.
-
-    Args:
-        names: of the trackers.
-        report: receives a line for each tracker that fails.
-
-    Raises:
-        ConfigError: see :func:`load`.
+    A tracker that fails after it has begun is dropped, with a line to `report`: the run goes on.
+    Raises ConfigError as :func:`load` does.
     """
 
     def __init__(self, names: Iterable[str], report: Log) -> None:
@@ -113,9 +102,7 @@ class Trackers:
         """Begin to track `run`; its `run_id` is read from `run.paths.trackers`, if that exists.
 
         A tracker that names its runs receives the epochs before a resume, unless it has them.
-
-        Raises:
-            EpsError: a tracker cannot begin.
+        Raises EpsError when a tracker cannot begin.
         """
         ids = _read_ids(run.paths.trackers)  # which no new run finds: it would be in the way
         for name, factory in self._factories.items():
@@ -134,7 +121,6 @@ class Trackers:
             replace_file(run.paths.trackers, (json.dumps(ids, indent=2) + "\n").encode())
 
     def add(self, line: Mapping[str, Any], history: Callable[[], Metrics]) -> None:
-        """Record an epoch with every tracker; see :meth:`Tracker.add`."""
         self._each(lambda tracker: tracker.add(line, history))
 
     def __enter__(self) -> Trackers:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,11 +14,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from eps_core.cli import Log
-from eps_core.errors import ConfigError
+from eps_core.errors import ConfigError, TrainingError
 from eps_train.config import TrainingConfig
 from eps_train.data.batches import Batches
 from eps_train.data.dataset import Data, Outline
-from eps_train.data.images import Part
 from eps_train.gating import rewriting
 from eps_train.gating.controller import EpsilonController
 from eps_train.gating.costs import count_costs, make_timer, measure_latency
@@ -29,7 +28,6 @@ from eps_train.models.resnets import Normalize, SideHead
 from eps_train.models.spec import NetworkSpec, count_parameters
 from eps_train.schedule import LearningRateSchedule
 from eps_train.training import run_checks
-from eps_train.training.averaging import AveragedWeights
 from eps_train.training.checkpoint import (
     Checkpoint,
     CheckpointRotation,
@@ -37,16 +35,15 @@ from eps_train.training.checkpoint import (
     require_same_run,
     resume_changes,
 )
-from eps_train.training.distillation import Teacher
 from eps_train.training.distributed import ALONE, Group, running_statistics
-from eps_train.training.evaluate import EpochMetrics, Score, normalized, score
+from eps_train.training.evaluate import EpochMetrics, NormalizedImages, Score, score
 from eps_train.training.forward import wide_float
 from eps_train.training.step import (
     GraphedStep,
+    Teacher,
     TrainingStep,
     balanced_weights,
     build,
-    make_optimizer,
     set_lr,
     use_cuda_graph,
 )
@@ -66,9 +63,7 @@ class Trainer:
     (seed, epoch), so that a run resumed from `last_path` continues exactly as if never stopped.
 
     Args:
-        config, data: what to train.
         best_path, last_path: the best checkpoint, and the state to resume from.
-        device: to train on.
         stop: called after each step; when it returns true, the state is saved, in the middle of the
             epoch, and :meth:`run` raises :class:`Stopped`.
         rotation: writes the checkpoints of the last epochs too.
@@ -107,26 +102,26 @@ class Trainer:
         self.normalize = Normalize.of(identity).to(device)
         self.batches = Batches(data, config, device, group.part)
         self.validation = data.validation.to(device)
-        self.optimizer = make_optimizer(self.network, config, device)
-        self.averaged = AveragedWeights(self.model, config.ema) if config.ema else None
-        self.take_step: TrainingStep | GraphedStep = TrainingStep(
+        class_weights = None
+        if config.class_weights == "balanced":
+            class_weights = balanced_weights(data.train.labels, len(identity.classes)).to(device)
+        self.training_step = TrainingStep(
             self.network,
             self.normalize,
-            self.optimizer,
             config,
             group,
             device,
-            teacher,
-            averaged=self.averaged,
-            class_weights=self._class_weights(),
+            teacher=teacher,
+            class_weights=class_weights,
         )
+        self.optimizer, self.averaged = self.training_step.optimizer, self.training_step.averaged
+        self.take_step: TrainingStep | GraphedStep = self.training_step
         if use_cuda_graph(cuda_graph, config, group, device):
-            required = cuda_graph == "on"
-            self.take_step = GraphedStep(self.take_step, device, required=required)
+            self.take_step = GraphedStep(self.training_step, device, required=cuda_graph == "on")
         self._head = self._require_head() if config.head_epochs else set()
         self._frozen: list[nn.Parameter] = []  # while the head alone is trained
         self.own_teacher: Teacher | None = None  # of a run with self-distillation
-        self.schedule = LearningRateSchedule.of(config)
+        self.schedule = LearningRateSchedule(config)
         self.pruner = self._make_pruner()
         if config.target is not None and config.target.currency != "latency":
             shape = identity.input_shape
@@ -144,26 +139,16 @@ class Trainer:
         self.seconds = 0.0
         self.started_from: dict[str, str] | None = None  # name and SHA-256 of a file of weights
 
-    def _class_weights(self) -> Tensor | None:
-        if self.config.class_weights == "none":
-            return None
-        identity = self.data.identity
-        return balanced_weights(self.data.train.labels, len(identity.classes)).to(self.device)
-
     def _make_pruner(self) -> GraphPruner:
         config, shape = self.config, self.data.identity.input_shape
         stages = rewriting.stages(self.model, shape)
         active = run_checks.active_epochs(config)
-
-        def epsilon(epoch: int) -> float:
-            return config.epsilon or 0.0 if epoch in active and not config.nested else 0.0
-
         return self.pruner_type(
             self.model,
             self.spec,
             stages=stages,
             controller=None,
-            epsilon=epsilon,
+            epsilon=lambda epoch: (config.epsilon or 0.0) if epoch in active else 0.0,
             patience=config.patience,
             criterion=config.criterion,
             relative=config.relative_epsilon,
@@ -211,13 +196,9 @@ class Trainer:
     def measure_latency(self, report: Log = lambda line: None) -> None:
         """Time the blocks, if a target asks for it, unless the run has their times already.
 
-        Args:
-            report: receives a line when another runtime than ONNX Runtime's is used, and one when
-                the machine was too busy.
-
-        Raises:
-            ConfigError: the runtime of `--timer` is not installed.
-            GraphError: it cannot run the network.
+        `report` receives a line when another runtime than ONNX Runtime is used, and one when the
+        machine was too busy. Raises ConfigError when the runtime of `--timer` is not installed, and
+        GraphError when it cannot run the network.
         """
         known = self.config.target is None or self.pruner.controller is not None
         if known or self.config.first_look:
@@ -262,17 +243,34 @@ class Trainer:
 
         # Without `averaged`: blocks are judged by the trained weights, the score is the average's.
         judged = self.pruner.judge_epoch(
-            _Normalized(self.normalize, self.validation), optimizer=self.optimizer, metric=validate
+            NormalizedImages(self.normalize, self.validation),
+            optimizer=self.optimizer,
+            metric=validate,
         )
         died = judged.died
         self.schedule.observe(epoch, judged.discarded)
         if died and self.config.live_removal:
             self.take_step.rewrap()
-        validation = self.group.lead(lambda: self._require_no_collapse(died, found[0]))
-        self.validated = validation
-        ordered = self.config.nested and not self.order and self.epoch >= self._nested_after
+
+        def checked() -> Score:
+            if died:
+                run_checks.require_no_collapse(
+                    self.pruner.tracker.records.values(),
+                    found[0],
+                    self.data.validation.labels,
+                    epoch=self.epoch,
+                    stages=self.pruner.stages,
+                )
+            return found[0]
+
+        self.validated = validation = self.group.lead(checked)
+        first_nested = max(1, self.config.epsilon_warmup, round(NESTED_AFTER * self.config.epochs))
+        ordered = self.config.nested and not self.order and self.epoch >= first_nested
         if ordered:
-            self._fix_order(judged.scores)
+            records = self.pruner.tracker.records
+            scores = judged.scores or {block: records[block].peak for block in self.pruner.gates}
+            self.order = nested_order(scores, self.pruner.stages)
+            self._train_nested()
         best = bool(died) or ordered or self.best is None or self._better(validation, self.best)
         self.stale += 1
         if best:
@@ -312,7 +310,7 @@ class Trainer:
         self._enter_phase(epoch)
         self.network.train()
         steps, lr = self.batches.steps, math.nan
-        with self.take_step.precision.training():
+        with self.training_step.precision.training():
             for batch in self.batches.epoch(epoch, first=self.step):
                 if lr != (lr := self.schedule.lr(epoch, (self.step + 0.5) / steps)):
                     set_lr(self.optimizer, lr)
@@ -330,29 +328,25 @@ class Trainer:
 
     def _require_finite(self) -> None:
         """Raise TrainingError when training has failed in any process. Waits for the device."""
-        kept = f"; {self.last_path} keeps the epoch before" if self.epoch else ""
-        now: Any = {"epoch": self.epoch + 1, "step": self.step, "kept": kept}
+        epoch, where, what = self.epoch + 1, f"step {self.step}", ""
         if bool(self.group.largest(self.totals[0].isfinite().logical_not().int())):
-            more: Any = {"passes": self.config.accumulate, "group": self.group}
-            self.group.fail(run_checks.nonfinite_error(self.pruner.gates, **now, **more))
-        if self.take_step.precision.collapsed():
-            self.group.fail(run_checks.loss_scale_error(**now))
+            what = "the loss is no longer finite; lower the learning rate"
+            if culprit := run_checks.nonfinite_block(self.pruner.gates, self.group):
+                block, passes = culprit  # perhaps some steps earlier
+                where = f"step {math.ceil(passes / self.config.accumulate)}"
+                what = f"block {block} is no longer finite; lower the learning rate"
+        elif self.training_step.precision.collapsed():
+            what = (
+                "gradients are not finite in fp16 at any loss scale; use --precision bf16 or fp32"
+            )
+        if what:
+            kept = f"; {self.last_path} keeps the epoch before" if self.epoch else ""
+            self.group.fail(TrainingError(f"epoch {epoch}, {where}: {what}{kept}"))
 
     def _score(self, model: nn.Module) -> Score:
         """Validate the network, by its averaged weights where there are any."""
         with nullcontext() if self.averaged is None else self.averaged.applied():
             return score(model, self.normalize, self.validation)
-
-    def _require_no_collapse(self, died: tuple[str, ...], validation: Score) -> Score:
-        if died:
-            run_checks.require_no_collapse(
-                self.pruner.tracker.records.values(),
-                validation,
-                self.data.validation.labels,
-                epoch=self.epoch,
-                stages=self.pruner.stages,
-            )
-        return validation
 
     def _better(self, new: Score, old: Score) -> bool:
         """Higher accuracy; at equal accuracy (small validation parts tie often) the lower loss.
@@ -383,7 +377,7 @@ class Trainer:
             self._distil_from(Teacher(replace(self.checkpoint(), gates=[]), self.device))
 
     def _distil_from(self, teacher: Teacher) -> None:
-        self.own_teacher = self.take_step.teacher = teacher
+        self.own_teacher = self.training_step.teacher = teacher
         self.take_step.rewrap()
 
     def _require_head(self) -> set[str]:
@@ -398,11 +392,6 @@ class Trainer:
 
     # -- Nested sub-networks
 
-    @property
-    def _nested_after(self) -> int:
-        """Epochs of the whole network alone, after which its blocks are ordered."""
-        return max(1, self.config.epsilon_warmup, round(NESTED_AFTER * self.config.epochs))
-
     def _require_nestable(self) -> None:
         """Raise ConfigError when no sub-network of this network can be trained."""
         if self.group.world is not None:
@@ -415,21 +404,13 @@ class Trainer:
                 " as every stage keeps one; choose a deeper network"
             )
 
-    def _fix_order(self, scores: Mapping[str, float] | None) -> None:
-        """Order the blocks by importance; sub-networks are trained from the next epoch on."""
-        pruner = self.pruner
-        if scores is None:
-            scores = {block: pruner.tracker.records[block].peak for block in pruner.gates}
-        self.order = nested_order(scores, pruner.stages)
-        self._train_nested()
-
     def _train_nested(self) -> None:
+        """Train sub-networks too, from the next step on, which lose blocks in `order`."""
         if self.pruner.scores is not None:
             self.pruner.scores.close()
             self.pruner.scores = None
         smallest = smallest_size(self.pruner.stages)
-        assert isinstance(self.take_step, TrainingStep)
-        self.take_step.sub_networks = SubNetworks(self.model, self.order, smallest=smallest)
+        self.training_step.sub_networks = SubNetworks(self.model, self.order, smallest=smallest)
 
     # -- Saving and resuming
 
@@ -475,7 +456,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "trained": self.averaged and self.averaged.trained(),
             "own_teacher": self.own_teacher and self.own_teacher.state,
-            "precision": self.take_step.precision.state_dict(),
+            "precision": self.training_step.precision.state_dict(),
             "schedule": self.schedule.state_dict(),
             "tracker": pruner["tracker"],
             "controller": pruner["controller"],
@@ -512,7 +493,7 @@ class Trainer:
             taught = replace(last, state=state["own_teacher"], gates=[])
             self._distil_from(Teacher(taught, self.device))
         self.optimizer.load_state_dict(state["optimizer"])
-        self.take_step.precision.load_state_dict(state["precision"])
+        self.training_step.precision.load_state_dict(state["precision"])
         self.schedule.load_state_dict(state["schedule"])
         self.saved, self.seconds = state["epoch"], state["seconds"]
         self.best = state["best"] and Score(**state["best"])
@@ -549,9 +530,8 @@ class Trainer:
     def resume(self) -> list[str]:
         """Continue from `last_path`; returns what differs from the run before, a line for each.
 
-        Raises:
-            FileFormatError: that file, or `best_path`, is missing or damaged.
-            ConfigError: it belongs to another run.
+        Raises FileFormatError when that file or `best_path` is missing or damaged, and ConfigError
+        when it belongs to another run.
         """
         last = Checkpoint.load(self.last_path)
         require_same_run(self.last_path, last, self.config, self.data)
@@ -619,16 +599,6 @@ class Trainer:
     def image(self) -> Tensor:
         """A raw image to time networks on, uint8 `[1, C, H, W]`."""
         return next(iter(self.validation.batches(1))).images
-
-
-class _Normalized:
-    """Held-out images as batches of the network's inputs, read anew in every pass."""
-
-    def __init__(self, normalize: Normalize, images: Part) -> None:
-        self._normalize, self._images = normalize, images
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return normalized(self._normalize, self._images)
 
 
 def network_spec(config: TrainingConfig, data: Outline) -> NetworkSpec:
