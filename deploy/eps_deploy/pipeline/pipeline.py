@@ -26,7 +26,6 @@ from eps_deploy.bench.accuracy import (
     Answers,
     Correct,
     Infer,
-    accuracy_drop,
     answers,
 )
 from eps_deploy.bench.latency import LatencyResult, Workload
@@ -40,7 +39,6 @@ from eps_deploy.pipeline.inputs import Inputs, find_inputs
 from eps_deploy.pipeline.options import Options
 from eps_deploy.pipeline.write import BundleWriter
 from eps_deploy.report import report
-from eps_deploy.report.answers import answers_entry, class_check
 from eps_deploy.report.render import render_html, render_markdown
 from eps_train.data.dataset import load_again
 from eps_train.training.forward import cpu_threads
@@ -204,10 +202,9 @@ class Deployment:
             with ExitStack() as stack:
                 forms = builder.judged_by(options, networks.compact, model, stack)
                 worst = min((correct(infer) for infer in forms), key=np.sum)
-            drop = accuracy_drop(baseline, worst, options.max_accuracy_drop)
-            points = drop.points.value
-            self.log(f"  drop {points:+.2f} points with {len(kept)} kept in higher precision")
-            return Trial(passed=drop.passed, value=points)
+            check, drop = report.accuracy_check(baseline, worst, options.max_accuracy_drop)
+            self.log(f"  drop {drop.points:+.2f} points with {len(kept)} kept in higher precision")
+            return Trial(passed=bool(check.passed), value=drop.points)
 
         baseline = correct(networks.baseline.infer)
         found = repair(units(models.compact, inputs.blocks()), attempt)
@@ -350,13 +347,15 @@ class Deployment:
         if self.inputs.baseline is not None:
             baseline = self._answers(variants.baseline.torch.infer)
             correct = baseline.correct
-            drop = accuracy_drop(correct, by_form[judged].correct, options.max_accuracy_drop)
-            found |= {"baseline": float(correct.mean()), "drop": report.drop_entry(drop)}
-            checks.append(report.accuracy_check(drop))
+            check, drop = report.accuracy_check(
+                correct, by_form[judged].correct, options.max_accuracy_drop
+            )
+            found |= {"baseline": float(correct.mean()), "drop": msgspec.to_builtins(drop)}
+            checks.append(check)
         names = self.inputs.compact.data.classes
-        answered = answers_entry(self.test.labels, names, baseline, by_form[judged])
+        answered = report.answers_entry(self.test.labels, names, baseline, by_form[judged])
         if options.max_class_drop is not None:
-            checks.append(class_check(answered, options.max_class_drop))
+            checks.append(report.class_check(answered, options.max_class_drop))
         return found, msgspec.to_builtins(answered), checks
 
     def _answers(self, infer: Infer) -> Answers:

@@ -1,4 +1,7 @@
-"""Wording of `report.md` and `report.html`: names, numbers, sentences and rows of tables."""
+"""Wording of `report.md` and `report.html`: names, numbers, sentences and rows of tables.
+
+The templates have every function of this module as a filter.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,8 @@ from typing import Any, NamedTuple
 
 from eps_core.formatting import interval
 from eps_core.stats import Interval
-from eps_deploy.report.answers import most_lost, over_limit
+from eps_deploy.report.report import change, most_lost, over_limit
+from eps_deploy.report.report import signed as with_sign
 from eps_deploy.report.schema import (
     BlockEntry,
     ChangedEntry,
@@ -67,7 +71,7 @@ def percent(share: float | None) -> str:
 
 
 def signed(points: float) -> str:
-    return f"{round(points, 2) + 0.0:+.2f}".replace("-", "−")  # no minus before 0.00
+    return with_sign(points).replace("-", "−")
 
 
 def paired(drop: PairedEntry) -> str:
@@ -177,12 +181,11 @@ def verdict_sentences(report: Report) -> str:
 def _doubts(report: Report) -> list[str]:
     """Why checks that passed may be wrong."""
     unsure = [check.name for check in report.checks if check.passed and not check.conclusive]
-    causes = {
-        "too few images to be sure": ("accuracy", "class-accuracy"),
-        "the machine was too busy to be sure": ("speedup",),
-    }
-    found = {cause: [name for name in names if name in unsure] for cause, names in causes.items()}
-    return [f"{cause}: {', '.join(names)}" for cause, names in found.items() if names]
+    few = [name for name in ("accuracy", "class-accuracy") if name in unsure]
+    doubts = [f"too few images to be sure: {', '.join(few)}"] if few else []
+    if "speedup" in unsure:
+        doubts.append("the machine was too busy to be sure: speedup")
+    return doubts
 
 
 def _failed_classes(report: Report) -> str:
@@ -218,13 +221,6 @@ def goals(report: Report) -> str:
         f"{whole} at most {limit:g} in any class, and at batch 1 at least {fast}; the last two are"
         " judged by the lower end of the interval."
     )
-
-
-def change(points: float) -> str:
-    """A drop in percentage points, in words."""
-    if points == 0:
-        return "as accurate as the unpruned network"
-    return f"{abs(points):.2f} points {'below' if points > 0 else 'above'} the unpruned network"
 
 
 def drop_sentences(report: Report) -> list[str]:
@@ -281,8 +277,7 @@ def changed_sentences(report: Report) -> list[str]:
     samples = report.accuracy.samples
     if not changed:
         return [f"Both networks predict the same class for all {samples:,} test images."]
-    counts = {title: len(found) for title, found in gallery(changed).items()}
-    parts = ", ".join(f"{title} {count:,}" for title, count in counts.items())
+    parts = ", ".join(f"{title} {len(found):,}" for title, found in gallery(changed).items())
     sentences = [
         f"The predicted class differs for {len(changed):,} of {samples:,} test images: {parts}."
     ]
@@ -373,7 +368,9 @@ def facts(report: Report) -> list[tuple[str, str, str]]:
         interval = f"{speedup.low:.2f} to {speedup.high:.2f}: {entry.verdict}"
         rows.append((f"Speed-up, batch {entry.batch}", f"{speedup.median:.2f}×", interval))
     drop = report.accuracy.drop
-    compared = change(drop.points) if drop else "no trained unpruned network to compare with"
+    compared = "no trained unpruned network to compare with"
+    if drop:
+        compared = f"{change(drop.points)} the unpruned network"
     rows.append(("Accuracy", percent(getattr(report.accuracy, report.accuracy.judged)), compared))
     (_, old, new), *larger = sizes(report)
     rows.append(("Residual blocks", f"{new} of {old}", f"{old - new} removed"))
@@ -460,14 +457,7 @@ def _flat(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str
 
 
 class StageStrip(NamedTuple):
-    """The blocks of one stage in the order of computation.
-
-    Attributes:
-        name: of the stage.
-        blocks: all of them.
-        alive: how many are computed.
-        names: of those that are computed, shortened: `0–3, 7`.
-    """
+    """The blocks of one stage in the order of computation; `names` of those that are computed."""
 
     name: str
     blocks: list[BlockEntry]

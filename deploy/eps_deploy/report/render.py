@@ -1,8 +1,8 @@
 """`report.md` and `report.html`, rendered from the data of `report.json`.
 
-Both templates get the same rows and filters. Names and messages from outside (classes, blocks, the
-command line) are escaped in both. The page needs no network: its own content security policy lets
-it run nothing, and load nothing but the images that it contains.
+Both templates have the functions of `formatting` as filters. Names and messages from outside
+(classes, blocks, the command line) are escaped in both. The page needs no network: its own content
+security policy lets it run nothing, and load nothing but the images that it contains.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import base64
 import hashlib
 import io
 from collections.abc import Mapping
+from inspect import getmembers, isfunction
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -26,34 +27,12 @@ from eps_deploy.report.schema import Report, parse
 _LARGEST = 160  # pixels of an image on the page, in width and height
 _STATES = {True: "passed", False: "failed", None: "waiting"}
 _HEADLINES = {True: "Passed", False: "Failed", None: "Not judged yet"}
-_FILTERS = (
-    formatting.capital,
-    formatting.check_title,
-    formatting.comparisons,
-    formatting.difference,
-    formatting.integer,
-    formatting.limit,
-    milliseconds,
-    formatting.outcome,
-    formatting.paired,
-    formatting.percent,
-    formatting.predicted,
-    formatting.ratio,
-    formatting.signed,
-    formatting.stage_name,
-    formatting.throughput,
-)
 
 
 def render_markdown(report: Mapping[str, Any]) -> str:
-    """Render `report.md`, the verdict first.
-
-    Args:
-        report: the data of `report.json`.
-    """
-    found = parse(report)
+    """Render `report.md`, the verdict first, from the data of `report.json`."""
     template = _environment(finalize=_escape_markdown).get_template("report.md.j2")
-    return template.render(_context(found), verdict=formatting.verdict_line(found), least=LEAST)
+    return template.render(report=parse(report), least=LEAST)
 
 
 def render_html(
@@ -71,53 +50,28 @@ def render_html(
     style, _, _ = environment.loader.get_source(environment, "report.css")  # type: ignore[union-attr]
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     timed = [
-        (entry, title, comparison)
+        (entry, title, times)
         for entry in found.latency
-        for title, comparison in formatting.comparisons(entry)
+        for title, times in formatting.comparisons(entry)
     ]
     speedups = [(f"batch {entry.batch}, {title}", times) for entry, title, times in timed]
     return environment.get_template("report.html.j2").render(
-        _context(found),
+        report=found,
         style=Markup(style),
         style_hash=f"sha256-{digest}",
         states=_STATES,
         headline=_HEADLINES[found.passed],
-        sentence=formatting.verdict_sentences(found),
-        facts=formatting.facts(found),
         thumbnails={name: _thumbnail(content) for name, content in images.items()},
         class_chart=charts.class_chart(found, formatting.listed_classes(found)),
         drop_chart=charts.drop_chart(found, _drop_tone(found)),
         speedup_chart=charts.speedup_chart(found, speedups),
-        times_charts=[(e.batch, title, charts.times_chart(e, title, c)) for e, title, c in timed],
+        times_charts=[(e.batch, title, charts.times_chart(e, title, t)) for e, title, t in timed],
     )
 
 
 def verdict_line(report: Mapping[str, Any]) -> str:
     """The outcome of the data of `report.json` in one line."""
     return formatting.verdict_line(parse(report))
-
-
-def _context(report: Report) -> dict[str, Any]:
-    return {
-        "report": report,
-        "subtitle": formatting.subtitle(report),
-        "goals": formatting.goals(report),
-        "sizes": formatting.sizes(report),
-        "removed": formatting.removed,
-        "accuracies": formatting.ACCURACIES,
-        "percentiles": formatting.PERCENTILES,
-        "answer_rows": formatting.answer_rows(report),
-        "classes": formatting.listed_classes(report),
-        "class_notes": formatting.class_notes(report),
-        "confusions": formatting.listed_confusions(report),
-        "gallery": formatting.gallery(report.answers.changed or []),
-        "changed_sentences": formatting.changed_sentences(report),
-        "drop_sentences": formatting.drop_sentences(report),
-        "latency_notes": formatting.latency_notes(report),
-        "strips": formatting.stage_strips(report),
-        "precision_rows": formatting.precision_rows(report),
-        "environment_rows": formatting.environment_rows(report),
-    }
 
 
 class _Thumbnail(NamedTuple):
@@ -151,7 +105,8 @@ def _environment(**options: Any) -> Environment:
         keep_trailing_newline=True,
         **options,
     )
-    environment.filters |= {function.__name__: function for function in _FILTERS}
+    environment.filters.update(getmembers(formatting, isfunction), milliseconds=milliseconds)
+    environment.globals.update(accuracies=formatting.ACCURACIES, percentiles=formatting.PERCENTILES)
     return environment
 
 

@@ -1,12 +1,15 @@
 """The entries of `report.json`: checks with their outcome, measurements, and the environment.
 
-`eps_deploy.report.schema` declares the format.
+`eps_deploy.report.schema` declares the format. The answers are compared class by class too: pruning
+harms some classes far more than the mean accuracy shows (Hooker et al., "What Do Compressed Deep
+Neural Networks Forget?", arXiv 1911.05248).
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError
@@ -14,16 +17,36 @@ from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from eps_core.checks import Check, Parity
 from eps_core.machine import machine
-from eps_deploy.bench.accuracy import METHOD, Drop
+from eps_core.stats import paired_counts, paired_difference
+from eps_deploy.bench.accuracy import Answers, Classes, Correct
 from eps_deploy.bench.latency import CALL, DEVICE, END_TO_END, LatencyResult
 from eps_deploy.export.half import LARGEST, Peak
 from eps_deploy.export.mixed_precision import Repair
 from eps_deploy.precision import Precision
 from eps_deploy.report.schema import SCHEMA as SCHEMA
-from eps_deploy.report.schema import parse
+from eps_deploy.report.schema import (
+    AnswersEntry,
+    ChangedEntry,
+    ClassDropEntry,
+    ClassEntry,
+    ConfidenceEntry,
+    ConfidencesEntry,
+    ConfusionEntry,
+    DropEntry,
+    PairedEntry,
+    TopFiveEntry,
+    parse,
+)
 
+TOP5_ABOVE = 10  # classes; among ten, half of all guesses are in the top five
+GALLERY = 24  # images of each kind of change, at most
+_BINS = 15  # of the calibration error, as in Guo et al., arXiv 1706.04599
+_METHOD = "paired difference, 95 % score interval (Tango 1998)"
 _PACKAGES = (
     "eps-resnet",
     "torch",
@@ -36,6 +59,20 @@ _PACKAGES = (
     "cuda-bindings",
     "numpy",
 )
+
+
+def change(drop: float) -> str:
+    """A drop in percentage points, in words that a network follows: `0.50 points below`."""
+    if drop == 0:
+        return "as accurate as"
+    return f"{abs(drop):.2f} points {'below' if drop > 0 else 'above'}"
+
+
+def signed(points: float) -> str:
+    return f"{round(points, 2) + 0.0:+.2f}"  # no minus before 0.00
+
+
+# -- Checks
 
 
 def check_entry(check: Check) -> dict[str, Any]:
@@ -102,23 +139,63 @@ def headroom_check(peak: Peak, samples: int) -> Check:
     )
 
 
-def accuracy_check(drop: Drop) -> Check:
-    """The engine's accuracy against the trained baseline's, in percentage points."""
-    points = drop.points
+def accuracy_check(baseline: Correct, engine: Correct, limit: float) -> tuple[Check, DropEntry]:
+    """The engine's accuracy against the trained baseline's, image by image.
+
+    `limit` is in percentage points; a drop above 0 means that the baseline is better.
+    """
+    counts = _paired(baseline, engine)
+    conclusive = counts["high"] <= limit or counts["low"] > limit
+    drop = DropEntry(**counts, conclusive=conclusive, method=_METHOD)
     text = (
-        f"{_change(points.value)} the baseline on {drop.samples:,} images"
-        f" (95 % interval of the drop {_signed(points.low)} to {_signed(points.high)} points),"
-        f" limit {drop.limit:g}"
+        f"{change(drop.points)} the baseline on {len(baseline):,} images"
+        f" (95 % interval of the drop {signed(drop.low)} to {signed(drop.high)} points),"
+        f" limit {limit:g}"
     )
-    if not drop.conclusive:
-        text += "; too few images to tell"
-    return Check(
+    check = Check(
         name="accuracy",
-        passed=drop.passed,
-        value=points.value,
-        limit=drop.limit,
+        # Rounding must not fail a drop of exactly the limit, such as 1 image of 200 at 0.5 points.
+        passed=drop.points <= limit + 1e-9,
+        value=drop.points,
+        limit=limit,
+        detail=text if conclusive else f"{text}; too few images to tell",
+        conclusive=conclusive,
+    )
+    return check, drop
+
+
+def class_check(answers: AnswersEntry, limit: float) -> Check:
+    """What each class lost against the trained baseline, in percentage points.
+
+    A class with few images loses many points by chance, and of many classes one always does. So the
+    check judges the lower ends of intervals that hold for all classes at once (Bonferroni), not the
+    measured drops. If every class had lost exactly `limit` points, the probability that any fails
+    would be at most 4 % with ten classes or more, and 7 % with fewer: exact, for 1 to 60 images a
+    class and limits of 0 to 20 points, whatever else the networks get wrong.
+    """
+    compared = most_lost(answers)
+    failed = over_limit(answers, limit)
+    # Each class by itself: that every one of them is within the limit needs no correction.
+    unsure = sum(found.drop.high > limit for found in compared if found.drop)
+    shown = failed[:3] or compared[:1]
+    parts = [
+        f"class {found.name}: drop {found.drop.points:+.2f} points on {found.samples:,} images, at"
+        f" least {found.drop.at_least:+.2f}"
+        for found in shown
+        if found.drop
+    ]
+    if len(failed) > len(shown):
+        parts.append(f"{len(failed) - len(shown):,} more classes")
+    text = f"{'; '.join(parts)} (95 % for all classes at once), limit {limit:g}"
+    if unsure and not failed:
+        text += f"; too few images to tell for {unsure:,} of {len(compared):,} classes"
+    return Check(
+        name="class-accuracy",
+        passed=not failed,
+        value=max(found.drop.at_least for found in compared if found.drop),
+        limit=limit,
         detail=text,
-        conclusive=drop.conclusive,
+        conclusive=bool(failed) or not unsure,
     )
 
 
@@ -142,6 +219,9 @@ def speedup_check(latency: LatencyResult, limit: float) -> Check:
     )
 
 
+# -- Measurements
+
+
 def parity_entry(parity: Parity) -> dict[str, Any]:
     entry = {**asdict(parity), "batches": list(parity.batches), "passed": parity.passed}
     del entry["inputs"]
@@ -160,12 +240,10 @@ def precision_entry(
     """Requested precision and the types in which layers compute.
 
     Args:
-        precision: requested precision.
         graph: number of Conv, Gemm and MatMul nodes of model.onnx by type.
         executed: the same as the runtime executes them; None if it does not report it.
         calibration: `samples`, `method` and `sha256`, for int8.
         kept: blocks that `--repair` kept in higher precision.
-        repair: result of `--repair`; None without it.
     """
     found = repair and {
         "trials": repair.trials,
@@ -199,25 +277,9 @@ def blocks_entry(
         "compact": len(blocks) - len(gone),
         "removed": [name for name in blocks if name in gone],
         "map": [
-            {
-                "name": name,
-                "stage": name.rpartition(".")[0],
-                "state": states.get(name, "alive"),
-            }
+            {"name": name, "stage": name.rpartition(".")[0], "state": states.get(name, "alive")}
             for name in blocks
         ],
-    }
-
-
-def drop_entry(drop: Drop) -> dict[str, Any]:
-    return {
-        "points": drop.points.value,
-        "low": drop.points.low,
-        "high": drop.points.high,
-        "only_baseline_right": drop.only_baseline,
-        "only_engine_right": drop.only_engine,
-        "conclusive": drop.conclusive,
-        "method": METHOD,
     }
 
 
@@ -252,12 +314,170 @@ def _comparison(latency: LatencyResult, way: str) -> dict[str, Any] | None:
     }
 
 
-def environment(engine: Mapping[str, Any]) -> dict[str, Any]:
-    """Versions, processor and threads; nothing that identifies the machine.
+# -- What both networks predict, by class
+
+
+def answers_entry(
+    labels: Classes, names: Sequence[str], baseline: Answers | None, judged: Answers
+) -> AnswersEntry:
+    """Compare the deployed network with the trained baseline on the same images, class by class.
 
     Args:
-        engine: result of `Engine.describe`.
+        labels: classes of the images, int64 `[N]`.
+        names: of all classes.
     """
+    entry = AnswersEntry(
+        classes=_by_class(labels, names, baseline, judged),
+        top5=_top5(baseline, judged) if len(names) > TOP5_ABOVE else None,
+        confidence=ConfidencesEntry(baseline=None, judged=_confidence(judged)),
+        confusions=None,
+        changed=None,
+    )
+    if baseline is not None:
+        entry.confidence.baseline = _confidence(baseline)
+        entry.confusions = _confusions(labels, names, baseline, judged)
+        entry.changed = _changed(labels, names, baseline, judged)
+    return entry
+
+
+def most_lost(answers: AnswersEntry) -> list[ClassEntry]:
+    """The classes that can be compared, by the lower end of the drop's interval.
+
+    By the measured drop, a class with one or two images would often come first by chance.
+    """
+    compared = [(found.drop.low, found) for found in answers.classes if found.drop]
+    return [found for _, found in sorted(compared, key=lambda pair: -pair[0])]
+
+
+def over_limit(answers: AnswersEntry, limit: float) -> list[ClassEntry]:
+    """The classes that lost significantly more than `limit` points."""
+    return [c for c in most_lost(answers) if c.drop and c.drop.at_least > limit + 1e-9]
+
+
+def calibration_error(correct: Correct, confidence: npt.NDArray[np.float64]) -> float:
+    """Expected calibration error: mean distance of accuracy and confidence, by confidence."""
+    bins = np.clip(np.ceil(confidence * _BINS).astype(np.int64) - 1, 0, _BINS - 1)
+    gaps = np.bincount(bins, weights=correct - confidence, minlength=_BINS)
+    return float(np.abs(gaps).sum() / len(correct))
+
+
+def _by_class(
+    labels: Classes, names: Sequence[str], baseline: Answers | None, judged: Answers
+) -> list[ClassEntry]:
+    correct = judged.correct
+    counts = paired_counts(
+        correct if baseline is None else baseline.correct, correct, labels, len(names)
+    )
+    right = np.bincount(labels[correct], minlength=len(names)).tolist()
+    together = sum(total > 0 for _, _, total in counts)
+    found = []
+    for name, own, (lost, won, total) in zip(names, right, counts, strict=True):
+        entry = ClassEntry(name=name, samples=total, baseline=None, judged=None, drop=None)
+        if total:
+            entry.judged = own / total
+        if total and baseline is not None:
+            entry.baseline = (own + lost - won) / total
+            low = paired_difference(lost, won, total, together=together).low
+            entry.drop = ClassDropEntry(**_drop(lost, won, total), at_least=100 * low)
+        found.append(entry)
+    return found
+
+
+def _drop(lost: int, won: int, total: int) -> dict[str, Any]:
+    """The fields of a `PairedEntry`."""
+    share = paired_difference(lost, won, total)
+    return {
+        "points": 100 * share.value,
+        "low": 100 * share.low,
+        "high": 100 * share.high,
+        "only_baseline_right": lost,
+        "only_engine_right": won,
+    }
+
+
+def _paired(baseline: Correct, engine: Correct) -> dict[str, Any]:
+    lost, won = int((baseline & ~engine).sum()), int((engine & ~baseline).sum())
+    return _drop(lost, won, len(baseline))
+
+
+def _top5(baseline: Answers | None, judged: Answers) -> TopFiveEntry:
+    found = judged.top(5)
+    entry = TopFiveEntry(baseline=None, judged=float(found.mean()), drop=None)
+    if baseline is not None:
+        before = baseline.top(5)
+        entry.baseline = float(before.mean())
+        entry.drop = PairedEntry(**_paired(before, found))
+    return entry
+
+
+def _confidence(answers: Answers) -> ConfidenceEntry:
+    return ConfidenceEntry(
+        mean=float(answers.confidence.mean()),
+        ece=calibration_error(answers.correct, answers.confidence),
+    )
+
+
+def _confusions(
+    labels: Classes, names: Sequence[str], baseline: Answers, judged: Answers
+) -> list[ConfusionEntry]:
+    before, after = (
+        Counter(zip(labels[wrong].tolist(), found.classes[wrong].tolist(), strict=True))
+        for found in (baseline, judged)
+        for wrong in (~found.correct,)
+    )
+    risen = sorted((before[pair] - count, pair) for pair, count in after.items())
+    return [
+        ConfusionEntry(
+            label=names[label],
+            predicted=_name(names, predicted),
+            baseline=before[label, predicted],
+            judged=after[label, predicted],
+        )
+        for rise, (label, predicted) in risen
+        if rise < 0
+    ]
+
+
+def _changed(
+    labels: Classes, names: Sequence[str], baseline: Answers, judged: Answers
+) -> list[ChangedEntry]:
+    kinds = np.where(baseline.correct, 0, np.where(judged.correct, 1, 2)).tolist()
+    indices = np.flatnonzero(baseline.classes != judged.classes).tolist()
+    indices.sort(key=lambda index: -judged.confidence[index])
+    # Classes take turns, or one class could fill the gallery.
+    turns: Counter[tuple[int, int]] = Counter()
+    places = {}
+    for index in indices:
+        group = (kinds[index], int(labels[index]))
+        places[index] = (kinds[index], turns[group])
+        turns[group] += 1
+    shown: Counter[int] = Counter()
+    found = []
+    for index in sorted(indices, key=lambda index: places[index]):
+        shown[kinds[index]] += 1
+        found.append(
+            ChangedEntry(
+                index=index,
+                label=names[labels[index]],
+                baseline=_name(names, int(baseline.classes[index])),
+                judged=_name(names, int(judged.classes[index])),
+                baseline_confidence=float(baseline.confidence[index]),
+                judged_confidence=float(judged.confidence[index]),
+                image=f"changed/test-{index:04d}.png" if shown[kinds[index]] <= GALLERY else None,
+            )
+        )
+    return found
+
+
+def _name(names: Sequence[str], predicted: int) -> str | None:
+    return None if predicted < 0 else names[predicted]
+
+
+# -- The report as a whole
+
+
+def environment(engine: Mapping[str, Any]) -> dict[str, Any]:
+    """Versions, processor and threads; nothing that identifies the machine."""
     return {
         "engine": dict(engine),
         "packages": {name: _version(name) for name in _PACKAGES},
@@ -277,16 +497,6 @@ def write_json(path: Path, report: dict[str, Any]) -> None:
     """Write `report.json`; raises ValueError if `report` does not follow its format."""
     parse(report)
     path.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def _change(drop: float) -> str:
-    if drop == 0:
-        return "as accurate as"
-    return f"{abs(drop):.2f} points {'below' if drop > 0 else 'above'}"
-
-
-def _signed(points: float) -> str:
-    return f"{round(points, 2) + 0.0:+.2f}"  # no minus before 0.00
 
 
 def _version(package: str) -> str | None:
