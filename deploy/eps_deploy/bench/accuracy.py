@@ -54,11 +54,6 @@ Correct = npt.NDArray[np.bool_]
 Infer = Callable[[Images], Logits]
 
 
-def pick_samples(total: int, count: int) -> npt.NDArray[np.int64]:
-    """Return `count` indices spread evenly over `total` images, repeated if there are fewer."""
-    return np.linspace(0, total - 1, count).round().astype(np.int64)
-
-
 def passes(infer: Infer, images: Images, batches: Sequence[int]) -> list[Logits]:
     """Return the logits `[N, classes]` of `images` (uint8 `[N, C, H, W]`) for each batch size."""
     return [

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 
-from eps_deploy.bench.accuracy import answers, passes, pick_samples
+from eps_deploy.bench.accuracy import answers, passes
 from eps_deploy.engines.base import Images, Logits
 
 
@@ -19,15 +18,6 @@ def test_every_batch_size_sees_every_image() -> None:
 
     assert [len(logits) for logits in passes(infer, images, (1, 2, 7, 32))] == [33] * 4
     assert seen == [1] * 33 + [2] * 16 + [1] + [7] * 4 + [5] + [32, 1]
-
-
-@pytest.mark.parametrize("total", [1, 5, 33, 359, 10_000])
-def test_samples_spread_over_the_whole_test_part(total: int) -> None:
-    picked = pick_samples(total, 33)
-    assert len(picked) == 33
-    assert picked.min() == 0
-    assert picked.max() == total - 1
-    assert len(set(picked.tolist())) == min(total, 33)
 
 
 def test_every_image_counts_once_also_in_the_last_batch() -> None:
