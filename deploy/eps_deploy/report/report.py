@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as package_version
@@ -87,10 +87,7 @@ def check_entry(check: Check) -> dict[str, Any]:
 
 
 def parity_check(parity: Parity) -> Check | None:
-    """A stage's logits against those of the stage before; value and limit are relative.
-
-    None for a stage without a limit: it is told in the report and not judged.
-    """
+    """A stage's logits against those of the stage before, relative; None without a limit."""
     limit = parity.limit
     if limit is None:
         return None
@@ -100,43 +97,28 @@ def parity_check(parity: Parity) -> Check | None:
         text = "equal to the last bit" if parity.passed else f"differ by {parity.max_abs:.3g}"
     else:
         text = f"largest difference {parity.relative:.2g} of the largest logit, limit {limit:g}"
-    return Check(
-        name=f"parity-{parity.stage}",
-        passed=bool(parity.passed),
-        value=parity.relative,
-        limit=limit,
-        detail=text,
-    )
+    name, passed = f"parity-{parity.stage}", bool(parity.passed)
+    return Check(name, passed, text, value=parity.relative, limit=limit)
 
 
 def agreement_check(share: float, limit: float, samples: int) -> Check:
     """How often the engine names the class that the compact network names in torch."""
-    return Check(
-        name="agreement",
-        passed=share >= limit,
-        value=share,
-        limit=limit,
-        detail=(
-            f"the class of the compact network on {100 * share:.2f} % of {samples:,} images,"
-            f" limit {100 * limit:g} %"
-        ),
+    text = (
+        f"the class of the compact network on {100 * share:.2f} % of {samples:,} images,"
+        f" limit {100 * limit:g} %"
     )
+    return Check("agreement", share >= limit, text, value=share, limit=limit)
 
 
 def headroom_check(peak: Peak, samples: int) -> Check:
     """The largest activation of the float16 part against the largest number that float16 has."""
-    finite = math.isfinite(peak.value)
-    text = f"{peak.value:,.5g}" if finite else "not finite"
-    return Check(
-        name="headroom",
-        passed=peak.value <= LARGEST,
-        value=peak.value if finite else None,
-        limit=LARGEST,
-        detail=(
-            f"largest activation {text} at {peak.node}, on {samples:,} test images; float16 ends at"
-            f" {LARGEST:g}"
-        ),
+    value = peak.value if math.isfinite(peak.value) else None
+    number = "not finite" if value is None else f"{value:,.5g}"
+    text = (
+        f"largest activation {number} at {peak.node}, on {samples:,} test images; float16 ends at"
+        f" {LARGEST:g}"
     )
+    return Check("headroom", peak.value <= LARGEST, text, value=value, limit=LARGEST)
 
 
 def accuracy_check(baseline: Correct, engine: Correct, limit: float) -> tuple[Check, DropEntry]:
@@ -152,15 +134,11 @@ def accuracy_check(baseline: Correct, engine: Correct, limit: float) -> tuple[Ch
         f" (95 % interval of the drop {signed(drop.low)} to {signed(drop.high)} points),"
         f" limit {limit:g}"
     )
-    check = Check(
-        name="accuracy",
-        # Rounding must not fail a drop of exactly the limit, such as 1 image of 200 at 0.5 points.
-        passed=drop.points <= limit + 1e-9,
-        value=drop.points,
-        limit=limit,
-        detail=text if conclusive else f"{text}; too few images to tell",
-        conclusive=conclusive,
-    )
+    if not conclusive:
+        text += "; too few images to tell"
+    # Rounding must not fail a drop of exactly the limit, such as 1 image of 200 at 0.5 points.
+    passed, value = drop.points <= limit + 1e-9, drop.points
+    check = Check("accuracy", passed, text, value=value, limit=limit, conclusive=conclusive)
     return check, drop
 
 
@@ -190,11 +168,11 @@ def class_check(answers: AnswersEntry, limit: float) -> Check:
     if unsure and not failed:
         text += f"; too few images to tell for {unsure:,} of {len(compared):,} classes"
     return Check(
-        name="class-accuracy",
-        passed=not failed,
+        "class-accuracy",
+        not failed,
+        text,
         value=max(found.drop.at_least for found in compared if found.drop),
         limit=limit,
-        detail=text,
         conclusive=bool(failed) or not unsure,
     )
 
@@ -205,18 +183,15 @@ def speedup_check(latency: LatencyResult, limit: float) -> Check:
     assert speedup is not None, "of the compact engine"
     # Then even the ratio is wrong: long calls are interrupted and short ones are not.
     starved = latency.conditions.starved
-    return Check(
-        name="speedup",
-        passed=speedup.low >= limit,
-        value=speedup.low,
-        limit=limit,
-        detail=(
-            f"{speedup.value:.2f} times as fast at batch {latency.batch} (95 % interval"
-            f" {speedup.low:.2f} to {speedup.high:.2f}), limit {limit:g} for its lower end"
-            + ("; the machine was too busy to be sure" if starved else "")
-        ),
-        conclusive=not starved and not speedup.low < limit <= speedup.high,
+    text = (
+        f"{speedup.value:.2f} times as fast at batch {latency.batch} (95 % interval"
+        f" {speedup.low:.2f} to {speedup.high:.2f}), limit {limit:g} for its lower end"
     )
+    if starved:
+        text += "; the machine was too busy to be sure"
+    sure = not starved and not speedup.low < limit <= speedup.high
+    low = speedup.low
+    return Check("speedup", low >= limit, text, value=low, limit=limit, conclusive=sure)
 
 
 # -- Measurements
@@ -231,9 +206,9 @@ def parity_entry(parity: Parity) -> dict[str, Any]:
 def precision_entry(
     precision: Precision,
     *,
-    graph: Mapping[str, int],
-    executed: Mapping[str, int] | None,
-    calibration: Mapping[str, Any] | None = None,
+    graph: dict[str, int],
+    executed: dict[str, int] | None,
+    calibration: dict[str, Any] | None = None,
     kept: Sequence[str] = (),
     repair: Repair | None = None,
 ) -> dict[str, Any]:
@@ -245,19 +220,19 @@ def precision_entry(
         calibration: `samples`, `method` and `sha256`, for int8.
         kept: blocks that `--repair` kept in higher precision.
     """
-    found = repair and {
-        "trials": repair.trials,
-        "drop_before": repair.before.value,
-        "drop_after": repair.after.value,
-        "passed": repair.after.passed,
-    }
     return {
         **asdict(precision),
-        "graph": dict(graph),
-        "executed": None if executed is None else dict(executed),
-        "calibration": None if calibration is None else dict(calibration),
+        "graph": graph,
+        "executed": executed,
+        "calibration": calibration,
         "kept": list(kept),
-        "repair": found,
+        "repair": repair
+        and {
+            "trials": repair.trials,
+            "drop_before": repair.before.value,
+            "drop_after": repair.after.value,
+            "passed": repair.after.passed,
+        },
     }
 
 
@@ -476,10 +451,10 @@ def _name(names: Sequence[str], predicted: int) -> str | None:
 # -- The report as a whole
 
 
-def environment(engine: Mapping[str, Any]) -> dict[str, Any]:
+def environment(engine: dict[str, Any]) -> dict[str, Any]:
     """Versions, processor and threads; nothing that identifies the machine."""
     return {
-        "engine": dict(engine),
+        "engine": engine,
         "packages": {name: _version(name) for name in _PACKAGES},
         **machine(),
     }
