@@ -265,9 +265,7 @@ def open_served(bundle: Bundle, file: str, choice: Choice, log: Log) -> Engine:
         log: called with the reason when a GPU is not used although the bundle or the installed
             package is for one.
 
-    Raises:
-        EngineError: ONNX Runtime does not run the network on the provider.
-        FileFormatError: the model and the labels do not agree.
+    Raises the errors of :func:`open_engine`.
     """
     from onnxruntime import get_available_providers
 

@@ -280,15 +280,13 @@ def save_samples(path: Path, latencies: Sequence[LatencyResult]) -> None:
     behind: milliseconds, float32 `[blocks, runs]`, in the order in which they were measured.
     """
     arrays = {
-        f"batch-{latency.batch}.{name}" + ("" if way == CALL else f"_{way}"): times.samples
+        f"batch-{latency.batch}.{name}{'' if way == CALL else f'_{way}'}": times.samples
         for latency in latencies
         for way, pair in latency.times.items()
         for name, times in zip(("baseline", "compact"), pair, strict=True)
     }
-    with path.open("wb") as file:
-        np.savez_compressed(
-            file, allow_pickle=False, **{k: v.astype(np.float32) for k, v in arrays.items()}
-        )
+    in_float32 = {name: samples.astype(np.float32) for name, samples in arrays.items()}
+    np.savez_compressed(path, allow_pickle=False, **in_float32)
 
 
 # -- Model files: what `eps-bench` compares
@@ -366,8 +364,7 @@ def require_match(files: Sequence[ModelFile]) -> None:
 def choose_batches(files: Sequence[ModelFile], asked: Sequence[int]) -> tuple[int, ...]:
     """Return the batch sizes to time: `asked`, or what all files take.
 
-    Raises BenchError if a file does not take what was asked for, or the files have no batch size in
-    common.
+    Raises BenchError if a file does not take one, or the files have no batch size in common.
     """
     if not asked:
         fixed = sorted({file.batches[0] for file in files if file.batches[0] > 1})
@@ -392,29 +389,20 @@ _STEP = 16  # bisection ends at a sixteenth of the batch size
 _TRIAL = 3  # runs that rule out a batch that is far too large
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Attempt:
     """One batch size, and whether its 99th percentile is within the limit.
 
-    `times` is None when it did not run at all, and `failure` says why.
+    `ms` and `rate` are as in :class:`Times`, or None when it did not run; `failure` says why.
     """
 
     batch: int
-    passed: bool
-    times: Times | None
+    passed: bool = False
+    ms: dict[str, float] | None = None
+    rate: float | None = None
+    runs: int = 0
     failure: str | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        times = self.times
-        return {
-            "batch": self.batch,
-            "passed": self.passed,
-            "ms": times and times.ms,
-            "rate": times and times.rate,
-            "runs": times.samples.size if times else 0,
-            "failure": self.failure,
-            "p99_reliable": bool(times and times.p99_reliable),
-        }
+    p99_reliable: bool = False
 
 
 def sweep_batches(
@@ -471,7 +459,7 @@ def sweep_batches(
 def best(attempts: Sequence[Attempt]) -> Attempt | None:
     """Return the attempt with most throughput of those that passed; None if none did."""
     passed = [attempt for attempt in attempts if attempt.passed]
-    return max(passed, key=lambda a: a.times.rate if a.times else 0.0, default=None)
+    return max(passed, key=lambda attempt: attempt.rate or 0.0, default=None)
 
 
 def _attempt(file: ModelFile, batch: int, limit_ms: float, budget: float, clock: Clock) -> Attempt:
@@ -481,6 +469,13 @@ def _attempt(file: ModelFile, batch: int, limit_ms: float, budget: float, clock:
         if samples.min() <= limit_ms:
             samples = interleave([time_runs], budget=budget, clock=clock).times[0]
     except BenchError as error:
-        return Attempt(batch=batch, passed=False, times=None, failure=str(error))
+        return Attempt(batch=batch, failure=str(error))
     times = Times.of(samples, batch)
-    return Attempt(batch=batch, passed=times.ms["p99"] <= limit_ms, times=times)
+    return Attempt(
+        batch=batch,
+        passed=times.ms["p99"] <= limit_ms,
+        ms=times.ms,
+        rate=times.rate,
+        runs=samples.size,
+        p99_reliable=times.p99_reliable,
+    )

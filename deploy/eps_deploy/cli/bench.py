@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -186,8 +187,8 @@ def _sweep(files: list[ModelFile], limit: float, budget: float) -> dict[str, Any
         sweeps.append(
             {
                 "file": file.name,
-                "best": chosen and chosen.to_dict(),
-                "tried": [each.to_dict() for each in attempts],
+                "best": chosen and asdict(chosen),
+                "tried": [asdict(each) for each in attempts],
             }
         )
     return {"slo_ms": limit, "sweeps": sweeps}
@@ -232,23 +233,21 @@ def _tables(
 
 
 def _attempt_line(attempt: Attempt) -> str:
-    times = attempt.times
-    if times is None:
+    if attempt.ms is None:
         return f"batch {attempt.batch}: {attempt.failure}"
     word = "within" if attempt.passed else "above"
-    p50, p99 = (milliseconds(times.ms[name]) for name in ("p50", "p99"))
-    note = "" if times.p99_reliable else f" ({times.samples.size} runs: p99 is unreliable)"
+    p50, p99 = (milliseconds(attempt.ms[name]) for name in ("p50", "p99"))
+    note = "" if attempt.p99_reliable else f" ({attempt.runs} runs: p99 is unreliable)"
     return (
         f"batch {attempt.batch}: p50 {p50} ms, p99 {p99} ms ({word} the limit),"
-        f" {times.rate:,.0f} images/s{note}"
+        f" {attempt.rate:,.0f} images/s{note}"
     )
 
 
 def _chosen_line(name: str, chosen: Attempt | None, limit: float) -> str:
-    if chosen is None or chosen.times is None:
+    if chosen is None or chosen.ms is None:
         return f"{name}: no batch size keeps p99 within {limit:g} ms"
-    p99 = milliseconds(chosen.times.ms["p99"])
     return (
         f"{name}: batch {chosen.batch} gives most throughput within {limit:g} ms:"
-        f" {chosen.times.rate:,.0f} images/s at p99 {p99} ms"
+        f" {chosen.rate:,.0f} images/s at p99 {milliseconds(chosen.ms['p99'])} ms"
     )

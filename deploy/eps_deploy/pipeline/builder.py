@@ -276,55 +276,49 @@ def opened(options: Options, networks: Networks, models: Models, log: Log) -> It
     """Both networks' engines for the length of a block; plans are built first."""
     trt = options.engine == "trt" and not options.defer_build
     plans = PlanCache(None, log=log, device=options.device) if trt else None
-    build_options = _with_timing_cache(options)
-    # ONNX Runtime's CPU arithmetic in float32 is that of the file.
-    same = options.provider == "cpu" and options.precision.name in ("fp32", "tf32")
+    compact, baseline, kept = models.compact, models.baseline, models.kept
     with ExitStack() as stack:
-
-        def variant(
-            name: str, torch: Deployed, model: bytes, kept: tuple[str, ...] = ()
-        ) -> Variant:
-            engine: Engine | None = None
-            plan: Plan | None = None
-            if plans is not None:
-                file = f"{name}.plan"
-                plan = plans.plan(model, options.precision, build_options, kept=kept, name=file)
-                engine = stack.enter_context(plans.open(plan, name=file))
-            elif options.engine == "ort":
-                engine = stack.enter_context(_ort_engine(options, model, f"{name}.onnx"))
-                if same:
-                    return Variant(torch=torch, reference=engine.infer, engine=engine, same=True)
-            infer = _reference(options, torch, model, f"{name}.onnx", stack)
-            return Variant(torch=torch, reference=infer, engine=engine, plan=plan)
-
         yield Variants(
-            compact=variant("model", networks.compact, models.compact, models.kept),
-            baseline=variant("baseline", networks.baseline, models.baseline),
+            compact=open_variant(options, networks.compact, compact, stack, plans=plans, kept=kept),
+            baseline=open_variant(
+                options, networks.baseline, baseline, stack, name="baseline", plans=plans
+            ),
         )
 
 
-def judged_by(options: Options, torch: Deployed, model: bytes, stack: ExitStack) -> list[Infer]:
-    """The forms whose accuracy counts in a trial of `--repair`: the ONNX file's, and the engine's.
-
-    A TensorRT plan, which takes minutes to build, is left out.
-    """
-    forms = [_reference(options, torch, model, "model.onnx", stack)]
-    if options.engine == "ort":
-        forms.append(stack.enter_context(_ort_engine(options, model, "model.onnx")).infer)
-    return forms
-
-
-def _ort_engine(options: Options, model: bytes, name: str) -> OrtEngine:
-    """The engine as it is served."""
-    return OrtEngine(
-        model,
-        name=name,
-        provider=options.provider,
-        threads=options.threads,
-        max_batch=options.max_batch,
-        tf32=options.precision.tf32,
-        nhwc=options.precision.float == "float16",
-    )
+def open_variant(
+    options: Options,
+    torch: Deployed,
+    model: bytes,
+    stack: ExitStack,
+    *,
+    name: str = "model",
+    plans: PlanCache | None = None,
+    kept: tuple[str, ...] = (),
+) -> Variant:
+    """Open every form of a network until `stack` closes; without `plans` none of TensorRT."""
+    engine: Engine | None = None
+    plan: Plan | None = None
+    if plans is not None:
+        file, settings = f"{name}.plan", _with_timing_cache(options)
+        plan = plans.plan(model, options.precision, settings, kept=kept, name=file)
+        engine = stack.enter_context(plans.open(plan, name=file))
+    elif options.engine == "ort":
+        served = OrtEngine(
+            model,
+            name=f"{name}.onnx",
+            provider=options.provider,
+            threads=options.threads,
+            max_batch=options.max_batch,
+            tf32=options.precision.tf32,
+            nhwc=options.precision.float == "float16",
+        )
+        engine = stack.enter_context(served)
+        # ONNX Runtime's CPU arithmetic in float32 is that of the file.
+        if options.provider == "cpu" and options.precision.name in ("fp32", "tf32"):
+            return Variant(torch=torch, reference=engine.infer, engine=engine, same=True)
+    infer = _reference(options, torch, model, f"{name}.onnx", stack)
+    return Variant(torch=torch, reference=infer, engine=engine, plan=plan)
 
 
 def _reference(

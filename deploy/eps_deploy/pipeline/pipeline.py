@@ -298,7 +298,8 @@ class Deployment:
 
         def attempt(kept: tuple[str, ...]) -> Trial:
             with ExitStack() as stack:
-                forms = builder.judged_by(options, networks.compact, export(kept), stack)
+                variant = builder.open_variant(options, networks.compact, export(kept), stack)
+                forms = [variant.reference, *([variant.engine.infer] if variant.engine else [])]
                 worst = min((self._answers(infer).correct for infer in forms), key=np.sum)
             check, drop = report.accuracy_check(baseline, worst, options.max_accuracy_drop)
             self.log(f"  drop {drop.points:+.2f} points with {len(kept)} kept in higher precision")

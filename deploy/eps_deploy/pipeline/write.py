@@ -81,7 +81,7 @@ def precision_entry(
 ) -> dict[str, Any]:
     """The report's entry: the types asked for, those in `model.onnx`, and those executed."""
     types = layer_types(onnx.load_from_string(models.compact))
-    executed: dict[str, int] | None = None
+    executed = None
     if variants.plan is not None:
         executed = dict(variants.plan.metadata.layers) or None
     elif options.engine == "ort" and options.provider != "tensorrt":
@@ -289,9 +289,11 @@ def reproduce_script(options: Options, inputs: Inputs, report: Mapping[str, Any]
     ours = f"eps-resnet[{extras}]=={packages.pop('eps-resnet')}"
     # Without the build of a version (2.13.0+cpu): registries only have the version.
     pins = [f"{name}=={found.partition('+')[0]}" for name, found in packages.items()]
-    files = {options.model.name: inputs.compact.digest}
     checkpoint = options.checkpoint.name if options.checkpoint else None
-    files[checkpoint or inputs.compact.checkpoint["path"]] = inputs.checkpoint.digest
+    files = {
+        options.model.name: inputs.compact.digest,
+        checkpoint or inputs.compact.checkpoint["path"]: inputs.checkpoint.digest,
+    }
     if inputs.baseline is not None and inputs.baseline_path is not None:
         files[inputs.baseline_path.name] = inputs.baseline.digest
     listed = ", ".join(files)

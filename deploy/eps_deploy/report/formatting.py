@@ -60,10 +60,8 @@ def stage_name(name: str) -> str:
 
 
 def check_title(name: str) -> str:
-    """What a check is about, in words."""
-    if name.startswith("parity-"):
-        return f"parity: {stage_name(name.removeprefix('parity-'))}"
-    return _CHECKS.get(name, name)
+    kind, _, stage = name.partition("-")
+    return f"parity: {stage_name(stage)}" if kind == "parity" else _CHECKS.get(name, name)
 
 
 def percent(share: float | None) -> str:
@@ -204,22 +202,21 @@ def subtitle(report: Report) -> str:
     """Engine, precision and network in a few words."""
     engine, blocks = report.environment.engine, report.blocks
     runtime = _RUNTIMES.get(engine.get("runtime", ""), report.engine)
-    if provider := engine.get("provider"):
-        runtime += f" ({provider})"
+    provider = f" ({engine['provider']})" if engine.get("provider") else ""
     network = f"{blocks.compact} of {blocks.baseline} residual blocks"
-    return " · ".join((runtime, report.precision.name, network))
+    return f"{runtime}{provider} · {report.precision.name} · {network}"
 
 
 def goals(report: Report) -> str:
-    least = report.goals.min_speedup
-    fast = "as fast" if least == 1 else f"{least:g} times as fast"
-    whole = f"Goals: at most {report.goals.max_accuracy_drop:g} percentage points less accuracy,"
-    limit = report.goals.max_class_drop
-    if limit is None:
-        return f"{whole} and at batch 1 at least {fast}, judged by the lower end of the interval."
+    goals = report.goals
+    fast = "as fast" if goals.min_speedup == 1 else f"{goals.min_speedup:g} times as fast"
+    by_class, judged = "", ", judged"
+    if goals.max_class_drop is not None:
+        by_class = f" at most {goals.max_class_drop:g} in any class,"
+        judged = "; the last two are judged"
     return (
-        f"{whole} at most {limit:g} in any class, and at batch 1 at least {fast}; the last two are"
-        " judged by the lower end of the interval."
+        f"Goals: at most {goals.max_accuracy_drop:g} percentage points less accuracy,{by_class} and"
+        f" at batch 1 at least {fast}{judged} by the lower end of the interval."
     )
 
 
@@ -278,15 +275,10 @@ def changed_sentences(report: Report) -> list[str]:
     if not changed:
         return [f"Both networks predict the same class for all {samples:,} test images."]
     parts = ", ".join(f"{title} {len(found):,}" for title, found in gallery(changed).items())
-    sentences = [
-        f"The predicted class differs for {len(changed):,} of {samples:,} test images: {parts}."
-    ]
+    differs = f"The predicted class differs for {len(changed):,} of {samples:,} test images"
     shown = sum(found.image is not None for found in changed)
-    if shown < len(changed):
-        sentences.append(
-            f"{shown} of them are shown, from all classes in turn; the others are in report.json."
-        )
-    return sentences
+    some = f"{shown} of them are shown, from all classes in turn; the others are in report.json."
+    return [f"{differs}: {parts}.", *([some] if shown < len(changed) else [])]
 
 
 def latency_notes(report: Report) -> list[str]:
@@ -298,15 +290,12 @@ def latency_notes(report: Report) -> list[str]:
         " compact one."
     ]
     for entry in report.latency:
-        note = (
+        notes.append(
             f"Batch {entry.batch}: {entry.blocks} blocks of {entry.runs_per_block} runs of each"
             f" network, alternating. {entry.noise}"
+            + ("" if entry.warm else " The warm-up did not become steady in its time.")
+            + ("" if entry.p99_reliable else " Fewer than 200 runs: p99 is unreliable.")
         )
-        if not entry.warm:
-            note += " The warm-up did not become steady in its time."
-        if not entry.p99_reliable:
-            note += " Fewer than 200 runs: p99 is unreliable."
-        notes.append(note)
     return notes
 
 
@@ -365,8 +354,8 @@ def facts(report: Report) -> list[tuple[str, str, str]]:
     rows = []
     for entry in report.latency:
         speedup = entry.speedup
-        interval = f"{speedup.low:.2f} to {speedup.high:.2f}: {entry.verdict}"
-        rows.append((f"Speed-up, batch {entry.batch}", f"{speedup.median:.2f}×", interval))
+        between = f"{speedup.low:.2f} to {speedup.high:.2f}: {entry.verdict}"
+        rows.append((f"Speed-up, batch {entry.batch}", f"{speedup.median:.2f}×", between))
     drop = report.accuracy.drop
     compared = "no trained unpruned network to compare with"
     if drop:
@@ -390,12 +379,10 @@ def comparisons(entry: LatencyEntry) -> Iterator[tuple[str, ComparisonEntry]]:
 
 def precision_rows(report: Report) -> list[tuple[str, str]]:
     precision = report.precision
-    if precision.executed is not None:
-        executed = _types(precision.executed)
-    elif report.accuracy.engine is not None:
-        executed = "not reported by the runtime"
-    else:
-        executed = "not known: the engine is not built yet"
+    unknown = "not known: the engine is not built yet"
+    if report.accuracy.engine is not None:
+        unknown = "not reported by the runtime"
+    executed = unknown if precision.executed is None else _types(precision.executed)
     rows = [
         ("requested", precision.name),
         ("type of what is not quantized", precision.float),

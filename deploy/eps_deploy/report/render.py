@@ -50,9 +50,7 @@ def render_html(
 ) -> str:
     """Render `report.html`, one page with its style, charts and images inside.
 
-    Args:
-        report: the data of `report.json`.
-        images: the PNG files that `changed` names; an image that is missing is not shown.
+    `images` are the PNG files that `changed` names; an image that is missing is not shown.
     """
     found = parse(report)
     environment = _environment(autoescape=True)

@@ -102,7 +102,7 @@ def parity_check(parity: Parity) -> Check | None:
 
 
 def agreement_check(share: float, limit: float, samples: int) -> Check:
-    """How often the engine names the class that the compact network names in torch."""
+    """Share of images for which the engine and the compact network in torch give one class."""
     text = (
         f"the class of the compact network on {100 * share:.2f} % of {samples:,} images,"
         f" limit {100 * limit:g} %"
@@ -243,7 +243,6 @@ def blocks_entry(
 
     Args:
         blocks: names of all blocks, each the name of its stage, a dot, and its position there.
-        gone: blocks that were removed.
         live: blocks of `gone` whose gate was open, so that removing them was not lossless.
     """
     states = {name: "removed" if name in live else "dead" for name in gone}
