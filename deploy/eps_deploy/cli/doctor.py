@@ -46,13 +46,13 @@ _UPDATE_DRIVER = (
     " built for CUDA 12: torch from its web site's index, 'onnxruntime-gpu[cuda,cudnn]<1.27',"
     " tensorrt-cu12 in place of tensorrt, 'cuda-bindings<13'"
 )
-_EXTRA = "pip install 'eps-resnet[{}]'".format
+_extra = "pip install 'eps-resnet[{}]'".format
 _REMEDIES = {
     _DRIVER: "requires an NVIDIA GPU and its driver (in a container: start it with --gpus all)",
-    "torch": _EXTRA("train"),
+    "torch": _extra("train"),
     "torch on a GPU": "install a build of torch for this driver's CUDA, as torch's web site says",
-    "ONNX export": _EXTRA("deploy"),
-    "ONNX Runtime on the CPU": _EXTRA("ort"),
+    "ONNX export": _extra("deploy"),
+    "ONNX Runtime on the CPU": _extra("ort"),
     "ONNX Runtime on CUDA": (
         "pip uninstall onnxruntime && pip install 'eps-resnet[ort-gpu]',"
         " with the CUDA and cuDNN libraries that it was built for"
@@ -61,21 +61,21 @@ _REMEDIES = {
         "as for CUDA, with the libraries of TensorRT 10 in an environment of its own;"
         " or use --engine trt, which does without ONNX Runtime"
     ),
-    "TensorRT": _EXTRA("trt"),
+    "TensorRT": _extra("trt"),
     "pycuda": (
-        f"{_EXTRA('trt')}: pip compiles it, with g++ and the CUDA toolkit (nvcc on the PATH), or"
+        f"{_extra('trt')}: pip compiles it, with g++ and the CUDA toolkit (nvcc on the PATH), or"
         " with the headers of pip's CUDA packages, as the Dockerfile and `make gpu-report` do"
     ),
-    "cuda-bindings": f"{_EXTRA('trt')}; without it TensorRT engines run without CUDA graphs",
+    "cuda-bindings": f"{_extra('trt')}; without it TensorRT engines run without CUDA graphs",
     "TensorRT for RTX": "pip install tensorrt-rtx-cu13 (Linux x86-64)",
 }
 
 # The parts for which the driver's version matters.
 _ON_GPU = {"torch on a GPU", "ONNX Runtime on CUDA", "TensorRT", "pycuda"}
 
-# What can be done, and the parts that it requires.
 _EXPORT = ("torch", "ONNX export")
 _EXPORT_ON_GPU = (_DRIVER, *_EXPORT)
+# What can be done, and the parts that it requires.
 _ABILITIES = {
     "train on the CPU": ("torch",),
     "train on a GPU": (_DRIVER, "torch", "torch on a GPU"),

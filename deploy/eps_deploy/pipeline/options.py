@@ -13,7 +13,7 @@ from eps_deploy.engines.trt.build import BuildOptions, option
 from eps_deploy.precision import PRECISIONS, Precision
 
 
-def _option(default: Any, *described: Any, **limits: Any) -> Any:
+def _declared(default: Any, *described: Any, **limits: Any) -> Any:
     return field(default=default, metadata=option(*described, **limits))
 
 
@@ -30,60 +30,60 @@ class Options:
     """
 
     model: Path
-    engine: Literal["ort", "trt"] = _option("ort", "ONNX Runtime or TensorRT.")
+    engine: Literal["ort", "trt"] = _declared("ort", "ONNX Runtime or TensorRT.")
     precision: Precision = PRECISIONS["fp32"]
-    calibration_samples: int = _option(
+    calibration_samples: int = _declared(
         512, "Number of training images for int8 calibration.", "N", limits=(1, None)
     )
-    calibration_method: Literal["minmax", "entropy", "percentile"] = _option(
+    calibration_method: Literal["minmax", "entropy", "percentile"] = _declared(
         "minmax", "int8 calibration method."
     )
-    repair: bool = _option(
+    repair: bool = _declared(
         False, "If the accuracy check fails, keep the most sensitive blocks in higher precision."
     )
-    baseline: Path | None = _option(
+    baseline: Path | None = _declared(
         None,
         "Baseline checkpoint to compare with.  [default: baseline.pt beside MODEL or its"
         " checkpoint]",
         "CKPT",
     )
-    checkpoint: Path | None = _option(
+    checkpoint: Path | None = _declared(
         None, "Checkpoint that MODEL was made from, if it has moved.", "CKPT"
     )
-    data_root: Path | None = _option(None, "Data set folder.", "DIR")
-    output: Path = _option(Path("bundle"), "Bundle folder to write.", "DIR")
-    name: str = _option(
+    data_root: Path | None = _declared(None, "Data set folder.", "DIR")
+    output: Path = _declared(Path("bundle"), "Bundle folder to write.", "DIR")
+    name: str = _declared(
         NAME, "Model name for clients, and folder name in the Triton repository.", "NAME"
     )
-    max_accuracy_drop: float = _option(
+    max_accuracy_drop: float = _declared(
         0.5,
         "Accuracy check: largest drop from the baseline, in percentage points.",
         "POINTS",
     )
-    max_class_drop: float | None = _option(
+    max_class_drop: float | None = _declared(
         None,
         "Class accuracy check: largest drop of any class, in percentage points, judged by the"
         " lower end of its interval.  [default: not checked]",
         "POINTS",
     )
-    min_speedup: float = _option(
+    min_speedup: float = _declared(
         1.0,
         "Latency check: smallest lower end of the speed-up's 95 % interval at batch 1.",
         "X",
     )
-    time_budget: float = _option(
+    time_budget: float = _declared(
         60.0, "Time limit of the latency measurement at each batch size.", "SECONDS"
     )
     plan: BuildOptions = field(default_factory=BuildOptions)
-    provider: Literal["cpu", "cuda", "tensorrt"] = _option(
+    provider: Literal["cpu", "cuda", "tensorrt"] = _declared(
         "cpu", "ONNX Runtime execution provider."
     )
-    threads: int = _option(1, "ONNX Runtime intra-operator threads.", "N", limits=(1, None))
-    defer_build: bool = _option(
+    threads: int = _declared(1, "ONNX Runtime intra-operator threads.", "N", limits=(1, None))
+    defer_build: bool = _declared(
         False, "With --engine trt: leave building the plan to the machine that serves the bundle."
     )
-    device: int = _option(0, "GPU index for --engine trt.", "INDEX", limits=(0, None))
-    force: bool = _option(False, "Replace an existing bundle.")
+    device: int = _declared(0, "GPU index for --engine trt.", "INDEX", limits=(0, None))
+    force: bool = _declared(False, "Replace an existing bundle.")
     command: str = "eps-deploy"
 
     def __post_init__(self) -> None:
