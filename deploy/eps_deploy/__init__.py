@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from eps_deploy.bundle import Bundle, load_bundle
-    from eps_deploy.pipeline.in_memory import deploy
+    from eps_deploy.pipeline.pipeline import deploy
 
 # ONNX Runtime reports on its use by default (Privacy.md in its wheel); what is deployed with this
 # package does not, unless its owner wants it to. It is read when onnxruntime is imported.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
-_HOMES = {"Bundle": "bundle", "deploy": "pipeline.in_memory", "load_bundle": "bundle"}
+_HOMES = {"Bundle": "bundle", "deploy": "pipeline.pipeline", "load_bundle": "bundle"}
 
 __all__ = ["Bundle", "deploy", "load_bundle"]
 

@@ -26,8 +26,7 @@ from eps_core.checks import Check, Parity, Verification, compare_logits
 from eps_core.cli import Log
 from eps_core.errors import ConfigError, FileFormatError
 from eps_core.preprocessing import Preprocessing
-from eps_deploy.bench import accuracy
-from eps_deploy.bench.accuracy import PARITY_LIMITS
+from eps_deploy.bench.accuracy import PARITY_LIMITS, passes
 from eps_deploy.engines.base import Engine, EngineError, padded_sizes
 from eps_deploy.precision import PRECISIONS
 
@@ -41,10 +40,9 @@ _RESTORE = "restore it from a good copy or run eps-deploy again"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bundle:
-    """A verified bundle.
+    """A verified bundle in the folder `root`.
 
     Attributes:
-        root: its folder.
         name: of the model, as clients use it.
         manifest: `manifest.json` as plain data.
         preprocessing: from an image to the network's input.
@@ -205,8 +203,8 @@ Choice = Literal["auto", "cpu", "cuda"]
 def open_engine(bundle: Bundle, *, contexts: int = 1) -> Engine:
     """Open the engine that the bundle's manifest names; close it after use.
 
-    Where the plan is still to be built, that is ONNX Runtime on the CPU. `contexts` is the number
-    of execution contexts of a TensorRT engine, see `TrtEngine`.
+    Where the plan is still to be built, that is ONNX Runtime on the CPU. `contexts` is as for
+    `TrtEngine`.
 
     Raises:
         EngineError: the engine does not run on this machine, or the plan was built for another.
@@ -230,7 +228,6 @@ def open_onnx(
     """Open a network of any bundle on ONNX Runtime; raises the errors of :func:`open_engine`.
 
     Args:
-        bundle: verified.
         file: name of the ONNX file in the bundle.
         provider: execution provider, as the manifest has it; "": the CPU, with the exact arithmetic
             of the file.
@@ -262,15 +259,12 @@ def open_served(bundle: Bundle, file: str, choice: Choice, log: Log) -> Engine:
     """Open a network of a bundle on the ONNX Runtime provider that a server is configured for.
 
     Args:
-        bundle: verified.
         file: name of the ONNX file in the bundle.
         choice: `auto`: the GPU where ONNX Runtime really runs the network on it, else the CPU.
         log: called with the reason when a GPU is not used although the bundle or the installed
             package is for one.
 
-    Raises:
-        EngineError: ONNX Runtime does not run the network on the provider.
-        FileFormatError: the model and the labels do not agree.
+    Raises the errors of :func:`open_engine`.
     """
     from onnxruntime import get_available_providers
 
@@ -308,11 +302,6 @@ def replay(bundle: Bundle, engine: Engine, stage: str) -> Parity:
     On a GPU with every batch size that runs there, because TensorRT and cuDNN prepare each one at
     its first use, and with a padded one; on the CPU with 1, 2 and the largest. The samples are
     repeated where they do not fill the largest batch. Afterwards the engine is warm.
-
-    Args:
-        bundle: holds the samples, and the precision that sets the limit.
-        engine: to run.
-        stage: name of the comparison.
     """
     with np.load(io.BytesIO(bundle.read(SAMPLES)), allow_pickle=False) as stored:
         order = np.arange(max(len(stored["images"]), engine.max_batch)) % len(stored["images"])
@@ -325,11 +314,13 @@ def replay(bundle: Bundle, engine: Engine, stage: str) -> Parity:
         batches = list(range(1, largest + 1))
     else:
         batches = sorted({*padded_sizes(largest), max(1, largest - 1)})
-    answers = accuracy.passes(engine.infer, images, batches)
-    limit = PARITY_LIMITS[bundle.manifest["precision"]]
-    expected = [logits] * len(batches)
     return compare_logits(
-        stage, expected, answers, batches=batches, limit=limit, indices=indices.tolist()
+        stage,
+        [logits] * len(batches),
+        passes(engine.infer, images, batches),
+        batches=batches,
+        limit=PARITY_LIMITS[bundle.manifest["precision"]],
+        indices=indices.tolist(),
     )
 
 
@@ -387,9 +378,9 @@ def _check_report(bundle: Bundle, report: dict[str, Any]) -> Check:
     theirs = (report.get("precision", {}).get("name"), report.get("engine"))
     if ours != theirs:
         return Check("report", False, f"is on {theirs}, the manifest on {ours}")
-    words = {True: "passed", False: "FAILED: a goal was missed", None: "open"}
-    verdict = report.get("passed")
-    return Check("report", verdict is not False, f"verdict then: {words[verdict]}")
+    passed = report.get("passed")
+    word = {True: "passed", False: "FAILED: a goal was missed", None: "open"}[passed]
+    return Check("report", passed is not False, f"verdict then: {word}")
 
 
 def _check_engine(bundle: Bundle, name: str, open_it: Callable[[], Engine]) -> Check:

@@ -1,4 +1,4 @@
-"""Accuracy: predictions over all test images, the paired drop from the baseline, and the limits."""
+"""Predictions over all test images, and the limits of the logits and of their agreement."""
 
 from __future__ import annotations
 
@@ -8,10 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from eps_core.stats import Interval, paired_difference
-from eps_deploy.engines.base import Images, Logits
-
-METHOD = "paired difference, 95 % score interval (Tango 1998)"
+from eps_deploy.engines.base import Images, Logits, finite_rows
 
 # Limits per precision. They catch mistakes such as a wrong scale, a saturated layer or swapped
 # channels, whose logits are off by as much as they are large. Whether a precision is good enough is
@@ -55,11 +52,6 @@ AGREEMENT_LIMITS = {
 Classes = npt.NDArray[np.int64]
 Correct = npt.NDArray[np.bool_]
 Infer = Callable[[Images], Logits]
-
-
-def pick_samples(total: int, count: int) -> npt.NDArray[np.int64]:
-    """Return `count` indices spread evenly over `total` images, repeated if there are fewer."""
-    return np.linspace(0, total - 1, count).round().astype(np.int64)
 
 
 def passes(infer: Infer, images: Images, batches: Sequence[int]) -> list[Logits]:
@@ -110,7 +102,8 @@ def answers(infer: Infer, images: Images, labels: Classes, batch: int) -> Answer
 def _answers(
     logits: Logits, labels: Classes
 ) -> tuple[Classes, npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-    known: Correct = np.logical_and.reduce(np.isfinite(logits), axis=1)
+    """The fields of `Answers` for one batch."""
+    known = finite_rows(logits)
     values = np.where(known[:, np.newaxis], logits, 0).astype(np.float64)
     own = np.take_along_axis(values, labels[:, np.newaxis], axis=1)
     first = np.arange(values.shape[1]) < labels[:, np.newaxis]
@@ -121,48 +114,4 @@ def _answers(
         np.where(known, values.argmax(axis=1), -1),
         np.where(known, ranks, values.shape[1]),
         np.where(known, confidence, 0.0),
-    )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Drop:
-    """Accuracy lost by deployment, in percentage points; positive: the baseline is better.
-
-    Attributes:
-        points: the drop with its 95 % interval.
-        only_baseline: images that only the baseline got right.
-        only_engine: images that only the engine got right.
-        samples: number of test images.
-        limit: largest drop that passes.
-    """
-
-    points: Interval
-    only_baseline: int
-    only_engine: int
-    samples: int
-    limit: float
-
-    @property
-    def passed(self) -> bool:
-        """Whether the measured drop is within the limit."""
-        # Rounding must not fail a drop of exactly the limit, such as 1 image of 200 at 0.5 points.
-        return self.points.value <= self.limit + 1e-9
-
-    @property
-    def conclusive(self) -> bool:
-        """Whether the whole interval is on one side of the limit."""
-        return self.points.high <= self.limit or self.points.low > self.limit
-
-
-def accuracy_drop(baseline: Correct, engine: Correct, limit: float) -> Drop:
-    """Compare two networks image by image; `limit` in percentage points."""
-    only_baseline = int((baseline & ~engine).sum())
-    only_engine = int((engine & ~baseline).sum())
-    share = paired_difference(only_baseline, only_engine, len(baseline))
-    return Drop(
-        points=Interval(100 * share.value, 100 * share.low, 100 * share.high),
-        only_baseline=only_baseline,
-        only_engine=only_engine,
-        samples=len(baseline),
-        limit=limit,
     )

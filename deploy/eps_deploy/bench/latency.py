@@ -45,13 +45,7 @@ class BenchError(EpsError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExampleImage:
-    """An encoded image as a server receives it, and what turns it into a label.
-
-    Attributes:
-        content: bytes of an image file.
-        preprocessing: from that to the network's input.
-        labels: names of the classes.
-    """
+    """The bytes of an image file as a server receives it, and what turns it into a label."""
 
     content: bytes
     preprocessing: Preprocessing
@@ -80,7 +74,6 @@ class Workload:
     """What is timed: an engine, and one batch for it.
 
     Attributes:
-        engine: computes the batch.
         images: `[N, C, H, W]`, uint8 unless the engine takes another type.
         example: times the way from its bytes to a label too; None: not timed.
     """
@@ -89,16 +82,17 @@ class Workload:
     images: npt.NDArray[Any]
     example: ExampleImage | None = None
 
-    def call(self) -> object:
-        return self.engine.infer(self.images)
-
-    def time_on_device(self) -> TimeRuns | None:
-        """Time the batch by the GPU's own events; None for an engine without `time_on_device`."""
+    def timers(self, clock: Clock) -> dict[str, TimeRuns]:
+        """Every way in which the batch can be timed; on the device by the GPU's own events."""
+        infer, images = self.engine.infer, self.images
+        found = {CALL: wall_clock(lambda: infer(images), clock)}
         milliseconds: Callable[[Images, int], Runs] | None
         milliseconds = getattr(self.engine, "time_on_device", None)
-        if milliseconds is None:
-            return None
-        return lambda runs: milliseconds(self.images, runs) / 1000
+        if milliseconds is not None:
+            found[DEVICE] = lambda runs: milliseconds(images, runs) / 1000
+        if self.example is not None:
+            found[END_TO_END] = wall_clock(self.example.end_to_end(infer, len(images)), clock)
+        return found
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -129,7 +123,6 @@ class Times:
 
     @property
     def verdict(self) -> Verdict | None:
-        """Of this workload against the reference."""
         return None if self.speedup is None else verdict(self.speedup)
 
     @property
@@ -137,12 +130,11 @@ class Times:
         return self.samples.size >= P99_RUNS
 
     def to_dict(self, *, samples: bool) -> dict[str, Any]:
-        every_run = {"samples": self.samples.round(6).tolist()} if samples else {}
         return {
             "ms": self.ms,
             "rate": self.rate,
-            "speedup": None if self.speedup is None else asdict(self.speedup),
-            **every_run,
+            "speedup": self.speedup and asdict(self.speedup),
+            **({"samples": self.samples.round(6).tolist()} if samples else {}),
             "verdict": self.verdict,
         }
 
@@ -152,7 +144,6 @@ class LatencyResult:
     """Times of several workloads of one batch size; the first is the reference.
 
     Attributes:
-        batch: images in a call.
         times: one entry a workload for `call`, and where all workloads have it for `device` and
             `end_to_end`.
         warm: whether every warm-up became flat before its share of the budget was spent.
@@ -168,7 +159,6 @@ class LatencyResult:
 
     @property
     def blocks(self) -> int:
-        """Blocks of each workload."""
         return len(self.times[CALL][0].samples)
 
     @property
@@ -221,21 +211,12 @@ def measure(
         clock: seconds; a parameter for tests.
     """
     batch = len(workloads[0].images)
-    ways = {CALL: [wall_clock(workload.call, clock) for workload in workloads]}
-    on_device = [t for workload in workloads if (t := workload.time_on_device()) is not None]
-    if len(on_device) == len(workloads):
-        ways[DEVICE] = on_device
-    end_to_end = [
-        wall_clock(workload.example.end_to_end(workload.engine.infer, batch), clock)
-        for workload in workloads
-        if workload.example is not None
-    ]
-    if len(end_to_end) == len(workloads):
-        ways[END_TO_END] = end_to_end
+    timers = [workload.timers(clock) for workload in workloads]
+    ways = [way for way in timers[0] if all(way in each for each in timers)]
     with MachineMonitor(gpu) as monitor:
         monitor.poll()
         timings = interleave(
-            [call for calls in ways.values() for call in calls],
+            [each[way] for way in ways for each in timers],
             budget=budget,
             clock=clock,
             between=monitor.poll,
@@ -245,10 +226,8 @@ def measure(
     times = {}
     for way in ways:
         reference, *others = (next(every) for _ in workloads)
-        times[way] = [
-            Times.of(reference, batch),
-            *(Times.of(samples, batch, reference) for samples in others),
-        ]
+        times[way] = [Times.of(reference, batch)]
+        times[way] += [Times.of(samples, batch, reference) for samples in others]
     return LatencyResult(
         batch=batch,
         times=times,
@@ -301,15 +280,13 @@ def save_samples(path: Path, latencies: Sequence[LatencyResult]) -> None:
     behind: milliseconds, float32 `[blocks, runs]`, in the order in which they were measured.
     """
     arrays = {
-        f"batch-{latency.batch}.{name}" + ("" if way == CALL else f"_{way}"): times.samples
+        f"batch-{latency.batch}.{name}{'' if way == CALL else f'_{way}'}": times.samples
         for latency in latencies
         for way, pair in latency.times.items()
         for name, times in zip(("baseline", "compact"), pair, strict=True)
     }
-    with path.open("wb") as file:
-        np.savez_compressed(
-            file, allow_pickle=False, **{k: v.astype(np.float32) for k, v in arrays.items()}
-        )
+    in_float32 = {name: samples.astype(np.float32) for name, samples in arrays.items()}
+    np.savez_compressed(path, allow_pickle=False, **in_float32)
 
 
 # -- Model files: what `eps-bench` compares
@@ -321,7 +298,6 @@ class ModelFile:
 
     Attributes:
         name: the file, as the user named it.
-        engine: runs it.
         precision: what its layers compute in, as in `fp32`.
         gpu: number of the CUDA device that it runs on; None for the CPU.
         batches: smallest and largest batch that it takes; None: no limit of its own.
@@ -388,13 +364,12 @@ def require_match(files: Sequence[ModelFile]) -> None:
 def choose_batches(files: Sequence[ModelFile], asked: Sequence[int]) -> tuple[int, ...]:
     """Return the batch sizes to time: `asked`, or what all files take.
 
-    Raises BenchError if a file does not take what was asked for, or the files have no batch size in
-    common.
+    Raises BenchError if a file does not take one, or the files have no batch size in common.
     """
     if not asked:
         fixed = sorted({file.batches[0] for file in files if file.batches[0] > 1})
         if len(fixed) > 1:
-            sizes = " and ".join(str(size) for size in fixed)
+            sizes = " and ".join(map(str, fixed))
             raise BenchError(f"the files take fixed batches of {sizes} images; bench them apart")
         largest = min((f.batches[1] for f in files if f.batches[1]), default=max(BATCHES))
         asked = fixed or sorted({min(size, largest) for size in BATCHES})
@@ -414,33 +389,20 @@ _STEP = 16  # bisection ends at a sixteenth of the batch size
 _TRIAL = 3  # runs that rule out a batch that is far too large
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Attempt:
-    """One batch size.
+    """One batch size, and whether its 99th percentile is within the limit.
 
-    Attributes:
-        batch: images in a call.
-        passed: whether the 99th percentile is within the limit.
-        times: None when it did not run at all.
-        failure: why it did not run.
+    `ms` and `rate` are as in :class:`Times`, or None when it did not run; `failure` says why.
     """
 
     batch: int
-    passed: bool
-    times: Times | None
+    passed: bool = False
+    ms: dict[str, float] | None = None
+    rate: float | None = None
+    runs: int = 0
     failure: str | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        times = self.times
-        return {
-            "batch": self.batch,
-            "passed": self.passed,
-            "ms": times and times.ms,
-            "rate": times and times.rate,
-            "runs": 0 if times is None else times.samples.size,
-            "failure": self.failure,
-            "p99_reliable": times is not None and times.p99_reliable,
-        }
+    p99_reliable: bool = False
 
 
 def sweep_batches(
@@ -456,7 +418,6 @@ def sweep_batches(
     A smaller batch may have more throughput: see :func:`best`.
 
     Args:
-        file: what is timed.
         limit_ms: for the 99th percentile of whole calls, in milliseconds.
         budget: seconds to spend at most on each batch size.
         clock: seconds; a parameter for tests.
@@ -498,16 +459,23 @@ def sweep_batches(
 def best(attempts: Sequence[Attempt]) -> Attempt | None:
     """Return the attempt with most throughput of those that passed; None if none did."""
     passed = [attempt for attempt in attempts if attempt.passed]
-    return max(passed, key=lambda a: a.times.rate if a.times else 0.0, default=None)
+    return max(passed, key=lambda attempt: attempt.rate or 0.0, default=None)
 
 
 def _attempt(file: ModelFile, batch: int, limit_ms: float, budget: float, clock: Clock) -> Attempt:
     try:
-        time_runs = wall_clock(file.workload(batch).call, clock)
+        time_runs = file.workload(batch).timers(clock)[CALL]
         samples = 1000 * time_runs(_TRIAL)[None]
         if samples.min() <= limit_ms:
             samples = interleave([time_runs], budget=budget, clock=clock).times[0]
     except BenchError as error:
-        return Attempt(batch=batch, passed=False, times=None, failure=str(error))
+        return Attempt(batch=batch, failure=str(error))
     times = Times.of(samples, batch)
-    return Attempt(batch=batch, passed=times.ms["p99"] <= limit_ms, times=times)
+    return Attempt(
+        batch=batch,
+        passed=times.ms["p99"] <= limit_ms,
+        ms=times.ms,
+        rate=times.rate,
+        runs=samples.size,
+        p99_reliable=times.p99_reliable,
+    )

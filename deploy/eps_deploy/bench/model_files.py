@@ -24,7 +24,6 @@ from eps_deploy.engines.base import Engine, Images, Logits
 from eps_deploy.engines.ort import Provider, open_session
 from eps_deploy.export.export import Deployed
 from eps_deploy.export.types import executed_types, layer_types
-from eps_train.data.dataset import DataIdentity
 from eps_train.gating import rewriting
 from eps_train.training import forward
 from eps_train.training.checkpoint import FORMAT, Checkpoint
@@ -43,11 +42,11 @@ def open_model_file(path: Path, *, provider: Provider, threads: int) -> ModelFil
     name = str(path)
     if path.is_dir():
         bundle = load_bundle(path)
-        examples = sorted(file for file in bundle.manifest["files"] if file.startswith("examples/"))
+        images = [file for file in bundle.manifest["files"] if file.startswith("examples/")]
         example = None
-        if examples:
+        if images:
             example = ExampleImage(
-                content=bundle.read(examples[0]),
+                content=bundle.read(min(images)),
                 preprocessing=bundle.preprocessing,
                 labels=bundle.labels,
             )
@@ -77,7 +76,6 @@ def open_model_file(path: Path, *, provider: Provider, threads: int) -> ModelFil
 def plan_file(
     engine: Engine, name: str, precision: str, example: ExampleImage | None = None
 ) -> ModelFile:
-    """Describe a TensorRT plan that is loaded."""
     return ModelFile(
         name=name,
         engine=engine,
@@ -106,7 +104,6 @@ class OnnxFileEngine:
     Args:
         model: bytes of the file, its weights inside.
         name: what error messages call it.
-        provider, threads: of ONNX Runtime; set up as `eps-deploy` sets it up.
 
     Raises:
         BenchError: more inputs, or others than images.
@@ -174,7 +171,6 @@ def onnx_file(
     threads: int,
     example: ExampleImage | None = None,
 ) -> ModelFile:
-    """Load an ONNX network."""
     precision = _precision(model)
     engine = OnnxFileEngine(model, name=name, provider=provider, threads=threads)
     on_cpu = provider == "cpu"
@@ -255,32 +251,16 @@ def _precision(model: bytes) -> str:
 
 
 class TorchEngine:
-    """An `Engine` for a network of ours in PyTorch: eager, float32 (TF32 off), channels-last.
-
-    Args:
-        model: from uint8 images to logits.
-        identity: the data that it was trained on.
-        name: what error messages call it.
-        device: `cpu` or `cuda`.
-        threads: on the CPU.
-    """
+    """An `Engine` for a network of ours in PyTorch: eager, float32 (TF32 off), channels-last."""
 
     max_batch = _LARGEST
 
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        identity: DataIdentity,
-        *,
-        name: str,
-        device: str,
-        threads: int,
-    ) -> None:
+    def __init__(self, model: Deployed, *, name: str, device: str, threads: int) -> None:
         self.device = forward.choose(device)
         TrainingPrecision("fp32", self.device)  # turns TF32 off in this process
         self._model = model.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._name, self._threads = name, threads
-        self.input_shape, self.classes = identity.input_shape, len(identity.classes)
+        self.input_shape, self.classes = model.identity.input_shape, len(model.identity.classes)
 
     @torch.inference_mode()
     def infer(self, images: Images) -> Logits:
@@ -319,16 +299,12 @@ def torch_file(path: Path, device: str, threads: int) -> ModelFile:
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise BenchError(f"{path}: torch sees no CUDA device here; use --provider cpu")
-    model, identity = _load(path)
-    engine = TorchEngine(
-        Deployed(model, identity), identity, name=str(path), device=device, threads=threads
-    )
+    engine = TorchEngine(_load(path), name=str(path), device=device, threads=threads)
     gpu = (engine.device.index or 0) if engine.device.type == "cuda" else None
     return ModelFile(name=str(path), engine=engine, precision="fp32", gpu=gpu)
 
 
-def _load(path: Path) -> tuple[torch.nn.Module, DataIdentity]:
-    """The network and the data that it was trained on."""
+def _load(path: Path) -> Deployed:
     try:
         checkpoint = Checkpoint.load(path)
     except FileFormatError as error:
@@ -337,5 +313,5 @@ def _load(path: Path) -> tuple[torch.nn.Module, DataIdentity]:
         except FileFormatError as second:
             # Report the error of the format that the file claims to have.
             raise (error if f"found {FORMAT}" in str(second) else second) from None
-        return artifact.build(), artifact.data
-    return rewriting.drop_taps(checkpoint.build_gated()), checkpoint.data
+        return Deployed(artifact.build(), artifact.data)
+    return Deployed(rewriting.drop_taps(checkpoint.build_gated()), checkpoint.data)

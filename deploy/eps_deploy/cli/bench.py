@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -16,7 +17,7 @@ from eps_core import cli as console
 from eps_core.cli import milliseconds
 
 if TYPE_CHECKING:
-    from eps_deploy.bench.latency import Attempt, LatencyResult, ModelFile, Times
+    from eps_deploy.bench.latency import Attempt, LatencyResult, ModelFile
     from eps_deploy.engines.ort import Provider
 
 _FILE = click.Path(path_type=Path)
@@ -120,13 +121,14 @@ def cli(
         if not allow_mismatch:
             require_match(opened)
         unlike = differences(opened)
-        for line in about(opened, unlike):
+        for line in _about(opened, unlike):
             log.print(line)
         if slo_ms is None:
-            found, details, passed = _compare(opened, unlike, batches, time_budget)
+            found, details = _compare(opened, unlike, batches, time_budget)
+            passed = True
         else:
-            found, passed = _sweep(opened, slo_ms, time_budget)
-            details = found
+            found = details = _sweep(opened, slo_ms, time_budget)
+            passed = all(sweep["best"] for sweep in found["sweeps"])
         head = {
             "schema": 1,
             "passed": passed,
@@ -146,8 +148,8 @@ def cli(
 
 def _compare(
     files: list[ModelFile], unlike: dict[str, list[str]], asked: tuple[int, ...], budget: float
-) -> tuple[dict[str, Any], dict[str, Any], bool]:
-    """Return the summary, the same with every run, and True."""
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the summary, and the same with every run."""
     from eps_deploy.bench.latency import choose_batches, measure
 
     log = console.log()
@@ -156,7 +158,7 @@ def _compare(
     for batch in choose_batches(files, asked):
         found = measure([file.workload(batch) for file in files], budget=budget, gpu=gpu)
         results.append(found)
-        for table in tables(files, unlike, found):
+        for table in _tables(files, unlike, found):
             log.print(table)
         warm = "" if found.warm else " The warm-up did not become flat in its time."
         p99 = "" if found.p99_reliable else " Fewer than 200 runs: p99 (*) is unreliable."
@@ -167,29 +169,29 @@ def _compare(
         {"batches": [result.to_dict(names, samples=samples) for result in results]}
         for samples in (False, True)
     )
-    return summary, details, True
+    return summary, details
 
 
-def _sweep(files: list[ModelFile], limit: float, budget: float) -> tuple[dict[str, Any], bool]:
-    """Return the summary, and whether a batch size was found for every file."""
+def _sweep(files: list[ModelFile], limit: float, budget: float) -> dict[str, Any]:
+    """Return the summary: for each file the best batch size, and all that were tried."""
     from eps_deploy.bench.latency import best, sweep_batches
 
     log = console.log()
-    sweeps, chosen = [], []
+    sweeps = []
     for file in files:
         attempts = sweep_batches(
-            file, limit, budget=budget, report=lambda each: log.print(attempt_line(each))
+            file, limit, budget=budget, report=lambda each: log.print(_attempt_line(each))
         )
-        chosen.append(best(attempts))
-        log.print(chosen_line(file.name, chosen[-1], limit))
+        chosen = best(attempts)
+        log.print(_chosen_line(file.name, chosen, limit))
         sweeps.append(
             {
                 "file": file.name,
-                "best": chosen[-1] and chosen[-1].to_dict(),
-                "tried": [each.to_dict() for each in attempts],
+                "best": chosen and asdict(chosen),
+                "tried": [asdict(each) for each in attempts],
             }
         )
-    return {"slo_ms": limit, "sweeps": sweeps}, all(chosen)
+    return {"slo_ms": limit, "sweeps": sweeps}
 
 
 def main() -> NoReturn:
@@ -199,7 +201,7 @@ def main() -> NoReturn:
 # -- Lines and tables
 
 
-def about(files: Sequence[ModelFile], unlike: dict[str, list[str]]) -> Iterator[str]:
+def _about(files: Sequence[ModelFile], unlike: dict[str, list[str]]) -> Iterator[str]:
     """What all files have in common, in what they differ, and remarks on single files."""
     facts = files[0].facts
     common = {name: value for name, value in facts.items() if name not in unlike and value}
@@ -211,7 +213,7 @@ def about(files: Sequence[ModelFile], unlike: dict[str, list[str]]) -> Iterator[
             yield file.remark
 
 
-def tables(
+def _tables(
     files: Sequence[ModelFile], unlike: dict[str, list[str]], found: LatencyResult
 ) -> Iterator[Table]:
     """A table for each way of timing."""
@@ -220,39 +222,32 @@ def tables(
         columns += ["speed-up (95 % interval)", "verdict"]
     for way, times in found.times.items():
         rows = []
-        for index, file in enumerate(files):
-            facts = (values[index] for values in unlike.values())
-            row = [file.name, *facts, *_cells(times[index], found.p99_reliable)]
-            rows.append(row[: len(columns)])
+        for index, (file, each) in enumerate(zip(files, times, strict=True)):
+            values = [milliseconds(each.ms[name]) for name in _PERCENTILES]
+            if not found.p99_reliable:
+                values[-1] += "*"
+            ratio = "reference" if each.speedup is None else str(each.speedup)
+            row = [file.name, *(facts[index] for facts in unlike.values()), *values]
+            rows.append([*row, f"{each.rate:,.0f}", ratio, each.verdict or ""][: len(columns)])
         yield console.table(f"Batch {found.batch}: {_TITLES[way]}", columns, rows)
 
 
-def _cells(times: Times, p99_reliable: bool) -> tuple[str, ...]:
-    values = [milliseconds(times.ms[name]) for name in _PERCENTILES]
-    if not p99_reliable:
-        values[-1] += "*"
-    ratio = "reference" if times.speedup is None else str(times.speedup)
-    return (*values, f"{times.rate:,.0f}", ratio, times.verdict or "")
-
-
-def attempt_line(attempt: Attempt) -> str:
-    times = attempt.times
-    if times is None:
+def _attempt_line(attempt: Attempt) -> str:
+    if attempt.ms is None:
         return f"batch {attempt.batch}: {attempt.failure}"
     word = "within" if attempt.passed else "above"
-    p50, p99 = (milliseconds(times.ms[name]) for name in ("p50", "p99"))
-    note = "" if times.p99_reliable else f" ({times.samples.size} runs: p99 is unreliable)"
+    p50, p99 = (milliseconds(attempt.ms[name]) for name in ("p50", "p99"))
+    note = "" if attempt.p99_reliable else f" ({attempt.runs} runs: p99 is unreliable)"
     return (
         f"batch {attempt.batch}: p50 {p50} ms, p99 {p99} ms ({word} the limit),"
-        f" {times.rate:,.0f} images/s{note}"
+        f" {attempt.rate:,.0f} images/s{note}"
     )
 
 
-def chosen_line(name: str, chosen: Attempt | None, limit: float) -> str:
-    if chosen is None or chosen.times is None:
+def _chosen_line(name: str, chosen: Attempt | None, limit: float) -> str:
+    if chosen is None or chosen.ms is None:
         return f"{name}: no batch size keeps p99 within {limit:g} ms"
-    p99 = milliseconds(chosen.times.ms["p99"])
     return (
         f"{name}: batch {chosen.batch} gives most throughput within {limit:g} ms:"
-        f" {chosen.times.rate:,.0f} images/s at p99 {p99} ms"
+        f" {chosen.rate:,.0f} images/s at p99 {milliseconds(chosen.ms['p99'])} ms"
     )

@@ -91,22 +91,18 @@ def cli(context: click.Context, /, dry_run: bool, as_json: bool, **given: Any) -
     check.
     """
     options = _options(context, dict(given))
-    from eps_deploy.pipeline.pipeline import deploy
+    from eps_deploy.pipeline.pipeline import deploy_files
     from eps_deploy.pipeline.pipeline import dry_run as list_steps
 
     log = console.log()
-
-    def print_line(line: str) -> None:
-        log.print(line, markup=False)
-
     if dry_run:
         steps = list_steps(options)
         for step in steps:
-            print_line(step)
+            log.print(step)
         if as_json:
             console.emit_json({"dry_run": True, "steps": steps})
         return 0
-    report = deploy(options, print_line)
+    report = deploy_files(options, log.print)
     show_summary(report, options.output)
     if as_json:
         console.emit_json({**report, "bundle": str(options.output)})
@@ -175,8 +171,8 @@ def show_summary(report: dict[str, Any], output: Path) -> None:
         column.justify = "left"
     log = console.log()
     log.print(table)
-    log.print(f"Verdict: {verdict_line(report)}", markup=False)
-    log.print(f"Bundle:  {output} (read {output / 'report.html'})", markup=False)
+    log.print(f"Verdict: {verdict_line(report)}")
+    log.print(f"Bundle:  {output} (read {output / 'report.html'})")
 
 
 def main() -> NoReturn:

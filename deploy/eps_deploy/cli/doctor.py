@@ -35,20 +35,20 @@ _PROVIDERS = {
     "cuda": "ONNX Runtime on CUDA",
     "tensorrt": "ONNX Runtime on TensorRT",
 }
+_TRT_PROBES = {
+    "TensorRT": "tensorrt",
+    "pycuda": "pycuda",
+    "cuda-bindings": "cuda_bindings",
+    "TensorRT for RTX": "tensorrt_rtx",
+}
 _UPDATE_DRIVER = (
     f"update it to {machine.CUDA_13_DRIVER} or later, which CUDA 13 needs; or install packages"
     " built for CUDA 12: torch from its web site's index, 'onnxruntime-gpu[cuda,cudnn]<1.27',"
     " tensorrt-cu12 in place of tensorrt, 'cuda-bindings<13'"
 )
-_INSTALL_DRIVER = "requires an NVIDIA GPU and its driver (in a container: start it with --gpus all)"
-
-
-def _extra(name: str) -> str:
-    return f"pip install 'eps-resnet[{name}]'"
-
-
+_extra = "pip install 'eps-resnet[{}]'".format
 _REMEDIES = {
-    _DRIVER: _INSTALL_DRIVER,
+    _DRIVER: "requires an NVIDIA GPU and its driver (in a container: start it with --gpus all)",
     "torch": _extra("train"),
     "torch on a GPU": "install a build of torch for this driver's CUDA, as torch's web site says",
     "ONNX export": _extra("deploy"),
@@ -73,28 +73,16 @@ _REMEDIES = {
 # The parts for which the driver's version matters.
 _ON_GPU = {"torch on a GPU", "ONNX Runtime on CUDA", "TensorRT", "pycuda"}
 
+_EXPORT = ("torch", "ONNX export")
+_EXPORT_ON_GPU = (_DRIVER, *_EXPORT)
 # What can be done, and the parts that it requires.
 _ABILITIES = {
     "train on the CPU": ("torch",),
     "train on a GPU": (_DRIVER, "torch", "torch on a GPU"),
-    "deploy and serve with ONNX Runtime on the CPU": (
-        "torch",
-        "ONNX export",
-        "ONNX Runtime on the CPU",
-    ),
-    "the same with --provider cuda": (
-        _DRIVER,
-        "torch",
-        "ONNX export",
-        "ONNX Runtime on CUDA",
-    ),
-    "the same with --provider tensorrt": (
-        _DRIVER,
-        "torch",
-        "ONNX export",
-        "ONNX Runtime on TensorRT",
-    ),
-    "deploy with --engine trt": (_DRIVER, "torch", "ONNX export", "TensorRT", "pycuda"),
+    "deploy and serve with ONNX Runtime on the CPU": (*_EXPORT, "ONNX Runtime on the CPU"),
+    "the same with --provider cuda": (*_EXPORT_ON_GPU, "ONNX Runtime on CUDA"),
+    "the same with --provider tensorrt": (*_EXPORT_ON_GPU, "ONNX Runtime on TensorRT"),
+    "deploy with --engine trt": (*_EXPORT_ON_GPU, "TensorRT", "pycuda"),
     "run TensorRT plans": (_DRIVER, "TensorRT", "pycuda"),
     "run them as CUDA graphs": (_DRIVER, "TensorRT", "pycuda", "cuda-bindings"),
     "try TensorRT's parser and builder without a GPU": ("TensorRT for RTX",),
@@ -106,8 +94,6 @@ class ProbeResult:
     """Result of one probe.
 
     Attributes:
-        name: name of the part.
-        works: whether the probe succeeded.
         found: version and the like, or the problem in one line.
         remedy: how to make it work, if it does not.
         facts: the whole answer of the probe.
@@ -130,13 +116,10 @@ class Ability:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Diagnosis:
-    """Everything that `eps-doctor` prints.
+    """Everything that `eps-doctor` prints, in the order of output; `gpus` are those of nvidia-smi.
 
-    Attributes:
-        system: version of eps-resnet, system, processor, Python, CPUs, bytes of memory and disk.
-        gpus: GPUs that nvidia-smi lists.
-        parts: results of all probes, in the order of output.
-        abilities: what can and cannot be done, in the order of output.
+    `system` has versions of eps-resnet and Python, system, processor, CPUs, and bytes of memory and
+    disk.
     """
 
     system: Mapping[str, Any]
@@ -184,15 +167,14 @@ def lines(found: Diagnosis) -> list[str]:
             f" driver {gpu.driver}"
         )
     text.append("")
-    name_width = max(len(part.name) for part in found.parts)
+    width = max(len(part.name) for part in found.parts)
     for part in found.parts:
-        works = "works" if part.works else "no   "
-        text.append(f"  {part.name.ljust(name_width)}  {works}  {part.found}")
+        text.append(f"  {part.name:{width}}  {'works' if part.works else 'no   '}  {part.found}")
     text += ["", "What can be done here:"]
-    name_width = max(len(ability.name) for ability in found.abilities)
+    width = max(len(ability.name) for ability in found.abilities)
     for ability in found.abilities:
         able = f"no: {', '.join(ability.missing)}" if ability.missing else "yes"
-        text.append(f"  {ability.name.ljust(name_width)}  {able}")
+        text.append(f"  {ability.name:{width}}  {able}")
     remedies = [f"  {part.name}: {part.remedy}" for part in found.parts if part.remedy]
     if remedies:
         text += ["", "What is missing, and what helps:", *remedies]
@@ -200,17 +182,19 @@ def lines(found: Diagnosis) -> list[str]:
 
 
 Ask = Callable[[Sequence[str]], dict[str, Any]]
+"""Runs one of `eps_deploy.doctor_probes` by its arguments."""
 
 
 def examine(ask: Ask | None = None) -> Diagnosis:
-    """Try every part; takes some seconds, most of them to import torch.
-
-    Args:
-        ask: runs one of `eps_deploy.doctor_probes` by its arguments; None: :func:`ask_process`.
-    """
+    """Try every part, by default in processes; takes some seconds, most of them to import torch."""
     ask = ask_process if ask is None else ask
     gpus = machine.gpus()
-    others = (*_torch(ask), *_onnx(ask), *_onnxruntime(ask), *_trt(ask))
+    others = (
+        *_torch(ask),
+        _onnx(ask),
+        *_onnxruntime(ask),
+        *(_part(title, ask([probe])) for title, probe in _TRT_PROBES.items()),
+    )
     on_gpu = {part.name for part in others if not part.works} & _ON_GPU
     parts = (_driver(gpus, complete=not on_gpu), *others)
     working = {part.name for part in parts if part.works}
@@ -292,13 +276,13 @@ def _torch(ask: Ask) -> list[ProbeResult]:
     ]
 
 
-def _onnx(ask: Ask) -> list[ProbeResult]:
+def _onnx(ask: Ask) -> ProbeResult:
     answers = {name: ask(["package", name]) for name in ("onnx", "onnxscript", "jinja2")}
     problems = [answer["problem"] for answer in answers.values() if "problem" in answer]
     if problems:
-        return [_part("ONNX export", {"problem": ", ".join(problems)})]
+        return _part("ONNX export", {"problem": ", ".join(problems)})
     found = ", ".join(f"{name} {answer['found']}" for name, answer in answers.items())
-    return [_part("ONNX export", {"found": found})]
+    return _part("ONNX export", {"found": found})
 
 
 def _onnxruntime(ask: Ask) -> list[ProbeResult]:
@@ -309,16 +293,6 @@ def _onnxruntime(ask: Ask) -> list[ProbeResult]:
         _part(title, {**answer, **ask(["provider", name])}, str(answer["found"]))
         for name, title in _PROVIDERS.items()
     ]
-
-
-def _trt(ask: Ask) -> list[ProbeResult]:
-    probes = {
-        "TensorRT": "tensorrt",
-        "pycuda": "pycuda",
-        "cuda-bindings": "cuda_bindings",
-        "TensorRT for RTX": "tensorrt_rtx",
-    }
-    return [_part(title, ask([probe])) for title, probe in probes.items()]
 
 
 def _system() -> dict[str, Any]:

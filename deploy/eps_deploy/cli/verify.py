@@ -45,10 +45,6 @@ def cli(
     if no_data and data_root is not None:
         raise ConfigError("--no-data: looks at no images; leave out --data-root")
     log = console.log()
-
-    def report(line: str) -> None:
-        log.print(line, markup=False)
-
     if file.is_dir():
         given = {"--checkpoint": checkpoint, "--data-root": data_root, "--no-data": no_data}
         for option, value in given.items():
@@ -56,15 +52,15 @@ def cli(
                 raise ConfigError(f"{option}: only applies to a compact.pt; leave it out")
         from eps_deploy.bundle import verify_bundle
 
-        found = verify_bundle(file, report=report)
+        found = verify_bundle(file, report=log.print)
     else:
         from eps_compact.verification import verify
 
         found = verify(
-            file, checkpoint=checkpoint, data_root=data_root, no_data=no_data, report=report
+            file, checkpoint=checkpoint, data_root=data_root, no_data=no_data, report=log.print
         )
     rows = [(check.name, _OUTCOMES[check.passed], check.detail) for check in found.checks]
-    table = console.table(f"{file}", ("check", "result", "what was found"), rows)
+    table = console.table(str(file), ("check", "result", "what was found"), rows)
     for column in table.columns[1:]:
         column.justify = "left"
     log.print(table)
@@ -73,16 +69,9 @@ def cli(
     failed = [check.name for check in found.checks if check.passed is False]
     log.print(f"FAILED: {', '.join(failed)}" if failed else "passed")
     if as_json:
-        console.emit_json(
-            {
-                "passed": found.passed,
-                "lossless": found.lossless,
-                "file": str(file),
-                "checks": [
-                    {"name": c.name, "passed": c.passed, "detail": c.detail} for c in found.checks
-                ],
-            }
-        )
+        checks = [{"name": c.name, "passed": c.passed, "detail": c.detail} for c in found.checks]
+        facts = {"passed": found.passed, "lossless": found.lossless, "file": str(file)}
+        console.emit_json({**facts, "checks": checks})
     return 0 if found.passed else console.CHECK_FAILED
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from eps_core.checks import Check
 from eps_core.cli import Log
@@ -42,10 +41,8 @@ from eps_train.training.forward import TrainingPrecision
 class Networks:
     """The torch networks of a deployment, each of uint8 images, in evaluation mode on the CPU.
 
-    Attributes:
-        gated: the ε-network at the depth of the compact one.
-        compact: the compact network.
-        baseline: the trained baseline, or the ε-network's full depth when none was trained.
+    `gated` is the ε-network at the depth of the compact one; `baseline` the trained baseline, or
+    the ε-network's full depth when none was trained.
     """
 
     gated: Deployed
@@ -54,18 +51,15 @@ class Networks:
 
 
 def build_networks(inputs: Inputs) -> Networks:
-    """Build all three networks."""
-    if inputs.baseline is None:
+    compact, trained = inputs.compact, inputs.baseline
+    if trained is None:
         full_depth = rewriting.drop_gates(inputs.checkpoint.build_gated())
-        baseline: nn.Module = rewriting.drop_taps(full_depth)
-        identity = inputs.compact.data
     else:
-        baseline = rewriting.drop_taps(inputs.baseline.build_gated())
-        identity = inputs.baseline.data
+        full_depth = trained.build_gated()
     return Networks(
-        gated=Deployed(inputs.compact.gated(inputs.checkpoint), inputs.compact.data),
-        compact=Deployed(inputs.compact.build(), inputs.compact.data),
-        baseline=Deployed(baseline, identity),
+        gated=Deployed(compact.gated(inputs.checkpoint), compact.data),
+        compact=Deployed(compact.build(), compact.data),
+        baseline=Deployed(rewriting.drop_taps(full_depth), (trained or compact).data),
     )
 
 
@@ -107,10 +101,9 @@ def size(inputs: Inputs, networks: Networks) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Models:
-    """The ONNX files of a deployment, both in the same precision.
+    """The bytes of `model.onnx` and `baseline.onnx`, both in the same precision.
 
     Attributes:
-        compact, baseline: the bytes of `model.onnx` and `baseline.onnx`.
         calibration: for int8: `samples`, `method` and the `sha256` of the pixels.
         kept: blocks of the compact network that stay in higher precision.
     """
@@ -190,14 +183,6 @@ NO_REHEARSAL = {
     "why": "needs no GPU but the package tensorrt-rtx-cu13, which is not installed",
 }
 _RTX = "tensorrt_rtx"
-_CASTS = (
-    "ONNX Runtime computes {name} on the CPU in float32, with casts around each convolution: its"
-    " times say nothing about {name}"
-)
-_IN_TORCH = {
-    "what": "model.onnx on the CPU",
-    "why": "no runtime has bfloat16 convolutions there; torch computed them in its place",
-}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -210,7 +195,6 @@ class Variant:
             rounded after every operation; bfloat16 in torch.
         engine: what ships; None when another machine builds it.
         same: whether the engine is the reference.
-        plan: the engine's plan, when one was built.
     """
 
     torch: Deployed
@@ -222,8 +206,6 @@ class Variant:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Variants:
-    """Both networks."""
-
     compact: Variant
     baseline: Variant
 
@@ -234,9 +216,8 @@ class Variants:
 
     def describe(self, options: Options) -> dict[str, Any]:
         """The engine that ships, for manifest and report."""
-        if self.compact.engine is not None:
-            return self.compact.engine.describe()
-        return deferred_engine(options)
+        engine = self.compact.engine
+        return deferred_engine(options) if engine is None else engine.describe()
 
 
 def deferred_engine(options: Options) -> dict[str, Any]:
@@ -269,18 +250,25 @@ def require(options: Options) -> None:
 
 def why_no_latency(options: Options) -> str | None:
     """Why the engine's latency would mean nothing; None: it is measured."""
-    half = options.precision.float != "float32"
-    if options.engine == "ort" and options.provider == "cpu" and half:
-        return _CASTS.format(name=options.precision.name)
+    name = options.precision.name
+    if options.gpu is None and options.precision.float != "float32":
+        return (
+            f"ONNX Runtime computes {name} on the CPU in float32, with casts around each"
+            f" convolution: its times say nothing about {name}"
+        )
     return DEFERRED if options.defer_build else None
 
 
 def not_run(options: Options) -> list[dict[str, str]]:
     """The engines that do not run on this machine, each with the reason."""
-    return [
-        *([_IN_TORCH] if options.precision.float == "bfloat16" else []),
-        *([{"what": "TensorRT engine", "why": DEFERRED}] if options.defer_build else []),
-    ]
+    left_out = {}
+    if options.precision.float == "bfloat16":
+        left_out["model.onnx on the CPU"] = (
+            "no runtime has bfloat16 convolutions there; torch computed them in its place"
+        )
+    if options.defer_build:
+        left_out["TensorRT engine"] = DEFERRED
+    return [{"what": what, "why": why} for what, why in left_out.items()]
 
 
 @contextmanager
@@ -288,54 +276,48 @@ def opened(options: Options, networks: Networks, models: Models, log: Log) -> It
     """Both networks' engines for the length of a block; plans are built first."""
     trt = options.engine == "trt" and not options.defer_build
     plans = PlanCache(None, log=log, device=options.device) if trt else None
-    build_options = _with_timing_cache(options)
-    # ONNX Runtime's CPU arithmetic in float32 is that of the file.
-    same = options.provider == "cpu" and options.precision.name in ("fp32", "tf32")
+    compact, baseline, kept = models.compact, models.baseline, models.kept
     with ExitStack() as stack:
-
-        def variant(
-            name: str, torch: Deployed, model: bytes, kept: tuple[str, ...] = ()
-        ) -> Variant:
-            file = f"{name}.plan"
-            engine: Engine | None = None
-            plan: Plan | None = None
-            if plans is not None:
-                plan = plans.plan(model, options.precision, build_options, kept=kept, name=file)
-                engine = stack.enter_context(plans.open(plan, name=file))
-            elif options.engine == "ort":
-                engine = stack.enter_context(_ort_engine(options, model, f"{name}.onnx"))
-                if same:
-                    return Variant(torch=torch, reference=engine.infer, engine=engine, same=True)
-            infer = _reference(options, torch, model, f"{name}.onnx", stack)
-            return Variant(torch=torch, reference=infer, engine=engine, plan=plan)
-
         yield Variants(
-            compact=variant("model", networks.compact, models.compact, models.kept),
-            baseline=variant("baseline", networks.baseline, models.baseline),
+            compact=open_variant(options, networks.compact, compact, stack, plans=plans, kept=kept),
+            baseline=open_variant(
+                options, networks.baseline, baseline, stack, name="baseline", plans=plans
+            ),
         )
 
 
-def judged_by(options: Options, torch: Deployed, model: bytes, stack: ExitStack) -> list[Infer]:
-    """The forms whose accuracy counts in a trial of `--repair`: the ONNX file's, and the engine's.
-
-    A TensorRT plan, which takes minutes to build, is left out.
-    """
-    forms = [_reference(options, torch, model, "model.onnx", stack)]
-    if options.engine == "ort":
-        forms.append(stack.enter_context(_ort_engine(options, model, "model.onnx")).infer)
-    return forms
-
-
-def _ort_engine(options: Options, model: bytes, name: str) -> OrtEngine:
-    """The engine as it is served."""
-    return OrtEngine(
-        model,
-        name=name,
-        provider=options.provider,
-        threads=options.threads,
-        max_batch=options.max_batch,
-        precision=options.precision,
-    )
+def open_variant(
+    options: Options,
+    torch: Deployed,
+    model: bytes,
+    stack: ExitStack,
+    *,
+    name: str = "model",
+    plans: PlanCache | None = None,
+    kept: tuple[str, ...] = (),
+) -> Variant:
+    """Open every form of a network until `stack` closes; without `plans` none of TensorRT."""
+    engine: Engine | None = None
+    plan: Plan | None = None
+    if plans is not None:
+        file, settings = f"{name}.plan", _with_timing_cache(options)
+        plan = plans.plan(model, options.precision, settings, kept=kept, name=file)
+        engine = stack.enter_context(plans.open(plan, name=file))
+    elif options.engine == "ort":
+        served = OrtEngine(
+            model,
+            name=f"{name}.onnx",
+            provider=options.provider,
+            threads=options.threads,
+            max_batch=options.max_batch,
+            precision=options.precision,
+        )
+        engine = stack.enter_context(served)
+        # ONNX Runtime's CPU arithmetic in float32 is that of the file.
+        if options.provider == "cpu" and options.precision.name in ("fp32", "tf32"):
+            return Variant(torch=torch, reference=engine.infer, engine=engine, same=True)
+    infer = _reference(options, torch, model, f"{name}.onnx", stack)
+    return Variant(torch=torch, reference=infer, engine=engine, plan=plan)
 
 
 def _reference(
@@ -387,10 +369,10 @@ def rehearse(options: Options, models: Models) -> Check | None:
         memory=0,
         platform=this_platform(),
     )
-    text = f"TensorRT for RTX {trt.__version__} parses and builds model.onnx without a GPU"
     plain = replace(options.plan, version_compatible=False, hardware_compatibility="none")
     try:
         build(models.compact, options.precision, plain, host=host, kept=models.kept, trt=trt)
     except EngineError as error:
-        return Check(name="builder", passed=False, value=None, limit=0.0, detail=str(error))
-    return Check(name="builder", passed=True, value=0.0, limit=0.0, detail=text)
+        return Check("builder", False, str(error), limit=0.0)
+    text = f"TensorRT for RTX {trt.__version__} parses and builds model.onnx without a GPU"
+    return Check("builder", True, text, value=0.0, limit=0.0)

@@ -1,33 +1,40 @@
-"""The input files of a deployment: compact network, checkpoint, and trained baseline."""
+"""The input networks of a deployment: compact network, checkpoint, and trained baseline."""
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from torch import nn
+
 from eps_compact import CompactArtifact
-from eps_core.errors import ConfigError, FileFormatError
-from eps_train.models.spec import NetworkSpec
+from eps_core.errors import ConfigError, FileFormatError, GraphError
+from eps_train.data.dataset import DataIdentity
+from eps_train.gating import rewriting
+from eps_train.models.spec import GraphSpec, NetworkSpec
 from eps_train.training.checkpoint import Checkpoint
+from eps_train.training.evaluate import answers
 
 BASELINE = "baseline.pt"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Inputs:
-    """The input files, read and verified.
+    """The input networks, verified.
 
     Attributes:
         compact: the compact network.
         checkpoint: the checkpoint that it was made from.
         baseline: the baseline of the same depth; None when none was trained.
-        baseline_path: its file.
+        baseline_path: its file; None without one.
     """
 
     compact: CompactArtifact
     checkpoint: Checkpoint
     baseline: Checkpoint | None
-    baseline_path: Path | None
+    baseline_path: Path | None = None
 
     def blocks(self) -> tuple[str, ...]:
         """Names of the compact network's residual blocks, in the order of computation."""
@@ -53,37 +60,30 @@ def find_inputs(
     compact = CompactArtifact.load(model)
     if not compact.checkpoint.keys() >= {"path", "digest"}:
         raise FileFormatError(f"{model}: does not say which checkpoint it was made from")
-    checkpoint_path = checkpoint or model.parent / compact.checkpoint["path"]
-    source = _load_checkpoint(checkpoint_path, model, compact, named=checkpoint is not None)
+    path = checkpoint or model.parent / compact.checkpoint["path"]
+    if checkpoint is None and not path.exists():
+        raise ConfigError(
+            f"{path}: the checkpoint that {model} was made from is not there;"
+            " name it with --checkpoint"
+        )
+    source = Checkpoint.load(path)
+    recorded = compact.checkpoint["digest"]
+    if source.digest != recorded:
+        raise ConfigError(
+            f"{path}: not the checkpoint that {model} was made from (digest {source.digest[:12]},"
+            f" recorded {recorded[:12]}); name that one with --checkpoint, or run eps-compact on"
+            " this one"
+        )
     if baseline is None:
-        beside = (model.parent / BASELINE, checkpoint_path.parent / BASELINE)
+        beside = (model.parent / BASELINE, path.parent / BASELINE)
         # A broken link was meant to be there: it is an error, not a missing baseline.
-        found = (path for path in beside if path.exists() or path.is_symlink())
-        baseline = next(found, None)
+        baseline = next((path for path in beside if path.exists() or path.is_symlink()), None)
     return Inputs(
         compact=compact,
         checkpoint=source,
         baseline=None if baseline is None else _load_baseline(baseline, compact),
         baseline_path=baseline,
     )
-
-
-def _load_checkpoint(
-    path: Path, model: Path, compact: CompactArtifact, *, named: bool
-) -> Checkpoint:
-    if not named and not path.exists():
-        raise ConfigError(
-            f"{path}: the checkpoint that {model} was made from is not there;"
-            " name it with --checkpoint"
-        )
-    checkpoint = Checkpoint.load(path)
-    if checkpoint.digest != compact.checkpoint["digest"]:
-        raise ConfigError(
-            f"{path}: not the checkpoint that {model} was made from (digest"
-            f" {checkpoint.digest[:12]}, recorded {compact.checkpoint['digest'][:12]}); name that"
-            " one with --checkpoint, or run eps-compact on this one"
-        )
-    return checkpoint
 
 
 def _load_baseline(path: Path, compact: CompactArtifact) -> Checkpoint:
@@ -107,3 +107,39 @@ def _describe(network: NetworkSpec) -> str:
         return "stored as a graph"
     arguments = ", ".join(f"{key} {value}" for key, value in network.arguments.items())
     return f"{network.family} ({arguments})"
+
+
+def traced_baseline(module: nn.Module, identity: DataIdentity) -> Checkpoint:
+    """The module `deploy(baseline=)` as the checkpoint of a baseline.
+
+    Raises:
+        ConfigError: it has gates, or other logits than the compact network.
+        GraphError: it cannot be traced or run.
+    """
+    try:
+        # Copied and moved first: it is evaluated as it ships, and the caller's keeps its mode.
+        graph = rewriting.trace(copy.deepcopy(module).cpu().eval(), one_mode=True)
+    except GraphError as error:
+        raise GraphError(f"deploy(baseline=): {error}") from None
+    if rewriting.gates(graph):
+        raise ConfigError("deploy(baseline=): has ε-gates; give a network that was never pruned")
+    classes = len(identity.classes)
+    try:
+        logits = answers(graph, [torch.zeros((2, *identity.input_shape))])[0]
+    except Exception as error:  # whatever the module's own code raises
+        line = " ".join(str(error).split()) or type(error).__name__
+        size = "x".join(map(str, identity.input_shape))
+        raise GraphError(f"deploy(baseline=): does not run on images of {size} ({line})") from error
+    if logits.shape != (2, classes):
+        raise ConfigError(
+            f"deploy(baseline=): returns {'x'.join(map(str, logits.shape))} for 2 images, not"
+            f" logits of 2x{classes}, as the compact network does"
+        )
+    return Checkpoint(
+        network=GraphSpec(family="own", arguments={}, graph=graph),
+        state=dict(graph.state_dict()),
+        gates=[],
+        data=identity,
+        config={},
+        metrics={},
+    )

@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from eps_core.errors import ConfigError
 from eps_deploy.bundle import NAME, check_name
 from eps_deploy.engines.trt.build import BuildOptions, option
 from eps_deploy.precision import PRECISIONS, Precision
+
+
+def _declared(default: Any, *described: Any, **limits: Any) -> Any:
+    return field(default=default, metadata=option(*described, **limits))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,84 +30,60 @@ class Options:
     """
 
     model: Path
-    engine: Literal["ort", "trt"] = field(
-        default="ort", metadata=option("ONNX Runtime or TensorRT.")
-    )
+    engine: Literal["ort", "trt"] = _declared("ort", "ONNX Runtime or TensorRT.")
     precision: Precision = PRECISIONS["fp32"]
-    calibration_samples: int = field(
-        default=512,
-        metadata=option("Number of training images for int8 calibration.", "N", limits=(1, None)),
+    calibration_samples: int = _declared(
+        512, "Number of training images for int8 calibration.", "N", limits=(1, None)
     )
-    calibration_method: Literal["minmax", "entropy", "percentile"] = field(
-        default="minmax", metadata=option("int8 calibration method.")
+    calibration_method: Literal["minmax", "entropy", "percentile"] = _declared(
+        "minmax", "int8 calibration method."
     )
-    repair: bool = field(
-        default=False,
-        metadata=option(
-            "If the accuracy check fails, keep the most sensitive blocks in higher precision."
-        ),
+    repair: bool = _declared(
+        False, "If the accuracy check fails, keep the most sensitive blocks in higher precision."
     )
-    baseline: Path | None = field(
-        default=None,
-        metadata=option(
-            "Baseline checkpoint to compare with.  [default: baseline.pt beside MODEL or its"
-            " checkpoint]",
-            "CKPT",
-        ),
+    baseline: Path | None = _declared(
+        None,
+        "Baseline checkpoint to compare with.  [default: baseline.pt beside MODEL or its"
+        " checkpoint]",
+        "CKPT",
     )
-    checkpoint: Path | None = field(
-        default=None,
-        metadata=option("Checkpoint that MODEL was made from, if it has moved.", "CKPT"),
+    checkpoint: Path | None = _declared(
+        None, "Checkpoint that MODEL was made from, if it has moved.", "CKPT"
     )
-    data_root: Path | None = field(default=None, metadata=option("Data set folder.", "DIR"))
-    output: Path = field(default=Path("bundle"), metadata=option("Bundle folder to write.", "DIR"))
-    name: str = field(
-        default=NAME,
-        metadata=option(
-            "Model name for clients, and folder name in the Triton repository.", "NAME"
-        ),
+    data_root: Path | None = _declared(None, "Data set folder.", "DIR")
+    output: Path = _declared(Path("bundle"), "Bundle folder to write.", "DIR")
+    name: str = _declared(
+        NAME, "Model name for clients, and folder name in the Triton repository.", "NAME"
     )
-    max_accuracy_drop: float = field(
-        default=0.5,
-        metadata=option(
-            "Accuracy check: largest drop from the baseline, in percentage points.", "POINTS"
-        ),
+    max_accuracy_drop: float = _declared(
+        0.5,
+        "Accuracy check: largest drop from the baseline, in percentage points.",
+        "POINTS",
     )
-    max_class_drop: float | None = field(
-        default=None,
-        metadata=option(
-            "Class accuracy check: largest drop of any class, in percentage points, judged by the"
-            " lower end of its interval.  [default: not checked]",
-            "POINTS",
-        ),
+    max_class_drop: float | None = _declared(
+        None,
+        "Class accuracy check: largest drop of any class, in percentage points, judged by the"
+        " lower end of its interval.  [default: not checked]",
+        "POINTS",
     )
-    min_speedup: float = field(
-        default=1.0,
-        metadata=option(
-            "Latency check: smallest lower end of the speed-up's 95 % interval at batch 1.", "X"
-        ),
+    min_speedup: float = _declared(
+        1.0,
+        "Latency check: smallest lower end of the speed-up's 95 % interval at batch 1.",
+        "X",
     )
-    time_budget: float = field(
-        default=60.0,
-        metadata=option("Time limit of the latency measurement at each batch size.", "SECONDS"),
+    time_budget: float = _declared(
+        60.0, "Time limit of the latency measurement at each batch size.", "SECONDS"
     )
     plan: BuildOptions = field(default_factory=BuildOptions)
-    provider: Literal["cpu", "cuda", "tensorrt"] = field(
-        default="cpu", metadata=option("ONNX Runtime execution provider.")
+    provider: Literal["cpu", "cuda", "tensorrt"] = _declared(
+        "cpu", "ONNX Runtime execution provider."
     )
-    threads: int = field(
-        default=1, metadata=option("ONNX Runtime intra-operator threads.", "N", limits=(1, None))
+    threads: int = _declared(1, "ONNX Runtime intra-operator threads.", "N", limits=(1, None))
+    defer_build: bool = _declared(
+        False, "With --engine trt: leave building the plan to the machine that serves the bundle."
     )
-    defer_build: bool = field(
-        default=False,
-        metadata=option(
-            "With --engine trt: leave building the plan to the machine that serves the bundle."
-        ),
-    )
-    device: int = field(
-        default=0, metadata=option("GPU index for --engine trt.", "INDEX", limits=(0, None))
-    )
-    force: bool = field(default=False, metadata=option("Replace an existing bundle."))
+    device: int = _declared(0, "GPU index for --engine trt.", "INDEX", limits=(0, None))
+    force: bool = _declared(False, "Replace an existing bundle.")
     command: str = "eps-deploy"
 
     def __post_init__(self) -> None:

@@ -3,57 +3,57 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import nn
 
+from eps_compact import Compaction
 from eps_compact.certificate import BOUND as FOLDING_LIMIT
 from eps_core.checks import Check, Parity, compare_logits
 from eps_core.cli import Log, refuse_missing
-from eps_core.errors import ConfigError
+from eps_core.errors import ConfigError, DataError
 from eps_deploy import triton
-from eps_deploy.bench import accuracy as parity
 from eps_deploy.bench import latency
 from eps_deploy.bench.accuracy import (
     AGREEMENT_LIMITS,
     PARITY_LIMITS,
     Answers,
-    Correct,
     Infer,
-    accuracy_drop,
     answers,
+    passes,
 )
-from eps_deploy.bench.latency import LatencyResult, Workload
+from eps_deploy.bench.latency import ExampleImage, LatencyResult, Workload
 from eps_deploy.engines.base import Images, Logits
+from eps_deploy.engines.trt.build import BuildOptions
 from eps_deploy.export.mixed_precision import Repair, Trial, repair, units
-from eps_deploy.export.quantize import pick
+from eps_deploy.export.quantize import check_count, pick
 from eps_deploy.export.types import float16_peak
 from eps_deploy.pipeline import builder, write
 from eps_deploy.pipeline.builder import Models, Networks, Variants
-from eps_deploy.pipeline.inputs import Inputs, find_inputs
+from eps_deploy.pipeline.inputs import Inputs, find_inputs, traced_baseline
 from eps_deploy.pipeline.options import Options
 from eps_deploy.pipeline.write import BundleWriter
+from eps_deploy.precision import PRECISIONS
 from eps_deploy.report import report
-from eps_deploy.report.answers import answers_entry, class_check
 from eps_deploy.report.render import render_html, render_markdown
-from eps_train.data.dataset import load_again
+from eps_train.data.dataset import DataIdentity, load_again
+from eps_train.data.inputs import Batch, pixels
 from eps_train.training.forward import cpu_threads
 
 HEADROOM_IMAGES = 512  # of the test images, at most
-_NO_BASELINE = {
-    "what": "accuracy against a trained baseline",
-    "why": (
-        "no baseline.pt beside the checkpoint: train one with eps-train --with-baseline,"
-        " or name one with --baseline"
-    ),
-}
-_NO_BASELINE_IN_MEMORY = {**_NO_BASELINE, "why": "eps_deploy.deploy() was given no baseline="}
+_NO_BASELINE_FILE = (
+    "no baseline.pt beside the checkpoint: train one with eps-train --with-baseline, or name one"
+    " with --baseline"
+)
+_OF_FILES = ("checkpoint", "data_root")  # options that `deploy` has no use for
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,61 +66,133 @@ class TestSet:
     labels: npt.NDArray[np.int64]
 
     def spread(self, count: int) -> npt.NDArray[np.int64]:
-        """Indices of `count` images spread over the whole set."""
-        return parity.pick_samples(len(self.labels), count)
+        """Indices of `count` images spread over the whole set, repeated if there are fewer."""
+        return np.linspace(0, len(self.labels) - 1, count).round().astype(np.int64)
 
 
-def deploy(options: Options, log: Log) -> dict[str, Any]:
+# -- Deployment from memory: the bundle of a notebook, without files before it
+
+
+def deploy(
+    compaction: Compaction,
+    heldout: Iterable[Batch],
+    *,
+    engine: Literal["ort", "trt"] = "ort",
+    output: str | Path = "bundle",
+    precision: str = "fp32",
+    calibration: Iterable[Batch] | None = None,
+    baseline: nn.Module | None = None,
+    log: Log = lambda line: None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Write a bundle of a compact network and return its report, as `eps-deploy` does.
+
+    Args:
+        compaction: from `eps_compact.compact_pruner`.
+        heldout: batches of inputs, normalised as in training, and labels, for the accuracy and the
+            comparison of logits; data that the training did not see.
+        engine: ONNX Runtime or TensorRT.
+        output: folder to write.
+        precision: `fp32`, `tf32`, `fp16`, `bf16`, `int8` or `int8-fp16`; TensorRT computes
+            what is not quantised in fp16.
+        calibration: for int8: batches of training images, normalised as in training, in random
+            order; the first `calibration_samples` images are taken.
+        baseline: the network that was trained without pruning, whose accuracy and latency are
+            compared with; any module that torch.fx can trace. By default the latency is compared
+            with the full depth, and no accuracy is.
+        log: receives a line for each step.
+        options: others of `eps-deploy`, by their names in Python: `max_accuracy_drop=1.0`,
+            `time_budget=10.0`, `max_batch=8`, `repair=True`, `name="flowers"`, `force=True`.
+
+    Raises:
+        ConfigError: an option cannot be used.
+        DataError: `heldout` or `calibration` is empty or not normalised as the pruner was told, or
+            `heldout` has no labels.
+        GraphError: `baseline` cannot be traced.
+    """
+    chosen = _options(engine, Path(output), precision, options)
+    identity = compaction.artifact.data
+    if chosen.precision.quantized != (calibration is not None):
+        raise ConfigError(
+            f"deploy(precision={precision!r}): give calibration=, batches of training images"
+            if chosen.precision.quantized
+            else f"deploy(calibration=): only applies to int8, not to precision={precision!r}"
+        )
+    found = pixels(heldout, identity)
+    if isinstance(found, torch.Tensor):
+        raise DataError("heldout: has no labels; yield (images, labels)")
+    writer = BundleWriter(chosen.output, force=chosen.force)
+    builder.require(chosen)
+    inputs = Inputs(
+        compact=compaction.artifact,
+        checkpoint=compaction.checkpoint,
+        baseline=None if baseline is None else traced_baseline(baseline, identity),
+    )
+    _refuse_without_baseline(chosen, inputs)
+    images = None
+    if calibration is not None:
+        images = _calibration_images(calibration, identity, chosen.calibration_samples)
+    test = TestSet(images=found.images.numpy(), labels=found.labels.numpy())
+    return _make_bundle(chosen, writer, inputs, test, images, log)
+
+
+def _options(
+    engine: Literal["ort", "trt"], output: Path, precision: str, options: dict[str, Any]
+) -> Options:
+    if precision == "int8" and engine == "trt":
+        precision = "int8-fp16"
+    if precision not in PRECISIONS:
+        raise ConfigError(f"precision={precision!r}: give {', '.join(PRECISIONS)}")
+    for name in _OF_FILES:
+        if name in options:
+            raise ConfigError(f"deploy({name}=): only applies to eps-deploy, which reads files")
+    building = {field.name for field in fields(BuildOptions)} & options.keys()
+    try:
+        return Options(
+            model=Path("compact.pt"),
+            engine=engine,
+            output=output,
+            precision=PRECISIONS[precision],
+            plan=BuildOptions(**{name: options.pop(name) for name in building}),
+            command="eps_deploy.deploy()",
+            **options,
+        )
+    except TypeError as error:
+        raise ConfigError(f"deploy(): {error}") from None
+
+
+def _calibration_images(batches: Iterable[Batch], identity: DataIdentity, samples: int) -> Images:
+    """The first images of some batches, uint8 `[N, C, H, W]`. Raises DataError for too few."""
+    check_count(samples, f"calibration_samples={samples}")
+    taken: list[torch.Tensor] = []
+    for batch in batches:
+        taken.append(batch if isinstance(batch, torch.Tensor) else batch[0])
+        if sum(map(len, taken)) >= samples:
+            break
+    found = pixels(taken, identity, name="calibration")
+    assert isinstance(found, torch.Tensor)
+    check_count(len(found), f"calibration: {len(found)} images")
+    images: Images = found[:samples].numpy()
+    return images
+
+
+# -- Deployment from files: `eps-deploy`
+
+
+def deploy_files(options: Options, log: Log) -> dict[str, Any]:
     """Write the bundle and return its report; `log` receives a line for each step.
 
     Raises EpsError, with nothing written, when an input or option cannot be used.
     """
-    writer = _writer(options)
-    builder.require(options)
-    inputs, test, calibration = _read(options, log)
-    return make_bundle(options, writer, inputs, test, calibration, log)
-
-
-def make_bundle(
-    options: Options,
-    writer: BundleWriter,
-    inputs: Inputs,
-    test: TestSet,
-    calibration: Images | None,
-    log: Log,
-) -> dict[str, Any]:
-    """Write the bundle of these inputs and return its report.
-
-    Args:
-        calibration: images for int8, uint8 `[N, C, H, W]`.
-    """
-    with writer:
-        networks = builder.build_networks(inputs)
-        deployment = Deployment(
-            options=options, inputs=inputs, networks=networks, test=test, log=log
-        )
-        with _timed(log, "exported model.onnx and baseline.onnx"):
-            models = builder.export(options, inputs, networks, calibration)
-        repairs: Repair | None = None
-        if options.repair:
-            with _timed(log, "looked for blocks to keep in higher precision"):
-                models, repairs = deployment.repair(models, calibration)
-        with builder.opened(options, networks, models, log) as variants:
-            found, timings = deployment.measure(models, variants, repairs)
-        deployment.write(writer.folder, models, variants, found, timings)
-        writer.commit(write.manifest_fields(options, inputs, variants))
-    return found
+    return _make_bundle(options, *_read(options, log), log)
 
 
 def dry_run(options: Options) -> list[str]:
-    """The steps that `deploy` would do; raises as it would before any work is done."""
-    _writer(options)
+    """The steps that `deploy_files` would do; raises as it would before any work is done."""
     lines: list[str] = []
-    builder.require(options)
-    inputs, test, _ = _read(options, lines.append)
+    _, inputs, test, _ = _read(options, lines.append)
     builder.build_networks(inputs)
-    name = options.precision.name
-    lines.append(f"would export model.onnx and baseline.onnx in {name}")
+    lines.append(f"would export model.onnx and baseline.onnx in {options.precision.name}")
     if options.precision.quantized:
         lines.append(f"would calibrate int8 on {options.calibration_samples} training images")
     if options.engine == "trt":
@@ -139,23 +211,21 @@ def dry_run(options: Options) -> list[str]:
     return lines
 
 
-def _writer(options: Options) -> BundleWriter:
+def _read(options: Options, log: Log) -> tuple[BundleWriter, Inputs, TestSet, Images | None]:
+    """The place of the bundle, and all that it is made from; with images to calibrate int8 on."""
     refuse_missing(options.model, options.checkpoint, options.baseline)
-    return BundleWriter(options.output, force=options.force)
-
-
-def _read(options: Options, log: Log) -> tuple[Inputs, TestSet, Images | None]:
-    """The input files, the test images, and for int8 the images to calibrate on."""
+    writer = BundleWriter(options.output, force=options.force)
+    builder.require(options)
     inputs = find_inputs(options.model, options.checkpoint, options.baseline)
     log(f"baseline: {inputs.baseline_path or 'none trained; full depth, for latency only'}")
-    refuse_without_baseline(options, inputs)
+    _refuse_without_baseline(options, inputs)
     data = load_again(inputs.compact.data, options.data_root)
     test = TestSet(images=data.test.images.numpy(), labels=data.test.labels.numpy())
     quantized = options.precision.quantized
-    return inputs, test, pick(data, options.calibration_samples) if quantized else None
+    return writer, inputs, test, pick(data, options.calibration_samples) if quantized else None
 
 
-def refuse_without_baseline(options: Options, inputs: Inputs) -> None:
+def _refuse_without_baseline(options: Options, inputs: Inputs) -> None:
     """Raise ConfigError for an option that compares accuracies, where there is no baseline."""
     for option, given in (
         ("--repair", options.repair),
@@ -168,14 +238,41 @@ def refuse_without_baseline(options: Options, inputs: Inputs) -> None:
             )
 
 
+# -- The steps
+
+
+def _make_bundle(
+    options: Options,
+    writer: BundleWriter,
+    inputs: Inputs,
+    test: TestSet,
+    calibration: Images | None,
+    log: Log,
+) -> dict[str, Any]:
+    """Write the bundle and return its report; `calibration` are uint8 `[N, C, H, W]`."""
+    with writer:
+        networks = builder.build_networks(inputs)
+        deployment = Deployment(
+            options=options, inputs=inputs, networks=networks, test=test, log=log
+        )
+        with _timed(log, "exported model.onnx and baseline.onnx"):
+            models = builder.export(options, inputs, networks, calibration)
+        repairs: Repair | None = None
+        if options.repair:
+            with _timed(log, "looked for blocks to keep in higher precision"):
+                models, repairs = deployment.repair(models, calibration)
+        with builder.opened(options, networks, models, log) as variants:
+            found, timings = deployment.measure(models, variants, repairs)
+        deployment.write(writer.folder, models, variants, found, timings)
+        writer.commit(write.manifest_fields(options, inputs, variants))
+    return found
+
+
 @contextmanager
 def _timed(log: Log, what: str) -> Iterator[None]:
     began = time.perf_counter()
     yield
     log(f"{what} ({time.perf_counter() - began:.1f} s)")
-
-
-# -- The steps
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -196,25 +293,23 @@ class Deployment:
         """
         options, inputs, networks = self.options, self.inputs, self.networks
 
-        def correct(infer: Infer) -> Correct:
-            return self._answers(infer).correct
+        def export(kept: tuple[str, ...]) -> bytes:
+            return builder.export_compact(options, inputs, networks, calibration, kept)
 
         def attempt(kept: tuple[str, ...]) -> Trial:
-            model = builder.export_compact(options, inputs, networks, calibration, kept)
             with ExitStack() as stack:
-                forms = builder.judged_by(options, networks.compact, model, stack)
-                worst = min((correct(infer) for infer in forms), key=np.sum)
-            drop = accuracy_drop(baseline, worst, options.max_accuracy_drop)
-            points = drop.points.value
-            self.log(f"  drop {points:+.2f} points with {len(kept)} kept in higher precision")
-            return Trial(passed=drop.passed, value=points)
+                variant = builder.open_variant(options, networks.compact, export(kept), stack)
+                forms = [variant.reference, *([variant.engine.infer] if variant.engine else [])]
+                worst = min((self._answers(infer).correct for infer in forms), key=np.sum)
+            check, drop = report.accuracy_check(baseline, worst, options.max_accuracy_drop)
+            self.log(f"  drop {drop.points:+.2f} points with {len(kept)} kept in higher precision")
+            return Trial(passed=bool(check.passed), value=drop.points)
 
-        baseline = correct(networks.baseline.infer)
+        baseline = self._answers(networks.baseline.infer).correct
         found = repair(units(models.compact, inputs.blocks()), attempt)
         if not found.kept:
             return models, found
-        model = builder.export_compact(options, inputs, networks, calibration, found.kept)
-        return replace(models, compact=model, kept=found.kept), found
+        return replace(models, compact=export(found.kept), kept=found.kept), found
 
     def measure(
         self, models: Models, variants: Variants, repairs: Repair | None
@@ -223,11 +318,12 @@ class Deployment:
         options, inputs, test, log = self.options, self.inputs, self.test, self.log
         not_run = builder.not_run(options)
         if inputs.baseline is None:
-            not_run.append(_NO_BASELINE if inputs.compact.digest else _NO_BASELINE_IN_MEMORY)
+            in_memory = "eps_deploy.deploy() was given no baseline="
+            why = _NO_BASELINE_FILE if inputs.compact.digest else in_memory
+            not_run.append({"what": "accuracy against a trained baseline", "why": why})
         with _timed(log, "compared the logits of every stage"), cpu_threads(1):
             chain = self.parity_chain(variants)
-            found = map(report.parity_check, chain)
-            checks = [check for check in found if check is not None]
+            checks = [check for check in map(report.parity_check, chain) if check is not None]
         with (
             _timed(log, f"measured the accuracy on {len(test.labels)} test images"),
             builder.on_gpu(options.device, self.networks.compact, self.networks.baseline),
@@ -245,8 +341,8 @@ class Deployment:
             checks += [tried] if tried else []
             not_run += [] if tried else [builder.NO_REHEARSAL]
         timings: list[LatencyResult] = []
-        if why := builder.why_no_latency(options):
-            not_run.append({"what": "latency", "why": why})
+        if no_latency := builder.why_no_latency(options):
+            not_run.append({"what": "latency", "why": no_latency})
         else:
             timings = self.latency(variants)
             checks.append(report.speedup_check(timings[0], options.min_speedup))
@@ -291,8 +387,8 @@ class Deployment:
         images, indices = self.test.images[picked], picked.tolist()
         limit = PARITY_LIMITS[options.precision.name]
 
-        def passes(infer: Infer) -> list[Logits]:
-            return parity.passes(infer, images, options.batches)
+        def run(infer: Infer) -> list[Logits]:
+            return passes(infer, images, options.batches)
 
         def compare(
             stage: str, before: list[Logits], after: list[Logits], limit: float = limit
@@ -303,15 +399,15 @@ class Deployment:
 
         chain = []
         for name, variant in (("compact", variants.compact), ("baseline", variants.baseline)):
-            in_torch, reference = passes(variant.torch.infer), passes(variant.reference)
+            in_torch, reference = run(variant.torch.infer), run(variant.reference)
             if name == "compact":
                 folding = FOLDING_LIMIT if self.inputs.compact.folded else 0.0
-                gated = passes(self.networks.gated.infer)
+                gated = run(self.networks.gated.infer)
                 chain.append(compare("gated-compact", gated, in_torch, folding))
             chain.append(compare(f"{name}-onnx", in_torch, reference))
             if variant.engine is not None and not variant.same:
                 stage = "onnx-engine" if name == "compact" else f"{name}-engine"
-                chain.append(compare(stage, reference, passes(variant.engine.infer)))
+                chain.append(compare(stage, reference, run(variant.engine.infer)))
         return chain
 
     def accuracy(self, variants: Variants) -> tuple[dict[str, Any], dict[str, Any], list[Check]]:
@@ -349,14 +445,16 @@ class Deployment:
         baseline = None
         if self.inputs.baseline is not None:
             baseline = self._answers(variants.baseline.torch.infer)
-            correct = baseline.correct
-            drop = accuracy_drop(correct, by_form[judged].correct, options.max_accuracy_drop)
-            found |= {"baseline": float(correct.mean()), "drop": report.drop_entry(drop)}
-            checks.append(report.accuracy_check(drop))
+            check, drop = report.accuracy_check(
+                baseline.correct, by_form[judged].correct, options.max_accuracy_drop
+            )
+            found["baseline"] = float(baseline.correct.mean())
+            found["drop"] = msgspec.to_builtins(drop)
+            checks.append(check)
         names = self.inputs.compact.data.classes
-        answered = answers_entry(self.test.labels, names, baseline, by_form[judged])
+        answered = report.answers_entry(self.test.labels, names, baseline, by_form[judged])
         if options.max_class_drop is not None:
-            checks.append(class_check(answered, options.max_class_drop))
+            checks.append(report.class_check(answered, options.max_class_drop))
         return found, msgspec.to_builtins(answered), checks
 
     def _answers(self, infer: Infer) -> Answers:
@@ -364,26 +462,22 @@ class Deployment:
 
     def latency(self, variants: Variants) -> list[LatencyResult]:
         """Latency of both engines, interleaved, at batch 1 and 16 or the largest that they take."""
-        options, test = self.options, self.test
-        baseline, compact = variants.baseline.engine, variants.compact.engine
-        assert baseline is not None
-        assert compact is not None
-        image = write.as_sent(test.images[0], self.inputs.compact.data)
+        options, test, data = self.options, self.test, self.inputs.compact.data
+        example = ExampleImage(
+            content=write.png(test.images[0]),
+            preprocessing=data.preprocessing,
+            labels=data.classes,
+        )
         timings = []
         for batch in sorted({min(size, options.max_batch) for size in latency.BATCHES}):
             self.log(f"measuring the latency at batch {batch}")
-            timings.append(
-                latency.measure(
-                    [
-                        Workload(
-                            engine=engine, images=test.images[test.spread(batch)], example=image
-                        )
-                        for engine in (baseline, compact)
-                    ],
-                    budget=options.time_budget,
-                    gpu=options.gpu,
-                )
-            )
+            images = test.images[test.spread(batch)]
+            workloads = [
+                Workload(engine=variant.engine, images=images, example=example)
+                for variant in (variants.baseline, variants.compact)
+                if variant.engine is not None
+            ]
+            timings.append(latency.measure(workloads, budget=options.time_budget, gpu=options.gpu))
         return timings
 
     def write(
@@ -396,9 +490,6 @@ class Deployment:
     ) -> None:
         """Write everything in the bundle but its manifest."""
         options, data, test = self.options, self.inputs.compact.data, self.test
-        files = {"model.onnx": models.compact, "baseline.onnx": models.baseline}
-        for name, content in {**files, **(variants.plan.files() if variants.plan else {})}.items():
-            (folder / name).write_bytes(content)
         picked = np.unique(test.spread(options.max_batch + 1))
         images = test.images[picked]
         np.savez(
@@ -412,14 +503,17 @@ class Deployment:
         gallery = write.write_gallery(folder, test.images, found["answers"]["changed"] or ())
         if timings:
             latency.save_samples(folder / "latency.npz", timings)
-        served = write.served(options, data, variants)
-        triton.write_repository(folder, served, images, name=options.name)
         report.write_json(folder / "report.json", dict(found))
-        texts = {
-            "report.md": render_markdown(found),
-            "report.html": render_html(found, gallery),
+        files = {
+            "model.onnx": models.compact,
+            "baseline.onnx": models.baseline,
+            **(variants.plan.files() if variants.plan else {}),
+            "report.md": render_markdown(found).encode(),
+            "report.html": render_html(found, gallery).encode(),
         }
         if self.inputs.compact.digest:  # made from files
-            texts["reproduce.sh"] = write.reproduce_script(options, self.inputs, found)
-        for name, text in texts.items():
-            (folder / name).write_text(text, encoding="utf-8")
+            files["reproduce.sh"] = write.reproduce_script(options, self.inputs, found).encode()
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+        served = write.served(options, data, variants)
+        triton.write_repository(folder, served, images, name=options.name)  # links to the models

@@ -25,7 +25,6 @@ from PIL import Image
 from eps_core import files as folder_lock
 from eps_core.cli import refuse_existing
 from eps_core.errors import ConfigError, naming
-from eps_deploy.bench.latency import ExampleImage
 from eps_deploy.bundle import MANIFEST, encode_manifest, is_bundle, load_bundle
 from eps_deploy.engines.base import INPUT_NAME, OUTPUT_NAME, EngineError, Images
 from eps_deploy.engines.trt.plan import PLAN
@@ -77,17 +76,12 @@ def png(pixels: npt.NDArray[np.uint8]) -> bytes:
     return file.getvalue()
 
 
-def as_sent(pixels: npt.NDArray[np.uint8], data: DataIdentity) -> ExampleImage:
-    """A test image as clients send it: encoded."""
-    return ExampleImage(content=png(pixels), preprocessing=data.preprocessing, labels=data.classes)
-
-
 def precision_entry(
     options: Options, models: Models, variants: Variants, repair: Repair | None
 ) -> dict[str, Any]:
     """The report's entry: the types asked for, those in `model.onnx`, and those executed."""
     types = layer_types(onnx.load_from_string(models.compact))
-    executed: dict[str, int] | None = None
+    executed = None
     if variants.plan is not None:
         executed = dict(variants.plan.metadata.layers) or None
     elif options.engine == "ort" and options.provider != "tensorrt":
@@ -122,7 +116,7 @@ def served(options: Options, data: DataIdentity, variants: Variants) -> TritonMo
 
 def manifest_fields(options: Options, inputs: Inputs, variants: Variants) -> dict[str, Any]:
     """`manifest.json` without the hashes of the files, which `BundleWriter` adds."""
-    data: DataIdentity = inputs.compact.data
+    data = inputs.compact.data
     return {
         "name": options.name,
         "input": {
@@ -145,10 +139,7 @@ def manifest_fields(options: Options, inputs: Inputs, variants: Variants) -> dic
         "normalization": dataset.summary(data.mean, data.std),
         "labels": list(data.classes),
         "precision": options.precision.name,
-        "engine": {
-            **variants.describe(options),
-            "file": PLAN if variants.plan else "model.onnx",
-        },
+        "engine": {**variants.describe(options), "file": PLAN if variants.plan else "model.onnx"},
         "source": {
             "compact_digest": inputs.compact.digest,
             "checkpoint_digest": inputs.checkpoint.digest,
@@ -203,8 +194,9 @@ class BundleWriter:
             raise ConfigError(
                 f"{self._named}: is not a bundle, so --force does not replace it; choose another -o"
             )
-        strangers = _files(self.output) - _listed(self.output)
-        if strangers:
+        listed = json.loads((self.output / MANIFEST).read_bytes()).get("files")
+        own = listed if isinstance(listed, dict) else {}
+        if strangers := _files(self.output) - {MANIFEST, *own}:
             raise ConfigError(
                 f"{self._named}: --force would delete {min(strangers)}, which is no part of the"
                 " bundle; move it away or choose another -o"
@@ -245,7 +237,8 @@ class BundleWriter:
             files[name] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
         (self.folder / MANIFEST).write_bytes(encode_manifest({**fields, "files": files}))
         for name in (*files, MANIFEST):
-            _flush(self.folder / name)
+            with (self.folder / name).open("r+b") as file:
+                os.fsync(file)
         load_bundle(self.folder)
         self._check_place()  # somebody may have created it meanwhile
         replacing = self.output.exists()
@@ -283,22 +276,7 @@ def _files(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in found}
 
 
-def _listed(folder: Path) -> set[str]:
-    files = json.loads((folder / MANIFEST).read_bytes()).get("files")
-    return {MANIFEST, *files} if isinstance(files, dict) else {MANIFEST}
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 # -- `reproduce.sh`: the commands that made a bundle, with pinned versions
-
-_EXTRAS = {"ort": "deploy,ort", "trt": "deploy,ort,trt"}
 
 
 def reproduce_script(options: Options, inputs: Inputs, report: Mapping[str, Any]) -> str:
@@ -306,18 +284,16 @@ def reproduce_script(options: Options, inputs: Inputs, report: Mapping[str, Any]
 
     It installs into a virtual environment of its own and writes into a folder of its own.
     """
+    extras = "deploy,ort" if options.engine == "ort" else "deploy,ort,trt"
     packages = {name: found for name, found in report["environment"]["packages"].items() if found}
+    ours = f"eps-resnet[{extras}]=={packages.pop('eps-resnet')}"
     # Without the build of a version (2.13.0+cpu): registries only have the version.
-    pins = [
-        f"{name}=={found.partition('+')[0]}"
-        for name, found in packages.items()
-        if name != "eps-resnet"
-    ]
-    extras = _EXTRAS[options.engine]
-    ours = f"eps-resnet[{extras}]=={packages['eps-resnet']}"
-    files = {options.model.name: inputs.compact.digest}
+    pins = [f"{name}=={found.partition('+')[0]}" for name, found in packages.items()]
     checkpoint = options.checkpoint.name if options.checkpoint else None
-    files[checkpoint or inputs.compact.checkpoint["path"]] = inputs.checkpoint.digest
+    files = {
+        options.model.name: inputs.compact.digest,
+        checkpoint or inputs.compact.checkpoint["path"]: inputs.checkpoint.digest,
+    }
     if inputs.baseline is not None and inputs.baseline_path is not None:
         files[inputs.baseline_path.name] = inputs.baseline.digest
     listed = ", ".join(files)

@@ -1,4 +1,7 @@
-"""Wording of `report.md` and `report.html`: names, numbers, sentences and rows of tables."""
+"""Wording of `report.md` and `report.html`: names, numbers, sentences and rows of tables.
+
+The templates have every function of this module as a filter.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from eps_core.stats import Interval
-from eps_deploy.report.answers import most_lost, over_limit
+from eps_deploy.report.report import change, most_lost, over_limit
+from eps_deploy.report.report import signed as with_sign
 from eps_deploy.report.schema import (
     BlockEntry,
     ChangedEntry,
@@ -55,10 +59,8 @@ def stage_name(name: str) -> str:
 
 
 def check_title(name: str) -> str:
-    """What a check is about, in words."""
-    if name.startswith("parity-"):
-        return f"parity: {stage_name(name.removeprefix('parity-'))}"
-    return _CHECKS.get(name, name)
+    kind, _, stage = name.partition("-")
+    return f"parity: {stage_name(stage)}" if kind == "parity" else _CHECKS.get(name, name)
 
 
 def percent(share: float | None) -> str:
@@ -66,7 +68,7 @@ def percent(share: float | None) -> str:
 
 
 def signed(points: float) -> str:
-    return f"{round(points, 2) + 0.0:+.2f}".replace("-", "−")  # no minus before 0.00
+    return with_sign(points).replace("-", "−")
 
 
 def paired(drop: PairedEntry) -> str:
@@ -176,12 +178,11 @@ def verdict_sentences(report: Report) -> str:
 def _doubts(report: Report) -> list[str]:
     """Why checks that passed may be wrong."""
     unsure = [check.name for check in report.checks if check.passed and not check.conclusive]
-    causes = {
-        "too few images to be sure": ("accuracy", "class-accuracy"),
-        "the machine was too busy to be sure": ("speedup",),
-    }
-    found = {cause: [name for name in names if name in unsure] for cause, names in causes.items()}
-    return [f"{cause}: {', '.join(names)}" for cause, names in found.items() if names]
+    few = [name for name in ("accuracy", "class-accuracy") if name in unsure]
+    doubts = [f"too few images to be sure: {', '.join(few)}"] if few else []
+    if "speedup" in unsure:
+        doubts.append("the machine was too busy to be sure: speedup")
+    return doubts
 
 
 def _failed_classes(report: Report) -> str:
@@ -200,30 +201,22 @@ def subtitle(report: Report) -> str:
     """Engine, precision and network in a few words."""
     engine, blocks = report.environment.engine, report.blocks
     runtime = _RUNTIMES.get(engine.get("runtime", ""), report.engine)
-    if provider := engine.get("provider"):
-        runtime += f" ({provider})"
+    provider = f" ({engine['provider']})" if engine.get("provider") else ""
     network = f"{blocks.compact} of {blocks.baseline} residual blocks"
-    return " · ".join((runtime, report.precision.name, network))
+    return f"{runtime}{provider} · {report.precision.name} · {network}"
 
 
 def goals(report: Report) -> str:
-    least = report.goals.min_speedup
-    fast = "as fast" if least == 1 else f"{least:g} times as fast"
-    whole = f"Goals: at most {report.goals.max_accuracy_drop:g} percentage points less accuracy,"
-    limit = report.goals.max_class_drop
-    if limit is None:
-        return f"{whole} and at batch 1 at least {fast}, judged by the lower end of the interval."
+    goals = report.goals
+    fast = "as fast" if goals.min_speedup == 1 else f"{goals.min_speedup:g} times as fast"
+    by_class, judged = "", ", judged"
+    if goals.max_class_drop is not None:
+        by_class = f" at most {goals.max_class_drop:g} in any class,"
+        judged = "; the last two are judged"
     return (
-        f"{whole} at most {limit:g} in any class, and at batch 1 at least {fast}; the last two are"
-        " judged by the lower end of the interval."
+        f"Goals: at most {goals.max_accuracy_drop:g} percentage points less accuracy,{by_class} and"
+        f" at batch 1 at least {fast}{judged} by the lower end of the interval."
     )
-
-
-def change(points: float) -> str:
-    """A drop in percentage points, in words."""
-    if points == 0:
-        return "as accurate as the unpruned network"
-    return f"{abs(points):.2f} points {'below' if points > 0 else 'above'} the unpruned network"
 
 
 def drop_sentences(report: Report) -> list[str]:
@@ -280,17 +273,11 @@ def changed_sentences(report: Report) -> list[str]:
     samples = report.accuracy.samples
     if not changed:
         return [f"Both networks predict the same class for all {samples:,} test images."]
-    counts = {title: len(found) for title, found in gallery(changed).items()}
-    parts = ", ".join(f"{title} {count:,}" for title, count in counts.items())
-    sentences = [
-        f"The predicted class differs for {len(changed):,} of {samples:,} test images: {parts}."
-    ]
+    parts = ", ".join(f"{title} {len(found):,}" for title, found in gallery(changed).items())
+    differs = f"The predicted class differs for {len(changed):,} of {samples:,} test images"
     shown = sum(found.image is not None for found in changed)
-    if shown < len(changed):
-        sentences.append(
-            f"{shown} of them are shown, from all classes in turn; the others are in report.json."
-        )
-    return sentences
+    some = f"{shown} of them are shown, from all classes in turn; the others are in report.json."
+    return [f"{differs}: {parts}.", *([some] if shown < len(changed) else [])]
 
 
 def latency_notes(report: Report) -> list[str]:
@@ -302,15 +289,12 @@ def latency_notes(report: Report) -> list[str]:
         " compact one."
     ]
     for entry in report.latency:
-        note = (
+        notes.append(
             f"Batch {entry.batch}: {entry.blocks} blocks of {entry.runs_per_block} runs of each"
             f" network, alternating. {entry.noise}"
+            + ("" if entry.warm else " The warm-up did not become steady in its time.")
+            + ("" if entry.p99_reliable else " Fewer than 200 runs: p99 is unreliable.")
         )
-        if not entry.warm:
-            note += " The warm-up did not become steady in its time."
-        if not entry.p99_reliable:
-            note += " Fewer than 200 runs: p99 is unreliable."
-        notes.append(note)
     return notes
 
 
@@ -369,10 +353,12 @@ def facts(report: Report) -> list[tuple[str, str, str]]:
     rows = []
     for entry in report.latency:
         speedup = entry.speedup
-        interval = f"{speedup.low:.2f} to {speedup.high:.2f}: {entry.verdict}"
-        rows.append((f"Speed-up, batch {entry.batch}", f"{speedup.median:.2f}×", interval))
+        between = f"{speedup.low:.2f} to {speedup.high:.2f}: {entry.verdict}"
+        rows.append((f"Speed-up, batch {entry.batch}", f"{speedup.median:.2f}×", between))
     drop = report.accuracy.drop
-    compared = change(drop.points) if drop else "no trained unpruned network to compare with"
+    compared = "no trained unpruned network to compare with"
+    if drop:
+        compared = f"{change(drop.points)} the unpruned network"
     rows.append(("Accuracy", percent(getattr(report.accuracy, report.accuracy.judged)), compared))
     (_, old, new), *larger = sizes(report)
     rows.append(("Residual blocks", f"{new} of {old}", f"{old - new} removed"))
@@ -392,12 +378,10 @@ def comparisons(entry: LatencyEntry) -> Iterator[tuple[str, ComparisonEntry]]:
 
 def precision_rows(report: Report) -> list[tuple[str, str]]:
     precision = report.precision
-    if precision.executed is not None:
-        executed = _types(precision.executed)
-    elif report.accuracy.engine is not None:
-        executed = "not reported by the runtime"
-    else:
-        executed = "not known: the engine is not built yet"
+    unknown = "not known: the engine is not built yet"
+    if report.accuracy.engine is not None:
+        unknown = "not reported by the runtime"
+    executed = unknown if precision.executed is None else _types(precision.executed)
     rows = [
         ("requested", precision.name),
         ("type of what is not quantized", precision.float),
@@ -459,14 +443,7 @@ def _flat(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str
 
 
 class StageStrip(NamedTuple):
-    """The blocks of one stage in the order of computation.
-
-    Attributes:
-        name: of the stage.
-        blocks: all of them.
-        alive: how many are computed.
-        names: of those that are computed, shortened: `0–3, 7`.
-    """
+    """The blocks of one stage in the order of computation; `names` of those that are computed."""
 
     name: str
     blocks: list[BlockEntry]

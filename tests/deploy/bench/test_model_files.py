@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -229,7 +230,7 @@ def test_a_batch_far_above_the_limit_costs_three_runs() -> None:
         report=reported.append,
     )
     assert reported == attempts
-    entries = [attempt.to_dict() for attempt in attempts]
+    entries = [asdict(attempt) for attempt in attempts]
     assert [(e["batch"], e["runs"] > 200, e["passed"]) for e in entries] == [
         (1, True, True),
         (2, False, False),
@@ -242,7 +243,7 @@ def test_a_batch_that_did_not_run_has_no_times() -> None:
     clock = Clock()
     file = made(seconds=lambda batch: 0.001, clock=clock)
     attempts = sweep_batches(file, 10, budget=0, clock=clock)
-    (failed,) = (attempt.to_dict() for attempt in attempts if attempt.batch == 512)
+    (failed,) = (asdict(attempt) for attempt in attempts if attempt.batch == 512)
     assert failed == {
         "batch": 512,
         "passed": False,

@@ -13,7 +13,7 @@ from eps_deploy import load_bundle
 from eps_deploy.engines.ort import OrtEngine
 from eps_deploy.export.export import Deployed
 from eps_deploy.pipeline.write import write_examples
-from eps_deploy.report.answers import GALLERY
+from eps_deploy.report.report import GALLERY
 from eps_train.data import dataset
 
 

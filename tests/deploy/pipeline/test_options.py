@@ -15,7 +15,7 @@ from eps_deploy.cli.deploy import main
 from eps_deploy.engines.trt import cache
 from eps_deploy.pipeline import builder
 from eps_deploy.pipeline.options import Options
-from eps_deploy.pipeline.pipeline import Deployment
+from eps_deploy.pipeline.pipeline import Deployment, TestSet
 from tests.commands import run
 from tests.deploy.engines.trt.builder import FLOAT, HALF, MODEL, Builder
 from tests.deploy.engines.trt.contract import VERSIONS, Version
@@ -23,7 +23,7 @@ from tests.deploy.engines.trt.contract import VERSIONS, Version
 
 @pytest.fixture
 def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Options as the command hands them to `pipeline.deploy`, by its arguments."""
+    """Options as the command hands them to `pipeline.deploy_files`, by its arguments."""
     given: list[Options] = []
 
     def deploy(options: Options, say: object) -> None:
@@ -31,7 +31,7 @@ def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         raise KeyboardInterrupt
 
     def parse(*args: object) -> Options:
-        monkeypatch.setattr("eps_deploy.pipeline.pipeline.deploy", deploy)
+        monkeypatch.setattr("eps_deploy.pipeline.pipeline.deploy_files", deploy)
         result = run("eps-deploy", main, *args, cwd=tmp_path)
         assert result.code == 130, result.stderr
         return given.pop()
@@ -68,9 +68,9 @@ def test_latency_is_measured_for_no_longer(options: Any, monkeypatch: pytest.Mon
     monkeypatch.setattr("eps_deploy.bench.latency.measure", call)
     variant = SimpleNamespace(engine=object())
     variants: Any = SimpleNamespace(baseline=variant, compact=variant)
-    test: Any = SimpleNamespace(images={0: None}, spread=lambda batch: 0)
-    inputs: Any = SimpleNamespace(compact=SimpleNamespace(data=None))
-    monkeypatch.setattr("eps_deploy.pipeline.write.as_sent", lambda image, data: None)
+    test = TestSet(images=np.zeros((1, 1, 8, 8), np.uint8), labels=np.zeros(1, np.int64))
+    data = SimpleNamespace(preprocessing=None, classes=())
+    inputs: Any = SimpleNamespace(compact=SimpleNamespace(data=data))
     asked = options("--engine", "ort", "--time-budget", 7.5)
     networks: Any = None
     deployment = Deployment(

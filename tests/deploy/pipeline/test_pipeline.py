@@ -25,6 +25,7 @@ from eps_deploy.export.export import Deployed
 from eps_deploy.export.types import layer_types
 from eps_deploy.pipeline import builder, write
 from eps_deploy.pipeline.inputs import find_inputs
+from eps_deploy.pipeline.pipeline import TestSet
 from eps_train.data import dataset
 from eps_train.gating import rewriting
 from eps_train.models.resnets import Normalize
@@ -365,6 +366,16 @@ def test_a_provider_that_is_not_here_is_refused_before_any_work(
     (line,) = result.stderr.splitlines()
     assert f"--provider {provider}: ONNX Runtime runs it on CPUExecutionProvider, not on" in line
     assert files_in(workshop) == before
+
+
+@pytest.mark.parametrize("total", [1, 5, 33, 359, 10_000])
+def test_samples_spread_over_the_whole_test_part(total: int) -> None:
+    test = TestSet(images=np.zeros((total, 1, 1, 1), np.uint8), labels=np.zeros(total, np.int64))
+    picked = test.spread(33)
+    assert len(picked) == 33
+    assert picked.min() == 0
+    assert picked.max() == total - 1
+    assert len(set(picked.tolist())) == min(total, 33)
 
 
 def test_a_killed_run_leaves_nothing(workshop: Path, monkeypatch: pytest.MonkeyPatch) -> None:

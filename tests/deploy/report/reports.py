@@ -15,11 +15,10 @@ import numpy as np
 from eps_core.checks import Parity
 from eps_core.machine import Conditions, GpuReading, Range
 from eps_core.stats import Interval
-from eps_deploy.bench.accuracy import Answers, Classes, Correct, accuracy_drop
+from eps_deploy.bench.accuracy import Answers, Classes, Correct
 from eps_deploy.bench.latency import LatencyResult, Times
 from eps_deploy.precision import PRECISIONS
 from eps_deploy.report import report
-from eps_deploy.report.answers import answers_entry, class_check
 
 BLOCKS = [f"stages.{stage}.{index}" for stage in range(3) for index in range(9)]
 DEAD = [
@@ -161,18 +160,18 @@ def make_report(
     engine = baseline.copy()
     engine[:lost] = False
     engine[samples - won :] = True
-    drop = accuracy_drop(baseline, engine, limit)
+    accuracy_check, drop = report.accuracy_check(baseline, engine, limit)
     checks = [check for check in map(report.parity_check, parities) if check is not None]
-    checks.append(report.accuracy_check(drop))
+    checks.append(accuracy_check)
     labels = np.arange(samples) % len(classes)
-    answers = answers_entry(
+    answers = report.answers_entry(
         labels,
         classes,
         answered(labels, baseline, len(classes)),
         answered(labels, engine, len(classes)),
     )
     if class_limit is not None:
-        checks.append(class_check(answers, class_limit))
+        checks.append(report.class_check(answers, class_limit))
     if timings:
         checks.append(report.speedup_check(timings[0], goal))
     found = {
@@ -201,7 +200,7 @@ def make_report(
             "samples": samples,
             "judged": "engine",
             "agreement": 1.0,
-            "drop": report.drop_entry(drop),
+            "drop": msgspec.to_builtins(drop),
         },
         "answers": msgspec.to_builtins(answers),
         "parity": [report.parity_entry(stage) for stage in parities],

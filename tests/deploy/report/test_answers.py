@@ -14,7 +14,7 @@ from sklearn.metrics import confusion_matrix, recall_score, top_k_accuracy_score
 from eps_core.stats import paired_difference
 from eps_deploy.bench.accuracy import Answers, Classes, answers
 from eps_deploy.engines.base import Images, Logits
-from eps_deploy.report.answers import (
+from eps_deploy.report.report import (
     GALLERY,
     answers_entry,
     calibration_error,

@@ -10,13 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eps_deploy.report.charts import class_chart, drop_chart, speedup_chart, times_chart
-from eps_deploy.report.formatting import (
-    comparisons,
-    listed_classes,
-    number_ranges,
-    stage_strips,
-)
+from eps_deploy.report.formatting import number_ranges, stage_strips
+from eps_deploy.report.render import class_chart, drop_chart, speedup_chart, times_chart
 from eps_deploy.report.schema import parse
 from tests.deploy.report.reports import deep, deferred, make_report, on_a_gpu, without_baseline
 
@@ -48,18 +43,15 @@ class Chart:
 
 
 def drop(found: dict[str, Any]) -> Chart:
-    return Chart(drop_chart(parse(found), "passed"))
+    return Chart(drop_chart(parse(found)))
 
 
 def by_class(found: dict[str, Any]) -> Chart:
-    report = parse(found)
-    return Chart(class_chart(report, listed_classes(report)))
+    return Chart(class_chart(parse(found)))
 
 
 def speedups(found: dict[str, Any]) -> Chart:
-    report = parse(found)
-    rows = [(f"batch {e.batch}, {t}", c) for e in report.latency for t, c in comparisons(e)]
-    return Chart(speedup_chart(report, rows))
+    return Chart(speedup_chart(parse(found)))
 
 
 @settings(max_examples=15)
@@ -98,8 +90,8 @@ def test_a_limit_far_away_does_not_squeeze_the_interval() -> None:
 
 
 def test_nothing_to_draw() -> None:
-    assert drop_chart(parse(without_baseline()), "waiting") is None
-    assert speedup_chart(parse(deferred()), []) is None
+    assert drop_chart(parse(without_baseline())) is None
+    assert speedup_chart(parse(deferred())) is None
 
 
 def test_each_class_has_its_interval() -> None:
@@ -111,7 +103,7 @@ def test_each_class_has_its_interval() -> None:
     assert chart.texts("label")[1].startswith("b" * 31 + "…: ")
     assert chart.spans("goal") == chart.spans("whisker") == []
     assert len(chart.spans("reported")) == 2 * 4
-    assert class_chart(parse(without_baseline()), []) is None
+    assert class_chart(parse(without_baseline())) is None
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,10 @@ from jsonschema import Draft202012Validator
 
 from eps_core.checks import Check
 from eps_core.stats import Interval
-from eps_deploy.bench.accuracy import Drop, accuracy_drop
+from eps_deploy.bench.accuracy import Correct
 from eps_deploy.report import report
 from eps_deploy.report.render import verdict_line
+from eps_deploy.report.report import accuracy_check
 from eps_deploy.report.schema import json_schema, parse
 from tests.deploy.report.reports import PROVOKED, latency, make_report, parity
 
@@ -32,9 +33,14 @@ def problems(found: dict[str, Any]) -> list[str]:
     return [f"{error.json_path}: {error.message}" for error in VALIDATOR.iter_errors(found)]
 
 
-def dropped(lost: int, total: int) -> Drop:
-    engine = np.arange(total) >= lost
-    return accuracy_drop(np.ones(total, dtype=bool), engine, limit=0.5)
+def outcomes(total: int, wrong: Iterable[int]) -> Correct:
+    right = np.ones(total, dtype=bool)
+    right[list(wrong)] = False
+    return right
+
+
+def dropped(lost: int, total: int) -> Check:
+    return accuracy_check(outcomes(total, []), outcomes(total, range(lost)), limit=0.5)[0]
 
 
 def checked(stage: Any) -> Check:
@@ -65,7 +71,7 @@ def test_a_stage_without_a_limit_is_reported_and_not_judged() -> None:
 
 
 def test_accuracy_check_says_when_there_are_too_few_images() -> None:
-    few, many = report.accuracy_check(dropped(0, 359)), report.accuracy_check(dropped(0, 10_000))
+    few, many = dropped(0, 359), dropped(0, 10_000)
     assert (few.passed, few.conclusive, many.passed, many.conclusive) == (True, False, True, True)
     assert "too few images to tell" in few.detail
     assert "too few" not in many.detail
@@ -73,17 +79,66 @@ def test_accuracy_check_says_when_there_are_too_few_images() -> None:
 
 
 def test_there_is_no_minus_before_nothing() -> None:
-    drop = dropped(10, 1000)
-    points = replace(drop.points, low=-0.001)
-    assert (
-        "interval of the drop +0.00 to"
-        in report.accuracy_check(replace(drop, points=points)).detail
-    )
+    check, drop = accuracy_check(outcomes(1564, range(3)), outcomes(1564, range(3, 13)), limit=0.5)
+    assert -0.005 < drop.low < 0
+    assert "interval of the drop +0.00 to" in check.detail
 
 
 def test_accuracy_check_says_which_way() -> None:
-    assert "1.00 points below the baseline" in report.accuracy_check(dropped(10, 1000)).detail
-    assert not report.accuracy_check(dropped(10, 1000)).passed
+    assert "1.00 points below the baseline" in dropped(10, 1000).detail
+    assert not dropped(10, 1000).passed
+
+
+def test_the_drop_is_paired() -> None:
+    """Two images lost, one gained, of 400: half a point less one quarter."""
+    check, drop = accuracy_check(outcomes(400, [0]), outcomes(400, [1, 2]), limit=0.5)
+    assert (drop.only_baseline_right, drop.only_engine_right) == (2, 1)
+    assert drop.points == check.value == pytest.approx(0.25)
+    assert drop.low < 0 < drop.points < drop.high
+
+
+def test_images_that_both_get_wrong_do_not_count() -> None:
+    both = list(range(50))
+    some, none = (accuracy_check(outcomes(400, w), outcomes(400, w), 0.5) for w in (both, []))
+    assert some == none
+
+
+def test_few_images_pass_without_being_conclusive() -> None:
+    """With equal answers on 359 images the drop might still be 1.06 points."""
+    check, drop = accuracy_check(outcomes(359, []), outcomes(359, []), limit=0.5)
+    assert check.passed
+    assert not check.conclusive
+    assert not drop.conclusive
+    assert drop.high == pytest.approx(1.06, abs=0.005)
+
+
+def test_many_images_are_conclusive() -> None:
+    check, drop = accuracy_check(outcomes(10_000, []), outcomes(10_000, []), limit=0.5)
+    assert check.passed
+    assert check.conclusive
+    assert drop.conclusive
+
+
+def test_a_drop_above_the_limit_fails_even_if_it_may_be_chance() -> None:
+    check, drop = accuracy_check(outcomes(359, []), outcomes(359, [7, 8]), limit=0.5)
+    assert drop.points == pytest.approx(200 / 359)
+    assert not check.passed
+    assert not check.conclusive
+
+
+def test_a_large_drop_fails_for_sure() -> None:
+    check, _ = accuracy_check(outcomes(359, []), outcomes(359, list(range(40))), limit=0.5)
+    assert not check.passed
+    assert check.conclusive
+
+
+def test_a_drop_of_exactly_the_limit_passes() -> None:
+    assert accuracy_check(outcomes(200, []), outcomes(200, [3]), limit=0.5)[0].passed
+    assert accuracy_check(outcomes(1000, []), outcomes(1000, [1, 2, 3]), limit=0.3)[0].passed
+
+
+def test_a_better_engine_passes_a_limit_of_zero() -> None:
+    assert accuracy_check(outcomes(100, [1, 2]), outcomes(100, [1]), limit=0.0)[0].passed
 
 
 def test_the_speedup_s_lower_end_is_judged() -> None:
