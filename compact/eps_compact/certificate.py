@@ -189,7 +189,7 @@ def certificate(
         "proof": [_proof_entry(proof) for proof in proofs if proof.stage == REWRITING],
         "folding": None if folded is None else {"bound": BOUND, **folded, "proof": folding},
         "live": kept,
-        "flicker": msgspec.json.decode(msgspec.json.encode(statistics.gap)),
+        "flicker": as_json(statistics.gap),
         "counts": counts,
         "network": network,
         "data": {
@@ -202,6 +202,11 @@ def certificate(
         "versions": dict(checkpoint.versions),
         "made_with": current_versions(),
     }
+
+
+def as_json(record: object) -> Any:
+    """Return a record as JSON holds it: lists for tuples, None for what is no number."""
+    return msgspec.json.decode(msgspec.json.encode(record))
 
 
 def prune_records(checkpoint: Checkpoint) -> list[dict[str, Any]]:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from eps_compact.analysis.selection import SAMPLES, PruneOptions
 from eps_core import cli as console
 from eps_core.errors import ConfigError, DataError, FileFormatError, naming
+from eps_train.gating.targets import TARGETS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from eps_compact.analysis.selection import Selection
     from eps_compact.compaction import Compaction
 
+SAMPLES = 1000  # default of --samples
 NEAREST = 5  # live blocks in the table of those nearest to being pruned
 
 
@@ -35,9 +37,34 @@ class Request:
     no_data: bool
     no_fold: bool
     closed_at_least: float
-    live_blocks: PruneOptions
+    importance: bool
+    sweep: bool
+    target_parameters: float | None
+    target_flops: float | None
+    target_latency: float | None
+    target_speedup: float | None
+    max_accuracy_drop: float | None
+    finetune_epochs: int
+    samples: int | None
+    timer: str | None
+    device: str | None
     exports: tuple[str, ...]
     force: bool
+
+    @property
+    def goal(self) -> dict[str, float]:
+        """The options that select a network of the sweep, by the fields of `Goal`."""
+        values = {name: getattr(self, name) for name in (*TARGETS, "max_accuracy_drop")}
+        return {name: value for name, value in values.items() if value is not None}
+
+    @property
+    def sweeps(self) -> bool:
+        return self.sweep or bool(self.goal)
+
+    @property
+    def measures(self) -> bool:
+        """Whether live blocks are left out and timed."""
+        return self.importance or self.sweeps
 
     @property
     def files(self) -> dict[str, Path]:
@@ -48,22 +75,46 @@ class Request:
             "picture": self.output.with_suffix(".png"),
         }
         files |= {f"export_{kind}": self.output.with_suffix(f".{kind}") for kind in self.exports}
-        if self.live_blocks.sweeps:
+        if self.sweeps:
             files["pareto"] = self.output.with_name("pareto.png")
-        if self.live_blocks.finetune_epochs:
+        if self.finetune_epochs:
             files["tuned"] = self.output.with_name("tuned.pt")
-        if self.live_blocks.selects:
+        if self.goal:
             files["cut"] = self.output.with_name("cut.pt")
         return files
 
     def check(self) -> None:
         """Raise EpsError for what is impossible or refused, before any work."""
         console.refuse_missing(self.checkpoint)
+        self._check_options()
+        if not self.dry_run:
+            self._check_files()
+
+    def _check_options(self) -> None:
         if self.no_data and self.data_root is not None:
             raise ConfigError("--no-data: looks at no images; leave out --data-root")
-        self.live_blocks.check(no_data=self.no_data)
-        if self.dry_run:
-            return
+        given = [name for name in ("importance", "sweep") if getattr(self, name)]
+        given += [*self.goal, *(["finetune_epochs"] if self.finetune_epochs else [])]
+        if self.no_data and given:
+            option = given[0].replace("_", "-")
+            raise ConfigError(f"--no-data: --{option} needs the held-out images; leave one out")
+        if self.target_latency is not None and self.target_speedup is not None:
+            raise ConfigError(
+                "--target-latency and --target-speedup contradict each other: both set the latency;"
+                " leave one of them out"
+            )
+        for option in ("samples", "timer"):
+            if getattr(self, option) is not None and not self.measures:
+                raise ConfigError(
+                    f"--{option}: only applies to --importance and --sweep; give one of them too"
+                )
+        if self.device is not None and not given:
+            raise ConfigError(
+                "--device: only applies to --importance, --sweep and --finetune-epochs; give one"
+                " of them too"
+            )
+
+    def _check_files(self) -> None:
         files = self.files
         for name, what in (("certificate", "certificate"), ("picture", "block map")):
             if self.output == files[name]:
@@ -85,6 +136,13 @@ class Request:
                     f"{path}: would overwrite the checkpoint; name another file with -o"
                 )
         console.refuse_existing(files.values(), self.force)
+
+
+_target = partial(
+    click.option,
+    metavar="SHARE",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+)
 
 
 @click.command()
@@ -117,23 +175,17 @@ class Request:
     is_flag=True,
     help="Report accuracy against size as live blocks are removed one by one; draws pareto.png.",
 )
-@click.option(
+@_target(
     "--target-parameters",
-    metavar="SHARE",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
     help="Prune live blocks along the sweep to this share of the parameters: not lossless.",
 )
-@click.option(
+@_target(
     "--target-flops",
-    metavar="SHARE",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
     help="Prune live blocks along the sweep to this share of the floating-point operations: not"
     " lossless.",
 )
-@click.option(
+@_target(
     "--target-latency",
-    metavar="SHARE",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
     help="Prune live blocks along the sweep to this share of the measured latency: not lossless.",
 )
 @click.option(
@@ -202,12 +254,8 @@ def cli(checkpoint: Path, output: Path | None, as_json: bool, **options: Any) ->
     rounding only: at most 1e-5 of the largest. Otherwise nothing is written and the exit status
     is 3.
     """
-    named = {field.name: options.pop(field.name) for field in fields(PruneOptions)}
     request = Request(
-        checkpoint=checkpoint,
-        output=output or checkpoint.parent / "compact.pt",
-        live_blocks=PruneOptions(**named),
-        **options,
+        checkpoint=checkpoint, output=output or checkpoint.parent / "compact.pt", **options
     )
     request.check()
 
@@ -227,9 +275,9 @@ def cli(checkpoint: Path, output: Path | None, as_json: bool, **options: Any) ->
         log.print("dry run: nothing was written")
     else:
         written = _write(request, done, selection)
-        log.print(f"written: {', '.join(written.values())}", markup=False)
+        log.print(f"written: {', '.join(written.values())}")
     if as_json:
-        certificate = done.artifact.certificate
+        certificate = done.certificate
         parts = ("lossless", "evidence", "removed_live", "accuracy", "flicker", "live", "proof")
         summary = {
             "passed": True,
@@ -249,18 +297,20 @@ def main() -> NoReturn:
 
 def _compact(request: Request, log: Console) -> tuple[Compaction, Selection]:
     """Select, compact and measure; shows the tables of importance and sweep."""
-    from eps_compact.analysis.selection import Selection, select
+    from eps_compact.analysis.importance import measure_importance
+    from eps_compact.analysis.importance import table as importance_table
+    from eps_compact.analysis.selection import Selection, select, tune
+    from eps_compact.analysis.sweep import Goal, class_table, table
+    from eps_compact.certificate import as_json
     from eps_compact.compaction import compact_checkpoint
     from eps_train.data.dataset import load_again
+    from eps_train.gating.costs import make_timer
     from eps_train.training import forward
     from eps_train.training.checkpoint import Checkpoint
 
-    def report(line: str) -> None:
-        log.print(line, markup=False)
-
-    options = request.live_blocks
-    device = forward.choose(options.device or "auto")
-    path = request.checkpoint
+    report = log.print
+    device = forward.choose(request.device or "auto")
+    path, samples = request.checkpoint, request.samples or SAMPLES
     checkpoint = Checkpoint.load(path)
     selection = Selection(checkpoint=checkpoint)
     data = timer = None
@@ -269,11 +319,17 @@ def _compact(request: Request, log: Console) -> tuple[Compaction, Selection]:
             data = load_again(checkpoint.data, request.data_root)
         except DataError as error:
             raise DataError(f"{error}; or add --no-data") from error
-        if options.measures:
-            from eps_train.gating.costs import make_timer
-
-            timer = make_timer(options.timer, checkpoint.data, report)
-        selection = select(checkpoint, data, options, timer, device, report)
+        if request.measures:
+            timer = make_timer(request.timer, checkpoint.data, report)
+        if request.sweeps and timer is not None:
+            goal = Goal(**request.goal) if request.goal else None
+            selection = select(
+                checkpoint, data, goal, samples=samples, timer=timer, device=device, report=report
+            )
+        if epochs := request.finetune_epochs:
+            selection = tune(
+                selection, data, epochs=epochs, teacher=checkpoint, device=device, report=report
+            )
     if selection.checkpoint is not checkpoint:  # the one that the certificate names
         path = request.files["cut" if selection.tuned is None else "tuned"]
         if not request.dry_run:
@@ -292,24 +348,20 @@ def _compact(request: Request, log: Console) -> tuple[Compaction, Selection]:
         raise FileFormatError(f"{path}: {error}") from error
     done.artifact.certificate |= selection.to_dict()
     if selection.sweep is not None:
-        from eps_compact.analysis import curve
-
-        log.print(curve.table(selection.sweep))
-        log.print(curve.class_table(selection.sweep))
-    if options.importance and data is not None:
-        from eps_compact.analysis import importance
-
-        found = importance.measure_importance(
+        log.print(table(selection.sweep))
+        log.print(class_table(selection.sweep))
+    if request.importance and data is not None and timer is not None:
+        found = measure_importance(
             selection.checkpoint,
             data.validation,
-            samples=options.samples or SAMPLES,
+            samples=samples,
+            timer=timer,
             live=done.live,
             device=device,
-            timer=timer,
             report=report,
         )
-        log.print(importance.table(found))
-        done.artifact.certificate["importance"] = found.to_dict()
+        log.print(importance_table(found))
+        done.artifact.certificate["importance"] = as_json(found)
     return done, selection
 
 
@@ -333,18 +385,22 @@ def _write(request: Request, done: Compaction, selection: Selection) -> dict[str
 
     files, title = request.files, _title(done)
     image = plots.draw_blocks(done.blocks, title)
-    main = [files[name] for name in ("compact", "certificate", "picture")]
-    staged = {path: path.with_name(f".{path.name}.new") for path in main}
+
+    def write_certificate(path: Path) -> None:
+        content = json.dumps(done.artifact.certificate_file(), indent=2, allow_nan=False) + "\n"
+        replace_file(path, content.encode())
+
+    writers: dict[Path, Callable[[Path], object]] = {
+        files["compact"]: done.artifact.save,
+        files["certificate"]: write_certificate,  # after the artifact, whose digest it has
+        files["picture"]: lambda path: replace_file(path, image),
+    }
+    staged = {path: path.with_name(f".{path.name}.new") for path in writers}
     placed = []
     try:
-        with naming(files["compact"]):
-            done.artifact.save(staged[files["compact"]])
-        # After the artifact, whose digest it has.
-        content = json.dumps(done.artifact.certificate_file(), indent=2, allow_nan=False) + "\n"
-        with naming(files["certificate"]):
-            replace_file(staged[files["certificate"]], content.encode())
-        with naming(files["picture"]):
-            replace_file(staged[files["picture"]], image)
+        for path, write in writers.items():
+            with naming(path):
+                write(staged[path])
         for path, aside in staged.items():
             new = not path.exists()
             with naming(path):
@@ -359,7 +415,7 @@ def _write(request: Request, done: Compaction, selection: Selection) -> dict[str
         for aside in staged.values():
             aside.unlink(missing_ok=True)
     for kind in request.exports:
-        export(done.artifact, files[f"export_{kind}"], kind, force=request.force)
+        export(done.artifact, files[f"export_{kind}"], kind)
     if selection.sweep is not None:
         replace_file(files["pareto"], plots.draw_pareto(selection.sweep, title, selection.point))
     if selection.tuned is None:  # not asked for, or discarded
@@ -377,7 +433,7 @@ def _title(done: Compaction) -> str:
     parameters, blocks = done.counts["parameters"], done.counts["blocks"]
     if not done.removed:
         return f"{blocks['before']} blocks, none removed: {parameters['before']:,} parameters"
-    certificate = done.artifact.certificate
+    certificate = done.certificate
     exact = certificate["lossless"] and "finetune" not in certificate
     lossy = "" if exact else ", not lossless"
     return (
@@ -391,27 +447,27 @@ def _show(done: Compaction, log: Console) -> None:
 
     if not done.removed:
         log.print("no block is dead: only gates and side head are removed")
-    names = {"blocks": "blocks", "parameters": "parameters", "flops": "FLOPs an image"}
     rows = [
         (name, f"{counts['before']:,}", f"{counts['after']:,}", _left(counts))
-        for name, counts in ((name, done.counts[key]) for key, name in names.items())
+        for name, counts in (
+            ("blocks", done.counts["blocks"]),
+            ("parameters", done.counts["parameters"]),
+            ("FLOPs an image", done.counts["flops"]),
+        )
     ]
     log.print(console.table("Compacted", ("", "before", "after", "left"), rows))
-    log.print(f"block map: {LEGEND}\n{strip(done.blocks)}", markup=False)
-    ranked = sorted(
-        ((block.ratio, block) for block in done.live if block.ratio is not None),
-        key=lambda pair: pair[0],
-    )
-    if ranked:
+    log.print(f"block map: {LEGEND}\n{strip(done.blocks)}")
+    measured = [block for block in done.live if block.ratio is not None]
+    if nearest := sorted(measured, key=lambda block: block.ratio or 0.0)[:NEAREST]:
         rows = [
-            (block.block, f"{ratio:.2f} ε", f"{block.quiet or 0:.0%}", _closed(block.closed))
-            for ratio, block in ranked[:NEAREST]
+            (block.block, f"{block.ratio:.2f} ε", f"{block.quiet or 0:.0%}", _closed(block.closed))
+            for block in nearest
         ]
         columns = ("block", "largest |F|", "images under ε", "steps closed, last epoch")
-        title = f"Live blocks nearest to being pruned ({ranked[0][1].samples:,} held-out images)"
+        title = f"Live blocks nearest to being pruned ({nearest[0].samples:,} held-out images)"
         log.print(console.table(title, columns, rows))
-    for line in _statements(done.artifact.certificate):
-        log.print(line, markup=False)
+    for line in _statements(done.certificate):
+        log.print(line)
 
 
 def _statements(certificate: dict[str, Any]) -> Iterator[str]:

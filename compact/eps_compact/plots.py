@@ -15,7 +15,7 @@ from eps_train.training.plots import CLOSED, DEAD, OPEN, log_scale, new_figure, 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from eps_compact.analysis.curve import Point, Sweep
+    from eps_compact.analysis.sweep import Point, Sweep
 
 # -- The block map: every residual block of the network as it was built, and its state
 

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -22,7 +21,7 @@ from eps_core.errors import ConfigError
 from eps_core.stats import Interval, paired_difference, paired_mean
 from eps_train.data.images import ImageSet, Part
 from eps_train.gating import rewriting
-from eps_train.gating.costs import Timer, TorchTimer, block_times, branch_costs
+from eps_train.gating.costs import Timer, block_times, branch_costs
 from eps_train.gating.gate import EpsilonGate
 from eps_train.models.cifar import Normalize
 from eps_train.training.checkpoint import Checkpoint
@@ -118,7 +117,12 @@ def accuracy_drop(before: Predictions, after: Predictions) -> Interval:
     """Points of accuracy lost, on the same images, with Tango's 95 % interval."""
     only_before = int((before.correct & ~after.correct).sum())
     only_after = int((after.correct & ~before.correct).sum())
-    share = paired_difference(only_before, only_after, len(before.correct))
+    return points_lost(only_before, only_after, len(before.correct))
+
+
+def points_lost(lost: int, won: int, total: int) -> Interval:
+    """Points of accuracy lost by `total` images, of which `lost` got wrong and `won` right."""
+    share = paired_difference(lost, won, total)
     return Interval(100 * share.value, 100 * share.low, 100 * share.high)
 
 
@@ -232,7 +236,7 @@ class Importance:
     """Importance of every live block.
 
     Attributes:
-        entries: in the order of computation.
+        entries: the blocks, in the order of computation.
         accuracy, loss: of the network with all of them, on the same images (0..1; cross-entropy).
         samples: held-out images that each block was left out on.
         available: held-out images in all.
@@ -248,20 +252,15 @@ class Importance:
     timer: str
     seconds: float
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return it as JSON holds it."""
-        found: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(self))
-        return found
-
 
 def measure_importance(
     checkpoint: Checkpoint,
     validation: Part,
     *,
     samples: int,
+    timer: Timer,
     live: Iterable[BlockEvidence] = (),
     device: torch.device = CPU,
-    timer: Timer | None = None,
     report: Log = lambda line: None,
 ) -> Importance:
     """Measure what every live block of a checkpoint's network costs and contributes.
@@ -270,9 +269,9 @@ def measure_importance(
         checkpoint: gated, or plain: then all of its residual blocks are measured.
         validation: its validation part.
         samples: images of it to leave blocks out on; see :func:`evaluation_samples`.
+        timer: measures the times.
         live: their responses, from `evidence.block_evidence`, for `ratio`.
         device: where to compute.
-        timer: measures the times; a `TorchTimer` by default.
         report: receives progress, a line at a time.
 
     Raises:
@@ -280,7 +279,6 @@ def measure_importance(
         FileFormatError: the checkpoint's tensors are not those of its network.
         GraphError: `timer` cannot run the network.
     """
-    timer = timer or TorchTimer(checkpoint.data)
     model = live_network(checkpoint)
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     costs = branch_costs(model, checkpoint.data.input_shape)

@@ -120,7 +120,7 @@ def test_everything_is_computed_on_the_device_that_is_named(
     assert moved >= {
         "eps_compact.analysis.sweep",
         "eps_compact.analysis.importance",
-        "eps_compact.analysis.finetune",
+        "eps_compact.analysis.selection",
     }
     assert "eps_train.training.trainer" in moved
     assert compact(folder, "--force").code == 0
