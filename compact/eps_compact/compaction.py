@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from eps_compact import certificate, evidence
-from eps_compact.artifact import CompactArtifact
-from eps_compact.certificate import fingerprint
-from eps_compact.evidence import ActivationStatistics, BlockEvidence
+from eps_compact.artifact import CompactArtifact, fingerprint
+from eps_compact.certificate import (
+    BATCHES,
+    BOUND,
+    FOLDING,
+    REWRITING,
+    ActivationStatistics,
+    BlockEvidence,
+    as_json,
+    blocks_beyond,
+    check_evidence,
+    measure_activations,
+    prove,
+    prune_records,
+)
 from eps_compact.plots import Block, block_map
 from eps_core.checks import Parity
 from eps_core.cli import Log
@@ -23,8 +34,8 @@ from eps_train.gating import rewriting
 from eps_train.gating.folding import fold
 from eps_train.gating.pruner import BlockPruner
 from eps_train.models.cifar import Normalize
-from eps_train.models.spec import NetworkSpec, cost, count_parameters
-from eps_train.training.checkpoint import Checkpoint
+from eps_train.models.spec import cost, count_parameters
+from eps_train.training.checkpoint import Checkpoint, current_versions
 
 PROOF_IMAGES = 256  # held-out images for the proofs at most, spread over all
 
@@ -49,14 +60,20 @@ class Compaction:
     proofs: tuple[Parity, ...]
     statistics: ActivationStatistics
 
+    def build(self) -> fx.GraphModule:
+        """Build the compact network, in evaluation mode, on the CPU: plain layers, no gates."""
+        return self.artifact.build()
+
     @property
     def certificate(self) -> dict[str, Any]:
         """Evidence for every removed block and proof of equal logits, as plain data."""
         return self.artifact.certificate
 
-    def build(self) -> fx.GraphModule:
-        """Build the compact network, in evaluation mode, on the CPU: plain layers, no gates."""
-        return self.artifact.build()
+    @property
+    def counts(self) -> Counts:
+        """Blocks, parameters and FLOPs; see :func:`counts`."""
+        found: Counts = self.certificate["counts"]
+        return found
 
     @property
     def removed(self) -> tuple[str, ...]:
@@ -68,12 +85,6 @@ class Compaction:
         """The blocks that keep their branch although they have a gate."""
         found = self.statistics
         return tuple(block for block in found.live if block.block not in found.beyond)
-
-    @property
-    def counts(self) -> Counts:
-        """Blocks, parameters and FLOPs; see :func:`counts`."""
-        found: Counts = self.artifact.certificate["counts"]
-        return found
 
 
 def compact(model: nn.Module, dead: Iterable[str] | None = None) -> fx.GraphModule:
@@ -149,9 +160,8 @@ def compact_checkpoint(
             only the training record and random images are used.
         checkpoint_path: path of the checkpoint for the artifact, relative to its own folder.
         folding: fold batch norms into the convolutions before them.
-        closed_at_least, also: live blocks to remove too, see `evidence.blocks_beyond`; the result
-            is then not lossless, and the certificate says so.
-        report: receives progress, a line at a time.
+        closed_at_least, also: live blocks to remove too, see `blocks_beyond`; the result is then
+            not lossless, and the certificate says so.
 
     Raises:
         ProofError: the evidence or a proof fails.
@@ -159,9 +169,9 @@ def compact_checkpoint(
         FileFormatError: the checkpoint's tensors are not those of its network.
         GraphError: `also` names a block that has no gate.
     """
-    certificate.check_evidence(checkpoint)
+    check_evidence(checkpoint)
     gated = checkpoint.build_gated().eval()
-    beyond = evidence.blocks_beyond(checkpoint, closed_at_least, also)
+    beyond = blocks_beyond(checkpoint, closed_at_least, also)
     removed = {*checkpoint.network.removed, *checkpoint.dead, *beyond}
     # A network that was fine-tuned after its compaction has no gates where blocks are gone.
     blocks = checkpoint.network.all_blocks() if checkpoint.network.removed else ()
@@ -184,24 +194,17 @@ def compact_checkpoint(
 
     # What is proven is the network that a reader of the file will build, not the one at hand here.
     shipped = artifact.build()
-    sizes = ", ".join(map(str, certificate.BATCHES))
-    report(f"proving that the logits stay equal at batches {sizes}")
-    shape = checkpoint.data.input_shape
+    report(f"proving that the logits stay equal at batches {', '.join(map(str, BATCHES))}")
     normalize = Normalize.of(checkpoint.data)
     rewritten, refolded = (plain, shipped) if artifact.folded else (shipped, None)
-    proofs = certificate.prove(shut, rewritten, normalize, proof_images(heldout, shape), refolded)
+    images = proof_images(heldout, checkpoint.data.input_shape)
+    proofs = prove(shut, rewritten, normalize, images, refolded)
     if heldout is not None:
         live = len(checkpoint.gates) - len(checkpoint.dead)
         report(f"measuring {live} live blocks on {len(heldout):,} held-out images")
-    statistics = evidence.measure_activations(checkpoint, gated, shut, normalize, heldout, beyond)
-    artifact.certificate = certificate.certificate(
-        checkpoint,
-        proofs=proofs,
-        statistics=statistics,
-        closed_at_least=closed_at_least,
-        counts=counts(checkpoint.network, artifact.network.removed, plain, shape),
-        folded=folded_counts(artifact, shipped),
-        network=fingerprint(shipped),
+    statistics = measure_activations(checkpoint, gated, shut, normalize, heldout, beyond)
+    artifact.certificate = _certificate(
+        checkpoint, artifact, plain, shipped, proofs, statistics, closed_at_least
     )
     return Compaction(
         artifact=artifact,
@@ -212,25 +215,71 @@ def compact_checkpoint(
     )
 
 
-def counts(
-    built: NetworkSpec,
-    removed: Collection[str],
-    plain: nn.Module,
-    input_shape: tuple[int, int, int],
-) -> Counts:
+def _certificate(
+    checkpoint: Checkpoint,
+    artifact: CompactArtifact,
+    plain: fx.GraphModule,
+    shipped: fx.GraphModule,
+    proofs: tuple[Parity, ...],
+    statistics: ActivationStatistics,
+    closed_at_least: float,
+) -> dict[str, Any]:
+    """Return the certificate as plain data; see docs/files.md."""
+    live = [{**asdict(block), "ratio": block.ratio} for block in statistics.live]
+    proven: dict[str, list[dict[str, Any]]] = {REWRITING: [], FOLDING: []}
+    for proof in proofs:
+        proven[proof.stage].append(
+            {
+                "step": proof.stage,
+                "inputs": proof.inputs,
+                "batch": proof.worst_batch,
+                "images": proof.samples,
+                "equal": proof.max_abs == 0,
+                "max_abs": proof.max_abs,
+                "relative": proof.relative,
+                "bound": proof.limit,
+            }
+        )
+    heldout = " and held-out images" if statistics.images else " alone"
+    folded = folded_counts(artifact, shipped)
+    data = checkpoint.data
+    return {
+        "lossless": not statistics.beyond,
+        "evidence": f"training record{heldout}",
+        "relative_epsilon": checkpoint.relative_epsilon,
+        "heldout": statistics.images,
+        "removed": prune_records(checkpoint),
+        "closed_at_least": closed_at_least,
+        "removed_live": [entry for entry in live if entry["block"] in statistics.beyond],
+        "accuracy": statistics.accuracy,
+        "proof": proven[REWRITING],
+        "folding": folded and {"bound": BOUND, **folded, "proof": proven[FOLDING]},
+        "live": [entry for entry in live if entry["block"] not in statistics.beyond],
+        "flicker": as_json(statistics.gap),
+        "counts": counts(checkpoint, artifact.network.removed, plain),
+        "network": fingerprint(shipped),
+        "data": {
+            "name": data.name,
+            "sha256": data.sha256,
+            "split_seed": data.split_seed,
+            "sizes": dict(data.sizes),
+        },
+        "checkpoint": checkpoint.digest,
+        "versions": dict(checkpoint.versions),
+        "made_with": current_versions(),
+    }
+
+
+def counts(checkpoint: Checkpoint, removed: Collection[str], plain: nn.Module) -> Counts:
     """Count `blocks`, `parameters` and `flops` (of one image), each `before` and `after`.
 
-    Before is the network at full depth, without the side head, which is never deployed.
-
-    Args:
-        built: the network as it was built.
-        removed: its blocks that are removed.
-        plain: the compact network, not folded.
-        input_shape: `[C, H, W]` of an image.
+    Before is the network at full depth, without the side head, which is never deployed; after is
+    `plain`, the compact network without folding, which lacks the blocks `removed`.
     """
-    skeleton = built.skeleton()
+    shape = checkpoint.data.input_shape
+    skeleton = checkpoint.network.skeleton()
     blocks = len(rewriting.gates(skeleton))
-    before, after = cost(skeleton, input_shape), cost(plain, input_shape)
+    before, after = cost(skeleton, shape), cost(plain, shape)
     return {
         "blocks": {"before": blocks, "after": blocks - len(removed)},
         "parameters": {"before": before.parameters, "after": after.parameters},

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal
 
-from eps_compact.evidence import BlockEvidence
+from eps_compact.certificate import BlockEvidence
 from eps_train.gating import rewriting
 from eps_train.training.checkpoint import Checkpoint
 from eps_train.training.plots import CLOSED, DEAD, OPEN, log_scale, new_figure, png
@@ -49,7 +49,7 @@ def block_map(
     """Return all blocks, in the order of computation.
 
     Args:
-        live: from `evidence.block_evidence`.
+        live: from `certificate.block_evidence`.
         removed: blocks that are removed, whether they are dead or not.
     """
     measured = {block.block: block for block in live}

@@ -211,7 +211,7 @@ def _counts(
     stated = artifact.certificate.get("counts")
     if stated is None:
         return None, "the certificate has none"
-    counted = counts(source.network, artifact.network.removed, plain, source.data.input_shape)
+    counted = counts(source, artifact.network.removed, plain)
     folding = artifact.certificate.get("folding") or {}
     folded = folded_counts(artifact, shipped) or {}
     wrong = [name for name, count in counted.items() if count != stated.get(name)]

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from eps_compact.evidence import BlockEvidence
+from eps_compact.certificate import BlockEvidence
 from eps_core import cli
 from eps_core.cli import Log
 from eps_core.errors import ConfigError
@@ -270,7 +270,7 @@ def measure_importance(
         validation: its validation part.
         samples: images of it to leave blocks out on; see :func:`evaluation_samples`.
         timer: measures the times.
-        live: their responses, from `evidence.block_evidence`, for `ratio`.
+        live: their responses, from `certificate.block_evidence`, for `ratio`.
         device: where to compute.
         report: receives progress, a line at a time.
 

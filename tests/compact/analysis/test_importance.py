@@ -19,9 +19,8 @@ from eps_compact.analysis.importance import (
     scaled,
     table,
 )
-from eps_compact.certificate import as_json
+from eps_compact.certificate import BlockEvidence, as_json
 from eps_compact.compaction import compact
-from eps_compact.evidence import BlockEvidence
 from eps_core.errors import ConfigError
 from eps_core.stats import Interval
 from eps_train.data import dataset
