@@ -111,11 +111,10 @@ class CompactArtifact:
 
     @classmethod
     def load(cls, path: Path, *, any_code: bool = False) -> CompactArtifact:
-        """Read and verify an artifact, including its tensors and its network's code.
+        """Read and verify an artifact, its tensors and, but with `any_code`, its network's code.
 
-        With `any_code` the network's code may differ from what was compacted; see
-        :meth:`other_code`. Raises FileFormatError that names the file: missing, damaged, foreign,
-        too new, or with other tensors than its network needs.
+        Raises FileFormatError that names the file: missing, damaged, foreign, too new, or with
+        other tensors than its network needs.
         """
         payload, digest = checksummed.read(path, format=FORMAT, version=VERSION)
         try:
@@ -193,6 +192,7 @@ def load(path: Path) -> fx.GraphModule:
 # edited or replaced by another version. So the certificate holds a digest of the steps, and a
 # sketch of the constants that are not among the stored tensors.
 
+_KNOWN = ("torch", "builtins", "eps_train")
 _SCALARS = (bool, int, float, str, type(None), torch.dtype)
 _TOLERANCE = 1e-4  # of a sketch: other processors and versions round constants differently
 
@@ -223,10 +223,10 @@ def difference(model: fx.GraphModule, recorded: Mapping[str, Any]) -> str | None
 
 
 def _digest(model: fx.GraphModule) -> str:
-    order = {node: f"%{index}" for index, node in enumerate(model.graph.nodes)}
+    order = {node: _Word(f"%{index}") for index, node in enumerate(model.graph.nodes)}
     lines = []
     for node in model.graph.nodes:
-        operands = fx.node.map_arg((node.args, node.kwargs), lambda n: _Word(order[n]))
+        operands = fx.node.map_arg((node.args, node.kwargs), order.__getitem__)
         lines.append(f"{node.op} {_name(node.target)} {operands!r}")
         if node.op == "call_module":
             lines += _layer(model.get_submodule(str(node.target)))
@@ -254,7 +254,8 @@ def _layer(module: nn.Module) -> list[str]:
         lines.append(f"{path} {_name(kind)} {_settings(inner)}")
         if isinstance(inner, ByMode):
             lines.append(f"{_name(inner.function)} {inner.calls!r}")
-        lines += [_source(base) for base in kind.__mro__ if not _is_known(base)]
+        # The name of a known class says what it computes.
+        lines += [_source(c) for c in kind.__mro__ if c.__module__.partition(".")[0] not in _KNOWN]
         lines += [_source(v) for v in vars(inner).values() if isinstance(v, FunctionType)]
     return lines
 
@@ -264,20 +265,18 @@ def _settings(module: nn.Module) -> dict[str, Any]:
 
     So an argument that a later version adds changes nothing.
     """
-    parameters = inspect.signature(type(module).__init__).parameters.values()
-    kept = {p.name: (vars(module)[p.name], p.default) for p in parameters if p.name in vars(module)}
-    return {n: value for n, (value, usual) in kept.items() if _is_plain(value) and value != usual}
+    held = vars(module)
+    return {
+        name: held[name]
+        for name, parameter in inspect.signature(type(module).__init__).parameters.items()
+        if name in held and _is_plain(held[name]) and held[name] != parameter.default
+    }
 
 
 def _is_plain(value: Any) -> bool:
     if isinstance(value, (tuple, list)):
         return all(map(_is_plain, value))
     return isinstance(value, _SCALARS)
-
-
-def _is_known(kind: type) -> bool:
-    """Whether the name of the class says what it computes."""
-    return kind.__module__.partition(".")[0] in ("torch", "builtins", "eps_train")
 
 
 def _source(code: Any) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -54,17 +54,15 @@ def failure(proof: Parity) -> str:
     """One line for a proof that has not passed."""
     where = f"on {proof.inputs} at batch {proof.worst_batch}"
     if proof.stage == REWRITING:
-        unequal = proof.max_abs is not None
-        amount = f"by up to {proof.max_abs:g}" if unequal else "logits that are not finite"
+        finite = proof.max_abs is not None
+        amount = f"by up to {proof.max_abs:g}" if finite else "logits that are not finite"
         return (
             f"the compact network differs from the gated one {where} ({amount}); train again,"
             " or report this as a bug"
         )
-    amount = (
-        "makes logits that are not finite"
-        if proof.relative is None
-        else f"moves logits by {proof.relative:.1e} of the largest, more than {proof.limit:g},"
-    )
+    amount = "makes logits that are not finite"
+    if proof.relative is not None:
+        amount = f"moves logits by {proof.relative:.1e} of the largest, more than {proof.limit:g},"
     return f"folding {amount} {where}; keep it unfolded with --no-fold"
 
 
@@ -173,7 +171,7 @@ def prune_records(checkpoint: Checkpoint) -> list[dict[str, Any]]:
 # -- Evidence about live blocks: the largest response of each branch on held-out images
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class BlockEvidence:
     """One block whose gate is not latched.
 
@@ -211,8 +209,7 @@ def block_evidence(
 ) -> tuple[BlockEvidence, ...]:
     """Return the evidence about a checkpoint's live blocks, in the order of computation.
 
-    Args:
-        responses: of every live block, from :func:`observe`; None: the training record alone.
+    `responses` are those of every live block, from :func:`observe`; None: not measured.
     """
     found = []
     for record in checkpoint.gates:
@@ -220,20 +217,13 @@ def block_evidence(
             continue
         # A run may end with its live gates held open: the run's own epsilon then applies.
         epsilon = record.epsilon or float(checkpoint.config.get("epsilon") or 0.0)
-        live = BlockEvidence(
-            block=record.block,
-            epsilon=epsilon,
-            peak=None,
-            quiet=None,
-            samples=0,
-            closed=closed_share(record),
-        )
+        peak, quiet, samples = None, None, 0
         if responses is not None:
             response = responses[record.block]
+            peak, samples = response.max().item(), len(response)
             quiet = _share(response <= epsilon) if epsilon else 0.0
-            peak = response.max().item()
-            live = replace(live, peak=peak, quiet=quiet, samples=len(response))
-        found.append(live)
+        closed = closed_share(record)
+        found.append(BlockEvidence(record.block, epsilon, peak, quiet, samples, closed))
     return tuple(found)
 
 
@@ -243,15 +233,8 @@ def observe(
     """Run `model` in evaluation mode and record the responses of the named gated blocks.
 
     Latched gates are closed and all others open: what is measured is the network that ships.
-
-    Args:
-        images: uint8 `[N, C, H, W]`, or a part of a data set, read in batches.
-
-    Returns:
-        Logits float32 `[N, classes]`, and by block each sample's response, float32 `[N]`.
-
-    Raises:
-        TrainingError: a response is not finite.
+    Returns logits float32 `[N, classes]`, and by block each sample's response, float32 `[N]`.
+    Raises TrainingError when a response is not finite.
     """
     gates = rewriting.gates(model)
     with watch_gates({block: gates[block] for block in blocks}, sample_responses) as peaks:
@@ -311,18 +294,17 @@ def mode_gap(
 ) -> ModeGap:
     """Run `model` with its live gates judging each image, and compare with `answers`.
 
+    Its own gates are left as they are.
+
     Args:
-        model: the gated network, in evaluation mode; its own gates are left as they are.
-        images: uint8 `[N, C, H, W]`, or a part of a data set.
         thresholds: epsilon of the gates that judge, by block; one or more.
         answers: logits float32 `[N, classes]` with plain additions.
-        labels: int64 `[N]`, or None.
     """
     gates = rewriting.gates(model)
     closed: dict[str, list[Tensor]] = {block: [] for block in gates if block in thresholds}
 
     def judge(
-        gate: EpsilonGate, operands: tuple[Tensor, Tensor], output: Tensor, *, block: str
+        block: str, gate: EpsilonGate, operands: tuple[Tensor, Tensor], output: Tensor
     ) -> Tensor:
         shortcut, branch = operands
         flags = sample_responses(gate, shortcut, branch) <= thresholds[block]
@@ -331,19 +313,19 @@ def mode_gap(
 
     with ExitStack() as hooks:
         for block in closed:
-            handle = gates[block].register_forward_hook(partial(judge, block=block))
-            hooks.callback(handle.remove)
+            hooks.callback(gates[block].register_forward_hook(partial(judge, block)).remove)
         judged = logits(model, normalize, images)
     by_block = torch.stack([torch.cat(batches) for batches in closed.values()])
     before, after = answers.argmax(dim=1), judged.argmax(dim=1)
+    accuracy = None
+    if labels is not None:
+        accuracy = {"addition": _share(before == labels), "gate": _share(after == labels)}
     return ModeGap(
         blocks=tuple(closed),
         samples=len(answers),
         differ=_share(by_block.any(dim=0)),
         top1_differ=_share(before != after),
-        accuracy=None
-        if labels is None
-        else {"addition": _share(before == labels), "gate": _share(after == labels)},
+        accuracy=accuracy,
     )
 
 
@@ -381,13 +363,10 @@ def blocks_beyond(
     named = set(also)
     if unknown := sorted(named - {record.block for record in checkpoint.gates}):
         raise GraphError(f"no gated block named {', '.join(unknown)}")
-    found = []
-    for record in checkpoint.gates:
-        share = closed_share(record)
-        enough = closed_at_least < 1 and share is not None and share >= closed_at_least
-        if record.death is None and (enough or record.block in named):
-            found.append(record.block)
-    return tuple(found)
+    if closed_at_least < 1:
+        shares = {record.block: closed_share(record) or 0.0 for record in checkpoint.gates}
+        named |= {block for block, share in shares.items() if share >= closed_at_least}
+    return tuple(r.block for r in checkpoint.gates if r.death is None and r.block in named)
 
 
 def measure_activations(
@@ -398,17 +377,13 @@ def measure_activations(
     heldout: Tensor | Part | None,
     beyond: tuple[str, ...] = (),
 ) -> ActivationStatistics:
-    """Measure every live block.
+    """Measure every live block. Raises TrainingError when a response is not finite.
 
     Args:
         gated: the checkpoint's network with its dead gates latched.
-        shut: the same with the gates of `beyond` latched too.
+        shut: the same with the gates of `beyond`, live blocks to remove, latched too.
         heldout: images uint8 `[N, C, H, W]`, or a part of a data set, whose labels are then used;
             None: nothing is measured.
-        beyond: live blocks to remove.
-
-    Raises:
-        TrainingError: a response is not finite.
     """
     if heldout is None:
         live = block_evidence(checkpoint, None)

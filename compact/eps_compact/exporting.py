@@ -16,7 +16,7 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from eps_compact.artifact import CompactArtifact
 from eps_core.errors import ConfigError, GraphError
@@ -26,9 +26,6 @@ from eps_train.models.cifar import FromPixels
 # Name of the description: of an extra file inside a pt2 archive, of an entry of the metadata of a
 # safetensors file (which has no other: its format does not keep the order of several).
 ABOUT = "eps_resnet.json"
-DESCRIPTION_FORMAT = "eps-resnet-network"
-DESCRIPTION_VERSION = 1
-INPUT, OUTPUT = "images", "logits"
 # Where a recorded step was written: paths of the machine that exported it, of no use to others.
 _WHEREABOUTS = ("stack_trace", "from_node", "custom")
 
@@ -79,13 +76,9 @@ def _safetensors(artifact: CompactArtifact) -> bytes:
     model = FromPixels(artifact.build(), artifact.data)
     # Buffers that are no part of the state dict too: the network computes with them. Each is a
     # copy, as safetensors refuses tensors that share memory.
-    tensors = {
-        name: tensor.detach().contiguous().clone()
-        for name, tensor in (
-            *model.named_parameters(remove_duplicate=False),
-            *model.named_buffers(remove_duplicate=False),
-        )
-    }
+    named: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    named |= dict(model.named_buffers(remove_duplicate=False))
+    tensors = {name: tensor.detach().contiguous().clone() for name, tensor in named.items()}
     content: bytes = save(tensors, metadata={ABOUT: _description(artifact)})
     return content
 
@@ -94,10 +87,10 @@ def _description(artifact: CompactArtifact) -> str:
     """Return what a program needs to know besides the network, as JSON."""
     data = artifact.data
     about = {
-        "format": DESCRIPTION_FORMAT,
-        "version": DESCRIPTION_VERSION,
-        "input": {"name": INPUT, "dtype": "uint8", "shape": ["N", *data.input_shape]},
-        "output": {"name": OUTPUT, "dtype": "float32", "shape": ["N", len(data.classes)]},
+        "format": "eps-resnet-network",
+        "version": 1,
+        "input": {"name": "images", "dtype": "uint8", "shape": ["N", *data.input_shape]},
+        "output": {"name": "logits", "dtype": "float32", "shape": ["N", len(data.classes)]},
         "classes": list(data.classes),
         "preprocessing": data.preprocessing.to_dict(),
         "data": {"name": data.name, "sha256": data.sha256},

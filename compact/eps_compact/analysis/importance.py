@@ -39,11 +39,8 @@ def live_network(checkpoint: Checkpoint, *, dead: bool = False) -> fx.GraphModul
     """Build a checkpoint's network without its dead blocks, in evaluation mode, other gates open.
 
     A network without gates gets open ones at all its residual additions, so that its blocks can be
-    measured and removed too. Nothing is shared with `checkpoint`.
-
-    Args:
-        checkpoint: gated or plain.
-        dead: keep the dead blocks too, with open gates.
+    measured and removed too. Nothing is shared with `checkpoint`. With `dead`, the dead blocks stay
+    too, with open gates.
     """
     network = checkpoint.network
     removed = (*network.removed, *(() if dead else checkpoint.dead))
@@ -132,10 +129,7 @@ def points_lost(lost: int, won: int, total: int) -> Interval:
 def leave_one_out(
     model: fx.GraphModule, normalize: nn.Module, images: ImageSet
 ) -> dict[str | None, Predictions]:
-    """Return predictions without each gated block, and under None those of the whole network.
-
-    All three arguments are on one device.
-    """
+    """Return predictions without each gated block, and under None those of the whole network."""
     blocks = rewriting.gate_nodes(model).values()
     found: dict[str | None, Predictions] = {block: Predictions() for block in (*blocks, None)}
     for batch in images.batches(BATCH):
@@ -151,13 +145,8 @@ def leave_one_out_logits(
     """Yield each gated block with the logits without it, and last None with those of the whole.
 
     What precedes a block is computed once for all blocks after it, so that N blocks cost about
-    N / 2 passes. Logits equal those of the network that `rewriting.remove_blocks` makes.
-
-    Args:
-        images: normalised float32 `[N, C, H, W]`, on the network's device.
-
-    Yields:
-        Logits float32 `[N, classes]`.
+    N / 2 passes. Logits, float32 `[N, classes]`, equal those of the network that
+    `rewriting.remove_blocks` makes. Images are normalised float32 `[N, C, H, W]`.
     """
     interpreter = fx.Interpreter(model)
     last_uses = interpreter.user_to_last_uses
@@ -269,10 +258,7 @@ def measure_importance(
         checkpoint: gated, or plain: then all of its residual blocks are measured.
         validation: its validation part.
         samples: images of it to leave blocks out on; see :func:`evaluation_samples`.
-        timer: measures the times.
-        live: their responses, from `certificate.block_evidence`, for `ratio`.
-        device: where to compute.
-        report: receives progress, a line at a time.
+        live: the blocks' responses, for `ratio`.
 
     Raises:
         ConfigError: no block is left.
@@ -297,24 +283,22 @@ def measure_importance(
     whole = predictions.pop(None)
     records = {record.block: record for record in checkpoint.gates}
     ratios = {block.block: block.ratio for block in live}
-    entries = []
-    for cost in costs:
-        record, without = records.get(cost.block), predictions[cost.block]
-        entries.append(
-            BlockImportance(
-                block=cost.block,
-                parameters=cost.parameters,
-                flops=cost.flops,
-                activation_bytes=cost.activation_bytes,
-                ms=times[cost.block],
-                drop=accuracy_drop(whole, without),
-                loss=paired_mean(without.loss - whole.loss),
-                ratio=ratios.get(cost.block),
-                **{name: getattr(record, name, None) for name in _GATE_FIELDS},
-            )
+    entries = tuple(
+        BlockImportance(
+            block=cost.block,
+            parameters=cost.parameters,
+            flops=cost.flops,
+            activation_bytes=cost.activation_bytes,
+            ms=times[cost.block],
+            drop=accuracy_drop(whole, predictions[cost.block]),
+            loss=paired_mean(predictions[cost.block].loss - whole.loss),
+            ratio=ratios.get(cost.block),
+            **{name: getattr(records.get(cost.block), name, None) for name in _GATE_FIELDS},
         )
+        for cost in costs
+    )
     return Importance(
-        entries=tuple(entries),
+        entries=entries,
         accuracy=whole.accuracy,
         loss=whole.mean_loss,
         samples=len(images),

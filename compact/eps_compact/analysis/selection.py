@@ -226,15 +226,12 @@ def finetune(
 
     Data, augmentation, batches, decay and seed are those of the checkpoint's own run. The learning
     rate falls along a cosine from that run's first to 0; there is no side head. The network is
-    distilled from the teacher's, without its dead blocks.
+    distilled from that of the teacher, by default the checkpoint itself, without its dead blocks.
 
     Args:
         checkpoint: as eps-train wrote it.
         data: the data it was trained on.
         removed: live blocks to remove, as a point of a sweep names them.
-        epochs: to train for, 1 or more.
-        device: where to train.
-        teacher: by default the checkpoint itself.
         report: called after every epoch.
 
     Raises:

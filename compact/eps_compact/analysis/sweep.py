@@ -312,9 +312,6 @@ def sweep(
         data: what it was trained on.
         goal: the network wanted; None: only the curve is.
         samples: images of the validation part, 2 or more; see `importance.evaluation_samples`.
-        timer: measures the times.
-        device: where to compute.
-        report: receives progress, a line at a time.
 
     Raises:
         ConfigError: no block is left to remove, or there are too few images.
@@ -323,7 +320,6 @@ def sweep(
     """
     began = time.perf_counter()
     found = _Descent(checkpoint, data, goal, samples, timer, device, report)
-    report(found.introduction())
     found.remove_blocks()
     found.bisect()
     report(f"sweep: timing {len(found.points)} networks")
@@ -346,16 +342,13 @@ class _Descent:
     """The network that a sweep makes shallower, and its points, from the whole to the smallest.
 
     Attributes:
-        model: with its live blocks, in evaluation mode.
         order: of a nested run, from the last block to go to the first; else empty.
         removable: how many blocks can go.
         choosing, measuring: images that choose the blocks, and that measure accuracies.
         statistics: training images for the batch norms of a nested run's networks; else None.
         full: cost of the network as it was built.
-        dead: blocks that were dead before the sweep.
-        measure: times the network as it was built without some blocks.
+        measure: times the network as it was built, dead blocks included, without some blocks.
         latency: its latency and that of each block; None unless the goal is one of latency.
-        points: of the networks so far.
     """
 
     def __init__(
@@ -406,19 +399,13 @@ class _Descent:
         self.latency = measure_latency(built, image, timer, self.measure) if by_block else None
         self.first = predict(self.model, self.normalize, self.measuring)
         self.points: list[Point] = []
-
-    def introduction(self) -> str:
-        """One line about how blocks are chosen, and on how many images."""
         measured = f"{len(self.measuring):,}"
-        if self.statistics is not None:
-            return (
-                f"sweep: {len(self.costs)} blocks in the order of the nested training, statistics"
-                f" of {len(self.statistics):,} training images, accuracy on {measured} held-out"
-                " images"
-            )
-        return (
-            f"sweep: {len(self.costs)} blocks, chosen on {len(self.choosing):,} held-out images,"
-            f" accuracy measured on {measured} others"
+        report(
+            f"sweep: {len(blocks)} blocks, chosen on {half:,} held-out images, accuracy measured on"
+            f" {measured} others"
+            if self.statistics is None
+            else f"sweep: {len(blocks)} blocks in the order of the nested training, statistics of"
+            f" {len(self.statistics):,} training images, accuracy on {measured} held-out images"
         )
 
     def remove_blocks(self) -> None:
@@ -428,11 +415,9 @@ class _Descent:
         at_once = math.ceil(self.removable / STEPS)
         while len(removed) < self.removable:
             if self.order:
-                last = min(len(removed) + at_once, self.removable)
-                gone = list(self.order[::-1][len(removed) : last])
+                removed = self.order[::-1][: min(len(removed) + at_once, self.removable)]
             else:
-                gone = self._cheapest(network)[:at_once]
-            removed = (*removed, *gone)
+                removed = (*removed, *self._cheapest(network)[:at_once])
             network = self._without(removed)
             self.points.append(self._point(network, removed))
 
@@ -515,12 +500,9 @@ class _Descent:
 def nested_network(
     model: fx.GraphModule, normalize: nn.Module, removed: Collection[str], images: ImageSet
 ) -> fx.GraphModule:
-    """Return a copy of `model` without some blocks, its batch norms estimated again.
+    """Return a copy of a nested run's gated `model` without some blocks.
 
-    Args:
-        model, normalize: a gated network of a nested run, in evaluation mode.
-        removed: its blocks to remove.
-        images: training images, on the network's device.
+    Its batch norms are estimated again on `images`, training images on the network's device.
     """
     network = copy.deepcopy(rewriting.remove_blocks(model, removed))
     size = min(BATCH, len(images))
@@ -560,12 +542,12 @@ def table(found: Sweep) -> Table:
     before = 0
     for index, point in enumerate(found.points):
         gone = point.removed[before:]
-        more = f" and {len(gone) - 1} more" if len(gone) > 1 else ""
         before = len(point.removed)
+        name = f"{before}: {gone[0]}" if gone else "dead blocks only"
+        more = f" and {len(gone) - 1} more" if len(gone) > 1 else ""
         rows.append(
             (
-                (f"{before}: {gone[0]}{more}" if gone else "dead blocks only")
-                + (" ◄ knee" if index == found.knee else ""),
+                f"{name}{more}{' ◄ knee' if index == found.knee else ''}",
                 f"{point.parameters:,}",
                 f"{point.parameters_share:.1%}",
                 scaled(point.flops),
