@@ -124,18 +124,17 @@ class Request:
         folder = next(parent for parent in self.output.absolute().parents if parent.exists())
         if not folder.is_dir():
             raise ConfigError(f"-o {self.output}: {folder} is a file, not a folder")
-        written: set[Path] = set()
-        for path in files.values():
-            if path in written:
+        paths = list(files.values())
+        for path in paths:
+            if paths.count(path) > 1:
                 raise ConfigError(f"-o {self.output}: {path} would be written twice; name another")
-            written.add(path)
             if path.is_dir():
                 raise ConfigError(f"{path}: is a folder; name a file with -o")
             if path.exists() and path.samefile(self.checkpoint):
                 raise ConfigError(
                     f"{path}: would overwrite the checkpoint; name another file with -o"
                 )
-        console.refuse_existing(files.values(), self.force)
+        console.refuse_existing(paths, self.force)
 
 
 _target = partial(
@@ -277,15 +276,14 @@ def cli(checkpoint: Path, output: Path | None, as_json: bool, **options: Any) ->
         written = _write(request, done, selection)
         log.print(f"written: {', '.join(written.values())}")
     if as_json:
-        certificate = done.certificate
         parts = ("lossless", "evidence", "removed_live", "accuracy", "flicker", "live", "proof")
         summary = {
             "passed": True,
             "checkpoint": str(checkpoint),
             "written": written,
-            **certificate["counts"],
+            **done.counts,
             "removed": list(done.removed),
-            **{name: certificate[name] for name in (*parts, "folding")},
+            **{name: done.certificate[name] for name in (*parts, "folding")},
         }
         console.emit_json(summary)
     return 0
@@ -433,8 +431,7 @@ def _title(done: Compaction) -> str:
     parameters, blocks = done.counts["parameters"], done.counts["blocks"]
     if not done.removed:
         return f"{blocks['before']} blocks, none removed: {parameters['before']:,} parameters"
-    certificate = done.certificate
-    exact = certificate["lossless"] and "finetune" not in certificate
+    exact = done.certificate["lossless"] and "finetune" not in done.certificate
     lossy = "" if exact else ", not lossless"
     return (
         f"{parameters['before']:,} → {parameters['after']:,} parameters ({_left(parameters)}),"
@@ -447,13 +444,10 @@ def _show(done: Compaction, log: Console) -> None:
 
     if not done.removed:
         log.print("no block is dead: only gates and side head are removed")
+    names = {"blocks": "blocks", "parameters": "parameters", "flops": "FLOPs an image"}
     rows = [
-        (name, f"{counts['before']:,}", f"{counts['after']:,}", _left(counts))
-        for name, counts in (
-            ("blocks", done.counts["blocks"]),
-            ("parameters", done.counts["parameters"]),
-            ("FLOPs an image", done.counts["flops"]),
-        )
+        (names[key], f"{counts['before']:,}", f"{counts['after']:,}", _left(counts))
+        for key, counts in done.counts.items()
     ]
     log.print(console.table("Compacted", ("", "before", "after", "left"), rows))
     log.print(f"block map: {LEGEND}\n{strip(done.blocks)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -50,8 +50,7 @@ class Compaction:
         artifact: what is to be saved; its network has passed every proof.
         checkpoint: what was compacted.
         blocks: the block map of the network as it was built.
-        proofs: the comparisons behind the certificate.
-        statistics: measurements on held-out images.
+        proofs, statistics: the comparisons and the measurements behind the certificate.
     """
 
     artifact: CompactArtifact
@@ -72,8 +71,7 @@ class Compaction:
     @property
     def counts(self) -> Counts:
         """Blocks, parameters and FLOPs; see :func:`counts`."""
-        found: Counts = self.certificate["counts"]
-        return found
+        return cast(Counts, self.certificate["counts"])
 
     @property
     def removed(self) -> tuple[str, ...]:
@@ -83,8 +81,7 @@ class Compaction:
     @property
     def live(self) -> tuple[BlockEvidence, ...]:
         """The blocks that keep their branch although they have a gate."""
-        found = self.statistics
-        return tuple(block for block in found.live if block.block not in found.beyond)
+        return tuple(b for b in self.statistics.live if b.block not in self.statistics.beyond)
 
 
 def compact(model: nn.Module, dead: Iterable[str] | None = None) -> fx.GraphModule:
@@ -299,6 +296,5 @@ def proof_images(heldout: Tensor | Part | None, shape: tuple[int, int, int]) -> 
     if heldout is None:
         return torch.empty((0, *shape), dtype=torch.uint8)
     if len(heldout) > PROOF_IMAGES:
-        chosen = torch.linspace(0, len(heldout) - 1, PROOF_IMAGES).round().long()
-        heldout = heldout[chosen]
+        heldout = heldout[torch.linspace(0, len(heldout) - 1, PROOF_IMAGES).round().long()]
     return heldout if isinstance(heldout, Tensor) else heldout.images

@@ -215,9 +215,7 @@ class BlockImportance:
     @property
     def closed(self) -> float | None:
         """Share of the last epoch's steps with a closed gate; None if it was held open."""
-        if not self.epsilon or not self.steps or self.closed_steps is None:
-            return None
-        return self.closed_steps / self.steps
+        return (self.closed_steps or 0) / self.steps if self.epsilon and self.steps else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -276,9 +274,8 @@ def measure_importance(
     measure = timer.load(model, images.images[:1])
     began = time.perf_counter()
     _, times = block_times(costs, measure)
-    report(
-        f"importance: leaving out each of {len(costs)} blocks on {len(images):,} held-out images"
-    )
+    count = len(costs)
+    report(f"importance: leaving out each of {count} blocks on {len(images):,} held-out images")
     predictions = leave_one_out(model, Normalize.of(checkpoint.data).to(device), images)
     whole = predictions.pop(None)
     records = {record.block: record for record in checkpoint.gates}
@@ -319,10 +316,8 @@ def table(found: Importance) -> Table:
         f" {found.available:,} held-out images (accuracy {found.accuracy:.2%}); times:"
         f" {found.timer}"
     )
-    columns = (
-        *("block", "parameters", "FLOPs", "memory", "ms"),
-        *("largest |F|", "closed", "points lost", "loss"),
-    )
+    gate = ("largest |F|", "closed")
+    columns = ("block", "parameters", "FLOPs", "memory", "ms", *gate, "points lost", "loss")
     rows = [
         (
             entry.block,

@@ -40,12 +40,11 @@ class Finetuned:
         checkpoint: the network that was best on the validation part; plain, with its `removed`
             blocks named in its network. Its metrics have the test part's score.
         removed: blocks removed beyond the dead ones.
-        epochs: of fine-tuning.
         lr_schedule: the learning rates, the first and the last.
         whole: validation accuracy of the network that lost only its dead blocks (0..1).
         before, after: the same of the network without `removed`, before and after fine-tuning.
         drop_before, drop_after: points lost against `whole`, with Tango's 95 % intervals.
-        test: accuracy and loss of the fine-tuned network on the test part.
+        test: the fine-tuned network on the test part.
         samples: images of the validation part.
         seconds: of training.
     """

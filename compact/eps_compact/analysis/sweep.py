@@ -61,7 +61,7 @@ Weight = Literal["parameters", "flops", "ms"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClassLoss:
-    """Points of accuracy that one class lost against the first point, of its `samples` images."""
+    """Points of accuracy that a class of `samples` images lost against the first point."""
 
     name: str
     samples: int
@@ -200,7 +200,6 @@ class Goal:
 
     @property
     def by_latency(self) -> bool:
-        """Whether a share of the latency is asked for."""
         return any(target.currency == "latency" for target in self.targets)
 
     @property
@@ -231,11 +230,10 @@ class Goal:
         None where the curve begins or ends before the goal.
         """
         index = self.find(curve)
-        if not self.targets:
-            index = None if index is None else index + 1
-        elif index is None:
-            small = (index for index, point in enumerate(curve) if self.small_enough(point))
-            index = next(small, None)
+        if index is None and self.targets:
+            index = next((i for i, point in enumerate(curve) if self.small_enough(point)), None)
+        elif index is not None and not self.targets:
+            index += 1
         return index if index is not None and 0 < index < len(curve) else None
 
     def describe(self, point: Point) -> str:
@@ -472,20 +470,20 @@ class _Descent:
 
     def _point(self, network: fx.GraphModule, removed: tuple[str, ...]) -> Point:
         found = predict(network, self.normalize, self.measuring) if removed else self.first
-        size, full, predicted = cost(network, self.shape), self.full, None
+        labels = self.measuring.labels.cpu().numpy()
+        size, predicted = cost(network, self.shape), None
         if self.latency is not None:
             predicted = self.latency.without((*self.dead, *removed)) / self.latency.whole
         self.report(
             f"sweep: {len(removed)} of {self.removable} blocks removed: accuracy"
             f" {found.accuracy:.2%}, loss {found.mean_loss:.3f}"
         )
-        labels = self.measuring.labels.cpu().numpy()
         return Point(
             removed=removed,
             parameters=size.parameters,
             flops=size.flops,
-            parameters_share=size.parameters / full.parameters,
-            flops_share=size.flops / full.flops,
+            parameters_share=size.parameters / self.full.parameters,
+            flops_share=size.flops / self.full.flops,
             latency_share=_UNTIMED,
             latency_predicted=predicted,
             accuracy=found.accuracy,
@@ -534,10 +532,7 @@ def table(found: Sweep) -> Table:
     others = " others"
     if found.nested:
         chosen, others = "in the order of the nested training", ""
-    columns = (
-        *("removed", "parameters", "", "FLOPs", "", "ms", ""),
-        *("faster", "accuracy", "points lost"),
-    )
+    costs = ("parameters", "", "FLOPs", "", "ms", "", "faster")
     rows = []
     before = 0
     for index, point in enumerate(found.points):
@@ -560,7 +555,7 @@ def table(found: Sweep) -> Table:
             )
         )
     title = f"Sweep: {chosen}, accuracy on {found.measured_on:,}{others}; times: {found.timer}"
-    return cli.table(title, columns, rows)
+    return cli.table(title, ("removed", *costs, "accuracy", "points lost"), rows)
 
 
 def class_table(found: Sweep) -> Table:
