@@ -44,8 +44,8 @@ class CompactArtifact:
         state: exactly the tensors of :meth:`build`.
         folded: convolutions with the batch norm that is folded into each; () without folding.
         data: what it was trained on: classes, mean and std, preprocessing, split, sha256.
-        certificate: plain data from `certificate.certificate`: evidence for every removed block,
-            the proofs of equality, evidence about the live blocks, sizes and costs.
+        certificate: plain data: evidence for every removed block, the proofs of equality, evidence
+            about the live blocks, sizes and costs.
         checkpoint: `path` of the checkpoint relative to this file's folder, and its `digest`.
         versions: of eps-resnet, torch and Python.
         digest: of the file it was read from or written to; "" before that.
@@ -93,20 +93,18 @@ class CompactArtifact:
 
     def save(self, path: Path) -> str:
         """Write the artifact atomically; returns its digest."""
-        self.digest = checksummed.write(
-            path,
-            {
-                "format": FORMAT,
-                "version": VERSION,
-                "network": self.network.to_dict(),
-                "state": {name: tensor.detach().cpu() for name, tensor in self.state.items()},
-                "folded": [list(pair) for pair in self.folded],
-                "data": self.data.to_dict(),
-                "certificate": self.certificate,
-                "checkpoint": dict(self.checkpoint),
-                "versions": dict(self.versions),
-            },
-        )
+        payload = {
+            "format": FORMAT,
+            "version": VERSION,
+            "network": self.network.to_dict(),
+            "state": {name: tensor.detach().cpu() for name, tensor in self.state.items()},
+            "folded": [list(pair) for pair in self.folded],
+            "data": self.data.to_dict(),
+            "certificate": self.certificate,
+            "checkpoint": self.checkpoint,
+            "versions": self.versions,
+        }
+        self.digest = checksummed.write(path, payload)
         return self.digest
 
     @classmethod

@@ -6,7 +6,7 @@ them by rounding. Live blocks are measured on held-out images. All of it runs on
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -67,22 +67,17 @@ def failure(proof: Parity) -> str:
 
 
 def compare(
-    gated: nn.Module,
-    plain: nn.Module,
-    normalize: nn.Module,
-    heldout: Tensor,
-    folded: nn.Module | None = None,
+    networks: Sequence[nn.Module], normalize: nn.Module, heldout: Tensor
 ) -> tuple[Parity, ...]:
-    """Compare logits of `gated` and `plain`, and of `plain` and `folded` if given.
+    """Compare logits of a gated network, the plain one and, if there is one, the folded one.
 
-    They are compared in evaluation mode. Inputs are `heldout` (uint8 `[N, C, H, W]`; N may be 0)
-    and random images, at every batch size of `BATCHES`. All comparisons of rewriting come before
-    all of folding.
+    Each is compared with the one before it, in evaluation mode. Inputs are `heldout` (uint8
+    `[N, C, H, W]`; N may be 0) and random images, at every batch size of `BATCHES`. All comparisons
+    of rewriting come before all of folding.
 
     Every batch is computed on one thread, several batches in parallel: threads that share one small
     layer mostly wait for each other.
     """
-    networks = [gated, plain] if folded is None else [gated, plain, folded]
     # The largest first, so that none of them is left over at the end.
     shown = [(size, *named) for size in reversed(BATCHES) for named in _inputs(heldout, size)]
     batches = [batch for size, _, images in shown for batch in images.split(size)]
@@ -122,18 +117,14 @@ def _inputs(heldout: Tensor, size: int) -> Iterator[tuple[str, Tensor]]:
 
 
 def prove(
-    gated: nn.Module,
-    plain: nn.Module,
-    normalize: nn.Module,
-    heldout: Tensor,
-    folded: nn.Module | None = None,
+    networks: Sequence[nn.Module], normalize: nn.Module, heldout: Tensor
 ) -> tuple[Parity, ...]:
-    """Prove that `plain` computes what `gated` does, to the last bit, and `folded` within `BOUND`.
+    """Prove that rewriting changed no bit of the logits, and folding no more than `BOUND`.
 
     Arguments and result are those of :func:`compare`. Raises ProofError for the first comparison
     that fails; it names the inputs, the batch size, and the largest difference.
     """
-    proofs = compare(gated, plain, normalize, heldout, folded)
+    proofs = compare(networks, normalize, heldout)
     for proof in proofs:
         if not proof.passed:
             raise ProofError(failure(proof))
@@ -176,7 +167,6 @@ class BlockEvidence:
     """One block whose gate is not latched.
 
     Attributes:
-        block: its name.
         epsilon: its last threshold, in units of the response; 0: it had none.
         peak: largest response on held-out images, in evaluation mode; None: not measured.
         quiet: share of samples whose own response is at most epsilon (0..1): those on which a
@@ -271,7 +261,6 @@ class ModeGap:
     Attributes:
         blocks: those whose gates were closed on steps of the last epoch, in the order of
             computation.
-        samples: images.
         differ: share of the images on which at least one gate closed (0..1).
         top1_differ: share of the images whose top-1 class then differs.
         accuracy: top-1 (0..1) of both, `addition` and `gate`; None if labels are not known.

@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -137,11 +136,10 @@ class Request:
         console.refuse_existing(paths, self.force)
 
 
-_target = partial(
-    click.option,
-    metavar="SHARE",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
-)
+def _target(option: str, kept: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    share = click.FloatRange(0, 1, min_open=True, max_open=True)
+    text = f"Prune live blocks along the sweep to this share of the {kept}: not lossless."
+    return click.option(option, metavar="SHARE", type=share, help=text)
 
 
 @click.command()
@@ -174,19 +172,9 @@ _target = partial(
     is_flag=True,
     help="Report accuracy against size as live blocks are removed one by one; draws pareto.png.",
 )
-@_target(
-    "--target-parameters",
-    help="Prune live blocks along the sweep to this share of the parameters: not lossless.",
-)
-@_target(
-    "--target-flops",
-    help="Prune live blocks along the sweep to this share of the floating-point operations: not"
-    " lossless.",
-)
-@_target(
-    "--target-latency",
-    help="Prune live blocks along the sweep to this share of the measured latency: not lossless.",
-)
+@_target("--target-parameters", "parameters")
+@_target("--target-flops", "floating-point operations")
+@_target("--target-latency", "measured latency")
 @click.option(
     "--target-speedup",
     metavar="FACTOR",
@@ -295,10 +283,8 @@ def main() -> NoReturn:
 
 def _compact(request: Request, log: Console) -> tuple[Compaction, Selection]:
     """Select, compact and measure; shows the tables of importance and sweep."""
-    from eps_compact.analysis.importance import measure_importance
-    from eps_compact.analysis.importance import table as importance_table
+    from eps_compact.analysis import importance, sweep
     from eps_compact.analysis.selection import Selection, select, tune
-    from eps_compact.analysis.sweep import Goal, class_table, table
     from eps_compact.certificate import as_json
     from eps_compact.compaction import compact_checkpoint
     from eps_train.data.dataset import load_again
@@ -320,7 +306,7 @@ def _compact(request: Request, log: Console) -> tuple[Compaction, Selection]:
         if request.measures:
             timer = make_timer(request.timer, checkpoint.data, report)
         if request.sweeps and timer is not None:
-            goal = Goal(**request.goal) if request.goal else None
+            goal = sweep.Goal(**request.goal) if request.goal else None
             selection = select(
                 checkpoint, data, goal, samples=samples, timer=timer, device=device, report=report
             )
@@ -346,10 +332,10 @@ def _compact(request: Request, log: Console) -> tuple[Compaction, Selection]:
         raise FileFormatError(f"{path}: {error}") from error
     done.artifact.certificate |= selection.to_dict()
     if selection.sweep is not None:
-        log.print(table(selection.sweep))
-        log.print(class_table(selection.sweep))
+        log.print(sweep.table(selection.sweep))
+        log.print(sweep.class_table(selection.sweep))
     if request.importance and data is not None and timer is not None:
-        found = measure_importance(
+        found = importance.measure_importance(
             selection.checkpoint,
             data.validation,
             samples=samples,
@@ -358,7 +344,7 @@ def _compact(request: Request, log: Console) -> tuple[Compaction, Selection]:
             device=device,
             report=report,
         )
-        log.print(importance_table(found))
+        log.print(importance.table(found))
         done.artifact.certificate["importance"] = as_json(found)
     return done, selection
 

@@ -131,12 +131,9 @@ def compact_pruner(
         DataError: `heldout` is empty, or its images are not normalised as the pruner was told.
     """
     checkpoint = pruner.checkpoint(averaged)
+    images = None if heldout is None else pixels(heldout, checkpoint.data)
     return compact_checkpoint(
-        checkpoint,
-        None if heldout is None else pixels(heldout, checkpoint.data),
-        checkpoint_path="",
-        folding=folding,
-        report=report,
+        checkpoint, images, checkpoint_path="", folding=folding, report=report
     )
 
 
@@ -193,9 +190,8 @@ def compact_checkpoint(
     shipped = artifact.build()
     report(f"proving that the logits stay equal at batches {', '.join(map(str, BATCHES))}")
     normalize = Normalize.of(checkpoint.data)
-    rewritten, refolded = (plain, shipped) if artifact.folded else (shipped, None)
-    images = proof_images(heldout, checkpoint.data.input_shape)
-    proofs = prove(shut, rewritten, normalize, images, refolded)
+    networks = [shut, plain, shipped] if artifact.folded else [shut, shipped]
+    proofs = prove(networks, normalize, proof_images(heldout, checkpoint.data.input_shape))
     if heldout is not None:
         live = len(checkpoint.gates) - len(checkpoint.dead)
         report(f"measuring {live} live blocks on {len(heldout):,} held-out images")

@@ -87,9 +87,9 @@ def verify(
     shut = artifact.gated(source)
     plain, shipped = compact(shut), artifact.build()
     add("tensors", *_tensors(artifact, plain))
+    networks = [shut, plain, shipped] if artifact.folded else [shut, shipped]
     images = proof_images(heldout, source.data.input_shape)
-    rewritten, folded = (plain, shipped) if artifact.folded else (shipped, None)
-    proofs = compare(shut, rewritten, Normalize.of(source.data), images, folded)
+    proofs = compare(networks, Normalize.of(source.data), images)
     equal = [proof for proof in proofs if proof.stage == REWRITING]
     add("rewriting", *_proven(equal, "all logits equal (torch.equal)"))
     if close := [proof for proof in proofs if proof.stage == FOLDING]:

@@ -189,7 +189,6 @@ class BlockImportance:
     """One live block.
 
     Attributes:
-        block: its name.
         parameters, flops, activation_bytes: of its branch, for one image; see `BranchCost`.
         ms: its share of a call, with its 95 % interval.
         drop: points of accuracy that the network loses without it, with Tango's 95 % interval.
@@ -227,7 +226,6 @@ class Importance:
         accuracy, loss: of the network with all of them, on the same images (0..1; cross-entropy).
         samples: held-out images that each block was left out on.
         available: held-out images in all.
-        timer: name of the timer.
         seconds: of all the work, once the timer was ready.
     """
 

@@ -70,11 +70,10 @@ class ClassLoss:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Point:
-    """One network of the sweep.
+    """One network of the sweep. FLOPs are those of one image; times those of a call with one.
 
     Attributes:
         removed: blocks removed beyond the dead ones, in order of removal.
-        parameters, flops: of the network; FLOPs of one image.
         parameters_share, flops_share: of the network as it was built, at full depth (0..1).
         latency_share: median time over that of the network with its dead blocks, as long as the
             checkpoint has their tensors.
@@ -82,8 +81,7 @@ class Point:
             measured.
         accuracy, loss: on the samples that choose no block (0..1; cross-entropy).
         drop: points of accuracy lost against the first point.
-        ms: median time of a call with one image.
-        speedup: the first point's median time over this one's.
+        ms, speedup: median time, and the first point's over this one's.
         worst: the class that lost most, by the lower end of its interval, as a class with few
             images loses many points by chance; None where no class lost.
     """
@@ -93,13 +91,13 @@ class Point:
     flops: int
     parameters_share: float
     flops_share: float
-    latency_share: Interval
+    latency_share: Interval = _UNTIMED
     latency_predicted: float | None
     accuracy: float
     loss: float
     drop: Interval
-    ms: Interval
-    speedup: Interval
+    ms: Interval = _UNTIMED
+    speedup: Interval = _UNTIMED
     worst: ClassLoss | None = None
 
     def share(self, currency: Currency) -> float:
@@ -124,9 +122,8 @@ class Sweep:
             one before. A stage keeps its last block.
         knee: index of the point where the curve bends: see `KNEE_RULE`.
         weight: what a rise in loss is divided by when the next block is chosen.
-        chosen_on, measured_on: samples that choose the blocks, and samples that the accuracies are
-            measured on; no image serves both.
-        timer: name of the timer.
+        chosen_on, measured_on: number of samples that choose the blocks, and of those that the
+            accuracies are measured on; no image serves both.
         seconds: of all the work, timing included.
     """
 
@@ -169,16 +166,14 @@ class Goal:
     """The network of a sweep to select.
 
     With a target, the largest network that is small enough; with a limit to the drop alone, the
-    smallest within it. Drops are judged as measured, not by their intervals.
+    smallest within it. Drops are judged as measured, not by their intervals. At least one is given.
 
     Attributes:
         target_parameters, target_flops, target_latency: share to keep of the network as it was
             built, 0..1.
         target_speedup: the same as a latency of 1 / `target_speedup`.
-        max_accuracy_drop: points of accuracy that may be lost against the first point.
-
-    Raises:
-        ConfigError: `max_accuracy_drop` is out of range.
+        max_accuracy_drop: points of accuracy that may be lost against the first point, 0 to 100;
+            otherwise ConfigError is raised.
     """
 
     target_parameters: float | None = None
@@ -484,13 +479,10 @@ class _Descent:
             flops=size.flops,
             parameters_share=size.parameters / self.full.parameters,
             flops_share=size.flops / self.full.flops,
-            latency_share=_UNTIMED,
             latency_predicted=predicted,
             accuracy=found.accuracy,
             loss=found.mean_loss,
             drop=accuracy_drop(self.first, found),
-            ms=_UNTIMED,
-            speedup=_UNTIMED,
             worst=worst_class(self.first, found, labels, self.classes),
         )
 
