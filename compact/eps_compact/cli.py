@@ -316,9 +316,11 @@ def _compact(request: Request, log: Console) -> tuple[Compaction, Selection]:
             )
     if selection.checkpoint is not checkpoint:  # the one that the certificate names
         path = request.files["cut" if selection.tuned is None else "tuned"]
-        if not request.dry_run:
-            selection.checkpoint.save(path)
+    aside = path.with_name(f".{path.name}.new")  # until the proofs have passed
     try:
+        if selection.checkpoint is not checkpoint and not request.dry_run:
+            with naming(path):
+                selection.checkpoint.save(aside)
         done = compact_checkpoint(
             selection.checkpoint,
             data.validation if data is not None else None,
@@ -328,8 +330,12 @@ def _compact(request: Request, log: Console) -> tuple[Compaction, Selection]:
             also=selection.also,
             report=report,
         )
+        if aside.exists():
+            aside.replace(path)
     except FileFormatError as error:
         raise FileFormatError(f"{path}: {error}") from error
+    finally:
+        aside.unlink(missing_ok=True)
     done.artifact.certificate |= selection.to_dict()
     if selection.sweep is not None:
         log.print(sweep.table(selection.sweep))
@@ -483,19 +489,16 @@ def _statements(certificate: dict[str, Any]) -> Iterator[str]:
         else:
             yield "the loss of accuracy was not measured: no held-out images"
     if gap := certificate["flicker"]:
-        count = len(gap["blocks"])
-        line = (
+        count, tail = len(gap["blocks"]), ""
+        if accuracy := gap["accuracy"]:
+            shipped, judged = f"{accuracy['addition']:.2%}", f"{accuracy['gate']:.2%}"
+            tail = f"; accuracy {shipped} as shipped, {judged} with those gates"
+        yield (
             f"{count} live gate{'' if count == 1 else 's'} closed on steps of the last epoch: kept"
             f" as plain additions. Judging each of {gap['samples']:,} held-out images by itself,"
             f" such gates would close on {gap['differ']:.1%} and change the class of"
-            f" {gap['top1_differ']:.1%}"
+            f" {gap['top1_differ']:.1%}{tail}"
         )
-        if accuracy := gap["accuracy"]:
-            line += (
-                f"; accuracy {accuracy['addition']:.2%} as shipped, {accuracy['gate']:.2%} with"
-                " those gates"
-            )
-        yield line
     # The proofs.
     proofs, heldout = certificate["proof"], certificate["heldout"]
     if not heldout:

@@ -40,7 +40,7 @@ class Finetuned:
         checkpoint: the network that was best on the validation part; plain, with its `removed`
             blocks named in its network. Its metrics have the test part's score.
         removed: blocks removed beyond the dead ones.
-        lr_schedule: the learning rates, the first and the last.
+        lr_schedule: the first learning rate and the last.
         whole: validation accuracy of the network that lost only its dead blocks (0..1).
         before, after: the same of the network without `removed`, before and after fine-tuning.
         drop_before, drop_after: points lost against `whole`, with Tango's 95 % intervals.
@@ -75,11 +75,10 @@ class Selection:
 
     Attributes:
         checkpoint: the given one, the one that was cut from a nested run, or the fine-tuned one.
+        also: its live blocks to remove besides the dead ones.
         nested: how that one was cut: `removed` blocks, and the accuracy of the `whole` and of the
             `cut` network on `samples` held-out images; None: it was not.
-        also: its live blocks to remove besides the dead ones.
-        sweep, goal, point: the curve, the goal, and the point that was selected.
-        tuned: record of the fine-tuning; None without.
+        point: of the sweep, where one was selected.
     """
 
     checkpoint: Checkpoint
@@ -193,14 +192,9 @@ def tune(
             f" validation {epoch.validation.accuracy:.2%}"
         )
 
+    start, removed = selection.checkpoint, selection.also
     tuned = finetune(
-        selection.checkpoint,
-        data,
-        selection.also,
-        epochs=epochs,
-        device=device,
-        teacher=teacher,
-        report=progress,
+        start, data, removed, epochs=epochs, device=device, teacher=teacher, report=progress
     )
     if tuned.after < tuned.before:
         report(

@@ -371,10 +371,8 @@ class _Descent:
         if not blocks:
             raise ConfigError("every block is dead: there is none left for a sweep to remove")
         if not self.removable:
-            raise ConfigError(
-                "every block that is left is the last of its stage: there is none for a sweep to"
-                " remove"
-            )
+            why = "every block that is left is the last of its stage"
+            raise ConfigError(f"{why}: there is none for a sweep to remove")
         images = evaluation_samples(data.validation, samples, device)
         half = len(images) // 2
         if not half:
