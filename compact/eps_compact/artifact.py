@@ -292,10 +292,9 @@ def _sketches(model: fx.GraphModule) -> dict[str, list[float]]:
     for path, module in model.named_modules():
         plain = {n: v for n, v in vars(module).items() if isinstance(v, Tensor)}
         found |= {f"{path}.{name}" if path else name: value for name, value in plain.items()}
-    return {name: _sketch(value.detach()) for name, value in sorted(found.items())}
-
-
-def _sketch(tensor: Tensor) -> list[float]:
-    values = tensor.cpu().double().flatten().nan_to_num()
-    places = torch.arange(len(values), dtype=torch.float64).mul(0.6180339887498949).frac()
-    return [values.sum().item(), values.square().sum().item(), (values * places).sum().item()]
+    sketches = {}
+    for name, value in sorted(found.items()):
+        v = value.detach().cpu().double().flatten().nan_to_num()
+        places = torch.arange(len(v), dtype=torch.float64).mul(0.6180339887498949).frac()
+        sketches[name] = [v.sum().item(), v.square().sum().item(), (v * places).sum().item()]
+    return sketches

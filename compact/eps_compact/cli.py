@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
+from rich.console import Console
 
 from eps_core import cli as console
 from eps_core.errors import ConfigError, DataError, FileFormatError, naming
 from eps_train.gating.targets import TARGETS
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from eps_compact.analysis.selection import Selection
     from eps_compact.compaction import Compaction
 

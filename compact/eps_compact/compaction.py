@@ -10,21 +10,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
+from eps_compact import certificate
 from eps_compact.artifact import CompactArtifact, fingerprint
-from eps_compact.certificate import (
-    BATCHES,
-    BOUND,
-    FOLDING,
-    REWRITING,
-    ActivationStatistics,
-    BlockEvidence,
-    as_json,
-    blocks_beyond,
-    check_evidence,
-    measure_activations,
-    prove,
-    prune_records,
-)
+from eps_compact.certificate import BOUND, FOLDING, REWRITING, ActivationStatistics, BlockEvidence
 from eps_compact.plots import Block, block_map
 from eps_core.checks import Parity
 from eps_core.cli import Log
@@ -154,8 +142,8 @@ def compact_checkpoint(
             only the training record and random images are used.
         checkpoint_path: path of the checkpoint for the artifact, relative to its own folder.
         folding: fold batch norms into the convolutions before them.
-        closed_at_least, also: live blocks to remove too, see `blocks_beyond`; the result is then
-            not lossless, and the certificate says so.
+        closed_at_least, also: live blocks to remove too, see `certificate.blocks_beyond`; the
+            result is then not lossless, and the certificate says so.
 
     Raises:
         ProofError: the evidence or a proof fails.
@@ -163,19 +151,15 @@ def compact_checkpoint(
         FileFormatError: the checkpoint's tensors are not those of its network.
         GraphError: `also` names a block that has no gate.
     """
-    check_evidence(checkpoint)
+    certificate.check_evidence(checkpoint)
     gated = checkpoint.build_gated().eval()
-    beyond = blocks_beyond(checkpoint, closed_at_least, also)
+    beyond = certificate.blocks_beyond(checkpoint, closed_at_least, also)
     removed = {*checkpoint.network.removed, *checkpoint.dead, *beyond}
     # A network that was fine-tuned after its compaction has no gates where blocks are gone.
     blocks = checkpoint.network.all_blocks() if checkpoint.network.removed else ()
-    order = blocks or rewriting.gates(gated)
+    ordered = tuple(block for block in blocks or rewriting.gates(gated) if block in removed)
     artifact = CompactArtifact(
-        network=replace(
-            checkpoint.network,
-            gated=(),
-            removed=tuple(block for block in order if block in removed),
-        ),
+        network=replace(checkpoint.network, gated=(), removed=ordered),
         state={},
         data=checkpoint.data,
         certificate={},
@@ -188,14 +172,18 @@ def compact_checkpoint(
 
     # What is proven is the network that a reader of the file will build, not the one at hand here.
     shipped = artifact.build()
-    report(f"proving that the logits stay equal at batches {', '.join(map(str, BATCHES))}")
+    sizes = ", ".join(map(str, certificate.BATCHES))
+    report(f"proving that the logits stay equal at batches {sizes}")
     normalize = Normalize.of(checkpoint.data)
+    images = proof_images(heldout, checkpoint.data.input_shape)
     networks = [shut, plain, shipped] if artifact.folded else [shut, shipped]
-    proofs = prove(networks, normalize, proof_images(heldout, checkpoint.data.input_shape))
+    proofs = certificate.prove(networks, normalize, images)
     if heldout is not None:
         live = len(checkpoint.gates) - len(checkpoint.dead)
         report(f"measuring {live} live blocks on {len(heldout):,} held-out images")
-    statistics = measure_activations(checkpoint, gated, shut, normalize, heldout, beyond)
+    statistics = certificate.measure_activations(
+        checkpoint, gated, shut, normalize, heldout, beyond
+    )
     artifact.certificate = _certificate(
         checkpoint, artifact, plain, shipped, proofs, statistics, closed_at_least
     )
@@ -241,14 +229,14 @@ def _certificate(
         "evidence": f"training record{heldout}",
         "relative_epsilon": checkpoint.relative_epsilon,
         "heldout": statistics.images,
-        "removed": prune_records(checkpoint),
+        "removed": certificate.prune_records(checkpoint),
         "closed_at_least": closed_at_least,
         "removed_live": [entry for entry in live if entry["block"] in statistics.beyond],
         "accuracy": statistics.accuracy,
         "proof": proven[REWRITING],
         "folding": folded and {"bound": BOUND, **folded, "proof": proven[FOLDING]},
         "live": [entry for entry in live if entry["block"] not in statistics.beyond],
-        "flicker": as_json(statistics.gap),
+        "flicker": certificate.as_json(statistics.gap),
         "counts": counts(checkpoint, artifact.network.removed, plain),
         "network": fingerprint(shipped),
         "data": {

@@ -7,17 +7,9 @@ from pathlib import Path
 import torch
 from torch import fx
 
+from eps_compact import certificate
 from eps_compact.artifact import CompactArtifact, read_certificate
-from eps_compact.certificate import (
-    BOUND,
-    FOLDING,
-    REWRITING,
-    ProofError,
-    check_evidence,
-    compare,
-    failure,
-    prune_records,
-)
+from eps_compact.certificate import ProofError, failure
 from eps_compact.compaction import compact, counts, folded_counts, proof_images
 from eps_core.checks import Check, Parity, Verification
 from eps_core.cli import Log
@@ -68,8 +60,9 @@ def verify(
     add("certificate", *_certificate_beside(path, artifact))
     recorded = artifact.checkpoint["digest"]
     if not source.digest == recorded == artifact.certificate.get("checkpoint", recorded):
-        detail = f"digest {source.digest[:12]}, recorded {recorded[:12]}: made from another"
-        add("checkpoint", False, f"{detail} checkpoint; name that one with --checkpoint")
+        differ = f"digest {source.digest[:12]}, recorded {recorded[:12]}"
+        remedy = "made from another checkpoint; name that one with --checkpoint"
+        add("checkpoint", False, f"{differ}: {remedy}")
         for name in _ON_CHECKPOINT:
             add(name, None, "not the right checkpoint")
         return found
@@ -89,12 +82,12 @@ def verify(
     add("tensors", *_tensors(artifact, plain))
     networks = [shut, plain, shipped] if artifact.folded else [shut, shipped]
     images = proof_images(heldout, source.data.input_shape)
-    proofs = compare(networks, Normalize.of(source.data), images)
-    equal = [proof for proof in proofs if proof.stage == REWRITING]
+    proofs = certificate.compare(networks, Normalize.of(source.data), images)
+    equal = [proof for proof in proofs if proof.stage == certificate.REWRITING]
     add("rewriting", *_proven(equal, "all logits equal (torch.equal)"))
-    if close := [proof for proof in proofs if proof.stage == FOLDING]:
+    if close := [proof for proof in proofs if proof.stage == certificate.FOLDING]:
         worst = max(proof.relative or 0.0 for proof in close)
-        moved = f"logits move by {worst:.1e} of the largest, limit {BOUND:g},"
+        moved = f"logits move by {worst:.1e} of the largest, limit {certificate.BOUND:g},"
         add("folding", *_proven(close, moved))
     else:
         add("folding", None, "not folded")
@@ -175,11 +168,11 @@ def _network(artifact: CompactArtifact, source: Checkpoint) -> Outcome:
 
 def _evidence(artifact: CompactArtifact, source: Checkpoint) -> Outcome:
     try:
-        check_evidence(source)
+        certificate.check_evidence(source)
     except ProofError as error:
         return False, str(error)
     stated = artifact.certificate.get("removed", [])
-    if stated != prune_records(source):
+    if stated != certificate.prune_records(source):
         return False, "the certificate has other dead blocks than the checkpoint"
     return True, f"{len(stated)} dead blocks, each within epsilon in training and held out"
 

@@ -6,12 +6,13 @@ import copy
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
+from rich.table import Table
 from torch import Tensor, fx, nn
 
 from eps_compact.certificate import BlockEvidence
@@ -26,9 +27,6 @@ from eps_train.gating.gate import EpsilonGate
 from eps_train.models.cifar import Normalize
 from eps_train.training.checkpoint import Checkpoint
 from eps_train.training.evaluate import BATCH, logits
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 CPU = torch.device("cpu")
 

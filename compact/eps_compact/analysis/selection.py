@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -64,9 +64,9 @@ class Finetuned:
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as JSON holds it, without the checkpoint."""
-        names = [field.name for field in fields(self) if field.name != "checkpoint"]
-        found: dict[str, Any] = as_json({name: getattr(self, name) for name in names})
-        return found
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        del values["checkpoint"]
+        return cast(dict[str, Any], as_json(values))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

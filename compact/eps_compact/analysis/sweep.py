@@ -7,25 +7,16 @@ import math
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from rich.table import Table
 from torch import fx, nn
 
-from eps_compact.analysis.importance import (
-    CPU,
-    Predictions,
-    accuracy_drop,
-    evaluation_samples,
-    leave_one_out,
-    live_network,
-    points,
-    points_lost,
-    predict,
-    scaled,
-)
+from eps_compact.analysis import importance
+from eps_compact.analysis.importance import CPU, Predictions, points, predict, scaled
 from eps_compact.certificate import as_json
 from eps_core import cli
 from eps_core.cli import Log
@@ -41,9 +32,6 @@ from eps_train.models.cifar import Normalize
 from eps_train.models.spec import cost
 from eps_train.training.checkpoint import Checkpoint
 from eps_train.training.evaluate import BATCH
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 STEPS = 24  # at most, so that deep networks end in a bearable time
 BISECTIONS = 3  # networks at most that are tried within a step that passes a goal
@@ -357,7 +345,7 @@ class _Descent:
         self.goal, self.report = goal, report
         self.weight: Weight = "parameters" if goal is None else goal.weight
         self.order = checkpoint.order
-        self.model = live_network(checkpoint)
+        self.model = importance.live_network(checkpoint)
         self.model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.normalize = Normalize.of(checkpoint.data).to(device)
         self.shape, self.classes = checkpoint.data.input_shape, checkpoint.data.classes
@@ -373,17 +361,19 @@ class _Descent:
         if not self.removable:
             why = "every block that is left is the last of its stage"
             raise ConfigError(f"{why}: there is none for a sweep to remove")
-        images = evaluation_samples(data.validation, samples, device)
+        images = importance.evaluation_samples(data.validation, samples, device)
         half = len(images) // 2
         if not half:
             raise ConfigError(f"a sweep needs at least 2 held-out images, not {len(images)}")
         self.choosing = images[torch.arange(half)]
         self.measuring = images if self.order else images[torch.arange(half, len(images))]
-        self.statistics = evaluation_samples(data.train, STATISTICS, device) if self.order else None
+        self.statistics: ImageSet | None = None
+        if self.order:
+            self.statistics = importance.evaluation_samples(data.train, STATISTICS, device)
 
         report(f"sweep: preparing to time the networks ({timer.name})")
         image = self.measuring.images[:1]
-        built = live_network(checkpoint, dead=True).to(device)
+        built = importance.live_network(checkpoint, dead=True).to(device)
         self.dead = tuple(block for block in rewriting.gates(built) if block not in blocks)
         self.measure = timer.load(built, image)
         by_block = goal is not None and goal.by_latency
@@ -419,7 +409,7 @@ class _Descent:
             saved = self.latency.blocks
         else:
             saved = {found.block: getattr(found, self.weight) for found in self.costs}
-        predictions = leave_one_out(network, self.normalize, self.choosing)
+        predictions = importance.leave_one_out(network, self.normalize, self.choosing)
         loss = predictions.pop(None).mean_loss
         rises = {block: said.mean_loss - loss for block, said in predictions.items() if block}
         ranked = sorted(rises, key=lambda block: cheapness(rises[block], saved[block]))
@@ -480,7 +470,7 @@ class _Descent:
             latency_predicted=predicted,
             accuracy=found.accuracy,
             loss=found.mean_loss,
-            drop=accuracy_drop(self.first, found),
+            drop=importance.accuracy_drop(self.first, found),
             worst=worst_class(self.first, found, labels, self.classes),
         )
 
@@ -506,7 +496,7 @@ def worst_class(
     """Return the class that lost most accuracy, on the same images; None if none lost any."""
     counts = paired_counts(before.correct, after.correct, labels, len(names))
     losses = [
-        ClassLoss(name=name, samples=total, drop=points_lost(lost, won, total))
+        ClassLoss(name=name, samples=total, drop=importance.points_lost(lost, won, total))
         for name, (lost, won, total) in zip(names, counts, strict=True)
         if lost > won
     ]

@@ -229,7 +229,7 @@ def test_a_failed_proof_writes_no_fine_tuned_network(
     def refuted(*arguments: object) -> None:
         raise ProofError("differs")
 
-    monkeypatch.setattr("eps_compact.compaction.prove", refuted)
+    monkeypatch.setattr("eps_compact.certificate.prove", refuted)
     (folder / "tuned.pt").write_text("earlier")
     before = files_in(folder)
     options = ("--target-parameters", 0.5, "--finetune-epochs", 2, "--force")
