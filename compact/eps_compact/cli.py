@@ -315,9 +315,10 @@ def _compact(request: Request, log: Console) -> tuple[Compaction, Selection]:
             )
     if selection.checkpoint is not checkpoint:  # the one that the certificate names
         path = request.files["cut" if selection.tuned is None else "tuned"]
+    saves = selection.checkpoint is not checkpoint and not request.dry_run
     aside = path.with_name(f".{path.name}.new")  # until the proofs have passed
     try:
-        if selection.checkpoint is not checkpoint and not request.dry_run:
+        if saves:
             with naming(path):
                 selection.checkpoint.save(aside)
         done = compact_checkpoint(
@@ -329,12 +330,13 @@ def _compact(request: Request, log: Console) -> tuple[Compaction, Selection]:
             also=selection.also,
             report=report,
         )
-        if aside.exists():
+        if saves:
             aside.replace(path)
     except FileFormatError as error:
         raise FileFormatError(f"{path}: {error}") from error
     finally:
-        aside.unlink(missing_ok=True)
+        if saves:
+            aside.unlink(missing_ok=True)
     done.artifact.certificate |= selection.to_dict()
     if selection.sweep is not None:
         log.print(sweep.table(selection.sweep))

@@ -279,9 +279,10 @@ def sweep(
     """Remove live blocks one at a time, each time the one that costs least for what it saves.
 
     The cost is the rise of the cross-entropy without the block, divided by what it saves of the
-    goal's first target, or of the parameters. A nested run has its own order instead; its batch
-    norms are estimated again for every network. One half of the samples chooses the blocks, the
-    other measures the accuracies.
+    goal's first target, or of the parameters; of those whose loss does not rise, the one that saves
+    most goes first. One half of the samples chooses the blocks, the other measures the accuracies.
+    Blocks of a nested run go in the order of its training, and all samples measure the accuracies,
+    each network's with batch-norm statistics of its own.
 
     A network with more than `STEPS` blocks to remove loses several in one step; the step that
     passes `goal` is then bisected: towards a latency first by the times of single blocks, then by
