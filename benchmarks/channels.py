@@ -18,8 +18,8 @@ import torch
 import torch_pruning
 from torch import nn
 
-from eps_compact.analysis.finetune import finetune
 from eps_compact.analysis.importance import live_network
+from eps_compact.analysis.selection import finetune
 from eps_train.data import dataset
 from eps_train.gating.costs import plain
 from eps_train.models import stored

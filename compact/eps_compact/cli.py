@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
+from rich.console import Console
 
-from eps_compact.analysis.selection import SAMPLES, PruneOptions
 from eps_core import cli as console
 from eps_core.errors import ConfigError, DataError, FileFormatError, naming
+from eps_train.gating.targets import TARGETS
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from eps_compact.analysis.selection import Selection
     from eps_compact.compaction import Compaction
 
+SAMPLES = 1000  # default of --samples
 NEAREST = 5  # live blocks in the table of those nearest to being pruned
 
 
@@ -35,9 +35,34 @@ class Request:
     no_data: bool
     no_fold: bool
     closed_at_least: float
-    live_blocks: PruneOptions
+    importance: bool
+    sweep: bool
+    target_parameters: float | None
+    target_flops: float | None
+    target_latency: float | None
+    target_speedup: float | None
+    max_accuracy_drop: float | None
+    finetune_epochs: int
+    samples: int | None
+    timer: str | None
+    device: str | None
     exports: tuple[str, ...]
     force: bool
+
+    @property
+    def goal(self) -> dict[str, float]:
+        """The options that select a network of the sweep, by the fields of `Goal`."""
+        values = {name: getattr(self, name) for name in (*TARGETS, "max_accuracy_drop")}
+        return {name: value for name, value in values.items() if value is not None}
+
+    @property
+    def sweeps(self) -> bool:
+        return self.sweep or bool(self.goal)
+
+    @property
+    def measures(self) -> bool:
+        """Whether live blocks are left out and timed."""
+        return self.importance or self.sweeps
 
     @property
     def files(self) -> dict[str, Path]:
@@ -48,22 +73,46 @@ class Request:
             "picture": self.output.with_suffix(".png"),
         }
         files |= {f"export_{kind}": self.output.with_suffix(f".{kind}") for kind in self.exports}
-        if self.live_blocks.sweeps:
+        if self.sweeps:
             files["pareto"] = self.output.with_name("pareto.png")
-        if self.live_blocks.finetune_epochs:
+        if self.finetune_epochs:
             files["tuned"] = self.output.with_name("tuned.pt")
-        if self.live_blocks.selects:
+        if self.goal:
             files["cut"] = self.output.with_name("cut.pt")
         return files
 
     def check(self) -> None:
         """Raise EpsError for what is impossible or refused, before any work."""
         console.refuse_missing(self.checkpoint)
+        self._check_options()
+        if not self.dry_run:
+            self._check_files()
+
+    def _check_options(self) -> None:
         if self.no_data and self.data_root is not None:
             raise ConfigError("--no-data: looks at no images; leave out --data-root")
-        self.live_blocks.check(no_data=self.no_data)
-        if self.dry_run:
-            return
+        given = [name for name in ("importance", "sweep") if getattr(self, name)]
+        given += [*self.goal, *(["finetune_epochs"] if self.finetune_epochs else [])]
+        if self.no_data and given:
+            option = given[0].replace("_", "-")
+            raise ConfigError(f"--no-data: --{option} needs the held-out images; leave one out")
+        if self.target_latency is not None and self.target_speedup is not None:
+            raise ConfigError(
+                "--target-latency and --target-speedup contradict each other: both set the latency;"
+                " leave one of them out"
+            )
+        for option in ("samples", "timer"):
+            if getattr(self, option) is not None and not self.measures:
+                raise ConfigError(
+                    f"--{option}: only applies to --importance and --sweep; give one of them too"
+                )
+        if self.device is not None and not given:
+            raise ConfigError(
+                "--device: only applies to --importance, --sweep and --finetune-epochs; give one"
+                " of them too"
+            )
+
+    def _check_files(self) -> None:
         files = self.files
         for name, what in (("certificate", "certificate"), ("picture", "block map")):
             if self.output == files[name]:
@@ -73,18 +122,23 @@ class Request:
         folder = next(parent for parent in self.output.absolute().parents if parent.exists())
         if not folder.is_dir():
             raise ConfigError(f"-o {self.output}: {folder} is a file, not a folder")
-        written: set[Path] = set()
-        for path in files.values():
-            if path in written:
+        paths = list(files.values())
+        for path in paths:
+            if paths.count(path) > 1:
                 raise ConfigError(f"-o {self.output}: {path} would be written twice; name another")
-            written.add(path)
             if path.is_dir():
                 raise ConfigError(f"{path}: is a folder; name a file with -o")
             if path.exists() and path.samefile(self.checkpoint):
                 raise ConfigError(
                     f"{path}: would overwrite the checkpoint; name another file with -o"
                 )
-        console.refuse_existing(files.values(), self.force)
+        console.refuse_existing(paths, self.force)
+
+
+def _target(option: str, kept: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    share = click.FloatRange(0, 1, min_open=True, max_open=True)
+    text = f"Prune live blocks along the sweep to this share of the {kept}: not lossless."
+    return click.option(option, metavar="SHARE", type=share, help=text)
 
 
 @click.command()
@@ -117,25 +171,9 @@ class Request:
     is_flag=True,
     help="Report accuracy against size as live blocks are removed one by one; draws pareto.png.",
 )
-@click.option(
-    "--target-parameters",
-    metavar="SHARE",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
-    help="Prune live blocks along the sweep to this share of the parameters: not lossless.",
-)
-@click.option(
-    "--target-flops",
-    metavar="SHARE",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
-    help="Prune live blocks along the sweep to this share of the floating-point operations: not"
-    " lossless.",
-)
-@click.option(
-    "--target-latency",
-    metavar="SHARE",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
-    help="Prune live blocks along the sweep to this share of the measured latency: not lossless.",
-)
+@_target("--target-parameters", "parameters")
+@_target("--target-flops", "floating-point operations")
+@_target("--target-latency", "measured latency")
 @click.option(
     "--target-speedup",
     metavar="FACTOR",
@@ -202,12 +240,8 @@ def cli(checkpoint: Path, output: Path | None, as_json: bool, **options: Any) ->
     rounding only: at most 1e-5 of the largest. Otherwise nothing is written and the exit status
     is 3.
     """
-    named = {field.name: options.pop(field.name) for field in fields(PruneOptions)}
     request = Request(
-        checkpoint=checkpoint,
-        output=output or checkpoint.parent / "compact.pt",
-        live_blocks=PruneOptions(**named),
-        **options,
+        checkpoint=checkpoint, output=output or checkpoint.parent / "compact.pt", **options
     )
     request.check()
 
@@ -227,17 +261,16 @@ def cli(checkpoint: Path, output: Path | None, as_json: bool, **options: Any) ->
         log.print("dry run: nothing was written")
     else:
         written = _write(request, done, selection)
-        log.print(f"written: {', '.join(written.values())}", markup=False)
+        log.print(f"written: {', '.join(written.values())}")
     if as_json:
-        certificate = done.artifact.certificate
         parts = ("lossless", "evidence", "removed_live", "accuracy", "flicker", "live", "proof")
         summary = {
             "passed": True,
             "checkpoint": str(checkpoint),
             "written": written,
-            **certificate["counts"],
+            **done.counts,
             "removed": list(done.removed),
-            **{name: certificate[name] for name in (*parts, "folding")},
+            **{name: done.certificate[name] for name in (*parts, "folding")},
         }
         console.emit_json(summary)
     return 0
@@ -249,18 +282,18 @@ def main() -> NoReturn:
 
 def _compact(request: Request, log: Console) -> tuple[Compaction, Selection]:
     """Select, compact and measure; shows the tables of importance and sweep."""
-    from eps_compact.analysis.selection import Selection, select
+    from eps_compact.analysis import importance, sweep
+    from eps_compact.analysis.selection import Selection, select, tune
+    from eps_compact.certificate import as_json
     from eps_compact.compaction import compact_checkpoint
     from eps_train.data.dataset import load_again
+    from eps_train.gating.costs import make_timer
     from eps_train.training import forward
     from eps_train.training.checkpoint import Checkpoint
 
-    def report(line: str) -> None:
-        log.print(line, markup=False)
-
-    options = request.live_blocks
-    device = forward.choose(options.device or "auto")
-    path = request.checkpoint
+    report = log.print
+    device = forward.choose(request.device or "auto")
+    path, samples = request.checkpoint, request.samples or SAMPLES
     checkpoint = Checkpoint.load(path)
     selection = Selection(checkpoint=checkpoint)
     data = timer = None
@@ -269,16 +302,25 @@ def _compact(request: Request, log: Console) -> tuple[Compaction, Selection]:
             data = load_again(checkpoint.data, request.data_root)
         except DataError as error:
             raise DataError(f"{error}; or add --no-data") from error
-        if options.measures:
-            from eps_train.gating.costs import make_timer
-
-            timer = make_timer(options.timer, checkpoint.data, report)
-        selection = select(checkpoint, data, options, timer, device, report)
+        if request.measures:
+            timer = make_timer(request.timer, checkpoint.data, report)
+        if request.sweeps and timer is not None:
+            goal = sweep.Goal(**request.goal) if request.goal else None
+            selection = select(
+                checkpoint, data, goal, samples=samples, timer=timer, device=device, report=report
+            )
+        if epochs := request.finetune_epochs:
+            selection = tune(
+                selection, data, epochs=epochs, teacher=checkpoint, device=device, report=report
+            )
     if selection.checkpoint is not checkpoint:  # the one that the certificate names
         path = request.files["cut" if selection.tuned is None else "tuned"]
-        if not request.dry_run:
-            selection.checkpoint.save(path)
+    saves = selection.checkpoint is not checkpoint and not request.dry_run
+    aside = path.with_name(f".{path.name}.new")  # until the proofs have passed
     try:
+        if saves:
+            with naming(path):
+                selection.checkpoint.save(aside)
         done = compact_checkpoint(
             selection.checkpoint,
             data.validation if data is not None else None,
@@ -288,28 +330,29 @@ def _compact(request: Request, log: Console) -> tuple[Compaction, Selection]:
             also=selection.also,
             report=report,
         )
+        if saves:
+            aside.replace(path)
     except FileFormatError as error:
         raise FileFormatError(f"{path}: {error}") from error
+    finally:
+        if saves:
+            aside.unlink(missing_ok=True)
     done.artifact.certificate |= selection.to_dict()
     if selection.sweep is not None:
-        from eps_compact.analysis import curve
-
-        log.print(curve.table(selection.sweep))
-        log.print(curve.class_table(selection.sweep))
-    if options.importance and data is not None:
-        from eps_compact.analysis import importance
-
+        log.print(sweep.table(selection.sweep))
+        log.print(sweep.class_table(selection.sweep))
+    if request.importance and data is not None and timer is not None:
         found = importance.measure_importance(
             selection.checkpoint,
             data.validation,
-            samples=options.samples or SAMPLES,
+            samples=samples,
+            timer=timer,
             live=done.live,
             device=device,
-            timer=timer,
             report=report,
         )
         log.print(importance.table(found))
-        done.artifact.certificate["importance"] = found.to_dict()
+        done.artifact.certificate["importance"] = as_json(found)
     return done, selection
 
 
@@ -333,18 +376,22 @@ def _write(request: Request, done: Compaction, selection: Selection) -> dict[str
 
     files, title = request.files, _title(done)
     image = plots.draw_blocks(done.blocks, title)
-    main = [files[name] for name in ("compact", "certificate", "picture")]
-    staged = {path: path.with_name(f".{path.name}.new") for path in main}
+
+    def write_certificate(path: Path) -> None:
+        content = json.dumps(done.artifact.certificate_file(), indent=2, allow_nan=False) + "\n"
+        replace_file(path, content.encode())
+
+    writers: dict[Path, Callable[[Path], object]] = {
+        files["compact"]: done.artifact.save,
+        files["certificate"]: write_certificate,  # after the artifact, whose digest it has
+        files["picture"]: lambda path: replace_file(path, image),
+    }
+    staged = {path: path.with_name(f".{path.name}.new") for path in writers}
     placed = []
     try:
-        with naming(files["compact"]):
-            done.artifact.save(staged[files["compact"]])
-        # After the artifact, whose digest it has.
-        content = json.dumps(done.artifact.certificate_file(), indent=2, allow_nan=False) + "\n"
-        with naming(files["certificate"]):
-            replace_file(staged[files["certificate"]], content.encode())
-        with naming(files["picture"]):
-            replace_file(staged[files["picture"]], image)
+        for path, write in writers.items():
+            with naming(path):
+                write(staged[path])
         for path, aside in staged.items():
             new = not path.exists()
             with naming(path):
@@ -359,7 +406,7 @@ def _write(request: Request, done: Compaction, selection: Selection) -> dict[str
         for aside in staged.values():
             aside.unlink(missing_ok=True)
     for kind in request.exports:
-        export(done.artifact, files[f"export_{kind}"], kind, force=request.force)
+        export(done.artifact, files[f"export_{kind}"], kind)
     if selection.sweep is not None:
         replace_file(files["pareto"], plots.draw_pareto(selection.sweep, title, selection.point))
     if selection.tuned is None:  # not asked for, or discarded
@@ -377,8 +424,7 @@ def _title(done: Compaction) -> str:
     parameters, blocks = done.counts["parameters"], done.counts["blocks"]
     if not done.removed:
         return f"{blocks['before']} blocks, none removed: {parameters['before']:,} parameters"
-    certificate = done.artifact.certificate
-    exact = certificate["lossless"] and "finetune" not in certificate
+    exact = done.certificate["lossless"] and "finetune" not in done.certificate
     lossy = "" if exact else ", not lossless"
     return (
         f"{parameters['before']:,} → {parameters['after']:,} parameters ({_left(parameters)}),"
@@ -393,25 +439,22 @@ def _show(done: Compaction, log: Console) -> None:
         log.print("no block is dead: only gates and side head are removed")
     names = {"blocks": "blocks", "parameters": "parameters", "flops": "FLOPs an image"}
     rows = [
-        (name, f"{counts['before']:,}", f"{counts['after']:,}", _left(counts))
-        for name, counts in ((name, done.counts[key]) for key, name in names.items())
+        (names[key], f"{counts['before']:,}", f"{counts['after']:,}", _left(counts))
+        for key, counts in done.counts.items()
     ]
     log.print(console.table("Compacted", ("", "before", "after", "left"), rows))
-    log.print(f"block map: {LEGEND}\n{strip(done.blocks)}", markup=False)
-    ranked = sorted(
-        ((block.ratio, block) for block in done.live if block.ratio is not None),
-        key=lambda pair: pair[0],
-    )
-    if ranked:
+    log.print(f"block map: {LEGEND}\n{strip(done.blocks)}")
+    measured = [block for block in done.live if block.ratio is not None]
+    if nearest := sorted(measured, key=lambda block: block.ratio or 0.0)[:NEAREST]:
         rows = [
-            (block.block, f"{ratio:.2f} ε", f"{block.quiet or 0:.0%}", _closed(block.closed))
-            for ratio, block in ranked[:NEAREST]
+            (block.block, f"{block.ratio:.2f} ε", f"{block.quiet or 0:.0%}", _closed(block.closed))
+            for block in nearest
         ]
         columns = ("block", "largest |F|", "images under ε", "steps closed, last epoch")
-        title = f"Live blocks nearest to being pruned ({ranked[0][1].samples:,} held-out images)"
+        title = f"Live blocks nearest to being pruned ({nearest[0].samples:,} held-out images)"
         log.print(console.table(title, columns, rows))
-    for line in _statements(done.artifact.certificate):
-        log.print(line, markup=False)
+    for line in _statements(done.certificate):
+        log.print(line)
 
 
 def _statements(certificate: dict[str, Any]) -> Iterator[str]:
@@ -447,19 +490,16 @@ def _statements(certificate: dict[str, Any]) -> Iterator[str]:
         else:
             yield "the loss of accuracy was not measured: no held-out images"
     if gap := certificate["flicker"]:
-        count = len(gap["blocks"])
-        line = (
+        count, tail = len(gap["blocks"]), ""
+        if accuracy := gap["accuracy"]:
+            shipped, judged = f"{accuracy['addition']:.2%}", f"{accuracy['gate']:.2%}"
+            tail = f"; accuracy {shipped} as shipped, {judged} with those gates"
+        yield (
             f"{count} live gate{'' if count == 1 else 's'} closed on steps of the last epoch: kept"
             f" as plain additions. Judging each of {gap['samples']:,} held-out images by itself,"
             f" such gates would close on {gap['differ']:.1%} and change the class of"
-            f" {gap['top1_differ']:.1%}"
+            f" {gap['top1_differ']:.1%}{tail}"
         )
-        if accuracy := gap["accuracy"]:
-            line += (
-                f"; accuracy {accuracy['addition']:.2%} as shipped, {accuracy['gate']:.2%} with"
-                " those gates"
-            )
-        yield line
     # The proofs.
     proofs, heldout = certificate["proof"], certificate["heldout"]
     if not heldout:

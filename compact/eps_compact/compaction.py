@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 
-from eps_compact import certificate, evidence
-from eps_compact.artifact import CompactArtifact
-from eps_compact.certificate import fingerprint
-from eps_compact.evidence import ActivationStatistics, BlockEvidence
+from eps_compact import certificate
+from eps_compact.artifact import CompactArtifact, fingerprint
+from eps_compact.certificate import BOUND, FOLDING, REWRITING, ActivationStatistics, BlockEvidence
 from eps_compact.plots import Block, block_map
 from eps_core.checks import Parity
 from eps_core.cli import Log
@@ -23,8 +22,8 @@ from eps_train.gating import rewriting
 from eps_train.gating.folding import fold
 from eps_train.gating.pruner import BlockPruner
 from eps_train.models.resnets import Normalize
-from eps_train.models.spec import NetworkSpec, cost, count_parameters
-from eps_train.training.checkpoint import Checkpoint
+from eps_train.models.spec import cost, count_parameters
+from eps_train.training.checkpoint import Checkpoint, current_versions
 
 PROOF_IMAGES = 256  # held-out images for the proofs at most, spread over all
 
@@ -39,8 +38,7 @@ class Compaction:
         artifact: what is to be saved; its network has passed every proof.
         checkpoint: what was compacted.
         blocks: the block map of the network as it was built.
-        proofs: the comparisons behind the certificate.
-        statistics: measurements on held-out images.
+        proofs, statistics: the comparisons and the measurements behind the certificate.
     """
 
     artifact: CompactArtifact
@@ -49,14 +47,19 @@ class Compaction:
     proofs: tuple[Parity, ...]
     statistics: ActivationStatistics
 
+    def build(self) -> fx.GraphModule:
+        """Build the compact network, in evaluation mode, on the CPU: plain layers, no gates."""
+        return self.artifact.build()
+
     @property
     def certificate(self) -> dict[str, Any]:
         """Evidence for every removed block and proof of equal logits, as plain data."""
         return self.artifact.certificate
 
-    def build(self) -> fx.GraphModule:
-        """Build the compact network, in evaluation mode, on the CPU: plain layers, no gates."""
-        return self.artifact.build()
+    @property
+    def counts(self) -> Counts:
+        """Blocks, parameters and FLOPs; see :func:`counts`."""
+        return cast(Counts, self.certificate["counts"])
 
     @property
     def removed(self) -> tuple[str, ...]:
@@ -66,14 +69,7 @@ class Compaction:
     @property
     def live(self) -> tuple[BlockEvidence, ...]:
         """The blocks that keep their branch although they have a gate."""
-        found = self.statistics
-        return tuple(block for block in found.live if block.block not in found.beyond)
-
-    @property
-    def counts(self) -> Counts:
-        """Blocks, parameters and FLOPs; see :func:`counts`."""
-        found: Counts = self.artifact.certificate["counts"]
-        return found
+        return tuple(b for b in self.statistics.live if b.block not in self.statistics.beyond)
 
 
 def compact(model: nn.Module, dead: Iterable[str] | None = None) -> fx.GraphModule:
@@ -123,12 +119,9 @@ def compact_pruner(
         DataError: `heldout` is empty, or its images are not normalised as the pruner was told.
     """
     checkpoint = pruner.checkpoint(averaged)
+    images = None if heldout is None else pixels(heldout, checkpoint.data)
     return compact_checkpoint(
-        checkpoint,
-        None if heldout is None else pixels(heldout, checkpoint.data),
-        checkpoint_path="",
-        folding=folding,
-        report=report,
+        checkpoint, images, checkpoint_path="", folding=folding, report=report
     )
 
 
@@ -149,9 +142,8 @@ def compact_checkpoint(
             only the training record and random images are used.
         checkpoint_path: path of the checkpoint for the artifact, relative to its own folder.
         folding: fold batch norms into the convolutions before them.
-        closed_at_least, also: live blocks to remove too, see `evidence.blocks_beyond`; the result
-            is then not lossless, and the certificate says so.
-        report: receives progress, a line at a time.
+        closed_at_least, also: live blocks to remove too, see `certificate.blocks_beyond`; the
+            result is then not lossless, and the certificate says so.
 
     Raises:
         ProofError: the evidence or a proof fails.
@@ -161,17 +153,13 @@ def compact_checkpoint(
     """
     certificate.check_evidence(checkpoint)
     gated = checkpoint.build_gated().eval()
-    beyond = evidence.blocks_beyond(checkpoint, closed_at_least, also)
+    beyond = certificate.blocks_beyond(checkpoint, closed_at_least, also)
     removed = {*checkpoint.network.removed, *checkpoint.dead, *beyond}
     # A network that was fine-tuned after its compaction has no gates where blocks are gone.
     blocks = checkpoint.network.all_blocks() if checkpoint.network.removed else ()
-    order = blocks or rewriting.gates(gated)
+    ordered = tuple(block for block in blocks or rewriting.gates(gated) if block in removed)
     artifact = CompactArtifact(
-        network=replace(
-            checkpoint.network,
-            gated=(),
-            removed=tuple(block for block in order if block in removed),
-        ),
+        network=replace(checkpoint.network, gated=(), removed=ordered),
         state={},
         data=checkpoint.data,
         certificate={},
@@ -186,22 +174,18 @@ def compact_checkpoint(
     shipped = artifact.build()
     sizes = ", ".join(map(str, certificate.BATCHES))
     report(f"proving that the logits stay equal at batches {sizes}")
-    shape = checkpoint.data.input_shape
     normalize = Normalize.of(checkpoint.data)
-    rewritten, refolded = (plain, shipped) if artifact.folded else (shipped, None)
-    proofs = certificate.prove(shut, rewritten, normalize, proof_images(heldout, shape), refolded)
+    images = proof_images(heldout, checkpoint.data.input_shape)
+    networks = [shut, plain, shipped] if artifact.folded else [shut, shipped]
+    proofs = certificate.prove(networks, normalize, images)
     if heldout is not None:
         live = len(checkpoint.gates) - len(checkpoint.dead)
         report(f"measuring {live} live blocks on {len(heldout):,} held-out images")
-    statistics = evidence.measure_activations(checkpoint, gated, shut, normalize, heldout, beyond)
-    artifact.certificate = certificate.certificate(
-        checkpoint,
-        proofs=proofs,
-        statistics=statistics,
-        closed_at_least=closed_at_least,
-        counts=counts(checkpoint.network, artifact.network.removed, plain, shape),
-        folded=folded_counts(artifact, shipped),
-        network=fingerprint(shipped),
+    statistics = certificate.measure_activations(
+        checkpoint, gated, shut, normalize, heldout, beyond
+    )
+    artifact.certificate = _certificate(
+        checkpoint, artifact, plain, shipped, proofs, statistics, closed_at_least
     )
     return Compaction(
         artifact=artifact,
@@ -212,25 +196,71 @@ def compact_checkpoint(
     )
 
 
-def counts(
-    built: NetworkSpec,
-    removed: Collection[str],
-    plain: nn.Module,
-    input_shape: tuple[int, int, int],
-) -> Counts:
+def _certificate(
+    checkpoint: Checkpoint,
+    artifact: CompactArtifact,
+    plain: fx.GraphModule,
+    shipped: fx.GraphModule,
+    proofs: tuple[Parity, ...],
+    statistics: ActivationStatistics,
+    closed_at_least: float,
+) -> dict[str, Any]:
+    """Return the certificate as plain data; see docs/files.md."""
+    live = [{**asdict(block), "ratio": block.ratio} for block in statistics.live]
+    proven: dict[str, list[dict[str, Any]]] = {REWRITING: [], FOLDING: []}
+    for proof in proofs:
+        proven[proof.stage].append(
+            {
+                "step": proof.stage,
+                "inputs": proof.inputs,
+                "batch": proof.worst_batch,
+                "images": proof.samples,
+                "equal": proof.max_abs == 0,
+                "max_abs": proof.max_abs,
+                "relative": proof.relative,
+                "bound": proof.limit,
+            }
+        )
+    heldout = " and held-out images" if statistics.images else " alone"
+    folded = folded_counts(artifact, shipped)
+    data = checkpoint.data
+    return {
+        "lossless": not statistics.beyond,
+        "evidence": f"training record{heldout}",
+        "relative_epsilon": checkpoint.relative_epsilon,
+        "heldout": statistics.images,
+        "removed": certificate.prune_records(checkpoint),
+        "closed_at_least": closed_at_least,
+        "removed_live": [entry for entry in live if entry["block"] in statistics.beyond],
+        "accuracy": statistics.accuracy,
+        "proof": proven[REWRITING],
+        "folding": folded and {"bound": BOUND, **folded, "proof": proven[FOLDING]},
+        "live": [entry for entry in live if entry["block"] not in statistics.beyond],
+        "flicker": certificate.as_json(statistics.gap),
+        "counts": counts(checkpoint, artifact.network.removed, plain),
+        "network": fingerprint(shipped),
+        "data": {
+            "name": data.name,
+            "sha256": data.sha256,
+            "split_seed": data.split_seed,
+            "sizes": dict(data.sizes),
+        },
+        "checkpoint": checkpoint.digest,
+        "versions": dict(checkpoint.versions),
+        "made_with": current_versions(),
+    }
+
+
+def counts(checkpoint: Checkpoint, removed: Collection[str], plain: nn.Module) -> Counts:
     """Count `blocks`, `parameters` and `flops` (of one image), each `before` and `after`.
 
-    Before is the network at full depth, without the side head, which is never deployed.
-
-    Args:
-        built: the network as it was built.
-        removed: its blocks that are removed.
-        plain: the compact network, not folded.
-        input_shape: `[C, H, W]` of an image.
+    Before is the network at full depth, without the side head, which is never deployed; after is
+    `plain`, the compact network without folding, which lacks the blocks `removed`.
     """
-    skeleton = built.skeleton()
+    shape = checkpoint.data.input_shape
+    skeleton = checkpoint.network.skeleton()
     blocks = len(rewriting.gates(skeleton))
-    before, after = cost(skeleton, input_shape), cost(plain, input_shape)
+    before, after = cost(skeleton, shape), cost(plain, shape)
     return {
         "blocks": {"before": blocks, "after": blocks - len(removed)},
         "parameters": {"before": before.parameters, "after": after.parameters},
@@ -250,6 +280,5 @@ def proof_images(heldout: Tensor | Part | None, shape: tuple[int, int, int]) -> 
     if heldout is None:
         return torch.empty((0, *shape), dtype=torch.uint8)
     if len(heldout) > PROOF_IMAGES:
-        chosen = torch.linspace(0, len(heldout) - 1, PROOF_IMAGES).round().long()
-        heldout = heldout[chosen]
+        heldout = heldout[torch.linspace(0, len(heldout) - 1, PROOF_IMAGES).round().long()]
     return heldout if isinstance(heldout, Tensor) else heldout.images

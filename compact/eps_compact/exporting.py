@@ -16,45 +16,32 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from eps_compact.artifact import CompactArtifact
 from eps_core.errors import ConfigError, GraphError
 from eps_core.files import replace_file
 from eps_train.models.resnets import FromPixels
 
-KINDS = ("pt2", "safetensors")
 # Name of the description: of an extra file inside a pt2 archive, of an entry of the metadata of a
 # safetensors file (which has no other: its format does not keep the order of several).
 ABOUT = "eps_resnet.json"
-DESCRIPTION_FORMAT = "eps-resnet-network"
-DESCRIPTION_VERSION = 1
-INPUT, OUTPUT = "images", "logits"
 # Where a recorded step was written: paths of the machine that exported it, of no use to others.
 _WHEREABOUTS = ("stack_trace", "from_node", "custom")
 
 
-def export(artifact: CompactArtifact, path: Path, kind: str, *, force: bool = False) -> None:
-    """Export the network of `artifact`. The same artifact gives the same bytes.
+def export(artifact: CompactArtifact, path: Path, kind: str) -> None:
+    """Write the network of `artifact` to `path`. The same artifact gives the same bytes.
 
     Args:
-        artifact: a compact network, read from its file or not yet written.
-        path: the file to write; it ends in `.pt2` or `.safetensors`.
         kind: `pt2`: the network behind its normalisation, which maps `images` uint8
             `[N, C, H, W]`, N >= 1, to `logits` float32 `[N, classes]`. `safetensors`: its
             parameters and buffers, by name.
-        force: overwrite an existing file.
 
     Raises:
-        ConfigError: a wrong kind or name, an existing file, or the package safetensors is missing.
+        ConfigError: the package safetensors is missing.
         GraphError: torch.export cannot express the network.
     """
-    if kind not in KINDS:
-        raise ConfigError(f"--export {kind}: no such format; choose {' or '.join(KINDS)}")
-    if path.suffix != f".{kind}":
-        raise ConfigError(f"{path}: not a {kind} file's name; end it in .{kind}")
-    if path.exists() and not force:
-        raise ConfigError(f"{path}: exists; give --force to overwrite")
     replace_file(path, _pt2(artifact) if kind == "pt2" else _safetensors(artifact))
 
 
@@ -89,13 +76,9 @@ def _safetensors(artifact: CompactArtifact) -> bytes:
     model = FromPixels(artifact.build(), artifact.data)
     # Buffers that are no part of the state dict too: the network computes with them. Each is a
     # copy, as safetensors refuses tensors that share memory.
-    tensors = {
-        name: tensor.detach().contiguous().clone()
-        for name, tensor in (
-            *model.named_parameters(remove_duplicate=False),
-            *model.named_buffers(remove_duplicate=False),
-        )
-    }
+    named: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    named |= dict(model.named_buffers(remove_duplicate=False))
+    tensors = {name: tensor.detach().contiguous().clone() for name, tensor in named.items()}
     content: bytes = save(tensors, metadata={ABOUT: _description(artifact)})
     return content
 
@@ -104,10 +87,10 @@ def _description(artifact: CompactArtifact) -> str:
     """Return what a program needs to know besides the network, as JSON."""
     data = artifact.data
     about = {
-        "format": DESCRIPTION_FORMAT,
-        "version": DESCRIPTION_VERSION,
-        "input": {"name": INPUT, "dtype": "uint8", "shape": ["N", *data.input_shape]},
-        "output": {"name": OUTPUT, "dtype": "float32", "shape": ["N", len(data.classes)]},
+        "format": "eps-resnet-network",
+        "version": 1,
+        "input": {"name": "images", "dtype": "uint8", "shape": ["N", *data.input_shape]},
+        "output": {"name": "logits", "dtype": "float32", "shape": ["N", len(data.classes)]},
         "classes": list(data.classes),
         "preprocessing": data.preprocessing.to_dict(),
         "data": {"name": data.name, "sha256": data.sha256},

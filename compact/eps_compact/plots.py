@@ -7,15 +7,13 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal
 
-from eps_compact.evidence import BlockEvidence
+from eps_compact.certificate import BlockEvidence
 from eps_train.gating import rewriting
 from eps_train.training.checkpoint import Checkpoint
 from eps_train.training.plots import CLOSED, DEAD, OPEN, log_scale, new_figure, png
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-    from eps_compact.analysis.curve import Point, Sweep
+    from eps_compact.analysis.sweep import Point, Sweep
 
 # -- The block map: every residual block of the network as it was built, and its state
 
@@ -46,12 +44,7 @@ class Block:
 def block_map(
     checkpoint: Checkpoint, live: Iterable[BlockEvidence], removed: Collection[str] = ()
 ) -> tuple[Block, ...]:
-    """Return all blocks, in the order of computation.
-
-    Args:
-        live: from `evidence.block_evidence`.
-        removed: blocks that are removed, whether they are dead or not.
-    """
+    """Return all blocks, in the order of computation; those of `removed` count as dead."""
     measured = {block.block: block for block in live}
     deaths = {record.block: record.death for record in checkpoint.gates}
     blocks = []
@@ -71,9 +64,7 @@ def block_map(
 
 def strip(blocks: Iterable[Block]) -> str:
     """Return the map as text: one character a block, a space between stages; see `LEGEND`."""
-    return " ".join(
-        "".join(SYMBOLS[block.state] for block in members) for members in _by_stage(blocks)
-    )
+    return " ".join("".join(SYMBOLS[b.state] for b in members) for members in _by_stage(blocks))
 
 
 def _by_stage(blocks: Iterable[Block]) -> list[list[Block]]:
@@ -98,10 +89,6 @@ def draw_blocks(blocks: Sequence[Block], title: str) -> bytes:
     A bar extends from 1 to the block's largest response on held-out images in units of epsilon, on
     a logarithmic scale: upwards for an open gate, downwards for a closed one. The strip below it
     shows every block's state; it is the only part where no block has an epsilon.
-
-    Args:
-        blocks: one or more, in the order of computation.
-        title: heading of the image.
     """
     from matplotlib.patches import Patch
 
@@ -178,60 +165,52 @@ def draw_pareto(found: Sweep, title: str, selected: Point | None = None) -> byte
     the first point, relative to that point's accuracy, and of the time.
     """
     points = found.points
+    accuracy = [100 * point.accuracy for point in points]
+    drops, times = [point.drop for point in points], [point.ms for point in points]
+    shares = [100 * point.parameters_share for point in points]
+    time_errors = [[ms.value - ms.low for ms in times], [ms.high - ms.value for ms in times]]
+    marks = [("knee", points[found.knee], CLOSED, "o")]
+    if selected is not None:
+        marks.append(("selected", selected, "black", "s"))
     figure = new_figure(11, 4.6)
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     left, right = figure.subplots(1, 2, sharey=True)
     left.set_ylabel(f"accuracy on {found.measured_on:,} held-out images, %")
     left.set_xlabel("parameters, % of the network as built")
-    _curve(left, found, [100 * point.parameters_share for point in points], None, selected)
     right.set_xlabel(f"ms an image: {found.timer}")
-    times = [point.ms for point in points]
-    errors = [[ms.value - ms.low for ms in times], [ms.high - ms.value for ms in times]]
-    _curve(right, found, [ms.value for ms in times], errors, selected)
+    for axes, x, x_errors in (
+        (left, shares, None),
+        (right, [ms.value for ms in times], time_errors),
+    ):
+        axes.errorbar(
+            x,
+            accuracy,
+            xerr=x_errors,
+            yerr=[[d.high - d.value for d in drops], [d.value - d.low for d in drops]],
+            fmt="o-",
+            color=OPEN,
+            ecolor=f"{OPEN}50",  # translucent
+            markersize=3.5,
+            linewidth=1.2,
+            label="with 95 % intervals",
+        )
+        for name, point, color, marker in marks:
+            count = len(point.removed)
+            axes.plot(
+                x[points.index(point)],
+                100 * point.accuracy,
+                marker,
+                markersize=11,
+                markerfacecolor="none",
+                markeredgecolor=color,
+                markeredgewidth=2,
+                label=f"{name}: {count} block{'' if count == 1 else 's'} removed,"
+                f" {point.parameters_share:.1%} of the parameters, {point.accuracy:.1%}",
+            )
+        axes.grid(color=GRID, linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.invert_xaxis()  # the sweep goes from left to right
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, frameon=False, fontsize=9, loc="outside lower left", ncols=3)
     return png(figure)
-
-
-def _curve(
-    axes: Axes,
-    found: Sweep,
-    x: Sequence[float],
-    x_errors: Sequence[Sequence[float]] | None,
-    selected: Point | None,
-) -> None:
-    points = found.points
-    accuracy = [100 * point.accuracy for point in points]
-    drops = [point.drop for point in points]
-    axes.errorbar(
-        x,
-        accuracy,
-        xerr=x_errors,
-        yerr=[[d.high - d.value for d in drops], [d.value - d.low for d in drops]],
-        fmt="o-",
-        color=OPEN,
-        ecolor=f"{OPEN}50",  # translucent
-        markersize=3.5,
-        linewidth=1.2,
-        label="with 95 % intervals",
-    )
-    marks = [("knee", points[found.knee], CLOSED, "o")]
-    if selected is not None:
-        marks.append(("selected", selected, "black", "s"))
-    for name, point, color, marker in marks:
-        count = len(point.removed)
-        axes.plot(
-            x[points.index(point)],
-            100 * point.accuracy,
-            marker,
-            markersize=11,
-            markerfacecolor="none",
-            markeredgecolor=color,
-            markeredgewidth=2,
-            label=f"{name}: {count} block{'' if count == 1 else 's'} removed,"
-            f" {point.parameters_share:.1%} of the parameters, {point.accuracy:.1%}",
-        )
-    axes.grid(color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.invert_xaxis()  # the sweep goes from left to right

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -21,8 +20,11 @@ from eps_train.gating.folding import fold
 from eps_train.models.resnets import Normalize
 from eps_train.training.checkpoint import Checkpoint
 
-# Checks that need the right checkpoint; those after the first two need the right network too.
-_ON_CHECKPOINT = ("network", "evidence", "tensors", "rewriting", "folding", "counts")
+# Checks that need the right network; with the two before them, those that need its checkpoint.
+_ON_NETWORK = ("tensors", "rewriting", "folding", "counts")
+_ON_CHECKPOINT = ("network", "evidence", *_ON_NETWORK)
+
+Outcome = tuple[bool | None, str]  # `passed` and `detail` of a Check
 
 
 def verify(
@@ -49,35 +51,47 @@ def verify(
     artifact = CompactArtifact.load(path, any_code=True)
     source = _checkpoint(path, artifact, checkpoint)
     found = Verification(lossless=bool(artifact.certificate.get("lossless", True)))
-    add = found.checks.append
-    add(Check("artifact", True, f"SHA-256 {artifact.digest[:12]} matches"))
-    add(_code(artifact))
-    add(_certificate_beside(path, artifact))
+
+    def add(name: str, passed: bool | None, detail: str) -> None:
+        found.checks.append(Check(name, passed, detail))
+
+    add("artifact", True, f"SHA-256 {artifact.digest[:12]} matches")
+    add("code", *_code(artifact))
+    add("certificate", *_certificate_beside(path, artifact))
     recorded = artifact.checkpoint["digest"]
-    same = source.digest == recorded == artifact.certificate.get("checkpoint", recorded)
-    add(
-        Check("checkpoint", True, f"SHA-256 {source.digest[:12]} is the recorded one")
-        if same
-        else Check(
-            "checkpoint",
-            False,
-            f"digest {source.digest[:12]}, recorded {recorded[:12]}: made from another checkpoint;"
-            " name that one with --checkpoint",
-        )
-    )
-    if not same:
-        found.checks += [Check(n, None, "not the right checkpoint") for n in _ON_CHECKPOINT]
+    if not source.digest == recorded == artifact.certificate.get("checkpoint", recorded):
+        differ = f"digest {source.digest[:12]}, recorded {recorded[:12]}"
+        remedy = "made from another checkpoint; name that one with --checkpoint"
+        add("checkpoint", False, f"{differ}: {remedy}")
+        for name in _ON_CHECKPOINT:
+            add(name, None, "not the right checkpoint")
         return found
+    add("checkpoint", True, f"SHA-256 {source.digest[:12]} is the recorded one")
     heldout, data = _data(artifact, source, data_root, no_data)
-    add(data)
-    network = _network(artifact, source)
-    add(network)
-    add(_evidence(artifact, source))
-    if network.passed:
-        report("proving it again")
-        found.checks += _proven(artifact, source, heldout)
+    add("data", *data)
+    right, detail = _network(artifact, source)
+    add("network", right, detail)
+    add("evidence", *_evidence(artifact, source))
+    if not right:
+        for name in _ON_NETWORK:
+            add(name, None, "not the right network")
+        return found
+    report("proving it again")
+    shut = artifact.gated(source)
+    plain, shipped = compact(shut), artifact.build()
+    add("tensors", *_tensors(artifact, plain))
+    networks = [shut, plain, shipped] if artifact.folded else [shut, shipped]
+    images = proof_images(heldout, source.data.input_shape)
+    proofs = certificate.compare(networks, Normalize.of(source.data), images)
+    equal = [proof for proof in proofs if proof.stage == certificate.REWRITING]
+    add("rewriting", *_proven(equal, "all logits equal (torch.equal)"))
+    if close := [proof for proof in proofs if proof.stage == certificate.FOLDING]:
+        worst = max(proof.relative or 0.0 for proof in close)
+        moved = f"logits move by {worst:.1e} of the largest, limit {certificate.BOUND:g},"
+        add("folding", *_proven(close, moved))
     else:
-        found.checks += [Check(n, None, "not the right network") for n in _ON_CHECKPOINT[2:]]
+        add("folding", None, "not folded")
+    add("counts", *_counts(artifact, source, plain, shipped))
     return found
 
 
@@ -93,150 +107,112 @@ def _checkpoint(path: Path, artifact: CompactArtifact, named: Path | None) -> Ch
     return Checkpoint.load(place)
 
 
-def _certificate_beside(path: Path, artifact: CompactArtifact) -> Check:
-    beside = path.with_suffix(".json")
-    if not beside.exists():
-        return Check("certificate", None, f"no {beside.name} beside it")
-    found = read_certificate(beside)
-    if found.get("artifact") != artifact.digest:
-        owner = str(found.get("artifact"))[:12]
-        return Check("certificate", False, f"{beside.name} belongs to {owner}")
-    if found != artifact.certificate_file():
-        return Check("certificate", False, f"{beside.name} differs from the artifact's certificate")
-    return Check("certificate", True, f"{beside.name} is the artifact's certificate")
-
-
-def _code(artifact: CompactArtifact) -> Check:
+def _code(artifact: CompactArtifact) -> Outcome:
     recorded = artifact.certificate.get("network")
     if recorded is None:
-        return Check("code", None, "the certificate has no digest of the network's code")
+        return None, "the certificate has no digest of the network's code"
     if reason := artifact.other_code(artifact.build()):
-        return Check("code", False, reason)
-    return Check("code", True, f"digest {recorded['code'][:12]} is that of the network's code")
+        return False, reason
+    return True, f"digest {recorded['code'][:12]} is that of the network's code"
+
+
+def _certificate_beside(path: Path, artifact: CompactArtifact) -> Outcome:
+    beside = path.with_suffix(".json")
+    if not beside.exists():
+        return None, f"no {beside.name} beside it"
+    found = read_certificate(beside)
+    if found.get("artifact") != artifact.digest:
+        return False, f"{beside.name} belongs to {str(found.get('artifact'))[:12]}"
+    if found != artifact.certificate_file():
+        return False, f"{beside.name} differs from the artifact's certificate"
+    return True, f"{beside.name} is the artifact's certificate"
 
 
 def _data(
     artifact: CompactArtifact, source: Checkpoint, root: Path | None, no_data: bool
-) -> tuple[Part | None, Check]:
+) -> tuple[Part | None, Outcome]:
     identity = source.data
     if artifact.data != identity:
-        return None, Check("data", False, "artifact and checkpoint name different data")
+        return None, (False, "artifact and checkpoint name different data")
     if no_data:
-        return None, Check("data", None, "--no-data: random images only")
+        return None, (None, "--no-data: random images only")
     try:
         part = load_again(identity, root).validation
     except (DataError, ConfigError) as error:
         if root is not None:
             raise
-        return None, Check("data", None, f"random images only: {error}")
+        return None, (None, f"random images only: {error}")
     detail = f"{identity.name}: {len(part):,} held-out images, SHA-256 {identity.sha256[:12]}"
-    return part, Check("data", True, detail)
+    return part, (True, detail)
 
 
-def _network(artifact: CompactArtifact, source: Checkpoint) -> Check:
+def _network(artifact: CompactArtifact, source: Checkpoint) -> Outcome:
     ours, theirs = artifact.network, source.network
     if (ours.family, ours.arguments) != (theirs.family, theirs.arguments):
-        return Check("network", False, f"{ours.family}, the checkpoint holds {theirs.family}")
+        return False, f"{ours.family}, the checkpoint holds {theirs.family}"
     live = [entry["block"] for entry in artifact.certificate.get("removed_live", [])]
     wanted, removed = {*source.dead, *theirs.removed, *live}, set(ours.removed)
-    if removed != wanted:
-        surplus, missing = sorted(removed - wanted), sorted(wanted - removed)
-        detail = f"removed without a reason: {', '.join(surplus)}" if surplus else ""
-        lacking = f"dead but not removed: {', '.join(missing)}" if missing else ""
-        return Check("network", False, "; ".join(filter(None, (detail, lacking))))
+    wrong = []
+    if surplus := sorted(removed - wanted):
+        wrong.append(f"removed without a reason: {', '.join(surplus)}")
+    if missing := sorted(wanted - removed):
+        wrong.append(f"dead but not removed: {', '.join(missing)}")
+    if wrong:
+        return False, "; ".join(wrong)
     if bool(live) == bool(artifact.certificate.get("lossless", True)):
-        return Check("network", False, "the certificate is wrong about being lossless")
+        return False, "the certificate is wrong about being lossless"
     if live:
-        detail = f"NOT lossless: besides the dead blocks, {len(live)} live ones are removed"
-    else:
-        detail = f"the {len(removed)} removed blocks are those that the checkpoint records as dead"
-    return Check("network", True, detail)
+        return True, f"NOT lossless: besides the dead blocks, {len(live)} live ones are removed"
+    return True, f"the {len(removed)} removed blocks are those that the checkpoint records as dead"
 
 
-def _evidence(artifact: CompactArtifact, source: Checkpoint) -> Check:
+def _evidence(artifact: CompactArtifact, source: Checkpoint) -> Outcome:
     try:
         certificate.check_evidence(source)
     except ProofError as error:
-        return Check("evidence", False, str(error))
+        return False, str(error)
     stated = artifact.certificate.get("removed", [])
     if stated != certificate.prune_records(source):
-        return Check("evidence", False, "the certificate has other dead blocks than the checkpoint")
-    return Check(
-        "evidence", True, f"{len(stated)} dead blocks, each within epsilon in training and held out"
-    )
+        return False, "the certificate has other dead blocks than the checkpoint"
+    return True, f"{len(stated)} dead blocks, each within epsilon in training and held out"
 
 
-def _proven(artifact: CompactArtifact, source: Checkpoint, heldout: Part | None) -> Iterator[Check]:
-    shut = artifact.gated(source)
-    plain = compact(shut)
-    shipped = artifact.build()
-    yield _tensors(artifact, plain)
-    folded = bool(artifact.folded)
-    images = proof_images(heldout, source.data.input_shape)
-    proofs = certificate.compare(
-        shut,
-        plain if folded else shipped,
-        Normalize.of(source.data),
-        images,
-        shipped if folded else None,
-    )
-    yield _equal([proof for proof in proofs if proof.stage == certificate.REWRITING])
-    yield _close([proof for proof in proofs if proof.stage == certificate.FOLDING])
-    yield _counts(artifact, source, plain, shipped)
-
-
-def _tensors(artifact: CompactArtifact, plain: fx.GraphModule) -> Check:
+def _tensors(artifact: CompactArtifact, plain: fx.GraphModule) -> Outcome:
     again, pairs = fold(plain) if artifact.folded else (plain, ())
     state = again.state_dict()
     if pairs != artifact.folded or state.keys() != artifact.state.keys():
-        return Check("tensors", False, "the tensors are not those of the checkpoint")
+        return False, "the tensors are not those of the checkpoint"
     for name, tensor in state.items():
         if not torch.equal(tensor, artifact.state[name]):
-            return Check("tensors", False, f"{name} differs from the checkpoint's")
-    return Check("tensors", True, f"all {len(state)} are those of the checkpoint")
+            return False, f"{name} differs from the checkpoint's"
+    return True, f"all {len(state)} are those of the checkpoint"
 
 
-def _equal(proofs: list[Parity]) -> Check:
+def _proven(proofs: list[Parity], result: str) -> Outcome:
     failed = next((proof for proof in proofs if not proof.passed), None)
     if failed is not None:
-        return Check("rewriting", False, failure(failed))
-    return Check("rewriting", True, f"all logits equal (torch.equal) {_on(proofs)}")
-
-
-def _close(proofs: list[Parity]) -> Check:
-    if not proofs:
-        return Check("folding", None, "not folded")
-    failed = next((proof for proof in proofs if not proof.passed), None)
-    if failed is not None:
-        return Check("folding", False, failure(failed))
-    worst = max(proof.relative or 0.0 for proof in proofs)
-    detail = f"logits move by {worst:.1e} of the largest, limit {certificate.BOUND:g},"
-    return Check("folding", True, f"{detail} {_on(proofs)}")
-
-
-def _on(proofs: list[Parity]) -> str:
+        return False, failure(failed)
     kinds = " and ".join(dict.fromkeys(proof.inputs for proof in proofs))
     sizes = ", ".join(str(size) for size in dict.fromkeys(proof.worst_batch for proof in proofs))
-    return f"on {sum(proof.samples for proof in proofs)} {kinds} at batches {sizes}"
+    images = sum(proof.samples for proof in proofs)
+    return True, f"{result} on {images} {kinds} at batches {sizes}"
 
 
 def _counts(
     artifact: CompactArtifact, source: Checkpoint, plain: fx.GraphModule, shipped: fx.GraphModule
-) -> Check:
+) -> Outcome:
     stated = artifact.certificate.get("counts")
     if stated is None:
-        return Check("counts", None, "the certificate has none")
-    counted = counts(source.network, artifact.network.removed, plain, source.data.input_shape)
+        return None, "the certificate has none"
+    counted = counts(source, artifact.network.removed, plain)
     folding = artifact.certificate.get("folding") or {}
     folded = folded_counts(artifact, shipped) or {}
     wrong = [name for name, count in counted.items() if count != stated.get(name)]
     wrong += [f"folding {name}" for name, count in folded.items() if folding.get(name) != count]
     if wrong:
-        return Check("counts", False, f"the certificate is wrong about {', '.join(wrong)}")
+        return False, f"the certificate is wrong about {', '.join(wrong)}"
     parameters, flops = counted["parameters"], counted["flops"]
-    return Check(
-        "counts",
-        True,
+    return True, (
         f"{parameters['before']:,} to {parameters['after']:,} parameters, {flops['before']:,} to"
-        f" {flops['after']:,} FLOPs an image",
+        f" {flops['after']:,} FLOPs an image"
     )

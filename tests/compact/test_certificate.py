@@ -53,7 +53,7 @@ def test_the_proof_covers_all_batches_and_both_kinds_of_input(
     made: Checkpoint, heldout: Tensor
 ) -> None:
     gated, plain = networks(made)
-    proofs = prove(gated, plain, normalize(), heldout)
+    proofs = prove([gated, plain], normalize(), heldout)
     assert [(proof.inputs, proof.worst_batch) for proof in proofs] == [
         (inputs, size)
         for size in (1, 7, 32)
@@ -65,7 +65,7 @@ def test_the_proof_covers_all_batches_and_both_kinds_of_input(
 
 
 def test_it_needs_one_image_only(made: Checkpoint, heldout: Tensor) -> None:
-    assert prove(*networks(made), normalize(), heldout[:1])
+    assert prove(networks(made), normalize(), heldout[:1])
 
 
 def test_one_flipped_last_bit_is_found(made: Checkpoint, heldout: Tensor) -> None:
@@ -73,14 +73,14 @@ def test_one_flipped_last_bit_is_found(made: Checkpoint, heldout: Tensor) -> Non
     bias = plain.state_dict()["classifier.bias"]
     bias[3] = torch.nextafter(torch.tensor(1e-6), torch.tensor(1.0))
     with pytest.raises(ProofError, match=r"on held-out images at batch 1 \(by up to [0-9.e-]+\)"):
-        prove(gated, plain, normalize(), heldout)
+        prove([gated, plain], normalize(), heldout)
 
 
 def test_the_largest_difference_is_named(made: Checkpoint, heldout: Tensor) -> None:
     gated, plain = networks(made)
     plain.state_dict()["classifier.bias"][7] += 0.5
     with pytest.raises(ProofError, match=r"by up to 0\.5(0000\d+)?\)"):
-        prove(gated, plain, normalize(), heldout)
+        prove([gated, plain], normalize(), heldout)
 
 
 def test_a_difference_on_random_images_alone_is_found(made: Checkpoint, heldout: Tensor) -> None:
@@ -90,7 +90,7 @@ def test_a_difference_on_random_images_alone_is_found(made: Checkpoint, heldout:
     plain.state_dict()["stem.0.weight"].mul_(2)
     identity = Normalize([0.0], [1.0])
     with pytest.raises(ProofError, match="on random uint8 images at batch 1"):
-        prove(gated, plain, identity, black)
+        prove([gated, plain], identity, black)
 
 
 def test_nan_is_no_equality(made: Checkpoint, heldout: Tensor) -> None:
@@ -99,7 +99,7 @@ def test_nan_is_no_equality(made: Checkpoint, heldout: Tensor) -> None:
     state[f"{DEAD[0]}.conv2.weight"].fill_(float("inf"))
     gated, plain = networks(replace(made, state=state))
     with pytest.raises(ProofError, match="logits that are not finite"):
-        prove(gated, plain, normalize(), heldout)
+        prove([gated, plain], normalize(), heldout)
 
 
 @pytest.mark.parametrize(
@@ -208,15 +208,15 @@ def test_folding_has_a_proof_of_its_own(compaction: Compaction) -> None:
 def test_folding_beyond_its_bound_is_no_proof(made: Checkpoint, heldout: Tensor) -> None:
     gated, plain = networks(made)
     folded, _ = fold(plain)
-    assert prove(gated, plain, normalize(), heldout, folded)
+    assert prove([gated, plain, folded], normalize(), heldout)
     folded.state_dict()["classifier.bias"].add_(1e-3)
     with pytest.raises(
         ProofError, match=r"^folding moves logits by .*more than 1e-05, on held-out"
     ):
-        prove(gated, plain, normalize(), heldout, folded)
+        prove([gated, plain, folded], normalize(), heldout)
     folded.state_dict()["classifier.bias"].fill_(float("nan"))
     with pytest.raises(ProofError, match=r"^folding makes logits that are not finite"):
-        prove(gated, plain, normalize(), heldout, folded)
+        prove([gated, plain, folded], normalize(), heldout)
 
 
 def test_without_images_random_ones_must_do(made: Checkpoint) -> None:

@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from eps_compact.compaction import compact
-from eps_compact.evidence import (
+from eps_compact.certificate import (
     ActivationStatistics,
     BlockEvidence,
     block_evidence,
@@ -18,6 +17,7 @@ from eps_compact.evidence import (
     measure_activations,
     observe,
 )
+from eps_compact.compaction import compact
 from eps_core.errors import GraphError, TrainingError
 from eps_train.data import dataset
 from eps_train.data.images import ImageSet, Part

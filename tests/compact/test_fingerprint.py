@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from eps_compact.certificate import difference, fingerprint
+from eps_compact.artifact import difference, fingerprint
 from eps_train.gating import rewriting
 
 

@@ -13,7 +13,7 @@ import pytest
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-from eps_compact.evidence import BlockEvidence
+from eps_compact.certificate import BlockEvidence
 from eps_compact.plots import COLORS, LEGEND, Block, State, block_map, draw_blocks, strip
 from eps_train.training.checkpoint import Checkpoint
 from eps_train.training.plots import png

@@ -6,30 +6,27 @@ import copy
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
+from rich.table import Table
 from torch import Tensor, fx, nn
 
-from eps_compact.evidence import BlockEvidence
+from eps_compact.certificate import BlockEvidence
 from eps_core import cli
 from eps_core.cli import Log
 from eps_core.errors import ConfigError
 from eps_core.stats import Interval, paired_difference, paired_mean
 from eps_train.data.images import ImageSet, Part
 from eps_train.gating import rewriting
-from eps_train.gating.costs import Timer, TorchTimer, block_times, branch_costs
+from eps_train.gating.costs import Timer, block_times, branch_costs
 from eps_train.gating.gate import EpsilonGate
 from eps_train.models.resnets import Normalize
 from eps_train.training.checkpoint import Checkpoint
 from eps_train.training.evaluate import BATCH, logits
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 CPU = torch.device("cpu")
 
@@ -40,11 +37,8 @@ def live_network(checkpoint: Checkpoint, *, dead: bool = False) -> fx.GraphModul
     """Build a checkpoint's network without its dead blocks, in evaluation mode, other gates open.
 
     A network without gates gets open ones at all its residual additions, so that its blocks can be
-    measured and removed too. Nothing is shared with `checkpoint`.
-
-    Args:
-        checkpoint: gated or plain.
-        dead: keep the dead blocks too, with open gates.
+    measured and removed too. Nothing is shared with `checkpoint`. With `dead`, the dead blocks stay
+    too, with open gates.
     """
     network = checkpoint.network
     removed = (*network.removed, *(() if dead else checkpoint.dead))
@@ -118,7 +112,12 @@ def accuracy_drop(before: Predictions, after: Predictions) -> Interval:
     """Points of accuracy lost, on the same images, with Tango's 95 % interval."""
     only_before = int((before.correct & ~after.correct).sum())
     only_after = int((after.correct & ~before.correct).sum())
-    share = paired_difference(only_before, only_after, len(before.correct))
+    return points_lost(only_before, only_after, len(before.correct))
+
+
+def points_lost(lost: int, won: int, total: int) -> Interval:
+    """Points of accuracy lost by `total` images, of which `lost` got wrong and `won` right."""
+    share = paired_difference(lost, won, total)
     return Interval(100 * share.value, 100 * share.low, 100 * share.high)
 
 
@@ -128,10 +127,7 @@ def accuracy_drop(before: Predictions, after: Predictions) -> Interval:
 def leave_one_out(
     model: fx.GraphModule, normalize: nn.Module, images: ImageSet
 ) -> dict[str | None, Predictions]:
-    """Return predictions without each gated block, and under None those of the whole network.
-
-    All three arguments are on one device.
-    """
+    """Return predictions without each gated block, and under None those of the whole network."""
     blocks = rewriting.gate_nodes(model).values()
     found: dict[str | None, Predictions] = {block: Predictions() for block in (*blocks, None)}
     for batch in images.batches(BATCH):
@@ -147,13 +143,8 @@ def leave_one_out_logits(
     """Yield each gated block with the logits without it, and last None with those of the whole.
 
     What precedes a block is computed once for all blocks after it, so that N blocks cost about
-    N / 2 passes. Logits equal those of the network that `rewriting.remove_blocks` makes.
-
-    Args:
-        images: normalised float32 `[N, C, H, W]`, on the network's device.
-
-    Yields:
-        Logits float32 `[N, classes]`.
+    N / 2 passes. Logits, float32 `[N, classes]`, equal those of the network that
+    `rewriting.remove_blocks` makes. Images are normalised float32 `[N, C, H, W]`.
     """
     interpreter = fx.Interpreter(model)
     last_uses = interpreter.user_to_last_uses
@@ -196,7 +187,6 @@ class BlockImportance:
     """One live block.
 
     Attributes:
-        block: its name.
         parameters, flops, activation_bytes: of its branch, for one image; see `BranchCost`.
         ms: its share of a call, with its 95 % interval.
         drop: points of accuracy that the network loses without it, with Tango's 95 % interval.
@@ -222,9 +212,7 @@ class BlockImportance:
     @property
     def closed(self) -> float | None:
         """Share of the last epoch's steps with a closed gate; None if it was held open."""
-        if not self.epsilon or not self.steps or self.closed_steps is None:
-            return None
-        return self.closed_steps / self.steps
+        return (self.closed_steps or 0) / self.steps if self.epsilon and self.steps else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -232,11 +220,10 @@ class Importance:
     """Importance of every live block.
 
     Attributes:
-        entries: in the order of computation.
+        entries: the blocks, in the order of computation.
         accuracy, loss: of the network with all of them, on the same images (0..1; cross-entropy).
         samples: held-out images that each block was left out on.
         available: held-out images in all.
-        timer: name of the timer.
         seconds: of all the work, once the timer was ready.
     """
 
@@ -248,20 +235,15 @@ class Importance:
     timer: str
     seconds: float
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return it as JSON holds it."""
-        found: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(self))
-        return found
-
 
 def measure_importance(
     checkpoint: Checkpoint,
     validation: Part,
     *,
     samples: int,
+    timer: Timer,
     live: Iterable[BlockEvidence] = (),
     device: torch.device = CPU,
-    timer: Timer | None = None,
     report: Log = lambda line: None,
 ) -> Importance:
     """Measure what every live block of a checkpoint's network costs and contributes.
@@ -270,17 +252,13 @@ def measure_importance(
         checkpoint: gated, or plain: then all of its residual blocks are measured.
         validation: its validation part.
         samples: images of it to leave blocks out on; see :func:`evaluation_samples`.
-        live: their responses, from `evidence.block_evidence`, for `ratio`.
-        device: where to compute.
-        timer: measures the times; a `TorchTimer` by default.
-        report: receives progress, a line at a time.
+        live: the blocks' responses, for `ratio`.
 
     Raises:
         ConfigError: no block is left.
         FileFormatError: the checkpoint's tensors are not those of its network.
         GraphError: `timer` cannot run the network.
     """
-    timer = timer or TorchTimer(checkpoint.data)
     model = live_network(checkpoint)
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     costs = branch_costs(model, checkpoint.data.input_shape)
@@ -292,31 +270,28 @@ def measure_importance(
     measure = timer.load(model, images.images[:1])
     began = time.perf_counter()
     _, times = block_times(costs, measure)
-    report(
-        f"importance: leaving out each of {len(costs)} blocks on {len(images):,} held-out images"
-    )
+    count = len(costs)
+    report(f"importance: leaving out each of {count} blocks on {len(images):,} held-out images")
     predictions = leave_one_out(model, Normalize.of(checkpoint.data).to(device), images)
     whole = predictions.pop(None)
     records = {record.block: record for record in checkpoint.gates}
     ratios = {block.block: block.ratio for block in live}
-    entries = []
-    for cost in costs:
-        record, without = records.get(cost.block), predictions[cost.block]
-        entries.append(
-            BlockImportance(
-                block=cost.block,
-                parameters=cost.parameters,
-                flops=cost.flops,
-                activation_bytes=cost.activation_bytes,
-                ms=times[cost.block],
-                drop=accuracy_drop(whole, without),
-                loss=paired_mean(without.loss - whole.loss),
-                ratio=ratios.get(cost.block),
-                **{name: getattr(record, name, None) for name in _GATE_FIELDS},
-            )
+    entries = tuple(
+        BlockImportance(
+            block=cost.block,
+            parameters=cost.parameters,
+            flops=cost.flops,
+            activation_bytes=cost.activation_bytes,
+            ms=times[cost.block],
+            drop=accuracy_drop(whole, predictions[cost.block]),
+            loss=paired_mean(predictions[cost.block].loss - whole.loss),
+            ratio=ratios.get(cost.block),
+            **{name: getattr(records.get(cost.block), name, None) for name in _GATE_FIELDS},
         )
+        for cost in costs
+    )
     return Importance(
-        entries=tuple(entries),
+        entries=entries,
         accuracy=whole.accuracy,
         loss=whole.mean_loss,
         samples=len(images),
@@ -337,10 +312,8 @@ def table(found: Importance) -> Table:
         f" {found.available:,} held-out images (accuracy {found.accuracy:.2%}); times:"
         f" {found.timer}"
     )
-    columns = (
-        *("block", "parameters", "FLOPs", "memory", "ms"),
-        *("largest |F|", "closed", "points lost", "loss"),
-    )
+    gate = ("largest |F|", "closed")
+    columns = ("block", "parameters", "FLOPs", "memory", "ms", *gate, "points lost", "loss")
     rows = [
         (
             entry.block,

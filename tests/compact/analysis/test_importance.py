@@ -19,8 +19,8 @@ from eps_compact.analysis.importance import (
     scaled,
     table,
 )
+from eps_compact.certificate import BlockEvidence, as_json
 from eps_compact.compaction import compact
-from eps_compact.evidence import BlockEvidence
 from eps_core.errors import ConfigError
 from eps_core.stats import Interval
 from eps_train.data import dataset
@@ -98,7 +98,9 @@ def test_a_number_of_samples_is_used_and_no_more() -> None:
 def test_nothing_left_to_measure_is_refused() -> None:
     every = make_checkpoint().network.gated
     with pytest.raises(ConfigError, match="every block is dead"):
-        measure_importance(make_checkpoint(dead=every), DIGITS.validation, samples=9)
+        measure_importance(
+            make_checkpoint(dead=every), DIGITS.validation, timer=LayerTimer(), samples=9
+        )
 
 
 def test_the_samples_are_random_and_always_the_same() -> None:
@@ -123,7 +125,7 @@ def test_as_data_and_as_a_table() -> None:
     checkpoint = make_checkpoint(dead=DEAD)
     checkpoint.state["stages.2.0.conv2.weight"][0, 0, 0, 0] = math.nan
     found = measure_importance(checkpoint, DIGITS.validation, timer=LayerTimer(), samples=500)
-    plain = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    plain = json.loads(json.dumps(as_json(found), allow_nan=False))
     assert plain["samples"] == 143
     assert plain["entries"][0]["ms"] == {"value": 2.0, "low": 2.0, "high": 2.0}
     assert plain["timer"] == LayerTimer.name

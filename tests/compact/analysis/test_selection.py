@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from eps_compact.artifact import CompactArtifact
+from eps_compact.certificate import ProofError
 from eps_compact.cli import main
 from eps_deploy.cli import verify
 from eps_train.gating import costs
@@ -120,7 +121,7 @@ def test_everything_is_computed_on_the_device_that_is_named(
     assert moved >= {
         "eps_compact.analysis.sweep",
         "eps_compact.analysis.importance",
-        "eps_compact.analysis.finetune",
+        "eps_compact.analysis.selection",
     }
     assert "eps_train.training.trainer" in moved
     assert compact(folder, "--force").code == 0
@@ -220,6 +221,23 @@ def test_one_name_for_two_files_is_refused(
     result = compact(folder, "-o", output, *options)
     assert result.code == 1
     assert f"-o {output}: {file} would be written twice; name another" in result.error
+
+
+def test_a_failed_proof_writes_no_fine_tuned_network(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuted(*arguments: object) -> None:
+        raise ProofError("differs")
+
+    monkeypatch.setattr("eps_compact.certificate.prove", refuted)
+    (folder / "tuned.pt").write_text("earlier")
+    before = files_in(folder)
+    options = ("--target-parameters", 0.5, "--finetune-epochs", 2, "--force")
+    result = compact(folder, *options, *QUICK)
+    assert result.code == 3, result.stderr
+    assert "discarded" not in result.stderr, "otherwise nothing is tested"
+    assert "nothing was written" in result.error
+    assert files_in(folder) == before
 
 
 def test_a_dry_run_writes_nothing_of_all_this(folder: Path) -> None:

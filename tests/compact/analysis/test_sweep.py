@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,9 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from eps_compact.analysis import sweep as module
-from eps_compact.analysis.curve import Goal, Weight, pick
 from eps_compact.analysis.importance import Predictions, evaluation_samples, predict
-from eps_compact.analysis.sweep import BISECTIONS, sweep, worst_class
+from eps_compact.analysis.sweep import BISECTIONS, Goal, pick, sweep, worst_class
 from eps_compact.compaction import compact
 from eps_core.errors import ConfigError
 from eps_core.timing import Runs
@@ -34,7 +34,7 @@ DIGITS = dataset.load("digits")
 
 def test_every_point_is_the_network_without_its_blocks() -> None:
     checkpoint = make_checkpoint(dead=DEAD)
-    found = sweep(checkpoint, DIGITS.validation, timer=LayerTimer(), samples=143)
+    found = sweep(checkpoint, DIGITS, timer=LayerTimer(), samples=143)
     live = [block for block in checkpoint.network.gated if block not in DEAD]
     assert len(found.points) == 1 + len(live) - 3
     left = set(live).difference(found.points[-1].removed)
@@ -67,7 +67,7 @@ def test_every_point_is_the_network_without_its_blocks() -> None:
 def test_every_point_names_the_class_that_lost_most() -> None:
     """Counted image by image; by the lower end of the interval, not by the measured drop."""
     checkpoint = make_checkpoint(dead=DEAD)
-    found = sweep(checkpoint, DIGITS.validation, timer=LayerTimer(), samples=143)
+    found = sweep(checkpoint, DIGITS, timer=LayerTimer(), samples=143)
     samples = evaluation_samples(DIGITS.validation, 143)
     others = samples[torch.arange(found.chosen_on, 143)]
     gated = checkpoint.build_gated().eval()
@@ -114,7 +114,7 @@ def test_a_class_of_one_image_is_not_the_one_that_lost_most() -> None:
 
 def test_the_first_to_go_costs_least_loss_for_what_it_saves() -> None:
     checkpoint = make_checkpoint(depth=14)
-    found = sweep(checkpoint, DIGITS.validation, timer=LayerTimer(), samples=143)
+    found = sweep(checkpoint, DIGITS, timer=LayerTimer(), samples=143)
     gated = checkpoint.build_gated().eval()
     normalize = Normalize.of(checkpoint.data)
     choosing = evaluation_samples(DIGITS.validation, found.chosen_on)
@@ -128,18 +128,24 @@ def test_the_first_to_go_costs_least_loss_for_what_it_saves() -> None:
     assert found.points[1].removed == (best,)
 
 
-@pytest.mark.parametrize("weight", ["flops", "ms"])
-def test_it_can_be_weighed_by_something_else(weight: Weight) -> None:
-    found = sweep(
-        make_checkpoint(depth=14), DIGITS.validation, weight=weight, timer=LayerTimer(), samples=143
-    )
+@pytest.mark.parametrize(
+    ("goal", "weight"),
+    [
+        (None, "parameters"),
+        (Goal(max_accuracy_drop=1.0), "parameters"),
+        (Goal(target_flops=0.7, target_latency=0.7), "flops"),
+        (Goal(target_speedup=1.2), "ms"),
+    ],
+)
+def test_it_is_weighed_by_the_first_target(goal: Goal | None, weight: str) -> None:
+    found = sweep(make_checkpoint(depth=14), DIGITS, goal=goal, timer=LayerTimer(), samples=143)
     assert found.weight == weight
     assert len(found.points) == 4
 
 
 def test_of_many_blocks_several_go_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "STEPS", 5)
-    found = sweep(make_checkpoint(depth=32), DIGITS.validation, timer=LayerTimer(), samples=40)
+    found = sweep(make_checkpoint(depth=32), DIGITS, timer=LayerTimer(), samples=40)
     assert [len(point.removed) for point in found.points] == [0, 3, 6, 9, 12]
     assert (found.chosen_on, found.measured_on) == (20, 20)
 
@@ -159,7 +165,7 @@ def test_the_step_that_passes_the_goal_is_bisected(
     """Six blocks go at once: what is selected must be within a block of what was asked for."""
     monkeypatch.setattr(module, "STEPS", 2)
     checkpoint = make_checkpoint(depth=32)
-    swept = sweep(checkpoint, DIGITS.validation, goal=goal, timer=LayerTimer(), samples=143)
+    swept = sweep(checkpoint, DIGITS, goal=goal, timer=LayerTimer(), samples=143)
     point = pick(swept, goal)
     counts = [len(found.removed) for found in swept.points]
     assert counts == sorted(counts)
@@ -175,14 +181,14 @@ def test_the_step_that_passes_the_goal_is_bisected(
 def test_the_last_block_of_a_stage_stays() -> None:
     """Dead blocks left one in the first stage, and none in the second."""
     dead = ("stages.0.0", "stages.0.2", *(f"stages.1.{block}" for block in range(3)))
-    found = sweep(make_checkpoint(dead=dead), DIGITS.validation, timer=LayerTimer(), samples=143)
+    found = sweep(make_checkpoint(dead=dead), DIGITS, timer=LayerTimer(), samples=143)
     assert len(found.points[-1].removed) == 2
     assert {rewriting.stage_name(block) for block in found.points[-1].removed} == {"stages.2"}
 
 
 def test_each_network_is_timed_beside_the_first() -> None:
     timer = LayerTimer()
-    found = sweep(make_checkpoint(), DIGITS.validation, timer=timer, samples=143)
+    found = sweep(make_checkpoint(), DIGITS, timer=timer, samples=143)
     (without,) = timer.calls
     assert without == [point.removed for point in found.points]
     assert [p.speedup.value for p in found.points] == [
@@ -194,7 +200,7 @@ def test_latency_is_a_share_of_the_network_with_its_dead_blocks() -> None:
     checkpoint = make_checkpoint(dead=DEAD)
     timer = LayerTimer()
     goal = Goal(target_latency=0.6)
-    found = sweep(checkpoint, DIGITS.validation, goal=goal, weight="ms", timer=timer, samples=20)
+    found = sweep(checkpoint, DIGITS, goal=goal, timer=timer, samples=20)
     whole = 1 + 6 * 2.0 + 3 * 4.0  # `LayerTimer`: the stem, and the blocks of three stages
     assert found.points[0].latency_share.value == pytest.approx((whole - 2) / whole)
     for point in found.points:
@@ -219,10 +225,8 @@ def test_a_nested_run_is_cut_by_latency_in_its_order(monkeypatch: pytest.MonkeyP
     goal = Goal(target_speedup=1.3)
     found = sweep(
         checkpoint,
-        DIGITS.validation,
-        train=DIGITS.train,
+        DIGITS,
         goal=goal,
-        weight="ms",
         timer=LayerTimer(),
         samples=20,
     )
@@ -254,7 +258,7 @@ def test_a_prediction_that_is_wrong_is_corrected_by_the_times_of_the_networks(
 
     monkeypatch.setattr(module, "STEPS", 2)
     goal, checkpoint = Goal(target_latency=0.7), make_checkpoint(depth=32)
-    found = sweep(checkpoint, DIGITS.validation, goal=goal, timer=Optimistic(), samples=20)
+    found = sweep(checkpoint, DIGITS, goal=goal, timer=Optimistic(), samples=20)
     point = pick(found, goal)
     before = found.points[found.points.index(point) - 1]
     assert len(before.removed) == len(point.removed) - 1
@@ -264,7 +268,7 @@ def test_a_prediction_that_is_wrong_is_corrected_by_the_times_of_the_networks(
 
 
 def test_a_single_image_is_refused() -> None:
-    one = DIGITS.validation[torch.arange(1)]
+    one = replace(DIGITS, validation=DIGITS.validation[torch.arange(1)])
     with pytest.raises(ConfigError, match=r"^a sweep needs at least 2 held-out images, not 1$"):
         sweep(make_checkpoint(), one, timer=LayerTimer(), samples=143)
 
@@ -272,9 +276,9 @@ def test_a_single_image_is_refused() -> None:
 def test_nothing_left_to_remove_is_refused() -> None:
     every = make_checkpoint().network.gated
     with pytest.raises(ConfigError, match="every block is dead"):
-        sweep(make_checkpoint(dead=every), DIGITS.validation, timer=LayerTimer(), samples=9)
+        sweep(make_checkpoint(dead=every), DIGITS, timer=LayerTimer(), samples=9)
     with pytest.raises(ConfigError, match="every block that is left is the last of its stage"):
-        sweep(make_checkpoint(depth=8), DIGITS.validation, timer=LayerTimer(), samples=9)
+        sweep(make_checkpoint(depth=8), DIGITS, timer=LayerTimer(), samples=9)
 
 
 def test_images_on_disk_serve_as_well() -> None:
@@ -301,6 +305,7 @@ def test_images_on_disk_serve_as_well() -> None:
     held = DIGITS.validation
     assert isinstance(held, ImageSet)
     checkpoint = make_checkpoint(depth=14)
-    first = sweep(checkpoint, OnDisk(held), timer=LayerTimer(), samples=143)  # type: ignore[arg-type]
-    second = sweep(checkpoint, held, timer=LayerTimer(), samples=143)
+    on_disk = replace(DIGITS, validation=OnDisk(held))  # type: ignore[arg-type]
+    first = sweep(checkpoint, on_disk, timer=LayerTimer(), samples=143)
+    second = sweep(checkpoint, DIGITS, timer=LayerTimer(), samples=143)
     assert first.points == second.points
