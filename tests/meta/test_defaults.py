@@ -69,7 +69,6 @@ EXCEPTIONS = {
     "TrainingConfig(relative_epsilon)": _OPTION,
     "TrainingConfig(seed)": _OPTION,
     "TrainingConfig(target_latency)": _OPTION,
-    "TrainingConfig(target_speedup)": _OPTION,
     "TrainingConfig(temperature)": _OPTION,
     "TrainingConfig(timer)": _OPTION,
     "_option(default)": _SECTION,

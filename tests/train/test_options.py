@@ -20,7 +20,7 @@ from eps_train.cli import main
 from eps_train.data import dataset
 from eps_train.gating import controller, costs
 from eps_train.gating.costs import count_costs, measure_latency
-from eps_train.gating.pruner import BlockPruner
+from eps_train.gating.pruner import GraphPruner
 from eps_train.gating.pruning_state import BlockScores
 from eps_train.training import forward, trainer
 from eps_train.training.checkpoint import Checkpoint
@@ -111,10 +111,10 @@ def closed(monkeypatch: pytest.MonkeyPatch) -> str:
     """A block of cifar:14x4 whose gate is closed on every step, whatever it answers."""
     block = "stages.1.1"
 
-    def thresholds(self: BlockPruner, epoch: int) -> dict[str, float]:
+    def thresholds(self: GraphPruner, epoch: int) -> dict[str, float]:
         return {name: 1e9 if name == block else 0.0 for name in self.gates}
 
-    monkeypatch.setattr(BlockPruner, "thresholds", thresholds)
+    monkeypatch.setattr(GraphPruner, "thresholds", thresholds)
     return block
 
 
