@@ -40,9 +40,10 @@ from eps_train.training.trainer import Stopped, Trainer, network_spec
 def summarize(best: Checkpoint, path: Path, seconds: float) -> dict[str, Any]:
     """Summary of a finished run as plain data: network, what is left of it, scores and path."""
     shape = best.data.input_shape
-    blocks = len(best.network.all_blocks())
-    whole = cost(best.build_gated(), shape)
-    kept = cost(replace(best.network, removed=best.dead).build(best.state), shape)
+    network = best.network.skeleton()
+    blocks = len(rewriting.gates(network))
+    whole = cost(network, shape)
+    kept = cost(rewriting.remove_blocks(network, best.dead), shape)
     return {
         "path": str(path),
         "model": "baseline" if not best.gates else "ε-ResNet",
