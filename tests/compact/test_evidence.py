@@ -236,8 +236,9 @@ def seen(
     checkpoint: Checkpoint, heldout: Tensor | Part | None, beyond: tuple[str, ...] = ()
 ) -> ActivationStatistics:
     gated, shut = checkpoint.build_gated().eval(), checkpoint.build_gated().eval()
+    gates = rewriting.gates(shut)
     for block in beyond:
-        rewriting.gates(shut)[block].latch()
+        gates[block].latch()
     return measure_activations(checkpoint, gated, shut, normalize(checkpoint), heldout, beyond)
 
 

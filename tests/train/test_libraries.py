@@ -101,8 +101,9 @@ def test_removal_equals_latched_gates(name: str) -> None:
     generator = random.Random(name)
     for dead in (generator.sample(blocks, len(blocks) // 2), blocks[-2:], blocks):
         latched, start = copy.deepcopy(model), copy.deepcopy(model)
+        gates = rewriting.gates(latched)
         for block in dead:
-            rewriting.gates(latched)[block].latch()
+            gates[block].latch()
         left = rewriting.remove_blocks(start, dead)
         assert list(rewriting.gates(left)) == [block for block in blocks if block not in dead]
         for _ in range(2):

@@ -34,8 +34,9 @@ def images(count: int = 6) -> Tensor:
 
 def latched(model: nn.Module, dead: frozenset[str]) -> nn.Module:
     model = copy.deepcopy(model)
-    for block in dead:
-        rewriting.gates(model)[block].latch()
+    for block, gate in rewriting.gates(model).items():
+        if block in dead:
+            gate.latch()
     return model
 
 

@@ -40,8 +40,9 @@ def test_every_size_is_a_prefix_that_shares_its_weights() -> None:
         shared = dict(model.named_parameters())
         assert all(parameter is shared[name] for name, parameter in small.named_parameters())
         latched = copy.deepcopy(model)
+        gates = rewriting.gates(latched)
         for block in order[count:]:
-            rewriting.gates(latched)[block].latch()
+            gates[block].latch()
         assert torch.equal(small.eval()(IMAGES), latched.eval()(IMAGES))
         assert networks.keep(count) is small
 

@@ -164,8 +164,9 @@ def comes_back(spec: NetworkSpec, x: Tensor) -> None:
     assert torch.equal(again.eval()(x), model(x))
     assert spec.all_blocks() == spec.gated == tuple(rewriting.gates(again))
     dead = spec.gated[-1:]
+    gates = rewriting.gates(model)
     for block in dead:
-        rewriting.gates(model)[block].latch()
+        gates[block].latch()
     small = replace(spec, gated=(), removed=dead).build(model.state_dict()).eval()
     assert not rewriting.gates(small)
     assert torch.equal(small(x), model(x))

@@ -78,7 +78,8 @@ def test_a_run_stopped_after_a_removal_ends_in_the_same_weights(tmp_path: Path) 
     again.resume()
     assert again.step
     again.run(lambda report: None)
+    resumed = Checkpoint.load(again.last_path)
     for name, tensor in last.state.items():
-        assert torch.equal(Checkpoint.load(again.last_path).state[name], tensor), name
+        assert torch.equal(resumed.state[name], tensor), name
     for name, parameter in whole.model.named_parameters():
         assert torch.equal(again.model.get_parameter(name), parameter), name
