@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from eps_train.models.spec import Cost, NetworkSpec, cost
 
@@ -42,6 +44,18 @@ def test_gates_cost_nothing_and_removed_blocks_no_more() -> None:
     assert gated == plain
     assert gated.flops - shorter.flops == convolution(8, 16, 4) + convolution(16, 16, 4)
     assert gated.parameters - shorter.parameters == 2 * 8 + 9 * 8 * 16 + 2 * 16 + 9 * 16 * 16
+
+
+@pytest.mark.parametrize(
+    "name", ["torchvision:resnet18", "torchvision:vit_b_32", "timm:convnext_atto", "timm:resnet26d"]
+)
+def test_as_torch_counts(name: str) -> None:
+    """With convolutions of every kind, and with the products of an attention."""
+    shape = (3, 224, 224)
+    model = NetworkSpec.parse(name, in_channels=3, classes=10).skeleton().eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.empty((1, *shape), device="meta"))
+    assert cost(model, shape).flops == counter.get_total_flops() > 0
 
 
 def test_network_is_left_as_it_was() -> None:
