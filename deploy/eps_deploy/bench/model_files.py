@@ -17,7 +17,7 @@ import torch
 from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
 
 from eps_compact import CompactArtifact
-from eps_core.errors import FileFormatError
+from eps_core.errors import FileFormatError, one_line
 from eps_deploy.bench.latency import BenchError, ExampleImage, ModelFile
 from eps_deploy.bundle import load_bundle, open_engine
 from eps_deploy.engines.base import Engine, Images, Logits
@@ -207,7 +207,7 @@ def read_model(path: Path) -> bytes:
                 _load_weights(tensor, path.parent)
         return bytes(model.SerializeToString())
     except Exception as error:  # onnx and protobuf raise many unrelated types
-        cause = " ".join(str(error).split()) or type(error).__name__
+        cause = one_line(error)
         raise FileFormatError(f"{path}: not an ONNX file that can be read: {cause}") from error
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from eps_compact import CompactArtifact
-from eps_core.errors import ConfigError, FileFormatError, GraphError
+from eps_core.errors import ConfigError, FileFormatError, GraphError, one_line
 from eps_train.data.dataset import DataIdentity
 from eps_train.gating import rewriting
 from eps_train.models.spec import GraphSpec, NetworkSpec
@@ -127,7 +127,7 @@ def traced_baseline(module: nn.Module, identity: DataIdentity) -> Checkpoint:
     try:
         logits = answers(graph, [torch.zeros((2, *identity.input_shape))])[0]
     except Exception as error:  # whatever the module's own code raises
-        line = " ".join(str(error).split()) or type(error).__name__
+        line = one_line(error)
         size = "x".join(map(str, identity.input_shape))
         raise GraphError(f"deploy(baseline=): does not run on images of {size} ({line})") from error
     if logits.shape != (2, classes):

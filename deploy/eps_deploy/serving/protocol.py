@@ -25,7 +25,7 @@ import msgspec
 import numpy as np
 from msgspec import Meta, Struct
 
-from eps_core.errors import EpsError
+from eps_core.errors import EpsError, one_line
 from eps_core.preprocessing import Preprocessing
 from eps_deploy.engines.base import INPUT_NAME, OUTPUT_NAME, Images, Logits
 
@@ -477,7 +477,7 @@ def decode_image(content: bytes, preprocessing: Preprocessing, max_pixels: int) 
     except UnidentifiedImageError:
         raise ApiError("not a JPEG, PNG or WebP image; send its bytes as the body") from None
     except Exception as error:  # Pillow's decoders raise many types for what is damaged
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = one_line(error)[:200]
         raise ApiError(f"the image cannot be decoded: {reason}") from None
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 from collections.abc import MutableMapping
 from typing import Any
 
@@ -65,13 +64,6 @@ class Asked:
     @property
     def json(self) -> Any:
         return json.loads(self.messages[1]["body"])
-
-
-@pytest.fixture
-def log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(logging.getLogger("eps_serve"), "propagate", True)
-    caplog.set_level(logging.INFO)
-    return caplog
 
 
 def test_an_api_error_as_json() -> None:

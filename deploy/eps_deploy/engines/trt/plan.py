@@ -23,7 +23,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import msgspec
 
-from eps_core.errors import FileFormatError
+from eps_core.errors import FileFormatError, one_line
 from eps_core.files import replace_file
 from eps_deploy.engines.base import EngineError
 
@@ -45,10 +45,9 @@ def load_tensorrt() -> Any:
             raise EngineError(
                 f"TensorRT is not installed; {_INSTALL} (Linux with an NVIDIA GPU)"
             ) from error
-        cause = " ".join(str(error).split()) or type(error).__name__
         raise EngineError(
-            f"TensorRT is installed but does not load ({cause}); install an NVIDIA driver that fits"
-            f" it, or a version that fits the driver: {_INSTALL}"
+            f"TensorRT is installed but does not load ({one_line(error)}); install an NVIDIA driver"
+            f" that fits it, or a version that fits the driver: {_INSTALL}"
         ) from error
     if not OLDEST <= release(trt.__version__)[0] <= NEWEST:
         raise EngineError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -88,13 +87,6 @@ class Asked(Context):
     def counted(self, code: str) -> bool:
         line = f'eps_requests_total{{code="{code}",endpoint="ModelInfer"}} 1.0'
         return line in self.metrics.exposition().decode()
-
-
-@pytest.fixture
-def log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(logging.getLogger("eps_serve"), "propagate", True)
-    caplog.set_level(logging.INFO)
-    return caplog
 
 
 def test_an_answer() -> None:
