@@ -406,7 +406,7 @@ def _write(request: Request, done: Compaction, selection: Selection) -> dict[str
         for aside in staged.values():
             aside.unlink(missing_ok=True)
     for kind in request.exports:
-        export(done.artifact, files[f"export_{kind}"], kind)
+        export(done.artifact, files[f"export_{kind}"], kind, force=request.force)
     if selection.sweep is not None:
         replace_file(files["pareto"], plots.draw_pareto(selection.sweep, title, selection.point))
     if selection.tuned is None:  # not asked for, or discarded

@@ -23,6 +23,7 @@ from eps_core.errors import ConfigError, GraphError
 from eps_core.files import replace_file
 from eps_train.models.resnets import FromPixels
 
+KINDS = ("pt2", "safetensors")
 # Name of the description: of an extra file inside a pt2 archive, of an entry of the metadata of a
 # safetensors file (which has no other: its format does not keep the order of several).
 ABOUT = "eps_resnet.json"
@@ -30,18 +31,26 @@ ABOUT = "eps_resnet.json"
 _WHEREABOUTS = ("stack_trace", "from_node", "custom")
 
 
-def export(artifact: CompactArtifact, path: Path, kind: str) -> None:
+def export(artifact: CompactArtifact, path: Path, kind: str, *, force: bool = False) -> None:
     """Write the network of `artifact` to `path`. The same artifact gives the same bytes.
 
     Args:
         kind: `pt2`: the network behind its normalisation, which maps `images` uint8
             `[N, C, H, W]`, N >= 1, to `logits` float32 `[N, classes]`. `safetensors`: its
             parameters and buffers, by name.
+        path: the file to write; it ends in `.pt2` or `.safetensors`.
+        force: overwrite an existing file.
 
     Raises:
-        ConfigError: the package safetensors is missing.
+        ConfigError: a wrong kind or name, an existing file, or the package safetensors is missing.
         GraphError: torch.export cannot express the network.
     """
+    if kind not in KINDS:
+        raise ConfigError(f"--export {kind}: no such format; choose {' or '.join(KINDS)}")
+    if path.suffix != f".{kind}":
+        raise ConfigError(f"{path}: not a {kind} file's name; end it in .{kind}")
+    if path.exists() and not force:
+        raise ConfigError(f"{path}: exists; give --force to overwrite")
     replace_file(path, _pt2(artifact) if kind == "pt2" else _safetensors(artifact))
 
 

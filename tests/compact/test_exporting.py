@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from eps_compact.artifact import CompactArtifact
 from eps_compact.compaction import compact
-from eps_compact.exporting import ABOUT, export
+from eps_compact.exporting import ABOUT, KINDS, export
 from eps_core.errors import ConfigError
 from eps_train.gating import rewriting
 from eps_train.models.resnets import FromPixels
@@ -34,7 +34,6 @@ class Refuse(importlib.abc.MetaPathFinder):
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Refuse())
 """
-KINDS = ("pt2", "safetensors")
 OURS = ("eps_train", "eps_compact", "eps_deploy")
 
 
@@ -178,6 +177,25 @@ def test_no_path_of_this_machine_is_written(tmp_path: Path) -> None:
             content = archive.read(name)
             assert here not in content, name
             assert b"site-packages" not in content, name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_existing_files_stay_unless_forced(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / f"compact.{kind}"
+    path.write_text("mine")
+    with pytest.raises(ConfigError, match=f"{path.name}: exists; give --force"):
+        export(artifact(), path, kind)
+    assert files_in(tmp_path) == {path.name: b"mine"}
+    export(artifact(), path, kind, force=True)
+    assert list(files_in(tmp_path)) == [path.name]
+    assert path.stat().st_size > 1000
+
+
+def test_wrong_names() -> None:
+    with pytest.raises(ConfigError, match=r"--export onnx: no such format; choose pt2 or safet"):
+        export(artifact(), Path("compact.onnx"), "onnx")
+    with pytest.raises(ConfigError, match=r"compact\.pt: not a pt2 file's name; end it in \.pt2"):
+        export(artifact(), Path("compact.pt"), "pt2")
 
 
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -272,9 +272,15 @@ def finetune(
 
 
 def without(checkpoint: Checkpoint, removed: Collection[str]) -> NetworkSpec:
-    """Return the checkpoint's network without gates, its dead blocks, and `removed`."""
-    gone = (*checkpoint.network.removed, *checkpoint.dead, *removed)
-    return replace(checkpoint.network, gated=(), removed=gone)
+    """Return the checkpoint's network without gates, its dead blocks, and `removed`.
+
+    Raises ConfigError for a block that the network does not have, or that is removed already.
+    """
+    gone = (*checkpoint.network.removed, *checkpoint.dead)
+    live = set(checkpoint.network.all_blocks()).difference(gone)
+    if unknown := sorted(set(removed) - live):
+        raise ConfigError(f"no live block named {', '.join(unknown)} to remove")
+    return replace(checkpoint.network, gated=(), removed=(*gone, *removed))
 
 
 def finetune_config(config: TrainingConfig, epochs: int, device: torch.device) -> TrainingConfig:

@@ -154,14 +154,16 @@ class Goal:
     """The network of a sweep to select.
 
     With a target, the largest network that is small enough; with a limit to the drop alone, the
-    smallest within it. Drops are judged as measured, not by their intervals. At least one is given.
+    smallest within it. Drops are judged as measured, not by their intervals.
 
     Attributes:
         target_parameters, target_flops, target_latency: share to keep of the network as it was
             built, 0..1.
         target_speedup: the same as a latency of 1 / `target_speedup`.
-        max_accuracy_drop: points of accuracy that may be lost against the first point, 0 to 100;
-            otherwise ConfigError is raised.
+        max_accuracy_drop: points of accuracy that may be lost against the first point, 0 to 100.
+
+    Raises:
+        ConfigError: nothing is given, or a value is out of range.
     """
 
     target_parameters: float | None = None
@@ -172,6 +174,11 @@ class Goal:
 
     def __post_init__(self) -> None:
         drop = self.max_accuracy_drop
+        if drop is None and not self.targets:
+            raise ConfigError(
+                "nothing to select by: give --target-parameters, --target-flops, --target-latency,"
+                " --target-speedup or --max-accuracy-drop"
+            )
         if drop is not None and not 0 <= drop <= 100:
             raise ConfigError(f"--max-accuracy-drop {drop:g}: must be 0 to 100 points")
 

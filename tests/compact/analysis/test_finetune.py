@@ -87,6 +87,11 @@ def test_what_comes_out_is_a_checkpoint_that_compacts_to_itself(tmp_path: Path) 
     assert compacted.removed == ("stages.1.1", *GONE)
 
 
+def test_blocks_that_cannot_be_removed_are_named() -> None:
+    with pytest.raises(ConfigError, match=r"^no live block named stages\.1\.1, stages\.9\.0 to"):
+        without(trained(), ("stages.9.0", "stages.1.1", "stages.0.0"))
+
+
 def test_no_epochs_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"^--finetune-epochs 0: must be at least 1$"):
         finetune(trained(), DIGITS, epochs=0)

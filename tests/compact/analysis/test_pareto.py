@@ -101,6 +101,7 @@ def test_the_point_that_meets_what_is_asked(wanted: dict[str, float], index: int
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [
+        ({}, "nothing to select by: give --target-parameters, .*--target-speedup or"),
         ({"target_parameters": 1.5}, r"^--target-parameters 1\.5: must be between 0 and 1"),
         ({"target_flops": 0.0}, r"^--target-flops 0: must be between 0 and 1"),
         ({"max_accuracy_drop": -1.0}, r"^--max-accuracy-drop -1: must be 0 to 100 points"),
