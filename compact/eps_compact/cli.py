@@ -247,21 +247,23 @@ def cli(checkpoint: Path, output: Path | None, as_json: bool, **options: Any) ->
 
     from eps_compact.certificate import ProofError
 
-    log = console.log()
+    log, written = console.log(), None
     try:
         done, selection = _compact(request, log)
+        _show(done, log)
+        if request.dry_run:
+            log.print("dry run: nothing was written")
+        else:
+            written = _write(request, done, selection)
+            log.print(f"written: {', '.join(written.values())}")
     except ProofError as error:
         click.echo(f"eps-compact: proof failed: {error}; nothing was written", err=True)
         if as_json:
             console.emit_json({"passed": False, "error": str(error), "written": None})
         return console.CHECK_FAILED
-    _show(done, log)
-    written = None
-    if request.dry_run:
-        log.print("dry run: nothing was written")
-    else:
-        written = _write(request, done, selection)
-        log.print(f"written: {', '.join(written.values())}")
+    finally:
+        for path in () if request.dry_run else request.files.values():
+            _aside(path).unlink(missing_ok=True)
     if as_json:
         parts = ("lossless", "evidence", "removed_live", "accuracy", "flicker", "live", "proof")
         summary = {
@@ -313,14 +315,12 @@ def _compact(request: Request, log: Console) -> tuple[Compaction, Selection]:
             selection = tune(
                 selection, data, epochs=epochs, teacher=checkpoint, device=device, report=report
             )
-    if selection.checkpoint is not checkpoint:  # the one that the certificate names
+    if selection.checkpoint is not checkpoint:  # the one that the certificate names, by its digest
         path = request.files["cut" if selection.tuned is None else "tuned"]
-    saves = selection.checkpoint is not checkpoint and not request.dry_run
-    aside = path.with_name(f".{path.name}.new")  # until the proofs have passed
-    try:
-        if saves:
+        if not request.dry_run:
             with naming(path):
-                selection.checkpoint.save(aside)
+                selection.checkpoint.save(_aside(path))
+    try:
         done = compact_checkpoint(
             selection.checkpoint,
             data.validation if data is not None else None,
@@ -330,13 +330,8 @@ def _compact(request: Request, log: Console) -> tuple[Compaction, Selection]:
             also=selection.also,
             report=report,
         )
-        if saves:
-            aside.replace(path)
     except FileFormatError as error:
         raise FileFormatError(f"{path}: {error}") from error
-    finally:
-        if saves:
-            aside.unlink(missing_ok=True)
     done.artifact.certificate |= selection.to_dict()
     if selection.sweep is not None:
         log.print(sweep.table(selection.sweep))
@@ -367,14 +362,19 @@ def _relative(path: Path, folder: Path) -> str:
 def _write(request: Request, done: Compaction, selection: Selection) -> dict[str, str]:
     """Write all files; returns them by their names in the JSON summary.
 
-    Artifact, certificate and block map are first written aside, then renamed into place: a failure
-    leaves the folder as it was, earlier files too.
+    Artifact, certificate and block map are first written aside, as the checkpoint that was cut or
+    fine-tuned has been, then renamed into place: a failure leaves the folder as it was, earlier
+    files too.
     """
     from eps_compact import plots
     from eps_compact.exporting import export
     from eps_core.files import replace_file
 
     files, title = request.files, _title(done)
+    if selection.tuned is None:  # not asked for, or discarded
+        files.pop("tuned", None)
+    if selection.nested is None or selection.tuned is not None:
+        files.pop("cut", None)
     image = plots.draw_blocks(done.blocks, title)
 
     def write_certificate(path: Path) -> None:
@@ -386,34 +386,31 @@ def _write(request: Request, done: Compaction, selection: Selection) -> dict[str
         files["certificate"]: write_certificate,  # after the artifact, whose digest it has
         files["picture"]: lambda path: replace_file(path, image),
     }
-    staged = {path: path.with_name(f".{path.name}.new") for path in writers}
+    for path, write in writers.items():
+        with naming(path):
+            write(_aside(path))
     placed = []
     try:
-        for path, write in writers.items():
-            with naming(path):
-                write(staged[path])
-        for path, aside in staged.items():
+        for path in (*(files[name] for name in ("cut", "tuned") if name in files), *writers):
             new = not path.exists()
             with naming(path):
-                aside.replace(path)
+                _aside(path).replace(path)
             if new:
                 placed.append(path)
     except BaseException:
         for path in placed:
             path.unlink(missing_ok=True)
         raise
-    finally:
-        for aside in staged.values():
-            aside.unlink(missing_ok=True)
     for kind in request.exports:
         export(done.artifact, files[f"export_{kind}"], kind, force=request.force)
     if selection.sweep is not None:
         replace_file(files["pareto"], plots.draw_pareto(selection.sweep, title, selection.point))
-    if selection.tuned is None:  # not asked for, or discarded
-        files.pop("tuned", None)
-    if selection.nested is None or selection.tuned is not None:
-        files.pop("cut", None)
     return {what: str(path) for what, path in files.items()}
+
+
+def _aside(path: Path) -> Path:
+    """Where a file is written until all that belong together are complete."""
+    return path.with_name(f".{path.name}.new")
 
 
 # -- The report of a compaction: tables and lines

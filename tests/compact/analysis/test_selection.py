@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
+from eps_compact.analysis import selection
 from eps_compact.artifact import CompactArtifact
 from eps_compact.certificate import ProofError
 from eps_compact.cli import main
+from eps_core.errors import TrainingError
 from eps_deploy.cli import verify
 from eps_train.gating import costs
 from eps_train.training import forward
@@ -223,21 +227,35 @@ def test_one_name_for_two_files_is_refused(
     assert f"-o {output}: {file} would be written twice; name another" in result.error
 
 
-def test_a_failed_proof_writes_no_fine_tuned_network(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("failing", "error", "code"),
+    [
+        ("eps_compact.certificate.prove", ProofError("differs"), 3),
+        ("eps_compact.analysis.importance.measure_importance", TrainingError("not finite"), 1),
+        ("eps_compact.artifact.CompactArtifact.save", OSError(errno.ENOSPC, "No space left"), 1),
+        ("eps_compact.plots.draw_blocks", KeyboardInterrupt(), 130),
+    ],
+)
+def test_a_fine_tuned_network_is_written_with_all_other_files_or_not_at_all(
+    failing: str, error: BaseException, code: int, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuted(*arguments: object) -> None:
-        raise ProofError("differs")
+    def fails(*arguments: object, **options: object) -> None:
+        raise error
 
-    monkeypatch.setattr("eps_compact.certificate.prove", refuted)
+    def better(*arguments: Any, **options: Any) -> selection.Finetuned:
+        return replace(finetune(*arguments, **options), before=0.0)  # never discarded
+
+    finetune = selection.finetune
+    monkeypatch.setattr(selection, "finetune", better)
+    monkeypatch.setattr(failing, fails)
     (folder / "tuned.pt").write_text("earlier")
     before = files_in(folder)
-    options = ("--target-parameters", 0.5, "--finetune-epochs", 2, "--force")
+    options = ("--target-parameters", 0.5, "--finetune-epochs", 1, "--importance", "--force")
     result = compact(folder, *options, *QUICK)
-    assert result.code == 3, result.stderr
-    assert "discarded" not in result.stderr, "otherwise nothing is tested"
-    assert "nothing was written" in result.error
+    assert result.code == code, result.stderr
     assert files_in(folder) == before
+    if code == 3:
+        assert "nothing was written" in result.error
 
 
 def test_a_dry_run_writes_nothing_of_all_this(folder: Path) -> None:
