@@ -86,7 +86,7 @@ def class_files(root: Path) -> ClassFiles:
         found.by_class[name] = files
     if not found.by_class:
         loose = loose_images(root)
-        among = f" but {loose:,} images" if loose else ""
+        among = f" but {loose:,} image{'' if loose == 1 else 's'}" if loose else ""
         raise DataError(
             f"{root}: no class folders in it{among}; put the images of each class in one"
         )
