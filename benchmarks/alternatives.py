@@ -12,6 +12,8 @@ shallower networks of the same family. Methods:
                      needs the package torch-pruning)
     l1, influence, random, response, gradient
                      a run with --target-parameters that chooses blocks by that criterion
+    target-time      a run with --target-flops, for as many epochs as take the time of the nested
+                     run
     nested           one run with --nested, cut to each size
     nested-gradient  the same with --criterion gradient, which orders the blocks
     nested-tuned     as nested, each size fine-tuned
@@ -63,10 +65,19 @@ from eps_train.training.evaluate import logits
 from eps_train.training.plots import new_figure, png
 
 CRITERIA = ("l1", "influence", "random", "response", "gradient")
-SIZED = ("scratch", "scratch-time", "scratch-teacher", "greedy", "channels", *CRITERIA)
+SIZED = (
+    "scratch",
+    "scratch-time",
+    "scratch-teacher",
+    "greedy",
+    "channels",
+    "target-time",
+    *CRITERIA,
+)
 NESTED = ("nested", "nested-gradient", "nested-tuned")
 METHODS = ("baseline", *SIZED, *NESTED)
-OURS = ("response", "gradient", *NESTED)
+OURS = ("response", "gradient", "target-time", *NESTED)
+WHOLE = 6  # epochs of a run with a target that cost as much as those of the whole network
 CURVES = ("baseline", "epsilon", "nested")
 EQUAL = 1.1  # at most so many times the latency counts as an equal one
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, two-sided, by number of seeds
@@ -119,10 +130,15 @@ class Benchmark:
             return baseline
         if method == "scratch":
             return Step(words=self.train(seed, "--epsilon=0", depth=depth))
-        if method == "scratch-time":
-            ratio = self.seconds(nested) / self.seconds(self.step("scratch", seed, depth))
-            epochs = math.ceil(self.epochs * ratio)
-            return Step(words=self.train(seed, "--epsilon=0", depth=depth, epochs=epochs))
+        if method.endswith("-time"):
+            small = self.seconds(self.step("scratch", seed, depth)) / self.epochs
+            left = self.seconds(nested)
+            if method == "scratch-time":
+                epochs = math.ceil(left / small)
+                return Step(words=self.train(seed, "--epsilon=0", depth=depth, epochs=epochs))
+            left -= WHOLE * self.seconds(baseline) / self.epochs
+            epochs = WHOLE + math.ceil(left / small)
+            return Step(words=self.train(seed, flops, "--criterion=gradient", epochs=epochs))
         if method == "scratch-teacher":
             words = self.train(seed, "--epsilon=0", "--teacher={teacher}", depth=depth)
             return Step(words=words, needs={"teacher": baseline})

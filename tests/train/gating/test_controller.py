@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -28,6 +29,7 @@ TARGET = replace(PRUNING, epsilon=None, target_parameters=0.5, epsilon_warmup=1,
 
 
 TO_40 = Parameters(0.4)
+NO_BRAKE = 100.0  # a loss of accuracy that no network has: blocks go one after another all the same
 
 
 def controller(
@@ -71,7 +73,7 @@ PEAKS = {"a": 4.0, "b": 1.0, "c": 3.0, "d": 2.0}
 
 
 def test_the_weakest_block_goes_first_and_the_others_stay_open() -> None:
-    made = controller()
+    made = controller(NO_BRAKE)
     assert made.threshold("b") == 0
     made.observe(0, records(PEAKS), kept=50, accuracy=0.8)  # 50 - 30/6 = 45 are wanted next: one
     assert made.chosen == {"b"}
@@ -80,7 +82,7 @@ def test_the_weakest_block_goes_first_and_the_others_stay_open() -> None:
 
 
 def test_the_least_important_block_goes_first() -> None:
-    made = controller()
+    made = controller(NO_BRAKE)
     scores = {"a": 0.1, "b": 0.9, "c": 0.5, "d": 0.4}
     made.observe(0, records(PEAKS), kept=50, accuracy=0.8, scores=scores)
     assert made.chosen == {"a"}
@@ -89,13 +91,39 @@ def test_the_least_important_block_goes_first() -> None:
     assert made.chosen == {"a", "d"}
 
 
+@pytest.mark.parametrize("target", [Parameters(0.6), Flops(0.6)])
+def test_blocks_are_compared_with_those_of_their_stage(target: Target) -> None:
+    """Otherwise the stage with the smaller numbers would lose its blocks first."""
+    stages = {"a": "wide", "b": "wide", "c": "narrow", "d": "narrow"}
+    made = controller(target=target, stages=stages)
+    importance = {"a": 80.0, "b": 40.0, "c": 3.0, "d": 2.0}
+    made.observe(3, records(PEAKS), kept=50, accuracy=0.8, scores=importance)
+    assert made.chosen == {"b", "d"}, "c is the more important one of two"
+    silent = controller(target=target, stages=stages)
+    nothing = {"a": math.inf, "b": 1.0, "c": 0.0, "d": 0.0}
+    silent.observe(3, records(PEAKS), kept=50, accuracy=0.8, scores=nothing)
+    assert silent.chosen < {"b", "c", "d"}
+
+
 def test_as_many_are_chosen_as_the_pace_asks_for() -> None:
-    made = controller()
+    made = controller(NO_BRAKE)
     made.observe(3, records(PEAKS), kept=50, accuracy=0.8)  # 50 - 30 * 4/6 = 30 are wanted: two
     assert made.chosen == {"b", "d"}
     assert made.epsilon > 2.0
     made.observe(3, records(PEAKS), kept=50, accuracy=0.8)
     assert made.chosen == {"b", "d"}, "those that are on their way count as gone"
+
+
+def test_without_a_limit_to_the_accuracy_lost_all_are_chosen_within_a_tenth_of_the_run() -> None:
+    made = controller(epochs=30, end=18)
+    made.observe(1, records(PEAKS), kept=50, accuracy=0.8)
+    assert not made.chosen, "a tenth of the run is for learning"
+    for epoch, blocks in ((2, "b"), (3, "bd"), (4, "bdc")):  # 40, 30, 20 of 50 are wanted
+        made.observe(epoch, records(PEAKS), kept=50, accuracy=0.1)
+        assert made.chosen == set(blocks)
+    short = controller(epochs=10, end=6)
+    short.observe(0, records(PEAKS), kept=50, accuracy=0.8)
+    assert short.chosen == {"b", "c", "d"}
 
 
 def test_epsilon_stays_above_a_chosen_block_that_grows_and_never_falls() -> None:
@@ -116,7 +144,7 @@ def test_opens_all_gates_once_the_target_is_met() -> None:
 
 
 def test_in_the_final_decay_none_is_chosen_but_the_chosen_die() -> None:
-    made = controller()
+    made = controller(NO_BRAKE)
     made.observe(0, records(PEAKS), kept=50, accuracy=0.8)
     made.observe(8, records(PEAKS), kept=50, accuracy=0.8)
     assert made.chosen == {"b"}
@@ -135,10 +163,10 @@ def test_every_stage_keeps_a_block() -> None:
 
 def test_towards_a_latency_the_block_goes_that_costs_least_importance_for_a_millisecond() -> None:
     blocks = {"a": 20.0, "b": 4.0, "c": 1.0, "d": 5.0}  # 4/20, 1/4, 3/1 and 2/5
-    made = controller(target=Latency(0.9), blocks=blocks)
+    made = controller(NO_BRAKE, target=Latency(0.9), blocks=blocks)
     made.observe(0, records(PEAKS), kept=50, accuracy=0.8)
     assert made.chosen == {"a"}, "the strongest response, and most of the time"
-    plain = controller(target=Latency(0.9), blocks=blocks, criterion="random")
+    plain = controller(NO_BRAKE, target=Latency(0.9), blocks=blocks, criterion="random")
     plain.observe(0, records(PEAKS), kept=50, accuracy=0.8)
     assert plain.chosen == {"b"}
 

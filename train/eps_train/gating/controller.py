@@ -12,13 +12,15 @@ Towards a share of the FLOPs or of the latency, the block with the least importa
 first. Towards a share of the parameters it is the least important block: the parameters of a block
 grow with the square of its width, 16-fold from the first to the last stage of the paper's networks,
 while FLOPs stay the same. Importance per parameter would empty the last stage first, whatever the
-importance.
+importance. Importance is that among the blocks of the same stage.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from statistics import fmean
 from typing import Any
 
 from eps_train.gating.rewriting import removable
@@ -27,6 +29,9 @@ from eps_train.training.checkpoint import GateRecord
 
 MARGIN = 1.05  # above the largest response of the last epoch, which the next may exceed a little
 LEARN_FIRST = 0.1  # share of the run before the first block is chosen: responses mean little yet
+# Share of the run in which all blocks are chosen: the sooner they are gone, the more epochs there
+# are for the network that is left, and the less each one costs.
+CHOOSE_WITHIN = 0.1
 RECENT = 3  # epochs; at a high learning rate a single validation is noisy, and too low
 
 
@@ -40,11 +45,11 @@ class EpsilonController:
         stages: the stage of each block (`rewriting.stages`); each keeps one block.
         epochs: of the run.
         end: 0-based epoch from which on no block is chosen, so that the rest of the network can
-            settle. Between `start` and it the wanted cost falls linearly from that of the whole
-            network to the target.
+            settle.
         patience: epochs that a gate has to be closed for its block to be dead.
         max_accuracy_drop: percentage points that may be lost before no further block is chosen;
-            None: any.
+            None: any. With it blocks are chosen until `end`, so that accuracy can recover between;
+            without it, within a tenth of the run.
         criterion: that orders the blocks; see `pruning_state.BlockScores`.
         warmup: epochs before the first block is chosen, at least.
         epsilon: threshold of the chosen blocks' gates; all others are open.
@@ -133,8 +138,13 @@ class EpsilonController:
         return self.target.share * self.costs.whole
 
     def _wanted(self, epoch: int) -> float:
-        """Cost that should be left, chosen blocks not counted, in the 0-based `epoch`."""
+        """Cost that should be left, chosen blocks not counted, in the 0-based `epoch`.
+
+        From `start` on it falls linearly from that of the whole network to the target.
+        """
         last = max(self.end - self.patience - 1, self.start)  # the last ones need time to die
+        if self.max_accuracy_drop is None:
+            last = min(last, self.start + max(1, round(CHOOSE_WITHIN * self.epochs)) - 1)
         done = min(1.0, (epoch + 1 - self.start) / (last + 1 - self.start))
         return self.costs.whole - done * (self.costs.whole - self._limit)
 
@@ -151,6 +161,8 @@ class EpsilonController:
             self.held += 1
             return
         importance = {record.block: record.peak for record in live} if scores is None else scores
+        if self.criterion != "random":
+            importance = self._within_stages(importance)
 
         def rank(block: str) -> tuple[float, float]:
             cost = saved[block] / self.costs.whole if self.per_cost else 1.0
@@ -163,6 +175,19 @@ class EpsilonController:
                 return
             self.chosen |= {block}
             excess -= saved[block]
+
+    def _within_stages(self, importance: Mapping[str, float]) -> dict[str, float]:
+        """Importance relative to the mean of the live blocks of a stage.
+
+        Stages differ in the size of their activations and weights, and with it in any measure of
+        importance; compared as they are, one stage would lose most of its blocks.
+        """
+        stages: dict[str, list[float]] = {}
+        for block, value in importance.items():
+            if math.isfinite(value):
+                stages.setdefault(self.stages[block], []).append(value)
+        means = {stage: fmean(values) or 1.0 for stage, values in stages.items()}
+        return {b: value / means.get(self.stages[b], 1.0) for b, value in importance.items()}
 
     def _harmed(self) -> bool:
         """Whether accuracy is too far below its best, in all recent epochs."""
