@@ -9,10 +9,10 @@ by half from step to step, and by less from block to block. The criterion for a 
 same as with a fixed epsilon.
 
 Towards a share of the FLOPs or of the latency, the block with the least importance per cost goes
-first. Towards a share of the parameters it is the least important block: the parameters of a block
-grow with the square of its width, 16-fold from the first to the last stage of the paper's networks,
-while FLOPs stay the same. Importance per parameter would empty the last stage first, whatever the
-importance. Importance is that among the blocks of the same stage.
+first; importance is relative to that of the other blocks of its stage. Towards a share of the
+parameters it is the least important block: the parameters of a block grow with the square of its
+width, 16-fold from the first to the last stage of the paper's networks, while FLOPs stay the same.
+Importance per parameter would empty the last stage first, whatever the importance.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ class EpsilonController:
             self.held += 1
             return
         importance = {record.block: record.peak for record in live} if scores is None else scores
-        if self.criterion != "random":
+        if self.per_cost:
             importance = self._within_stages(importance)
 
         def rank(block: str) -> tuple[float, float]:
@@ -180,7 +180,7 @@ class EpsilonController:
         """Importance relative to the mean of the live blocks of a stage.
 
         Stages differ in the size of their activations and weights, and with it in any measure of
-        importance; compared as they are, one stage would lose most of its blocks.
+        importance; compared as they are, one stage would lose most of its blocks (docs/results.md).
         """
         stages: dict[str, list[float]] = {}
         for block, value in importance.items():
