@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -89,19 +88,6 @@ def test_the_least_important_block_goes_first() -> None:
     assert 4.0 < made.threshold("a") < 4.3, "above its largest response all the same"
     made.observe(3, records(PEAKS), kept=50, accuracy=0.8, scores=scores)
     assert made.chosen == {"a", "d"}
-
-
-def test_towards_flops_blocks_are_compared_with_those_of_their_stage() -> None:
-    """Otherwise the stage with the smaller numbers would lose its blocks first."""
-    stages = {"a": "wide", "b": "wide", "c": "narrow", "d": "narrow"}
-    importance = {"a": 80.0, "b": 40.0, "c": 3.0, "d": 2.0}
-    made = controller(target=Flops(0.6), stages=stages)
-    made.observe(3, records(PEAKS), kept=50, accuracy=0.8, scores=importance)
-    assert made.chosen == {"b", "d"}, "c is the more important one of two"
-    silent = controller(target=Flops(0.6), stages=stages)
-    nothing = {"a": math.inf, "b": 1.0, "c": 0.0, "d": 0.0}
-    silent.observe(3, records(PEAKS), kept=50, accuracy=0.8, scores=nothing)
-    assert silent.chosen < {"b", "c", "d"}
 
 
 def test_as_many_are_chosen_as_the_pace_asks_for() -> None:

@@ -9,18 +9,16 @@ by half from step to step, and by less from block to block. The criterion for a 
 same as with a fixed epsilon.
 
 Towards a share of the FLOPs or of the latency, the block with the least importance per cost goes
-first; importance is relative to that of the other blocks of its stage. Towards a share of the
-parameters it is the least important block: the parameters of a block grow with the square of its
-width, 16-fold from the first to the last stage of the paper's networks, while FLOPs stay the same.
-Importance per parameter would empty the last stage first, whatever the importance.
+first. Towards a share of the parameters it is the least important block: the parameters of a block
+grow with the square of its width, 16-fold from the first to the last stage of the paper's networks,
+while FLOPs stay the same. Importance per parameter would empty the last stage first, whatever the
+importance.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from statistics import fmean
 from typing import Any
 
 from eps_train.gating.rewriting import removable
@@ -161,8 +159,6 @@ class EpsilonController:
             self.held += 1
             return
         importance = {record.block: record.peak for record in live} if scores is None else scores
-        if self.per_cost:
-            importance = self._within_stages(importance)
 
         def rank(block: str) -> tuple[float, float]:
             cost = saved[block] / self.costs.whole if self.per_cost else 1.0
@@ -175,19 +171,6 @@ class EpsilonController:
                 return
             self.chosen |= {block}
             excess -= saved[block]
-
-    def _within_stages(self, importance: Mapping[str, float]) -> dict[str, float]:
-        """Importance relative to the mean of the live blocks of a stage.
-
-        Stages differ in the size of their activations and weights, and with it in any measure of
-        importance; compared as they are, one stage would lose most of its blocks (docs/results.md).
-        """
-        stages: dict[str, list[float]] = {}
-        for block, value in importance.items():
-            if math.isfinite(value):
-                stages.setdefault(self.stages[block], []).append(value)
-        means = {stage: fmean(values) or 1.0 for stage, values in stages.items()}
-        return {b: value / means.get(self.stages[b], 1.0) for b, value in importance.items()}
 
     def _harmed(self) -> bool:
         """Whether accuracy is too far below its best, in all recent epochs."""
