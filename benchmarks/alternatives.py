@@ -46,6 +46,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import matplotlib
 import torch
 from _commands import Step, run
 
@@ -354,7 +355,9 @@ def draw(found: Mapping[str, Any]) -> bytes:
     for entry in found["summary"]:
         entries.setdefault(entry["method"], []).append(entry)
     for number, (method, sizes) in enumerate(entries.items()):
-        style = {"marker": "o" if method in OURS else "s", "color": f"C{number % 10}"}
+        # The dark colours of tab20 first, then its light ones.
+        color = matplotlib.colormaps["tab20"]((2 * number + number // 10) % 20)
+        style = {"marker": "o" if method in OURS else "s", "color": color}
         style["linestyle"] = "-" if method in OURS else ":"
         accuracy = [100 * entry["accuracy"] for entry in sizes]
         by_latency.plot(
@@ -375,6 +378,7 @@ def draw(found: Mapping[str, Any]) -> bytes:
     by_latency.set_xlabel("latency, % of the baseline's (ONNX Runtime, batch 1, one thread)")
     by_latency.set_ylabel("test accuracy, %")
     by_cost.set_xlabel("processor minutes for all sizes")
+    by_cost.margins(x=0.2)
     by_cost.set_ylabel("test accuracy of the smallest, %")
     by_latency.legend(frameon=False, fontsize=7)
     return png(figure)
