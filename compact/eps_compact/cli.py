@@ -315,8 +315,8 @@ def _compact(request: Request, log: Console) -> tuple[Compaction, Selection]:
             selection = tune(
                 selection, data, epochs=epochs, teacher=checkpoint, device=device, report=report
             )
-    if selection.checkpoint is not checkpoint:  # the one that the certificate names, by its digest
-        path = request.files["cut" if selection.tuned is None else "tuned"]
+    if selection.made is not None:  # the certificate names it, by its digest
+        path = request.files[selection.made]
         if not request.dry_run:
             with naming(path):
                 selection.checkpoint.save(_aside(path))
@@ -371,10 +371,8 @@ def _write(request: Request, done: Compaction, selection: Selection) -> dict[str
     from eps_core.files import replace_file
 
     files, title = request.files, _title(done)
-    if selection.tuned is None:  # not asked for, or discarded
-        files.pop("tuned", None)
-    if selection.nested is None or selection.tuned is not None:
-        files.pop("cut", None)
+    for name in {"cut", "tuned"} - {selection.made}:  # not asked for, or discarded
+        files.pop(name, None)
     image = plots.draw_blocks(done.blocks, title)
 
     def write_certificate(path: Path) -> None:
@@ -389,9 +387,10 @@ def _write(request: Request, done: Compaction, selection: Selection) -> dict[str
     for path, write in writers.items():
         with naming(path):
             write(_aside(path))
+    saved = [] if selection.made is None else [files[selection.made]]
     placed = []
     try:
-        for path in (*(files[name] for name in ("cut", "tuned") if name in files), *writers):
+        for path in (*saved, *writers):
             new = not path.exists()
             with naming(path):
                 _aside(path).replace(path)

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 
@@ -88,6 +88,13 @@ class Selection:
     goal: Goal | None = None
     point: Point | None = None
     tuned: Finetuned | None = None
+
+    @property
+    def made(self) -> Literal["cut", "tuned"] | None:
+        """How `checkpoint` was made of the given one; None: it is that."""
+        if self.tuned is not None:
+            return "tuned"
+        return None if self.nested is None else "cut"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the entries of the certificate; empty when nothing was asked for."""
