@@ -146,6 +146,19 @@ def test_every_stage_keeps_a_block() -> None:
     assert made.chosen == {"one.0"}, "the target asks for more"
 
 
+def test_stages_lose_the_same_share_of_their_blocks() -> None:
+    """Four and two blocks: two and one go, however important the others are."""
+    peaks = {"one.0": 0.4, "one.1": 0.1, "one.2": 0.2, "one.3": 0.3, "two.0": 9.0, "two.1": 8.0}
+    stages = {block: block.partition(".")[0] for block in peaks}
+    made = controller(
+        target=Parameters(0.4), blocks=dict.fromkeys(peaks, 10), stages=stages, epochs=30, end=29
+    )
+    for epoch, block in ((2, "one.1"), (3, "two.1"), (4, "one.2")):  # each asks for one more
+        made.observe(epoch, records(peaks), kept=50, accuracy=0.8)
+        assert block in made.chosen
+        assert len(made.chosen) == epoch - 1
+
+
 def test_towards_a_latency_the_block_goes_that_costs_least_importance_for_a_millisecond() -> None:
     blocks = {"a": 20.0, "b": 4.0, "c": 1.0, "d": 5.0}  # 4/20, 1/4, 3/1 and 2/5
     made = controller(NO_BRAKE, target=Latency(0.9), blocks=blocks)
@@ -167,33 +180,6 @@ def test_a_block_that_saves_nothing_is_never_chosen() -> None:
     made = controller(target=Latency(0.1), blocks={"a": 10, "b": 0.0, "c": 10, "d": 0.0})
     made.observe(7, records(PEAKS), kept=50, accuracy=0.8)
     assert made.chosen == {"a", "c"}
-
-
-@pytest.mark.parametrize(
-    ("changes", "per_cost"),
-    [
-        ({"target_parameters": 0.5}, False),
-        ({"target_flops": 0.5}, True),
-        ({"target_speedup": 2.0}, True),
-        ({"target_latency": 0.5, "criterion": "gradient"}, True),
-        ({"target_latency": 0.5, "criterion": "random"}, False),
-    ],
-)
-def test_what_is_chosen_by_importance_per_cost(changes: dict[str, Any], per_cost: bool) -> None:
-    config = replace(PRUNING, epsilon=None, **changes)
-    assert config.target is not None
-    costs = BlockCosts(currency=config.target.currency, whole=2, blocks={"a": 1})
-    made = EpsilonController(
-        target=config.target,
-        costs=costs,
-        epochs=8,
-        end=5,
-        stages={"a": "all"},
-        patience=2,
-        max_accuracy_drop=None,
-        criterion=config.criterion,
-    )
-    assert made.per_cost == per_cost
 
 
 def test_the_guard_chooses_none_until_accuracy_is_back() -> None:

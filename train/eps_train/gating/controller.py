@@ -8,20 +8,19 @@ closes the weakest block on every step would close its neighbours on most of the
 by half from step to step, and by less from block to block. The criterion for a dead block is the
 same as with a fixed epsilon.
 
-Towards a share of the FLOPs or of the latency, the block with the least importance per cost goes
-first. Towards a share of the parameters it is the least important block: the parameters of a block
-grow with the square of its width, 16-fold from the first to the last stage of the paper's networks,
-while FLOPs stay the same. Importance per parameter would empty the last stage first, whatever the
-importance.
+The stages of the network lose the same share of their blocks, and within a stage the block with the
+least importance per cost goes first. Importance says less about blocks of different stages: chosen
+over all stages of a network for CIFAR-10, blocks cost 0.3 to 1.1 points more accuracy (three seeds,
+docs/results.md).
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from eps_train.gating.rewriting import removable
 from eps_train.gating.targets import BlockCosts, Target, cheapness
 from eps_train.training.checkpoint import GateRecord
 
@@ -73,11 +72,6 @@ class EpsilonController:
     def start(self) -> int:
         """0-based epoch in which the first blocks are chosen."""
         return max(self.warmup, 1, round(LEARN_FIRST * self.epochs))
-
-    @property
-    def per_cost(self) -> bool:
-        """Whether blocks are chosen by importance per cost, or by importance alone."""
-        return self.costs.currency != "parameters" and self.criterion != "random"
 
     def threshold(self, block: str) -> float:
         """Epsilon of the block's gate in the next epoch; 0 holds it open."""
@@ -149,9 +143,10 @@ class EpsilonController:
     def _choose(
         self, live: list[GateRecord], excess: float, scores: Mapping[str, float] | None
     ) -> None:
-        """Choose the least important blocks until a cost of `excess` is to be removed.
+        """Choose blocks until a cost of `excess` is to be removed, or each stage has one left.
 
-        A block that saves nothing is never chosen.
+        The next one is the least important of the stage that has the largest share of its blocks;
+        of several such stages, of all of them. A block that saves nothing is never chosen.
         """
         saved = self.costs.blocks
         excess -= sum(saved[block] for block in self.chosen)
@@ -160,16 +155,22 @@ class EpsilonController:
             return
         importance = {record.block: record.peak for record in live} if scores is None else scores
 
-        def rank(block: str) -> tuple[float, float]:
-            cost = saved[block] / self.costs.whole if self.per_cost else 1.0
-            return cheapness(importance[block], cost)
-
         free = [record.block for record in live if record.block not in self.chosen]
-        ranked = sorted((block for block in free if saved[block]), key=rank)
-        for block in removable(ranked, free, self.stages):
-            if excess <= 0:
+        whole, left = Counter(self.stages.values()), Counter(self.stages[block] for block in free)
+
+        def rank(block: str) -> tuple[float, float, float]:
+            stage = self.stages[block]
+            cost = 1.0 if self.criterion == "random" else saved[block] / self.costs.whole
+            return -left[stage] / whole[stage], *cheapness(importance[block], cost)
+
+        while excess > 0:
+            able = [block for block in free if saved[block] and left[self.stages[block]] > 1]
+            if not able:
                 return
+            block = min(able, key=rank)
             self.chosen |= {block}
+            free.remove(block)
+            left[self.stages[block]] -= 1
             excess -= saved[block]
 
     def _harmed(self) -> bool:
