@@ -4,19 +4,22 @@ For a data set and a base depth, every method is trained for each seed and broug
 shallower networks of the same family. Methods:
 
     baseline         the base network, not pruned
+    fixed            a run with the recipe's epsilon; its size is what comes of it
     scratch          a shallower network from scratch, equal epochs
     scratch-time     the same, trained for as many epochs as the nested run took of its time
-    scratch-teacher  as scratch, distilled from the baseline
     greedy           the baseline; blocks removed one by one (eps-compact), then fine-tuned
     channels         the baseline; channels removed by Torch-Pruning, then fine-tuned (channels.py,
                      needs the package torch-pruning)
     l1, influence, random, response, gradient
                      a run with --target-parameters that chooses blocks by that criterion
-    target-time      a run with --target-flops, for as many epochs as take the time of the nested
-                     run
+    target           a run with --target-flops and --criterion gradient, equal epochs
+    target-time      the same, for as many epochs as take the time of the nested run
     nested           one run with --nested, cut to each size
     nested-gradient  the same with --criterion gradient, which orders the blocks
     nested-tuned     as nested, each size fine-tuned
+
+The same with `-teacher` behind it (fixed, scratch, target, nested, nested-tuned) is distilled from
+the baseline in its training.
 
 Every training is a command of the product in a folder of its own under --work, named by a digest of
 the command and of those that it starts from: a benchmark that was stopped goes on, and more seeds
@@ -66,19 +69,13 @@ from eps_train.training.evaluate import logits
 from eps_train.training.plots import new_figure, png
 
 CRITERIA = ("l1", "influence", "random", "response", "gradient")
-SIZED = (
-    "scratch",
-    "scratch-time",
-    "scratch-teacher",
-    "greedy",
-    "channels",
-    "target-time",
-    *CRITERIA,
-)
-NESTED = ("nested", "nested-gradient", "nested-tuned")
-METHODS = ("baseline", *SIZED, *NESTED)
-OURS = ("response", "gradient", "target-time", *NESTED)
-WHOLE = 6  # epochs of a run with a target that cost as much as those of the whole network
+WHOLE = ("baseline", "fixed", "fixed-teacher")  # not brought to a size
+TARGET = ("target", "target-teacher", "target-time")
+SIZED = ("scratch", "scratch-time", "scratch-teacher", "greedy", "channels", *TARGET, *CRITERIA)
+NESTED = ("nested", "nested-gradient", "nested-tuned", "nested-teacher", "nested-tuned-teacher")
+METHODS = (*WHOLE, *SIZED, *NESTED)
+OURS = (*WHOLE[1:], *TARGET, "response", "gradient", *NESTED)
+BEFORE = 6  # epochs of a run with a target that cost as much as those of the whole network
 CURVES = ("baseline", "epsilon", "nested")
 EQUAL = 1.1  # at most so many times the latency counts as an equal one
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, two-sided, by number of seeds
@@ -122,27 +119,35 @@ class Benchmark:
 
     def step(self, method: str, seed: int, depth: int) -> Step:
         """The step that makes the network of a method, of the size of depth `depth`."""
+        name, dash, rest = method.partition("-teacher")
+        method = name + rest
         baseline = Step(words=self.train(seed, "--epsilon=0"))
+        taught = {"teacher": baseline} if dash else {}
+
+        def train(*words: str, depth: int = 0, epochs: int = 0) -> Step:
+            words = (*words, *(f"--{name}={{{name}}}" for name in taught))
+            return Step(words=self.train(seed, *words, depth=depth, epochs=epochs), needs=taught)
+
         order = ["--criterion=gradient"] if method == "nested-gradient" else []
-        nested = Step(words=self.train(seed, "--nested", *order))
+        nested = train("--nested", *order)
         flops = f"--target-flops={self.share(depth, 'flops')}"
         tuned = f"--finetune-epochs={self.finetune_epochs}"
         if method == "baseline":
             return baseline
+        if method == "fixed":
+            return train()
         if method == "scratch":
-            return Step(words=self.train(seed, "--epsilon=0", depth=depth))
+            return train("--epsilon=0", depth=depth)
+        if method == "target":
+            return train(flops, "--criterion=gradient")
         if method.endswith("-time"):
             small = self.seconds(self.step("scratch", seed, depth)) / self.epochs
             left = self.seconds(nested)
             if method == "scratch-time":
-                epochs = math.ceil(left / small)
-                return Step(words=self.train(seed, "--epsilon=0", depth=depth, epochs=epochs))
-            left -= WHOLE * self.seconds(baseline) / self.epochs
-            epochs = WHOLE + math.ceil(left / small)
-            return Step(words=self.train(seed, flops, "--criterion=gradient", epochs=epochs))
-        if method == "scratch-teacher":
-            words = self.train(seed, "--epsilon=0", "--teacher={teacher}", depth=depth)
-            return Step(words=words, needs={"teacher": baseline})
+                return train("--epsilon=0", depth=depth, epochs=math.ceil(left / small))
+            left -= BEFORE * self.seconds(baseline) / self.epochs
+            epochs = BEFORE + math.ceil(left / small)
+            return train(flops, "--criterion=gradient", epochs=epochs)
         if method == "greedy":
             words = ("eps-compact", "{from}", "-o", "compact.pt", flops, tuned)
             return Step(words=words, needs={"from": baseline}, makes="tuned.pt")
@@ -156,7 +161,7 @@ class Benchmark:
             words = ("eps-compact", "{from}", "-o", "compact.pt", flops, tuned)
             return Step(words=words, needs={"from": nested}, makes="tuned.pt")
         target = f"--target-parameters={self.share(depth, 'parameters')}"
-        return Step(words=self.train(seed, target, f"--criterion={method}"))
+        return train(target, f"--criterion={method}")
 
     def share(self, depth: int, of: str) -> float:
         """Share of the base network's parameters or FLOPs that a network of `depth` may have.
@@ -275,7 +280,7 @@ class Benchmark:
         """One row for each method and size of a seed."""
         made: dict[str, tuple[Step, dict[str, Any]]] = {}
         for method in methods:
-            for depth in (self.depth,) if method == "baseline" else self.depths:
+            for depth in (self.depth,) if method in WHOLE else self.depths:
                 step = self.step(method, seed, depth)
                 made[f"{method} {depth}"] = step, {"method": method, "size_of_depth": depth}
         paths = {name: self.run(step) for name, (step, _) in made.items()}

@@ -14,7 +14,7 @@ rm -rf "$kit" && mkdir -p "$kit/site"
 # Pure Python and cp312 wheels. torch, numpy, click and rich are on the machine.
 pip download -q --no-deps --only-binary=:all: -d "$kit/site" \
     pytools siphash24 platformdirs mako hatchling trove-classifiers tomlkit \
-    starlette uvicorn==0.54.0 httptools open-inference-grpc prometheus-client pytest-timeout pytest-xdist \
+    msgspec starlette uvicorn==0.54.0 httptools open-inference-grpc prometheus-client pytest-timeout pytest-xdist \
     jsonschema jsonschema-specifications referencing rpds-py
 
 # pycuda is compiled without a driver: a stub library has the names of the driver's functions.

@@ -31,6 +31,7 @@ if [ ! -e "$venv/.ready" ]; then
         "$kit/onnxruntime-gpu.tar.xz" "$site"
     "$venv/bin/python" -m pip install -q --no-index --no-deps --no-compile "$kit"/site/*.whl &&
         "$venv/bin/python" -m pip install -q --no-index --no-deps --no-build-isolation --no-compile -e . &&
+        ! "$venv/bin/python" -m pip check | grep '^eps-resnet' && # what neither the machine nor the kit has
         touch "$venv/.ready" || { echo "run.sh: setting up $venv failed" >&2; exit 1; }
 fi
 export PATH="$venv/bin:$PATH" PYTHONUNBUFFERED=1
@@ -56,13 +57,14 @@ stage_bench() { # alone on the machine
     local precision
     for precision in ${PRECISIONS:-fp32 tf32 bf16}; do
         step "step-$precision" python benchmarks/training.py --device "$DEVICE" --sections gate \
-            --precision "$precision" --rounds "${ROUNDS:-20}" --depth "${DEPTH:-110}" --batch-size "${BATCH:-128}"
+            --cuda-graph --precision "$precision" --rounds "${ROUNDS:-20}" --depth "${DEPTH:-110}" --batch-size "${BATCH:-128}"
     done
 }
 
 stage_tests() {
     step tests python -m pytest -m gpu -q -rfEs -p no:cacheprovider -p no:benchmark -n "${JOBS:-8}" --timeout 280 \
-        --junitxml="$OUT/tests.xml" tests/train tests/compact tests/deploy/cli tests/deploy/bench
+        --junitxml="$OUT/tests.xml" tests/train tests/compact tests/deploy/{bench,pipeline} \
+        tests/deploy/cli/test_doctor.py
 }
 
 stage_chain() { # digits to bundles; a folder with ckpt.pt and baseline.pt in CHECKPOINTS spares the training

@@ -136,11 +136,12 @@ def workshop(deployed: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def with_gpu(monkeypatch: pytest.MonkeyPatch) -> type[FakeSession]:
     """An ONNX Runtime with all of its providers."""
-    session = type("Session", (FakeSession,), {"threads": [], "captured": []})
+    session = type("Session", (FakeSession,), {"threads": [], "captured": [], "severities": []})
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: list(GPU))
     monkeypatch.setattr(onnxruntime, "InferenceSession", session)
     monkeypatch.setattr(onnxruntime, "OrtValue", FakeOrtValue)
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: print("what is missing"))
+    monkeypatch.setattr(onnxruntime, "set_default_logger_severity", session.severities.append)
     return session
 
 

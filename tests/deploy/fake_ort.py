@@ -86,6 +86,7 @@ class FakeSession:
         refuse_graphs: whether the network cannot be captured as a whole.
         fail_capture: captures that are yet to fail.
         captured: every `gpu_graph_id` that was captured, by any session.
+        severities: what the process's own logger was set to, in order.
         during: called in each run.
     """
 
@@ -95,6 +96,7 @@ class FakeSession:
     refuse_graphs = False
     fail_capture = 0
     captured: list[int]
+    severities: list[int]
     during: Callable[[], None] = staticmethod(lambda: None)
 
     def __init__(self, model: bytes, options: Any, **arguments: Any) -> None:

@@ -275,6 +275,12 @@ def test_cuda_computes_float16_channels_last(
         assert dict(with_gpu.providers)["CUDAExecutionProvider"]["prefer_nhwc"] == flag
 
 
+def test_what_cudnn_tries_in_vain_is_not_printed(with_gpu: type[FakeSession]) -> None:
+    """cuDNN's attempts go to the logger of the process; a failure is raised as an exception."""
+    with OrtEngine(tiny_model(), provider="cuda", precision=PRECISIONS["fp16"]):
+        assert with_gpu.severities == [4]
+
+
 def test_tensorrt_is_tried_before_cuda(with_gpu: type[FakeSession]) -> None:
     with OrtEngine(tiny_model(), provider="tensorrt") as engine:
         assert engine.describe()["provider"] == "TensorrtExecutionProvider"

@@ -20,6 +20,7 @@ from eps_train.data.augment import draw_epoch
 from eps_train.data.batches import Batches
 from eps_train.data.dataset import Data
 from eps_train.data.images import FileSet, ImageSet
+from tests.train.gpus import never_waiting
 
 CPU = torch.device("cpu")
 AUGMENTATIONS = choices("augmentation")
@@ -185,11 +186,8 @@ def test_batches_from_a_gpus_memory_wait_for_nothing(augmentation: str, held: Da
     made = Batches(held, config(augmentation), torch.device("cuda"))
     epoch = made.epoch(0, first=0)
     next(epoch)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with never_waiting():
         next(epoch)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu

@@ -25,6 +25,7 @@ from eps_train.gating.gate import (
     response,
 )
 from eps_train.models.resnets import CifarResNet
+from tests.train.gpus import never_waiting
 from tests.train.oracle import relu_gate
 from tests.train.runs import trainer
 
@@ -575,16 +576,12 @@ def test_a_gpu_is_never_waited_for(epsilon: float, training: bool) -> None:
     gate = EpsilonGate(epsilon).cuda().train(training)
     shortcut = torch.randn(8, 4, 6, 6, device="cuda", requires_grad=True)
     branch = torch.randn(8, 4, 6, 6, device="cuda", requires_grad=True)
-    mode = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with never_waiting():
         for memory in (torch.contiguous_format, torch.channels_last):
             gate(shortcut, branch.contiguous(memory_format=memory)).sum().backward()
         gate.latch()
         gate(shortcut, branch).sum().backward()
         gate.reset_record()
-    finally:
-        torch.cuda.set_sync_debug_mode(mode)
 
 
 @pytest.mark.gpu

@@ -462,6 +462,11 @@ class GraphedStep:
             with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                 self._take(batch)
         except RuntimeError as error:
+            # torch's random numbers would otherwise raise: they are left as in a capture.
+            index = self._device.index
+            generators = torch.cuda.default_generators
+            generator = generators[torch.cuda.current_device() if index is None else index]
+            generator.graphsafe_set_state(generator.clone_state())
             reason = str(error).strip().partition("\n")[0]
             if self._required:
                 raise TrainingError(
