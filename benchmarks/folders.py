@@ -124,7 +124,6 @@ def main(
                     f"--model={model}",
                     f"--image-size={image_size}",
                     "--epsilon=0",
-                    "--no-self-distillation",
                     f"--seed={seed}",
                 ]
                 words += [f"--weights={weights.resolve()}"] if weights else []

@@ -197,10 +197,12 @@ def test_a_cosine_replaces_restarts_and_final_decay(tmp_path: Path) -> None:
 
 
 def test_without_pruning_nothing_is_distilled(tmp_path: Path) -> None:
+    printed = show(tmp_path, "--recipe", "finetune", "--self-distillation").stdout
+    assert json.loads(printed)["self_distillation"] is True
+    (tmp_path / "mine.json").write_text(printed)
     for instead in (("--epsilon", 0), ("--nested",)):
-        shown = json.loads(show(tmp_path, "--recipe", "finetune", *instead).stdout)
+        shown = json.loads(show(tmp_path, "--config", "mine.json", *instead).stdout)
         assert shown["self_distillation"] is False
-    assert json.loads(show(tmp_path, "--recipe", "finetune").stdout)["self_distillation"] is True
 
 
 def test_pretrained_weights_bring_their_normalization(tmp_path: Path) -> None:

@@ -152,7 +152,7 @@ def test_finetune_prunes_to_a_target_after_a_tenth_of_the_run() -> None:
     run = recipe("finetune")
     assert (run.epsilon, run.target_speedup) == (None, 2.0)
     assert run.head_epochs < run.epsilon_warmup == run.epochs // 10
-    assert (run.self_distillation, run.aux_loss_weight) == (True, 0.0)
+    assert (run.self_distillation, run.aux_loss_weight) == (False, 0.0)
     plan = LearningRateSchedule(run)
     assert plan.lr(0, 0.0) == 0.02
     assert plan.lr(run.epochs - 1, 1.0) == pytest.approx(0.0)
