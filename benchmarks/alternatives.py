@@ -148,18 +148,17 @@ class Benchmark:
             left -= BEFORE * self.seconds(baseline) / self.epochs
             epochs = BEFORE + math.ceil(left / small)
             return train(flops, "--criterion=gradient", epochs=epochs)
-        if method == "greedy":
-            words = ("eps-compact", "{from}", "-o", "compact.pt", flops, tuned)
-            return Step(words=words, needs={"from": baseline}, makes="tuned.pt")
         if method == "channels":
             words = ("channels.py", "{from}", flops, tuned)
             return Step(words=words, needs={"from": baseline}, makes="tuned.pt")
-        if method in ("nested", "nested-gradient"):
-            words = ("eps-compact", "{from}", "-o", "compact.pt", flops)
-            return Step(words=words, needs={"from": nested}, makes="cut.pt")
-        if method == "nested-tuned":
-            words = ("eps-compact", "{from}", "-o", "compact.pt", flops, tuned)
-            return Step(words=words, needs={"from": nested}, makes="tuned.pt")
+        if method == "greedy" or method in NESTED:
+            start = baseline if method == "greedy" else nested
+            last = () if method in ("nested", "nested-gradient") else (tuned,)
+            return Step(
+                words=("eps-compact", "{from}", "-o", "compact.pt", flops, *last),
+                needs={"from": start},
+                makes="tuned.pt" if last else "cut.pt",
+            )
         target = f"--target-parameters={self.share(depth, 'parameters')}"
         return train(target, f"--criterion={method}")
 

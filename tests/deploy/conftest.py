@@ -136,12 +136,13 @@ def workshop(deployed: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def with_gpu(monkeypatch: pytest.MonkeyPatch) -> type[FakeSession]:
     """An ONNX Runtime with all of its providers."""
-    session = type("Session", (FakeSession,), {"threads": [], "captured": [], "severities": []})
+    seen: dict[str, list[Any]] = {"threads": [], "captured": [], "severities": []}
+    session = type("Session", (FakeSession,), seen)
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: list(GPU))
     monkeypatch.setattr(onnxruntime, "InferenceSession", session)
     monkeypatch.setattr(onnxruntime, "OrtValue", FakeOrtValue)
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: print("what is missing"))
-    monkeypatch.setattr(onnxruntime, "set_default_logger_severity", session.severities.append)
+    monkeypatch.setattr(onnxruntime, "set_default_logger_severity", seen["severities"].append)
     return session
 
 
