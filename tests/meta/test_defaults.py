@@ -68,6 +68,7 @@ EXCEPTIONS = {
     "TrainingConfig(patience)": _OPTION,
     "TrainingConfig(relative_epsilon)": _OPTION,
     "TrainingConfig(seed)": _OPTION,
+    "TrainingConfig(self_distillation)": _OPTION,
     "TrainingConfig(target_latency)": _OPTION,
     "TrainingConfig(temperature)": _OPTION,
     "TrainingConfig(timer)": _OPTION,

@@ -107,13 +107,27 @@ class NoCapture:
     def __exit__(self, *_: object) -> None: ...
 
 
-def without_capture(run: Trainer, monkeypatch: pytest.MonkeyPatch, *, required: bool) -> Any:
-    steps = static(run, required=required)
+class Generator:
+    """torch's random numbers on a GPU, which a capture that fails leaves unable to draw."""
+
+    state = "of the capture"
+
+    def clone_state(self) -> str:
+        return "a copy"
+
+    def graphsafe_set_state(self, state: str) -> None:
+        self.state = state
+
+
+def without_capture(run: Trainer, monkeypatch: pytest.MonkeyPatch, *, required: bool) -> Generator:
+    steps, generator = static(run, required=required), Generator()
     monkeypatch.setattr(steps, "_stream", object())
+    monkeypatch.setattr(steps, "_device", torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "default_generators", (generator,))
     monkeypatch.setattr(steps, "_eagerly", steps._take)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
     monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: NoCapture())
-    return steps
+    return generator
 
 
 def test_a_step_that_cannot_be_captured_is_taken_all_the_same(
@@ -121,11 +135,12 @@ def test_a_step_that_cannot_be_captured_is_taken_all_the_same(
 ) -> None:
     short: dict[str, Any] = {"epochs": 1, "batch_size": 256}
     plain, run = trainer(tmp_path, **short), trainer(tmp_path, **short)
-    without_capture(run, monkeypatch, required=False)
+    generator = without_capture(run, monkeypatch, required=False)
     plain.run_epoch()
     with pytest.warns(UserWarning, match=r"no CUDA graph: a step .* \(operation not permitted"):
         run.run_epoch()
     assert_equal(state(run), state(plain))
+    assert generator.state == "a copy", "dropout would raise"
 
 
 def test_a_capture_that_was_asked_for_and_fails_is_one_line(
