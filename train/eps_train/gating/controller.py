@@ -145,8 +145,9 @@ class EpsilonController:
     ) -> None:
         """Choose blocks until a cost of `excess` is to be removed, or each stage has one left.
 
-        The next one is the least important of the stage that has the largest share of its blocks;
-        of several such stages, of all of them. A block that saves nothing is never chosen.
+        The next one has the least importance per cost in the stage that kept the largest share of
+        its blocks; of several such stages, in all of them. A block that saves nothing is never
+        chosen.
         """
         saved = self.costs.blocks
         excess -= sum(saved[block] for block in self.chosen)
