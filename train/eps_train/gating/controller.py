@@ -21,6 +21,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from eps_train.gating.rewriting import removable
 from eps_train.gating.targets import BlockCosts, Target, cheapness
 from eps_train.training.checkpoint import GateRecord
 
@@ -159,19 +160,20 @@ class EpsilonController:
         free = [record.block for record in live if record.block not in self.chosen]
         whole, left = Counter(self.stages.values()), Counter(self.stages[block] for block in free)
 
-        def rank(block: str) -> tuple[float, float, float]:
-            stage = self.stages[block]
+        def cheap(block: str) -> tuple[float, float]:
             cost = 1.0 if self.criterion == "random" else saved[block] / self.costs.whole
-            return -left[stage] / whole[stage], *cheapness(importance[block], cost)
+            return cheapness(importance[block], cost)
 
-        while excess > 0:
-            able = [block for block in free if saved[block] and left[self.stages[block]] > 1]
-            if not able:
+        shares: dict[str, float] = {}  # of its stage that is left when the turn is at the block
+        for block in sorted((block for block in free if saved[block]), key=cheap):
+            stage = self.stages[block]
+            shares[block] = left[stage] / whole[stage]
+            left[stage] -= 1
+        ranked = sorted(shares, key=lambda block: -shares[block])  # of equal shares the cheapest
+        for block in removable(ranked, free, self.stages):
+            if excess <= 0:
                 return
-            block = min(able, key=rank)
             self.chosen |= {block}
-            free.remove(block)
-            left[self.stages[block]] -= 1
             excess -= saved[block]
 
     def _harmed(self) -> bool:
