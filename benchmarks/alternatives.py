@@ -12,8 +12,10 @@ shallower networks of the same family. Methods:
                      needs the package torch-pruning)
     l1, influence, random, response, gradient
                      a run with --target-parameters that chooses blocks by that criterion
-    target           a run with --target-flops and --criterion gradient, equal epochs
-    target-time      the same, for as many epochs as take the time of the nested run
+    target           a run with --target-flops, --criterion gradient and a warm-up of one epoch,
+                     equal epochs
+    target-time      the same with the recipe's warm-up, for as many epochs as take the time of the
+                     nested run
     nested           one run with --nested, cut to each size
     nested-gradient  the same with --criterion gradient, which orders the blocks
     nested-tuned     as nested, each size fine-tuned
@@ -119,14 +121,14 @@ class Benchmark:
 
     def step(self, method: str, seed: int, depth: int) -> Step:
         """The step that makes the network of a method, of the size of depth `depth`."""
-        name, dash, rest = method.partition("-teacher")
-        method = name + rest
         baseline = Step(words=self.train(seed, "--epsilon=0"))
-        taught = {"teacher": baseline} if dash else {}
+        teacher = {"teacher": baseline} if "-teacher" in method else {}
+        method = method.replace("-teacher", "")
 
         def train(*words: str, depth: int = 0, epochs: int = 0) -> Step:
-            words = (*words, *(f"--{name}={{{name}}}" for name in taught))
-            return Step(words=self.train(seed, *words, depth=depth, epochs=epochs), needs=taught)
+            if teacher:
+                words = (*words, "--teacher={teacher}")
+            return Step(words=self.train(seed, *words, depth=depth, epochs=epochs), needs=teacher)
 
         order = ["--criterion=gradient"] if method == "nested-gradient" else []
         nested = train("--nested", *order)

@@ -269,11 +269,11 @@ def open_session(
         # The process's own logger, not the session's: cuDNN logs an error for each convolution that
         # it leaves to another kernel, in float16 on an H200 hundreds of lines.
         onnxruntime.set_default_logger_severity(_FATAL_ONLY)
-    if provider != "cpu" and hasattr(onnxruntime, "preload_dlls"):  # since 1.21
-        # Loads CUDA and cuDNN from the Python packages of onnxruntime-gpu, where installed. It
-        # prints what is missing; whether that matters, the session's providers show.
-        with contextlib.redirect_stdout(io.StringIO()):
-            onnxruntime.preload_dlls()
+        if hasattr(onnxruntime, "preload_dlls"):  # since 1.21
+            # Loads CUDA and cuDNN from the Python packages of onnxruntime-gpu, where installed. It
+            # prints what is missing; whether that matters, the session's providers show.
+            with contextlib.redirect_stdout(io.StringIO()):
+                onnxruntime.preload_dlls()
     providers = _providers(provider, precision, graphs)
     try:
         session = onnxruntime.InferenceSession(
